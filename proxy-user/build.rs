@@ -1,0 +1,16 @@
+//! Builds the kernel programs for the BPF target, so that the agent can carry the object inside itself.
+
+use anyhow::Context as _;
+use aya_build::{Package, Toolchain};
+
+fn main() -> anyhow::Result<()> {
+    // SAFETY: a build script has one thread at this point. Building `core` for the BPF target is an unstable cargo
+    // feature; this opens it to the stable compiler, for this one invocation.
+    unsafe { std::env::set_var("RUSTC_BOOTSTRAP", "1") };
+    let toolchain = std::env::var("RUSTUP_TOOLCHAIN").unwrap_or_else(|_| "stable".to_owned());
+    aya_build::build_ebpf(
+        [Package { name: "proxy-ebpf", root_dir: "../proxy-ebpf", ..Default::default() }],
+        Toolchain::Custom(&toolchain),
+    )
+    .context("building the kernel programs; `cargo xtask setup` installs what this needs")
+}

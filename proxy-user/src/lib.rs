@@ -1,0 +1,18 @@
+//! weir: a Kubernetes service proxy, one agent a node.
+//!
+//! Data flows one way:
+//!
+//! ```text
+//! source ──Change──▶ model ──dirty services──▶ plan ──Delta──▶ dataplane ──▶ kernel
+//! ```
+//!
+//! `source` yields Kubernetes objects, `model` is the last place that knows them, `plan` says in frontends and backends
+//! what one Service means on this node, and `dataplane` makes it true in the kernel. `run` is the only wiring;
+//! `observe` stands beside the flow and is imported by `run` and the data planes' callers only.
+
+#![deny(unsafe_code)]
+
+pub mod dataplane;
+pub mod model;
+pub mod plan;
+pub mod source;

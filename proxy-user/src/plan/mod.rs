@@ -1,0 +1,258 @@
+//! What Services mean on this node, in frontends and backends.
+//!
+//! In: one Service, its endpoints, this node (from `model`). Out: a [`ServicePlan`], and from two of them the [`Delta`]
+//! a data plane applies. Planning is pure: nothing here waits, reads a clock or touches the kernel.
+//!
+//! ```text
+//! (service, endpoints, node) ──plan_service──▶ ServicePlan ──Delta──▶ dataplane
+//!                                              └ PortPlan: one service port in one family
+//!                                                  ├ cluster, local: the two backend sets (E6, E7)
+//!                                                  └ frontends: address:port/protocol → Route
+//! ```
+
+use std::{fmt, net::IpAddr, sync::Arc};
+
+use ipnet::IpNet;
+use serde::Serialize;
+
+use crate::model::{Family, ObjectName, PerFamily, Protocol};
+
+/// Where traffic for a frontend is addressed to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+pub enum Destination {
+    /// Exactly this address: a ClusterIP, an external IP, a load balancer's VIP.
+    Address(IpAddr),
+    /// Any address of this node that serves NodePorts (R13, R14).
+    NodePort(Family),
+}
+
+impl Destination {
+    /// The family the destination belongs to.
+    #[must_use]
+    pub fn family(self) -> Family {
+        match self {
+            Self::Address(address) => Family::of(address),
+            Self::NodePort(family) => family,
+        }
+    }
+}
+
+/// What a client asks for: the key of everything a data plane holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+pub struct Frontend {
+    /// The address part.
+    pub destination: Destination,
+    /// The protocol.
+    pub protocol: Protocol,
+    /// The port.
+    pub port: u16,
+}
+
+impl fmt::Display for Frontend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.destination {
+            Destination::Address(IpAddr::V4(address)) => write!(f, "{address}")?,
+            Destination::Address(IpAddr::V6(address)) => write!(f, "[{address}]")?,
+            Destination::NodePort(Family::V4) => f.write_str("node")?,
+            Destination::NodePort(Family::V6) => f.write_str("[node]")?,
+        }
+        write!(f, ":{}/{}", self.port, self.protocol)
+    }
+}
+
+/// One address and port that serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+pub struct Backend {
+    /// The endpoint's address.
+    pub address: IpAddr,
+    /// The endpoint's port.
+    pub port: u16,
+    /// Whether the endpoint is on this node (E1); a local one may be its own client (R9).
+    pub local: bool,
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&std::net::SocketAddr::new(self.address, self.port), f)
+    }
+}
+
+/// What happens to a new flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+pub enum Target {
+    /// One of [`PortPlan::cluster`], which is not empty.
+    Cluster,
+    /// One of [`PortPlan::local`], which is not empty.
+    Local,
+    /// Refused with an ICMP port unreachable (F1).
+    Reject,
+    /// Dropped without a word (F2, F3).
+    Drop,
+}
+
+/// What one class of sources gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+pub struct Treatment {
+    /// Where the flow goes.
+    pub target: Target,
+    /// Whether the backend sees this node's address instead of the client's (R5, R6, R7).
+    pub masquerade: bool,
+}
+
+/// What a frontend does for each class of sources: one column of the matrix in R1 to R7.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+pub struct Route {
+    /// For pods, as [`NodePlan::local_traffic`] tells them. Without a detector there is no such class: equal to
+    /// `outside`.
+    pub pod: Treatment,
+    /// For sources that are an address of this host.
+    pub host: Treatment,
+    /// For everything else.
+    pub outside: Treatment,
+}
+
+impl Route {
+    /// The same treatment whatever the source.
+    #[must_use]
+    pub const fn uniform(treatment: Treatment) -> Self {
+        Self { pod: treatment, host: treatment, outside: treatment }
+    }
+}
+
+/// A frontend with its route.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct FrontendPlan {
+    /// What clients ask for.
+    pub frontend: Frontend,
+    /// What they get.
+    pub route: Route,
+    /// The only sources let in (F7), merged and sorted, of the frontend's family; `None` lets everybody in.
+    pub allowed_sources: Option<Arc<[IpNet]>>,
+}
+
+/// Which service port a [`PortPlan`] is for (W6), in which family.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+pub struct PortId {
+    /// The Service.
+    #[serde(serialize_with = "as_text")]
+    pub service: ObjectName,
+    /// The port's name, empty when it has none.
+    pub port: Arc<str>,
+    /// The port's protocol.
+    pub protocol: Protocol,
+    /// The family.
+    pub family: Family,
+}
+
+fn as_text<S: serde::Serializer>(name: &ObjectName, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(name)
+}
+
+impl fmt::Display for PortId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { service, port, protocol, family } = self;
+        let colon = if port.is_empty() { "" } else { ":" };
+        write!(f, "{service}{colon}{port}/{protocol} ({family})")
+    }
+}
+
+/// One service port in one family: the unit that a data plane switches atomically.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct PortPlan {
+    /// Which service port this is.
+    pub id: PortId,
+    /// The Cluster set (E6). Its order is the order of slots; see [`PortPlan::settle`].
+    pub cluster: Vec<Backend>,
+    /// The Local set (E7), empty when no route uses it.
+    pub local: Vec<Backend>,
+    /// Every frontend of the port, sorted, no frontend twice.
+    pub frontends: Vec<FrontendPlan>,
+    /// How long a client stays with its backend, in seconds (A1); `None` without session affinity.
+    pub affinity: Option<u32>,
+    /// For UDP, every serving endpoint on any node, sorted: flows to anything else are stale (K2). Empty otherwise.
+    pub serving: Vec<Backend>,
+}
+
+/// What a Service's healthCheckNodePort answers (H1, H2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct HealthCheck {
+    /// The port listened on.
+    pub port: u16,
+    /// Distinct addresses of local ready endpoints.
+    pub local_endpoints: usize,
+}
+
+/// Everything one Service means on this node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ServicePlan {
+    /// The Service's active ClusterIPs: whatever is not served on them is refused (F4).
+    pub cluster_ips: Vec<IpAddr>,
+    /// The ports, sorted by id.
+    pub ports: Vec<Arc<PortPlan>>,
+    /// The health check, if the Service has one.
+    pub health_check: Option<HealthCheck>,
+}
+
+/// How packets from local pods are told from others (section "Local detectors" of R6, R7).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub enum LocalTraffic {
+    /// The source address lies in this network.
+    Source(IpNet),
+    /// The packet came in by this interface.
+    Interface(String),
+    /// The packet came in by an interface whose name starts so.
+    InterfacePrefix(String),
+}
+
+/// Which addresses of this node serve NodePorts (R13, R14).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub enum NodePortAddresses {
+    /// Every address of this host but loopback ones.
+    AnyLocal,
+    /// Exactly these.
+    Only(Vec<IpAddr>),
+}
+
+/// What holds for the whole node rather than for one Service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct NodePlan {
+    /// How pods are told; `None` when there is no way to tell.
+    pub local_traffic: PerFamily<Option<LocalTraffic>>,
+    /// Where NodePorts answer.
+    pub node_port_addresses: PerFamily<NodePortAddresses>,
+    /// The packet mark that asks for masquerading (R8), one bit.
+    pub masquerade_mark: u32,
+    /// Addresses in these that are no known ClusterIP are dropped (F5).
+    pub service_cidrs: Vec<IpNet>,
+}
+
+/// How one service port changes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortDelta {
+    /// What the data plane was last given for it.
+    pub before: Option<Arc<PortPlan>>,
+    /// What it should hold now.
+    pub after: Option<Arc<PortPlan>>,
+}
+
+/// How one ClusterIP becomes known or forgotten (F4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ClusterIpDelta {
+    /// Now a Service's.
+    Add(IpAddr),
+    /// No Service's any more.
+    Remove(IpAddr),
+}
+
+/// What a data plane is to make true.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Delta {
+    /// The node-wide part, when it changed.
+    pub node: Option<Arc<NodePlan>>,
+    /// ClusterIPs that come and go.
+    pub cluster_ips: Vec<ClusterIpDelta>,
+    /// Service ports that change. Each is applied whole or not at all.
+    pub ports: Vec<PortDelta>,
+    /// Whether this names everything that should exist: what the data plane holds beyond it is to go.
+    pub complete: bool,
+}
