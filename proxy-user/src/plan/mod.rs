@@ -220,6 +220,8 @@ pub struct NodePlan {
     pub local_traffic: PerFamily<Option<LocalTraffic>>,
     /// Where NodePorts answer.
     pub node_port_addresses: PerFamily<NodePortAddresses>,
+    /// This host's own addresses but loopback ones, of both families, sorted.
+    pub host_addresses: Vec<IpAddr>,
     /// The packet mark that asks for masquerading (R8), one bit.
     pub masquerade_mark: u32,
     /// Addresses in these that are no known ClusterIP are dropped (F5).
