@@ -14,7 +14,7 @@ pub use plan::{NoSuchService, Output, PlanView};
 
 /// A Kubernetes service proxy: ClusterIPs, NodePorts and load-balancer addresses, made true on this node
 #[derive(Debug, Parser)]
-#[command(name = "weir", version, propagate_version = true)]
+#[command(name = "weir", version, propagate_version = true, args_override_self = true)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -25,6 +25,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Program this node, and keep it so
+    #[command(display_name = "weir")]
     Run(Box<RunArgs>),
     /// Print what would be programmed, and program nothing
     Plan(Box<PlanArgs>),
@@ -35,17 +36,17 @@ pub enum Command {
 /// `weir run`.
 #[derive(Args, Debug)]
 pub struct RunArgs {
-    /// The configuration.
-    #[command(flatten)]
-    pub config: ConfigArgs,
     /// The same as `weir cleanup`: take everything out of the kernel and end
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
-          action = clap::ArgAction::Set, value_name = "BOOL")]
+          action = clap::ArgAction::Set, hide_possible_values = true, hide_default_value = true, value_name = "BOOL")]
     pub cleanup: bool,
     /// Check the configuration and end. weir needs no privileged preparation
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
-          action = clap::ArgAction::Set, value_name = "BOOL")]
+          action = clap::ArgAction::Set, hide_possible_values = true, hide_default_value = true, value_name = "BOOL")]
     pub init_only: bool,
+    /// The configuration.
+    #[command(flatten)]
+    pub config: ConfigArgs,
 }
 
 /// `weir plan`.
@@ -132,11 +133,12 @@ mod tests {
     #[test]
     fn every_kube_proxy_flag_is_taken() {
         let line = "kube-proxy --bind-address-hard-fail --profiling=false --conntrack-min 5 --ipvs-strict-arp \
-                    --oom-score-adj -999 --masquerade-all=true -v=4 --v 2 --logging-format=json --vmodule=a=1 \
+                    --oom-score-adj -999 --masquerade-all=true -v=4 --v 2 --logging-format=json --vmodule=a=1 --vmodule=b=2 --config a --config b \
                     --iptables-sync-period 5s --kube-api-qps=5.5 --init-only --master http://127.0.0.1:1,http://h:2";
         let words = line.split_ascii_whitespace().filter(|word| *word != "-v=4");
         assert!(Cli::read(words.map(OsString::from)).is_ok());
         assert!(read("kube-proxy -v=4").is_ok());
+        assert!(read("kube-proxy --feature-gates= --nodeport-addresses= --master= --cluster-cidr=").is_ok());
     }
 
     #[test]

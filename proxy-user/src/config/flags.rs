@@ -107,7 +107,8 @@ pub struct ReplacedByFile {
     #[arg(long, value_name = "CIDR,…", value_delimiter = ',')]
     nodeport_addresses: Option<Vec<String>>,
     /// Masquerade everything sent to ClusterIPs
-    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL",
+          hide_possible_values = true)]
     masquerade_all: Option<bool>,
     /// Bit of the packet mark that asks for masquerading, 0 to 31 [default: 14]
     #[arg(long, value_name = "BIT", allow_hyphen_values = true)]
@@ -128,7 +129,8 @@ pub struct ReplacedByFile {
     #[arg(long, value_name = "PORT")]
     metrics_port: Option<u16>,
     /// End when a port cannot be listened on instead of trying again
-    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL",
+          hide_possible_values = true)]
     bind_address_hard_fail: Option<bool>,
     /// Delay before a failed programming is tried again [default: 30s]
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
@@ -159,6 +161,9 @@ fn manifests(text: &str) -> Result<PathBuf, String> {
 }
 
 fn feature_gate(text: &str) -> Result<(String, bool), String> {
+    if text.is_empty() {
+        return Ok(Default::default());
+    }
     let (name, value) = text.split_once('=').ok_or("it has no `=`")?;
     let value = value.trim().parse().map_err(|_| format!("`{value}` is not true or false"))?;
     Ok((name.trim().to_owned(), value))
@@ -208,7 +213,7 @@ impl ReplacedByFile {
         };
         let off = |address: &Option<String>, port| port == Some(0) || address.as_deref() == Some("");
         Configuration {
-            feature_gates: feature_gates.into_iter().flatten().collect(),
+            feature_gates: feature_gates.into_iter().flatten().filter(|(name, _)| !name.is_empty()).collect(),
             client_connection: ClientConnection { kubeconfig: kubeconfig.unwrap_or_default() },
             logging: Logging::default(),
             bind_address: bind_address.unwrap_or_default(),
@@ -226,7 +231,11 @@ impl ReplacedByFile {
                 interface_name_prefix: pod_interface_name_prefix.unwrap_or_default(),
             },
             cluster_cidr: cluster_cidr.unwrap_or_default(),
-            node_port_addresses: nodeport_addresses.unwrap_or_default(),
+            node_port_addresses: nodeport_addresses
+                .into_iter()
+                .flatten()
+                .filter(|it| !it.is_empty())
+                .collect(),
             ..Configuration::default()
         }
     }

@@ -12,6 +12,7 @@ use super::{
 use crate::model::PerFamily;
 
 #[derive(Parser)]
+#[command(args_override_self = true)]
 struct Line {
     #[command(flatten)]
     args: ConfigArgs,
@@ -398,6 +399,22 @@ fn the_manifests_source_takes_its_directory_and_ranges() {
         expected,
         "it wins"
     );
+}
+
+#[test]
+fn a_flag_given_twice_counts_the_last_time_and_a_list_grows() {
+    let line = "--hostname-override a --hostname-override b --nodeport-addresses 10.0.0.0/8 --nodeport-addresses ::/0";
+    let config = flags(line).unwrap().config;
+    assert_eq!(config.node_name, "b");
+    let both = ["10.0.0.0/8", "::/0"].map(|it| it.parse().unwrap()).to_vec();
+    assert_eq!(config.node_port_addresses, NodePortSetting::Cidrs(both));
+}
+
+#[test]
+fn an_empty_flag_is_as_good_as_none() {
+    let empty =
+        "--feature-gates= --nodeport-addresses= --master= --cluster-cidr= --kubeconfig= --bind-address=";
+    assert_eq!(flags(empty).unwrap(), flags("").unwrap());
 }
 
 #[test]
