@@ -196,18 +196,25 @@ fn what_is_applied_is_read_back_listed_and_adopted() {
             assert_installed(&mut plane, plan);
         }
 
-        // A new agent finds the table as it is and changes nothing.
+        // A new agent finds the table as it is and changes nothing of what Services need; a third one finds nothing
+        // to change at all.
         drop(plane);
-        let before = nft(&["list", "ruleset"]);
-        let mut plane = Nftables::open(both()).unwrap();
         delta.ports = second.iter().map(|plan| change(None, Some(plan))).collect();
-        plane.apply(&delta).unwrap();
-        let sorted = |text: &str| {
-            let mut lines: Vec<_> = text.split(['\n', ',']).map(|line| line.trim().to_owned()).collect();
+        let elements = |text: &str| text.lines().filter(|line| line.contains(" : 10.")).count();
+        let before = elements(&nft(&["list", "ruleset"]));
+        let adopt = || {
+            let mut plane = Nftables::open(both()).unwrap();
+            plane.apply(&delta).unwrap();
+            let listed = nft(&["list", "ruleset"]);
+            let mut lines: Vec<_> = listed.split(['\n', ',']).map(|line| line.trim().to_owned()).collect();
             lines.sort();
-            lines
+            (plane, elements(&listed), lines)
         };
-        assert_eq!(sorted(&nft(&["list", "ruleset"])), sorted(&before));
+        let (second_agent, found, once) = adopt();
+        assert_eq!(found, before);
+        drop(second_agent);
+        let (mut plane, _, twice) = adopt();
+        assert!(once == twice, "a restart without a change changed the rule set");
         for plan in &second {
             assert_installed(&mut plane, plan);
         }
