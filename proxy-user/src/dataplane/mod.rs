@@ -9,6 +9,9 @@ use serde::Serialize;
 
 use crate::plan::{Backend, Delta, Frontend, PortId};
 
+mod memory;
+pub use memory::{Faulty, Memory};
+
 /// One data plane.
 ///
 /// Calls block and are made from one thread. A data plane remembers nothing about Services beyond what it needs to
