@@ -177,6 +177,8 @@ impl Model {
         let read = Slice::read(object, &self.settings.node_name, &mut problems);
         report("EndpointSlice", &name, &problems);
         let Some((service, slice)) = read else { return self.remove_slice(&name) };
+        // One allocation for each name, however many slices carry it.
+        let service = self.services.get_key_value(&service).map_or(service, |(known, _)| known.clone());
         if self.slices.get(&name).is_some_and(|known| *known != service) {
             self.remove_slice(&name);
         }

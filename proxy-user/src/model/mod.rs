@@ -16,6 +16,8 @@ pub(crate) mod fixture;
 mod node;
 mod service;
 mod settings;
+#[cfg(test)]
+mod tests;
 
 pub use address::{parse_address, parse_network};
 pub use cluster::Model;

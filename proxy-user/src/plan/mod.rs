@@ -23,6 +23,8 @@ mod delta;
 mod frontend;
 mod node;
 mod planner;
+#[cfg(test)]
+mod tests;
 mod topology;
 
 pub use frontend::plan_service;
