@@ -9,6 +9,8 @@ use serde::Serialize;
 
 use crate::plan::{Backend, Delta, Frontend, PortId};
 
+mod memory;
+pub use memory::{Faulty, Memory};
 pub mod nftables;
 
 /// One data plane.
