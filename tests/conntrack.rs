@@ -1,5 +1,7 @@
 //! Stale UDP flows (K1 to K5) on the kernel's own connection tracking, each case in a namespace of its own.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::{
     collections::BTreeSet,
     net::{SocketAddr, UdpSocket},

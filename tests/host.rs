@@ -1,5 +1,7 @@
 //! The watch on this host's addresses, on real interfaces in a namespace of its own.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::{net::IpAddr, process::Command, thread, time::Duration};
 
 use nix::sched::{CloneFlags, unshare};

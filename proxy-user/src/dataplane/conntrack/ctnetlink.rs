@@ -4,12 +4,12 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
 };
 
 use netlink_packet_core::{
     DefaultNla, Emitable as _, NLA_F_NESTED, NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST,
-    NetlinkBuffer, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla as _,
+    NetlinkBuffer, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla,
 };
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
@@ -23,7 +23,9 @@ use crate::{
     plan::{Destination, Frontend},
 };
 
-// Attributes of linux/netfilter/nfnetlink_conntrack.h that the message crate leaves raw.
+// Numbers of linux/netfilter/nfnetlink_conntrack.h that the message crate leaves raw.
+const IPCTNL_MSG_CT_GET: u8 = 1;
+const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_ID: u16 = 12;
 const CTA_ZONE: u16 = 18;
 const CTA_FILTER: u16 = 25;
@@ -38,7 +40,7 @@ const DATAGRAM: usize = 32 * 1024;
 /// Which flows a walk asks the kernel for.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Scope {
-    /// UDP flows addressed to this frontend.
+    /// UDP flows addressed to this frontend; in IPv6 also those to the same port elsewhere.
     Frontend(Frontend),
     /// All UDP flows of a family.
     Udp(Family),
@@ -185,17 +187,14 @@ impl Scope {
             (Self::Udp(_), Some(_)) => true,
             (Self::Frontend(frontend), Some(entry)) => {
                 let to = entry.flow.destination;
-                let address = match frontend.destination {
-                    Destination::Address(address) => address == to.ip(),
-                    Destination::NodePort(_) => true,
-                };
+                let address = filtered_address(frontend).is_none_or(|address| address == to.ip());
                 address && frontend.port == to.port()
             }
         }
     }
 
     /// The original tuple to compare with, and which of its parts.
-    fn filter(&self) -> Vec<ConntrackAttribute> {
+    fn filter(&self) -> Vec<DefaultNla> {
         let mut flags = FILTER_PROTOCOL;
         let mut proto = vec![ProtoTuple::Protocol(Protocol::Udp)];
         let mut tuple = Vec::new();
@@ -205,28 +204,31 @@ impl Scope {
             Self::Frontend(frontend) => {
                 flags |= FILTER_DESTINATION_PORT;
                 proto.push(ProtoTuple::DestinationPort(frontend.port));
-                if let Destination::Address(address) = frontend.destination {
+                if let Some(address) = filtered_address(frontend) {
                     flags |= FILTER_DESTINATION_ADDRESS;
-                    let any = match address {
-                        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-                        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-                    };
-                    tuple.push(Tuple::Ip(vec![
-                        IPTuple::SourceAddress(any),
-                        IPTuple::DestinationAddress(address),
-                    ]));
+                    tuple.push(Tuple::Ip(vec![IPTuple::DestinationAddress(address)]));
                 }
             }
         }
         tuple.push(Tuple::Proto(proto));
         let flags = DefaultNla::new(CTA_FILTER_ORIG_FLAGS, flags.to_ne_bytes().to_vec());
-        let mut filter = vec![0; flags.buffer_len()];
-        flags.emit(&mut filter);
-        vec![
-            ConntrackAttribute::CtaTupleOrig(tuple),
-            ConntrackAttribute::Other(DefaultNla::new(CTA_FILTER | NLA_F_NESTED, filter)),
-        ]
+        vec![nested(CTA_TUPLE_ORIG, &tuple[..]), nested(CTA_FILTER, &[flags][..])]
     }
+}
+
+/// The address that the kernel may compare with. Never an IPv6 one: kernels up to 6.18 at least get that comparison the
+/// wrong way round and send the flows to all *other* addresses. The port still narrows those down.
+fn filtered_address(frontend: &Frontend) -> Option<IpAddr> {
+    match frontend.destination {
+        Destination::Address(address) if address.is_ipv4() => Some(address),
+        Destination::Address(_) | Destination::NodePort(_) => None,
+    }
+}
+
+fn nested<T: Nla>(kind: u16, parts: &[T]) -> DefaultNla {
+    let mut value = vec![0; parts.buffer_len()];
+    parts.emit(&mut value);
+    DefaultNla::new(kind | NLA_F_NESTED, value)
 }
 
 fn request(scope: Scope) -> NetlinkMessage<NetfilterMessage> {
@@ -234,7 +236,9 @@ fn request(scope: Scope) -> NetlinkMessage<NetfilterMessage> {
         Family::V4 => NetfilterProtoFamily::IPv4,
         Family::V6 => NetfilterProtoFamily::IPv6,
     };
-    message(NLM_F_REQUEST | NLM_F_DUMP, family, ConntrackMessage::Get(scope.filter()))
+    // Not `ConntrackMessage::Get`, which takes the nested flag off a filter, and the kernel then refuses it.
+    let get = ConntrackMessage::Other { message_type: IPCTNL_MSG_CT_GET, attributes: scope.filter() };
+    message(NLM_F_REQUEST | NLM_F_DUMP, family, get)
 }
 
 fn deletion(entry: Entry) -> NetlinkMessage<NetfilterMessage> {
