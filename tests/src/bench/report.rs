@@ -127,10 +127,13 @@ impl Report {
             "removed p50 / p99",
             "CPU",
             "connect p50 (direct)",
-            "ratio",
+            "to direct",
+            "to fewest",
         ]);
-        for ((services, subject), runs) in groups {
-            table.add_row(row(services, subject, &runs));
+        for ((services, subject), runs) in &groups {
+            let fewest =
+                groups.iter().find(|((_, other), _)| other == subject).map_or(runs, |(_, runs)| runs);
+            table.add_row(row(*services, *subject, runs, fewest));
         }
         for column in table.column_iter_mut().filter(|column| column.index != 1) {
             column.set_cell_alignment(CellAlignment::Right);
@@ -139,16 +142,16 @@ impl Report {
     }
 }
 
-fn row(services: u32, subject: Subject, runs: &[&Run]) -> Vec<String> {
+/// `fewest` are the subject's runs with the fewest Services, to compare connect times with.
+fn row(services: u32, subject: Subject, runs: &[&Run], fewest: &[&Run]) -> Vec<String> {
     let over_runs = |value: fn(&Run) -> f64| quantile(runs.iter().map(|run| value(run)).collect(), 0.5);
     let over_changes = |value: fn(&Change) -> f64, q| {
         quantile(runs.iter().flat_map(|run| &run.changes).map(value).collect(), q)
     };
-    let connects = |value: fn(&ConnectTimes) -> &Vec<u64>| {
-        quantile(runs.iter().flat_map(|run| value(&run.connects)).map(|ns| *ns as f64).collect(), 0.5)
-    };
     let both = |value| format!("{} / {}", time(over_changes(value, 0.5)), time(over_changes(value, 0.99)));
-    let (direct, service) = (connects(|times| &times.direct), connects(|times| &times.service));
+    let (direct, service) = (connect(runs, |times| &times.direct), connect(runs, |times| &times.service));
+    let (fewest_direct, fewest_service) =
+        (connect(fewest, |times| &times.direct), connect(fewest, |times| &times.service));
     vec![
         services.to_string(),
         subject.name().to_owned(),
@@ -166,7 +169,14 @@ fn row(services: u32, subject: Subject, runs: &[&Run]) -> Vec<String> {
         time(over_changes(|change| change.removed_cpu_seconds, 0.5)),
         format!("{} ({})", time(service / 1e9), time(direct / 1e9)),
         format!("{:.2}", service / direct),
+        // Direct connections take out what the machine was doing meanwhile.
+        format!("{:.2}", (service / direct) / (fewest_service / fewest_direct)),
     ]
+}
+
+/// The median of these connect times, in nanoseconds.
+fn connect(runs: &[&Run], times: fn(&ConnectTimes) -> &Vec<u64>) -> f64 {
+    quantile(runs.iter().flat_map(|run| times(&run.connects)).map(|ns| *ns as f64).collect(), 0.5)
 }
 
 /// The value that this part of the samples does not exceed; not a number when there are none.

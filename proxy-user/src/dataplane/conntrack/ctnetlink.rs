@@ -281,31 +281,11 @@ fn decode(message: NetfilterMessage) -> Option<Entry> {
     for attribute in attributes {
         match attribute {
             ConntrackAttribute::CtaTupleOrig(tuple) => {
-                destination = end(
-                    &tuple,
-                    |ip| match ip {
-                        IPTuple::DestinationAddress(address) => Some(*address),
-                        _ => None,
-                    },
-                    |proto| match proto {
-                        ProtoTuple::DestinationPort(port) => Some(*port),
-                        _ => None,
-                    },
-                );
+                destination = udp_ends(&tuple).map(|(_, destination)| destination);
                 name.push(ConntrackAttribute::CtaTupleOrig(tuple));
             }
             ConntrackAttribute::CtaTupleReply(tuple) => {
-                answers = end(
-                    &tuple,
-                    |ip| match ip {
-                        IPTuple::SourceAddress(address) => Some(*address),
-                        _ => None,
-                    },
-                    |proto| match proto {
-                        ProtoTuple::SourcePort(port) => Some(*port),
-                        _ => None,
-                    },
-                );
+                answers = udp_ends(&tuple).map(|(source, _)| source);
             }
             // The zone makes the tuple whole; the id spares a new flow that took the place of the old one.
             ConntrackAttribute::Other(raw) if [CTA_ZONE, CTA_ID].contains(&raw.kind()) => {
@@ -317,22 +297,26 @@ fn decode(message: NetfilterMessage) -> Option<Entry> {
     Some(Entry { flow: Flow { destination: destination?, answers: answers? }, family, name })
 }
 
-/// One end of a UDP tuple.
-fn end(
-    tuple: &[Tuple],
-    address: impl Fn(&IPTuple) -> Option<IpAddr>,
-    port: impl Fn(&ProtoTuple) -> Option<u16>,
-) -> Option<SocketAddr> {
-    let (mut found_address, mut found_port, mut udp) = (None, None, false);
+/// Source and destination of a UDP tuple.
+fn udp_ends(tuple: &[Tuple]) -> Option<(SocketAddr, SocketAddr)> {
+    let (mut from, mut to) = (None, None);
+    let (mut from_port, mut to_port) = (None, None);
+    let mut udp = false;
     for part in tuple {
         match part {
-            Tuple::Ip(parts) => found_address = parts.iter().find_map(&address),
-            Tuple::Proto(parts) => {
-                udp = parts.contains(&ProtoTuple::Protocol(Protocol::Udp));
-                found_port = parts.iter().find_map(&port);
-            }
+            Tuple::Ip(parts) => parts.iter().for_each(|part| match part {
+                IPTuple::SourceAddress(address) => from = Some(*address),
+                IPTuple::DestinationAddress(address) => to = Some(*address),
+                _ => {}
+            }),
+            Tuple::Proto(parts) => parts.iter().for_each(|part| match part {
+                ProtoTuple::Protocol(protocol) => udp = *protocol == Protocol::Udp,
+                ProtoTuple::SourcePort(port) => from_port = Some(*port),
+                ProtoTuple::DestinationPort(port) => to_port = Some(*port),
+                _ => {}
+            }),
             _ => {}
         }
     }
-    udp.then_some(SocketAddr::new(found_address?, found_port?))
+    udp.then_some((SocketAddr::new(from?, from_port?), SocketAddr::new(to?, to_port?)))
 }
