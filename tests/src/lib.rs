@@ -1,1 +1,3 @@
-//! tests
+//! What tests and benchmarks share.
+
+pub mod bench;

@@ -11,6 +11,8 @@ use k8s_openapi::api::{
 
 use crate::model::ObjectName;
 
+pub mod host;
+
 /// What a source watches. Each kind is listed and completed on its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Kind {
