@@ -89,8 +89,11 @@ async fn from_file(path: &Path) -> Result<Config, ConnectError> {
         KubeconfigError::ReadConfig(source, path) => ConnectError::Read { path, source },
         other => ConnectError::Parse { path: path.to_owned(), reason: other.to_string() },
     })?;
-    let names = check(&file)
-        .map_err(|Wrong { field, reason }| ConnectError::Field { path: path.to_owned(), field, reason })?;
+    let names = check(&file).map_err(|Wrong { field, reason }| ConnectError::Field {
+        path: path.to_owned(),
+        field,
+        reason,
+    })?;
     Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.map_err(|error| {
         let field = names.field(&error);
         ConnectError::Field { path: path.to_owned(), field, reason: format!("is of no use: {error}") }
@@ -165,7 +168,10 @@ fn check_cluster(file: &Kubeconfig, context: &str, name: &str) -> Result<(), Wro
     let uri: http::Uri =
         server.parse().map_err(|error| Wrong::new(&field, format!("is `{server}`: {error}")))?;
     if !matches!(uri.scheme_str(), Some("https" | "http")) {
-        return Err(Wrong::new(field, format!("is `{server}`, which starts with neither https:// nor http://")));
+        return Err(Wrong::new(
+            field,
+            format!("is `{server}`, which starts with neither https:// nor http://"),
+        ));
     }
     if cluster.proxy_url.as_ref().is_some_and(|url| !url.is_empty()) {
         let field = format!("clusters[{name}].cluster.proxy-url");
@@ -241,15 +247,39 @@ users:
     #[tokio::test]
     async fn a_bad_file_is_named_with_its_field() {
         let cases = [
-            ("current-context: here", "current-context: there", "`current-context` names `there`, which is not in `contexts`"),
+            (
+                "current-context: here",
+                "current-context: there",
+                "`current-context` names `there`, which is not in `contexts`",
+            ),
             ("current-context: here", "", "`current-context` is not set"),
-            ("cluster: lab", "cluster: x", "`contexts[here].context.cluster` names `x`, which is not in `clusters`"),
+            (
+                "cluster: lab",
+                "cluster: x",
+                "`contexts[here].context.cluster` names `x`, which is not in `clusters`",
+            ),
             ("user: node}", "user: x}", "`contexts[here].context.user` names `x`, which is not in `users`"),
             ("server: 'https://192.0.2.1:6443', ", "", "`clusters[lab].cluster.server` is not set"),
-            ("https://192.0.2.1:6443", "https://[", "`clusters[lab].cluster.server` is `https://[`: invalid authority"),
-            ("https://192.0.2.1:6443", "192.0.2.1:6443", "`clusters[lab].cluster.server` is `192.0.2.1:6443`, which starts with neither https:// nor http://"),
-            ("insecure-skip-tls-verify: true", "certificate-authority: ca.crt", "`clusters[lab].cluster.certificate-authority` is of no use: failed to load certificate authority: failed to read file '\"DIR/ca.crt\"': No such file or directory (os error 2)"),
-            ("token: secret", "tokenFile: token", "`users[node].user.tokenFile` names `DIR/token`, which cannot be read: No such file or directory (os error 2)"),
+            (
+                "https://192.0.2.1:6443",
+                "https://[",
+                "`clusters[lab].cluster.server` is `https://[`: invalid authority",
+            ),
+            (
+                "https://192.0.2.1:6443",
+                "192.0.2.1:6443",
+                "`clusters[lab].cluster.server` is `192.0.2.1:6443`, which starts with neither https:// nor http://",
+            ),
+            (
+                "insecure-skip-tls-verify: true",
+                "certificate-authority: ca.crt",
+                "`clusters[lab].cluster.certificate-authority` is of no use: failed to load certificate authority: failed to read file '\"DIR/ca.crt\"': No such file or directory (os error 2)",
+            ),
+            (
+                "token: secret",
+                "tokenFile: token",
+                "`users[node].user.tokenFile` names `DIR/token`, which cannot be read: No such file or directory (os error 2)",
+            ),
         ];
         for (good, bad, expected) in cases {
             let error = load(&GOOD.replace(good, bad)).await.unwrap_err();

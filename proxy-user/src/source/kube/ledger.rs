@@ -163,7 +163,10 @@ mod tests {
         let mut ledger = Ledger::new(Kind::Service);
         play(&mut ledger, listed(&["a"]));
         assert_eq!(play(&mut ledger, [Event::Delete(service("b"))]), Vec::<String>::new());
-        assert_eq!(play(&mut ledger, [Event::Apply(service("b")), Event::Delete(service("b"))]), ["+b", "-b"]);
+        assert_eq!(
+            play(&mut ledger, [Event::Apply(service("b")), Event::Delete(service("b"))]),
+            ["+b", "-b"]
+        );
     }
 
     #[test]

@@ -164,7 +164,10 @@ mod tests {
         let Object::Node(node) = node.trimmed() else { panic!("not a Node") };
         let status = serde_json::to_value(node.status).unwrap();
         assert_eq!(status, json!({"addresses": [{"type": "InternalIP", "address": "192.0.2.1"}]}));
-        assert_eq!(node.metadata.labels.unwrap().into_keys().collect::<Vec<_>>(), ["topology.kubernetes.io/zone"]);
+        assert_eq!(
+            node.metadata.labels.unwrap().into_keys().collect::<Vec<_>>(),
+            ["topology.kubernetes.io/zone"]
+        );
         assert_eq!(node.spec.unwrap().pod_cidrs.unwrap(), ["10.1.0.0/24"]);
     }
 
