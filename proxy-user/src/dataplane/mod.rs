@@ -9,6 +9,8 @@ use serde::Serialize;
 
 use crate::plan::{Backend, Delta, Frontend, PortId};
 
+pub mod ebpf;
+
 /// One data plane.
 ///
 /// Calls block and are made from one thread. A data plane remembers nothing about Services beyond what it needs to
