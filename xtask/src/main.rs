@@ -4,9 +4,17 @@
 //! tests run as child processes.
 
 #![deny(unsafe_code)]
-#![expect(clippy::print_stdout, reason = "telling the developer what happens is its purpose")]
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "telling the developer what happens is its purpose"
+)]
 
+use std::process::ExitCode;
+
+use anyhow::Result;
 use clap::{Parser, Subcommand};
+use machine::Machine;
 
 mod check;
 mod demo;
@@ -50,18 +58,28 @@ enum Task {
     },
 }
 
-fn main() -> anyhow::Result<()> {
-    let machine = machine::Machine::discover()?;
-    match Cli::parse().task {
-        Task::Setup { level } => setup::run(&machine, level).map(|done| {
-            if done == 0 {
+fn main() -> ExitCode {
+    match Machine::discover().and_then(|machine| perform(&machine, Cli::parse().task)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn perform(machine: &Machine, task: Task) -> Result<()> {
+    match task {
+        Task::Setup { level } => {
+            if setup::run(machine, level)? == 0 {
                 println!("nothing is missing");
             }
-        }),
-        Task::Demo { args } => demo::run(&machine, &args),
-        Task::Test(options) => suites::run(&machine, &options),
-        Task::Check => check::run(&machine),
-        Task::Generate { check } => generate::run(&machine, check),
+            Ok(())
+        }
+        Task::Demo { args } => demo::run(machine, &args),
+        Task::Test(options) => suites::run(machine, &options),
+        Task::Check => check::run(machine),
+        Task::Generate { check } => generate::run(machine, check),
     }
 }
 
