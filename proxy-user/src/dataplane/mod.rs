@@ -13,6 +13,7 @@ mod memory;
 pub use memory::{Faulty, Memory};
 pub mod nftables;
 pub mod conntrack;
+pub mod ebpf;
 
 /// One data plane.
 ///
