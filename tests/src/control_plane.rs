@@ -19,7 +19,7 @@ use k8s_openapi::{
 };
 use kube::{
     Api, Client, Config, Resource,
-    api::{DeleteParams, Patch, PatchParams},
+    api::{DeleteParams, Patch, PatchParams, PostParams},
     config::{KubeConfigOptions, Kubeconfig},
 };
 use weir::source::{Kind, Object};
@@ -208,7 +208,7 @@ async fn apply(client: &Client, object: &Object) -> Result<()> {
             put(&api, service.as_ref(), service.status.is_some()).await
         }
         Object::EndpointSlice(slice) => put(&Api::namespaced(client, NAMESPACE), slice.as_ref(), false).await,
-        Object::Node(node) => put(&Api::<Node>::all(client), node.as_ref(), true).await,
+        Object::Node(node) => put_node(&Api::all(client), node).await,
         // The API server makes it from its own flags.
         Object::ServiceCidr(_) => Ok(()),
     }
@@ -226,6 +226,19 @@ where
     if with_status {
         api.patch_status(name, &parameters, &Patch::Apply(object)).await.with_context(context)?;
     }
+    Ok(())
+}
+
+/// Nodes have two addresses of one type, which server-side apply takes for one.
+async fn put_node(api: &Api<Node>, node: &Node) -> Result<()> {
+    let name = node.metadata.name.as_deref().unwrap_or_default();
+    match api.create(&PostParams::default(), node).await {
+        Err(kube::Error::Api(status)) if status.is_already_exists() => {
+            api.patch(name, &PatchParams::default(), &Patch::Merge(node)).await?;
+        }
+        created => drop(created?),
+    }
+    api.patch_status(name, &PatchParams::default(), &Patch::Merge(node)).await?;
     Ok(())
 }
 
