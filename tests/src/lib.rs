@@ -1,6 +1,3 @@
-//! What tests and benchmarks share.
-
-pub mod bench;
 //! What needs a kernel: nodes made of network namespaces, real connections between them, the packet cases that show
 //! every rule of a service proxy, and the demo built from the same parts.
 //!
@@ -11,6 +8,7 @@ pub mod bench;
 #![deny(unsafe_code)]
 
 pub mod assets;
+pub mod bench;
 pub mod cases;
 pub mod control_plane;
 pub mod demo;
