@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::{
     ClusterIpDelta, Delta, Destination, Frontend, FrontendPlan, HealthCheck, NodePlan, PortDelta, PortId,
@@ -114,10 +114,12 @@ impl Planner {
     #[must_use]
     pub fn failed(&mut self, delta: &Delta, ids: &[PortId]) -> bool {
         let moved = delta::moved(&delta.ports);
-        let mut repairable = !delta.complete;
+        let failed: FxHashSet<&PortId> = ids.iter().collect();
+        let mut repairable = true;
         for port in &delta.ports {
-            let Some(id) = port.id().filter(|id| ids.contains(id)) else { continue };
-            repairable &= !port.released().chain(port.taken()).any(|frontend| moved.contains_key(&frontend));
+            let Some(id) = port.id().filter(|id| failed.contains(id)) else { continue };
+            repairable &= !delta.complete
+                && !port.released().chain(port.taken()).any(|frontend| moved.contains_key(&frontend));
             self.pending_ports.insert(id.clone(), port.before.clone());
         }
         repairable
