@@ -16,6 +16,7 @@ use std::{
 
 use ipnet::IpNet;
 
+pub use crate::model::{DetectLocal, NodePortSetting};
 use crate::model::PerFamily;
 
 mod duration;
@@ -40,30 +41,6 @@ pub enum ProxyMode {
     Ebpf,
     /// nftables or nothing.
     Nftables,
-}
-
-/// How local pods are told from others (section "Local detectors" of R6, R7).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum DetectLocal {
-    /// The source lies in these networks, at most one for each family; a family without one cannot tell.
-    ClusterCidr(Vec<IpNet>),
-    /// The source lies in the Node's podCIDRs.
-    NodeCidr,
-    /// The packet came in by this interface.
-    Bridge(String),
-    /// The packet came in by an interface whose name starts so.
-    InterfacePrefix(String),
-}
-
-/// Which addresses of the node serve NodePorts (R13, R14, R15).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NodePortSetting {
-    /// The Node object's own addresses.
-    Primary,
-    /// Every address but loopback ones.
-    All,
-    /// The addresses that lie in these; never empty.
-    Cidrs(Vec<IpNet>),
 }
 
 /// Where Kubernetes objects come from.
