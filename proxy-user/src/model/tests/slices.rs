@@ -288,3 +288,10 @@ fn h2_local_ready_addresses_count_once_over_all_ports() {
         assert_eq!(endpoints.local_ready(Family::V6), 0);
     }
 }
+
+#[test]
+fn an_endpoint_is_small_because_a_cluster_has_many() {
+    // 10,000 Services of five endpoints are to fit in 15 MiB with everything around them.
+    assert!(size_of::<Endpoint>() <= 40);
+    assert!(size_of::<super::super::Service>() <= 200);
+}
