@@ -51,6 +51,17 @@ impl Place {
             Self::Router => link(family, 1),
         }
     }
+
+    /// The address servers here listen on; the router's take whatever is routed to them.
+    #[must_use]
+    pub fn server_address(self, family: Family) -> IpAddr {
+        match (self, family) {
+            (Self::Host(node), _) => node_address(family, node),
+            (Self::Router, Family::V4) => Ipv4Addr::UNSPECIFIED.into(),
+            (Self::Router, Family::V6) => Ipv6Addr::UNSPECIFIED.into(),
+            _ => self.client_address(family),
+        }
+    }
 }
 
 impl fmt::Display for Place {
@@ -198,6 +209,9 @@ impl Topology {
             "link set br0 up".to_owned(),
         ];
         lines.extend(Family::ALL.map(|family| add_address(link(family, 1), on_link(family), "br0", "")));
+        for (family, node) in Family::ALL.into_iter().flat_map(|family| [(family, 1), (family, 2)]) {
+            lines.push(format!("route add {} via {}", pod_network(family, node), node_address(family, node)));
+        }
         for cidr in EXTERNAL_CIDRS.iter().chain(&BALANCER_CIDRS) {
             lines.push(format!("route add local {cidr} dev lo"));
         }

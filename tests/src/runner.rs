@@ -114,7 +114,11 @@ pub fn run_cases(kind: Kind) -> Result<Report> {
 /// When a port cannot be listened on.
 pub fn serve(topology: &Topology) -> Result<Vec<Server>> {
     let fixed = [Place::Host(1), Place::Host(2), Place::Router];
-    fixed.into_iter().chain(Place::PODS).map(|place| Server::start(topology.at(place), &place.to_string())).collect()
+    let start = |place: Place| {
+        let addresses = Family::ALL.map(|family| place.server_address(family));
+        Server::start(topology.at(place), &place.to_string(), addresses)
+    };
+    fixed.into_iter().chain(Place::PODS).map(start).collect()
 }
 
 fn title(case: &Case) -> String {

@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use nix::sys::socket::{setsockopt, sockopt::Ipv6RecvErr};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use weir::model::Family;
 
@@ -67,7 +68,13 @@ impl Flow {
     ///
     /// As the socket calls do.
     pub fn connect(call: &Call) -> io::Result<Self> {
-        let socket = socket(call.transport, Family::of(call.to.ip()))?;
+        let family = Family::of(call.to.ip());
+        let socket = socket(call.transport, family)?;
+        if family == Family::V6 {
+            // Without it an ICMPv6 error that comes before connect() has returned is lost, and TCP only learns of it
+            // from the answer to the next SYN, a second later.
+            setsockopt(&socket, Ipv6RecvErr, &true)?;
+        }
         socket.bind(&SockAddr::from(SocketAddr::new(call.from, 0)))?;
         socket.connect_timeout(&call.to.into(), call.patience)?;
         Ok(Self { socket, transport: call.transport, to: call.to })

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     sync::{Arc, mpsc},
     thread::JoinHandle,
 };
@@ -30,12 +30,13 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts serving in a namespace as `name`; it listens once this returns.
+    /// Starts serving in a namespace as `name`, on these addresses; it listens once this returns. On an unspecified
+    /// address it answers datagrams from whichever address the way back begins with.
     ///
     /// # Errors
     ///
     /// When a port cannot be listened on.
-    pub fn start(namespace: &Namespace, name: &str) -> Result<Self> {
+    pub fn start(namespace: &Namespace, name: &str, addresses: [IpAddr; 2]) -> Result<Self> {
         let (stop, stopped) = oneshot::channel();
         let (ready, listening) = mpsc::channel();
         let name: Arc<str> = name.into();
@@ -43,7 +44,7 @@ impl Server {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let serving = runtime.and_then(|runtime| {
                 let _inside = runtime.enter();
-                listen(&name)?;
+                listen(&name, addresses)?;
                 Ok(runtime)
             });
             match serving {
@@ -69,14 +70,14 @@ impl Drop for Server {
 }
 
 /// Starts one task for each transport, family and port.
-fn listen(name: &Arc<str>) -> io::Result<()> {
+fn listen(name: &Arc<str>, addresses: [IpAddr; 2]) -> io::Result<()> {
     for transport in [Transport::Tcp, Transport::Udp, Transport::Sctp] {
         if !transport.available() {
             continue;
         }
-        for (family, port) in Family::ALL.into_iter().flat_map(|family| SERVER_PORTS.map(|port| (family, port))) {
+        for (address, port) in addresses.into_iter().flat_map(|address| SERVER_PORTS.map(|port| (address, port))) {
             let name: Arc<str> = format!("{name}:{port}").into();
-            let socket = bound(transport, family, port)?;
+            let socket = bound(transport, SocketAddr::new(address, port))?;
             if transport == Transport::Udp {
                 tokio::spawn(answer_datagrams(UdpSocket::from_std(socket.into())?, name));
             } else {
@@ -88,18 +89,15 @@ fn listen(name: &Arc<str>) -> io::Result<()> {
     Ok(())
 }
 
-fn bound(transport: Transport, family: Family, port: u16) -> io::Result<socket2::Socket> {
+fn bound(transport: Transport, address: SocketAddr) -> io::Result<socket2::Socket> {
+    let family = Family::of(address.ip());
     let socket = client::socket(transport, family)?;
-    let any: IpAddr = match family {
-        Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
-        Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
-    };
     if family == Family::V6 {
         socket.set_only_v6(true)?;
     }
     socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
-    socket.bind(&SockAddr::from(SocketAddr::new(any, port)))?;
+    socket.bind(&SockAddr::from(address))?;
     Ok(socket)
 }
 
