@@ -19,10 +19,16 @@ use crate::{
 
 /// The version `tests/kubernetes/go.mod` pins.
 const KUBERNETES: &str = "1.36.3";
-const MAIN_PACKAGES: [(&str, &str); 2] = [
-    ("kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver"),
-    ("kube-proxy", "k8s.io/kubernetes/cmd/kube-proxy"),
-];
+/// One that is built, and about how long that takes with nothing cached.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Program {
+    name: &'static str,
+    takes: &'static str,
+}
+
+pub(super) const API_SERVER: Program = Program { name: "kube-apiserver", takes: "one to two minutes" };
+pub(super) const KUBE_PROXY: Program = Program { name: "kube-proxy", takes: "one to three minutes" };
+
 /// From this version on, Go fetches by itself the toolchain that a module asks for.
 const GO_THAT_FETCHES: [u32; 2] = [1, 21];
 
@@ -54,14 +60,9 @@ impl Assets {
         Self::find(env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from), cached(machine))
     }
 
-    fn lacking(&self) -> Vec<(&'static str, &'static str)> {
-        MAIN_PACKAGES
-            .into_iter()
-            .filter(|(program, _)| {
-                let directory = if *program == "kube-proxy" { &self.proxy } else { &self.server };
-                !is_executable(&directory.join(program))
-            })
-            .collect()
+    fn lacks(&self, program: &Program) -> bool {
+        let directory = if *program == KUBE_PROXY { &self.proxy } else { &self.server };
+        !is_executable(&directory.join(program.name))
     }
 }
 
@@ -94,33 +95,26 @@ fn put(from: &Path, to: &Path) -> Result<()> {
     fs::rename(copy, to).with_context(|| format!("moving into {}", to.display()))
 }
 
-pub(super) fn missing_programs(machine: &Machine, _: Level) -> Result<Option<String>> {
-    let names = Assets::of(machine).lacking().into_iter().map(|(program, _)| program).collect::<Vec<_>>();
-    Ok((!names.is_empty()).then(|| {
-        format!(
-            "{} {KUBERNETES} (from source, a few minutes with an empty Go build cache)",
-            names.join(" and ")
-        )
-    }))
+pub(super) fn missing_program(machine: &Machine, program: &Program) -> Result<Option<String>> {
+    let Program { name, takes } = program;
+    let lacks = Assets::of(machine).lacks(program);
+    Ok(lacks.then(|| format!("{name} {KUBERNETES} (built from source, {takes} the first time)")))
 }
 
-pub(super) fn build_programs(machine: &Machine, _: Level) -> Result<()> {
+pub(super) fn build_program(machine: &Machine, program: &Program) -> Result<()> {
     let module = machine.workspace.join("tests/kubernetes");
     let wanted = go_directive(&fs::read_to_string(module.join("go.mod"))?)
         .context("tests/kubernetes/go.mod does not say which Go it needs")?;
     let (go, version) = go(machine).context("there is no Go")?;
-    for (program, package) in Assets::of(machine).lacking() {
-        let draft = tempfile::tempdir()?;
-        let mut command = machine.command(&go);
-        command.current_dir(&module).env("CGO_ENABLED", "0").env_remove("GOROOT");
-        if version < wanted {
-            command.env("GOTOOLCHAIN", "auto");
-        }
-        command.args(["build", "-trimpath", "-ldflags"]).arg(linker_flags()).arg("-o").arg(draft.path());
-        process::read(command.arg(package))?;
-        put(&draft.path().join(program), &cached(machine).join(program))?;
+    let draft = tempfile::tempdir()?;
+    let mut command = machine.command(&go);
+    command.current_dir(&module).env("CGO_ENABLED", "0").env_remove("GOROOT");
+    if version < wanted {
+        command.env("GOTOOLCHAIN", "auto");
     }
-    Ok(())
+    command.args(["build", "-trimpath", "-ldflags"]).arg(linker_flags()).arg("-o").arg(draft.path());
+    process::read(command.arg(format!("k8s.io/kubernetes/cmd/{}", program.name)))?;
+    put(&draft.path().join(program.name), &cached(machine).join(program.name))
 }
 
 /// Without debug information, and with the version that a plain build leaves open.
@@ -167,8 +161,10 @@ fn go_directive(module: &str) -> Option<[u32; 2]> {
     go_version(module.lines().find_map(|line| line.strip_prefix("go "))?.trim())
 }
 
-pub(super) fn missing_go(machine: &Machine, level: Level) -> Result<Option<String>> {
-    if missing_programs(machine, level)?.is_none() || go(machine).is_some() {
+pub(super) fn missing_go(machine: &Machine, _: Level) -> Result<Option<String>> {
+    let assets = Assets::of(machine);
+    let builds = assets.lacks(&API_SERVER) || assets.lacks(&KUBE_PROXY);
+    if !builds || go(machine).is_some() {
         return Ok(None);
     }
     Ok(Some("Go 1.24 (of Debian trixie, to build kube-apiserver and kube-proxy)".to_owned()))
@@ -218,12 +214,12 @@ mod tests {
 
         put(&source, &given.join("etcd")).unwrap();
         assert_eq!(find().server, cached, "etcd alone is of no use");
-        assert_eq!(find().lacking(), MAIN_PACKAGES);
+        assert!(find().lacks(&API_SERVER) && find().lacks(&KUBE_PROXY));
         put(&source, &given.join("kube-apiserver")).unwrap();
         assert_eq!((find().server, find().proxy), (given.clone(), cached.clone()));
-        assert_eq!(find().lacking(), MAIN_PACKAGES[1..]);
+        assert!(!find().lacks(&API_SERVER) && find().lacks(&KUBE_PROXY));
         put(&source, &cached.join("kube-proxy")).unwrap();
-        assert_eq!(find().lacking(), []);
+        assert!(!find().lacks(&KUBE_PROXY));
         assert_eq!(fs::read_dir(&given).unwrap().count(), 2, "nothing is left of the copying");
         assert_eq!(Assets::find(None, cached.clone()).server, cached);
         assert_eq!(Assets::find(Some("".into()), cached.clone()).proxy, cached);

@@ -53,7 +53,16 @@ const STEPS: &[Step] = &[
     Step { level: Level::Test, missing: nft::missing, install: nft::install },
     Step { level: Level::Test, missing: kubernetes::missing_etcd, install: kubernetes::install_etcd },
     Step { level: Level::Test, missing: kubernetes::missing_go, install: kubernetes::install_go },
-    Step { level: Level::Test, missing: kubernetes::missing_programs, install: kubernetes::build_programs },
+    Step {
+        level: Level::Test,
+        missing: |machine, _| kubernetes::missing_program(machine, &kubernetes::API_SERVER),
+        install: |machine, _| kubernetes::build_program(machine, &kubernetes::API_SERVER),
+    },
+    Step {
+        level: Level::Test,
+        missing: |machine, _| kubernetes::missing_program(machine, &kubernetes::KUBE_PROXY),
+        install: |machine, _| kubernetes::build_program(machine, &kubernetes::KUBE_PROXY),
+    },
     Step {
         level: Level::Check,
         missing: compiler::missing_cargo_deny,
