@@ -148,6 +148,12 @@ impl Model {
         !self.node_deleted && self.node.as_ref().is_some_and(|node| node.eligible)
     }
 
+    /// Whether this node's Node was ever seen.
+    #[must_use]
+    pub fn knows_node(&self) -> bool {
+        self.node.is_some()
+    }
+
     fn set_service(&mut self, object: &ServiceObject) {
         let name = ObjectName::of(&object.metadata);
         let mut problems = Vec::new();

@@ -48,6 +48,7 @@ pub(super) struct Engine {
     /// Why everything has to be compared with the kernel, if it has to.
     reconcile: Option<&'static str>,
     know_addresses: bool,
+    node_is_optional: bool,
     longest_retry: Duration,
     failures: u32,
     retry_at: Option<tokio::time::Instant>,
@@ -74,11 +75,17 @@ impl Engine {
             started: Timestamp::now(),
             reconcile: Some("start"),
             know_addresses: false,
+            node_is_optional: false,
             longest_retry: Duration::from_secs(30),
             failures: 0,
             retry_at: None,
             triggers: Vec::new(),
         }
+    }
+
+    /// Whether a source without this node's Node is no reason to keep load balancers away.
+    pub(super) fn with_optional_node(self, optional: bool) -> Self {
+        Self { node_is_optional: optional, ..self }
     }
 
     /// Waits no longer than `longest` after a failure.
@@ -124,7 +131,8 @@ impl Engine {
             for change in taken.drain(..) {
                 self.take_in(change);
             }
-            self.health.set_eligible(self.model.node_eligible());
+            let unknown = self.node_is_optional && !self.model.knows_node();
+            self.health.set_eligible(unknown || self.model.node_eligible());
             self.bring_up_to_date();
         }
     }

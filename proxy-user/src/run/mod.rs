@@ -72,6 +72,7 @@ async fn serve(config: Config, plane: Nftables) -> anyhow::Result<()> {
 
     let engine = Engine::new(settings(&config), Box::new(plane), metrics.clone(), health.clone())
         .with_retry(config.sync_period)
+        .with_optional_node(matches!(config.source, SourceConfig::Manifests { .. }))
         .with_conntrack(clean_conntrack(metrics.clone())?);
     let inputs = Inputs { changes, addresses, foreign, stopping: stopping.clone() };
     let engine = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
