@@ -21,6 +21,8 @@ use kube::{
 use serde_json::json;
 use tempfile::TempDir;
 
+use crate::assets;
+
 /// How long programs may take to start on a busy machine.
 const START: Duration = Duration::from_secs(120);
 
@@ -74,7 +76,7 @@ impl ApiServer {
     ///
     /// When etcd does not tell its version.
     pub fn streams_lists(&self) -> Result<bool> {
-        let answer = Command::new(assets()?.join("etcd")).arg("--version").output()?;
+        let answer = Command::new(assets::kubernetes("etcd")?).arg("--version").output()?;
         let text = String::from_utf8(answer.stdout)?;
         let version = text.lines().find_map(|line| line.strip_prefix("etcd Version: "));
         let version = version.with_context(|| format!("etcd --version says {text}"))?;
@@ -271,12 +273,7 @@ fn end(process: &mut Child) {
 }
 
 fn spawn(program: &str, arguments: &[String], log: &Path) -> Result<Child> {
-    let path = assets()?.join(program);
-    ensure!(
-        path.is_file(),
-        "{} is missing; run `cargo xtask setup`, or set KUBEBUILDER_ASSETS",
-        path.display()
-    );
+    let path = assets::kubernetes(program)?;
     let log = File::options().create(true).append(true).open(log)?;
     Command::new(&path)
         .args(arguments)
@@ -285,18 +282,6 @@ fn spawn(program: &str, arguments: &[String], log: &Path) -> Result<Child> {
         .stderr(log)
         .spawn()
         .with_context(|| format!("cannot start {}", path.display()))
-}
-
-fn assets() -> Result<PathBuf> {
-    if let Some(directory) = std::env::var_os("KUBEBUILDER_ASSETS") {
-        return Ok(directory.into());
-    }
-    let cache = match std::env::var_os("XDG_CACHE_HOME") {
-        Some(cache) => PathBuf::from(cache),
-        None => Path::new(&std::env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?)
-            .join(".cache"),
-    };
-    Ok(cache.join("weir/kubernetes-v1.36.3"))
 }
 
 fn free_port() -> Result<u16> {

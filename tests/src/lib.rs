@@ -1,3 +1,21 @@
-//! tests
+//! What needs a kernel: nodes made of network namespaces, real connections between them, the packet cases that show
+//! every rule of a service proxy, and the demo built from the same parts.
+//!
+//! ```text
+//! topology (netns, node) ──▶ subject (weir | kube-proxy, fed with objects) ──▶ cases ──▶ traffic ──▶ verdicts
+//! ```
+
+#![deny(unsafe_code)]
 
 pub mod apiserver;
+pub mod assets;
+pub mod bench;
+pub mod cases;
+pub mod control_plane;
+pub mod demo;
+pub mod netns;
+pub mod node;
+pub mod objects;
+pub mod runner;
+pub mod subject;
+pub mod traffic;

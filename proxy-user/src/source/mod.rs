@@ -17,6 +17,7 @@ use serde::Serialize;
 
 use crate::model::ObjectName;
 
+pub mod host;
 pub mod kube;
 pub mod manifests;
 mod status;

@@ -1,0 +1,10 @@
+//! The packet cases on the real kube-proxy in nftables mode: they prove the table right.
+
+use weir_tests::{runner::run_cases, subject::Kind};
+
+#[test]
+fn kube_proxy_gives_every_packet_case_its_due() {
+    let report = run_cases(Kind::KubeProxy).unwrap();
+    report.print();
+    report.verdict().unwrap();
+}

@@ -1,0 +1,63 @@
+//! Where the real Kubernetes programs and the weir under test are found.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+/// The directory of kube-apiserver, etcd and kube-proxy: `KUBEBUILDER_ASSETS`, else
+/// `${XDG_CACHE_HOME:-$HOME/.cache}/weir/kubernetes-v1.36.3`, where `cargo xtask setup` puts them.
+///
+/// # Errors
+///
+/// When neither variable nor home directory is known.
+pub fn directory() -> Result<PathBuf> {
+    if let Some(assets) = std::env::var_os("KUBEBUILDER_ASSETS") {
+        return Ok(assets.into());
+    }
+    Ok(cache()?.join("kubernetes-v1.36.3"))
+}
+
+/// Where setup keeps what it built.
+///
+/// # Errors
+///
+/// When no home directory is known.
+pub fn cache() -> Result<PathBuf> {
+    let base = match std::env::var_os("XDG_CACHE_HOME") {
+        Some(cache) => PathBuf::from(cache),
+        None => Path::new(&std::env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?).join(".cache"),
+    };
+    Ok(base.join("weir"))
+}
+
+/// The path of one Kubernetes program.
+///
+/// # Errors
+///
+/// When it is not there.
+pub fn kubernetes(program: &str) -> Result<PathBuf> {
+    let path = directory()?.join(program);
+    ensure!(path.is_file(), "{} is missing; run `cargo xtask setup`, or set KUBEBUILDER_ASSETS", path.display());
+    Ok(path)
+}
+
+/// The weir binary under test: `WEIR_BIN`, else the one built beside this test.
+///
+/// # Errors
+///
+/// When there is none.
+pub fn weir() -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os("WEIR_BIN") {
+        let path = PathBuf::from(path);
+        ensure!(path.is_file(), "WEIR_BIN={} is not a file", path.display());
+        return Ok(path);
+    }
+    let here = std::env::current_exe()?;
+    for directory in here.ancestors().skip(1).take(3) {
+        let path = directory.join("weir");
+        if path.is_file() {
+            return Ok(path);
+        }
+    }
+    bail!("no weir binary beside {}; run `cargo build -p proxy-user` first, or set WEIR_BIN", here.display())
+}

@@ -1,0 +1,135 @@
+//! Session affinity: A1 to A5.
+
+use std::{thread, time::Duration};
+
+use anyhow::{Result, ensure};
+
+use super::*;
+use crate::{
+    node::OUTSIDE_CLIENTS,
+    objects::{Slice, pod, service, slice},
+};
+
+pub(super) fn cases() -> Vec<Case> {
+    let four = || [pod(1, 1), pod(1, 2), pod(2, 1), pod(2, 2)];
+    let hour = 3600;
+    vec![
+        case("A1 A2", "each client stays with its backend, whichever address it calls", {
+            service(four()).everywhere().sticky(hour)
+        })
+        .step(Step::Run("call every address of the Service from many clients", stay)),
+        case("A1 A2 R6", "clients stay under external policy Local", {
+            service([pod(1, 1), pod(1, 2), pod(2, 1)]).everywhere().sticky(hour).external_local()
+        })
+        .step(Step::Run("call from many clients outside", stay_local)),
+        case("A2", "ports of one Service are remembered apart", {
+            let ports = [("http", Transport::Tcp, 80), ("admin", Transport::Tcp, 81)];
+            let slice = Slice {
+                ports: vec![("http", Transport::Tcp, TARGET), ("admin", Transport::Tcp, TARGET)],
+                ..slice(four())
+            };
+            service([]).ports(&ports).slices([slice]).sticky(hour)
+        })
+        .over(&[Transport::Tcp])
+        .step(Step::Run("compare the backends of two ports", apart)),
+        case("A4 A5", "a client whose backend leaves gets another, and stays there when the first comes back", {
+            service([pod(1, 1), pod(2, 1)]).sticky(hour)
+        })
+        .check(POD12, CLUSTER, any_of_two())
+        .then(service([pod(2, 2)]).sticky(hour))
+        .check(POD12, CLUSTER, any(&[POD22]))
+        .then(service([pod(1, 1), pod(2, 1), pod(2, 2)]).sticky(hour))
+        .check(POD12, CLUSTER, any(&[POD22])),
+        case("A4", "a backend that is left out is not gone to", {
+            service([pod(1, 1), pod(2, 1)]).sticky(hour)
+        })
+        .check(POD12, CLUSTER, any_of_two())
+        .then(service([pod(1, 1).terminating(), pod(2, 1).terminating(), pod(2, 2)]).sticky(hour))
+        .check(POD12, CLUSTER, any(&[POD22])),
+        case("A1 A3", "a client is remembered for the timeout after its last new flow", {
+            service(four()).sticky(TIMEOUT.as_secs() as i32)
+        })
+        .step(Step::Run("keep calling, then wait for the timeout", forget)),
+        case("A1", "affinity ends when it is switched off, and starts when it is switched on", {
+            service(four()).sticky(hour)
+        })
+        .step(Step::Run("stay with one backend", |scene| one_each(scene, CLUSTER).map(drop)))
+        .then(service(four()))
+        .check(POD12, CLUSTER, any(&Place::PODS))
+        .then(service(four()).sticky(hour))
+        .step(Step::Run("stay with one backend again", |scene| one_each(scene, CLUSTER).map(drop))),
+    ]
+}
+
+const TIMEOUT: Duration = Duration::from_secs(2);
+
+/// One of two, whichever: what a sticky client sees.
+fn any_of_two() -> Expect {
+    Expect::OneOf(vec![(POD11, TARGET), (POD21, TARGET)])
+}
+
+fn clients() -> impl Iterator<Item = Place> {
+    (0..OUTSIDE_CLIENTS).map(Place::Outside)
+}
+
+/// The backend of every client outside, each asked more than once; that all have the same is a one in 4^15 chance.
+fn one_each(scene: &Scene<'_>, target: Target) -> Result<Vec<String>> {
+    let mut backends = Vec::new();
+    for client in clients() {
+        let first = scene.backend(client, target)?;
+        for _ in 0..4 {
+            let again = scene.backend(client, target)?;
+            ensure!(again == first, "{client} was sent to {first} and then to {again}");
+        }
+        backends.push(first);
+    }
+    ensure!(backends.iter().any(|backend| *backend != backends[0]), "all clients were sent to {}", backends[0]);
+    Ok(backends)
+}
+
+fn stay(scene: &Scene<'_>) -> Result<()> {
+    let first = one_each(scene, CLUSTER)?;
+    for target in EXTERNALS {
+        let others = one_each(scene, target)?;
+        ensure!(others == first, "backends by ClusterIP {first:?}, by {target:?} {others:?}");
+    }
+    for from in [POD12, HOST] {
+        let first = scene.backend(from, CLUSTER)?;
+        for target in [CLUSTER, CLUSTER, NODE_PORT, EXTERNAL, BALANCER] {
+            let other = scene.backend(from, target)?;
+            ensure!(other == first, "{from} was sent to {first} by ClusterIP and to {other} by {target:?}");
+        }
+    }
+    Ok(())
+}
+
+fn stay_local(scene: &Scene<'_>) -> Result<()> {
+    for target in EXTERNALS {
+        let backends = one_each(scene, target)?;
+        ensure!(backends.iter().all(|backend| backend.starts_with("pod-1-")), "not only local: {backends:?}");
+    }
+    Ok(())
+}
+
+fn apart(scene: &Scene<'_>) -> Result<()> {
+    let first = one_each(scene, CLUSTER)?;
+    let second = one_each(scene, CLUSTER.port(81))?;
+    ensure!(first != second, "both ports sent every client to the same backend: {first:?}");
+    Ok(())
+}
+
+fn forget(scene: &Scene<'_>) -> Result<()> {
+    let first = one_each(scene, CLUSTER)?;
+    for _ in 0..4 {
+        // Shorter than the timeout, and longer than it in sum: each new flow must have wound the clock again.
+        thread::sleep(TIMEOUT * 2 / 5);
+        for (client, backend) in clients().zip(&first) {
+            let again = scene.backend(client, CLUSTER)?;
+            ensure!(again == *backend, "{client} was forgotten early: {backend}, then {again}");
+        }
+    }
+    thread::sleep(TIMEOUT + Duration::from_millis(500));
+    let again = one_each(scene, CLUSTER)?;
+    ensure!(again != first, "all clients were remembered beyond the timeout");
+    Ok(())
+}

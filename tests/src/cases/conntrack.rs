@@ -1,0 +1,87 @@
+//! What becomes of flows that exist: R1 and K1 to K4.
+
+use super::*;
+use crate::objects::{Shape, pod, service};
+
+const UDP: Transport = Transport::Udp;
+const TCP: Transport = Transport::Tcp;
+
+pub(super) fn cases() -> Vec<Case> {
+    let mut cases = established();
+    cases.extend(stale());
+    cases
+}
+
+fn established() -> Vec<Case> {
+    let everywhere = |endpoints: [crate::objects::Endpoint; 1]| service(endpoints).everywhere();
+    vec![
+        case("R1 K4", "an established TCP flow stays when its endpoint is replaced", everywhere([pod(1, 1)]))
+            .over(&[TCP])
+            .step(Step::Open(POD12, CLUSTER))
+            .step(Step::Open(HOST, CLUSTER))
+            .step(Step::Open(OUTSIDE, NODE_PORT))
+            .step(Step::Open(OUTSIDE, EXTERNAL))
+            .then(everywhere([pod(2, 1)]))
+            .check(POD12, CLUSTER, any(&[POD21]))
+            .check(OUTSIDE, NODE_PORT, any(&[POD21]))
+            .step(Step::Stays(TCP)),
+        case("R1", "an established TCP flow outlives its Service", everywhere([pod(1, 1)]))
+            .over(&[TCP])
+            .step(Step::Open(POD12, CLUSTER))
+            .step(Step::Open(OUTSIDE, NODE_PORT))
+            .step(Step::Vanish)
+            .check(POD12, CLUSTER, Expect::Dropped)
+            .step(Step::Stays(TCP)),
+        case("R1", "an established TCP flow stays when the Service loses all endpoints", everywhere([pod(2, 1)]))
+            .over(&[TCP])
+            .step(Step::Open(POD12, CLUSTER))
+            .step(Step::Open(OUTSIDE, EXTERNAL))
+            .then(service([]).everywhere())
+            .check(POD12, CLUSTER, Expect::Refused)
+            .step(Step::Stays(TCP)),
+    ]
+}
+
+fn opened(case: Case) -> Case {
+    case.over(&[UDP])
+        .step(Step::Open(POD12, CLUSTER))
+        .step(Step::Open(HOST, CLUSTER))
+        .step(Step::Open(OUTSIDE, NODE_PORT))
+        .step(Step::Open(OUTSIDE, EXTERNAL))
+        .step(Step::Open(OUTSIDE, BALANCER))
+}
+
+fn stale() -> Vec<Case> {
+    let one = || service([pod(1, 1)]).everywhere();
+    let other: fn() -> Shape = || service([pod(2, 1)]).everywhere();
+    vec![
+        opened(case("K1 K2 K3", "UDP flows move when their endpoint is replaced", one()))
+            .then(other())
+            .step(Step::Moves(UDP, POD21)),
+        opened(case("K2", "UDP flows stay while their endpoint serves", one()))
+            .then(service([pod(1, 1), pod(2, 1)]).everywhere())
+            .step(Step::Stays(UDP))
+            .then(service([pod(1, 1).terminating(), pod(2, 1)]).everywhere())
+            .check(POD12, CLUSTER, any(&[POD21]))
+            .step(Step::Stays(UDP))
+            .then(other())
+            .step(Step::Moves(UDP, POD21)),
+        opened(case("K4", "UDP flows stay while there is no endpoint to go to", one()))
+            .then(service([]).everywhere())
+            .check(POD12, CLUSTER, Expect::Refused)
+            .step(Step::Stays(UDP))
+            .then(other())
+            .step(Step::Moves(UDP, POD21)),
+        case("K2", "UDP flows that began before the Service had the address come to it", service([pod(1, 1)]))
+            .over(&[UDP])
+            .step(Step::Send(POD12, EXTERNAL))
+            .step(Step::Send(OUTSIDE, BALANCER))
+            .then(other())
+            .step(Step::Moves(UDP, POD21)),
+        case("K2", "UDP flows stay under policy Local while a remote endpoint serves them", one())
+            .over(&[UDP])
+            .step(Step::Open(POD12, CLUSTER))
+            .then(service([pod(1, 1), pod(2, 1)]).everywhere().internal_local())
+            .step(Step::Stays(UDP)),
+    ]
+}

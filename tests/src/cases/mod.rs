@@ -1,0 +1,257 @@
+//! The packet cases: every rule of the behaviour reference that packets can show.
+//!
+//! In: nothing; this is a table. Out: [`Case`]s for [`crate::runner`], each with Services of its own, so that all of
+//! them are loaded at once and run side by side. Every case runs over both families and over TCP and UDP unless it
+//! says otherwise, and is proven right on the real kube-proxy before weir is held to it.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use weir::model::Family;
+
+use crate::{
+    node::{Place, node_address, second_node_address},
+    objects::{Lot, PORT, Shape, TARGET},
+    runner::Scene,
+    subject::Settings,
+    traffic::Transport,
+};
+
+mod affinity;
+mod conntrack;
+mod differences;
+mod endpoints;
+mod live;
+mod matrix;
+mod ports;
+mod refuse;
+
+pub use differences::{Difference, known};
+
+/// One case.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// The ids of the rules it shows.
+    pub rules: &'static str,
+    /// What it shows.
+    pub name: String,
+    /// Its addresses.
+    pub lot: Lot,
+    /// How the agents are to be set up.
+    pub settings: Settings,
+    /// The Service as the case finds it.
+    pub shape: Shape,
+    /// The families it runs over.
+    pub families: Vec<Family>,
+    /// The transports it runs over.
+    pub transports: Vec<Transport>,
+    /// What happens, in this order.
+    pub steps: Vec<Step>,
+}
+
+/// A step that is written out, run once for each family and transport.
+pub type Act = fn(&Scene<'_>) -> anyhow::Result<()>;
+
+/// One step of a case.
+#[derive(Clone, Debug)]
+pub enum Step {
+    /// New flows get what they should.
+    Check(Place, Target, Expect),
+    /// The Service and its endpoints change to this.
+    Become(Box<Shape>),
+    /// The Service and its endpoints are deleted.
+    Vanish,
+    /// A flow is opened, for the steps below to ask on.
+    Open(Place, Target),
+    /// A flow is opened by sending to where nobody answers yet.
+    Send(Place, Target),
+    /// The open flows of this transport are answered by whoever answered first.
+    Stays(Transport),
+    /// The open flows of this transport come to be answered by this place.
+    Moves(Transport, Place),
+    /// Something of its own.
+    Run(&'static str, Act),
+}
+
+/// Where a client calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Target {
+    address: Address,
+    port: u16,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Address {
+    Cluster,
+    UnusedCluster,
+    External,
+    Balancer,
+    Node(u8),
+    SecondNode(u8),
+    Loopback,
+}
+
+/// The Service's ClusterIP.
+const CLUSTER: Target = Target { address: Address::Cluster, port: PORT };
+/// An address of the Service range that no Service has.
+const UNUSED: Target = Target { address: Address::UnusedCluster, port: PORT };
+/// The Service's external address.
+const EXTERNAL: Target = Target { address: Address::External, port: PORT };
+/// The address of the Service's load balancer.
+const BALANCER: Target = Target { address: Address::Balancer, port: PORT };
+/// The Service's NodePort on node 1.
+const NODE_PORT: Target = Target { address: Address::Node(1), port: PORT };
+/// Every destination that is not the ClusterIP.
+const EXTERNALS: [Target; 3] = [NODE_PORT, EXTERNAL, BALANCER];
+
+impl Target {
+    /// Another port of the Service.
+    const fn port(self, port: u16) -> Self {
+        Self { address: self.address, port }
+    }
+
+    /// The socket address in a case's lot. Addresses of nodes stand for NodePorts.
+    #[must_use]
+    pub fn resolve(self, lot: Lot, family: Family) -> SocketAddr {
+        let loopback: IpAddr = match family {
+            Family::V4 => Ipv4Addr::LOCALHOST.into(),
+            Family::V6 => Ipv6Addr::LOCALHOST.into(),
+        };
+        let (address, port) = match self.address {
+            Address::Cluster => (lot.cluster_ip(family), self.port),
+            Address::UnusedCluster => (lot.unused_cluster_ip(family), self.port),
+            Address::External => (lot.external_ip(family), self.port),
+            Address::Balancer => (lot.balancer_ip(family), self.port),
+            Address::Node(node) => (node_address(family, node), lot.node_port(self.port)),
+            Address::SecondNode(node) => (second_node_address(family, node), lot.node_port(self.port)),
+            Address::Loopback => (loopback, lot.node_port(self.port)),
+        };
+        SocketAddr::new(address, port)
+    }
+
+    /// The node that handles calls from a place to here.
+    #[must_use]
+    pub fn handled_by(self, from: Place) -> u8 {
+        match (from, self.address) {
+            (Place::Pod(node, _) | Place::Host(node), _) => node,
+            (_, Address::Node(node) | Address::SecondNode(node)) => node,
+            _ => 1,
+        }
+    }
+}
+
+/// What the server should see of the client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The client's own address.
+    Kept,
+    /// An address of the node in between.
+    Masqueraded,
+    /// Either.
+    Any,
+}
+
+/// What new flows should get.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// Each of these answers now and then, and nobody else ever.
+    Served(Vec<(Place, u16)>, Source),
+    /// Always the same one of these answers.
+    OneOf(Vec<(Place, u16)>),
+    /// Connection refused.
+    Refused,
+    /// Nothing at all.
+    Dropped,
+}
+
+use Source::{Kept, Masqueraded};
+
+/// Answered by these places on the usual target port.
+fn by(places: &[Place], source: Source) -> Expect {
+    Expect::Served(places.iter().map(|&place| (place, TARGET)).collect(), source)
+}
+
+/// Answered by these places on the usual target port, whatever they see of the client.
+fn any(places: &[Place]) -> Expect {
+    by(places, Source::Any)
+}
+
+const POD11: Place = Place::Pod(1, 1);
+const POD12: Place = Place::Pod(1, 2);
+const POD21: Place = Place::Pod(2, 1);
+const POD22: Place = Place::Pod(2, 2);
+const HOST: Place = Place::Host(1);
+const OUTSIDE: Place = Place::Outside(0);
+
+/// A case that finds this Service.
+fn case(rules: &'static str, name: impl Into<String>, shape: Shape) -> Case {
+    Case {
+        rules,
+        name: name.into(),
+        lot: Lot(0),
+        settings: Settings::default(),
+        shape,
+        families: Family::ALL.to_vec(),
+        transports: vec![Transport::Tcp, Transport::Udp],
+        steps: Vec::new(),
+    }
+}
+
+impl Case {
+    fn with(mut self, settings: &Settings) -> Self {
+        self.settings = settings.clone();
+        self
+    }
+
+    fn over(mut self, transports: &[Transport]) -> Self {
+        self.transports = transports.to_vec();
+        self
+    }
+
+    fn only(mut self, family: Family) -> Self {
+        self.families = vec![family];
+        self
+    }
+
+    fn step(mut self, step: Step) -> Self {
+        self.steps.push(step);
+        self
+    }
+
+    fn check(self, from: Place, to: Target, expect: Expect) -> Self {
+        self.step(Step::Check(from, to, expect))
+    }
+
+    fn checks(mut self, from: &[Place], to: &[Target], expect: &Expect) -> Self {
+        for &from in from {
+            for &to in to {
+                self = self.check(from, to, expect.clone());
+            }
+        }
+        self
+    }
+
+    fn then(self, shape: Shape) -> Self {
+        self.step(Step::Become(Box::new(shape)))
+    }
+}
+
+/// The whole table.
+///
+/// # Panics
+///
+/// With more cases than there are lots.
+#[must_use]
+pub fn all() -> Vec<Case> {
+    let mut cases = matrix::cases();
+    cases.extend(endpoints::cases());
+    cases.extend(ports::cases());
+    cases.extend(refuse::cases());
+    cases.extend(affinity::cases());
+    cases.extend(conntrack::cases());
+    cases.extend(live::cases());
+    for (number, case) in (1..).zip(&mut cases) {
+        assert!(number <= Lot::LAST, "too many cases for the lots there are");
+        case.lot = Lot(number);
+    }
+    cases
+}

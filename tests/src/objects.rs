@@ -1,0 +1,483 @@
+//! Kubernetes objects of the cases, in few words.
+//!
+//! In: a [`Shape`], which says what is special about a Service and its endpoints, and a [`Lot`], which gives it addresses
+//! nobody else has. Out: complete objects as a cluster would hold them.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use k8s_openapi::{
+    api::{
+        core::v1::{
+            ClientIPConfig, LoadBalancerIngress, LoadBalancerStatus, Node, NodeAddress, NodeSpec, NodeStatus, Service,
+            ServicePort, ServiceSpec, ServiceStatus, SessionAffinityConfig,
+        },
+        discovery::v1::{
+            Endpoint as SliceEndpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForNode, ForZone,
+        },
+        networking::v1::{ServiceCIDR, ServiceCIDRSpec},
+    },
+    apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
+};
+use weir::{model::Family, source::Object};
+
+use crate::{
+    node::{Place, SERVICE_CIDRS, node_address, node_name, pod_address},
+    traffic::Transport,
+};
+
+/// The namespace of every object here.
+pub const NAMESPACE: &str = "default";
+
+/// The addresses of one case: all follow from its number, so that no two cases meet.
+#[derive(Clone, Copy, Debug)]
+pub struct Lot(pub u16);
+
+impl Lot {
+    /// The highest number that leaves room for NodePorts and health check ports.
+    pub const LAST: u16 = 240;
+
+    /// The name of the Service.
+    #[must_use]
+    pub fn name(self) -> String {
+        format!("case-{}", self.0)
+    }
+
+    fn within(self, v4: [u8; 3], v6: &str, family: Family) -> IpAddr {
+        let number = self.0;
+        match family {
+            Family::V4 => IpAddr::from([v4[0], v4[1], v4[2], number as u8]),
+            Family::V6 => format!("{v6}{number:x}").parse().unwrap_or(IpAddr::from([0; 16])),
+        }
+    }
+
+    /// The ClusterIP.
+    #[must_use]
+    pub fn cluster_ip(self, family: Family) -> IpAddr {
+        self.within([10, 96, 1], "fd00:10:96::1", family)
+    }
+
+    /// An address of the Service range that no Service has.
+    #[must_use]
+    pub fn unused_cluster_ip(self, family: Family) -> IpAddr {
+        self.within([10, 96, 2], "fd00:10:96::2", family)
+    }
+
+    /// The external address.
+    #[must_use]
+    pub fn external_ip(self, family: Family) -> IpAddr {
+        self.within([192, 0, 2], "2001:db8:1::", family)
+    }
+
+    /// The load balancer's address.
+    #[must_use]
+    pub fn balancer_ip(self, family: Family) -> IpAddr {
+        self.within([198, 51, 100], "2001:db8:2::", family)
+    }
+
+    /// The NodePort of the service port with this number: the same for all its transports, as Kubernetes permits.
+    #[must_use]
+    pub fn node_port(self, port: u16) -> u16 {
+        30_000 + self.0 * 8 + port % 8
+    }
+}
+
+/// The type of a Service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ServiceType {
+    /// ClusterIP.
+    ClusterIp,
+    /// NodePort.
+    NodePort,
+    /// LoadBalancer, with a NodePort.
+    LoadBalancer,
+    /// ExternalName: nothing for a proxy (W4).
+    ExternalName,
+}
+
+/// A service port.
+#[derive(Clone, Debug)]
+pub struct Port {
+    /// Its name.
+    pub name: &'static str,
+    /// Its transport.
+    pub transport: Transport,
+    /// Its number.
+    pub port: u16,
+}
+
+/// What an EndpointSlice names for one of the ports: name, transport and number.
+pub type SlicePort = (&'static str, Transport, u16);
+
+/// An EndpointSlice of both families.
+#[derive(Clone, Debug)]
+pub struct Slice {
+    /// The ports; their names join them to the Service's (W6).
+    pub ports: Vec<SlicePort>,
+    /// The endpoints.
+    pub endpoints: Vec<Endpoint>,
+    /// Labels beyond the Service's name.
+    pub labels: Vec<(&'static str, &'static str)>,
+}
+
+/// One endpoint and its state (E2).
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    /// The pod, or the node itself for a pod in the host's network.
+    pub place: Place,
+    /// Ready, serving and terminating, each as the slice says or leaves open.
+    pub conditions: [Option<bool>; 3],
+    /// Zones and nodes that should use it.
+    pub hints: (Vec<&'static str>, Vec<&'static str>),
+}
+
+/// A ready pod.
+#[must_use]
+pub fn pod(node: u8, pod: u8) -> Endpoint {
+    at(Place::Pod(node, pod))
+}
+
+/// A ready endpoint at a place.
+#[must_use]
+pub fn at(place: Place) -> Endpoint {
+    Endpoint { place, conditions: [Some(true), Some(true), Some(false)], hints: (Vec::new(), Vec::new()) }
+}
+
+impl Endpoint {
+    /// Terminating and still serving (E6, E7).
+    #[must_use]
+    pub fn terminating(mut self) -> Self {
+        self.conditions = [Some(false), Some(true), Some(true)];
+        self
+    }
+
+    /// With conditions as given: ready, serving, terminating.
+    #[must_use]
+    pub fn conditions(mut self, conditions: [Option<bool>; 3]) -> Self {
+        self.conditions = conditions;
+        self
+    }
+
+    /// Hinted for zones (E9).
+    #[must_use]
+    pub fn zones(mut self, zones: &[&'static str]) -> Self {
+        self.hints.0 = zones.to_vec();
+        self
+    }
+
+    /// Hinted for nodes (E9).
+    #[must_use]
+    pub fn nodes(mut self, nodes: &[&'static str]) -> Self {
+        self.hints.1 = nodes.to_vec();
+        self
+    }
+
+    fn object(&self, family: Family) -> SliceEndpoint {
+        let (address, node) = match self.place {
+            Place::Pod(node, pod) => (pod_address(family, node, pod), Some(node_name(node))),
+            Place::Host(node) => (node_address(family, node), Some(node_name(node))),
+            other => (other.client_address(family), None),
+        };
+        let [ready, serving, terminating] = self.conditions;
+        let some = |names: &[&str]| (!names.is_empty()).then(|| names.iter().map(|name| (*name).to_owned()).collect());
+        let (zones, nodes): (Option<Vec<String>>, Option<Vec<String>>) = (some(&self.hints.0), some(&self.hints.1));
+        let hints = (zones.is_some() || nodes.is_some()).then(|| EndpointHints {
+            for_zones: zones.map(|zones| zones.into_iter().map(|name| ForZone { name }).collect()),
+            for_nodes: nodes.map(|nodes| nodes.into_iter().map(|name| ForNode { name }).collect()),
+        });
+        SliceEndpoint {
+            addresses: vec![address.to_string()],
+            conditions: Some(EndpointConditions { ready, serving, terminating }),
+            node_name: node,
+            hints,
+            ..SliceEndpoint::default()
+        }
+    }
+}
+
+/// A Service and its endpoints.
+#[derive(Clone, Debug)]
+pub struct Shape {
+    /// The type.
+    pub kind: ServiceType,
+    /// The families it has a ClusterIP of.
+    pub families: Vec<Family>,
+    /// The ports.
+    pub ports: Vec<Port>,
+    /// Whether it has an external address.
+    pub external_ip: bool,
+    /// The `ipMode` of the load balancer's address, `Some(None)` where there is one without mode.
+    pub balancer: Option<Option<&'static str>>,
+    /// Whether `internalTrafficPolicy` is Local.
+    pub internal_local: bool,
+    /// Whether `externalTrafficPolicy` is Local.
+    pub external_local: bool,
+    /// The timeout of ClientIP affinity in seconds.
+    pub affinity: Option<i32>,
+    /// `loadBalancerSourceRanges`.
+    pub source_ranges: Vec<String>,
+    /// Labels of the Service.
+    pub labels: Vec<(&'static str, &'static str)>,
+    /// The EndpointSlices.
+    pub slices: Vec<Slice>,
+}
+
+/// The port every [`Shape`] starts with, by TCP and by UDP.
+pub const PORT: u16 = 80;
+/// Where endpoints serve it.
+pub const TARGET: u16 = 8080;
+
+/// A ClusterIP Service of both families, with port 80 by TCP and UDP, whose endpoints are these.
+#[must_use]
+pub fn service(endpoints: impl Into<Vec<Endpoint>>) -> Shape {
+    Shape {
+        kind: ServiceType::ClusterIp,
+        families: Family::ALL.to_vec(),
+        ports: vec![
+            Port { name: "stream", transport: Transport::Tcp, port: PORT },
+            Port { name: "datagram", transport: Transport::Udp, port: PORT },
+        ],
+        external_ip: false,
+        balancer: None,
+        internal_local: false,
+        external_local: false,
+        affinity: None,
+        source_ranges: Vec::new(),
+        labels: Vec::new(),
+        slices: vec![slice(endpoints)],
+    }
+}
+
+/// A slice whose ports fit [`service`].
+#[must_use]
+pub fn slice(endpoints: impl Into<Vec<Endpoint>>) -> Slice {
+    let ports = vec![("stream", Transport::Tcp, TARGET), ("datagram", Transport::Udp, TARGET)];
+    Slice { ports, endpoints: endpoints.into(), labels: Vec::new() }
+}
+
+impl Shape {
+    /// Of another type.
+    #[must_use]
+    pub fn of(mut self, kind: ServiceType) -> Self {
+        self.kind = kind;
+        self
+    }
+
+    /// With a NodePort, an external address and a load balancer's address: every kind of external destination.
+    #[must_use]
+    pub fn everywhere(mut self) -> Self {
+        self.kind = ServiceType::LoadBalancer;
+        self.external_ip = true;
+        self.balancer = Some(None);
+        self
+    }
+
+    /// With an external address.
+    #[must_use]
+    pub fn external(mut self) -> Self {
+        self.external_ip = true;
+        self
+    }
+
+    /// With `internalTrafficPolicy: Local`.
+    #[must_use]
+    pub fn internal_local(mut self) -> Self {
+        self.internal_local = true;
+        self
+    }
+
+    /// With `externalTrafficPolicy: Local`.
+    #[must_use]
+    pub fn external_local(mut self) -> Self {
+        self.external_local = true;
+        self
+    }
+
+    /// With ClientIP affinity.
+    #[must_use]
+    pub fn sticky(mut self, seconds: i32) -> Self {
+        self.affinity = Some(seconds);
+        self
+    }
+
+    /// Open to these sources only, at the load balancer's address.
+    #[must_use]
+    pub fn only_from(mut self, ranges: &[&str]) -> Self {
+        self.source_ranges = ranges.iter().map(|range| (*range).to_owned()).collect();
+        self
+    }
+
+    /// With these ports instead.
+    #[must_use]
+    pub fn ports(mut self, ports: &[(&'static str, Transport, u16)]) -> Self {
+        self.ports = ports.iter().map(|&(name, transport, port)| Port { name, transport, port }).collect();
+        self
+    }
+
+    /// With these slices instead.
+    #[must_use]
+    pub fn slices(mut self, slices: impl Into<Vec<Slice>>) -> Self {
+        self.slices = slices.into();
+        self
+    }
+
+    /// The objects, at the addresses of `lot`.
+    #[must_use]
+    pub fn objects(&self, lot: Lot) -> Vec<Object> {
+        let mut objects = vec![Object::Service(Box::new(self.service(lot)))];
+        for (number, slice) in self.slices.iter().enumerate() {
+            for &family in &self.families {
+                objects.push(Object::EndpointSlice(Box::new(slice.object(lot, number, family))));
+            }
+        }
+        objects
+    }
+
+    fn service(&self, lot: Lot) -> Service {
+        let spec = if self.kind == ServiceType::ExternalName { self.external_name() } else { self.spec(lot) };
+        let ingress = self.balancer.map(|mode| {
+            let address = |family| LoadBalancerIngress {
+                ip: Some(lot.balancer_ip(family).to_string()),
+                ip_mode: mode.map(str::to_owned),
+                ..LoadBalancerIngress::default()
+            };
+            self.families.iter().copied().map(address).collect()
+        });
+        let status = ServiceStatus { load_balancer: Some(LoadBalancerStatus { ingress }), conditions: None };
+        Service {
+            metadata: named(&lot.name(), &self.labels),
+            spec: Some(spec),
+            status: self.balancer.is_some().then_some(status),
+        }
+    }
+
+    fn external_name(&self) -> ServiceSpec {
+        ServiceSpec {
+            type_: Some("ExternalName".to_owned()),
+            external_name: Some("elsewhere.example".to_owned()),
+            ..ServiceSpec::default()
+        }
+    }
+
+    fn spec(&self, lot: Lot) -> ServiceSpec {
+        let addresses: Vec<String> = self.families.iter().map(|&family| lot.cluster_ip(family).to_string()).collect();
+        let external = |yes: bool, address: fn(Lot, Family) -> IpAddr| {
+            yes.then(|| self.families.iter().map(|&family| address(lot, family).to_string()).collect())
+        };
+        let with_node_port = matches!(self.kind, ServiceType::NodePort | ServiceType::LoadBalancer);
+        let ports = self.ports.iter().map(|port| port.object(with_node_port.then(|| lot.node_port(port.port))));
+        let balanced = self.kind == ServiceType::LoadBalancer;
+        ServiceSpec {
+            type_: Some(self.kind.name().to_owned()),
+            ip_families: Some(self.families.iter().map(ToString::to_string).collect()),
+            ip_family_policy: Some(if addresses.len() == 2 { "RequireDualStack" } else { "SingleStack" }.to_owned()),
+            cluster_ip: addresses.first().cloned(),
+            cluster_ips: Some(addresses),
+            ports: Some(ports.collect()),
+            external_ips: external(self.external_ip, Lot::external_ip),
+            internal_traffic_policy: Some(policy(self.internal_local)),
+            external_traffic_policy: (with_node_port || self.external_ip).then(|| policy(self.external_local)),
+            health_check_node_port: (balanced && self.external_local).then(|| 32_000 + i32::from(lot.0)),
+            session_affinity: Some(if self.affinity.is_some() { "ClientIP" } else { "None" }.to_owned()),
+            session_affinity_config: self.affinity.map(|seconds| SessionAffinityConfig {
+                client_ip: Some(ClientIPConfig { timeout_seconds: Some(seconds) }),
+            }),
+            load_balancer_source_ranges: balanced.then(|| self.source_ranges.clone()),
+            ..ServiceSpec::default()
+        }
+    }
+}
+
+impl ServiceType {
+    fn name(self) -> &'static str {
+        match self {
+            Self::ClusterIp => "ClusterIP",
+            Self::NodePort => "NodePort",
+            Self::LoadBalancer => "LoadBalancer",
+            Self::ExternalName => "ExternalName",
+        }
+    }
+}
+
+fn policy(local: bool) -> String {
+    if local { "Local" } else { "Cluster" }.to_owned()
+}
+
+impl Port {
+    fn object(&self, node_port: Option<u16>) -> ServicePort {
+        ServicePort {
+            name: Some(self.name.to_owned()),
+            protocol: Some(self.transport.to_string()),
+            port: self.port.into(),
+            target_port: Some(IntOrString::Int(TARGET.into())),
+            node_port: node_port.map(Into::into),
+            ..ServicePort::default()
+        }
+    }
+}
+
+impl Slice {
+    fn object(&self, lot: Lot, number: usize, family: Family) -> EndpointSlice {
+        let name = format!("{}-{number}-{}", lot.name(), family.to_string().to_lowercase());
+        let service = lot.name();
+        let mut metadata = named(&name, &self.labels);
+        let labels = metadata.labels.get_or_insert_default();
+        labels.entry("kubernetes.io/service-name".to_owned()).or_insert(service);
+        EndpointSlice {
+            metadata,
+            address_type: family.to_string(),
+            endpoints: Some(self.endpoints.iter().map(|endpoint| endpoint.object(family)).collect()),
+            ports: Some(self.ports.iter().map(slice_port).collect()),
+        }
+    }
+}
+
+fn slice_port(&(name, transport, port): &SlicePort) -> EndpointPort {
+    EndpointPort {
+        name: Some(name.to_owned()),
+        protocol: Some(transport.to_string()),
+        port: Some(port.into()),
+        ..EndpointPort::default()
+    }
+}
+
+fn named(name: &str, labels: &[(&str, &str)]) -> ObjectMeta {
+    let labels: BTreeMap<String, String> =
+        labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+    ObjectMeta {
+        name: Some(name.to_owned()),
+        namespace: Some(NAMESPACE.to_owned()),
+        labels: (!labels.is_empty()).then_some(labels),
+        ..ObjectMeta::default()
+    }
+}
+
+/// The Node object of a node; node 1 is in `zone-a`, node 2 in `zone-b` (E11).
+#[must_use]
+pub fn node(number: u8) -> Object {
+    let zone = if number == 1 { "zone-a" } else { "zone-b" };
+    let name = node_name(number);
+    let address = |family| NodeAddress {
+        type_: "InternalIP".to_owned(),
+        address: node_address(family, number).to_string(),
+    };
+    let cidrs = vec![format!("10.244.{number}.0/24"), format!("fd00:10:244:{number}::/64")];
+    Object::Node(Box::new(Node {
+        metadata: ObjectMeta {
+            namespace: None,
+            ..named(&name, &[("topology.kubernetes.io/zone", zone), ("kubernetes.io/hostname", &name)])
+        },
+        spec: Some(NodeSpec { pod_cidr: cidrs.first().cloned(), pod_cidrs: Some(cidrs), ..NodeSpec::default() }),
+        status: Some(NodeStatus { addresses: Some(Family::ALL.map(address).to_vec()), ..NodeStatus::default() }),
+    }))
+}
+
+/// The ServiceCIDR that a cluster's API server makes by itself.
+#[must_use]
+pub fn service_cidr() -> Object {
+    let cidrs = SERVICE_CIDRS.map(str::to_owned).to_vec();
+    Object::ServiceCidr(Box::new(ServiceCIDR {
+        metadata: ObjectMeta { namespace: None, ..named("kubernetes", &[]) },
+        spec: Some(ServiceCIDRSpec { cidrs: Some(cidrs) }),
+        status: None,
+    }))
+}

@@ -1,0 +1,308 @@
+//! What is tested: weir, or the real kube-proxy, on both nodes of a topology.
+//!
+//! In: objects and settings. Out: nodes programmed by them; [`Subject::publish`] returns once both nodes show it.
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    path::PathBuf,
+    process::Child,
+    sync::{Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+use weir::{
+    model::Family,
+    source::{Kind as ObjectKind, Object},
+};
+
+use crate::{
+    assets,
+    control_plane::{ControlPlane, tail},
+    node::{Place, Topology, node_address, node_name},
+    objects::{Lot, TARGET, node, pod, service, service_cidr, slice},
+    traffic::{Call, Outcome, PATIENCE, Transport, ask},
+};
+
+mod settings;
+mod store;
+
+pub use settings::{Detector, Settings};
+use store::Store;
+
+/// How long a change may take to show on both nodes, on a busy machine.
+const SETTLE: Duration = Duration::from_secs(30);
+/// The case number of the Service that tells how far the agents have come.
+const MARKER: Lot = Lot(250);
+
+/// Which service proxy runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// weir with its nftables data plane, fed from a directory of manifests.
+    Weir,
+    /// kube-proxy v1.36.3 in nftables mode, fed by a real API server: the oracle.
+    KubeProxy,
+}
+
+impl Kind {
+    /// The name of the nftables tables it makes.
+    #[must_use]
+    pub fn table(self) -> &'static str {
+        match self {
+            Self::Weir => "weir",
+            Self::KubeProxy => "kube-proxy",
+        }
+    }
+}
+
+/// A service proxy on both nodes. Dropping it stops it.
+#[derive(Debug)]
+pub struct Subject<'a> {
+    kind: Kind,
+    topology: &'a Topology,
+    directory: tempfile::TempDir,
+    state: Mutex<State<'a>>,
+}
+
+#[derive(Debug)]
+struct State<'a> {
+    store: Store<'a>,
+    settings: Settings,
+    agents: [Option<Child>; 2],
+    /// What each name was last published as.
+    published: BTreeMap<String, Vec<Object>>,
+    markers: u16,
+}
+
+impl<'a> Subject<'a> {
+    /// Prepares a subject, with both Node objects and the ServiceCIDR published; no agent runs yet.
+    ///
+    /// # Errors
+    ///
+    /// When a program is missing, or the control plane does not come up.
+    pub fn new(kind: Kind, topology: &'a Topology) -> Result<Self> {
+        let directory = tempfile::Builder::new().prefix("weir-subject-").tempdir()?;
+        let store = match kind {
+            Kind::Weir => {
+                assets::weir()?;
+                Store::manifests(directory.path().join("manifests"))?
+            }
+            Kind::KubeProxy => {
+                assets::kubernetes("kube-proxy")?;
+                let address = Place::Router.client_address(Family::V4).to_string();
+                Store::Cluster(ControlPlane::start(&topology.router, &address)?)
+            }
+        };
+        store.put("cluster", &[], &[service_cidr(), node(1), node(2)])?;
+        let state = State {
+            store,
+            settings: Settings::default(),
+            agents: [None, None],
+            published: BTreeMap::new(),
+            markers: 0,
+        };
+        Ok(Self { kind, topology, directory, state: Mutex::new(state) })
+    }
+
+    /// Which proxy this is.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The directory of manifests, where that is what the agents read.
+    #[must_use]
+    pub fn manifests(&self) -> Option<PathBuf> {
+        self.state().store.directory()
+    }
+
+    /// Starts the agents on both nodes with these settings, and waits until they have programmed everything published.
+    ///
+    /// # Errors
+    ///
+    /// When an agent does not come up; the message ends with what it logged last.
+    pub fn start(&self, settings: &Settings) -> Result<()> {
+        self.state().settings = settings.clone();
+        for node in [1, 2] {
+            self.start_agent(node)?;
+        }
+        self.settle()
+    }
+
+    /// Starts the agent of one node with the settings of [`Subject::start`], without waiting for it.
+    ///
+    /// # Errors
+    ///
+    /// When its program cannot be started.
+    pub fn start_agent(&self, node: u8) -> Result<()> {
+        let mut state = self.state();
+        let kubeconfig = state.store.kubeconfig();
+        let config = self.directory.path().join(format!("config-{node}.yaml"));
+        std::fs::write(&config, state.settings.configuration(kubeconfig.as_deref()))?;
+        let log = std::fs::File::options().create(true).append(true).open(self.log(node))?;
+        let errors = log.try_clone()?;
+        let (program, mut args) = match self.kind {
+            Kind::Weir => (assets::weir()?, vec!["run".to_owned()]),
+            Kind::KubeProxy => (assets::kubernetes("kube-proxy")?, vec!["--v=2".to_owned()]),
+        };
+        args.push(format!("--config={}", config.display()));
+        args.push(format!("--hostname-override={}", node_name(node)));
+        if let Some(directory) = state.store.directory() {
+            args.push(format!("--source=manifests:{}", directory.display()));
+            args.push("--proxy-mode=nftables".to_owned());
+        }
+        let child = self.topology.at(Place::Host(node)).spawn(&program, |command| {
+            command.args(args).stdout(log).stderr(errors);
+        })?;
+        state.agents[usize::from(node) - 1] = Some(child);
+        Ok(())
+    }
+
+    /// Kills the agent of one node with SIGKILL. What it programmed stays.
+    ///
+    /// # Errors
+    ///
+    /// When it does not run, or had died before.
+    pub fn kill_agent(&self, node: u8) -> Result<()> {
+        let agent = self.state().agents[usize::from(node) - 1].take();
+        let mut agent = agent.with_context(|| format!("no agent runs on node {node}"))?;
+        if let Some(status) = agent.try_wait()? {
+            bail!("the agent of node {node} died before it was killed: {status}\n{}", tail(&self.log(node)));
+        }
+        agent.kill()?;
+        agent.wait()?;
+        Ok(())
+    }
+
+    /// Kills the agents of both nodes and takes out what they programmed.
+    ///
+    /// # Errors
+    ///
+    /// When an agent had died before, or the nodes' rules cannot be removed.
+    pub fn stop(&self) -> Result<()> {
+        for node in [1, 2] {
+            self.kill_agent(node)?;
+            self.topology.at(Place::Host(node)).stdout("nft", &["flush", "ruleset"])?;
+        }
+        Ok(())
+    }
+
+    /// The log of a node's agent.
+    #[must_use]
+    pub fn log(&self, node: u8) -> PathBuf {
+        self.directory.path().join(format!("agent-{node}.log"))
+    }
+
+    /// Makes `objects` all that is published under `name`, and waits until both nodes show it. What was published
+    /// under that name before and is not among them is deleted.
+    ///
+    /// # Errors
+    ///
+    /// When an object is refused, or an agent does not get that far.
+    pub fn publish(&self, name: &str, objects: Vec<Object>) -> Result<()> {
+        self.publish_all([(name.to_owned(), objects)])
+    }
+
+    /// [`Subject::publish`] for many names with one wait.
+    ///
+    /// # Errors
+    ///
+    /// As for one.
+    pub fn publish_all(&self, all: impl IntoIterator<Item = (String, Vec<Object>)>) -> Result<()> {
+        let mut state = self.state();
+        for (name, objects) in all {
+            let old = state.published.remove(&name).unwrap_or_default();
+            let gone: Vec<_> = old.iter().map(identity).filter(|id| !objects.iter().any(|o| identity(o) == *id)).collect();
+            state.store.put(&name, &gone, &objects)?;
+            state.published.insert(name, objects);
+        }
+        self.settle_locked(&mut state)
+    }
+
+    /// Waits until the agents have programmed everything published so far.
+    ///
+    /// # Errors
+    ///
+    /// When that does not come to pass; the message ends with what the agent logged last.
+    pub fn settle(&self) -> Result<()> {
+        self.settle_locked(&mut self.state())
+    }
+
+    /// Publishes a change of a Service and of its slice, and waits for both to show: sources keep the order of
+    /// changes of one kind, so all earlier ones show too.
+    fn settle_locked(&self, state: &mut State<'_>) -> Result<()> {
+        if state.agents.iter().all(Option::is_none) {
+            return Ok(());
+        }
+        state.markers += 1;
+        let port = 20_000 + state.markers;
+        let target = TARGET + state.markers % 2;
+        let ports = [("marker", Transport::Tcp, port)];
+        let mut slice = slice([pod(1, 1)]);
+        slice.ports = vec![("marker", Transport::Tcp, target)];
+        let marker = service([]).ports(&ports).slices([slice]);
+        state.store.put("marker", &[], &marker.objects(MARKER))?;
+        for node in [1, 2] {
+            if state.agents[usize::from(node) - 1].is_some() {
+                self.await_marker(state, node, port, target)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn await_marker(&self, state: &mut State<'_>, node: u8, port: u16, target: u16) -> Result<()> {
+        let expected = format!("{}:{target}", Place::Pod(1, 1));
+        let deadline = Instant::now() + SETTLE;
+        for family in Family::ALL {
+            let call = Call {
+                from: node_address(family, node),
+                to: SocketAddr::new(MARKER.cluster_ip(family), port),
+                transport: Transport::Tcp,
+                patience: PATIENCE,
+            };
+            loop {
+                let outcome = self.topology.at(Place::Host(node)).run(|| ask(&call));
+                if matches!(&outcome, Outcome::Answer(answer) if answer.backend == expected) {
+                    break;
+                }
+                let died = match &mut state.agents[usize::from(node) - 1] {
+                    Some(agent) => agent.try_wait()?,
+                    None => None,
+                };
+                if died.is_some() || Instant::now() > deadline {
+                    let state = died.map_or_else(|| "runs".to_owned(), |status| format!("died: {status}"));
+                    let log = tail(&self.log(node));
+                    bail!("node {node} does not show the latest change over {family}: {outcome}; its agent {state}\n{log}");
+                }
+                thread::sleep(Duration::from_millis(5));
+            }
+        }
+        Ok(())
+    }
+
+    fn state(&self) -> MutexGuard<'_, State<'a>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Subject<'_> {
+    fn drop(&mut self) {
+        for agent in self.state().agents.iter_mut().flatten() {
+            let _ = agent.kill();
+            let _ = agent.wait();
+        }
+    }
+}
+
+/// What an object is known by within its namespace.
+fn identity(object: &Object) -> (ObjectKind, String) {
+    let (kind, metadata) = match object {
+        Object::Service(object) => (ObjectKind::Service, &object.metadata),
+        Object::EndpointSlice(object) => (ObjectKind::EndpointSlice, &object.metadata),
+        Object::Node(object) => (ObjectKind::Node, &object.metadata),
+        Object::ServiceCidr(object) => (ObjectKind::ServiceCidr, &object.metadata),
+    };
+    (kind, metadata.name.clone().unwrap_or_default())
+}

@@ -1,0 +1,59 @@
+//! How the agents are set up: one KubeProxyConfiguration for both kinds.
+
+use std::path::Path;
+
+use serde_json::json;
+
+use crate::node::CLUSTER_CIDRS;
+
+/// How traffic from pods is told (R6, R7).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Detector {
+    /// By the cluster's pod networks: every pod of the cluster counts.
+    #[default]
+    ClusterCidr,
+    /// By the node's own pod networks.
+    NodeCidr,
+    /// By the interface it came in on.
+    InterfacePrefix,
+    /// Not at all.
+    None,
+}
+
+/// What differs between the runs of the cases.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Settings {
+    /// How pods are told.
+    pub detector: Detector,
+    /// `masqueradeAll` (R7).
+    pub masquerade_all: bool,
+    /// `nodePortAddresses` (R14); empty leaves the default (R15).
+    pub node_port_addresses: Vec<String>,
+}
+
+impl Settings {
+    /// The configuration file.
+    #[must_use]
+    pub fn configuration(&self, kubeconfig: Option<&Path>) -> String {
+        let (mode, cidrs, prefix) = match self.detector {
+            Detector::ClusterCidr => ("ClusterCIDR", CLUSTER_CIDRS.join(","), ""),
+            Detector::NodeCidr => ("NodeCIDR", String::new(), ""),
+            Detector::InterfacePrefix => ("InterfaceNamePrefix", String::new(), "pod"),
+            Detector::None => ("ClusterCIDR", String::new(), ""),
+        };
+        let configuration = json!({
+            "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+            "kind": "KubeProxyConfiguration",
+            "mode": "nftables",
+            "clientConnection": {"kubeconfig": kubeconfig, "qps": 1000, "burst": 1000},
+            "detectLocalMode": mode,
+            "detectLocal": {"interfaceNamePrefix": prefix},
+            "clusterCIDR": cidrs,
+            "nodePortAddresses": self.node_port_addresses,
+            "nftables": {"masqueradeAll": self.masquerade_all, "minSyncPeriod": "10ms"},
+            // A network namespace other than the first may not change these.
+            "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
+        });
+        configuration.to_string()
+    }
+}

@@ -1,0 +1,119 @@
+//! Clients: one question on a new flow, or a flow that is kept.
+//!
+//! Everything here uses the network namespace of the calling thread.
+
+use std::{
+    io::{self, Read as _, Write as _},
+    mem::MaybeUninit,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use nix::sys::socket::{setsockopt, sockopt::Ipv6RecvErr};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use weir::model::Family;
+
+use super::{Answer, Call, Outcome, Transport};
+
+/// Makes a socket of the transport.
+pub(super) fn socket(transport: Transport, family: Family) -> io::Result<Socket> {
+    let domain = match family {
+        Family::V4 => Domain::IPV4,
+        Family::V6 => Domain::IPV6,
+    };
+    let (kind, protocol) = match (transport, family) {
+        (Transport::Tcp, _) => (Type::STREAM, Protocol::TCP),
+        (Transport::Udp, _) => (Type::DGRAM, Protocol::UDP),
+        (Transport::Sctp, _) => (Type::STREAM, Protocol::SCTP),
+        (Transport::Ping, Family::V4) => (Type::DGRAM, Protocol::ICMPV4),
+        (Transport::Ping, Family::V6) => (Type::DGRAM, Protocol::ICMPV6),
+    };
+    Socket::new(domain, kind, Some(protocol))
+}
+
+/// Asks once, on a flow of its own.
+#[must_use]
+pub fn ask(call: &Call) -> Outcome {
+    match Flow::open(call) {
+        Ok((_, answer)) => Outcome::Answer(answer),
+        Err(outcome) => outcome,
+    }
+}
+
+/// A flow that stays open: one source port, one conntrack entry.
+#[derive(Debug)]
+pub struct Flow {
+    socket: Socket,
+    transport: Transport,
+    to: SocketAddr,
+}
+
+impl Flow {
+    /// Opens a flow and asks who answers on it.
+    ///
+    /// # Errors
+    ///
+    /// What became of the call if nobody answered.
+    pub fn open(call: &Call) -> Result<(Self, Answer), Outcome> {
+        let flow = Self::connect(call).map_err(|error| Outcome::of(&error))?;
+        match flow.ask(call.patience) {
+            Outcome::Answer(answer) => Ok((flow, answer)),
+            other => Err(other),
+        }
+    }
+
+    /// Opens a flow without asking anything: for datagrams, whether or not anybody is there.
+    ///
+    /// # Errors
+    ///
+    /// As the socket calls do.
+    pub fn connect(call: &Call) -> io::Result<Self> {
+        let family = Family::of(call.to.ip());
+        let socket = socket(call.transport, family)?;
+        if family == Family::V6 {
+            // Without it an ICMPv6 error that comes before connect() has returned is lost, and TCP only learns of it
+            // from the answer to the next SYN, a second later.
+            setsockopt(&socket, Ipv6RecvErr, &true)?;
+        }
+        socket.bind(&SockAddr::from(SocketAddr::new(call.from, 0)))?;
+        socket.connect_timeout(&call.to.into(), call.patience)?;
+        Ok(Self { socket, transport: call.transport, to: call.to })
+    }
+
+    /// Asks again on the same flow.
+    #[must_use]
+    pub fn ask(&self, patience: Duration) -> Outcome {
+        match self.exchange(patience) {
+            Ok(answer) => Outcome::Answer(answer),
+            Err(error) => Outcome::of(&error),
+        }
+    }
+
+    fn exchange(&self, patience: Duration) -> io::Result<Answer> {
+        self.socket.set_read_timeout(Some(patience))?;
+        let mut socket = &self.socket;
+        if self.transport == Transport::Ping {
+            return self.echo();
+        }
+        socket.write_all(b"who\n")?;
+        let mut line = Vec::new();
+        let mut chunk = [0; 512];
+        while !line.ends_with(b"\n") {
+            match socket.read(&mut chunk)? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                read => line.extend_from_slice(&chunk[..read]),
+            }
+        }
+        serde_json::from_slice(&line).map_err(io::Error::other)
+    }
+
+    /// An echo request; the kernel fills in identifier and checksum of such sockets.
+    fn echo(&self) -> io::Result<Answer> {
+        let kind = if self.to.is_ipv4() { 8 } else { 128 };
+        self.socket.send(&[kind, 0, 0, 0, 0, 0, 0, 1])?;
+        let mut reply = [MaybeUninit::uninit(); 64];
+        self.socket.recv(&mut reply)?;
+        let client = self.socket.local_addr()?.as_socket().map_or(IpAddr::from([0; 4]), |local| local.ip());
+        Ok(Answer { backend: "echo".to_owned(), client: SocketAddr::new(client, 0) })
+    }
+}

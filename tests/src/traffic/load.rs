@@ -1,0 +1,85 @@
+//! A client that never stops connecting, and counts.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use anyhow::{Result, anyhow};
+
+use super::{Call, Outcome, ask};
+use crate::netns::Namespace;
+
+/// What became of the calls of a [`Load`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Answers, by backend.
+    pub answers: BTreeMap<String, u64>,
+    /// Everything else, by what was seen.
+    pub failures: BTreeMap<String, u64>,
+}
+
+impl Tally {
+    /// How many calls were answered.
+    #[must_use]
+    pub fn answered(&self) -> u64 {
+        self.answers.values().sum()
+    }
+}
+
+/// A thread that makes the same call over and over, each time on a new flow.
+#[derive(Debug)]
+pub struct Load {
+    stop: Arc<AtomicBool>,
+    answered: Arc<AtomicU64>,
+    thread: JoinHandle<Tally>,
+}
+
+impl Load {
+    /// Starts calling from a namespace, `pause` after each answer.
+    ///
+    /// # Errors
+    ///
+    /// When no thread can be started.
+    pub fn start(namespace: &Namespace, call: Call, pause: Duration) -> Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let answered = Arc::new(AtomicU64::new(0));
+        let (stopped, counter) = (Arc::clone(&stop), Arc::clone(&answered));
+        let thread = namespace.thread(move || {
+            let mut tally = Tally::default();
+            while !stopped.load(Ordering::Relaxed) {
+                match ask(&call) {
+                    Outcome::Answer(answer) => {
+                        *tally.answers.entry(answer.backend).or_default() += 1;
+                        counter.fetch_add(1, Ordering::Relaxed);
+                    }
+                    other => *tally.failures.entry(other.to_string()).or_default() += 1,
+                }
+                thread::sleep(pause);
+            }
+            tally
+        })?;
+        Ok(Self { stop, answered, thread })
+    }
+
+    /// How many calls have been answered so far.
+    #[must_use]
+    pub fn answered(&self) -> u64 {
+        self.answered.load(Ordering::Relaxed)
+    }
+
+    /// Stops calling.
+    ///
+    /// # Errors
+    ///
+    /// When the thread died.
+    pub fn stop(self) -> Result<Tally> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().map_err(|_| anyhow!("the load thread died"))
+    }
+}

@@ -1,0 +1,116 @@
+//! Real connections: servers that tell who they are and whom they see, and clients that ask them.
+//!
+//! In: a namespace and an address. Out: an [`Outcome`] for each attempt.
+
+use std::{
+    fmt, io,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+
+mod client;
+mod load;
+mod server;
+
+pub use client::{Flow, ask};
+pub use load::{Load, Tally};
+pub use server::{SERVER_PORTS, Server};
+
+/// How long a client waits for an answer. Longer than any answer takes here, short enough for the many cases in which
+/// none comes.
+pub const PATIENCE: Duration = Duration::from_millis(400);
+
+/// What connections are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Transport {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP, one-to-one style.
+    Sctp,
+    /// ICMP echo: no port, and nobody names itself.
+    Ping,
+}
+
+impl Transport {
+    /// Whether this kernel can make such sockets.
+    #[must_use]
+    pub fn available(self) -> bool {
+        client::socket(self, weir::model::Family::V4).is_ok()
+    }
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
+            Self::Ping => "ping",
+        })
+    }
+}
+
+/// One attempt to reach something.
+#[derive(Clone, Copy, Debug)]
+pub struct Call {
+    /// The source address; the port is the kernel's choice, so every call is a new flow.
+    pub from: IpAddr,
+    /// Where to.
+    pub to: SocketAddr,
+    /// By which transport.
+    pub transport: Transport,
+    /// How long to wait.
+    pub patience: Duration,
+}
+
+/// What a server says to whoever asks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// Who the server is, as `NAME:PORT`.
+    pub backend: String,
+    /// The client as the server sees it.
+    pub client: SocketAddr,
+}
+
+/// What became of a call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Somebody answered.
+    Answer(Answer),
+    /// Connection refused.
+    Refused,
+    /// This host's own filter would not send it (EPERM): how a local sender learns of a drop or a reject.
+    Denied,
+    /// Nothing came back.
+    Timeout,
+    /// Anything else, such as a network unreachable.
+    Error(String),
+}
+
+impl Outcome {
+    fn of(error: &io::Error) -> Self {
+        use io::ErrorKind::{ConnectionRefused, PermissionDenied, TimedOut, WouldBlock};
+        match error.kind() {
+            ConnectionRefused => Self::Refused,
+            PermissionDenied => Self::Denied,
+            TimedOut | WouldBlock => Self::Timeout,
+            _ => Self::Error(error.to_string()),
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Answer(answer) => write!(f, "{} answered, seeing {}", answer.backend, answer.client.ip()),
+            Self::Refused => f.write_str("refused"),
+            Self::Denied => f.write_str("not sent: permission denied"),
+            Self::Timeout => f.write_str("no answer"),
+            Self::Error(error) => f.write_str(error),
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! Servers that answer every line or datagram with who they are and whom they see.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, mpsc},
+    thread::JoinHandle,
+};
+
+use anyhow::{Context as _, Result};
+use socket2::SockAddr;
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
+    net::{TcpListener, TcpStream, UdpSocket},
+    sync::oneshot,
+};
+use weir::model::Family;
+
+use super::{Answer, Transport, client};
+use crate::netns::Namespace;
+
+/// The ports every server listens on, for each transport the kernel has.
+pub const SERVER_PORTS: [u16; 4] = [8080, 8081, 8082, 9999];
+
+/// A server on all of [`SERVER_PORTS`], until dropped.
+#[derive(Debug)]
+pub struct Server {
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Starts serving in a namespace as `name`, on these addresses; it listens once this returns. On an unspecified
+    /// address it answers datagrams from whichever address the way back begins with.
+    ///
+    /// # Errors
+    ///
+    /// When a port cannot be listened on.
+    pub fn start(namespace: &Namespace, name: &str, addresses: [IpAddr; 2]) -> Result<Self> {
+        let (stop, stopped) = oneshot::channel();
+        let (ready, listening) = mpsc::channel();
+        let name: Arc<str> = name.into();
+        let thread = namespace.thread(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            let serving = runtime.and_then(|runtime| {
+                let _inside = runtime.enter();
+                listen(&name, addresses)?;
+                Ok(runtime)
+            });
+            match serving {
+                Ok(runtime) => {
+                    let _ = ready.send(Ok(()));
+                    let _ = runtime.block_on(stopped);
+                }
+                Err(error) => drop(ready.send(Err(error))),
+            }
+        })?;
+        listening.recv()?.with_context(|| format!("cannot serve in {}", namespace.label()))?;
+        Ok(Self { stop: Some(stop), thread: Some(thread) })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Starts one task for each transport, family and port.
+fn listen(name: &Arc<str>, addresses: [IpAddr; 2]) -> io::Result<()> {
+    for transport in [Transport::Tcp, Transport::Udp, Transport::Sctp] {
+        if !transport.available() {
+            continue;
+        }
+        for (address, port) in addresses.into_iter().flat_map(|address| SERVER_PORTS.map(|port| (address, port))) {
+            let name: Arc<str> = format!("{name}:{port}").into();
+            let socket = bound(transport, SocketAddr::new(address, port))?;
+            if transport == Transport::Udp {
+                tokio::spawn(answer_datagrams(UdpSocket::from_std(socket.into())?, name));
+            } else {
+                socket.listen(1024)?;
+                tokio::spawn(accept(TcpListener::from_std(socket.into())?, name));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn bound(transport: Transport, address: SocketAddr) -> io::Result<socket2::Socket> {
+    let family = Family::of(address.ip());
+    let socket = client::socket(transport, family)?;
+    if family == Family::V6 {
+        socket.set_only_v6(true)?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&SockAddr::from(address))?;
+    Ok(socket)
+}
+
+fn answer(name: &Arc<str>, client: SocketAddr) -> Vec<u8> {
+    let answer = Answer { backend: name.to_string(), client };
+    let mut line = serde_json::to_vec(&answer).unwrap_or_default();
+    line.push(b'\n');
+    line
+}
+
+async fn answer_datagrams(socket: UdpSocket, name: Arc<str>) {
+    let mut question = [0; 64];
+    loop {
+        // An error here is an earlier answer that could not be delivered: the client has gone.
+        if let Ok((_, client)) = socket.recv_from(&mut question).await {
+            let _ = socket.send_to(&answer(&name, client), client).await;
+        }
+    }
+}
+
+async fn accept(listener: TcpListener, name: Arc<str>) {
+    loop {
+        if let Ok((stream, client)) = listener.accept().await {
+            tokio::spawn(answer_lines(stream, client, Arc::clone(&name)));
+        }
+    }
+}
+
+async fn answer_lines(stream: TcpStream, client: SocketAddr, name: Arc<str>) {
+    let (read, mut write) = stream.into_split();
+    let mut lines = BufReader::new(read).lines();
+    while let Ok(Some(_)) = lines.next_line().await {
+        if write.write_all(&answer(&name, client)).await.is_err() {
+            return;
+        }
+    }
+}
