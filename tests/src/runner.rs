@@ -6,6 +6,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     fmt::Write as _,
     net::SocketAddr,
+    panic::resume_unwind,
     sync::{Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -22,7 +23,7 @@ use crate::{
 };
 
 /// How many cases run at a time: most of their time is waiting for what must not arrive.
-const AT_ONCE: usize = 6;
+const AT_ONCE: usize = 4;
 /// How often a client calls where it should always get to the same backends.
 const CALLS: usize = 16;
 /// How often at most until every one of several backends has been seen.
@@ -178,18 +179,18 @@ impl Runner<'_, '_> {
             Step::Moves(transport, place) => return moves(flows, *transport, *place),
             Step::Check(..) | Step::Open(..) | Step::Send(..) | Step::Run(..) => {}
         }
+        let scenes = case.families.iter().flat_map(|&family| {
+            case.transports.iter().map(move |&transport| Scene { topology: self.topology, case, family, transport })
+        });
+        let done: Vec<_> = thread::scope(|scope| {
+            let running: Vec<_> = scenes.map(|scene| scope.spawn(move || scene.take(step))).collect();
+            running.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+        });
         let mut failures = Vec::new();
-        for &family in &case.families {
-            for &transport in &case.transports {
-                let scene = Scene { topology: self.topology, case, family, transport };
-                let done = match step {
-                    Step::Check(from, to, expect) => scene.check(*from, *to, expect),
-                    Step::Open(from, to) => scene.open(*from, *to).map(|flow| flows.push(flow)),
-                    Step::Send(from, to) => scene.send(*from, *to).map(|flow| flows.push(flow)),
-                    Step::Run(what, act) => act(&scene).with_context(|| format!("{what} ({family} {transport})")),
-                    _ => Ok(()),
-                };
-                failures.extend(done.err().map(|error| format!("{error:#}")));
+        for taken in done {
+            match taken {
+                Ok(flow) => flows.extend(flow),
+                Err(error) => failures.push(format!("{error:#}")),
             }
         }
         ensure!(failures.is_empty(), "{}", failures.join("\n            "));
@@ -254,6 +255,20 @@ impl Scene<'_> {
     fn label(&self, from: Place, to: Target) -> String {
         let to = to.resolve(self.case.lot, self.family);
         format!("{from} to {to} by {}", self.transport)
+    }
+
+    /// Takes a step that is the same in every scene; returns the flow it left open.
+    fn take(&self, step: &Step) -> Result<Option<OpenFlow>> {
+        match step {
+            Step::Check(from, to, expect) => self.check(*from, *to, expect).map(|()| None),
+            Step::Open(from, to) => self.open(*from, *to).map(Some),
+            Step::Send(from, to) => self.send(*from, *to).map(Some),
+            Step::Run(what, act) => {
+                act(self).with_context(|| format!("{what} ({} {})", self.family, self.transport))?;
+                Ok(None)
+            }
+            Step::Become(_) | Step::Vanish | Step::Stays(_) | Step::Moves(..) => bail!("not a step of one scene"),
+        }
     }
 
     /// The backend a new flow gets.
