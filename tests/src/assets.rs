@@ -25,7 +25,8 @@ pub fn directory() -> Result<PathBuf> {
 pub fn cache() -> Result<PathBuf> {
     let base = match std::env::var_os("XDG_CACHE_HOME") {
         Some(cache) => PathBuf::from(cache),
-        None => Path::new(&std::env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?).join(".cache"),
+        None => Path::new(&std::env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?)
+            .join(".cache"),
     };
     Ok(base.join("weir"))
 }
@@ -37,7 +38,11 @@ pub fn cache() -> Result<PathBuf> {
 /// When it is not there.
 pub fn kubernetes(program: &str) -> Result<PathBuf> {
     let path = directory()?.join(program);
-    ensure!(path.is_file(), "{} is missing; run `cargo xtask setup`, or set KUBEBUILDER_ASSETS", path.display());
+    ensure!(
+        path.is_file(),
+        "{} is missing; run `cargo xtask setup`, or set KUBEBUILDER_ASSETS",
+        path.display()
+    );
     Ok(path)
 }
 

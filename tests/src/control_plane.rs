@@ -50,7 +50,8 @@ impl<'a> ControlPlane<'a> {
     pub fn start(namespace: &'a Namespace, address: &str) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("weir-api-").tempdir()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let mut plane = Self { namespace, directory, processes: Vec::new(), runtime, client: OnceLock::new() };
+        let mut plane =
+            Self { namespace, directory, processes: Vec::new(), runtime, client: OnceLock::new() };
         plane.write_credentials(address)?;
         plane.start_etcd()?;
         plane.start_apiserver(address)?;
@@ -188,7 +189,11 @@ impl<'a> ControlPlane<'a> {
                         drop(Api::<Service>::namespaced(client, NAMESPACE).delete(name, &parameters).await?);
                     }
                     Kind::EndpointSlice => {
-                        drop(Api::<EndpointSlice>::namespaced(client, NAMESPACE).delete(name, &parameters).await?);
+                        drop(
+                            Api::<EndpointSlice>::namespaced(client, NAMESPACE)
+                                .delete(name, &parameters)
+                                .await?,
+                        );
                     }
                     Kind::Node | Kind::ServiceCidr => bail!("{kind:?} {name} is not deleted by any case"),
                 }

@@ -105,7 +105,8 @@ impl Namespace {
     ///
     /// On the new thread, when the namespace cannot be entered.
     pub fn thread<T: Send + 'static>(
-        &self, work: impl FnOnce() -> T + Send + 'static,
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<thread::JoinHandle<T>> {
         let file = self.file.try_clone()?;
         let label = self.label.clone();
@@ -155,7 +156,13 @@ impl Namespace {
     pub fn stdout(&self, program: &str, args: &[&str]) -> Result<String> {
         let output = self.output(program, args)?;
         let complaint = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "{program} {} in {}: {}", args.join(" "), self.label, complaint.trim());
+        ensure!(
+            output.status.success(),
+            "{program} {} in {}: {}",
+            args.join(" "),
+            self.label,
+            complaint.trim()
+        );
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
@@ -178,7 +185,11 @@ impl Namespace {
         let mut child = self
             .run(|| {
                 let mut ip = Command::new("ip");
-                ip.args(["-batch", "-"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()
+                ip.args(["-batch", "-"])
+                    .stdin(Stdio::piped())
+                    .stdout(Stdio::piped())
+                    .stderr(Stdio::piped())
+                    .spawn()
             })
             .context("cannot run ip (package iproute2)")?;
         let script = lines.join("\n") + "\n";

@@ -180,11 +180,19 @@ impl Runner<'_, '_> {
             Step::Check(..) | Step::Open(..) | Step::Send(..) | Step::Run(..) => {}
         }
         let scenes = case.families.iter().flat_map(|&family| {
-            case.transports.iter().map(move |&transport| Scene { topology: self.topology, case, family, transport })
+            case.transports.iter().map(move |&transport| Scene {
+                topology: self.topology,
+                case,
+                family,
+                transport,
+            })
         });
         let done: Vec<_> = thread::scope(|scope| {
             let running: Vec<_> = scenes.map(|scene| scope.spawn(move || scene.take(step))).collect();
-            running.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+            running
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
+                .collect()
         });
         let mut failures = Vec::new();
         for taken in done {
@@ -213,7 +221,8 @@ struct OpenFlow {
 fn stays(flows: &[OpenFlow], transport: Transport) -> Result<()> {
     for open in flows.iter().filter(|open| open.transport == transport) {
         let outcome = open.flow.ask(PATIENCE);
-        let same = matches!(&outcome, Outcome::Answer(answer) if Some(&answer.backend) == open.backend.as_ref());
+        let same =
+            matches!(&outcome, Outcome::Answer(answer) if Some(&answer.backend) == open.backend.as_ref());
         ensure!(same, "{} did not stay with {:?}: {outcome}", open.label, open.backend);
     }
     Ok(())
@@ -248,8 +257,9 @@ impl Scene<'_> {
     fn call(&self, from: Place, to: Target) -> Call {
         let to = to.resolve(self.case.lot, self.family);
         // A client that speaks to its own loopback address cannot do so from another.
-        let from = if to.ip().is_loopback() { to.ip() } else { from.client_address(self.family) };
-        Call { from, to, transport: self.transport, patience: PATIENCE }
+        let own = to.ip().is_loopback().then(|| to.ip());
+        let call = Call::new(from, to, self.transport);
+        Call { from: own.unwrap_or(call.from), ..call }
     }
 
     fn label(&self, from: Place, to: Target) -> String {
@@ -267,7 +277,9 @@ impl Scene<'_> {
                 act(self).with_context(|| format!("{what} ({} {})", self.family, self.transport))?;
                 Ok(None)
             }
-            Step::Become(_) | Step::Vanish | Step::Stays(_) | Step::Moves(..) => bail!("not a step of one scene"),
+            Step::Become(_) | Step::Vanish | Step::Stays(_) | Step::Moves(..) => {
+                bail!("not a step of one scene")
+            }
         }
     }
 
@@ -301,12 +313,7 @@ impl Scene<'_> {
     ///
     /// When it is not.
     pub fn node_itself(&self, from: Place) -> Result<()> {
-        let call = Call {
-            from: from.client_address(self.family),
-            to: SocketAddr::new(node_address(self.family, 1), 9999),
-            transport: self.transport,
-            patience: PATIENCE,
-        };
+        let call = Call::new(from, SocketAddr::new(node_address(self.family, 1), 9999), self.transport);
         let outcome = self.topology.at(from).run(|| ask(&call));
         let own = matches!(&outcome, Outcome::Answer(answer) if answer.backend == "node-1:9999");
         ensure!(own, "{from} to {} by {}: {outcome}", call.to, self.transport);
@@ -349,7 +356,12 @@ impl Scene<'_> {
     }
 
     fn served(
-        &self, call: &Call, from: Place, to: Target, backends: &BTreeSet<String>, source: Source,
+        &self,
+        call: &Call,
+        from: Place,
+        to: Target,
+        backends: &BTreeSet<String>,
+        source: Source,
     ) -> Result<()> {
         let mut seen = BTreeSet::new();
         for number in 1..=CALLS_FOR_ALL {
@@ -400,7 +412,8 @@ fn one_of(call: &Call, backends: &BTreeSet<String>) -> Result<()> {
 /// protocol tells the sender at all; TCP does not, and waits for an answer like everybody else.
 fn lost(call: &Call, from: Place, expected: &Outcome) -> Result<()> {
     let outcome = ask(call);
-    let denied = outcome == Outcome::Denied && matches!(from, Place::Host(_)) && call.transport != Transport::Tcp;
+    let denied =
+        outcome == Outcome::Denied && matches!(from, Place::Host(_)) && call.transport != Transport::Tcp;
     ensure!(outcome == *expected || denied, "expected: {expected}, got: {outcome}");
     Ok(())
 }

@@ -35,9 +35,11 @@ pub(super) fn cases() -> Vec<Case> {
         })
         .over(&[Transport::Tcp])
         .step(Step::Run("compare the backends of two ports", apart)),
-        case("A4 A5", "a client whose backend leaves gets another, and stays there when the first comes back", {
-            service([pod(1, 1), pod(2, 1)]).sticky(hour)
-        })
+        case(
+            "A4 A5",
+            "a client whose backend leaves gets another, and stays there when the first comes back",
+            { service([pod(1, 1), pod(2, 1)]).sticky(hour) },
+        )
         .check(POD12, CLUSTER, any_of_two())
         .then(service([pod(2, 2)]).sticky(hour))
         .check(POD12, CLUSTER, any(&[POD22]))
@@ -86,7 +88,11 @@ fn one_each(scene: &Scene<'_>, target: Target) -> Result<Vec<String>> {
         }
         backends.push(first);
     }
-    ensure!(backends.iter().any(|backend| *backend != backends[0]), "all clients were sent to {}", backends[0]);
+    ensure!(
+        backends.iter().any(|backend| *backend != backends[0]),
+        "all clients were sent to {}",
+        backends[0]
+    );
     Ok(backends)
 }
 
@@ -130,7 +136,10 @@ fn forget(scene: &Scene<'_>) -> Result<()> {
         for ((client, backend), called) in clients().zip(&first).zip(&mut called) {
             let again = scene.backend(client, CLUSTER)?;
             // On a machine too busy to call in time nothing can be said.
-            ensure!(again == *backend || called.elapsed() > TIMEOUT, "{client} was forgotten: {backend}, then {again}");
+            ensure!(
+                again == *backend || called.elapsed() > TIMEOUT,
+                "{client} was forgotten: {backend}, then {again}"
+            );
             if again != *backend {
                 return Ok(());
             }

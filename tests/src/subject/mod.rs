@@ -13,10 +13,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use weir::{
-    model::Family,
-    source::Object,
-};
+use weir::{model::Family, source::Object};
 
 use crate::{
     assets,
@@ -34,13 +31,13 @@ use store::Store;
 
 /// How long a change may take to show on both nodes, on a busy machine.
 const SETTLE: Duration = Duration::from_secs(30);
-/// The case number of the Service that tells how far the agents have come.
-const MARKER: Lot = Lot(250);
+/// The lot of the Service that tells how far the agents have come.
+const MARKER: Lot = Lot::new(250).named("marker");
 
 /// Which service proxy runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// weir with its nftables data plane, fed from a directory of manifests.
+    /// weir, with its nftables data plane unless [`Subject::proxy_mode`] says otherwise, fed from a directory of manifests.
     Weir,
     /// kube-proxy v1.36.3 in nftables mode, fed by a real API server: the oracle.
     KubeProxy,
@@ -60,6 +57,7 @@ impl Kind {
 /// A service proxy on both nodes. Dropping it stops it.
 pub struct Subject<'a> {
     kind: Kind,
+    proxy_mode: String,
     topology: &'a Topology,
     directory: tempfile::TempDir,
     state: Mutex<State<'a>>,
@@ -106,7 +104,15 @@ impl<'a> Subject<'a> {
             markers: 0,
             puts: 0,
         };
-        Ok(Self { kind, topology, directory, state: Mutex::new(state), settled: Mutex::new(0) })
+        let proxy_mode = "nftables".to_owned();
+        Ok(Self { kind, proxy_mode, topology, directory, state: Mutex::new(state), settled: Mutex::new(0) })
+    }
+
+    /// Runs weir with another data plane.
+    #[must_use]
+    pub fn proxy_mode(mut self, mode: &str) -> Self {
+        mode.clone_into(&mut self.proxy_mode);
+        self
     }
 
     /// Which proxy this is.
@@ -154,7 +160,7 @@ impl<'a> Subject<'a> {
         args.push(format!("--hostname-override={}", node_name(node)));
         if let Some(directory) = state.store.directory() {
             args.push(format!("--source=manifests:{}", directory.display()));
-            args.push("--proxy-mode=nftables".to_owned());
+            args.push(format!("--proxy-mode={}", self.proxy_mode));
         }
         let child = self.topology.at(Place::Host(node)).spawn(&program, |command| {
             command.args(args).stdout(log).stderr(errors);
@@ -248,7 +254,8 @@ impl<'a> Subject<'a> {
         }
         let mut state = self.state();
         let through = state.puts;
-        let running: Vec<u8> = [1, 2].into_iter().filter(|node| state.agents[usize::from(*node) - 1].is_some()).collect();
+        let running: Vec<u8> =
+            [1, 2].into_iter().filter(|node| state.agents[usize::from(*node) - 1].is_some()).collect();
         if running.is_empty() {
             return Ok(());
         }
@@ -285,7 +292,9 @@ impl<'a> Subject<'a> {
                 self.still_runs(node)?;
                 if Instant::now() > deadline {
                     let log = tail(&self.log(node));
-                    bail!("node {node} does not show the latest change over {family}: {outcome}; its agent logged:\n{log}");
+                    bail!(
+                        "node {node} does not show the latest change over {family}: {outcome}; its agent logged:\n{log}"
+                    );
                 }
                 thread::sleep(Duration::from_millis(5));
             }

@@ -39,8 +39,11 @@ impl Store<'_> {
     pub(super) fn put(&self, name: &str, old: &[Object], new: &[Object]) -> Result<()> {
         match self {
             Self::Cluster(plane) => {
-                let gone: Vec<_> =
-                    old.iter().map(identity).filter(|old| !new.iter().any(|new| identity(new) == *old)).collect();
+                let gone: Vec<_> = old
+                    .iter()
+                    .map(identity)
+                    .filter(|old| !new.iter().any(|new| identity(new) == *old))
+                    .collect();
                 let old: BTreeSet<String> = old.iter().map(document).collect::<Result<_>>()?;
                 let mut changed = Vec::new();
                 for object in new {
