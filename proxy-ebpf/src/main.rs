@@ -20,7 +20,7 @@ mod programs {
 
     /// Counts IPv4 connects and lets every one of them pass unchanged.
     #[cgroup_sock_addr(connect4)]
-    pub fn connect4(_: SockAddrContext) -> i32 {
+    fn connect4(_: SockAddrContext) -> i32 {
         if let Some(count) = CONNECTS.get_ptr_mut(0) {
             // SAFETY: the pointer is to this CPU's own slot of a per-CPU array, and the program is not re-entered
             // on the CPU while it runs.

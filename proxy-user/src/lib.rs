@@ -12,7 +12,11 @@
 
 #![deny(unsafe_code)]
 
+pub mod cli;
+pub mod config;
 pub mod dataplane;
 pub mod model;
+pub mod observe;
 pub mod plan;
+pub mod run;
 pub mod source;

@@ -1,3 +1,36 @@
-//! The `weir` binary; everything it does is in the library.
+//! The `weir` binary: reads the command line, sets logging up, and hands over to the library.
 
-fn main() {}
+use std::{io::Write as _, process::ExitCode};
+
+use weir::{
+    cli::{Cli, Command, PlanView},
+    config::{self, Host},
+    run,
+};
+
+fn main() -> ExitCode {
+    let cli = Cli::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
+    match execute(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "weir: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn execute(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Run(args) if args.cleanup => run::cleanup(&args.config.kernel, &args.config.log),
+        Command::Run(args) => {
+            let loaded = config::load(&args.config, &Host::this())?;
+            if args.init_only { Ok(()) } else { run::run(loaded) }
+        }
+        Command::Plan(args) => {
+            let (state, owners) = run::plan(config::load(&args.config, &Host::this())?)?;
+            let view = PlanView::new(&state, &owners, args.service.as_deref())?;
+            Ok(std::io::stdout().write_all(view.render(args.output, None)?.as_bytes())?)
+        }
+        Command::Cleanup(args) => run::cleanup(&args.kernel, &args.log),
+    }
+}

@@ -8,6 +8,7 @@
 #![deny(unsafe_code)]
 
 pub mod assets;
+pub mod bench;
 pub mod cases;
 pub mod control_plane;
 pub mod demo;

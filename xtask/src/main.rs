@@ -1,1 +1,94 @@
-fn main() {}
+//! The one entry point for working on weir: `cargo xtask setup`, `demo`, `test`, `check`, `generate`.
+//!
+//! It compiles without anything `setup` installs, so it is the first command on a fresh machine; weir itself and its
+//! tests run as child processes.
+
+#![deny(unsafe_code)]
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "telling the developer what happens is its purpose"
+)]
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use machine::Machine;
+
+mod check;
+mod demo;
+mod generate;
+mod machine;
+mod process;
+mod setup;
+mod suites;
+
+/// Sets up, shows, tests and checks weir.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what is missing on this machine; every other task does this for itself
+    Setup {
+        /// What to be ready for; each level includes those before it
+        #[arg(value_enum, default_value_t = setup::Level::Test)]
+        level: setup::Level,
+    },
+    /// Show weir at work on two nodes made of network namespaces (needs root, or sudo)
+    Demo {
+        /// Options of the demo itself; `--help` lists them
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<std::ffi::OsString>,
+    },
+    /// Run every test (needs root, or sudo)
+    Test(suites::Options),
+    /// Check formatting, lints, documentation, licences and unit tests
+    Check,
+    /// Write what is generated from the code: the command line reference
+    Generate {
+        /// Write nothing; fail when a file is not what it should be
+        #[arg(long)]
+        check: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    match Machine::discover().and_then(|machine| perform(&machine, Cli::parse().task)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn perform(machine: &Machine, task: Task) -> Result<()> {
+    match task {
+        Task::Setup { level } => {
+            if setup::run(machine, level)? == 0 {
+                println!("nothing is missing");
+            }
+            Ok(())
+        }
+        Task::Demo { args } => demo::run(machine, &args),
+        Task::Test(options) => suites::run(machine, &options),
+        Task::Check => check::run(machine),
+        Task::Generate { check } => generate::run(machine, check),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -9,6 +9,12 @@ use serde::Serialize;
 
 use crate::plan::{Backend, Delta, Frontend, PortId};
 
+mod memory;
+pub use memory::{Faulty, Memory};
+pub mod nftables;
+pub mod conntrack;
+pub mod ebpf;
+
 /// One data plane.
 ///
 /// Calls block and are made from one thread. A data plane remembers nothing about Services beyond what it needs to

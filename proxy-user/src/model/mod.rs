@@ -5,8 +5,27 @@
 
 use std::{fmt, sync::Arc};
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+
+mod address;
+mod cluster;
+mod endpoint;
 mod family;
+#[cfg(test)]
+pub(crate) mod fixture;
+mod node;
+mod service;
+mod settings;
+#[cfg(test)]
+mod tests;
+
+pub use address::{parse_address, parse_network};
+pub use cluster::Model;
+pub use endpoint::{Candidate, Endpoint, Endpoints, Slice, SlicePort};
 pub use family::{Family, PerFamily, Protocol};
+pub use node::{LocalTraffic, Node, NodeView};
+pub use service::{Service, ServicePort};
+pub use settings::{DetectLocal, NodePortSetting, Settings};
 
 /// Namespace and name of an object; the namespace is empty for objects that have none.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -17,6 +36,13 @@ impl ObjectName {
     #[must_use]
     pub fn new(namespace: &str, name: &str) -> Self {
         Self(format!("{namespace}/{name}").into())
+    }
+
+    /// The name that an object's metadata give it.
+    #[must_use]
+    pub fn of(metadata: &ObjectMeta) -> Self {
+        let namespace = metadata.namespace.as_deref().unwrap_or_default();
+        Self::new(namespace, metadata.name.as_deref().unwrap_or_default())
     }
 
     /// The namespace, empty for cluster-wide objects.
@@ -41,5 +67,22 @@ impl fmt::Display for ObjectName {
 impl fmt::Debug for ObjectName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
+    }
+}
+
+/// One value in an object that could not be understood and is treated as if it were not there (W9).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// Where in the object the value stands.
+    pub field: String,
+    /// The value.
+    pub value: String,
+    /// What is wrong with it.
+    pub reason: &'static str,
+}
+
+impl Problem {
+    fn new(field: String, value: &str, reason: &'static str) -> Self {
+        Self { field, value: value.to_owned(), reason }
     }
 }

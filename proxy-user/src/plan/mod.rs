@@ -15,7 +15,20 @@ use std::{fmt, net::IpAddr, sync::Arc};
 use ipnet::IpNet;
 use serde::Serialize;
 
+pub use crate::model::LocalTraffic;
 use crate::model::{Family, ObjectName, PerFamily, Protocol};
+
+mod claims;
+mod delta;
+mod frontend;
+mod node;
+mod planner;
+#[cfg(test)]
+mod tests;
+mod topology;
+
+pub use frontend::plan_service;
+pub use planner::{NoLocalEndpoints, Planner};
 
 /// Where traffic for a frontend is addressed to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -191,17 +204,9 @@ pub struct ServicePlan {
     pub ports: Vec<Arc<PortPlan>>,
     /// The health check, if the Service has one.
     pub health_check: Option<HealthCheck>,
-}
-
-/// How packets from local pods are told from others (section "Local detectors" of R6, R7).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub enum LocalTraffic {
-    /// The source address lies in this network.
-    Source(IpNet),
-    /// The packet came in by this interface.
-    Interface(String),
-    /// The packet came in by an interface whose name starts so.
-    InterfacePrefix(String),
+    /// When the Service was created, in seconds since 1970: of two that claim one frontend the older has it (R12).
+    #[serde(skip)]
+    pub created: i64,
 }
 
 /// Which addresses of this node serve NodePorts (R13, R14).
@@ -220,6 +225,8 @@ pub struct NodePlan {
     pub local_traffic: PerFamily<Option<LocalTraffic>>,
     /// Where NodePorts answer.
     pub node_port_addresses: PerFamily<NodePortAddresses>,
+    /// This host's own addresses but loopback ones, of both families, sorted.
+    pub host_addresses: Vec<IpAddr>,
     /// The packet mark that asks for masquerading (R8), one bit.
     pub masquerade_mark: u32,
     /// Addresses in these that are no known ClusterIP are dropped (F5).

@@ -3,16 +3,33 @@
 //! In: a watch. Out: [`Change`]s on a channel, in the order they happened. A source never says that an object is gone
 //! merely because it cannot reach its origin.
 
-use k8s_openapi::api::{
-    core::v1::{Node, Service},
-    discovery::v1::EndpointSlice,
-    networking::v1::ServiceCIDR,
+use std::fmt;
+
+use k8s_openapi::{
+    api::{
+        core::v1::{Node, Service},
+        discovery::v1::EndpointSlice,
+        networking::v1::ServiceCIDR,
+    },
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
+use serde::Serialize;
 
 use crate::model::ObjectName;
 
+pub mod host;
+pub mod kube;
+pub mod manifests;
+mod status;
+pub use status::{KindReport, KindStatus, SourceStatus};
+
+/// A Service with this label, whatever its value, is another proxy's (W1).
+const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
+/// An EndpointSlice with this label, whatever its value, is no business of a proxy (W2).
+const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
+
 /// What a source watches. Each kind is listed and completed on its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 pub enum Kind {
     /// Services (W1).
     Service,
@@ -27,10 +44,27 @@ pub enum Kind {
 impl Kind {
     /// Every kind.
     pub const ALL: [Self; 4] = [Self::Service, Self::EndpointSlice, Self::Node, Self::ServiceCidr];
+
+    /// The kind as manifests and messages call it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Service => "Service",
+            Self::EndpointSlice => "EndpointSlice",
+            Self::Node => "Node",
+            Self::ServiceCidr => "ServiceCIDR",
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
 }
 
 /// An object as its origin wrote it, less the metadata nobody reads.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Object {
     /// A Service.
     Service(Box<Service>),
@@ -42,8 +76,49 @@ pub enum Object {
     ServiceCidr(Box<ServiceCIDR>),
 }
 
+impl Object {
+    /// Which kind the object is of.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Service(_) => Kind::Service,
+            Self::EndpointSlice(_) => Kind::EndpointSlice,
+            Self::Node(_) => Kind::Node,
+            Self::ServiceCidr(_) => Kind::ServiceCidr,
+        }
+    }
+
+    /// The object's metadata.
+    #[must_use]
+    pub fn metadata(&self) -> &ObjectMeta {
+        match self {
+            Self::Service(object) => &object.metadata,
+            Self::EndpointSlice(object) => &object.metadata,
+            Self::Node(object) => &object.metadata,
+            Self::ServiceCidr(object) => &object.metadata,
+        }
+    }
+
+    /// The object's metadata, to change.
+    pub fn metadata_mut(&mut self) -> &mut ObjectMeta {
+        match self {
+            Self::Service(object) => &mut object.metadata,
+            Self::EndpointSlice(object) => &mut object.metadata,
+            Self::Node(object) => &mut object.metadata,
+            Self::ServiceCidr(object) => &mut object.metadata,
+        }
+    }
+
+    /// The object's namespace and name.
+    #[must_use]
+    pub fn name(&self) -> ObjectName {
+        let ObjectMeta { namespace, name, .. } = self.metadata();
+        ObjectName::new(namespace.as_deref().unwrap_or_default(), name.as_deref().unwrap_or_default())
+    }
+}
+
 /// One step of what happened at the origin.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Change {
     /// The object is new or has changed.
     Apply(Object),

@@ -1,0 +1,156 @@
+//! The command line: `weir run`, `weir plan`, `weir cleanup`.
+//!
+//! In: the words of a command line. Out: a [`Command`] for `main` to dispatch. Called as `kube-proxy`, all words are
+//! flags of `run`, so that the program can stand in for kube-proxy where only the image is changed.
+
+use std::{ffi::OsString, path::Path};
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{ConfigArgs, KernelArgs, LogArgs};
+
+mod plan;
+pub use plan::{NoSuchService, Output, PlanView};
+
+/// A Kubernetes service proxy: ClusterIPs, NodePorts and load-balancer addresses, made true on this node
+#[derive(Debug, Parser)]
+#[command(name = "weir", version, propagate_version = true, args_override_self = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Program this node, and keep it so
+    #[command(display_name = "weir")]
+    Run(Box<RunArgs>),
+    /// Print what would be programmed, and program nothing
+    Plan(Box<PlanArgs>),
+    /// Take everything that weir installed out of the kernel
+    Cleanup(CleanupArgs),
+}
+
+/// `weir run`.
+#[derive(Args, Debug)]
+pub struct RunArgs {
+    /// The same as `weir cleanup`: take everything out of the kernel and end
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
+          action = clap::ArgAction::Set, hide_possible_values = true, hide_default_value = true, value_name = "BOOL")]
+    pub cleanup: bool,
+    /// Check the configuration and end. weir needs no privileged preparation
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
+          action = clap::ArgAction::Set, hide_possible_values = true, hide_default_value = true, value_name = "BOOL")]
+    pub init_only: bool,
+    /// The configuration.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+}
+
+/// `weir plan`.
+#[derive(Args, Debug)]
+pub struct PlanArgs {
+    /// The configuration, which decides about masquerading and NodePorts as it would for `run`.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// How to print it
+    #[arg(short, long, value_name = "FORMAT", default_value = "table")]
+    pub output: Output,
+    /// Only this Service
+    #[arg(long, value_name = "NAMESPACE/NAME", value_parser = service_name)]
+    pub service: Option<String>,
+}
+
+/// `weir cleanup`.
+#[derive(Args, Debug)]
+pub struct CleanupArgs {
+    /// Where the kernel's objects are.
+    #[command(flatten)]
+    pub kernel: KernelArgs,
+    /// Logging.
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+fn service_name(text: &str) -> Result<String, &'static str> {
+    match text.split_once('/') {
+        Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() => Ok(text.to_owned()),
+        _ => Err("a Service is named NAMESPACE/NAME"),
+    }
+}
+
+impl Cli {
+    /// Reads a command line, the program's name first.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be understood, or asks for help; [`clap::Error::exit`] prints either.
+    pub fn read(words: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
+        let mut words: Vec<OsString> = words.into_iter().collect();
+        let program = words.first().map(Path::new).and_then(Path::file_name);
+        if program.is_some_and(|name| name == "kube-proxy") {
+            words.insert(1, "run".into());
+        }
+        Self::try_parse_from(words)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(line: &str) -> Result<Cli, clap::Error> {
+        Cli::read(line.split(' ').map(OsString::from))
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        use clap::CommandFactory as _;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn kubeadms_command_line_means_run() {
+        let line =
+            "/usr/local/bin/kube-proxy --config=/var/lib/kube-proxy/config.conf --hostname-override=n1";
+        assert!(matches!(read(line).unwrap().command, Command::Run(args) if !args.cleanup));
+    }
+
+    #[test]
+    fn cleanup_is_a_flag_of_run_too() {
+        for (line, cleanup) in
+            [("weir run", false), ("weir run --cleanup", true), ("kube-proxy --cleanup=false", false)]
+        {
+            assert!(
+                matches!(read(line).unwrap().command, Command::Run(args) if args.cleanup == cleanup),
+                "{line}"
+            );
+        }
+    }
+
+    #[test]
+    fn every_kube_proxy_flag_is_taken() {
+        let line = "kube-proxy --bind-address-hard-fail --profiling=false --conntrack-min 5 --ipvs-strict-arp \
+                    --oom-score-adj -999 --masquerade-all=true -v=4 --v 2 --logging-format=json --vmodule=a=1 --vmodule=b=2 --config a --config b \
+                    --iptables-sync-period 5s --kube-api-qps=5.5 --init-only --master http://127.0.0.1:1,http://h:2";
+        let words = line.split_ascii_whitespace().filter(|word| *word != "-v=4");
+        assert!(Cli::read(words.map(OsString::from)).is_ok());
+        assert!(read("kube-proxy -v=4").is_ok());
+        assert!(read("kube-proxy --feature-gates= --nodeport-addresses= --master= --cluster-cidr=").is_ok());
+    }
+
+    #[test]
+    fn what_is_not_known_is_refused() {
+        for line in [
+            "weir",
+            "weir explain",
+            "weir run --no-such-flag",
+            "weir plan --service web",
+            "weir run --source x",
+        ] {
+            assert!(read(line).is_err(), "{line}");
+        }
+    }
+}

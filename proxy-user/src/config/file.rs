@@ -1,0 +1,262 @@
+//! The KubeProxyConfiguration file, version v1alpha1 (section 5).
+//!
+//! In: text. Out: a [`Configuration`] with the fields that mean something here, unchecked beyond their types, and a
+//! warning for each field that means nothing.
+
+use std::{collections::BTreeMap, path::Path};
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::{Error, GoDuration, Problem, tree};
+
+/// The fields that are honoured. Missing, null and the type's zero value all mean "not set", as for kube-proxy.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(super) struct Configuration {
+    pub(super) api_version: String,
+    pub(super) kind: String,
+    pub(super) feature_gates: BTreeMap<String, bool>,
+    pub(super) client_connection: ClientConnection,
+    pub(super) logging: Logging,
+    pub(super) hostname_override: String,
+    pub(super) bind_address: String,
+    pub(super) healthz_bind_address: String,
+    pub(super) metrics_bind_address: String,
+    pub(super) bind_address_hard_fail: bool,
+    pub(super) mode: Mode,
+    pub(super) iptables: Rules,
+    pub(super) ipvs: Ipvs,
+    pub(super) nftables: Rules,
+    pub(super) detect_local_mode: DetectLocalMode,
+    pub(super) detect_local: Detectors,
+    #[serde(rename = "clusterCIDR")]
+    pub(super) cluster_cidr: String,
+    pub(super) node_port_addresses: Vec<String>,
+    pub(super) conntrack: Conntrack,
+    /// Only flags can turn a server off: in the file an empty address is the default one.
+    #[serde(skip)]
+    pub(super) healthz_off: bool,
+    #[serde(skip)]
+    pub(super) metrics_off: bool,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub(super) struct ClientConnection {
+    pub(super) kubeconfig: String,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub(super) struct Logging {
+    pub(super) format: String,
+    pub(super) verbosity: u8,
+}
+
+/// The settings that the iptables and nftables blocks share.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(super) struct Rules {
+    pub(super) masquerade_bit: Option<i32>,
+    pub(super) masquerade_all: bool,
+    pub(super) sync_period: GoDuration,
+    pub(super) min_sync_period: GoDuration,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(super) struct Ipvs {
+    pub(super) sync_period: GoDuration,
+    pub(super) min_sync_period: GoDuration,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(super) struct Detectors {
+    pub(super) bridge_interface: String,
+    pub(super) interface_name_prefix: String,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(super) struct Conntrack {
+    pub(super) max_per_core: Option<i32>,
+    pub(super) min: Option<i32>,
+    pub(super) tcp_established_timeout: Option<GoDuration>,
+    pub(super) tcp_close_wait_timeout: Option<GoDuration>,
+    pub(super) tcp_be_liberal: bool,
+    pub(super) udp_timeout: GoDuration,
+    pub(super) udp_stream_timeout: GoDuration,
+}
+
+/// A word that is none of those a field takes.
+#[derive(Debug, thiserror::Error)]
+#[error("`{given}` is not one of {known}")]
+pub(super) struct UnknownWord {
+    given: String,
+    known: &'static str,
+}
+
+/// `mode` and `--proxy-mode`: kube-proxy's modes and our own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub(super) enum Mode {
+    #[default]
+    Unset,
+    Auto,
+    Ebpf,
+    Nftables,
+    Iptables,
+    Ipvs,
+}
+
+impl TryFrom<String> for Mode {
+    type Error = UnknownWord;
+
+    fn try_from(given: String) -> Result<Self, Self::Error> {
+        Ok(match given.as_str() {
+            "" => Self::Unset,
+            "auto" => Self::Auto,
+            "ebpf" => Self::Ebpf,
+            "nftables" => Self::Nftables,
+            "iptables" => Self::Iptables,
+            "ipvs" => Self::Ipvs,
+            _ => {
+                return Err(UnknownWord {
+                    given,
+                    known: "auto, ebpf, nftables, iptables, ipvs and the empty word",
+                });
+            }
+        })
+    }
+}
+
+/// `detectLocalMode`; not set means the cluster's networks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub(super) enum DetectLocalMode {
+    #[default]
+    ClusterCidr,
+    NodeCidr,
+    BridgeInterface,
+    InterfaceNamePrefix,
+}
+
+impl TryFrom<String> for DetectLocalMode {
+    type Error = UnknownWord;
+
+    fn try_from(given: String) -> Result<Self, Self::Error> {
+        Ok(match given.as_str() {
+            "" | "ClusterCIDR" => Self::ClusterCidr,
+            "NodeCIDR" => Self::NodeCidr,
+            "BridgeInterface" => Self::BridgeInterface,
+            "InterfaceNamePrefix" => Self::InterfaceNamePrefix,
+            _ => {
+                let known = "ClusterCIDR, NodeCIDR, BridgeInterface and InterfaceNamePrefix";
+                return Err(UnknownWord { given, known });
+            }
+        })
+    }
+}
+
+/// kube-proxy's fields that mean nothing here, each with its default, which is worth no warning.
+const WITHOUT_EFFECT: [(&str, &str); 19] = [
+    ("clientConnection.acceptContentTypes", ""),
+    ("clientConnection.contentType", "application/vnd.kubernetes.protobuf"),
+    ("clientConnection.qps", "5"),
+    ("clientConnection.burst", "10"),
+    ("configSyncPeriod", "15m0s"),
+    ("enableProfiling", "false"),
+    ("iptables.localhostNodePorts", "false"),
+    ("ipvs.excludeCIDRs", ""),
+    ("ipvs.scheduler", "rr"),
+    ("ipvs.strictARP", "false"),
+    ("ipvs.tcpFinTimeout", "0s"),
+    ("ipvs.tcpTimeout", "0s"),
+    ("ipvs.udpTimeout", "0s"),
+    ("oomScoreAdj", "-999"),
+    ("portRange", ""),
+    ("showHiddenMetricsForVersion", ""),
+    ("winkernel", ""),
+    ("windowsRunAsService", "false"),
+    // Its defaults are spread over several fields, none of which changes what is logged.
+    ("logging", ""),
+];
+
+/// Reads the file's text. Fields that are not known, given twice or without effect make a warning.
+///
+/// # Errors
+///
+/// When the text is no YAML, is something else than a KubeProxyConfiguration v1alpha1, or a field has the wrong type.
+pub(super) fn parse(file: &Path, text: &str, warnings: &mut Vec<String>) -> Result<Configuration, Error> {
+    let (tree, twice) = tree::read(text)
+        .map_err(|error| Error::Syntax { file: file.to_owned(), message: error.to_string() })?;
+    let name = file.display();
+    warnings.extend(
+        twice.into_iter().map(|field| format!("{name}: {field} is given twice; the last one counts")),
+    );
+
+    if !tree.is_object() {
+        return Err(problem(file, ".", "this is not a mapping of fields to values".to_owned()));
+    }
+    let mut unread = Vec::new();
+    let mut note = |path: serde_ignored::Path<'_>| unread.push(path.to_string());
+    let mut track = serde_path_to_error::Track::new();
+    let reader = serde_path_to_error::Deserializer::new(
+        serde_ignored::Deserializer::new(&tree, &mut note),
+        &mut track,
+    );
+    let parsed = Configuration::deserialize(reader);
+    let configuration =
+        parsed.map_err(|error| problem(file, &track.path().to_string(), error.to_string()))?;
+    check_kind(file, &configuration)?;
+
+    warnings.extend(
+        unread.iter().filter_map(|field| unread_warning(&tree, field)).map(|it| format!("{name}: {it}")),
+    );
+    Ok(configuration)
+}
+
+fn problem(file: &Path, field: &str, complaint: String) -> Error {
+    let place =
+        if field == "." { file.display().to_string() } else { format!("{}: {field}", file.display()) };
+    Error::Invalid(vec![Problem { place, complaint }])
+}
+
+fn check_kind(file: &Path, configuration: &Configuration) -> Result<(), Error> {
+    for (field, given, wanted) in [
+        ("apiVersion", &configuration.api_version, "kubeproxy.config.k8s.io/v1alpha1"),
+        ("kind", &configuration.kind, "KubeProxyConfiguration"),
+    ] {
+        if given != wanted {
+            return Err(problem(file, field, format!("`{given}` is not `{wanted}`")));
+        }
+    }
+    Ok(())
+}
+
+fn unread_warning(tree: &Value, field: &str) -> Option<String> {
+    let within = |(known, _): &&(&str, &str)| {
+        field.strip_prefix(known).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    };
+    let Some((_, default)) = WITHOUT_EFFECT.iter().find(within) else {
+        return Some(format!("{field} is not a known field"));
+    };
+    let value = tree.pointer(&format!("/{}", field.replace('.', "/")))?;
+    let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let usual = is_zero(value) || text == *default || field.starts_with("logging");
+    (!usual).then(|| format!("{field} has no effect here (it is set to {text})"))
+}
+
+/// Whether kube-proxy takes the value for "not set"; kubeadm writes such values for everything.
+fn is_zero(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Bool(it) => !it,
+        Value::Number(it) => it.as_f64() == Some(0.0),
+        Value::String(it) => it.is_empty() || it.parse::<GoDuration>().is_ok_and(GoDuration::is_zero),
+        Value::Array(items) => items.is_empty(),
+        Value::Object(fields) => fields.values().all(is_zero),
+    }
+}

@@ -1,0 +1,333 @@
+//! The flags of `weir run` and `weir plan`: kube-proxy's and a few of our own.
+//!
+//! In: words of a command line. Out: [`ConfigArgs`], which [`super::load`] turns into a configuration. Flags come in
+//! three groups: those that win over a configuration file, those that it replaces, and those that have no effect here.
+
+use std::path::PathBuf;
+
+use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, error::Error as ClapError};
+use serde::Serialize;
+
+use super::{
+    GoDuration, LogConfig,
+    file::{ClientConnection, Configuration, DetectLocalMode, Detectors, Ipvs, Logging, Mode, Rules},
+};
+
+/// Every flag that ends up in a [`super::Config`].
+#[derive(Args, Clone, Debug)]
+pub struct ConfigArgs {
+    /// KubeProxyConfiguration file (v1alpha1). Flags under "Ignored with --config" then have no effect
+    #[arg(long = "config", value_name = "FILE")]
+    pub(super) file: Option<PathBuf>,
+    /// Name of this node's Node object [default: the host's name]
+    #[arg(long, value_name = "NODE", env = "NODE_NAME")]
+    pub(super) hostname_override: Option<String>,
+    /// Data plane: auto, ebpf or nftables. kube-proxy's iptables and ipvs mean auto
+    #[arg(long, value_name = "MODE", value_parser = mode)]
+    pub(super) proxy_mode: Option<Mode>,
+    /// Read objects from a directory instead of an API server: manifests:DIR
+    #[arg(long, value_name = "manifests:DIR", value_parser = manifests)]
+    pub(super) source: Option<PathBuf>,
+    /// Ranges from which --source gives ClusterIPs to Services that have none
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    pub(super) service_cidr: Vec<String>,
+    /// File that --source writes the given ClusterIPs to
+    #[arg(long, value_name = "FILE")]
+    pub(super) manifest_status: Option<PathBuf>,
+    /// API servers to use instead of the kubeconfig's, separated by commas
+    #[arg(long, value_name = "URL", value_delimiter = ',')]
+    pub(super) master: Vec<String>,
+    /// Where the kernel's objects are.
+    #[command(flatten)]
+    pub kernel: KernelArgs,
+    /// Logging.
+    #[command(flatten)]
+    pub log: LogArgs,
+    /// What a file replaces.
+    #[command(flatten)]
+    pub(super) replaced: ReplacedByFile,
+    /// What has no effect.
+    #[command(flatten)]
+    pub(super) ignored: IgnoredFlags,
+}
+
+/// Where the kernel's objects are.
+#[derive(Args, Clone, Debug)]
+pub struct KernelArgs {
+    /// Root of the cgroup v2 tree
+    #[arg(long, value_name = "DIR", default_value = "/sys/fs/cgroup")]
+    pub cgroup_root: PathBuf,
+    /// Directory on a bpffs for pinned objects
+    #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/weir")]
+    pub bpf_root: PathBuf,
+}
+
+/// How much is logged, and how.
+#[derive(Args, Clone, Debug)]
+pub struct LogArgs {
+    /// Log verbosity: 4 adds debug messages, 5 and more add traces
+    #[arg(short = 'v', long = "v", value_name = "N")]
+    pub(super) verbosity: Option<u8>,
+    /// Log format
+    #[arg(long, value_name = "FORMAT", value_parser = ["text", "json"])]
+    pub(super) logging_format: Option<String>,
+}
+
+impl LogArgs {
+    /// What the flags alone say, for a command without a configuration.
+    #[must_use]
+    pub fn config(&self) -> LogConfig {
+        let json = self.logging_format.as_deref() == Some("json");
+        LogConfig { verbosity: self.verbosity.unwrap_or_default(), json }
+    }
+}
+
+/// Flags that a configuration file replaces altogether, as kube-proxy's do.
+#[derive(Args, Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[command(next_help_heading = "Ignored with --config")]
+pub struct ReplacedByFile {
+    /// kubeconfig file [default: the pod's service account]
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<String>,
+    /// Networks of the cluster's pods, at most one for each family
+    #[arg(long, value_name = "CIDR[,CIDR]")]
+    cluster_cidr: Option<String>,
+    /// How local pods are told: ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix
+    #[arg(long, value_name = "MODE", value_parser = detect_local_mode)]
+    #[serde(serialize_with = "is_given")]
+    detect_local_mode: Option<DetectLocalMode>,
+    /// The bridge that pods are behind
+    #[arg(long, value_name = "NAME")]
+    pod_bridge_interface: Option<String>,
+    /// How the names of pods' interfaces start
+    #[arg(long, value_name = "PREFIX")]
+    pod_interface_name_prefix: Option<String>,
+    /// Where NodePorts answer: `primary`, or networks of node addresses
+    #[arg(long, value_name = "CIDR,…", value_delimiter = ',')]
+    nodeport_addresses: Option<Vec<String>>,
+    /// Masquerade everything sent to ClusterIPs
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL",
+          hide_possible_values = true)]
+    masquerade_all: Option<bool>,
+    /// Bit of the packet mark that asks for masquerading, 0 to 31 [default: 14]
+    #[arg(long, value_name = "BIT", allow_hyphen_values = true)]
+    iptables_masquerade_bit: Option<i32>,
+    /// Overrides the node's primary address; no socket is bound to it
+    #[arg(long, value_name = "IP")]
+    bind_address: Option<String>,
+    /// Where /healthz and /livez are served; empty turns them off [default: 0.0.0.0:10256]
+    #[arg(long, value_name = "IP:PORT")]
+    healthz_bind_address: Option<String>,
+    /// Where /metrics and /proxyMode are served; empty turns them off [default: 127.0.0.1:10249]
+    #[arg(long, value_name = "IP:PORT")]
+    metrics_bind_address: Option<String>,
+    /// Deprecated: port of --healthz-bind-address; 0 turns it off
+    #[arg(long, value_name = "PORT")]
+    healthz_port: Option<u16>,
+    /// Deprecated: port of --metrics-bind-address; 0 turns it off
+    #[arg(long, value_name = "PORT")]
+    metrics_port: Option<u16>,
+    /// End when a port cannot be listened on instead of trying again
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL",
+          hide_possible_values = true)]
+    bind_address_hard_fail: Option<bool>,
+    /// Delay before a failed programming is tried again [default: 30s]
+    #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
+    #[serde(serialize_with = "is_given")]
+    iptables_sync_period: Option<GoDuration>,
+    /// Accepted; changes are applied at once whatever it says
+    #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
+    #[serde(serialize_with = "is_given")]
+    iptables_min_sync_period: Option<GoDuration>,
+    /// Feature gates as NAME=BOOL; only AllowServiceExternalIPs has an effect
+    #[arg(long, value_name = "NAME=BOOL,…", value_delimiter = ',', value_parser = feature_gate)]
+    feature_gates: Option<Vec<(String, bool)>>,
+}
+
+fn mode(text: &str) -> Result<Mode, super::file::UnknownWord> {
+    text.to_owned().try_into()
+}
+
+fn detect_local_mode(text: &str) -> Result<DetectLocalMode, super::file::UnknownWord> {
+    text.to_owned().try_into()
+}
+
+fn manifests(text: &str) -> Result<PathBuf, String> {
+    match text.strip_prefix("manifests:") {
+        Some(dir) if !dir.is_empty() => Ok(dir.into()),
+        _ => Err("the only source to name is `manifests:DIR`".to_owned()),
+    }
+}
+
+fn feature_gate(text: &str) -> Result<(String, bool), String> {
+    if text.is_empty() {
+        return Ok(Default::default());
+    }
+    let (name, value) = text.split_once('=').ok_or("it has no `=`")?;
+    let value = value.trim().parse().map_err(|_| format!("`{value}` is not true or false"))?;
+    Ok((name.trim().to_owned(), value))
+}
+
+fn is_given<T, S: serde::Serializer>(value: &Option<T>, serializer: S) -> Result<S::Ok, S::Error> {
+    match value {
+        Some(_) => serializer.serialize_bool(true),
+        None => serializer.serialize_none(),
+    }
+}
+
+impl ReplacedByFile {
+    /// The names of the flags that were given.
+    pub(super) fn given(&self) -> Vec<String> {
+        let Ok(serde_json::Value::Object(flags)) = serde_json::to_value(self) else { return Vec::new() };
+        flags.into_iter().filter(|(_, value)| !value.is_null()).map(|(name, _)| format!("--{name}")).collect()
+    }
+
+    /// What a file with the same settings would hold.
+    pub(super) fn to_configuration(&self) -> Configuration {
+        let Self {
+            kubeconfig,
+            cluster_cidr,
+            detect_local_mode,
+            pod_bridge_interface,
+            pod_interface_name_prefix,
+            nodeport_addresses,
+            masquerade_all,
+            iptables_masquerade_bit,
+            bind_address,
+            healthz_bind_address,
+            metrics_bind_address,
+            healthz_port,
+            metrics_port,
+            bind_address_hard_fail,
+            iptables_sync_period,
+            iptables_min_sync_period,
+            feature_gates,
+        } = self.clone();
+        // The flags are named after iptables and mean whatever mode is chosen.
+        let rules = Rules {
+            masquerade_bit: iptables_masquerade_bit,
+            masquerade_all: masquerade_all.unwrap_or_default(),
+            sync_period: iptables_sync_period.unwrap_or_default(),
+            min_sync_period: iptables_min_sync_period.unwrap_or_default(),
+        };
+        let off = |address: &Option<String>, port| port == Some(0) || address.as_deref() == Some("");
+        Configuration {
+            feature_gates: feature_gates.into_iter().flatten().filter(|(name, _)| !name.is_empty()).collect(),
+            client_connection: ClientConnection { kubeconfig: kubeconfig.unwrap_or_default() },
+            logging: Logging::default(),
+            bind_address: bind_address.unwrap_or_default(),
+            healthz_off: off(&healthz_bind_address, healthz_port),
+            metrics_off: off(&metrics_bind_address, metrics_port),
+            healthz_bind_address: listen(healthz_bind_address, healthz_port, "0.0.0.0"),
+            metrics_bind_address: listen(metrics_bind_address, metrics_port, "127.0.0.1"),
+            bind_address_hard_fail: bind_address_hard_fail.unwrap_or_default(),
+            ipvs: Ipvs { sync_period: rules.sync_period, min_sync_period: rules.min_sync_period },
+            nftables: rules.clone(),
+            iptables: rules,
+            detect_local_mode: detect_local_mode.unwrap_or_default(),
+            detect_local: Detectors {
+                bridge_interface: pod_bridge_interface.unwrap_or_default(),
+                interface_name_prefix: pod_interface_name_prefix.unwrap_or_default(),
+            },
+            cluster_cidr: cluster_cidr.unwrap_or_default(),
+            node_port_addresses: nodeport_addresses
+                .into_iter()
+                .flatten()
+                .filter(|it| !it.is_empty())
+                .collect(),
+            ..Configuration::default()
+        }
+    }
+}
+
+/// The address of a server from its flag and the deprecated one for the port alone.
+fn listen(address: Option<String>, port: Option<u16>, default: &str) -> String {
+    match (address, port) {
+        (address, None) => address.unwrap_or_default(),
+        (None, Some(port)) => format!("{default}:{port}"),
+        (Some(address), Some(port)) => match address.parse() {
+            Ok(ip) => std::net::SocketAddr::new(ip, port).to_string(),
+            Err(_) => address,
+        },
+    }
+}
+
+/// kube-proxy's switches that have no effect here.
+const IGNORED_SWITCHES: [&str; 6] = [
+    "conntrack-tcp-be-liberal",
+    "iptables-localhost-nodeports",
+    "ipvs-strict-arp",
+    "log-json-split-stream",
+    "log-text-split-stream",
+    "profiling",
+];
+
+/// kube-proxy's flags with a value that have no effect here.
+const IGNORED_VALUES: [&str; 23] = [
+    "config-sync-period",
+    "conntrack-max-per-core",
+    "conntrack-min",
+    "conntrack-tcp-timeout-close-wait",
+    "conntrack-tcp-timeout-established",
+    "conntrack-udp-timeout",
+    "conntrack-udp-timeout-stream",
+    "ipvs-exclude-cidrs",
+    "ipvs-min-sync-period",
+    "ipvs-scheduler",
+    "ipvs-sync-period",
+    "ipvs-tcp-timeout",
+    "ipvs-tcpfin-timeout",
+    "ipvs-udp-timeout",
+    "kube-api-burst",
+    "kube-api-content-type",
+    "kube-api-qps",
+    "log-flush-frequency",
+    "log-json-info-buffer-size",
+    "log-text-info-buffer-size",
+    "oom-score-adj",
+    "show-hidden-metrics-for-version",
+    "vmodule",
+];
+
+/// Flags of kube-proxy that are taken so that its command lines work, and have no effect.
+#[derive(Clone, Debug, Default)]
+pub struct IgnoredFlags(Vec<&'static str>);
+
+impl IgnoredFlags {
+    /// One sentence that names those given.
+    pub(super) fn warnings(&self) -> Vec<String> {
+        let names: Vec<_> = self.0.iter().map(|name| format!("--{name}")).collect();
+        if names.is_empty() {
+            return Vec::new();
+        }
+        vec![format!("these flags of kube-proxy have no effect here: {}", names.join(", "))]
+    }
+}
+
+impl Args for IgnoredFlags {
+    fn augment_args(command: Command) -> Command {
+        let hidden = |name: &'static str| Arg::new(name).long(name).action(ArgAction::Append).hide(true);
+        let switch = |name| hidden(name).num_args(0..=1).require_equals(true).default_missing_value("true");
+        let value = |name| hidden(name).num_args(1).allow_hyphen_values(true);
+        command.args(IGNORED_SWITCHES.into_iter().map(switch)).args(IGNORED_VALUES.into_iter().map(value))
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for IgnoredFlags {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, ClapError> {
+        let mut flags = Self::default();
+        flags.update_from_arg_matches(matches)?;
+        Ok(flags)
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), ClapError> {
+        let known = IGNORED_SWITCHES.into_iter().chain(IGNORED_VALUES);
+        self.0 = known.filter(|name| matches.contains_id(name)).collect();
+        Ok(())
+    }
+}

@@ -1,0 +1,402 @@
+//! From fields as written to a checked [`Config`].
+//!
+//! In: a [`Configuration`] from file or flags, the flags that win over it, the host. Out: a [`Loaded`], or every
+//! [`Problem`] found, each under the name its author used: a field of the file or a flag.
+//!
+//! `mode` says which kube-proxy mode is imitated: its block supplies sync periods and masquerade settings (nftables
+//! from its own; no mode, iptables and ipvs from the iptables one, ipvs with its own periods), and the default of
+//! `nodePortAddresses` is that mode's (R15). Our own modes `auto` and `ebpf` imitate what kube-proxy does without a
+//! mode. With a file, its `mode` is imitated even where `--proxy-mode` chooses the data plane.
+
+use std::{
+    fmt::Display,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
+
+use ipnet::IpNet;
+
+use super::{
+    Config, ConfigArgs, Conntrack, DetectLocal, Error, GoDuration, Host, Loaded, LogConfig, NodePortSetting,
+    Problem, ProxyMode, SourceConfig,
+    file::{self, Configuration, DetectLocalMode, Mode, Rules},
+};
+
+const HEALTHZ_PORT: u16 = 10256;
+const METRICS_PORT: u16 = 10249;
+const EXTERNAL_IPS_GATE: &str = "AllowServiceExternalIPs";
+
+/// Who wrote a [`Configuration`].
+pub(super) enum Origin {
+    File(PathBuf),
+    Flags,
+}
+
+impl Origin {
+    /// What the author calls a field.
+    fn place(&self, field: &str) -> String {
+        match self {
+            Self::File(file) => format!("{}: {field}", file.display()),
+            Self::Flags => flag_of(field).to_owned(),
+        }
+    }
+}
+
+fn flag_of(field: &str) -> &str {
+    match field.split('[').next().unwrap_or(field) {
+        "bindAddress" => "--bind-address",
+        "clusterCIDR" => "--cluster-cidr",
+        "detectLocal.bridgeInterface" => "--pod-bridge-interface",
+        "detectLocal.interfaceNamePrefix" => "--pod-interface-name-prefix",
+        "healthzBindAddress" => "--healthz-bind-address",
+        "iptables.masqueradeBit" | "nftables.masqueradeBit" => "--iptables-masquerade-bit",
+        "iptables.minSyncPeriod" | "ipvs.minSyncPeriod" | "nftables.minSyncPeriod" => {
+            "--iptables-min-sync-period"
+        }
+        "iptables.syncPeriod" | "ipvs.syncPeriod" | "nftables.syncPeriod" => "--iptables-sync-period",
+        "metricsBindAddress" => "--metrics-bind-address",
+        "mode" => "--proxy-mode",
+        "nodePortAddresses" => "--nodeport-addresses",
+        _ => field,
+    }
+}
+
+/// Checks everything, and puts it together.
+pub(super) fn resolve(
+    configuration: Configuration,
+    args: &ConfigArgs,
+    origin: &Origin,
+    host: &Host,
+    warnings: Vec<String>,
+) -> Result<Loaded, Error> {
+    let mut check = Check { origin, problems: Vec::new(), warnings };
+    let imitated = match origin {
+        Origin::File(_) => configuration.mode,
+        Origin::Flags => args.proxy_mode.unwrap_or_default(),
+    };
+    let rules = check.rules(&configuration, imitated);
+    let bind_address = check.bind_address(&configuration.bind_address);
+    let wildcard_family = bind_address.unwrap_or(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED));
+    let (any, loopback) = match wildcard_family {
+        IpAddr::V4(_) => ("0.0.0.0", "127.0.0.1"),
+        IpAddr::V6(_) => ("::", "::1"),
+    };
+    let healthz = (!configuration.healthz_off)
+        .then(|| check.listen("healthzBindAddress", &configuration.healthz_bind_address, any, HEALTHZ_PORT));
+    let metrics = (!configuration.metrics_off).then(|| {
+        check.listen("metricsBindAddress", &configuration.metrics_bind_address, loopback, METRICS_PORT)
+    });
+    let config = Config {
+        node_name: check.node_name(args, &configuration, host),
+        source: check.source(args, &configuration),
+        mode: check.mode(args, &configuration),
+        detect_local: check.detect_local(&configuration),
+        masquerade_all: rules.masquerade_all,
+        masquerade_bit: rules.masquerade_bit,
+        node_port_addresses: check.node_ports(&configuration.node_port_addresses, imitated),
+        external_ips: check.external_ips(&configuration),
+        bind_address: bind_address.filter(|address| !address.is_unspecified()),
+        healthz: healthz.flatten(),
+        metrics: metrics.flatten(),
+        bind_hard_fail: configuration.bind_address_hard_fail,
+        sync_period: rules.sync_period,
+        min_sync_period: rules.min_sync_period,
+        conntrack: check.conntrack(&configuration.conntrack),
+        log: check.log(args, &configuration),
+        bpf_root: args.kernel.bpf_root.clone(),
+        cgroup_root: args.kernel.cgroup_root.clone(),
+        families: host.families,
+    };
+    if check.problems.is_empty() {
+        Ok(Loaded { config, warnings: check.warnings })
+    } else {
+        Err(Error::Invalid(check.problems))
+    }
+}
+
+/// What the imitated mode's block says.
+struct Settings {
+    masquerade_all: bool,
+    masquerade_bit: u8,
+    sync_period: Duration,
+    min_sync_period: Duration,
+}
+
+/// Collects problems, so that an author hears of all of them at once. After a problem a check returns any value; the
+/// configuration it would go into is never made.
+struct Check<'a> {
+    origin: &'a Origin,
+    problems: Vec<Problem>,
+    warnings: Vec<String>,
+}
+
+impl Check<'_> {
+    fn reject(&mut self, field: &str, complaint: impl Display) {
+        self.problems.push(Problem { place: self.origin.place(field), complaint: complaint.to_string() });
+    }
+
+    fn warn(&mut self, field: &str, what: impl Display) {
+        self.warnings.push(format!("{}: {what}", self.origin.place(field)));
+    }
+
+    fn node_name(&mut self, args: &ConfigArgs, configuration: &Configuration, host: &Host) -> String {
+        let flag = args.hostname_override.as_deref().unwrap_or_default();
+        let file = configuration.hostname_override.as_str();
+        let (place, given) = match (flag, file) {
+            ("", "") => ("the host's name".to_owned(), host.name.as_str()),
+            ("", file) => (self.origin.place("hostnameOverride"), file),
+            (flag, _) => ("--hostname-override".to_owned(), flag),
+        };
+        let name = given.trim().to_lowercase();
+        if name.is_empty() {
+            self.problems.push(Problem { place, complaint: "a node's name cannot be empty".to_owned() });
+        }
+        name
+    }
+
+    fn source(&mut self, args: &ConfigArgs, configuration: &Configuration) -> SourceConfig {
+        let service_ranges = self.networks("--service-cidr", &args.service_cidr);
+        if let Some(dir) = &args.source {
+            return SourceConfig::Manifests {
+                dir: dir.clone(),
+                service_ranges,
+                status_file: args.manifest_status.clone(),
+            };
+        }
+        if !service_ranges.is_empty() || args.manifest_status.is_some() {
+            self.warnings
+                .push("--service-cidr and --manifest-status have no effect without --source".to_owned());
+        }
+        let kubeconfig = &configuration.client_connection.kubeconfig;
+        SourceConfig::Kubernetes {
+            kubeconfig: (!kubeconfig.is_empty()).then(|| kubeconfig.into()),
+            servers: args.master.iter().map(|it| it.trim().to_owned()).filter(|it| !it.is_empty()).collect(),
+        }
+    }
+
+    fn networks(&mut self, place: &str, given: &[String]) -> Vec<IpNet> {
+        let mut networks = Vec::new();
+        for text in given.iter().map(|text| text.trim()).filter(|text| !text.is_empty()) {
+            match text.parse::<IpNet>() {
+                Ok(network) => networks.push(network.trunc()),
+                Err(_) => {
+                    let complaint = format!("`{text}` is not a network such as 10.0.0.0/16 or fd00::/64");
+                    self.problems.push(Problem { place: place.to_owned(), complaint });
+                }
+            }
+        }
+        networks
+    }
+
+    fn mode(&mut self, args: &ConfigArgs, configuration: &Configuration) -> ProxyMode {
+        let (place, given) = match (args.proxy_mode, self.origin) {
+            (Some(mode), _) => ("--proxy-mode".to_owned(), mode),
+            (None, Origin::File(_)) => (self.origin.place("mode"), configuration.mode),
+            (None, Origin::Flags) => return ProxyMode::Auto,
+        };
+        let kube_proxys = match given {
+            Mode::Auto => return ProxyMode::Auto,
+            Mode::Nftables => return ProxyMode::Nftables,
+            Mode::Ebpf => {
+                let complaint =
+                    "this version has only the nftables data plane, not ebpf; use auto or nftables";
+                self.problems.push(Problem { place, complaint: complaint.to_owned() });
+                return ProxyMode::Ebpf;
+            }
+            Mode::Unset => "no mode",
+            Mode::Iptables => "iptables",
+            Mode::Ipvs => "ipvs",
+        };
+        self.warnings.push(format!(
+            "{place}: {kube_proxys} means auto here; NodePorts are not served on 127.0.0.1 as kube-proxy may do"
+        ));
+        ProxyMode::Auto
+    }
+
+    fn rules(&mut self, configuration: &Configuration, imitated: Mode) -> Settings {
+        let (name, block) = match imitated {
+            Mode::Nftables => ("nftables", &configuration.nftables),
+            Mode::Unset | Mode::Auto | Mode::Ebpf | Mode::Iptables | Mode::Ipvs => {
+                ("iptables", &configuration.iptables)
+            }
+        };
+        let Rules { masquerade_bit, masquerade_all, sync_period, min_sync_period } = block.clone();
+        let (periods, sync, min, least) = match imitated {
+            Mode::Ipvs => ("ipvs", configuration.ipvs.sync_period, configuration.ipvs.min_sync_period, 0),
+            _ => (name, sync_period, min_sync_period, 1),
+        };
+        let (sync_period, min_sync_period) = self.periods(periods, sync, min, Duration::from_secs(least));
+        let bit = masquerade_bit.unwrap_or(14);
+        let masquerade_bit = u8::try_from(bit).ok().filter(|bit| *bit < 32).unwrap_or_else(|| {
+            self.reject(&format!("{name}.masqueradeBit"), format_args!("{bit} is not a bit from 0 to 31"));
+            0
+        });
+        Settings { masquerade_all, masquerade_bit, sync_period, min_sync_period }
+    }
+
+    fn periods(
+        &mut self,
+        block: &str,
+        sync: GoDuration,
+        min: GoDuration,
+        least: Duration,
+    ) -> (Duration, Duration) {
+        let or = |given: GoDuration, default| if given.is_zero() { GoDuration::from(default) } else { given };
+        let (sync, min) = (or(sync, Duration::from_secs(30)), or(min, least));
+        let periods = (sync.positive(), min.positive());
+        if periods.0.is_none() {
+            self.reject(&format!("{block}.syncPeriod"), format_args!("{sync} is not more than 0"));
+        }
+        if periods.1.is_none() {
+            self.reject(&format!("{block}.minSyncPeriod"), format_args!("{min} is less than 0"));
+        }
+        let (Some(sync_period), Some(min_sync_period)) = periods else { return Default::default() };
+        if sync_period < min_sync_period {
+            let complaint = format_args!("{sync} is less than minSyncPeriod, which is {min}");
+            self.reject(&format!("{block}.syncPeriod"), complaint);
+        }
+        (sync_period, min_sync_period)
+    }
+
+    fn detect_local(&mut self, configuration: &Configuration) -> DetectLocal {
+        match configuration.detect_local_mode {
+            DetectLocalMode::NodeCidr => DetectLocal::NodeCidr,
+            DetectLocalMode::ClusterCidr => {
+                DetectLocal::ClusterCidr(self.cluster_cidrs(&configuration.cluster_cidr))
+            }
+            DetectLocalMode::BridgeInterface => DetectLocal::Bridge(
+                self.interface("detectLocal.bridgeInterface", &configuration.detect_local.bridge_interface),
+            ),
+            DetectLocalMode::InterfaceNamePrefix => DetectLocal::InterfacePrefix(self.interface(
+                "detectLocal.interfaceNamePrefix",
+                &configuration.detect_local.interface_name_prefix,
+            )),
+        }
+    }
+
+    fn interface(&mut self, field: &str, name: &str) -> String {
+        if name.is_empty() {
+            self.reject(field, "the chosen way to tell local pods needs a name here");
+        }
+        name.to_owned()
+    }
+
+    fn cluster_cidrs(&mut self, given: &str) -> Vec<IpNet> {
+        let place = self.origin.place("clusterCIDR");
+        let parts: Vec<String> = given.split(',').map(str::to_owned).collect();
+        let networks = self.networks(&place, &parts);
+        let v4 = networks.iter().filter(|network| matches!(network, IpNet::V4(_))).count();
+        if v4 > 1 || networks.len() - v4 > 1 {
+            self.reject("clusterCIDR", format_args!("`{given}` has more than one network of a family"));
+        }
+        networks
+    }
+
+    fn node_ports(&mut self, given: &[String], imitated: Mode) -> NodePortSetting {
+        if given.is_empty() {
+            return match imitated {
+                Mode::Nftables => NodePortSetting::Primary,
+                Mode::Unset | Mode::Auto | Mode::Ebpf | Mode::Iptables | Mode::Ipvs => NodePortSetting::All,
+            };
+        }
+        if given == ["primary"] {
+            return NodePortSetting::Primary;
+        }
+        let mut networks = Vec::new();
+        for (index, text) in given.iter().enumerate() {
+            let field = format!("nodePortAddresses[{index}]");
+            match text.parse::<IpNet>() {
+                Ok(network) => networks.push(network.trunc()),
+                Err(_) if text == "primary" => self.reject(&field, "`primary` cannot stand beside networks"),
+                Err(_) => self.reject(&field, format_args!("`{text}` is not a network such as 192.0.2.0/24")),
+            }
+        }
+        NodePortSetting::Cidrs(networks)
+    }
+
+    fn external_ips(&mut self, configuration: &Configuration) -> bool {
+        let others: Vec<_> = (configuration.feature_gates.keys())
+            .filter(|name| *name != EXTERNAL_IPS_GATE)
+            .map(String::as_str)
+            .collect();
+        if !others.is_empty() {
+            self.warnings.push(format!("these feature gates have no effect here: {}", others.join(", ")));
+        }
+        configuration.feature_gates.get(EXTERNAL_IPS_GATE).copied().unwrap_or(true)
+    }
+
+    fn bind_address(&mut self, given: &str) -> Option<IpAddr> {
+        if given.is_empty() {
+            return None;
+        }
+        let address = given.parse().ok();
+        if address.is_none() {
+            self.reject("bindAddress", format_args!("`{given}` is not an IP address"));
+        }
+        address
+    }
+
+    fn listen(&mut self, field: &str, given: &str, default: &str, port: u16) -> Option<SocketAddr> {
+        let given = if given.is_empty() { default } else { given };
+        let address = match given.parse::<IpAddr>() {
+            Ok(ip) => Some(SocketAddr::new(ip, port)),
+            Err(_) => given.parse().ok().filter(|address: &SocketAddr| address.port() != 0),
+        };
+        if address.is_none() {
+            self.reject(field, format_args!("`{given}` is not an IP address with a port from 1 to 65535"));
+        }
+        address
+    }
+
+    fn conntrack(&mut self, given: &file::Conntrack) -> Conntrack {
+        let timeout = |check: &mut Self, field: &str, given: GoDuration| {
+            let kept = given.positive();
+            if kept.is_none() {
+                check.reject(&format!("conntrack.{field}"), format_args!("{given} is less than 0"));
+            }
+            kept.filter(|timeout| !timeout.is_zero())
+        };
+        let limit = |check: &mut Self, field: &str, given: i32| {
+            let kept = u32::try_from(given).ok();
+            if kept.is_none() {
+                check.reject(&format!("conntrack.{field}"), format_args!("{given} is less than 0"));
+            }
+            kept
+        };
+        let kept = Conntrack {
+            max_per_core: given.max_per_core.and_then(|it| limit(self, "maxPerCore", it)),
+            min: given.min.and_then(|it| limit(self, "min", it)),
+            tcp_established_timeout: given
+                .tcp_established_timeout
+                .and_then(|it| timeout(self, "tcpEstablishedTimeout", it)),
+            tcp_close_wait_timeout: given
+                .tcp_close_wait_timeout
+                .and_then(|it| timeout(self, "tcpCloseWaitTimeout", it)),
+            tcp_be_liberal: given.tcp_be_liberal,
+            udp_timeout: timeout(self, "udpTimeout", given.udp_timeout),
+            udp_stream_timeout: timeout(self, "udpStreamTimeout", given.udp_stream_timeout),
+        };
+        // Neither "leave it alone", which is what happens anyway, nor kube-proxy's own defaults are somebody's wish.
+        let wished = Conntrack {
+            max_per_core: kept.max_per_core.filter(|it| ![0, 32 << 10].contains(it)),
+            min: kept.min.filter(|it| ![0, 128 << 10].contains(it)),
+            tcp_established_timeout: kept.tcp_established_timeout.filter(|it| it.as_secs() != 24 * 3600),
+            tcp_close_wait_timeout: kept.tcp_close_wait_timeout.filter(|it| it.as_secs() != 3600),
+            ..kept
+        };
+        if wished != Conntrack::default() {
+            self.warn("conntrack", "connection tracking settings are not applied by this version");
+        }
+        kept
+    }
+
+    fn log(&mut self, args: &ConfigArgs, configuration: &Configuration) -> LogConfig {
+        let format = args.log.logging_format.as_deref().unwrap_or(&configuration.logging.format);
+        if !matches!(format, "" | "text" | "json") {
+            self.reject("logging.format", format_args!("`{format}` is neither text nor json"));
+        }
+        let verbosity = args.log.verbosity.unwrap_or(configuration.logging.verbosity);
+        LogConfig { verbosity, json: format == "json" }
+    }
+}

@@ -1,0 +1,104 @@
+//! YAML as kube-proxy reads it: a key given twice counts the last time, and null is the same as nothing.
+//!
+//! In: text. Out: a JSON tree, and the paths of keys given twice, for a warning.
+
+use std::{cell::RefCell, fmt};
+
+use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
+use serde_json::{Map, Number, Value};
+
+/// Reads `text`; the second part names the keys that are given more than once.
+pub(super) fn read(text: &str) -> Result<(Value, Vec<String>), serde_yaml_ng::Error> {
+    let duplicates = RefCell::new(Vec::new());
+    let root = Place { path: String::new(), duplicates: &duplicates };
+    let tree = serde_yaml_ng::Deserializer::from_str(text).deserialize_any(root)?;
+    Ok((tree, duplicates.into_inner()))
+}
+
+#[derive(Clone)]
+struct Place<'a> {
+    path: String,
+    duplicates: &'a RefCell<Vec<String>>,
+}
+
+impl Place<'_> {
+    fn key(&self, key: &str) -> Self {
+        let dot = if self.path.is_empty() { "" } else { "." };
+        Self { path: format!("{}{dot}{key}", self.path), ..self.clone() }
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for Place<'_> {
+    type Value = Value;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Place<'_> {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("plain YAML without tags")
+    }
+
+    fn visit_none<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Value, E> {
+        Number::from_f64(value)
+            .map(Value::Number)
+            .ok_or_else(|| E::custom(format_args!("{}: {value} is not a finite number", self.path)))
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
+        let mut sequence = Vec::new();
+        loop {
+            let place = Self { path: format!("{}[{}]", self.path, sequence.len()), ..self.clone() };
+            match items.next_element_seed(place)? {
+                Some(item) => sequence.push(item),
+                None => return Ok(Value::Array(sequence)),
+            }
+        }
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
+        let mut map = Map::new();
+        let mut seen = std::collections::BTreeSet::new();
+        while let Some(key) = entries.next_key::<String>()? {
+            let place = self.key(&key);
+            if !seen.insert(key.clone()) {
+                self.duplicates.borrow_mut().push(place.path.clone());
+            }
+            let value = entries.next_value_seed(place.clone()).map_err(A::Error::custom)?;
+            if value.is_null() {
+                map.remove(&key);
+            } else {
+                map.insert(key, value);
+            }
+        }
+        Ok(Value::Object(map))
+    }
+}

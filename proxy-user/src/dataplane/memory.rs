@@ -1,0 +1,204 @@
+//! A data plane that keeps everything in memory, and one that fails on purpose.
+//!
+//! In: [`Delta`]s. Out: a [`State`] made from what they said and nothing else. `weir plan` shows it and tests compare
+//! it with what a kernel holds.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use super::{Dataplane, Error, Installed, InstalledFrontend, Outcome, State};
+use crate::plan::{
+    ClusterIpDelta, Delta, Frontend, FrontendPlan, NodePlan, PortDelta, PortId, PortPlan, Target, Treatment,
+};
+
+/// Holds what deltas say.
+#[derive(Clone, Debug, Default)]
+pub struct Memory {
+    node: Option<Arc<NodePlan>>,
+    cluster_ips: BTreeSet<IpAddr>,
+    ports: BTreeMap<PortId, Arc<PortPlan>>,
+    /// Which port each frontend leads to.
+    frontends: BTreeMap<Frontend, PortId>,
+}
+
+impl Memory {
+    /// The node-wide plan last applied.
+    #[must_use]
+    pub fn node(&self) -> Option<&NodePlan> {
+        self.node.as_deref()
+    }
+
+    /// The service ports held, sorted by id.
+    pub fn ports(&self) -> impl Iterator<Item = &Arc<PortPlan>> {
+        self.ports.values()
+    }
+
+    fn apply_port(&mut self, delta: &PortDelta, complete: bool) -> Result<(), Error> {
+        let Some(id) = delta.id() else { return Ok(()) };
+        if !complete && self.ports.get(id) != delta.before.as_ref() {
+            return Err(Error::Kernel(format!("{id} is not what the delta takes it for")));
+        }
+        self.forget(id);
+        if let Some(after) = &delta.after {
+            let keys = after.frontends.iter().map(|planned| (planned.frontend, id.clone()));
+            self.frontends.extend(keys);
+            self.ports.insert(id.clone(), Arc::clone(after));
+        }
+        Ok(())
+    }
+
+    /// Takes a port out, and those of its frontends that no other port has taken.
+    fn forget(&mut self, id: &PortId) {
+        let Some(before) = self.ports.remove(id) else { return };
+        for planned in &before.frontends {
+            if self.frontends.get(&planned.frontend) == Some(id) {
+                self.frontends.remove(&planned.frontend);
+            }
+        }
+    }
+}
+
+impl Dataplane for Memory {
+    fn apply(&mut self, delta: &Delta) -> Result<(), Error> {
+        if let Some(node) = &delta.node {
+            self.node = Some(Arc::clone(node));
+        }
+        if delta.complete {
+            self.cluster_ips.clear();
+            let named: BTreeSet<&PortId> = delta.ports.iter().filter_map(PortDelta::id).collect();
+            let gone: Vec<PortId> = self.ports.keys().filter(|id| !named.contains(id)).cloned().collect();
+            gone.iter().for_each(|id| self.forget(id));
+        }
+        for change in &delta.cluster_ips {
+            match change {
+                ClusterIpDelta::Add(ip) => self.cluster_ips.insert(*ip),
+                ClusterIpDelta::Remove(ip) => self.cluster_ips.remove(ip),
+            };
+        }
+        delta.ports.iter().try_for_each(|port| self.apply_port(port, delta.complete))
+    }
+
+    fn reread(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn dump(&mut self) -> Result<State, Error> {
+        let mut state = State { cluster_ips: self.cluster_ips.iter().copied().collect(), ..State::default() };
+        for (frontend, id) in &self.frontends {
+            let plan = self.ports.get(id);
+            let planned =
+                plan.and_then(|plan| plan.frontends.iter().find(|known| known.frontend == *frontend));
+            let (Some(plan), Some(planned)) = (plan, planned) else {
+                return Err(Error::Kernel(format!("{frontend} leads to {id}, which does not have it")));
+            };
+            state.frontends.insert(*frontend, InstalledFrontend::of(plan, planned));
+        }
+        Ok(state)
+    }
+
+    fn remove(&mut self) -> Result<(), Error> {
+        *self = Self::default();
+        Ok(())
+    }
+}
+
+impl InstalledFrontend {
+    /// What a data plane should hold for one frontend of a port.
+    #[must_use]
+    pub fn of(plan: &PortPlan, planned: &FrontendPlan) -> Self {
+        let installed = |treatment: Treatment| Installed {
+            outcome: match treatment.target {
+                Target::Cluster => Outcome::backends(&plan.cluster),
+                Target::Local => Outcome::backends(&plan.local),
+                Target::Reject => Outcome::Reject,
+                Target::Drop => Outcome::Drop,
+            },
+            masquerade: treatment.masquerade,
+        };
+        Self {
+            pod: installed(planned.route.pod),
+            host: installed(planned.route.host),
+            outside: installed(planned.route.outside),
+            affinity: plan.affinity,
+            allowed_sources: planned.allowed_sources.as_deref().map(<[_]>::to_vec),
+        }
+    }
+}
+
+impl Outcome {
+    fn backends(backends: &[crate::plan::Backend]) -> Self {
+        let mut sorted = backends.to_vec();
+        sorted.sort_unstable();
+        Self::Backends(sorted)
+    }
+}
+
+/// Fails some calls of another data plane, always the same ones for the same seed.
+#[derive(Clone, Debug)]
+pub struct Faulty<D> {
+    inner: D,
+    random: u64,
+    ports: u8,
+    calls: u8,
+}
+
+impl<D> Faulty<D> {
+    /// Lets `ports` per cent of service ports fail by themselves, and `calls` per cent of calls as a whole: half of
+    /// those before they do anything, half after they did everything.
+    #[must_use]
+    pub fn new(inner: D, seed: u64, ports: u8, calls: u8) -> Self {
+        // A generator of this kind never leaves zero.
+        Self { inner, random: seed.max(1), ports, calls }
+    }
+
+    /// The data plane that sometimes works.
+    pub fn inner(&mut self) -> &mut D {
+        &mut self.inner
+    }
+
+    /// A xorshift generator.
+    fn happens(&mut self, per_cent: u8) -> bool {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        (self.random >> 32) % 100 < u64::from(per_cent)
+    }
+}
+
+impl<D: Dataplane> Dataplane for Faulty<D> {
+    fn apply(&mut self, delta: &Delta) -> Result<(), Error> {
+        let injected = || Error::Kernel("a fault on purpose".to_owned());
+        if self.happens(self.calls) {
+            if self.happens(50) {
+                self.inner.apply(delta)?;
+            }
+            return Err(injected());
+        }
+        let mut passed = delta.clone();
+        passed.ports.clear();
+        let mut failed = Vec::new();
+        for port in &delta.ports {
+            match port.id() {
+                Some(id) if self.happens(self.ports) => failed.push((id.clone(), injected().to_string())),
+                _ => passed.ports.push(port.clone()),
+            }
+        }
+        self.inner.apply(&passed)?;
+        if failed.is_empty() { Ok(()) } else { Err(Error::Ports(failed)) }
+    }
+
+    fn reread(&mut self) -> Result<(), Error> {
+        self.inner.reread()
+    }
+
+    fn dump(&mut self) -> Result<State, Error> {
+        self.inner.dump()
+    }
+
+    fn remove(&mut self) -> Result<(), Error> {
+        self.inner.remove()
+    }
+}

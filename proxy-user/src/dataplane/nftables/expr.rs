@@ -1,0 +1,344 @@
+//! Expressions of rules, one constructor each, in the registers that `nft` itself would use.
+//!
+//! In: constants and names. Out: [`Expr`]s. Registers are numbered in words of 4 bytes; [`VERDICT`] is the verdict's.
+
+use std::ffi::CString;
+
+use nftnl::nftnl_sys::{self as sys, libc};
+use smallvec::SmallVec;
+
+use super::netlink::{
+    Attribute::{Bytes, Name, U8, U32, U64},
+    Expr,
+};
+use crate::model::Family;
+
+/// Register 0: where a verdict goes.
+pub(super) const VERDICT: u32 = 0;
+
+/// The register of the `word`th 4-byte word.
+pub(super) const fn word(word: u32) -> u32 {
+    libc::NFT_REG32_00 as u32 + word
+}
+
+/// How many words an address of the family takes.
+pub(super) const fn address_words(family: Family) -> u32 {
+    address_len(family) / 4
+}
+
+/// How many bytes an address of the family takes.
+pub(super) const fn address_len(family: Family) -> u32 {
+    match family {
+        Family::V4 => 4,
+        Family::V6 => 16,
+    }
+}
+
+fn name(text: &str) -> super::netlink::Attribute {
+    Name(CString::new(text).unwrap_or_default())
+}
+
+fn bytes(data: &[u8]) -> super::netlink::Attribute {
+    Bytes(SmallVec::from_slice(data))
+}
+
+fn payload(base: i32, offset: u32, len: u32, dreg: u32) -> Expr {
+    Expr {
+        kind: c"payload",
+        attributes: vec![
+            (sys::NFTNL_EXPR_PAYLOAD_BASE, U32(base as u32)),
+            (sys::NFTNL_EXPR_PAYLOAD_OFFSET, U32(offset)),
+            (sys::NFTNL_EXPR_PAYLOAD_LEN, U32(len)),
+            (sys::NFTNL_EXPR_PAYLOAD_DREG, U32(dreg)),
+        ],
+    }
+}
+
+/// `ip saddr`.
+pub(super) fn source_address(family: Family, dreg: u32) -> Expr {
+    let offset = if family == Family::V4 { 12 } else { 8 };
+    payload(libc::NFT_PAYLOAD_NETWORK_HEADER, offset, address_len(family), dreg)
+}
+
+/// `ip daddr`.
+pub(super) fn destination_address(family: Family, dreg: u32) -> Expr {
+    let offset = if family == Family::V4 { 16 } else { 24 };
+    payload(libc::NFT_PAYLOAD_NETWORK_HEADER, offset, address_len(family), dreg)
+}
+
+/// `th dport`.
+pub(super) fn destination_port(dreg: u32) -> Expr {
+    payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, dreg)
+}
+
+fn meta(key: i32, dreg: u32) -> Expr {
+    Expr {
+        kind: c"meta",
+        attributes: vec![(sys::NFTNL_EXPR_META_KEY, U32(key as u32)), (sys::NFTNL_EXPR_META_DREG, U32(dreg))],
+    }
+}
+
+fn meta_set(key: i32, sreg: u32) -> Expr {
+    Expr {
+        kind: c"meta",
+        attributes: vec![(sys::NFTNL_EXPR_META_KEY, U32(key as u32)), (sys::NFTNL_EXPR_META_SREG, U32(sreg))],
+    }
+}
+
+/// `meta l4proto`.
+pub(super) fn protocol(dreg: u32) -> Expr {
+    meta(libc::NFT_META_L4PROTO, dreg)
+}
+
+/// `meta mark`.
+pub(super) fn mark(dreg: u32) -> Expr {
+    meta(libc::NFT_META_MARK, dreg)
+}
+
+/// `meta mark set`.
+pub(super) fn set_mark(sreg: u32) -> Expr {
+    meta_set(libc::NFT_META_MARK, sreg)
+}
+
+/// `meta priority set`.
+pub(super) fn set_priority(sreg: u32) -> Expr {
+    meta_set(libc::NFT_META_PRIORITY, sreg)
+}
+
+/// `meta priority`.
+pub(super) fn priority(dreg: u32) -> Expr {
+    meta(libc::NFT_META_PRIORITY, dreg)
+}
+
+/// `iifname`, 16 bytes.
+pub(super) fn input_interface(dreg: u32) -> Expr {
+    meta(libc::NFT_META_IIFNAME, dreg)
+}
+
+/// Compares a register with bytes.
+pub(super) fn compare(sreg: u32, equal: bool, data: &[u8]) -> Expr {
+    let op = if equal { libc::NFT_CMP_EQ } else { libc::NFT_CMP_NEQ };
+    Expr {
+        kind: c"cmp",
+        attributes: vec![
+            (sys::NFTNL_EXPR_CMP_SREG, U32(sreg)),
+            (sys::NFTNL_EXPR_CMP_OP, U32(op as u32)),
+            (sys::NFTNL_EXPR_CMP_DATA, bytes(data)),
+        ],
+    }
+}
+
+/// `register = (register & mask) ^ xor`.
+pub(super) fn bitwise(register: u32, mask: &[u8], xor: &[u8]) -> Expr {
+    Expr {
+        kind: c"bitwise",
+        attributes: vec![
+            (sys::NFTNL_EXPR_BITWISE_SREG, U32(register)),
+            (sys::NFTNL_EXPR_BITWISE_DREG, U32(register)),
+            (sys::NFTNL_EXPR_BITWISE_LEN, U32(mask.len() as u32)),
+            (sys::NFTNL_EXPR_BITWISE_MASK, bytes(mask)),
+            (sys::NFTNL_EXPR_BITWISE_XOR, bytes(xor)),
+        ],
+    }
+}
+
+/// Matches when the key is in the set.
+pub(super) fn in_set(sreg: u32, set: &str) -> Expr {
+    Expr {
+        kind: c"lookup",
+        attributes: vec![(sys::NFTNL_EXPR_LOOKUP_SREG, U32(sreg)), (sys::NFTNL_EXPR_LOOKUP_SET, name(set))],
+    }
+}
+
+/// Matches when the key is not in the set.
+pub(super) fn not_in_set(sreg: u32, set: &str) -> Expr {
+    let mut lookup = in_set(sreg, set);
+    lookup.attributes.push((sys::NFTNL_EXPR_LOOKUP_FLAGS, U32(libc::NFT_LOOKUP_F_INV as u32)));
+    lookup
+}
+
+/// Fetches the key's value into a register, or the verdict; a missing key ends the rule.
+pub(super) fn map(sreg: u32, map: &str, dreg: u32) -> Expr {
+    let mut lookup = in_set(sreg, map);
+    lookup.attributes.push((sys::NFTNL_EXPR_LOOKUP_DREG, U32(dreg)));
+    lookup
+}
+
+/// Loads a constant.
+pub(super) fn constant(dreg: u32, data: &[u8]) -> Expr {
+    Expr {
+        kind: c"immediate",
+        attributes: vec![(sys::NFTNL_EXPR_IMM_DREG, U32(dreg)), (sys::NFTNL_EXPR_IMM_DATA, bytes(data))],
+    }
+}
+
+fn verdict(code: i32) -> Expr {
+    Expr {
+        kind: c"immediate",
+        attributes: vec![
+            (sys::NFTNL_EXPR_IMM_DREG, U32(VERDICT)),
+            (sys::NFTNL_EXPR_IMM_VERDICT, U32(code as u32)),
+        ],
+    }
+}
+
+/// `drop`.
+pub(super) fn drop() -> Expr {
+    verdict(libc::NF_DROP)
+}
+
+/// `jump CHAIN`.
+pub(super) fn jump(chain: &str) -> Expr {
+    let mut jump = verdict(libc::NFT_JUMP);
+    jump.attributes.push((sys::NFTNL_EXPR_IMM_CHAIN, name(chain)));
+    jump
+}
+
+/// `numgen random mod MODULUS offset OFFSET`.
+pub(super) fn random(modulus: u32, offset: u32, dreg: u32) -> Expr {
+    Expr {
+        kind: c"numgen",
+        attributes: vec![
+            (sys::NFTNL_EXPR_NG_DREG, U32(dreg)),
+            (sys::NFTNL_EXPR_NG_MODULUS, U32(modulus)),
+            (sys::NFTNL_EXPR_NG_TYPE, U32(libc::NFT_NG_RANDOM as u32)),
+            (sys::NFTNL_EXPR_NG_OFFSET, U32(offset)),
+        ],
+    }
+}
+
+const NF_NAT_RANGE_MAP_IPS: u32 = 1;
+const NF_NAT_RANGE_PROTO_SPECIFIED: u32 = 2;
+const NF_NAT_RANGE_PROTO_RANDOM_FULLY: u32 = 16;
+
+/// `dnat to` the address and port that start at the first word.
+pub(super) fn dnat(family: Family) -> Expr {
+    let (address, port) = (word(0), word(address_words(family)));
+    let protocol = match family {
+        Family::V4 => libc::NFPROTO_IPV4,
+        Family::V6 => libc::NFPROTO_IPV6,
+    };
+    Expr {
+        kind: c"nat",
+        attributes: vec![
+            (sys::NFTNL_EXPR_NAT_TYPE, U32(libc::NFT_NAT_DNAT as u32)),
+            (sys::NFTNL_EXPR_NAT_FAMILY, U32(protocol as u32)),
+            (sys::NFTNL_EXPR_NAT_REG_ADDR_MIN, U32(address)),
+            (sys::NFTNL_EXPR_NAT_REG_ADDR_MAX, U32(address)),
+            (sys::NFTNL_EXPR_NAT_REG_PROTO_MIN, U32(port)),
+            (sys::NFTNL_EXPR_NAT_REG_PROTO_MAX, U32(port)),
+            (sys::NFTNL_EXPR_NAT_FLAGS, U32(NF_NAT_RANGE_MAP_IPS | NF_NAT_RANGE_PROTO_SPECIFIED)),
+        ],
+    }
+}
+
+/// `masquerade fully-random` (R8).
+pub(super) fn masquerade() -> Expr {
+    Expr {
+        kind: c"masq",
+        attributes: vec![(sys::NFTNL_EXPR_MASQ_FLAGS, U32(NF_NAT_RANGE_PROTO_RANDOM_FULLY))],
+    }
+}
+
+const NFT_FIB_RESULT_ADDRTYPE: u32 = 3;
+const NFTA_FIB_F_SADDR: u32 = 1;
+const NFTA_FIB_F_DADDR: u32 = 2;
+const RTN_LOCAL: u32 = 2;
+
+fn fib_local(flags: u32, local: bool) -> [Expr; 2] {
+    let fib = Expr {
+        kind: c"fib",
+        attributes: vec![
+            (sys::NFTNL_EXPR_FIB_DREG, U32(word(0))),
+            (sys::NFTNL_EXPR_FIB_RESULT, U32(NFT_FIB_RESULT_ADDRTYPE)),
+            (sys::NFTNL_EXPR_FIB_FLAGS, U32(flags)),
+        ],
+    };
+    [fib, compare(word(0), local, &RTN_LOCAL.to_ne_bytes())]
+}
+
+/// `fib saddr type local`, or its negation.
+pub(super) fn source_is_local(local: bool) -> [Expr; 2] {
+    fib_local(NFTA_FIB_F_SADDR, local)
+}
+
+/// `fib daddr type local`.
+pub(super) fn destination_is_local() -> [Expr; 2] {
+    fib_local(NFTA_FIB_F_DADDR, true)
+}
+
+fn ct(key: i32, dreg: u32) -> Expr {
+    Expr {
+        kind: c"ct",
+        attributes: vec![(sys::NFTNL_EXPR_CT_KEY, U32(key as u32)), (sys::NFTNL_EXPR_CT_DREG, U32(dreg))],
+    }
+}
+
+fn ct_original(key: i32, dreg: u32) -> Expr {
+    let mut ct = ct(key, dreg);
+    ct.attributes.push((sys::NFTNL_EXPR_CT_DIR, U8(0)));
+    ct
+}
+
+/// `ct original ip daddr`.
+pub(super) fn original_address(family: Family, dreg: u32) -> Expr {
+    let key = match family {
+        Family::V4 => libc::NFT_CT_DST_IP,
+        Family::V6 => libc::NFT_CT_DST_IP6,
+    };
+    ct_original(key, dreg)
+}
+
+/// `ct original proto-dst`.
+pub(super) fn original_port(dreg: u32) -> Expr {
+    ct_original(libc::NFT_CT_PROTO_DST, dreg)
+}
+
+fn ct_bit(key: i32, bit: u32) -> [Expr; 3] {
+    [
+        ct(key, word(0)),
+        bitwise(word(0), &bit.to_ne_bytes(), &[0; 4]),
+        compare(word(0), false, &[0; 4]),
+    ]
+}
+
+/// `ct state new`.
+pub(super) fn new_flow() -> [Expr; 3] {
+    const NF_CT_STATE_NEW: u32 = 1 << 3;
+    ct_bit(libc::NFT_CT_STATE, NF_CT_STATE_NEW)
+}
+
+/// `ct status dnat`.
+pub(super) fn translated() -> [Expr; 3] {
+    const IPS_DST_NAT: u32 = 1 << 5;
+    ct_bit(libc::NFT_CT_STATUS, IPS_DST_NAT)
+}
+
+/// `reject`: ICMP port unreachable, whatever the protocol (note under F7).
+pub(super) fn reject(family: Family) -> Expr {
+    let code: u8 = match family {
+        Family::V4 => 3,
+        Family::V6 => 4,
+    };
+    Expr {
+        kind: c"reject",
+        attributes: vec![
+            (sys::NFTNL_EXPR_REJECT_TYPE, U32(libc::NFT_REJECT_ICMP_UNREACH as u32)),
+            (sys::NFTNL_EXPR_REJECT_CODE, U8(code)),
+        ],
+    }
+}
+
+/// `update @MAP { key timeout SECONDS : data }`.
+pub(super) fn remember(map: &str, key: u32, data: u32, seconds: u32) -> Expr {
+    Expr {
+        kind: c"dynset",
+        attributes: vec![
+            (sys::NFTNL_EXPR_DYNSET_SET_NAME, name(map)),
+            (sys::NFTNL_EXPR_DYNSET_OP, U32(libc::NFT_DYNSET_OP_UPDATE as u32)),
+            (sys::NFTNL_EXPR_DYNSET_SREG_KEY, U32(key)),
+            (sys::NFTNL_EXPR_DYNSET_SREG_DATA, U32(data)),
+            (sys::NFTNL_EXPR_DYNSET_TIMEOUT, U64(u64::from(seconds) * 1000)),
+        ],
+    }
+}

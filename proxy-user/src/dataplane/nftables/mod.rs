@@ -1,0 +1,134 @@
+//! The nftables data plane: tables `ip weir` and `ip6 weir`, changed element by element over netlink.
+//!
+//! In: [`Delta`]s. Out: netlink transactions. README.md beside this file draws the chains and says what others may
+//! rely on.
+//!
+//! ```text
+//! Delta ─▶ element (PortPlan → elements) ─▶ table (uses, transactions) ─▶ netlink ─▶ socket ─▶ kernel
+//!                     ruleset, object (fixed and shared objects) ┘    adopt, dump ◀──────────────┘
+//! ```
+
+use std::io;
+
+use super::{Dataplane, Error, State};
+use crate::{
+    model::{Family, PerFamily},
+    plan::{Delta, NodePlan, PortDelta},
+};
+
+mod adopt;
+mod dump;
+mod element;
+mod expr;
+mod netlink;
+mod object;
+mod ruleset;
+mod socket;
+mod table;
+
+pub use socket::{Seen, Watch};
+
+/// Services in nftables.
+pub struct Nftables {
+    netlink: socket::Netlink,
+    tables: Vec<table::Table>,
+    node: Option<std::sync::Arc<NodePlan>>,
+}
+
+impl Nftables {
+    /// Opens the data plane for the families given; the kernel is not touched yet.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel has no nf_tables, or this process may not use it.
+    pub fn open(families: PerFamily<bool>) -> Result<Self, Error> {
+        let netlink = socket::Netlink::open().map_err(|source| io_error("opening a netlink socket", source))?;
+        let families = Family::ALL.into_iter().filter(|family| *families.get(*family));
+        let mut plane = Self { netlink, tables: families.map(table::Table::new).collect(), node: None };
+        plane.reread()?;
+        Ok(plane)
+    }
+
+    /// Listens for changes that others make to our tables.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses the subscription.
+    pub fn watch(&self) -> Result<Watch, Error> {
+        Watch::open(self.netlink.port()).map_err(|source| io_error("listening for rule set changes", source))
+    }
+}
+
+fn io_error(context: &str, source: io::Error) -> Error {
+    Error::Io { context: context.to_owned(), source }
+}
+
+impl Dataplane for Nftables {
+    fn apply(&mut self, delta: &Delta) -> Result<(), Error> {
+        if let Some(node) = &delta.node {
+            self.node = Some(std::sync::Arc::clone(node));
+        }
+        let Some(node) = self.node.clone() else {
+            return Err(Error::Kernel("Services were planned before the node".to_owned()));
+        };
+        let mut failed = Vec::new();
+        for table in &mut self.tables {
+            let family = table.family;
+            let describe = |what: &str| format!("{what} of table {} weir", dump::nft_family(family));
+            if delta.node.is_some() || table.found.is_some() {
+                table
+                    .apply_node(&mut self.netlink, &node)
+                    .map_err(|error| io_error(&describe("writing the chains"), error))?;
+            }
+            table
+                .apply_cluster_ips(&mut self.netlink, &delta.cluster_ips)
+                .map_err(|error| io_error(&describe("writing the ClusterIPs"), error))?;
+            let ports: Vec<&PortDelta> = delta.ports.iter().filter(|port| family_of(port) == Some(family)).collect();
+            let refused = table
+                .apply_ports(&mut self.netlink, &ports, &node)
+                .map_err(|error| io_error(&describe("writing the elements"), error))?;
+            failed.extend(refused);
+            if delta.complete {
+                table
+                    .remove_leftovers(&mut self.netlink)
+                    .map_err(|error| io_error(&describe("removing leftovers"), error))?;
+            }
+        }
+        if failed.is_empty() { Ok(()) } else { Err(Error::Ports(failed)) }
+    }
+
+    fn reread(&mut self) -> Result<(), Error> {
+        for table in &mut self.tables {
+            table.reread(&mut self.netlink).map_err(|error| io_error("reading our tables", error))?;
+        }
+        Ok(())
+    }
+
+    fn dump(&mut self) -> Result<State, Error> {
+        let mut state = State::default();
+        for table in &self.tables {
+            dump::read(&mut self.netlink, table, &mut state)
+                .map_err(|error| io_error("reading our tables", error))?;
+        }
+        state.cluster_ips.sort_unstable();
+        Ok(state)
+    }
+
+    fn remove(&mut self) -> Result<(), Error> {
+        for table in &mut self.tables {
+            let mut transaction = netlink::Transaction::new(&table.raw);
+            transaction.delete_table();
+            match self.netlink.commit(&transaction.finish()) {
+                Err(error) if error.raw_os_error() != Some(libc::ENOENT) => {
+                    return Err(io_error("removing our tables", error));
+                }
+                _ => {}
+            }
+        }
+        self.reread()
+    }
+}
+
+fn family_of(port: &PortDelta) -> Option<Family> {
+    port.after.as_ref().or(port.before.as_ref()).map(|plan| plan.id.family)
+}

@@ -1,0 +1,656 @@
+//! The only unsafe code of the agent: nf_tables objects as libnftnl builds and reads them.
+//!
+//! In: tables, sets, chains, rules and elements as plain Rust values. Out: one netlink batch in a buffer, and elements
+//! and names parsed from dumps. `nftnl` gives the batch, table, chain and rule; maps, set elements and the expressions
+//! it has no type for are built here through `nftnl-sys`.
+
+#![expect(unsafe_code, reason = "libnftnl is a C library; every block states why it is sound")]
+
+use std::{
+    ffi::{CStr, CString, c_void},
+    os::fd::{AsRawFd as _, BorrowedFd},
+    ptr::NonNull,
+};
+
+use nftnl::{
+    Batch, Chain, ChainType, Hook, MsgType, NlMsg, Policy, ProtoFamily, Rule, Table,
+    expr::Expression,
+    nftnl_sys::{self as sys, libc},
+};
+use smallvec::SmallVec;
+
+/// Key or value bytes; an IPv6 key with a source range is the longest.
+pub(super) type Bytes = SmallVec<[u8; 40]>;
+
+/// A value of one attribute of an expression.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Attribute {
+    U32(u32),
+    U64(u64),
+    U8(u8),
+    Bytes(Bytes),
+    Name(CString),
+}
+
+/// One expression of a rule: libnftnl's name for its kind, and its attributes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Expr {
+    pub(super) kind: &'static CStr,
+    pub(super) attributes: Vec<(u32, Attribute)>,
+}
+
+/// Stops the program: the C library gives a null pointer only when the machine is out of memory.
+fn allocated<T>(pointer: *mut T) -> NonNull<T> {
+    NonNull::new(pointer).unwrap_or_else(|| std::process::abort())
+}
+
+impl Expression for Expr {
+    fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
+        // SAFETY: `kind` is a NUL-terminated string that outlives the call.
+        let expr = allocated(unsafe { sys::nftnl_expr_alloc(self.kind.as_ptr()) });
+        let raw = expr.as_ptr();
+        for (attribute, value) in &self.attributes {
+            let attribute = *attribute as u16;
+            // SAFETY: `raw` was just allocated; libnftnl copies what it is given before it returns.
+            unsafe {
+                match value {
+                    Attribute::U8(value) => sys::nftnl_expr_set_u8(raw, attribute, *value),
+                    Attribute::U32(value) => sys::nftnl_expr_set_u32(raw, attribute, *value),
+                    Attribute::U64(value) => sys::nftnl_expr_set_u64(raw, attribute, *value),
+                    Attribute::Bytes(value) => {
+                        sys::nftnl_expr_set(raw, attribute, value.as_ptr().cast(), value.len() as u32);
+                    }
+                    Attribute::Name(value) => {
+                        sys::nftnl_expr_set_str(raw, attribute, value.as_ptr());
+                    }
+                }
+            }
+        }
+        expr
+    }
+}
+
+/// What a map's values are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ValueKind {
+    /// A plain set: no values.
+    None,
+    /// nft's number for the type, and the length in bytes.
+    Data { nft_type: u32, len: u32 },
+    /// Verdicts.
+    Verdict,
+}
+
+/// A set or map.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct SetSpec {
+    pub(super) name: String,
+    /// nft's number for the key's type, so that `nft list` prints it.
+    pub(super) key_type: u32,
+    pub(super) key_len: u32,
+    pub(super) value: ValueKind,
+    /// `NFT_SET_*`.
+    pub(super) flags: u32,
+    /// Most elements it may hold; 0 for no bound.
+    pub(super) size: u32,
+    /// Lengths of the key's parts, for sets with ranges; empty otherwise.
+    pub(super) parts: Vec<u8>,
+    /// What `nft` keeps about a set for itself.
+    pub(super) userdata: Vec<u8>,
+}
+
+/// A chain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct ChainSpec {
+    pub(super) name: String,
+    /// Type, hook and priority of a base chain.
+    pub(super) hook: Option<(ChainType, Hook, i32)>,
+}
+
+/// The value of a map's element.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Value {
+    None,
+    Data(Bytes),
+    /// `goto` this chain.
+    Goto(String),
+    /// `accept` (true) or `drop` (false).
+    Accept(bool),
+}
+
+/// One element of a set or map.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct Element {
+    pub(super) key: Bytes,
+    /// The end of the key's range, in sets with ranges.
+    pub(super) key_end: Option<Bytes>,
+    pub(super) value: Value,
+}
+
+/// A batch of changes to one table, applied by the kernel as a whole or not at all.
+pub(super) struct Transaction<'a> {
+    batch: Batch,
+    table: &'a Table,
+    sets: u32,
+}
+
+/// Most bytes of elements in one message: an attribute can have 64 KiB, the list of elements is one.
+const BYTES_A_MESSAGE: usize = 60_000;
+
+impl Element {
+    /// No less than what the element takes in a message: six attribute headers and three paddings at the most.
+    fn bytes(&self) -> usize {
+        let value = match &self.value {
+            Value::None => 0,
+            Value::Data(bytes) => bytes.len(),
+            Value::Accept(_) => 8,
+            Value::Goto(chain) => 8 + chain.len() + 1,
+        };
+        6 * 4 + 3 * 3 + self.key.len() + self.key_end.as_ref().map_or(0, |end| end.len()) + value
+    }
+}
+
+/// The first elements that fit in one message, at least one, and the rest.
+fn split_message(elements: &[Element]) -> (&[Element], &[Element]) {
+    let mut bytes = 0;
+    let fits = elements.iter().position(|element| {
+        bytes += element.bytes();
+        bytes > BYTES_A_MESSAGE
+    });
+    elements.split_at(fits.unwrap_or(elements.len()).max(1).min(elements.len()))
+}
+
+impl<'a> Transaction<'a> {
+    pub(super) fn new(table: &'a Table) -> Self {
+        Self { batch: Batch::new(), table, sets: 0 }
+    }
+
+    pub(super) fn add_table(&mut self) {
+        self.batch.add(self.table, MsgType::Add);
+    }
+
+    pub(super) fn delete_table(&mut self) {
+        self.batch.add(self.table, MsgType::Del);
+    }
+
+    pub(super) fn add_set(&mut self, spec: &SetSpec) {
+        self.sets += 1;
+        let message = SetMessage { table: self.table, spec, id: self.sets };
+        self.batch.add(&message, MsgType::Add);
+    }
+
+    pub(super) fn delete_set(&mut self, name: &str) {
+        let message = Plain { table: self.table, what: Named::Set, name: c_string(name) };
+        self.batch.add(&message, MsgType::Del);
+    }
+
+    pub(super) fn add_chain(&mut self, spec: &ChainSpec) {
+        let mut chain = Chain::new(c_string(&spec.name), self.table);
+        if let Some((kind, hook, priority)) = spec.hook {
+            chain.set_type(kind);
+            chain.set_hook(hook, priority);
+            chain.set_policy(Policy::Accept);
+        }
+        self.batch.add(&chain, MsgType::Add);
+    }
+
+    pub(super) fn delete_chain(&mut self, name: &str) {
+        self.batch.add(&Chain::new(c_string(name), self.table), MsgType::Del);
+    }
+
+    /// Removes every rule of a chain.
+    pub(super) fn flush_chain(&mut self, name: &str) {
+        let message = Plain { table: self.table, what: Named::RulesOf, name: c_string(name) };
+        self.batch.add(&message, MsgType::Del);
+    }
+
+    /// Appends a rule to a chain.
+    pub(super) fn add_rule(&mut self, chain: &str, expressions: &[Expr]) {
+        let chain = Chain::new(c_string(chain), self.table);
+        let mut rule = Rule::new(&chain);
+        for expression in expressions {
+            rule.add_expr(expression);
+        }
+        self.batch.add(&rule, MsgType::Add);
+    }
+
+    pub(super) fn add_elements(&mut self, set: &str, elements: &[Element]) {
+        self.elements(set, elements, MsgType::Add);
+    }
+
+    /// Removes elements by key; their values do not matter.
+    pub(super) fn delete_elements(&mut self, set: &str, elements: &[Element]) {
+        self.elements(set, elements, MsgType::Del);
+    }
+
+    fn elements(&mut self, set: &str, elements: &[Element], kind: MsgType) {
+        let set = c_string(set);
+        let mut rest = elements;
+        while !rest.is_empty() {
+            let (elements, behind) = split_message(rest);
+            self.batch.add(&ElementsMessage { table: self.table, set: &set, elements, kind }, kind);
+            rest = behind;
+        }
+    }
+
+    /// The finished batch as one buffer: its parts must reach the kernel in one system call.
+    pub(super) fn finish(self) -> Vec<u8> {
+        let mut buffer = Vec::new();
+        for page in &self.batch.finalize() {
+            buffer.extend_from_slice(page);
+        }
+        buffer
+    }
+}
+
+/// Names come from fixed tables and from Kubernetes names, which have no NUL; one that has is cut there and then
+/// refused by the kernel as unknown.
+fn c_string(name: &str) -> CString {
+    CString::new(name.split('\0').next().unwrap_or_default()).unwrap_or_default()
+}
+
+/// Writes the message header; the payload goes behind it.
+///
+/// # Safety
+///
+/// `buffer` must have room for the largest netlink message, as the contract of [`NlMsg::write`] says.
+unsafe fn header(
+    buffer: *mut c_void,
+    message: i32,
+    family: ProtoFamily,
+    flags: i32,
+    seq: u32,
+) -> *mut libc::nlmsghdr {
+    // SAFETY: forwarded to the caller.
+    unsafe { sys::nftnl_nlmsg_build_hdr(buffer.cast(), message as u16, family as u16, flags as u16, seq) }
+}
+
+/// An owned `nftnl_set`.
+struct RawSet(NonNull<sys::nftnl_set>);
+
+impl RawSet {
+    fn new(table: &Table, name: &CStr) -> Self {
+        // SAFETY: no arguments; the result is checked.
+        let set = allocated(unsafe { sys::nftnl_set_alloc() });
+        // SAFETY: `set` is valid, and both strings are copied before the calls return.
+        unsafe {
+            sys::nftnl_set_set_u32(set.as_ptr(), sys::NFTNL_SET_FAMILY as u16, table.get_family() as u32);
+            sys::nftnl_set_set_str(set.as_ptr(), sys::NFTNL_SET_TABLE as u16, table.get_name().as_ptr());
+            if !name.is_empty() {
+                sys::nftnl_set_set_str(set.as_ptr(), sys::NFTNL_SET_NAME as u16, name.as_ptr());
+            }
+        }
+        Self(set)
+    }
+
+    fn set_u32(&mut self, attribute: u32, value: u32) {
+        // SAFETY: the set is valid for as long as `self` lives.
+        unsafe { sys::nftnl_set_set_u32(self.0.as_ptr(), attribute as u16, value) }
+    }
+
+    fn set_data(&mut self, attribute: u32, data: &[u8]) {
+        // SAFETY: as above; libnftnl copies `data`.
+        unsafe {
+            sys::nftnl_set_set_data(self.0.as_ptr(), attribute as u16, data.as_ptr().cast(), data.len() as u32);
+        }
+    }
+
+    fn get_u32(&self, attribute: u32) -> u32 {
+        // SAFETY: as above; an attribute that is not set reads as 0.
+        unsafe { sys::nftnl_set_get_u32(self.0.as_ptr(), attribute as u16) }
+    }
+
+    fn name(&self) -> String {
+        // SAFETY: the pointer is null or a NUL-terminated string owned by the set.
+        unsafe { owned_string(sys::nftnl_set_get_str(self.0.as_ptr(), sys::NFTNL_SET_NAME as u16)) }
+    }
+}
+
+impl Drop for RawSet {
+    fn drop(&mut self) {
+        // SAFETY: the set is ours and is not used again; it frees its elements too.
+        unsafe { sys::nftnl_set_free(self.0.as_ptr()) }
+    }
+}
+
+/// # Safety
+///
+/// `text` must be null or a NUL-terminated string.
+unsafe fn owned_string(text: *const libc::c_char) -> String {
+    if text.is_null() {
+        return String::new();
+    }
+    // SAFETY: forwarded to the caller.
+    unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+}
+
+struct SetMessage<'a> {
+    table: &'a Table,
+    spec: &'a SetSpec,
+    id: u32,
+}
+
+const VERDICT_TYPE: u32 = 0xffff_ff00;
+
+// SAFETY: a set message has a name, a few numbers and some bytes of user data: far below the largest message.
+unsafe impl NlMsg for SetMessage<'_> {
+    unsafe fn write(&self, buffer: *mut c_void, seq: u32, _: MsgType) {
+        let SetSpec { name, key_type, key_len, value, flags, size, parts, userdata } = self.spec;
+        let mut set = RawSet::new(self.table, &c_string(name));
+        set.set_u32(sys::NFTNL_SET_ID, self.id);
+        set.set_u32(sys::NFTNL_SET_KEY_TYPE, *key_type);
+        set.set_u32(sys::NFTNL_SET_KEY_LEN, *key_len);
+        let map = if *value == ValueKind::None { 0 } else { libc::NFT_SET_MAP as u32 };
+        set.set_u32(sys::NFTNL_SET_FLAGS, *flags | map);
+        match *value {
+            ValueKind::None => {}
+            ValueKind::Data { nft_type, len } => {
+                set.set_u32(sys::NFTNL_SET_DATA_TYPE, nft_type);
+                set.set_u32(sys::NFTNL_SET_DATA_LEN, len);
+            }
+            ValueKind::Verdict => {
+                set.set_u32(sys::NFTNL_SET_DATA_TYPE, VERDICT_TYPE);
+                set.set_u32(sys::NFTNL_SET_DATA_LEN, 0);
+            }
+        }
+        if *size > 0 {
+            set.set_u32(sys::NFTNL_SET_DESC_SIZE, *size);
+        }
+        if !parts.is_empty() {
+            set.set_data(sys::NFTNL_SET_DESC_CONCAT, parts);
+        }
+        if !userdata.is_empty() {
+            set.set_data(sys::NFTNL_SET_USERDATA, userdata);
+        }
+        // SAFETY: `buffer` is as large as the trait promises; the set is valid.
+        unsafe {
+            let header =
+                header(buffer, libc::NFT_MSG_NEWSET, self.table.get_family(), libc::NLM_F_CREATE, seq);
+            sys::nftnl_set_nlmsg_build_payload(header, set.0.as_ptr());
+        }
+    }
+}
+
+enum Named {
+    Set,
+    RulesOf,
+}
+
+/// A message that names an object and nothing else.
+struct Plain<'a> {
+    table: &'a Table,
+    what: Named,
+    name: CString,
+}
+
+// SAFETY: a header and two names.
+unsafe impl NlMsg for Plain<'_> {
+    unsafe fn write(&self, buffer: *mut c_void, seq: u32, _: MsgType) {
+        match self.what {
+            Named::Set => {
+                let set = RawSet::new(self.table, &self.name);
+                // SAFETY: `buffer` is as large as the trait promises; the set is valid.
+                unsafe {
+                    let header = header(buffer, libc::NFT_MSG_DELSET, self.table.get_family(), 0, seq);
+                    sys::nftnl_set_nlmsg_build_payload(header, set.0.as_ptr());
+                }
+            }
+            Named::RulesOf => {
+                // SAFETY: as above; the rule is allocated, filled with copies of the names, and freed here.
+                unsafe {
+                    let header = header(buffer, libc::NFT_MSG_DELRULE, self.table.get_family(), 0, seq);
+                    let rule = allocated(sys::nftnl_rule_alloc());
+                    sys::nftnl_rule_set_str(
+                        rule.as_ptr(),
+                        sys::NFTNL_RULE_TABLE as u16,
+                        self.table.get_name().as_ptr(),
+                    );
+                    sys::nftnl_rule_set_str(
+                        rule.as_ptr(),
+                        sys::NFTNL_RULE_CHAIN as u16,
+                        self.name.as_ptr(),
+                    );
+                    sys::nftnl_rule_nlmsg_build_payload(header, rule.as_ptr());
+                    sys::nftnl_rule_free(rule.as_ptr());
+                }
+            }
+        }
+    }
+}
+
+struct ElementsMessage<'a> {
+    table: &'a Table,
+    set: &'a CStr,
+    elements: &'a [Element],
+    kind: MsgType,
+}
+
+impl ElementsMessage<'_> {
+    fn raw(&self) -> RawSet {
+        let set = RawSet::new(self.table, self.set);
+        for element in self.elements {
+            // SAFETY: no arguments; the result is checked.
+            let raw = allocated(unsafe { sys::nftnl_set_elem_alloc() }).as_ptr();
+            let data = |attribute: u32, bytes: &[u8]| {
+                // SAFETY: `raw` is valid, and the bytes are copied; libnftnl refuses more than 64 of them.
+                unsafe {
+                    sys::nftnl_set_elem_set(raw, attribute as u16, bytes.as_ptr().cast(), bytes.len() as u32);
+                }
+            };
+            let verdict = |code: i32| {
+                // SAFETY: `raw` is valid.
+                unsafe { sys::nftnl_set_elem_set_u32(raw, sys::NFTNL_SET_ELEM_VERDICT as u16, code as u32) }
+            };
+            data(sys::NFTNL_SET_ELEM_KEY, &element.key);
+            if let Some(end) = &element.key_end {
+                data(sys::NFTNL_SET_ELEM_KEY_END, end);
+            }
+            if self.kind == MsgType::Add {
+                match &element.value {
+                    Value::None => {}
+                    Value::Data(bytes) => data(sys::NFTNL_SET_ELEM_DATA, bytes),
+                    Value::Accept(accept) => {
+                        verdict(if *accept { libc::NF_ACCEPT } else { libc::NF_DROP });
+                    }
+                    Value::Goto(chain) => {
+                        verdict(libc::NFT_GOTO);
+                        let chain = c_string(chain);
+                        // SAFETY: `raw` is valid; the name is copied.
+                        unsafe {
+                            sys::nftnl_set_elem_set_str(
+                                raw,
+                                sys::NFTNL_SET_ELEM_CHAIN as u16,
+                                chain.as_ptr(),
+                            );
+                        }
+                    }
+                }
+            }
+            // SAFETY: both are valid; the set owns the element from here.
+            unsafe { sys::nftnl_set_elem_add(set.0.as_ptr(), raw) }
+        }
+        set
+    }
+}
+
+// SAFETY: BYTES_A_MESSAGE and two names are less than the largest message.
+unsafe impl NlMsg for ElementsMessage<'_> {
+    unsafe fn write(&self, buffer: *mut c_void, seq: u32, kind: MsgType) {
+        let (message, flags) = match kind {
+            MsgType::Add => (libc::NFT_MSG_NEWSETELEM, libc::NLM_F_CREATE | libc::NLM_F_EXCL),
+            MsgType::Del => (libc::NFT_MSG_DELSETELEM, 0),
+        };
+        let set = self.raw();
+        // SAFETY: `buffer` is as large as the trait promises; the set is valid.
+        unsafe {
+            let header = header(buffer, message, self.table.get_family(), flags, seq);
+            sys::nftnl_set_elems_nlmsg_build_payload(header, set.0.as_ptr());
+        }
+    }
+}
+
+/// What can be dumped from a table.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Dump<'a> {
+    /// Every set and map of the table.
+    Sets,
+    /// Every chain of the family; those of other tables are to be left out by the reader.
+    Chains,
+    /// The elements of one set.
+    Elements(&'a str),
+}
+
+/// The request for a dump.
+pub(super) fn dump_request(table: &Table, dump: Dump<'_>, seq: u32) -> Vec<u8> {
+    let mut buffer = vec![0u8; 4096];
+    let raw = buffer.as_mut_ptr().cast::<c_void>();
+    let family = table.get_family();
+    // SAFETY: 4096 bytes hold a header and two names of at most 256 bytes; the set outlives the calls.
+    let len = unsafe {
+        match dump {
+            Dump::Chains => (*header(raw, libc::NFT_MSG_GETCHAIN, family, libc::NLM_F_DUMP, seq)).nlmsg_len,
+            Dump::Sets => {
+                let header = header(raw, libc::NFT_MSG_GETSET, family, libc::NLM_F_DUMP, seq);
+                let set = RawSet::new(table, c"");
+                sys::nftnl_set_nlmsg_build_payload(header, set.0.as_ptr());
+                (*header).nlmsg_len
+            }
+            Dump::Elements(name) => {
+                let header = header(raw, libc::NFT_MSG_GETSETELEM, family, libc::NLM_F_DUMP, seq);
+                let set = RawSet::new(table, &c_string(name));
+                sys::nftnl_set_elems_nlmsg_build_payload(header, set.0.as_ptr());
+                (*header).nlmsg_len
+            }
+        }
+    };
+    buffer.truncate(len as usize);
+    buffer
+}
+
+/// The header of a message, if it is whole. A message whose buffer is not aligned for it is copied by the caller.
+fn checked(message: &[u8]) -> Option<*const libc::nlmsghdr> {
+    let header = message.as_ptr().cast::<libc::nlmsghdr>();
+    (message.len() >= size_of::<libc::nlmsghdr>() && header.is_aligned()).then_some(header)
+}
+
+/// Name, key length, flags of a set, from one message of a [`Dump::Sets`].
+pub(super) fn parse_set(table: &Table, message: &[u8]) -> Option<(String, u32, u32)> {
+    let header = checked(message)?;
+    let set = RawSet::new(table, c"");
+    // SAFETY: `header` starts a whole message, and `set` is valid.
+    if unsafe { sys::nftnl_set_nlmsg_parse(header, set.0.as_ptr()) } < 0 {
+        return None;
+    }
+    Some((set.name(), set.get_u32(sys::NFTNL_SET_KEY_LEN), set.get_u32(sys::NFTNL_SET_FLAGS)))
+}
+
+/// Table and name of a chain, from one message of a [`Dump::Chains`].
+pub(super) fn parse_chain(message: &[u8]) -> Option<(String, String)> {
+    let header = checked(message)?;
+    // SAFETY: `header` starts a whole message; the chain is freed before return, after its strings were copied.
+    unsafe {
+        let chain = allocated(sys::nftnl_chain_alloc()).as_ptr();
+        let parsed = sys::nftnl_chain_nlmsg_parse(header, chain) >= 0;
+        let text =
+            |attribute: u32| owned_string(sys::nftnl_chain_get_str(chain, attribute as u16));
+        let names = parsed.then(|| (text(sys::NFTNL_CHAIN_TABLE), text(sys::NFTNL_CHAIN_NAME)));
+        sys::nftnl_chain_free(chain);
+        names
+    }
+}
+
+/// Gives every element of one message of a [`Dump::Elements`] to `each`.
+pub(super) fn parse_elements(table: &Table, message: &[u8], mut each: impl FnMut(Element)) -> Option<()> {
+    let header = checked(message)?;
+    let set = RawSet::new(table, c"");
+    // SAFETY: `header` starts a whole message, and `set` is valid.
+    if unsafe { sys::nftnl_set_elems_nlmsg_parse(header, set.0.as_ptr()) } < 0 {
+        return None;
+    }
+    // SAFETY: the iterator is used and destroyed while the set lives; elements are only read.
+    unsafe {
+        let iterator = allocated(sys::nftnl_set_elems_iter_create(set.0.as_ptr())).as_ptr();
+        loop {
+            let element = sys::nftnl_set_elems_iter_next(iterator);
+            if element.is_null() {
+                break;
+            }
+            each(read_element(element));
+        }
+        sys::nftnl_set_elems_iter_destroy(iterator);
+    }
+    Some(())
+}
+
+/// # Safety
+///
+/// `element` must be valid.
+unsafe fn read_element(element: *mut sys::nftnl_set_elem) -> Element {
+    // SAFETY: `element` is valid; what the getters point to lives as long as it, and is copied.
+    unsafe {
+        let is_set = |attribute: u32| sys::nftnl_set_elem_is_set(element, attribute as u16);
+        let bytes = |attribute: u32| -> Bytes {
+            let mut len = 0;
+            let data = sys::nftnl_set_elem_get(element, attribute as u16, &raw mut len).cast::<u8>();
+            if data.is_null() { Bytes::new() } else { std::slice::from_raw_parts(data, len as usize).into() }
+        };
+        let value = if is_set(sys::NFTNL_SET_ELEM_CHAIN) {
+            Value::Goto(owned_string(sys::nftnl_set_elem_get_str(element, sys::NFTNL_SET_ELEM_CHAIN as u16)))
+        } else if is_set(sys::NFTNL_SET_ELEM_VERDICT) {
+            let code = sys::nftnl_set_elem_get_u32(element, sys::NFTNL_SET_ELEM_VERDICT as u16);
+            Value::Accept(code == libc::NF_ACCEPT as u32)
+        } else if is_set(sys::NFTNL_SET_ELEM_DATA) {
+            Value::Data(bytes(sys::NFTNL_SET_ELEM_DATA))
+        } else {
+            Value::None
+        };
+        Element {
+            key: bytes(sys::NFTNL_SET_ELEM_KEY),
+            key_end: is_set(sys::NFTNL_SET_ELEM_KEY_END).then(|| bytes(sys::NFTNL_SET_ELEM_KEY_END)),
+            value,
+        }
+    }
+}
+
+/// A netlink socket that may move to another thread.
+pub(super) struct OwnSocket(pub(super) mnl::Socket);
+
+// SAFETY: libmnl's socket is a descriptor and an address, with no ties to the thread that made it, and only its owner
+// reaches it.
+unsafe impl Send for OwnSocket {}
+
+/// The descriptor of a socket, for socket options.
+pub(super) fn borrow(socket: &mnl::Socket) -> BorrowedFd<'_> {
+    // SAFETY: the socket keeps its descriptor open for as long as it lives, and the result lives no longer.
+    unsafe { BorrowedFd::borrow_raw(socket.as_raw_fd()) }
+}
+
+/// Lets a listening socket take no events that the socket `sender` caused: our own large changes would fill it.
+///
+/// # Errors
+///
+/// When the kernel refuses the filter.
+pub(super) fn ignore_sender(socket: &mnl::Socket, sender: u32) -> std::io::Result<()> {
+    const SENDER_OFFSET: u32 = 12;
+    let statement = |code: u32, jt, k| libc::sock_filter { code: code as u16, jt, jf: 0, k };
+    // The load converts from network byte order; netlink headers are in the host's.
+    let mut filter = [
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, SENDER_OFFSET),
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, sender.to_be()),
+        statement(libc::BPF_RET | libc::BPF_K, 0, u32::MAX),
+        statement(libc::BPF_RET | libc::BPF_K, 0, 0),
+    ];
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    // SAFETY: the descriptor is open; `program` and the four statements it points to live until the call returns, and
+    // the kernel copies them.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const program).cast(),
+            size_of_val(&program) as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}

@@ -1,0 +1,238 @@
+//! Objects made on demand and shared: chains that pick a backend, and what remembers the choice.
+//!
+//! In: what a service port needs. Out: names, rules. Names say everything about an object, so that a dump can be read
+//! back by name alone: `service-cluster-3-masquerade`, `node-port-local-2/default/web/http/tcp`.
+
+use std::sync::Arc;
+
+use super::{
+    expr,
+    netlink::Expr,
+    ruleset::{self, Map},
+};
+use crate::{
+    model::{Family, Protocol},
+    plan::{NodePlan, PortId},
+};
+
+/// Which table of frontends a chain works for: NodePorts have no address in their key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Space {
+    Service,
+    NodePort,
+}
+
+/// Which of a port's two backend sets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Scope {
+    Cluster,
+    Local,
+}
+
+impl Scope {
+    /// The first slot of the set: both sets of a frontend live in one map.
+    pub(super) const fn first_slot(self) -> u32 {
+        match self {
+            Self::Cluster => 0,
+            Self::Local => 1 << 24,
+        }
+    }
+}
+
+/// Whose source address is hidden.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Masquerade {
+    Nobody,
+    Everybody,
+    /// Everybody but local pods (R7).
+    Foreign,
+    /// Only this host (R6b).
+    Host,
+}
+
+/// A service port with session affinity, as it appears in names: `/default/web/http/tcp`.
+pub(super) type Sticky = Arc<str>;
+
+pub(super) fn sticky(id: &PortId) -> Sticky {
+    let port = if id.port.is_empty() { String::new() } else { format!("/{}", id.port) };
+    let protocol = id.protocol.to_string().to_ascii_lowercase();
+    format!("/{}/{}{port}/{protocol}", id.service.namespace(), id.service.name()).into()
+}
+
+/// An object that exists as long as something uses it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Object {
+    /// The map client → backend of a sticky port.
+    Memory { sticky: Sticky, scope: Scope },
+    /// The chain that writes into the memory, with its timeout in seconds.
+    Recorder { sticky: Sticky, scope: Scope, seconds: u32 },
+    /// The chain that sends a flow to one of `count` backends.
+    Picker { space: Space, scope: Scope, count: u32, masquerade: Masquerade, sticky: Option<Sticky> },
+}
+
+const SCOPES: [(Scope, &str); 2] = [(Scope::Cluster, "cluster"), (Scope::Local, "local")];
+const SPACES: [(Space, &str); 2] = [(Space::Service, "service"), (Space::NodePort, "node-port")];
+const MASQUERADES: [(Masquerade, &str); 4] = [
+    (Masquerade::Nobody, ""),
+    (Masquerade::Everybody, "-masquerade"),
+    (Masquerade::Foreign, "-masquerade-foreign"),
+    (Masquerade::Host, "-masquerade-host"),
+];
+
+fn word_of<T: PartialEq>(words: &[(T, &'static str)], value: &T) -> &'static str {
+    words.iter().find(|(candidate, _)| candidate == value).map_or("", |(_, word)| word)
+}
+
+impl Object {
+    pub(super) fn name(&self) -> String {
+        match self {
+            Self::Memory { sticky, scope } => format!("memory-{}{sticky}", word_of(&SCOPES, scope)),
+            Self::Recorder { sticky, scope, seconds } => {
+                format!("record-{}-{seconds}{sticky}", word_of(&SCOPES, scope))
+            }
+            Self::Picker { space, scope, count, masquerade, sticky } => format!(
+                "{}-{}-{count}{}{}",
+                word_of(&SPACES, space),
+                word_of(&SCOPES, scope),
+                word_of(&MASQUERADES, masquerade),
+                sticky.as_deref().unwrap_or_default(),
+            ),
+        }
+    }
+
+    /// The object of this name, if it is one of ours.
+    pub(super) fn parse(name: &str) -> Option<Self> {
+        let (words, sticky) = name.split_once('/').map_or((name, None), |(words, _)| {
+            (words, Some(Sticky::from(&name[words.len()..])))
+        });
+        let scope_of = |text: &str| {
+            SCOPES.iter().find_map(|(scope, word)| Some((*scope, text.strip_prefix(word)?.to_owned())))
+        };
+        if let Some(rest) = words.strip_prefix("memory-") {
+            let (scope, rest) = scope_of(rest)?;
+            return rest.is_empty().then_some(Self::Memory { sticky: sticky?, scope });
+        }
+        if let Some(rest) = words.strip_prefix("record-") {
+            let (scope, rest) = scope_of(rest)?;
+            let seconds = rest.strip_prefix('-')?.parse().ok()?;
+            return Some(Self::Recorder { sticky: sticky?, scope, seconds });
+        }
+        let (space, rest) = SPACES.iter().find_map(|(space, word)| {
+            Some((*space, words.strip_prefix(word)?.strip_prefix('-')?))
+        })?;
+        let (scope, rest) = scope_of(rest)?;
+        let rest = rest.strip_prefix('-')?;
+        let digits = rest.find(|character: char| !character.is_ascii_digit()).unwrap_or(rest.len());
+        let (count, rest) = rest.split_at(digits);
+        let masquerade = MASQUERADES.iter().find(|(_, word)| *word == rest)?.0;
+        Some(Self::Picker { space, scope, count: count.parse().ok()?, masquerade, sticky })
+    }
+
+    /// The port this object belongs to alone, if it is not shared by all.
+    pub(super) const fn sticky(&self) -> Option<&Sticky> {
+        match self {
+            Self::Memory { sticky, .. } | Self::Recorder { sticky, .. } => Some(sticky),
+            Self::Picker { sticky, .. } => sticky.as_ref(),
+        }
+    }
+
+    /// The rules of a chain; a map has none.
+    pub(super) fn rules(&self, family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
+        match self {
+            Self::Memory { .. } => Vec::new(),
+            Self::Recorder { sticky, scope, seconds } => {
+                let memory = Self::Memory { sticky: Arc::clone(sticky), scope: *scope }.name();
+                let words = expr::address_words(family);
+                vec![vec![
+                    expr::source_address(family, expr::word(0)),
+                    expr::destination_address(family, expr::word(words)),
+                    expr::destination_port(expr::word(2 * words)),
+                    expr::remember(&memory, expr::word(0), expr::word(words), *seconds),
+                ]]
+            }
+            Self::Picker { .. } => self.picker_rules(family, node),
+        }
+    }
+
+    fn picker_rules(&self, family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
+        let Self::Picker { space, scope, count, masquerade, sticky } = self else { return Vec::new() };
+        let mark = ruleset::mark(node.masquerade_mark);
+        // The bucket number has done its work: the packet leaves with the default priority.
+        let forget =
+            vec![expr::constant(expr::word(0), &[0; 4]), expr::set_priority(expr::word(0))];
+        let mut rules = match masquerade {
+            Masquerade::Nobody => vec![forget],
+            Masquerade::Everybody => vec![[forget, mark].concat()],
+            Masquerade::Foreign => vec![forget, [ruleset::not_from_pod(family, node), mark].concat()],
+            Masquerade::Host => vec![forget, [expr::source_is_local(true).to_vec(), mark].concat()],
+        };
+        if let Some(sticky) = sticky {
+            let memory = Self::Memory { sticky: Arc::clone(sticky), scope: *scope }.name();
+            // `nft` reads a translation to a port back only behind a match on the protocol.
+            let protocol = Protocol::ALL.into_iter().find(|protocol| {
+                sticky.rsplit('/').next().is_some_and(|name| name.eq_ignore_ascii_case(&protocol.to_string()))
+            });
+            let is_protocol = protocol.map(|protocol| {
+                [expr::protocol(expr::word(0)), expr::compare(expr::word(0), true, &[protocol.number()])]
+            });
+            rules.push(
+                is_protocol
+                    .into_iter()
+                    .flatten()
+                    .chain([
+                        expr::source_address(family, expr::word(0)),
+                        expr::map(expr::word(0), &memory, expr::word(0)),
+                        expr::dnat(family),
+                    ])
+                    .collect(),
+            );
+        }
+        let (key, words, backends) = match space {
+            Space::Service => {
+                (ruleset::load_frontend(family), expr::address_words(family) + 2, Map::Backends)
+            }
+            Space::NodePort => (ruleset::load_node_port(), 2, Map::NodePortBackends),
+        };
+        let pick = vec![
+            expr::random(*count, scope.first_slot(), expr::word(words)),
+            expr::map(expr::word(0), backends.name(), expr::word(0)),
+            expr::dnat(family),
+        ];
+        rules.push([key, pick].concat());
+        rules
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::ObjectName;
+
+    #[test]
+    fn names_can_be_read_back() {
+        let sticky = sticky(&PortId {
+            service: ObjectName::new("default", "web-1-masquerade"),
+            port: "http".into(),
+            protocol: Protocol::Tcp,
+            family: Family::V4,
+        });
+        let mut objects = Vec::new();
+        for (scope, _) in SCOPES {
+            objects.push(Object::Memory { sticky: Arc::clone(&sticky), scope });
+            objects.push(Object::Recorder { sticky: Arc::clone(&sticky), scope, seconds: 10800 });
+            for (space, _) in SPACES {
+                for (masquerade, _) in MASQUERADES {
+                    for sticky in [None, Some(Arc::clone(&sticky))] {
+                        objects.push(Object::Picker { space, scope, count: 31, masquerade, sticky });
+                    }
+                }
+            }
+        }
+        for object in objects {
+            assert_eq!(Object::parse(&object.name()), Some(object.clone()), "{}", object.name());
+        }
+        for foreign in ["", "service", "service-cluster", "service-cluster-3x", "nat-output", "remember"] {
+            assert_eq!(Object::parse(foreign), None, "{foreign}");
+        }
+    }
+}

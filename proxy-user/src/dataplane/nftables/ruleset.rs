@@ -1,0 +1,550 @@
+//! The objects every node has: maps, sets, base chains and their rules.
+//!
+//! In: the family and the [`NodePlan`]. Out: specifications and rules. Nothing here depends on a Service; README.md
+//! beside this file draws how packets meet these chains.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use nftnl::{ChainType, Hook, nftnl_sys::libc};
+
+use super::{
+    expr,
+    netlink::{ChainSpec, Expr, SetSpec, ValueKind},
+};
+use crate::{
+    model::{Family, Protocol},
+    plan::{LocalTraffic, NodePlan, NodePortAddresses},
+};
+
+/// The table's name, in family `ip` and in family `ip6`.
+pub(super) const TABLE: &str = "weir";
+
+/// A map or set that always exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Map {
+    /// Frontend → bucket, for pods and this host.
+    Services,
+    /// The same for everybody else, where it differs.
+    OutsideServices,
+    /// NodePort → bucket, for pods and this host.
+    NodePorts,
+    /// The same for everybody else, where it differs.
+    OutsideNodePorts,
+    /// Bucket → the chain that picks a backend.
+    Buckets,
+    /// Frontend and slot → backend.
+    Backends,
+    /// NodePort and slot → backend.
+    NodePortBackends,
+    /// Frontends that are refused (F1).
+    Refused,
+    /// NodePorts that are refused (F1).
+    RefusedNodePorts,
+    /// Every ClusterIP (F4).
+    ClusterIps,
+    /// This node's addresses that serve NodePorts.
+    NodeIps,
+    /// Local backends as seen from themselves (R9).
+    Hairpin,
+    /// Frontends that let only some sources in (F7).
+    Guarded,
+    /// The sources they let in.
+    AllowedSources,
+    /// Frontend → the chain that remembers the choice (A1 to A5), for pods and this host.
+    Affinity,
+    /// The same for everybody else.
+    OutsideAffinity,
+    /// NodePort → the chain that remembers the choice, for pods and this host.
+    NodePortAffinity,
+    /// The same for everybody else.
+    OutsideNodePortAffinity,
+}
+
+impl Map {
+    pub(super) const ALL: [Self; 18] = [
+        Self::Services,
+        Self::OutsideServices,
+        Self::NodePorts,
+        Self::OutsideNodePorts,
+        Self::Buckets,
+        Self::Backends,
+        Self::NodePortBackends,
+        Self::Refused,
+        Self::RefusedNodePorts,
+        Self::ClusterIps,
+        Self::NodeIps,
+        Self::Hairpin,
+        Self::Guarded,
+        Self::AllowedSources,
+        Self::Affinity,
+        Self::OutsideAffinity,
+        Self::NodePortAffinity,
+        Self::OutsideNodePortAffinity,
+    ];
+
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Services => "services",
+            Self::OutsideServices => "services-from-outside",
+            Self::NodePorts => "node-ports",
+            Self::OutsideNodePorts => "node-ports-from-outside",
+            Self::Buckets => "buckets",
+            Self::Backends => "backends",
+            Self::NodePortBackends => "node-port-backends",
+            Self::Refused => "refused",
+            Self::RefusedNodePorts => "refused-node-ports",
+            Self::ClusterIps => "cluster-ips",
+            Self::NodeIps => "node-ips",
+            Self::Hairpin => "hairpin",
+            Self::Guarded => "guarded",
+            Self::AllowedSources => "allowed-sources",
+            Self::Affinity => "affinity",
+            Self::OutsideAffinity => "affinity-from-outside",
+            Self::NodePortAffinity => "node-port-affinity",
+            Self::OutsideNodePortAffinity => "node-port-affinity-from-outside",
+        }
+    }
+
+    pub(super) fn spec(self, family: Family) -> SetSpec {
+        let (key, value): (&[Part], ValueKind) = match self {
+            Self::Services | Self::OutsideServices => (&FRONTEND, BUCKET),
+            Self::NodePorts | Self::OutsideNodePorts => (&NODE_PORT, BUCKET),
+            Self::Buckets => (&[Part::Bucket], ValueKind::Verdict),
+            Self::Backends => (&[Part::Address, Part::Protocol, Part::Port, Part::Slot], endpoint(family)),
+            Self::NodePortBackends => (&[Part::Protocol, Part::Port, Part::Slot], endpoint(family)),
+            Self::Refused | Self::Guarded => (&FRONTEND, ValueKind::None),
+            Self::RefusedNodePorts => (&NODE_PORT, ValueKind::None),
+            Self::ClusterIps | Self::NodeIps => (&[Part::Address], ValueKind::None),
+            Self::Hairpin => (&[Part::Address, Part::Address, Part::Protocol, Part::Port], ValueKind::None),
+            Self::AllowedSources => {
+                (&[Part::Address, Part::Protocol, Part::Port, Part::Address], ValueKind::None)
+            }
+            Self::Affinity | Self::OutsideAffinity => (&FRONTEND, ValueKind::Verdict),
+            Self::NodePortAffinity | Self::OutsideNodePortAffinity => (&NODE_PORT, ValueKind::Verdict),
+        };
+        let mut spec = set_spec(self.name(), family, key, value);
+        if self == Self::AllowedSources {
+            const NFT_SET_CONCAT: u32 = 0x80;
+            spec.flags = libc::NFT_SET_INTERVAL as u32 | NFT_SET_CONCAT;
+            spec.parts = key.iter().map(|part| part.len(family) as u8).collect();
+        }
+        match self {
+            Self::Backends | Self::NodePortBackends => {
+                spec.userdata = userdata::slots(family, self == Self::Backends);
+            }
+            Self::Buckets => spec.userdata = userdata::host_order(true, false),
+            _ if value == BUCKET => spec.userdata = userdata::host_order(false, true),
+            _ => {}
+        }
+        spec
+    }
+}
+
+/// One part of a concatenated key. Each takes a multiple of 4 bytes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Address,
+    Protocol,
+    Port,
+    Slot,
+    Bucket,
+}
+
+const FRONTEND: [Part; 3] = [Part::Address, Part::Protocol, Part::Port];
+const NODE_PORT: [Part; 2] = [Part::Protocol, Part::Port];
+
+impl Part {
+    const fn len(self, family: Family) -> u32 {
+        match self {
+            Self::Address => expr::address_len(family),
+            Self::Protocol | Self::Port | Self::Slot | Self::Bucket => 4,
+        }
+    }
+
+    /// nft's number for the type (`enum datatypes` of its source): what `nft list` goes by.
+    const fn nft_type(self, family: Family) -> u32 {
+        match (self, family) {
+            (Self::Slot, _) => 4,
+            (Self::Address, Family::V4) => 7,
+            (Self::Address, Family::V6) => 8,
+            (Self::Protocol, _) => 12,
+            (Self::Port, _) => 13,
+            (Self::Bucket, _) => BUCKET_TYPE,
+        }
+    }
+}
+
+/// A bucket number is held as a `classid`: the one type of 4 bytes whose values a rule may put into a packet field
+/// that nothing else reads on the way. See README.md, "Why the priority field".
+const BUCKET_TYPE: u32 = 23;
+const BUCKET: ValueKind = ValueKind::Data { nft_type: BUCKET_TYPE, len: 4 };
+
+const fn endpoint(family: Family) -> ValueKind {
+    let nft_type = Part::Address.nft_type(family) << 6 | Part::Port.nft_type(family);
+    ValueKind::Data { nft_type, len: expr::address_len(family) + 4 }
+}
+
+fn set_spec(name: &str, family: Family, key: &[Part], value: ValueKind) -> SetSpec {
+    SetSpec {
+        name: name.to_owned(),
+        key_type: key.iter().fold(0, |kind, part| kind << 6 | part.nft_type(family)),
+        key_len: key.iter().map(|part| part.len(family)).sum(),
+        value,
+        flags: 0,
+        size: 0,
+        parts: Vec::new(),
+        userdata: Vec::new(),
+    }
+}
+
+/// Clients remembered for one service port, at most. Beyond it new clients are served but not remembered.
+const MOST_REMEMBERED: u32 = 1 << 20;
+
+/// The map of one service port's remembered clients: client → backend.
+pub(super) fn memory_spec(name: &str, family: Family) -> SetSpec {
+    let mut spec = set_spec(name, family, &[Part::Address], endpoint(family));
+    spec.flags = libc::NFT_SET_TIMEOUT as u32 | libc::NFT_SET_EVAL as u32;
+    spec.size = MOST_REMEMBERED;
+    spec
+}
+
+/// What `nft` needs to print and read back a map whose key has a part without a named type.
+mod userdata {
+    use crate::model::Family;
+
+    fn field(kind: u8, data: &[u8]) -> Vec<u8> {
+        let mut field = vec![kind, data.len() as u8];
+        field.extend_from_slice(data);
+        field
+    }
+
+    fn number(kind: u8, value: u32) -> Vec<u8> {
+        field(kind, &value.to_ne_bytes())
+    }
+
+    /// An expression: its kind, then what it is made of.
+    fn expression(kind: u32, parts: &[Vec<u8>]) -> Vec<u8> {
+        [number(0, kind), field(1, &parts.concat())].concat()
+    }
+
+    fn concatenation(parts: &[Vec<u8>]) -> Vec<u8> {
+        const CONCAT: u32 = 13;
+        let parts: Vec<_> = parts.iter().enumerate().map(|(index, part)| field(index as u8, part)).collect();
+        expression(CONCAT, &parts)
+    }
+
+    fn payload(header: u32, member: u32) -> Vec<u8> {
+        const PAYLOAD: u32 = 7;
+        expression(PAYLOAD, &[number(0, header), number(1, member)])
+    }
+
+    /// Whether keys and values are numbers in the host's byte order.
+    pub(super) fn host_order(key: bool, value: bool) -> Vec<u8> {
+        [number(0, key.into()), number(1, value.into()), number(6, 0)].concat()
+    }
+
+    /// `typeof [ip daddr .] meta l4proto . th dport . numgen random mod 2 : ip daddr . th dport`.
+    pub(super) fn slots(family: Family, with_address: bool) -> Vec<u8> {
+        const META: u32 = 9;
+        const META_L4PROTO: u32 = 16;
+        const NUMGEN: u32 = 23;
+        let address = match family {
+            Family::V4 => payload(12, 12),
+            Family::V6 => payload(13, 9),
+        };
+        let port = payload(11, 2);
+        let protocol = expression(META, &[number(0, META_L4PROTO)]);
+        let slot = expression(NUMGEN, &[number(0, 1), number(1, 2), number(2, 0)]);
+        let key = [vec![protocol, port.clone(), slot]].concat();
+        let key = if with_address { [vec![address.clone()], key].concat() } else { key };
+        [
+            number(0, 0),
+            number(1, 0),
+            field(3, &concatenation(&key)),
+            field(4, &concatenation(&[address, port])),
+            number(6, 0),
+        ]
+        .concat()
+    }
+}
+
+/// A chain that always exists, with its rules.
+pub(super) struct StaticChain {
+    pub(super) spec: ChainSpec,
+    pub(super) rules: Vec<Vec<Expr>>,
+}
+
+/// Loads `daddr . l4proto . dport` from the first word on.
+pub(super) fn load_frontend(family: Family) -> Vec<Expr> {
+    let next = expr::address_words(family);
+    vec![
+        expr::destination_address(family, expr::word(0)),
+        expr::protocol(expr::word(next)),
+        expr::destination_port(expr::word(next + 1)),
+    ]
+}
+
+/// Loads `l4proto . dport` from the first word on.
+pub(super) fn load_node_port() -> Vec<Expr> {
+    vec![expr::protocol(expr::word(0)), expr::destination_port(expr::word(1))]
+}
+
+/// Matches packets that are not from a local pod; empty when nothing tells pods apart.
+pub(super) fn not_from_pod(family: Family, node: &NodePlan) -> Vec<Expr> {
+    match node.local_traffic.get(family) {
+        None => Vec::new(),
+        Some(LocalTraffic::Source(net)) => {
+            let (mask, network) = mask_and_network(*net);
+            vec![
+                expr::source_address(family, expr::word(0)),
+                expr::bitwise(expr::word(0), &mask, &vec![0; mask.len()]),
+                expr::compare(expr::word(0), false, &network),
+            ]
+        }
+        Some(LocalTraffic::Interface(name)) => {
+            let mut padded = [0; 16];
+            let len = name.len().min(15);
+            padded[..len].copy_from_slice(&name.as_bytes()[..len]);
+            vec![expr::input_interface(expr::word(0)), expr::compare(expr::word(0), false, &padded)]
+        }
+        Some(LocalTraffic::InterfacePrefix(prefix)) => {
+            let len = prefix.len().min(15);
+            vec![
+                expr::input_interface(expr::word(0)),
+                expr::compare(expr::word(0), false, &prefix.as_bytes()[..len]),
+            ]
+        }
+    }
+}
+
+pub(super) fn address_bytes(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
+}
+
+fn mask_and_network(net: IpNet) -> (Vec<u8>, Vec<u8>) {
+    (address_bytes(net.netmask()), address_bytes(net.network()))
+}
+
+/// Matches packets to an address that serves NodePorts (R13).
+fn to_node(family: Family, node: &NodePlan) -> Vec<Expr> {
+    match node.node_port_addresses.get(family) {
+        NodePortAddresses::Only(_) => vec![
+            expr::destination_address(family, expr::word(0)),
+            expr::in_set(expr::word(0), Map::NodeIps.name()),
+        ],
+        NodePortAddresses::AnyLocal => {
+            let loopback = match family {
+                Family::V4 => vec![
+                    expr::destination_address(family, expr::word(0)),
+                    expr::bitwise(expr::word(0), &[255, 0, 0, 0], &[0; 4]),
+                    expr::compare(expr::word(0), false, &[127, 0, 0, 0]),
+                ],
+                Family::V6 => vec![
+                    expr::destination_address(family, expr::word(0)),
+                    expr::compare(expr::word(0), false, &std::net::Ipv6Addr::LOCALHOST.octets()),
+                ],
+            };
+            [expr::destination_is_local().to_vec(), loopback].concat()
+        }
+    }
+}
+
+fn to_bucket(map: Map) -> Vec<Expr> {
+    vec![
+        expr::map(expr::word(0), map.name(), expr::word(0)),
+        expr::set_priority(expr::word(0)),
+        expr::priority(expr::word(0)),
+        expr::map(expr::word(0), Map::Buckets.name(), expr::VERDICT),
+    ]
+}
+
+/// Every base chain, and the chain `remember`.
+pub(super) fn static_chains(family: Family, node: &NodePlan, affinity_in_use: bool) -> Vec<StaticChain> {
+    use Hook::{Forward, In, Out, PostRouting, PreRouting};
+    let dispatch = dispatch_rules(family, node);
+    let remember: Vec<Vec<Expr>> = if affinity_in_use {
+        vec![[expr::new_flow().to_vec(), expr::translated().to_vec(), vec![expr::jump(REMEMBER)]].concat()]
+    } else {
+        Vec::new()
+    };
+    let guard = vec![guard_rule(family)];
+    let refuse = refuse_rules(family, node);
+    let base = |name: &str, kind, hook, priority, rules| StaticChain {
+        spec: ChainSpec { name: name.to_owned(), hook: Some((kind, hook, priority)) },
+        rules,
+    };
+    let filter = ChainType::Filter;
+    vec![
+        StaticChain {
+            spec: ChainSpec { name: REMEMBER.to_owned(), hook: None },
+            rules: remember_rules(family, node),
+        },
+        base("guard-prerouting", filter, PreRouting, -110, guard.clone()),
+        base("guard-output", filter, Out, -110, guard),
+        base("nat-prerouting", ChainType::Nat, PreRouting, -100, dispatch.concat()),
+        base("nat-output", ChainType::Nat, Out, -100, dispatch[1].clone()),
+        base("remember-prerouting", filter, PreRouting, -99, remember.clone()),
+        base("remember-output", filter, Out, -99, remember),
+        base("filter-input", filter, In, 0, input_rules(family, node)),
+        base("filter-forward", filter, Forward, 0, refuse.clone()),
+        base("filter-output", filter, Out, 0, refuse),
+        base("nat-postrouting", ChainType::Nat, PostRouting, 100, masquerade_rules(family, node)),
+    ]
+}
+
+const REMEMBER: &str = "remember";
+
+/// Matches what comes from neither a pod nor this host.
+fn from_outside(family: Family, node: &NodePlan) -> Vec<Expr> {
+    [not_from_pod(family, node), expr::source_is_local(false).to_vec()].concat()
+}
+
+/// Rules only for what comes in from outside, then rules for everybody.
+fn dispatch_rules(family: Family, node: &NodePlan) -> [Vec<Vec<Expr>>; 2] {
+    let outside = from_outside(family, node);
+    let to_node = to_node(family, node);
+    let services = |map| [load_frontend(family), to_bucket(map)].concat();
+    let node_ports = |map| [to_node.clone(), load_node_port(), to_bucket(map)].concat();
+    [
+        vec![
+            [outside.clone(), services(Map::OutsideServices)].concat(),
+            [outside, node_ports(Map::OutsideNodePorts)].concat(),
+        ],
+        vec![services(Map::Services), node_ports(Map::NodePorts)],
+    ]
+}
+
+/// F7: before translation, so that it holds whatever would happen next.
+fn guard_rule(family: Family) -> Vec<Expr> {
+    let source = expr::address_words(family) + 2;
+    [
+        expr::new_flow().to_vec(),
+        load_frontend(family),
+        vec![expr::in_set(expr::word(0), Map::Guarded.name())],
+        load_frontend(family),
+        vec![
+            expr::source_address(family, expr::word(source)),
+            expr::not_in_set(expr::word(0), Map::AllowedSources.name()),
+            expr::drop(),
+        ],
+    ]
+    .concat()
+}
+
+fn refused(family: Family) -> Vec<Expr> {
+    [
+        expr::new_flow().to_vec(),
+        load_frontend(family),
+        vec![expr::in_set(expr::word(0), Map::Refused.name()), expr::reject(family)],
+    ]
+    .concat()
+}
+
+/// F1 for NodePorts and for addresses that are this host's own.
+fn input_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
+    let node_port = [
+        expr::new_flow().to_vec(),
+        to_node(family, node),
+        load_node_port(),
+        vec![expr::in_set(expr::word(0), Map::RefusedNodePorts.name()), expr::reject(family)],
+    ];
+    vec![node_port.concat(), refused(family)]
+}
+
+/// F1, F4, F5.
+fn refuse_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
+    let unknown_port = [
+        expr::new_flow().to_vec(),
+        vec![
+            expr::destination_address(family, expr::word(0)),
+            expr::in_set(expr::word(0), Map::ClusterIps.name()),
+            expr::reject(family),
+        ],
+    ];
+    let unallocated = node.service_cidrs.iter().filter(|net| Family::of(net.addr()) == family).map(|net| {
+        let (mask, network) = mask_and_network(*net);
+        [
+            expr::new_flow().to_vec(),
+            vec![
+                expr::destination_address(family, expr::word(0)),
+                expr::bitwise(expr::word(0), &mask, &vec![0; mask.len()]),
+                expr::compare(expr::word(0), true, &network),
+                expr::drop(),
+            ],
+        ]
+        .concat()
+    });
+    [vec![refused(family), unknown_port.concat()], unallocated.collect()].concat()
+}
+
+/// Sets one bit of the packet mark.
+pub(super) fn mark(bit: u32) -> Vec<Expr> {
+    vec![
+        expr::mark(expr::word(0)),
+        expr::bitwise(expr::word(0), &(!bit).to_ne_bytes(), &bit.to_ne_bytes()),
+        expr::set_mark(expr::word(0)),
+    ]
+}
+
+/// R8, R9.
+fn masquerade_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
+    let bit = node.masquerade_mark.to_ne_bytes();
+    let marked = vec![
+        expr::mark(expr::word(0)),
+        expr::bitwise(expr::word(0), &bit, &[0; 4]),
+        expr::compare(expr::word(0), true, &bit),
+        expr::mark(expr::word(0)),
+        expr::bitwise(expr::word(0), &[255; 4], &bit),
+        expr::set_mark(expr::word(0)),
+        expr::masquerade(),
+    ];
+    let words = expr::address_words(family);
+    let hairpin = [
+        expr::translated().to_vec(),
+        vec![
+            expr::source_address(family, expr::word(0)),
+            expr::destination_address(family, expr::word(words)),
+            expr::protocol(expr::word(2 * words)),
+            expr::destination_port(expr::word(2 * words + 1)),
+            expr::in_set(expr::word(0), Map::Hairpin.name()),
+            expr::masquerade(),
+        ],
+    ];
+    vec![marked, hairpin.concat()]
+}
+
+/// A3: once for each new flow, after translation, when the chosen backend is the packet's destination. `nft` prints
+/// `ct original proto-dst` only behind a match on the protocol.
+fn remember_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
+    let words = expr::address_words(family);
+    let mut rules = Vec::new();
+    for protocol in Protocol::ALL {
+        let is_protocol =
+            vec![expr::protocol(expr::word(0)), expr::compare(expr::word(0), true, &[protocol.number()])];
+        let frontend = vec![
+            expr::original_address(family, expr::word(0)),
+            expr::protocol(expr::word(words)),
+            expr::original_port(expr::word(words + 1)),
+        ];
+        let node_port = vec![
+            expr::original_address(family, expr::word(0)),
+            expr::in_set(expr::word(0), Map::NodeIps.name()),
+            expr::protocol(expr::word(0)),
+            expr::original_port(expr::word(1)),
+        ];
+        let by = |map: Map| vec![expr::map(expr::word(0), map.name(), expr::VERDICT)];
+        let outside = from_outside(family, node);
+        let steps = [
+            [outside.clone(), is_protocol.clone(), frontend.clone(), by(Map::OutsideAffinity)],
+            [Vec::new(), is_protocol.clone(), frontend, by(Map::Affinity)],
+            [outside, is_protocol.clone(), node_port.clone(), by(Map::OutsideNodePortAffinity)],
+            [Vec::new(), is_protocol, node_port, by(Map::NodePortAffinity)],
+        ];
+        rules.extend(steps.map(|step| step.concat()));
+    }
+    rules
+}

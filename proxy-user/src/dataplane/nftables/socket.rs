@@ -1,0 +1,212 @@
+//! The netlink socket: sends one batch and reads what became of it, dumps, and listens for what others change.
+//!
+//! In: buffers from `netlink`. Out: success or the kernel's error, dumped messages, and events on our tables.
+
+use std::{io, os::fd::AsRawFd as _};
+
+use mnl::{Bus, Socket};
+use nix::{
+    errno::Errno,
+    sys::socket::{MsgFlags, recv},
+};
+
+use super::netlink::OwnSocket;
+
+/// Large enough for the messages of one dump step, which the kernel keeps below 32 KiB, and for any error report.
+const BUFFER: usize = 1 << 16;
+
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+const NLM_F_DUMP_INTR: u16 = 0x10;
+
+/// A request socket.
+pub(super) struct Netlink {
+    socket: OwnSocket,
+    buffer: Vec<u8>,
+    sequence: u32,
+}
+
+/// Type, flags and sequence number of a message.
+fn header(message: &[u8]) -> (u16, u16, u32) {
+    let short = |at: usize| u16::from_ne_bytes([message[at], message[at + 1]]);
+    let sequence = u32::from_ne_bytes([message[8], message[9], message[10], message[11]]);
+    (short(4), short(6), sequence)
+}
+
+/// The error code of an error message, 0 for an acknowledgement.
+fn error_code(message: &[u8]) -> i32 {
+    message.get(16..20).map_or(0, |code| i32::from_ne_bytes([code[0], code[1], code[2], code[3]]))
+}
+
+impl Netlink {
+    /// # Errors
+    ///
+    /// When the kernel has no nf_tables or this process may not use it.
+    pub(super) fn open() -> io::Result<Self> {
+        let socket = Socket::new(Bus::Netfilter)?;
+        Ok(Self { socket: OwnSocket(socket), buffer: vec![0; BUFFER], sequence: 0 })
+    }
+
+    /// The address by which the kernel knows this socket; events caused by it carry it.
+    pub(super) fn port(&self) -> u32 {
+        self.socket.0.portid()
+    }
+
+    /// Sends one batch; it is in force when this returns, or nothing of it is.
+    ///
+    /// The kernel works on a batch while the sender waits, so all it has to say is there when `send` returns.
+    ///
+    /// # Errors
+    ///
+    /// The first error the kernel reported for the batch. `ENOBUFS` says that reports were lost.
+    pub(super) fn commit(&mut self, batch: &[u8]) -> io::Result<()> {
+        self.drain()?;
+        grow(&self.socket.0, batch.len())?;
+        self.socket.0.send(batch)?;
+        self.drain()
+    }
+
+    /// Reads every report that is there, and returns the first error among them.
+    fn drain(&mut self) -> io::Result<()> {
+        let mut first = Ok(());
+        loop {
+            let len = match recv(self.socket.0.as_raw_fd(), &mut self.buffer, MsgFlags::MSG_DONTWAIT) {
+                Ok(len) => len,
+                Err(Errno::EAGAIN) => return first,
+                Err(Errno::EINTR) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            for message in mnl::NlMessages::new(&self.buffer[..len]) {
+                let message = message?;
+                let code = error_code(message);
+                if header(message).0 == NLMSG_ERROR && code != 0 && first.is_ok() {
+                    first = Err(io::Error::from_raw_os_error(-code));
+                }
+            }
+        }
+    }
+
+    /// Sends a dump request made for `sequence` and gives every message of the answer to `each`. `each` may have seen
+    /// messages already when an error comes back.
+    ///
+    /// # Errors
+    ///
+    /// `EINTR` when the table changed meanwhile: dump again. `ENOENT` when there is nothing of that name.
+    pub(super) fn dump(
+        &mut self,
+        request: impl Fn(u32) -> Vec<u8>,
+        mut each: impl FnMut(&[u8]),
+    ) -> io::Result<()> {
+        self.sequence += 1;
+        self.socket.0.send(&request(self.sequence))?;
+        let mut interrupted = false;
+        loop {
+            let len = self.socket.0.recv_raw(&mut self.buffer)?;
+            for message in mnl::NlMessages::new(&self.buffer[..len]) {
+                let message = message?;
+                let (kind, flags, sequence) = header(message);
+                if sequence != self.sequence {
+                    continue;
+                }
+                interrupted |= flags & NLM_F_DUMP_INTR != 0;
+                match kind {
+                    NLMSG_DONE if interrupted => return Err(Errno::EINTR.into()),
+                    NLMSG_DONE => return Ok(()),
+                    NLMSG_ERROR => {
+                        return match error_code(message) {
+                            0 => Ok(()),
+                            code => Err(io::Error::from_raw_os_error(-code)),
+                        };
+                    }
+                    _ => each(message),
+                }
+            }
+        }
+    }
+}
+
+/// Makes room for a batch in the send buffer and for its reports in the receive buffer. The kernel takes a message
+/// only whole.
+fn grow(socket: &Socket, batch: usize) -> io::Result<()> {
+    use nix::sys::socket::{getsockopt, setsockopt, sockopt};
+    let socket = super::netlink::borrow(socket);
+    let needed = batch + (1 << 16);
+    if getsockopt(&socket, sockopt::SndBuf)? < needed {
+        setsockopt(&socket, sockopt::SndBufForce, &needed)?;
+    }
+    let reports = (1 << 20).max(batch / 8);
+    if getsockopt(&socket, sockopt::RcvBuf)? < reports {
+        setsockopt(&socket, sockopt::RcvBufForce, &reports)?;
+    }
+    Ok(())
+}
+
+/// Listens for changes that somebody else makes to our tables.
+pub struct Watch {
+    socket: OwnSocket,
+    buffer: Vec<u8>,
+    ours: u32,
+}
+
+/// What a [`Watch`] saw.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// Somebody changed our table.
+    Foreign,
+    /// More happened than could be followed; our table may have been touched.
+    Lost,
+}
+
+impl Watch {
+    /// Listens for changes that do not come from the socket `ours`.
+    ///
+    /// # Errors
+    ///
+    /// When the socket cannot be opened or may not join the group.
+    pub(super) fn open(ours: u32) -> io::Result<Self> {
+        use nix::sys::socket::{setsockopt, sockopt};
+        const NFNLGRP_NFTABLES: u32 = 7;
+        let socket = Socket::open(Bus::Netfilter)?;
+        socket.bind(1 << (NFNLGRP_NFTABLES - 1), mnl::mnl_sys::MNL_SOCKET_AUTOPID)?;
+        setsockopt(&super::netlink::borrow(&socket), sockopt::RcvBufForce, &(8 << 20))?;
+        super::netlink::ignore_sender(&socket, ours)?;
+        Ok(Self { socket: OwnSocket(socket), buffer: vec![0; BUFFER], ours })
+    }
+
+    /// Waits until somebody changes our table.
+    ///
+    /// # Errors
+    ///
+    /// When the socket fails.
+    pub fn wait(&mut self) -> io::Result<Seen> {
+        loop {
+            let len = match self.socket.0.recv_raw(&mut self.buffer) {
+                Ok(len) => len,
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => return Ok(Seen::Lost),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            };
+            for message in mnl::NlMessages::new(&self.buffer[..len]) {
+                if is_foreign(message?, self.ours) {
+                    return Ok(Seen::Foreign);
+                }
+            }
+        }
+    }
+}
+
+/// Whether an event is about our table and from somebody else. Every nf_tables object names its table in its first
+/// attribute; the generation event at the end of each commit names none.
+fn is_foreign(message: &[u8], ours: u32) -> bool {
+    const NEW_GENERATION: u16 = 15;
+    const FIRST_ATTRIBUTE: usize = 16 + 4;
+    let (kind, ..) = header(message);
+    let sender = u32::from_ne_bytes([message[12], message[13], message[14], message[15]]);
+    if sender == ours || kind & 0xff == NEW_GENERATION {
+        return false;
+    }
+    let Some(attribute) = message.get(FIRST_ATTRIBUTE..FIRST_ATTRIBUTE + 4) else { return false };
+    let len = usize::from(u16::from_ne_bytes([attribute[0], attribute[1]]));
+    let name = message.get(FIRST_ATTRIBUTE + 4..FIRST_ATTRIBUTE + len.max(4)).unwrap_or_default();
+    name.split(|&byte| byte == 0).next() == Some(super::ruleset::TABLE.as_bytes())
+}

@@ -1,0 +1,700 @@
+//! One family's table: turns deltas into transactions of elements.
+//!
+//! In: service ports before and after. Out: batches to the kernel. What is kept here is only what no service port knows
+//! by itself: which shared objects exist, how many uses each has, and which bucket number leads where.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    io,
+};
+
+use rustc_hash::FxBuildHasher;
+
+use super::{
+    adopt::Found,
+    element::{self, Item, Leads, Verdict},
+    netlink::{Bytes, ChainSpec, Element, Transaction, Value},
+    object::{Object, Sticky},
+    ruleset::{self, Map, address_bytes},
+    socket::Netlink,
+};
+use crate::{
+    model::Family,
+    plan::{ClusterIpDelta, NodePlan, PortDelta, PortId, PortPlan},
+};
+
+type FxHashMap<K, V> = HashMap<K, V, FxBuildHasher>;
+
+/// Most elements in one transaction. The kernel holds the lock of all nf_tables in the namespace for as long as it
+/// works on one, and everybody else who changes rules waits.
+const ELEMENTS_A_TRANSACTION: usize = 8192;
+
+/// Buckets below are verdicts without a chain.
+const FIRST_BUCKET: u32 = 16;
+const DROP_BUCKET: u32 = 1;
+const PASS_BUCKET: u32 = 2;
+
+/// An object that exists in the kernel.
+#[derive(Clone, Copy, Debug)]
+struct Live {
+    uses: u64,
+    /// The bucket that leads to a picker, 0 for other objects.
+    bucket: u32,
+}
+
+pub(super) struct Table {
+    pub(super) family: Family,
+    pub(super) raw: nftnl::Table,
+    objects: FxHashMap<Object, Live>,
+    /// Local backends may serve several ports.
+    hairpins: FxHashMap<Bytes, u32>,
+    next_bucket: u32,
+    /// Recorders in use; the rules that lead to them exist only while there are any.
+    affinity_in_use: bool,
+    /// Objects nobody uses that could not be removed yet.
+    trash: Vec<Object>,
+    /// What the kernel held when it was last read, less what has been asked for since. `None` in normal work.
+    pub(super) found: Option<Found>,
+}
+
+/// One transaction in the making.
+#[derive(Default)]
+struct Stage<'a> {
+    ports: Vec<&'a PortDelta>,
+    uses: FxHashMap<Object, i64>,
+    hairpins: FxHashMap<Bytes, i64>,
+    gone: BTreeMap<Map, Vec<Element>>,
+    come: BTreeMap<Map, Vec<(Element, Option<Object>)>>,
+    elements: usize,
+}
+
+type ItemKey = (Map, Bytes, Option<Bytes>);
+
+impl Table {
+    pub(super) fn new(family: Family) -> Self {
+        let (name, protocol) = match family {
+            Family::V4 => (c"weir", nftnl::ProtoFamily::Ipv4),
+            Family::V6 => (c"weir", nftnl::ProtoFamily::Ipv6),
+        };
+        Self {
+            family,
+            raw: nftnl::Table::new(name, protocol),
+            objects: FxHashMap::default(),
+            hairpins: FxHashMap::default(),
+            next_bucket: FIRST_BUCKET,
+            affinity_in_use: false,
+            trash: Vec::new(),
+            found: None,
+        }
+    }
+
+    /// Forgets everything in favour of what the kernel holds.
+    ///
+    /// # Errors
+    ///
+    /// When the table cannot be read.
+    pub(super) fn reread(&mut self, netlink: &mut Netlink) -> io::Result<()> {
+        let found = Found::read(netlink, &self.raw, self.family)?;
+        *self = Self::new(self.family);
+        self.next_bucket = found.buckets.values().max().map_or(FIRST_BUCKET, |most| (most + 1).max(FIRST_BUCKET));
+        self.found = Some(found);
+        Ok(())
+    }
+
+    /// Makes the static objects and rules right for `node`, and the rules of every chain that depend on it.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub(super) fn apply_node(&mut self, netlink: &mut Netlink, node: &NodePlan) -> io::Result<()> {
+        if self.found.as_ref().is_some_and(|found| !found.fits) {
+            self.start_over(netlink)?;
+        }
+        let mut transaction = Transaction::new(&self.raw);
+        transaction.add_table();
+        for map in Map::ALL {
+            if self.found.as_ref().is_some_and(|found| !found.sets.contains(map.name())) {
+                transaction.add_set(&map.spec(self.family));
+            }
+        }
+        let chains = ruleset::static_chains(self.family, node, self.affinity_in_use);
+        for chain in &chains {
+            transaction.add_chain(&chain.spec);
+            transaction.flush_chain(&chain.spec.name);
+        }
+        for chain in &chains {
+            for rule in &chain.rules {
+                transaction.add_rule(&chain.spec.name, rule);
+            }
+        }
+        for object in self.objects.keys() {
+            rewrite(&mut transaction, object, self.family, node);
+        }
+        netlink.commit(&transaction.finish())?;
+        self.apply_node_ips(netlink, node)?;
+        self.apply_verdict_buckets(netlink)
+    }
+
+    /// Takes the whole table away, in one transaction with an empty one in its place.
+    fn start_over(&mut self, netlink: &mut Netlink) -> io::Result<()> {
+        tracing::warn!(family = %self.family, "the table is from another version of weir; it is built anew");
+        let mut transaction = Transaction::new(&self.raw);
+        transaction.delete_table();
+        transaction.add_table();
+        netlink.commit(&transaction.finish())?;
+        self.found = Some(Found::nothing());
+        Ok(())
+    }
+
+    fn apply_node_ips(&mut self, netlink: &mut Netlink, node: &NodePlan) -> io::Result<()> {
+        use crate::plan::NodePortAddresses::{AnyLocal, Only};
+        let addresses = match node.node_port_addresses.get(self.family) {
+            AnyLocal => &node.host_addresses,
+            Only(addresses) => addresses,
+        };
+        let wanted = addresses.iter().filter(|address| Family::of(**address) == self.family);
+        let wanted: Vec<_> =
+            wanted.map(|address| member(Bytes::from_vec(address_bytes(*address)))).collect();
+        let present = Found::elements(netlink, &self.raw, Map::NodeIps.name())?;
+        self.replace(netlink, Map::NodeIps, &present, &wanted)
+    }
+
+    fn apply_verdict_buckets(&mut self, netlink: &mut Netlink) -> io::Result<()> {
+        let present = Found::elements(netlink, &self.raw, Map::Buckets.name())?;
+        let wanted: Vec<_> = [(DROP_BUCKET, false), (PASS_BUCKET, true)]
+            .map(|(bucket, accept)| bucket_element(bucket, Value::Accept(accept)))
+            .into_iter()
+            .filter(|element| !present.contains(element))
+            .collect();
+        self.replace(netlink, Map::Buckets, &[], &wanted)
+    }
+
+    /// Makes a small set hold `wanted` where it held `present`.
+    fn replace(
+        &self,
+        netlink: &mut Netlink,
+        map: Map,
+        present: &[Element],
+        wanted: &[Element],
+    ) -> io::Result<()> {
+        let missing_from = |from: &[Element], what: &[Element]| -> Vec<Element> {
+            what.iter().filter(|element| !from.contains(element)).cloned().collect()
+        };
+        let (gone, come) = (missing_from(wanted, present), missing_from(present, wanted));
+        if gone.is_empty() && come.is_empty() {
+            return Ok(());
+        }
+        let mut transaction = Transaction::new(&self.raw);
+        transaction.delete_elements(map.name(), &gone);
+        transaction.add_elements(map.name(), &come);
+        netlink.commit(&transaction.finish())
+    }
+
+    /// Adds and removes ClusterIPs.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub(super) fn apply_cluster_ips(
+        &mut self,
+        netlink: &mut Netlink,
+        deltas: &[ClusterIpDelta],
+    ) -> io::Result<()> {
+        let (mut gone, mut come) = (Vec::new(), Vec::new());
+        for delta in deltas {
+            let (ClusterIpDelta::Add(address) | ClusterIpDelta::Remove(address)) = *delta;
+            if Family::of(address) != self.family {
+                continue;
+            }
+            let element = member(Bytes::from_vec(address_bytes(address)));
+            match delta {
+                ClusterIpDelta::Remove(_) => gone.push(element),
+                ClusterIpDelta::Add(_) => {
+                    let found = self.found.as_mut();
+                    if found.and_then(|found| found.take(Map::ClusterIps, &element.key, None)).is_none() {
+                        come.push(element);
+                    }
+                }
+            }
+        }
+        for (gone, come) in chunks(&gone, &come) {
+            let mut transaction = Transaction::new(&self.raw);
+            transaction.delete_elements(Map::ClusterIps.name(), gone);
+            transaction.add_elements(Map::ClusterIps.name(), come);
+            netlink.commit(&transaction.finish())?;
+        }
+        Ok(())
+    }
+
+    /// Switches service ports, many in one transaction, and names those that cannot be.
+    ///
+    /// # Errors
+    ///
+    /// When the table's state is unknown afterwards.
+    pub(super) fn apply_ports(
+        &mut self,
+        netlink: &mut Netlink,
+        ports: &[&PortDelta],
+        node: &NodePlan,
+    ) -> io::Result<Vec<(PortId, String)>> {
+        let mut failed = Vec::new();
+        let mut start = 0;
+        while start < ports.len() {
+            let mut stage = Stage::default();
+            let mut next = start;
+            while next < ports.len() && stage.elements < ELEMENTS_A_TRANSACTION {
+                if let Err(problem) = self.stage(&mut stage, ports[next], node) {
+                    failed.push((id(ports[next]), problem));
+                }
+                next += 1;
+            }
+            match self.commit(netlink, &stage, node) {
+                Ok(()) => {}
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => return Err(error),
+                Err(error) => self.narrow(netlink, &stage.ports, node, &error, &mut failed)?,
+            }
+            start = next;
+        }
+        self.empty_trash(netlink);
+        Ok(failed)
+    }
+
+    /// Halves a transaction the kernel refused until the port it stumbles over stands alone.
+    fn narrow(
+        &mut self,
+        netlink: &mut Netlink,
+        ports: &[&PortDelta],
+        node: &NodePlan,
+        error: &io::Error,
+        failed: &mut Vec<(PortId, String)>,
+    ) -> io::Result<()> {
+        if let [port] = ports {
+            failed.push((id(port), error.to_string()));
+            return Ok(());
+        }
+        let (first, second) = ports.split_at(ports.len() / 2);
+        for half in [first, second] {
+            let mut stage = Stage::default();
+            for port in half {
+                // What cannot be said was sorted out when the whole was staged.
+                if self.stage(&mut stage, port, node).is_err() {
+                    continue;
+                }
+            }
+            if let Err(error) = self.commit(netlink, &stage, node) {
+                if error.raw_os_error() == Some(libc::ENOBUFS) {
+                    return Err(error);
+                }
+                self.narrow(netlink, half, node, &error, failed)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds one port's difference to a transaction.
+    fn stage<'a>(&self, stage: &mut Stage<'a>, port: &'a PortDelta, node: &NodePlan) -> Result<(), String> {
+        let told = node.local_traffic.get(self.family).is_some();
+        let items = |plan: Option<&PortPlan>| plan.map_or(Ok(Vec::new()), |plan| element::items(plan, told));
+        let after = items(port.after.as_deref())?;
+        let before = items(port.before.as_deref())?;
+        let mut before: FxHashMap<ItemKey, Item> = before.into_iter().map(|item| (key(&item), item)).collect();
+        for item in after {
+            match before.remove(&key(&item)) {
+                Some(old) if old.leads == item.leads => {}
+                Some(old) => {
+                    stage.remove(old);
+                    stage.add(item);
+                }
+                None => stage.add(item),
+            }
+        }
+        for item in before.into_values() {
+            stage.remove(item);
+        }
+        for (plan, change) in [(&port.after, 1), (&port.before, -1)] {
+            for memory in plan.as_deref().into_iter().flat_map(memories) {
+                *stage.uses.entry(memory).or_default() += change;
+            }
+        }
+        stage.ports.push(port);
+        Ok(())
+    }
+
+    /// Sends a transaction and, once the kernel has taken it, remembers what it changed.
+    fn commit(&mut self, netlink: &mut Netlink, stage: &Stage<'_>, node: &NodePlan) -> io::Result<()> {
+        let leaving = leaving(&stage.ports);
+        for (memory, backends) in &leaving {
+            self.forget_clients(netlink, memory, backends)?;
+        }
+        let mut transaction = Transaction::new(&self.raw);
+        let made = self.make_objects(&mut transaction, stage, node);
+        let taken = self.write_elements(&mut transaction, stage, &made);
+        let affinity = self.affinity_after(stage);
+        if affinity != self.affinity_in_use {
+            for chain in ruleset::static_chains(self.family, node, affinity) {
+                if chain.spec.name.starts_with("remember-") {
+                    transaction.flush_chain(&chain.spec.name);
+                    chain.rules.iter().for_each(|rule| transaction.add_rule(&chain.spec.name, rule));
+                }
+            }
+        }
+        netlink.commit(&transaction.finish())?;
+        self.affinity_in_use = affinity;
+        if let Some(found) = self.found.as_mut() {
+            for (map, key, end) in taken {
+                found.take(map, &key, end.as_ref());
+            }
+        }
+        self.remember_uses(stage, made);
+        for (memory, backends) in &leaving {
+            self.forget_clients(netlink, memory, backends)?;
+        }
+        Ok(())
+    }
+
+    /// Whether any recorder is in use once `stage` is in force.
+    fn affinity_after(&self, stage: &Stage<'_>) -> bool {
+        let uses = |object: &Object| {
+            self.objects.get(object).map_or(0, |live| live.uses as i64)
+                + stage.uses.get(object).copied().unwrap_or(0)
+        };
+        let recorder = |object: &&Object| matches!(object, Object::Recorder { .. });
+        self.objects.keys().chain(stage.uses.keys()).filter(recorder).any(|object| uses(object) > 0)
+    }
+
+    /// Writes the objects that `stage` is the first to use; answers with their bucket numbers.
+    fn make_objects(
+        &self,
+        transaction: &mut Transaction<'_>,
+        stage: &Stage<'_>,
+        node: &NodePlan,
+    ) -> FxHashMap<Object, u32> {
+        // Sorted: memories come before the chains that name them.
+        let mut wanted: Vec<_> = stage.uses.iter().filter(|(_, change)| **change > 0).collect();
+        wanted.sort_unstable();
+        let mut made = FxHashMap::default();
+        let mut next = self.next_bucket;
+        for (object, _) in wanted {
+            if self.objects.contains_key(object) {
+                continue;
+            }
+            let name = object.name();
+            let found = self.found.as_ref();
+            if let Object::Memory { .. } = object {
+                if !found.is_some_and(|found| found.sets.contains(&name)) {
+                    transaction.add_set(&ruleset::memory_spec(&name, self.family));
+                }
+                made.insert(object.clone(), 0);
+                continue;
+            }
+            transaction.add_chain(&ChainSpec { name: name.clone(), hook: None });
+            rewrite(transaction, object, self.family, node);
+            let known = found.and_then(|found| found.buckets.get(&name).copied());
+            let bucket = match (object, known) {
+                (Object::Picker { .. }, None) => {
+                    let bucket = next;
+                    next += 1;
+                    transaction.add_elements(
+                        Map::Buckets.name(),
+                        &[bucket_element(bucket, Value::Goto(name))],
+                    );
+                    bucket
+                }
+                (_, known) => known.unwrap_or(0),
+            };
+            made.insert(object.clone(), bucket);
+        }
+        made
+    }
+
+    /// Writes the elements; answers with those that were found there already.
+    fn write_elements(
+        &self,
+        transaction: &mut Transaction<'_>,
+        stage: &Stage<'_>,
+        made: &FxHashMap<Object, u32>,
+    ) -> Vec<ItemKey> {
+        let mut taken = Vec::new();
+        let mut gone = stage.gone.clone();
+        let mut come: BTreeMap<Map, Vec<Element>> = BTreeMap::new();
+        let hairpins = stage.hairpins.iter().filter_map(|(key, change)| {
+            let uses = i64::from(self.hairpins.get(key).copied().unwrap_or(0));
+            let (was, is) = (uses > 0, uses + change > 0);
+            (was != is).then(|| (member(key.clone()), is))
+        });
+        for (element, is) in hairpins {
+            if is {
+                come.entry(Map::Hairpin).or_default().push(element);
+            } else {
+                gone.entry(Map::Hairpin).or_default().push(element);
+            }
+        }
+        for (map, elements) in &stage.come {
+            let elements = elements.iter().map(|(element, object)| {
+                let mut element = element.clone();
+                if let Some(object @ Object::Picker { .. }) = object {
+                    let live = self.objects.get(object).map(|live| live.bucket);
+                    let bucket = made.get(object).copied().or(live).unwrap_or(PASS_BUCKET);
+                    element.value = bucket_value(bucket);
+                }
+                element
+            });
+            come.entry(*map).or_default().extend(elements);
+        }
+        if let Some(found) = &self.found {
+            for (map, elements) in &mut come {
+                elements.retain(|element| match found.get(*map, &element.key, element.key_end.as_ref()) {
+                    None => true,
+                    Some(value) => {
+                        taken.push((*map, element.key.clone(), element.key_end.clone()));
+                        let same = *value == element.value;
+                        if !same {
+                            gone.entry(*map).or_default().push(element.clone());
+                        }
+                        !same
+                    }
+                });
+            }
+        }
+        for (map, elements) in &gone {
+            transaction.delete_elements(map.name(), elements);
+        }
+        for (map, elements) in &come {
+            transaction.add_elements(map.name(), elements);
+        }
+        taken
+    }
+
+    fn remember_uses(&mut self, stage: &Stage<'_>, made: FxHashMap<Object, u32>) {
+        for (object, bucket) in made {
+            self.next_bucket = self.next_bucket.max(bucket + 1);
+            self.objects.insert(object, Live { uses: 0, bucket });
+        }
+        for (object, change) in &stage.uses {
+            let Some(live) = self.objects.get_mut(object) else { continue };
+            live.uses = live.uses.saturating_add_signed(*change);
+            // A picker that all share stays: its number of endpoints will be some Service's again.
+            if live.uses == 0 && object.sticky().is_some() {
+                self.trash.push(object.clone());
+            }
+        }
+        for (key, change) in &stage.hairpins {
+            let uses = self.hairpins.entry(key.clone()).or_default();
+            *uses = uses.saturating_add_signed(i32::try_from(*change).unwrap_or_default());
+        }
+        self.hairpins.retain(|_, uses| *uses > 0);
+    }
+
+    /// Removes objects nobody uses. Before kernel 6.2 a chain counts as used for a while after the last element that
+    /// led to it is gone; what cannot be removed is tried again after the next change.
+    fn empty_trash(&mut self, netlink: &mut Netlink) {
+        let mut trash = std::mem::take(&mut self.trash);
+        trash.retain(|object| self.objects.get(object).is_some_and(|live| live.uses == 0));
+        trash.sort_unstable();
+        trash.dedup();
+        // Last made, first removed: chains go before the memories they name.
+        for object in trash.into_iter().rev() {
+            match self.delete_object(netlink, &object) {
+                Ok(()) => {
+                    self.objects.remove(&object);
+                }
+                Err(error) => {
+                    tracing::debug!(object = object.name(), %error, "is still in use, will be removed later");
+                    self.trash.push(object);
+                }
+            }
+        }
+    }
+
+    fn delete_object(&self, netlink: &mut Netlink, object: &Object) -> io::Result<()> {
+        let name = object.name();
+        let mut transaction = Transaction::new(&self.raw);
+        if let Object::Memory { .. } = object {
+            transaction.delete_set(&name);
+        } else {
+            if let Some(Live { bucket: bucket @ FIRST_BUCKET.., .. }) = self.objects.get(object) {
+                let element = bucket_element(*bucket, Value::None);
+                transaction.delete_elements(Map::Buckets.name(), &[element]);
+            }
+            transaction.flush_chain(&name);
+            transaction.delete_chain(&name);
+        }
+        netlink.commit(&transaction.finish())
+    }
+
+    /// Removes what was found in the kernel and nobody asked for, once everything has been asked for.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub(super) fn remove_leftovers(&mut self, netlink: &mut Netlink) -> io::Result<()> {
+        let Some(found) = self.found.take() else { return Ok(()) };
+        let mut leftovers = found.elements;
+        for (map, elements) in &mut leftovers {
+            if *map == Map::Buckets {
+                let known = |name: &str| Object::parse(name).is_some_and(|o| self.objects.contains_key(&o));
+                elements.retain(|_, value| matches!(value, Value::Goto(name) if !known(name)));
+            }
+        }
+        for (map, elements) in leftovers.into_iter().filter(|(map, _)| *map != Map::NodeIps) {
+            let gone: Vec<_> = elements
+                .into_iter()
+                .map(|((key, key_end), _)| Element { key, key_end, value: Value::None })
+                .collect();
+            for (gone, _) in chunks(&gone, &[]) {
+                let mut transaction = Transaction::new(&self.raw);
+                transaction.delete_elements(map.name(), gone);
+                netlink.commit(&transaction.finish())?;
+            }
+        }
+        let names = found.chains.iter().chain(&found.sets);
+        for object in names.filter_map(|name| Object::parse(name)) {
+            if !self.objects.contains_key(&object) {
+                self.objects.insert(object.clone(), Live { uses: 0, bucket: 0 });
+                self.trash.push(object);
+            }
+        }
+        self.empty_trash(netlink);
+        Ok(())
+    }
+
+    /// Lets clients forget backends that left (A5). Clients come and go by themselves meanwhile, so an entry that is
+    /// gone when its turn comes only means to look again.
+    fn forget_clients(&self, netlink: &mut Netlink, memory: &Object, backends: &[Bytes]) -> io::Result<()> {
+        const TRIES: usize = 5;
+        if !self.objects.contains_key(memory) {
+            return Ok(());
+        }
+        let name = memory.name();
+        for attempt in 1.. {
+            let mut clients = Found::elements(netlink, &self.raw, &name)?;
+            clients.retain(|client| matches!(&client.value, Value::Data(value) if backends.contains(value)));
+            let mut transaction = Transaction::new(&self.raw);
+            transaction.delete_elements(&name, &clients);
+            match netlink.commit(&transaction.finish()) {
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) && attempt < TRIES => {}
+                result => return result,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Stage<'_> {
+    fn add(&mut self, item: Item) {
+        self.elements += 1;
+        if item.map == Map::Hairpin {
+            *self.hairpins.entry(item.key).or_default() += 1;
+            return;
+        }
+        let (value, object) = match item.leads {
+            Leads::Nowhere => (Value::None, None),
+            Leads::To(backend) => (Value::Data(backend), None),
+            Leads::Verdict(Verdict::Drop) => (bucket_value(DROP_BUCKET), None),
+            Leads::Verdict(Verdict::Pass) => (bucket_value(PASS_BUCKET), None),
+            Leads::Bucket(object) => (Value::None, Some(object)),
+            Leads::Chain(object) => (Value::Goto(object.name()), Some(object)),
+        };
+        if let Some(object) = &object {
+            *self.uses.entry(object.clone()).or_default() += 1;
+        }
+        let element = Element { key: item.key, key_end: item.key_end, value };
+        self.come.entry(item.map).or_default().push((element, object));
+    }
+
+    fn remove(&mut self, item: Item) {
+        self.elements += 1;
+        if item.map == Map::Hairpin {
+            *self.hairpins.entry(item.key).or_default() -= 1;
+            return;
+        }
+        if let Leads::Bucket(object) | Leads::Chain(object) = item.leads {
+            *self.uses.entry(object).or_default() -= 1;
+        }
+        let element = Element { key: item.key, key_end: item.key_end, value: Value::None };
+        self.gone.entry(item.map).or_default().push(element);
+    }
+}
+
+fn key(item: &Item) -> ItemKey {
+    (item.map, item.key.clone(), item.key_end.clone())
+}
+
+fn id(port: &PortDelta) -> PortId {
+    let plan = port.after.as_ref().or(port.before.as_ref());
+    plan.map_or_else(
+        || PortId {
+            service: crate::model::ObjectName::new("", ""),
+            port: "".into(),
+            protocol: crate::model::Protocol::Tcp,
+            family: Family::V4,
+        },
+        |plan| plan.id.clone(),
+    )
+}
+
+/// The memories a port needs, one for each of its backend sets that has members.
+fn memories(port: &PortPlan) -> Vec<Object> {
+    use super::object::Scope::{Cluster, Local};
+    if port.affinity.is_none() {
+        return Vec::new();
+    }
+    let sticky: Sticky = super::object::sticky(&port.id);
+    [(Cluster, &port.cluster), (Local, &port.local)]
+        .into_iter()
+        .filter(|(_, backends)| !backends.is_empty())
+        .map(|(scope, _)| Object::Memory { sticky: sticky.clone(), scope })
+        .collect()
+}
+
+/// For each memory, the backends that leave its set.
+fn leaving(ports: &[&PortDelta]) -> Vec<(Object, Vec<Bytes>)> {
+    let mut leaving = Vec::new();
+    for port in ports {
+        let (Some(before), Some(after)) = (&port.before, &port.after) else { continue };
+        for memory in memories(before) {
+            let Object::Memory { scope, .. } = &memory else { continue };
+            let (old, new) = match scope {
+                super::object::Scope::Cluster => (&before.cluster, &after.cluster),
+                super::object::Scope::Local => (&before.local, &after.local),
+            };
+            let gone: Vec<_> =
+                old.iter().filter(|backend| !new.contains(backend)).map(element::backend_value).collect();
+            if !gone.is_empty() {
+                leaving.push((memory, gone));
+            }
+        }
+    }
+    leaving
+}
+
+/// Empties a chain and writes its rules.
+fn rewrite(transaction: &mut Transaction<'_>, object: &Object, family: Family, node: &NodePlan) {
+    if let Object::Memory { .. } = object {
+        return;
+    }
+    let name = object.name();
+    transaction.flush_chain(&name);
+    for rule in object.rules(family, node) {
+        transaction.add_rule(&name, &rule);
+    }
+}
+
+const fn member(key: Bytes) -> Element {
+    Element { key, key_end: None, value: Value::None }
+}
+
+fn bucket_value(bucket: u32) -> Value {
+    Value::Data(Bytes::from_slice(&bucket.to_ne_bytes()))
+}
+
+fn bucket_element(bucket: u32, value: Value) -> Element {
+    Element { key: Bytes::from_slice(&bucket.to_ne_bytes()), key_end: None, value }
+}
+
+/// Cuts two lists into pieces of one transaction each.
+fn chunks<'a>(gone: &'a [Element], come: &'a [Element]) -> Vec<(&'a [Element], &'a [Element])> {
+    let none: &[Element] = &[];
+    let pieces = |elements: &'a [Element]| elements.chunks(ELEMENTS_A_TRANSACTION);
+    pieces(gone).map(|gone| (gone, none)).chain(pieces(come).map(|come| (none, come))).collect()
+}

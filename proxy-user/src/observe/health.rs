@@ -1,0 +1,352 @@
+//! Whether the agent keeps up (P1 to P4), and how `/healthz` and `/livez` say so.
+//!
+//! In: when changes were queued and applied, per family, and whether load balancers may use the node. Out: a status
+//! code and a JSON body. [`ProxyHealth`] reads no clock; [`Health`] is the shared handle that does.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use axum::{
+    Router,
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::any,
+};
+use jiff::Timestamp;
+use serde::Serialize;
+
+use super::Metrics;
+use crate::model::Family;
+
+/// A point in time, on the clock that never jumps and on the one people read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Moment {
+    /// Tells how long something has been going on.
+    pub steady: Instant,
+    /// Is shown.
+    pub wall: Timestamp,
+}
+
+impl Moment {
+    /// This moment.
+    #[must_use]
+    pub fn now() -> Self {
+        Self { steady: Instant::now(), wall: Timestamp::now() }
+    }
+}
+
+/// What a health endpoint answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Whether the code is 200; else it is 503.
+    pub ok: bool,
+    /// The JSON body.
+    pub body: String,
+}
+
+/// The health of both families: a family is late when a change has waited for longer than the timeout (P2).
+#[derive(Clone, Debug)]
+pub struct ProxyHealth {
+    timeout: Duration,
+    eligible: bool,
+    updated: BTreeMap<Family, Timestamp>,
+    waiting_since: BTreeMap<Family, Instant>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Body {
+    #[serde(serialize_with = "as_text")]
+    last_updated: Timestamp,
+    #[serde(serialize_with = "as_text")]
+    current_time: Timestamp,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    node_eligible: Option<bool>,
+    healthy: bool,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    status: BTreeMap<Family, FamilyStatus>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct FamilyStatus {
+    #[serde(serialize_with = "as_text")]
+    last_updated: Timestamp,
+    healthy: bool,
+}
+
+fn as_text<S: serde::Serializer>(time: &Timestamp, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(time)
+}
+
+/// What kube-proxy shows for "never": the start of year 1.
+const NEVER: i64 = -62_135_596_800;
+
+impl ProxyHealth {
+    /// Nothing has happened, which is healthy; no node is known, which is not eligible. `sync_period` is the one of
+    /// the configuration: twice as long a wait is late (P2).
+    #[must_use]
+    pub fn new(sync_period: Duration) -> Self {
+        Self {
+            timeout: sync_period.saturating_mul(2),
+            eligible: false,
+            updated: BTreeMap::new(),
+            waiting_since: BTreeMap::new(),
+        }
+    }
+
+    /// A change for `family` has come in. The oldest one counts.
+    pub fn queued(&mut self, family: Family, now: Moment) {
+        self.waiting_since.entry(family).or_insert(now.steady);
+    }
+
+    /// The kernel has everything that came in for `family`. Also to be called once at start (P2).
+    pub fn updated(&mut self, family: Family, now: Moment) {
+        self.waiting_since.remove(&family);
+        self.updated.insert(family, now.wall);
+    }
+
+    /// Whether load balancers may send traffic to this node (P3).
+    pub fn set_eligible(&mut self, eligible: bool) {
+        self.eligible = eligible;
+    }
+
+    /// Whether no family that has ever reported is late (P2).
+    #[must_use]
+    pub fn healthy(&self, now: Moment) -> bool {
+        self.updated.keys().all(|family| self.in_time(*family, now))
+    }
+
+    /// What `/healthz` answers (P1).
+    #[must_use]
+    pub fn healthz(&self, now: Moment) -> Answer {
+        self.answer(now, Some(self.eligible))
+    }
+
+    /// What `/livez` answers (P4).
+    #[must_use]
+    pub fn livez(&self, now: Moment) -> Answer {
+        self.answer(now, None)
+    }
+
+    fn in_time(&self, family: Family, now: Moment) -> bool {
+        let since = self.waiting_since.get(&family);
+        since.is_none_or(|since| now.steady.saturating_duration_since(*since) < self.timeout)
+    }
+
+    fn answer(&self, now: Moment, node_eligible: Option<bool>) -> Answer {
+        let healthy = self.healthy(now);
+        let ok = healthy && node_eligible.unwrap_or(true);
+        let latest = self.updated.values().max().copied().or_else(|| Timestamp::from_second(NEVER).ok());
+        let status = |(family, at): (&Family, &Timestamp)| {
+            (*family, FamilyStatus { last_updated: *at, healthy: self.in_time(*family, now) })
+        };
+        let body = Body {
+            // As kube-proxy has it, an endpoint that answers well was updated just now.
+            last_updated: latest.filter(|_| !ok).unwrap_or(now.wall),
+            current_time: now.wall,
+            node_eligible,
+            healthy,
+            status: self.updated.iter().map(status).collect(),
+        };
+        Answer { ok, body: serde_json::to_string(&body).unwrap_or_default() }
+    }
+}
+
+/// A [`ProxyHealth`] to share between the loop that programs and the server that answers.
+#[derive(Clone, Debug)]
+pub struct Health(Arc<Mutex<ProxyHealth>>);
+
+impl Health {
+    /// See [`ProxyHealth::new`].
+    #[must_use]
+    pub fn new(sync_period: Duration) -> Self {
+        Self(Arc::new(Mutex::new(ProxyHealth::new(sync_period))))
+    }
+
+    /// See [`ProxyHealth::queued`].
+    pub fn queued(&self, family: Family) {
+        self.state().queued(family, Moment::now());
+    }
+
+    /// See [`ProxyHealth::updated`].
+    pub fn updated(&self, family: Family) {
+        self.state().updated(family, Moment::now());
+    }
+
+    /// See [`ProxyHealth::set_eligible`].
+    pub fn set_eligible(&self, eligible: bool) {
+        self.state().set_eligible(eligible);
+    }
+
+    /// See [`ProxyHealth::healthy`].
+    #[must_use]
+    pub fn healthy(&self) -> bool {
+        self.state().healthy(Moment::now())
+    }
+
+    fn state(&self) -> MutexGuard<'_, ProxyHealth> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// `/healthz` and `/livez`, for any method; each answer is counted.
+pub fn health_router(health: &Health, metrics: &Metrics) -> Router {
+    let (ready, ready_metrics) = (health.clone(), metrics.clone());
+    let (alive, alive_metrics) = (health.clone(), metrics.clone());
+    let healthz = move || {
+        let answer = ready.state().healthz(Moment::now());
+        ready_metrics.healthz_answered(answer.ok);
+        std::future::ready(respond(answer))
+    };
+    let livez = move || {
+        let answer = alive.state().livez(Moment::now());
+        alive_metrics.livez_answered(answer.ok);
+        std::future::ready(respond(answer))
+    };
+    Router::new().route("/healthz", any(healthz)).route("/livez", any(livez))
+}
+
+fn respond(answer: Answer) -> Response {
+    let code = if answer.ok { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let headers = [(header::CONTENT_TYPE, "application/json"), (header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
+    (code, headers, answer.body).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    const PERIOD: Duration = Duration::from_secs(30);
+
+    struct Clock {
+        start: Instant,
+    }
+
+    impl Clock {
+        fn at(&self, seconds: u64) -> Moment {
+            Moment {
+                steady: self.start + Duration::from_secs(seconds),
+                wall: Timestamp::from_second(1_000_000_000 + i64::try_from(seconds).unwrap()).unwrap(),
+            }
+        }
+    }
+
+    fn new() -> (ProxyHealth, Clock) {
+        let mut health = ProxyHealth::new(PERIOD);
+        health.set_eligible(true);
+        (health, Clock { start: Instant::now() })
+    }
+
+    fn json(answer: &Answer) -> Value {
+        serde_json::from_str(&answer.body).unwrap()
+    }
+
+    /// P2: (what happens when, when one asks, whether that is healthy).
+    #[test]
+    fn p2_a_change_that_waits_for_two_sync_periods_is_unhealthy() {
+        use Family::{V4, V6};
+        enum Step {
+            Queued(Family, u64),
+            Updated(Family, u64),
+        }
+        use Step::{Queued, Updated};
+        let table: &[(&str, &[Step], u64, bool)] = &[
+            ("nothing ever happened", &[], 1000, true),
+            ("a family that never reported is not asked", &[Queued(V4, 0)], 1000, true),
+            ("nothing waits", &[Updated(V4, 0)], 1000, true),
+            ("waits, not yet late", &[Updated(V4, 0), Queued(V4, 1)], 60, true),
+            ("late at exactly the timeout", &[Updated(V4, 0), Queued(V4, 1)], 61, false),
+            ("the oldest change counts", &[Updated(V4, 0), Queued(V4, 1), Queued(V4, 50)], 61, false),
+            ("applied again", &[Updated(V4, 0), Queued(V4, 1), Updated(V4, 90)], 95, true),
+            ("waits anew", &[Updated(V4, 0), Queued(V4, 1), Updated(V4, 9), Queued(V4, 10)], 69, true),
+            ("one late family is enough", &[Updated(V4, 0), Updated(V6, 0), Queued(V6, 1)], 61, false),
+            (
+                "the other family's update does not help",
+                &[Updated(V4, 0), Updated(V6, 0), Queued(V6, 1), Updated(V4, 60)],
+                61,
+                false,
+            ),
+        ];
+        for (name, steps, asked, healthy) in table {
+            let (mut health, clock) = new();
+            for step in *steps {
+                match step {
+                    Queued(family, at) => health.queued(*family, clock.at(*at)),
+                    Updated(family, at) => health.updated(*family, clock.at(*at)),
+                }
+            }
+            assert_eq!(health.healthy(clock.at(*asked)), *healthy, "{name}");
+            assert_eq!(health.healthz(clock.at(*asked)).ok, *healthy, "{name}");
+            assert_eq!(health.livez(clock.at(*asked)).ok, *healthy, "{name}");
+        }
+    }
+
+    #[test]
+    fn p1_healthz_needs_an_eligible_node_and_p4_livez_does_not() {
+        let clock = Clock { start: Instant::now() };
+        let mut health = ProxyHealth::new(PERIOD);
+        health.updated(Family::V4, clock.at(0));
+        assert!(!health.healthz(clock.at(5)).ok, "P3: an unknown node is not eligible");
+        assert!(health.livez(clock.at(5)).ok);
+        health.set_eligible(true);
+        assert!(health.healthz(clock.at(5)).ok);
+    }
+
+    #[test]
+    fn p1_p4_bodies_when_well() {
+        let (mut health, clock) = new();
+        health.updated(Family::V4, clock.at(0));
+        health.updated(Family::V6, clock.at(2));
+        let status = json!({
+            "IPv4": {"lastUpdated": "2001-09-09T01:46:40Z", "healthy": true},
+            "IPv6": {"lastUpdated": "2001-09-09T01:46:42Z", "healthy": true},
+        });
+        let (now, later) = (clock.at(10), "2001-09-09T01:46:50Z");
+        assert_eq!(
+            json(&health.healthz(now)),
+            json!({"lastUpdated": later, "currentTime": later, "nodeEligible": true, "healthy": true, "status": status})
+        );
+        assert_eq!(
+            json(&health.livez(now)),
+            json!({"lastUpdated": later, "currentTime": later, "healthy": true, "status": status})
+        );
+    }
+
+    #[test]
+    fn p1_body_keeps_the_last_update_when_unwell() {
+        let (mut health, clock) = new();
+        health.updated(Family::V4, clock.at(0));
+        health.updated(Family::V6, clock.at(0));
+        health.queued(Family::V6, clock.at(0));
+        assert_eq!(
+            json(&health.healthz(clock.at(60))),
+            json!({
+                "lastUpdated": "2001-09-09T01:46:40Z", "currentTime": "2001-09-09T01:47:40Z",
+                "nodeEligible": true, "healthy": false,
+                "status": {
+                    "IPv4": {"lastUpdated": "2001-09-09T01:46:40Z", "healthy": true},
+                    "IPv6": {"lastUpdated": "2001-09-09T01:46:40Z", "healthy": false},
+                }
+            })
+        );
+    }
+
+    #[test]
+    fn p2_status_is_left_out_before_the_first_update() {
+        let clock = Clock { start: Instant::now() };
+        let health = ProxyHealth::new(PERIOD);
+        assert_eq!(
+            json(&health.healthz(clock.at(0))),
+            json!({
+                "lastUpdated": "0001-01-01T00:00:00Z", "currentTime": "2001-09-09T01:46:40Z",
+                "nodeEligible": false, "healthy": true,
+            })
+        );
+    }
+}

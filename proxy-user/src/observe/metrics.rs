@@ -1,0 +1,547 @@
+//! The metrics: kube-proxy's under their own names (section 4), ours as `weir_*`, the process's.
+//!
+//! In: calls of the loop that programs and of the servers. Out: Prometheus' text format on `/metrics`, and on the same
+//! port what kube-proxy has there (P5, P6).
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{Router, http::header, routing::any};
+use jiff::Timestamp;
+use prometheus_client::{
+    encoding::text::encode_registry,
+    metrics::{
+        counter::Counter,
+        family::Family as Labelled,
+        gauge::Gauge,
+        histogram::{Histogram, exponential_buckets},
+        info::Info,
+    },
+    registry::{Metric, Registry},
+};
+use std::sync::atomic::AtomicU64;
+
+use super::process::Process;
+use crate::model::Family;
+
+type Label = [(&'static str, &'static str); 1];
+type Seconds = Gauge<f64, AtomicU64>;
+type Timings = Labelled<Label, Histogram, fn() -> Histogram>;
+
+/// Which traffic policy keeps traffic on this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TrafficPolicy {
+    /// internalTrafficPolicy.
+    Internal,
+    /// externalTrafficPolicy.
+    External,
+}
+
+/// The handle through which everything is counted; clones count into the same place.
+#[derive(Clone, Debug)]
+pub struct Metrics(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    registry: Registry,
+    kube_proxy: KubeProxy,
+    weir: Weir,
+}
+
+#[derive(Debug)]
+struct KubeProxy {
+    sync: Timings,
+    full_sync: Timings,
+    partial_sync: Timings,
+    last_sync: Labelled<Label, Seconds>,
+    last_queued: Labelled<Label, Seconds>,
+    network_programming: Timings,
+    endpoint_changes_pending: Gauge,
+    endpoint_changes: Counter,
+    service_changes_pending: Gauge,
+    service_changes: Counter,
+    no_local_endpoints: Labelled<[(&'static str, &'static str); 2], Gauge>,
+    sync_failures: Labelled<Label, Counter>,
+    cleanup_failures: Labelled<Label, Counter>,
+    healthz: Labelled<Label, Counter>,
+    livez: Labelled<Label, Counter>,
+    conntrack: Timings,
+    conntrack_deleted: Labelled<Label, Counter>,
+}
+
+#[derive(Debug)]
+struct Weir {
+    services: Gauge,
+    frontends: Gauge,
+    backends: Gauge,
+    changes_applied: Counter,
+    reconciles: Labelled<Label, Counter>,
+}
+
+fn sync_timing() -> Histogram {
+    Histogram::new(exponential_buckets(0.001, 2.0, 15))
+}
+
+fn programming_timing() -> Histogram {
+    let seconds = (1..60).chain((60..120).step_by(5)).chain((120..=300).step_by(30));
+    Histogram::new([0.25, 0.5].into_iter().chain(seconds.map(f64::from)))
+}
+
+fn timings(make: fn() -> Histogram) -> Timings {
+    Labelled::new_with_constructor(make)
+}
+
+fn family_label(family: Family) -> Label {
+    [("ip_family", family_name(family))]
+}
+
+const fn family_name(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "IPv4",
+        Family::V6 => "IPv6",
+    }
+}
+
+fn code_label(ok: bool) -> Label {
+    [("code", if ok { "200" } else { "503" })]
+}
+
+/// Registers under a name and gives back the handle. Counters go without the `_total` that is put behind their names.
+fn put<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metric: M) -> M {
+    registry.register(name, help, metric.clone());
+    metric
+}
+
+impl KubeProxy {
+    fn register(registry: &mut Registry) -> Self {
+        let r = registry.sub_registry_with_prefix("kubeproxy");
+        let rules = |rest: &str| format!("sync_proxy_rules_{rest}");
+        let timed = "Time to bring the kernel up to date";
+        Self {
+            sync: put(r, &rules("duration_seconds"), timed, timings(sync_timing)),
+            full_sync: put(
+                r,
+                "sync_full_proxy_rules_duration_seconds",
+                "Of it, everything",
+                timings(sync_timing),
+            ),
+            partial_sync: put(
+                r,
+                "sync_partial_proxy_rules_duration_seconds",
+                "Of it, changes",
+                timings(sync_timing),
+            ),
+            last_sync: put(
+                r,
+                &rules("last_timestamp_seconds"),
+                "When that last succeeded",
+                Labelled::default(),
+            ),
+            last_queued: put(
+                r,
+                &rules("last_queued_timestamp_seconds"),
+                "When a change came in",
+                Labelled::default(),
+            ),
+            network_programming: put(
+                r,
+                "network_programming_duration_seconds",
+                "Time from the change of a Service or its Pods to the kernel",
+                timings(programming_timing),
+            ),
+            endpoint_changes_pending: put(
+                r,
+                &rules("endpoint_changes_pending"),
+                "Not applied",
+                Gauge::default(),
+            ),
+            endpoint_changes: put(r, &rules("endpoint_changes"), "EndpointSlice changes", Counter::default()),
+            service_changes_pending: put(
+                r,
+                &rules("service_changes_pending"),
+                "Not applied",
+                Gauge::default(),
+            ),
+            service_changes: put(r, &rules("service_changes"), "Service changes", Counter::default()),
+            no_local_endpoints: put(
+                r,
+                &rules("no_local_endpoints_total"),
+                "Service ports whose policy is Local and whose endpoints are all elsewhere",
+                Labelled::default(),
+            ),
+            sync_failures: put(
+                r,
+                &rules("nftables_sync_failures"),
+                "Failed programmings",
+                Labelled::default(),
+            ),
+            cleanup_failures: put(
+                r,
+                &rules("nftables_cleanup_failures"),
+                "Failed removals",
+                Labelled::default(),
+            ),
+            healthz: put(r, "proxy_healthz", "Answers of /healthz", Labelled::default()),
+            livez: put(r, "proxy_livez", "Answers of /livez", Labelled::default()),
+            conntrack: put(
+                r,
+                "conntrack_reconciler_sync_duration_seconds",
+                "Time spent",
+                timings(sync_timing),
+            ),
+            conntrack_deleted: put(
+                r,
+                "conntrack_reconciler_deleted_entries",
+                "Stale flows deleted from connection tracking",
+                Labelled::default(),
+            ),
+        }
+    }
+}
+
+impl Weir {
+    fn register(registry: &mut Registry) -> Self {
+        let r = registry.sub_registry_with_prefix("weir");
+        let build = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
+        r.register("build", "This program", build);
+        Self {
+            services: put(r, "services", "Services programmed", Gauge::default()),
+            frontends: put(r, "frontends", "Frontends programmed", Gauge::default()),
+            backends: put(
+                r,
+                "backends",
+                "Backends programmed, counted once for each service port",
+                Gauge::default(),
+            ),
+            changes_applied: put(
+                r,
+                "changes_applied",
+                "Service ports changed in the kernel",
+                Counter::default(),
+            ),
+            reconciles: put(
+                r,
+                "reconciles",
+                "Times everything was compared with the kernel",
+                Labelled::default(),
+            ),
+        }
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Metrics {
+    /// A fresh set of metrics, with every series whose labels are known beforehand at zero.
+    #[must_use]
+    pub fn new() -> Self {
+        let mut registry = Registry::default();
+        let kube_proxy = KubeProxy::register(&mut registry);
+        let weir = Weir::register(&mut registry);
+        registry.register_collector(Box::new(Process));
+        let metrics = Self(Arc::new(Inner { registry, kube_proxy, weir }));
+        for family in Family::ALL {
+            let of = &metrics.0.kube_proxy;
+            drop(of.sync_failures.get_or_create(&family_label(family)));
+            drop(of.cleanup_failures.get_or_create(&family_label(family)));
+            drop(of.conntrack_deleted.get_or_create(&family_label(family)));
+            metrics.no_local_endpoints(family, TrafficPolicy::Internal, 0);
+            metrics.no_local_endpoints(family, TrafficPolicy::External, 0);
+        }
+        metrics
+    }
+
+    /// A Service changed. kube-proxy counts it once for each family.
+    pub fn service_changed(&self) {
+        self.0.kube_proxy.service_changes.inc();
+    }
+
+    /// An EndpointSlice changed.
+    pub fn endpoints_changed(&self) {
+        self.0.kube_proxy.endpoint_changes.inc();
+    }
+
+    /// How many Service and EndpointSlice changes the kernel does not have yet.
+    pub fn set_pending(&self, services: usize, endpoints: usize) {
+        self.0.kube_proxy.service_changes_pending.set(whole(services));
+        self.0.kube_proxy.endpoint_changes_pending.set(whole(endpoints));
+    }
+
+    /// Something is to be programmed for a family, as of now.
+    pub fn queued(&self, family: Family) {
+        self.0.kube_proxy.last_queued.get_or_create(&family_label(family)).set(seconds_now());
+    }
+
+    /// A family was programmed, with everything compared (`full`) or changes only, and it took so long.
+    pub fn synced(&self, family: Family, full: bool, took: Duration) {
+        let (of, label) = (&self.0.kube_proxy, family_label(family));
+        let kind = if full { &of.full_sync } else { &of.partial_sync };
+        of.sync.get_or_create(&label).observe(took.as_secs_f64());
+        kind.get_or_create(&label).observe(took.as_secs_f64());
+        of.last_sync.get_or_create(&label).set(seconds_now());
+    }
+
+    /// A family could not be programmed.
+    pub fn sync_failed(&self, family: Family) {
+        self.0.kube_proxy.sync_failures.get_or_create(&family_label(family)).inc();
+    }
+
+    /// Something of a family that is not needed any more could not be removed.
+    pub fn cleanup_failed(&self, family: Family) {
+        self.0.kube_proxy.cleanup_failures.get_or_create(&family_label(family)).inc();
+    }
+
+    /// How long ago the object changed of which the kernel now has the news. To be called only for changes that
+    /// happened after the agent started.
+    pub fn network_programmed(&self, family: Family, since_change: Duration) {
+        let of = &self.0.kube_proxy.network_programming;
+        of.get_or_create(&family_label(family)).observe(since_change.as_secs_f64());
+    }
+
+    /// How many service ports have endpoints, but none here while their policy wants local ones (F2, F3).
+    pub fn no_local_endpoints(&self, family: Family, policy: TrafficPolicy, ports: usize) {
+        let policy = match policy {
+            TrafficPolicy::Internal => "internal",
+            TrafficPolicy::External => "external",
+        };
+        let labels = [("ip_family", family_name(family)), ("traffic_policy", policy)];
+        self.0.kube_proxy.no_local_endpoints.get_or_create(&labels).set(whole(ports));
+    }
+
+    /// Stale UDP flows were looked for (K1): it took so long, and so many were deleted.
+    pub fn conntrack_cleaned(&self, family: Family, took: Duration, deleted: usize) {
+        let (of, label) = (&self.0.kube_proxy, family_label(family));
+        of.conntrack.get_or_create(&label).observe(took.as_secs_f64());
+        of.conntrack_deleted.get_or_create(&label).inc_by(deleted as u64);
+    }
+
+    /// `/healthz` answered (P1).
+    pub fn healthz_answered(&self, ok: bool) {
+        self.0.kube_proxy.healthz.get_or_create(&code_label(ok)).inc();
+    }
+
+    /// `/livez` answered (P4).
+    pub fn livez_answered(&self, ok: bool) {
+        self.0.kube_proxy.livez.get_or_create(&code_label(ok)).inc();
+    }
+
+    /// What is programmed now.
+    pub fn set_size(&self, services: usize, frontends: usize, backends: usize) {
+        let of = &self.0.weir;
+        of.services.set(whole(services));
+        of.frontends.set(whole(frontends));
+        of.backends.set(whole(backends));
+    }
+
+    /// So many service ports were changed in the kernel.
+    pub fn changes_applied(&self, ports: usize) {
+        self.0.weir.changes_applied.inc_by(ports as u64);
+    }
+
+    /// Everything was compared with the kernel, for a reason such as `start`, `failure` or `flushed`.
+    pub fn reconciled(&self, reason: &'static str) {
+        self.0.weir.reconciles.get_or_create(&[("reason", reason)]).inc();
+    }
+
+    /// Everything in Prometheus' text format, version 0.0.4.
+    #[must_use]
+    pub fn render(&self) -> String {
+        let mut text = String::new();
+        match encode_registry(&mut text, &self.0.registry) {
+            Ok(()) => plain_text(&text),
+            // Writing into a string does not fail.
+            Err(std::fmt::Error) => String::new(),
+        }
+    }
+}
+
+fn whole(number: usize) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+fn seconds_now() -> f64 {
+    Timestamp::now().as_duration().as_secs_f64()
+}
+
+/// From OpenMetrics, which names counters without `_total` and writes `1.0` for a bucket of 1, to the older format that
+/// kube-proxy serves, so that names and bounds are the same to the last character.
+fn plain_text(open_metrics: &str) -> String {
+    let mut text = String::with_capacity(open_metrics.len());
+    let mut help = None;
+    for line in open_metrics.lines() {
+        if let Some(rest) = line.strip_prefix("# HELP ") {
+            help = rest.split_once(' ');
+        } else if let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' '))
+        {
+            let (suffix, kind) = match kind {
+                "counter" => ("_total", kind),
+                "info" => ("_info", "gauge"),
+                "unknown" => ("", "untyped"),
+                _ => ("", kind),
+            };
+            if let Some((_, words)) = help.take() {
+                text += &format!("# HELP {name}{suffix} {words}\n");
+            }
+            text += &format!("# TYPE {name}{suffix} {kind}\n");
+        } else if !line.starts_with('#') {
+            text += &bound_without_fraction(line);
+            text.push('\n');
+        }
+    }
+    text
+}
+
+fn bound_without_fraction(line: &str) -> std::borrow::Cow<'_, str> {
+    match line.split_once("le=\"").and_then(|(before, rest)| Some((before, rest.split_once(".0\"")?))) {
+        Some((before, (bound, after))) if !bound.contains('"') => {
+            format!("{before}le=\"{bound}\"{after}").into()
+        }
+        _ => line.into(),
+    }
+}
+
+/// `/metrics`, `/proxyMode` with the data plane's name, and `/healthz`, which always says ok (P5 to P7).
+pub fn metrics_router(metrics: &Metrics, proxy_mode: &'static str) -> Router {
+    const TEXT: (header::HeaderName, &str) = (header::CONTENT_TYPE, "text/plain; charset=utf-8");
+    const METRICS: (header::HeaderName, &str) =
+        (header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8");
+    const NOSNIFF: (header::HeaderName, &str) = (header::X_CONTENT_TYPE_OPTIONS, "nosniff");
+    let metrics = metrics.clone();
+    Router::new()
+        .route("/metrics", any(move || std::future::ready(([METRICS], metrics.render()))))
+        .route("/proxyMode", any(move || std::future::ready(([TEXT, NOSNIFF], proxy_mode))))
+        .route("/healthz", any(|| std::future::ready(([TEXT, NOSNIFF], "ok"))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Everything reported once.
+    fn used() -> String {
+        let metrics = Metrics::new();
+        metrics.service_changed();
+        metrics.endpoints_changed();
+        metrics.set_pending(2, 3);
+        for family in Family::ALL {
+            metrics.queued(family);
+            metrics.synced(family, true, Duration::from_millis(3));
+            metrics.synced(family, false, Duration::from_millis(1));
+            metrics.network_programmed(family, Duration::from_millis(300));
+            metrics.no_local_endpoints(family, TrafficPolicy::External, 4);
+            metrics.sync_failed(family);
+            metrics.conntrack_cleaned(family, Duration::from_millis(2), 5);
+        }
+        metrics.healthz_answered(false);
+        metrics.livez_answered(true);
+        metrics.set_size(1, 2, 3);
+        metrics.changes_applied(7);
+        metrics.reconciled("start");
+        metrics.render()
+    }
+
+    fn bounds(text: &str, series: &str) -> Vec<String> {
+        let start = format!("{series}_bucket{{le=\"");
+        let bound =
+            |line: &str| Some(line.strip_prefix(&start)?.split_once("\",ip_family=\"IPv4\"}")?.0.to_owned());
+        text.lines().filter_map(bound).collect()
+    }
+
+    #[test]
+    fn names_and_types_are_kube_proxys() {
+        let text = used();
+        let types: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();
+        insta::assert_snapshot!(types.join("\n"), @r"
+            process_cpu_seconds_total counter
+            process_start_time_seconds gauge
+            process_resident_memory_bytes gauge
+            process_virtual_memory_bytes gauge
+            process_open_fds gauge
+            kubeproxy_sync_proxy_rules_duration_seconds histogram
+            kubeproxy_sync_full_proxy_rules_duration_seconds histogram
+            kubeproxy_sync_partial_proxy_rules_duration_seconds histogram
+            kubeproxy_sync_proxy_rules_last_timestamp_seconds gauge
+            kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds gauge
+            kubeproxy_network_programming_duration_seconds histogram
+            kubeproxy_sync_proxy_rules_endpoint_changes_pending gauge
+            kubeproxy_sync_proxy_rules_endpoint_changes_total counter
+            kubeproxy_sync_proxy_rules_service_changes_pending gauge
+            kubeproxy_sync_proxy_rules_service_changes_total counter
+            kubeproxy_sync_proxy_rules_no_local_endpoints_total gauge
+            kubeproxy_sync_proxy_rules_nftables_sync_failures_total counter
+            kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total counter
+            kubeproxy_proxy_healthz_total counter
+            kubeproxy_proxy_livez_total counter
+            kubeproxy_conntrack_reconciler_sync_duration_seconds histogram
+            kubeproxy_conntrack_reconciler_deleted_entries_total counter
+            weir_build_info gauge
+            weir_services gauge
+            weir_frontends gauge
+            weir_backends gauge
+            weir_changes_applied_total counter
+            weir_reconciles_total counter
+        ");
+        assert!(!text.contains("# EOF") && !text.contains("# UNIT"));
+    }
+
+    #[test]
+    fn labels_and_values_are_kube_proxys() {
+        let text = used();
+        for line in [
+            "kubeproxy_sync_proxy_rules_service_changes_total 1",
+            "kubeproxy_sync_proxy_rules_endpoint_changes_total 1",
+            "kubeproxy_sync_proxy_rules_service_changes_pending 2",
+            "kubeproxy_sync_proxy_rules_endpoint_changes_pending 3",
+            "kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family=\"IPv4\"} 2",
+            "kubeproxy_sync_full_proxy_rules_duration_seconds_count{ip_family=\"IPv6\"} 1",
+            "kubeproxy_sync_proxy_rules_no_local_endpoints_total{ip_family=\"IPv4\",traffic_policy=\"external\"} 4",
+            "kubeproxy_sync_proxy_rules_no_local_endpoints_total{ip_family=\"IPv4\",traffic_policy=\"internal\"} 0",
+            "kubeproxy_sync_proxy_rules_nftables_sync_failures_total{ip_family=\"IPv6\"} 1",
+            "kubeproxy_conntrack_reconciler_deleted_entries_total{ip_family=\"IPv4\"} 5",
+            "kubeproxy_proxy_healthz_total{code=\"503\"} 1",
+            "kubeproxy_proxy_livez_total{code=\"200\"} 1",
+            "weir_reconciles_total{reason=\"start\"} 1",
+            "weir_changes_applied_total 7",
+        ] {
+            assert!(text.lines().any(|it| it == line), "{line} is missing from\n{text}");
+        }
+    }
+
+    #[test]
+    fn buckets_are_kube_proxys() {
+        let text = used();
+        let hist15 =
+            "0.001 0.002 0.004 0.008 0.016 0.032 0.064 0.128 0.256 0.512 1.024 2.048 4.096 8.192 16.384 +Inf";
+        for series in [
+            "kubeproxy_sync_proxy_rules_duration_seconds",
+            "kubeproxy_sync_full_proxy_rules_duration_seconds",
+            "kubeproxy_sync_partial_proxy_rules_duration_seconds",
+            "kubeproxy_conntrack_reconciler_sync_duration_seconds",
+        ] {
+            assert_eq!(bounds(&text, series).join(" "), hist15, "{series}");
+        }
+        let programming = bounds(&text, "kubeproxy_network_programming_duration_seconds");
+        assert_eq!(programming.len(), 2 + 59 + 12 + 7 + 1);
+        assert_eq!(programming[..4], ["0.25", "0.5", "1", "2"]);
+        assert_eq!(programming[60..64], ["59", "60", "65", "70"]);
+        assert_eq!(programming[72..], ["115", "120", "150", "180", "210", "240", "270", "300", "+Inf"]);
+    }
+
+    #[test]
+    fn the_process_is_described() {
+        let text = used();
+        let value = |name: &str| {
+            let line = text.lines().find(|line| line.starts_with(name)).unwrap();
+            line.rsplit_once(' ').unwrap().1.parse::<f64>().unwrap()
+        };
+        assert!(value("process_resident_memory_bytes ") > 1e5);
+        assert!(value("process_virtual_memory_bytes ") >= value("process_resident_memory_bytes "));
+        assert!(value("process_open_fds ") >= 3.0);
+        assert!(value("process_cpu_seconds_total ") >= 0.0);
+        let age = seconds_now() - value("process_start_time_seconds ");
+        assert!((0.0..86_400.0).contains(&age), "{age}");
+    }
+}

@@ -1,0 +1,189 @@
+//! What one Service means on this node: its frontends and what each does with a new flow (R2 to R7, F1 to F3, F7).
+//!
+//! In: a Service, its endpoints, this node. Out: a [`ServicePlan`], the same for the same input.
+
+use std::{net::IpAddr, sync::Arc};
+
+use ipnet::IpNet;
+
+use super::{
+    Backend, Destination, Frontend, FrontendPlan, HealthCheck, PortId, PortPlan, Route, ServicePlan, Target,
+    Treatment,
+    topology::{self, Selection, Uses},
+};
+use crate::model::{Candidate, Endpoints, Family, NodeView, Protocol, Service, ServicePort};
+
+/// What `service` means on `node`: one [`PortPlan`] for each of its ports in each of its families.
+#[must_use]
+pub fn plan_service(service: &Service, endpoints: &Endpoints, node: &NodeView) -> ServicePlan {
+    let mut ports = Vec::with_capacity(service.ports.len() * service.families().count());
+    let mut taken = Vec::new();
+    for family in service.families() {
+        let planner = FamilyPlanner::new(service, family, node);
+        for port in &service.ports {
+            let candidates = endpoints.of(&port.name, port.protocol, family);
+            let mut plan = planner.port(port, &candidates);
+            plan.frontends.retain(|planned| !taken.contains(&planned.frontend));
+            if service.ports.len() > 1 {
+                taken.extend(plan.frontends.iter().map(|planned| planned.frontend));
+            }
+            ports.push(Arc::new(plan));
+        }
+    }
+    ports.sort_unstable_by(|a, b| a.id.cmp(&b.id));
+    let health_check = service.health_check_port.map(|port| HealthCheck {
+        port,
+        // A dual-stack Pod is one endpoint: the families list the same ones, or one of them lags behind.
+        local_endpoints: service.families().map(|family| endpoints.local_ready(family)).max().unwrap_or(0),
+    });
+    let cluster_ips = service.families().filter_map(|family| *service.cluster_ips.get(family)).collect();
+    ServicePlan { cluster_ips, ports, health_check, created: service.created }
+}
+
+/// What all ports of a Service have in common in one family.
+struct FamilyPlanner<'a> {
+    service: &'a Service,
+    family: Family,
+    node: &'a NodeView,
+    /// Addresses besides the ClusterIP, each with the sources it lets in.
+    external: Vec<(IpAddr, Option<Arc<[IpNet]>>)>,
+}
+
+impl<'a> FamilyPlanner<'a> {
+    fn new(service: &'a Service, family: Family, node: &'a NodeView) -> Self {
+        let of_family = |ips: &[IpAddr]| -> Vec<IpAddr> {
+            ips.iter().copied().filter(|ip| Family::of(*ip) == family).collect()
+        };
+        let vips = of_family(&service.load_balancer_ips);
+        let allowed = allowed_sources(service, family, &vips, node);
+        // An address that is both an external IP and the load balancer's is guarded as the latter (F7).
+        let mut external: Vec<_> = of_family(&service.external_ips)
+            .into_iter()
+            .filter(|ip| !vips.contains(ip))
+            .map(|ip| (ip, None))
+            .collect();
+        external.extend(vips.iter().map(|ip| (*ip, allowed.clone())));
+        external.retain(|(ip, _)| *service.cluster_ips.get(family) != Some(*ip));
+        Self { service, family, node, external }
+    }
+
+    fn port(&self, port: &ServicePort, candidates: &[Candidate<'_>]) -> PortPlan {
+        let Self { service, family, node, .. } = self;
+        // E4: accessible from outside, the port needs the Cluster set for pods and this host, whatever the policy.
+        let reachable = port.node_port != 0 || !self.external.is_empty();
+        let uses = Uses {
+            cluster: !service.internal_local || reachable,
+            local: service.internal_local || (service.external_local && reachable),
+        };
+        let selection = topology::select(candidates, uses, node);
+        let frontends = self.frontends(port, &selection);
+        let serving = match port.protocol {
+            Protocol::Udp => topology::backends(candidates, |candidate| candidate.endpoint.serving),
+            Protocol::Tcp | Protocol::Sctp => Vec::new(),
+        };
+        PortPlan {
+            id: PortId {
+                service: service.name.clone(),
+                port: Arc::clone(&port.name),
+                protocol: port.protocol,
+                family: *family,
+            },
+            cluster: selection.cluster,
+            local: selection.local,
+            frontends,
+            affinity: service.affinity,
+            serving,
+        }
+    }
+
+    fn frontends(&self, port: &ServicePort, selection: &Selection) -> Vec<FrontendPlan> {
+        let plan = |destination, port_number, route, allowed_sources| FrontendPlan {
+            frontend: Frontend { destination, protocol: port.protocol, port: port_number },
+            route,
+            allowed_sources,
+        };
+        let internal = self.internal_route(selection);
+        let external = self.external_route(selection);
+        let cluster_ip = self.service.cluster_ips.get(self.family).map(Destination::Address);
+        let node_port = (port.node_port != 0).then_some(Destination::NodePort(self.family));
+        let count =
+            usize::from(cluster_ip.is_some()) + usize::from(node_port.is_some()) + self.external.len();
+        let mut frontends = Vec::with_capacity(count);
+        frontends.extend(cluster_ip.map(|destination| plan(destination, port.port, internal, None)));
+        frontends.extend(
+            self.external
+                .iter()
+                .map(|(ip, allowed)| plan(Destination::Address(*ip), port.port, external, allowed.clone())),
+        );
+        frontends.extend(node_port.map(|destination| plan(destination, port.node_port, external, None)));
+        frontends.sort_unstable_by_key(|planned| planned.frontend);
+        frontends
+    }
+
+    fn has_detector(&self) -> bool {
+        self.node.local_traffic.get(self.family).is_some()
+    }
+
+    /// The ClusterIP (R2, R7, F1, F2).
+    fn internal_route(&self, selection: &Selection) -> Route {
+        let target = if !selection.any {
+            Target::Reject
+        } else if self.service.internal_local {
+            local_or_drop(selection)
+        } else {
+            cluster_or_reject(&selection.cluster)
+        };
+        let others = self.node.masquerade_all || self.has_detector();
+        Route {
+            pod: treatment(target, self.node.masquerade_all),
+            host: treatment(target, others),
+            outside: treatment(target, others),
+        }
+    }
+
+    /// NodePorts, external IPs and load balancer addresses (R3, R5, R6, F1, F3).
+    fn external_route(&self, selection: &Selection) -> Route {
+        let cluster = cluster_or_reject(&selection.cluster);
+        if !selection.any || !self.service.external_local {
+            return Route::uniform(treatment(cluster, true));
+        }
+        let outside = treatment(local_or_drop(selection), false);
+        let pod = if self.has_detector() { treatment(cluster, false) } else { outside };
+        Route { pod, host: treatment(cluster, true), outside }
+    }
+}
+
+fn cluster_or_reject(cluster: &[Backend]) -> Target {
+    if cluster.is_empty() { Target::Reject } else { Target::Cluster }
+}
+
+fn local_or_drop(selection: &Selection) -> Target {
+    if selection.local.is_empty() { Target::Drop } else { Target::Local }
+}
+
+/// What goes nowhere is not masqueraded either.
+fn treatment(target: Target, masquerade: bool) -> Treatment {
+    let goes = matches!(target, Target::Cluster | Target::Local);
+    Treatment { target, masquerade: masquerade && goes }
+}
+
+/// The sources that the load balancer's addresses of a family let in; `None` for everybody (F7).
+fn allowed_sources(
+    service: &Service,
+    family: Family,
+    vips: &[IpAddr],
+    node: &NodeView,
+) -> Option<Arc<[IpNet]>> {
+    let ranges = service.source_ranges.iter().copied();
+    let mut ranges: Vec<IpNet> = ranges.filter(|range| Family::of(range.addr()) == family).collect();
+    if ranges.is_empty() || vips.is_empty() {
+        return None;
+    }
+    // What this host sends to such an address may carry that address as its source.
+    if ranges.iter().any(|range| range.contains(node.addresses.get(family))) {
+        ranges.extend(vips.iter().copied().map(IpNet::from));
+    }
+    let mut merged = IpNet::aggregate(&ranges);
+    merged.sort_unstable();
+    merged.iter().all(|range| range.prefix_len() != 0).then(|| merged.into())
+}

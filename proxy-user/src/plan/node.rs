@@ -1,0 +1,71 @@
+//! What holds for the whole node, and the plans of a [`Model`]'s Services.
+//!
+//! In: the model. Out: a [`NodePlan`] and [`ServicePlan`]s. The methods stand here, not in the model, because imports
+//! point along the flow only.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::{NodePlan, NodePortAddresses, ServicePlan, plan_service};
+use crate::model::{Family, Model, NodePortSetting, ObjectName, PerFamily};
+
+impl Model {
+    /// What a Service means on this node; an empty plan if there is no such Service to serve.
+    #[must_use]
+    pub fn plan(&self, name: &ObjectName) -> ServicePlan {
+        self.service(name).map_or_else(ServicePlan::default, |(service, endpoints)| {
+            plan_service(service, endpoints, self.node_view())
+        })
+    }
+
+    /// What holds for the whole node.
+    #[must_use]
+    pub fn node_plan(&self) -> NodePlan {
+        let settings = self.settings();
+        let served = |family| *settings.families.get(family);
+        let cidrs: Vec<IpNet> = self.service_cidrs().filter(|cidr| served(Family::of(cidr.addr()))).collect();
+        let mut service_cidrs = IpNet::aggregate(&cidrs);
+        service_cidrs.sort_unstable();
+        NodePlan {
+            local_traffic: self.node_view().local_traffic.clone(),
+            node_port_addresses: PerFamily {
+                v4: self.node_port_addresses(Family::V4),
+                v6: self.node_port_addresses(Family::V6),
+            },
+            host_addresses: self.host_addresses().unwrap_or_default().to_vec(),
+            masquerade_mark: 1_u32.checked_shl(settings.masquerade_bit.into()).unwrap_or_default(),
+            service_cidrs,
+        }
+    }
+
+    /// Where NodePorts of a family answer (R13 to R15).
+    fn node_port_addresses(&self, family: Family) -> NodePortAddresses {
+        let setting = match &self.settings().node_port_addresses {
+            NodePortSetting::All => Vec::new(),
+            NodePortSetting::Primary => vec![*self.node_view().addresses.get(family)]
+                .into_iter()
+                .filter(|address| !address.is_loopback())
+                .map(IpNet::from)
+                .collect(),
+            NodePortSetting::Cidrs(cidrs) => cidrs.clone(),
+        };
+        let networks: Vec<IpNet> =
+            setting.into_iter().filter(|net| Family::of(net.addr()) == family).collect();
+        if networks.is_empty() || networks.iter().any(|network| network.prefix_len() == 0) {
+            return NodePortAddresses::AnyLocal;
+        }
+        let inside = |address: &IpAddr| networks.iter().any(|network| network.contains(address));
+        let single =
+            || networks.iter().filter(|net| net.prefix_len() == net.max_prefix_len()).map(IpNet::addr);
+        let mut addresses: Vec<IpAddr> = match self.host_addresses() {
+            Some(all) => all.iter().copied().filter(inside).collect(),
+            // Nobody told what the host has: what is named outright can still be meant.
+            None => single().collect(),
+        };
+        addresses.retain(|address| !address.is_loopback());
+        addresses.sort_unstable();
+        addresses.dedup();
+        NodePortAddresses::Only(addresses)
+    }
+}

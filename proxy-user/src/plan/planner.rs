@@ -1,0 +1,278 @@
+//! Every plan of the node, and what a data plane still has to be told of them.
+//!
+//! In: new plans of Services whose model changed, and which ports failed. Out: [`Delta`]s, and the plans for whoever
+//! shows, counts or answers health checks.
+
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+
+use rustc_hash::{FxHashMap, FxHashSet};
+
+use super::{
+    ClusterIpDelta, Delta, Destination, Frontend, FrontendPlan, HealthCheck, NodePlan, PortDelta, PortId,
+    PortPlan, ServicePlan, Target,
+    claims::{Claim, Claims},
+    delta,
+};
+use crate::model::{ObjectName, PerFamily};
+
+/// One Service's plan and the frontends of it that another Service has (R12).
+#[derive(Debug)]
+struct Held {
+    plan: Arc<ServicePlan>,
+    withheld: Box<[(PortId, FrontendPlan)]>,
+}
+
+/// How many service ports have endpoints, but none here for traffic that must stay here (F2, F3).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NoLocalEndpoints {
+    /// Because of internalTrafficPolicy.
+    pub internal: PerFamily<usize>,
+    /// Because of externalTrafficPolicy.
+    pub external: PerFamily<usize>,
+}
+
+/// Holds all plans and turns their changes into deltas.
+#[derive(Debug, Default)]
+pub struct Planner {
+    services: FxHashMap<ObjectName, Held>,
+    claims: Claims,
+    /// How many Services have each ClusterIP.
+    cluster_ips: FxHashMap<IpAddr, usize>,
+    node: Option<Arc<NodePlan>>,
+    node_pending: bool,
+    /// What the data plane has of each port that is not as it should be.
+    pending_ports: FxHashMap<PortId, Option<Arc<PortPlan>>>,
+    /// Whether the data plane knows each ClusterIP that may not be as it should be.
+    pending_ips: BTreeMap<IpAddr, bool>,
+}
+
+impl Planner {
+    /// Replaces the plan of a Service; an empty plan forgets the Service. The next delta tells the difference.
+    pub fn update(&mut self, name: &ObjectName, plan: ServicePlan) {
+        let before = self.services.get(name).map(claimed).unwrap_or_default();
+        let now: Vec<Frontend> = plan.ports.iter().flat_map(|port| frontends(port)).collect();
+        let claim = Claim { created: plan.created, service: name.clone() };
+        let affected = self.claims.replace(&claim, &before, &now);
+        self.install(name, plan);
+        for other in affected {
+            if let Some(wanted) = self.services.get(&other).map(wanted) {
+                self.install(&other, wanted);
+            }
+        }
+    }
+
+    /// Replaces the node-wide plan.
+    pub fn update_node(&mut self, plan: NodePlan) {
+        if self.node.as_deref() != Some(&plan) {
+            self.node = Some(Arc::new(plan));
+            self.node_pending = true;
+        }
+    }
+
+    /// What changed since the last delta; empty if nothing did.
+    pub fn take_delta(&mut self) -> Delta {
+        let mut ids: Vec<PortId> = self.pending_ports.keys().cloned().collect();
+        ids.sort_unstable();
+        let mut pending = std::mem::take(&mut self.pending_ports);
+        let ports = ids.into_iter().filter_map(|id| {
+            let delta = PortDelta { before: pending.remove(&id).flatten(), after: self.port(&id).cloned() };
+            (delta.before != delta.after).then_some(delta)
+        });
+        let ports = delta::order(ports.collect());
+        let ips = std::mem::take(&mut self.pending_ips).into_iter();
+        let ips = ips.filter_map(|(ip, known)| match (known, self.cluster_ips.contains_key(&ip)) {
+            (false, true) => Some(ClusterIpDelta::Add(ip)),
+            (true, false) => Some(ClusterIpDelta::Remove(ip)),
+            _ => None,
+        });
+        let cluster_ips = ips.collect();
+        let node = if std::mem::take(&mut self.node_pending) { self.node.clone() } else { None };
+        Delta { node, cluster_ips, ports, complete: false }
+    }
+
+    /// Everything that should exist, for a data plane of which nothing is known. Supersedes what was pending.
+    pub fn complete(&mut self) -> Delta {
+        self.pending_ports.clear();
+        self.pending_ips.clear();
+        self.node_pending = false;
+        let mut services: Vec<(&ObjectName, &Held)> = self.services.iter().collect();
+        services.sort_unstable_by_key(|(name, _)| *name);
+        let ports = services.into_iter().flat_map(|(_, held)| &held.plan.ports);
+        let mut ips: Vec<IpAddr> = self.cluster_ips.keys().copied().collect();
+        ips.sort_unstable();
+        Delta {
+            node: self.node.clone(),
+            cluster_ips: ips.into_iter().map(ClusterIpDelta::Add).collect(),
+            ports: ports.map(|port| PortDelta { before: None, after: Some(Arc::clone(port)) }).collect(),
+            complete: true,
+        }
+    }
+
+    /// Tells that these ports of `delta` could not be programmed: the next delta has them again. Returns false when
+    /// that cannot put things right, because the delta was a complete one or a failed port has a frontend to do with
+    /// another port: then reread the data plane and apply a complete delta.
+    #[must_use]
+    pub fn failed(&mut self, delta: &Delta, ids: &[PortId]) -> bool {
+        let moved = delta::moved(&delta.ports);
+        let failed: FxHashSet<&PortId> = ids.iter().collect();
+        let mut repairable = true;
+        for port in &delta.ports {
+            let Some(id) = port.id().filter(|id| failed.contains(id)) else { continue };
+            repairable &= !delta.complete
+                && !port.released().chain(port.taken()).any(|frontend| moved.contains_key(&frontend));
+            self.pending_ports.insert(id.clone(), port.before.clone());
+        }
+        repairable
+    }
+
+    /// The plan of one Service, as far as its frontends are its own.
+    #[must_use]
+    pub fn service(&self, name: &ObjectName) -> Option<&Arc<ServicePlan>> {
+        self.services.get(name).map(|held| &held.plan)
+    }
+
+    /// The plans of all Services, in no particular order.
+    pub fn services(&self) -> impl ExactSizeIterator<Item = (&ObjectName, &Arc<ServicePlan>)> {
+        self.services.iter().map(|(name, held)| (name, &held.plan))
+    }
+
+    /// The node-wide plan.
+    #[must_use]
+    pub fn node(&self) -> Option<&Arc<NodePlan>> {
+        self.node.as_ref()
+    }
+
+    /// The frontends that a Service claims and another one has (R12).
+    pub fn withheld(&self, name: &ObjectName) -> impl Iterator<Item = Frontend> + '_ {
+        let held = self.services.get(name).into_iter();
+        held.flat_map(|held| &held.withheld).map(|(_, planned)| planned.frontend)
+    }
+
+    /// What every healthCheckNodePort answers (H1, H2), in no particular order.
+    pub fn health_checks(&self) -> impl Iterator<Item = (&ObjectName, HealthCheck)> {
+        self.services.iter().filter_map(|(name, held)| Some((name, held.plan.health_check?)))
+    }
+
+    /// Counts the service ports that drop traffic for want of a local endpoint.
+    #[must_use]
+    pub fn no_local_endpoints(&self) -> NoLocalEndpoints {
+        let mut count = NoLocalEndpoints::default();
+        for held in self.services.values() {
+            for port in &held.plan.ports {
+                let drops = |internal: bool| {
+                    port.frontends.iter().any(|planned| {
+                        planned.route.outside.target == Target::Drop
+                            && internal == is_cluster_ip(&held.plan, planned.frontend.destination)
+                    })
+                };
+                *count.internal.get_mut(port.id.family) += usize::from(drops(true));
+                *count.external.get_mut(port.id.family) += usize::from(drops(false));
+            }
+        }
+        count
+    }
+
+    fn port(&self, id: &PortId) -> Option<&Arc<PortPlan>> {
+        find(&self.services.get(&id.service)?.plan, id)
+    }
+
+    /// Puts a plan in place, less the frontends that are another Service's.
+    fn install(&mut self, name: &ObjectName, mut plan: ServicePlan) {
+        let withheld = self.withhold(name, &mut plan);
+        let before = self.services.remove(name).map(|held| held.plan).unwrap_or_default();
+        for port in &mut plan.ports {
+            match find(&before, &port.id) {
+                None => self.mark(&port.id, None),
+                Some(known) => {
+                    Arc::make_mut(port).settle(known);
+                    if port == known {
+                        *port = Arc::clone(known);
+                    } else {
+                        self.mark(&port.id, Some(known));
+                    }
+                }
+            }
+        }
+        for gone in before.ports.iter().filter(|port| find(&plan, &port.id).is_none()) {
+            self.mark(&gone.id, Some(gone));
+        }
+        if plan.cluster_ips != before.cluster_ips {
+            plan.cluster_ips.iter().for_each(|ip| self.count_ip(*ip, true));
+            before.cluster_ips.iter().for_each(|ip| self.count_ip(*ip, false));
+        }
+        if !plan.ports.is_empty() || !plan.cluster_ips.is_empty() || plan.health_check.is_some() {
+            self.services.insert(name.clone(), Held { plan: Arc::new(plan), withheld });
+        }
+    }
+
+    fn withhold(&self, name: &ObjectName, plan: &mut ServicePlan) -> Box<[(PortId, FrontendPlan)]> {
+        let mut withheld = Vec::new();
+        for port in &mut plan.ports {
+            if frontends(port).all(|frontend| self.claims.owns(name, &frontend)) {
+                continue;
+            }
+            let port = Arc::make_mut(port);
+            let (own, foreign) =
+                port.frontends.drain(..).partition(|planned| self.claims.owns(name, &planned.frontend));
+            port.frontends = own;
+            let foreign: Vec<FrontendPlan> = foreign;
+            withheld.extend(foreign.into_iter().map(|planned| (port.id.clone(), planned)));
+        }
+        withheld.into()
+    }
+
+    /// Remembers what the data plane has of a port, unless a change still pending says so already.
+    fn mark(&mut self, id: &PortId, installed: Option<&Arc<PortPlan>>) {
+        if !self.pending_ports.contains_key(id) {
+            self.pending_ports.insert(id.clone(), installed.cloned());
+        }
+    }
+
+    fn count_ip(&mut self, ip: IpAddr, more: bool) {
+        let count = self.cluster_ips.entry(ip).or_insert(0);
+        self.pending_ips.entry(ip).or_insert(*count > 0);
+        *count = if more { *count + 1 } else { count.saturating_sub(1) };
+        if *count == 0 {
+            self.cluster_ips.remove(&ip);
+        }
+    }
+}
+
+impl PortDelta {
+    /// Which service port this is about.
+    #[must_use]
+    pub fn id(&self) -> Option<&PortId> {
+        self.after.as_ref().or(self.before.as_ref()).map(|plan| &plan.id)
+    }
+}
+
+fn frontends(port: &PortPlan) -> impl Iterator<Item = Frontend> + '_ {
+    port.frontends.iter().map(|planned| planned.frontend)
+}
+
+fn is_cluster_ip(plan: &ServicePlan, destination: Destination) -> bool {
+    matches!(destination, Destination::Address(address) if plan.cluster_ips.contains(&address))
+}
+
+fn find<'a>(plan: &'a ServicePlan, id: &PortId) -> Option<&'a Arc<PortPlan>> {
+    plan.ports.binary_search_by(|port| port.id.cmp(id)).ok().map(|index| &plan.ports[index])
+}
+
+/// Every frontend a Service claims, those it has and those it does not get.
+fn claimed(held: &Held) -> Vec<Frontend> {
+    let own = held.plan.ports.iter().flat_map(|port| frontends(port));
+    own.chain(held.withheld.iter().map(|(_, planned)| planned.frontend)).collect()
+}
+
+/// A Service's plan as it was before others' frontends were left out.
+fn wanted(held: &Held) -> ServicePlan {
+    let mut plan = ServicePlan::clone(&held.plan);
+    for (id, planned) in &held.withheld {
+        if let Some(port) = plan.ports.iter_mut().find(|port| port.id == *id) {
+            let port = Arc::make_mut(port);
+            port.frontends.push(planned.clone());
+            port.frontends.sort_unstable_by_key(|planned| planned.frontend);
+        }
+    }
+    plan
+}

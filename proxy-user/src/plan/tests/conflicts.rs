@@ -1,0 +1,142 @@
+//! Several Services that claim one frontend (R12).
+
+use serde_json::json;
+
+use crate::{
+    dataplane::{Dataplane, Memory},
+    model::{
+        Model,
+        fixture::{full_service, model, named, settings},
+    },
+    plan::{Delta, Planner},
+    source::{Change, Kind},
+};
+
+/// A Service created in this second, with a ClusterIP of its own, that claims these external addresses.
+fn claiming(name: &str, created: u32, external_ips: &[&str]) -> Change {
+    let own = name.bytes().next().unwrap_or_default();
+    full_service(json!({
+        "metadata": { "namespace": "ns", "name": name,
+                      "creationTimestamp": format!("2026-01-01T00:00:{created:02}Z") },
+        "spec": { "clusterIP": format!("10.0.0.{own}"), "externalIPs": external_ips, "ports": [{ "port": 80 }] },
+    }))
+}
+
+struct Rig {
+    model: Model,
+    planner: Planner,
+    memory: Memory,
+}
+
+impl Rig {
+    fn new() -> Self {
+        Self { model: model(settings(), []), planner: Planner::default(), memory: Memory::default() }
+    }
+
+    fn step(&mut self, changes: impl IntoIterator<Item = Change>) -> Delta {
+        changes.into_iter().for_each(|change| self.model.apply(change));
+        for name in self.model.take_dirty() {
+            self.planner.update(&name, self.model.plan(&name));
+        }
+        let delta = self.planner.take_delta();
+        self.memory.apply(&delta).unwrap();
+        self.memory.dump().unwrap();
+        delta
+    }
+
+    /// The Services that have this external address, by their plans.
+    fn owners(&self, ip: &str) -> Vec<String> {
+        let ip: std::net::IpAddr = ip.parse().unwrap();
+        let has = crate::plan::Destination::Address(ip);
+        let mut owners: Vec<String> = self
+            .planner
+            .services()
+            .filter(|(_, plan)| {
+                let all = plan.ports.iter().flat_map(|port| &port.frontends);
+                all.into_iter().any(|planned| planned.frontend.destination == has)
+            })
+            .map(|(name, _)| name.name().to_owned())
+            .collect();
+        owners.sort_unstable();
+        owners
+    }
+}
+
+const IP: &str = "192.0.2.1";
+
+#[test]
+fn r12_the_older_service_has_the_frontend_whatever_the_order_of_arrival() {
+    for (a, b, owner) in [(1, 2, "a"), (2, 1, "b"), (1, 1, "a")] {
+        for reverse in [false, true] {
+            let mut services = vec![claiming("a", a, &[IP]), claiming("b", b, &[IP])];
+            if reverse {
+                services.reverse();
+            }
+            let mut rig = Rig::new();
+            for service in services {
+                rig.step([service]);
+            }
+            assert_eq!(rig.owners(IP), [owner], "{a} {b} {reverse}");
+            let loser = if owner == "a" { "b" } else { "a" };
+            assert_eq!(rig.planner.withheld(&named(loser)).count(), 1);
+            assert_eq!(rig.planner.withheld(&named(owner)).count(), 0);
+        }
+    }
+}
+
+#[test]
+fn r12_the_next_one_gets_it_in_the_same_delta_when_the_owner_lets_go() {
+    for go in [Change::Delete(Kind::Service, named("a")), claiming("a", 1, &["192.0.2.2"])] {
+        let mut rig = Rig::new();
+        rig.step([claiming("c", 3, &[IP]), claiming("b", 2, &[IP]), claiming("a", 1, &[IP])]);
+        assert_eq!(rig.owners(IP), ["a"]);
+        let delta = rig.step([go]);
+        assert_eq!(rig.owners(IP), ["b"]);
+        let order: Vec<&str> =
+            delta.ports.iter().filter_map(|port| port.id()).map(|id| id.service.name()).collect();
+        assert_eq!(order, ["a", "b"], "the release comes first");
+        rig.step([Change::Delete(Kind::Service, named("b"))]);
+        assert_eq!(rig.owners(IP), ["c"]);
+    }
+}
+
+#[test]
+fn r12_an_older_service_takes_the_frontend_from_a_younger_one() {
+    let mut rig = Rig::new();
+    rig.step([claiming("b", 2, &[IP])]);
+    let delta = rig.step([claiming("a", 1, &[IP])]);
+    let order: Vec<&str> =
+        delta.ports.iter().filter_map(|port| port.id()).map(|id| id.service.name()).collect();
+    assert_eq!(order, ["b", "a"], "the release comes first");
+    assert_eq!(rig.owners(IP), ["a"]);
+}
+
+#[test]
+fn r12_who_stops_claiming_does_not_get_it_later() {
+    let mut rig = Rig::new();
+    rig.step([claiming("a", 1, &[IP]), claiming("b", 2, &[IP])]);
+    assert!(rig.step([claiming("b", 2, &[])]).is_empty(), "b never had it");
+    rig.step([Change::Delete(Kind::Service, named("a"))]);
+    assert_eq!(rig.owners(IP), Vec::<String>::new());
+}
+
+#[test]
+fn r12_a_service_made_anew_is_young_again() {
+    let mut rig = Rig::new();
+    rig.step([claiming("a", 1, &[IP]), claiming("b", 2, &[IP])]);
+    rig.step([claiming("a", 3, &[IP])]);
+    assert_eq!(rig.owners(IP), ["b"]);
+    rig.step([claiming("b", 4, &[IP])]);
+    assert_eq!(rig.owners(IP), ["a"]);
+}
+
+#[test]
+fn r12_a_release_that_failed_needs_the_data_plane_to_be_read_again() {
+    let mut rig = Rig::new();
+    rig.step([claiming("a", 1, &[IP]), claiming("b", 2, &[IP])]);
+    rig.model.apply(claiming("a", 1, &[]));
+    rig.planner.update(&named("a"), rig.model.plan(&named("a")));
+    let delta = rig.planner.take_delta();
+    let ids: Vec<_> = delta.ports.iter().filter_map(|port| port.id()).cloned().collect();
+    assert!(!rig.planner.failed(&delta, &ids[..1]));
+}

@@ -1,0 +1,287 @@
+//! Which frontends a Service has, and what else its plan says (W6, R11, R16, A1, F7, H1, H2, K2).
+
+use serde_json::{Value, json};
+
+use crate::{
+    model::{
+        Family, Settings,
+        fixture::{full_service, full_slice, model, named, node, service, settings, slice},
+    },
+    plan::{FrontendPlan, HealthCheck, PortPlan, ServicePlan},
+    source::Change,
+};
+
+fn plan(changes: impl IntoIterator<Item = Change>) -> ServicePlan {
+    model(settings(), changes).plan(&named("web"))
+}
+
+fn frontends(plan: &ServicePlan) -> Vec<String> {
+    let all = plan.ports.iter().flat_map(|port| &port.frontends);
+    all.map(|planned| planned.frontend.to_string()).collect()
+}
+
+fn find<'a>(plan: &'a ServicePlan, frontend: &str) -> &'a FrontendPlan {
+    let all = plan.ports.iter().flat_map(|port| &port.frontends);
+    all.into_iter().find(|planned| planned.frontend.to_string() == frontend).unwrap()
+}
+
+fn backends(port: &PortPlan) -> Vec<String> {
+    port.cluster.iter().map(ToString::to_string).collect()
+}
+
+/// A LoadBalancer Service with two VIPs of each family.
+fn balanced(spec: Value) -> Change {
+    let mut full = json!({
+        "metadata": { "namespace": "ns", "name": "web" },
+        "spec": {
+            "type": "LoadBalancer", "clusterIP": "10.0.0.1", "clusterIPs": ["10.0.0.1", "fd00::1"],
+            "ipFamilies": ["IPv4", "IPv6"], "ports": [{ "port": 80, "nodePort": 30080 }],
+        },
+        "status": { "loadBalancer": { "ingress": [
+            { "ip": "198.51.100.1" }, { "ip": "198.51.100.2" }, { "ip": "2001:db8::1" }] } },
+    });
+    for (field, value) in spec.as_object().unwrap() {
+        full["spec"][field] = value.clone();
+    }
+    full_service(full)
+}
+
+#[test]
+fn every_address_of_every_port_in_every_family_is_a_frontend() {
+    let plan = plan([balanced(json!({ "externalIPs": ["192.0.2.1", "2001:db8::2"] }))]);
+    assert_eq!(
+        frontends(&plan),
+        [
+            "10.0.0.1:80/TCP",
+            "192.0.2.1:80/TCP",
+            "198.51.100.1:80/TCP",
+            "198.51.100.2:80/TCP",
+            "node:30080/TCP",
+            "[2001:db8::1]:80/TCP",
+            "[2001:db8::2]:80/TCP",
+            "[fd00::1]:80/TCP",
+            "[node]:30080/TCP",
+        ]
+    );
+    let ips: Vec<String> = plan.cluster_ips.iter().map(ToString::to_string).collect();
+    assert_eq!(ips, ["10.0.0.1", "fd00::1"]);
+    assert_eq!(
+        plan.ports.iter().map(|port| port.id.to_string()).collect::<Vec<_>>(),
+        ["ns/web/TCP (IPv4)", "ns/web/TCP (IPv6)"]
+    );
+}
+
+#[test]
+fn w5_w7_the_families_of_a_service_have_their_own_endpoints() {
+    let v6 = full_slice(json!({
+        "metadata": { "namespace": "ns", "name": "web-6", "labels": { "kubernetes.io/service-name": "web" } },
+        "addressType": "IPv6", "ports": [{ "name": "", "port": 8080 }], "endpoints": [{ "addresses": ["fd00:10::1"] }] }));
+    let v4 = slice(
+        "web-4",
+        "web",
+        json!([{ "name": "", "port": 8080 }]),
+        json!([{ "addresses": ["10.244.0.1"] }]),
+    );
+    let plan = plan([balanced(json!({})), v4, v6]);
+    assert_eq!(backends(&plan.ports[0]), ["10.244.0.1:8080"]);
+    assert_eq!(backends(&plan.ports[1]), ["[fd00:10::1]:8080"]);
+    assert_eq!(plan.ports[1].id.family, Family::V6);
+}
+
+#[test]
+fn r17_external_addresses_of_a_family_without_cluster_ip_do_not_exist() {
+    let plan = plan([service(
+        "web",
+        json!({
+        "clusterIP": "10.0.0.1", "externalIPs": ["192.0.2.1", "2001:db8::2"], "ports": [{ "port": 80 }] }),
+    )]);
+    assert_eq!(frontends(&plan), ["10.0.0.1:80/TCP", "192.0.2.1:80/TCP"]);
+}
+
+#[test]
+fn w6_r16_ports_join_by_name_and_protocol_and_one_number_may_serve_several() {
+    let plan = plan([
+        service(
+            "web",
+            json!({ "clusterIP": "10.0.0.1", "ports": [
+            { "name": "dns", "port": 53, "protocol": "UDP" },
+            { "name": "dns-tcp", "port": 53, "protocol": "TCP" },
+            { "name": "sctp", "port": 53, "protocol": "SCTP" },
+            { "name": "lonely", "port": 54 },
+        ] }),
+        ),
+        slice(
+            "web-1",
+            "web",
+            json!([
+                { "name": "dns", "port": 1053, "protocol": "UDP" },
+                { "name": "dns-tcp", "port": 2053, "protocol": "TCP" },
+                { "name": "sctp", "port": 3053, "protocol": "SCTP" },
+                { "name": "lonely", "port": 4053, "protocol": "UDP" },
+            ]),
+            json!([{ "addresses": ["10.244.0.1"] }]),
+        ),
+    ]);
+    let listed: Vec<(String, Vec<String>)> =
+        plan.ports.iter().map(|port| (port.id.to_string(), backends(port))).collect();
+    assert_eq!(
+        listed,
+        [
+            ("ns/web:dns/UDP (IPv4)".to_owned(), vec!["10.244.0.1:1053".to_owned()]),
+            ("ns/web:dns-tcp/TCP (IPv4)".to_owned(), vec!["10.244.0.1:2053".to_owned()]),
+            ("ns/web:lonely/TCP (IPv4)".to_owned(), vec![]),
+            ("ns/web:sctp/SCTP (IPv4)".to_owned(), vec!["10.244.0.1:3053".to_owned()]),
+        ]
+    );
+}
+
+#[test]
+fn one_address_in_several_roles_is_one_frontend() {
+    let plan = plan([balanced(json!({
+        "externalIPs": ["198.51.100.1", "10.0.0.1", "192.0.2.1"], "loadBalancerSourceRanges": ["203.0.113.0/24"],
+        "internalTrafficPolicy": "Local" }))]);
+    let v4: Vec<String> = frontends(&plan).into_iter().filter(|text| !text.starts_with('[')).collect();
+    assert_eq!(
+        v4,
+        [
+            "10.0.0.1:80/TCP",
+            "192.0.2.1:80/TCP",
+            "198.51.100.1:80/TCP",
+            "198.51.100.2:80/TCP",
+            "node:30080/TCP"
+        ]
+    );
+    // F7: what is a VIP besides an external IP is guarded.
+    assert!(find(&plan, "198.51.100.1:80/TCP").allowed_sources.is_some());
+    assert!(find(&plan, "192.0.2.1:80/TCP").allowed_sources.is_none());
+}
+
+#[test]
+fn two_ports_cannot_have_one_frontend() {
+    let plan = plan([service(
+        "web",
+        json!({ "type": "NodePort", "clusterIP": "10.0.0.1", "ports": [
+        { "name": "b", "port": 80, "nodePort": 30080 }, { "name": "a", "port": 80, "nodePort": 30081 }] }),
+    )]);
+    let of = |port: &PortPlan| -> Vec<String> {
+        port.frontends.iter().map(|planned| planned.frontend.to_string()).collect()
+    };
+    assert_eq!(of(&plan.ports[0]), ["node:30081/TCP"]);
+    assert_eq!(of(&plan.ports[1]), ["10.0.0.1:80/TCP", "node:30080/TCP"]);
+}
+
+#[test]
+fn f7_source_ranges_guard_the_vips_of_their_family_only() {
+    let guard = |ranges: Value| {
+        let plan =
+            plan([balanced(json!({ "externalIPs": ["192.0.2.1"], "loadBalancerSourceRanges": ranges }))]);
+        for open in
+            ["10.0.0.1:80/TCP", "192.0.2.1:80/TCP", "node:30080/TCP", "[fd00::1]:80/TCP", "[node]:30080/TCP"]
+        {
+            assert_eq!(find(&plan, open).allowed_sources, None, "{open}");
+        }
+        let listed = |frontend: &str| {
+            let allowed = find(&plan, frontend).allowed_sources.clone();
+            allowed.map(|all| all.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "))
+        };
+        assert_eq!(listed("198.51.100.1:80/TCP"), listed("198.51.100.2:80/TCP"));
+        (listed("198.51.100.1:80/TCP"), listed("[2001:db8::1]:80/TCP"))
+    };
+    let some = |text: &str| Some(text.to_owned());
+    assert_eq!(guard(json!([])), (None, None));
+    assert_eq!(guard(json!(["203.0.113.0/24"])), (some("203.0.113.0/24"), None));
+    assert_eq!(guard(json!(["2001:db8:5::/48"])), (None, some("2001:db8:5::/48")));
+    assert_eq!(
+        guard(json!(["203.0.113.128/25", "10.0.0.0/8", "203.0.113.0/25", "10.1.0.0/16", "2001:db8:5::/48"])),
+        (some("10.0.0.0/8 203.0.113.0/24"), some("2001:db8:5::/48"))
+    );
+    assert_eq!(guard(json!(["203.0.113.0/24", "0.0.0.0/0", "::/0"])), (None, None));
+    assert_eq!(guard(json!(["0.0.0.0/1", "128.0.0.0/1"])), (None, None));
+    // W9: with nothing understood, there is no range.
+    assert_eq!(guard(json!(["nonsense"])), (None, None));
+}
+
+#[test]
+fn f7_the_vips_are_allowed_sources_where_the_node_is_one() {
+    let here = node(json!({ "metadata": { "name": "node-a" },
+        "status": { "addresses": [{ "type": "InternalIP", "address": "203.0.113.7" }] } }));
+    let allowed = |range: &str| {
+        let plan = plan([balanced(json!({ "loadBalancerSourceRanges": [range] })), here.clone()]);
+        let all = find(&plan, "198.51.100.2:80/TCP").allowed_sources.clone().unwrap();
+        all.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    assert_eq!(allowed("203.0.113.0/29"), ["198.51.100.1/32", "198.51.100.2/32", "203.0.113.0/29"]);
+    assert_eq!(allowed("203.0.113.8/29"), ["203.0.113.8/29"]);
+}
+
+#[test]
+fn f7_sources_are_guarded_also_without_endpoints() {
+    let plan = plan([balanced(json!({ "loadBalancerSourceRanges": ["203.0.113.0/24"] }))]);
+    assert!(plan.ports[0].cluster.is_empty());
+    assert!(find(&plan, "198.51.100.1:80/TCP").allowed_sources.is_some());
+}
+
+#[test]
+fn a1_affinity_holds_for_every_port() {
+    let plan = plan([service(
+        "web",
+        json!({ "clusterIP": "10.0.0.1", "sessionAffinity": "ClientIP", "ports": [
+        { "name": "a", "port": 1 }, { "name": "b", "port": 2 }] }),
+    )]);
+    assert_eq!(plan.ports.iter().map(|port| port.affinity).collect::<Vec<_>>(), [Some(10_800), Some(10_800)]);
+}
+
+#[test]
+fn h1_h2_the_health_check_counts_local_ready_endpoints() {
+    let local = json!({ "externalTrafficPolicy": "Local", "healthCheckNodePort": 32000 });
+    let ends = slice(
+        "web-1",
+        "web",
+        json!([{ "name": "", "port": 80 }]),
+        json!([
+            { "addresses": ["10.244.0.1"], "nodeName": "node-a" },
+            { "addresses": ["10.244.0.2"], "nodeName": "node-a",
+              "conditions": { "ready": false, "serving": true, "terminating": true } },
+            { "addresses": ["10.244.1.1"], "nodeName": "node-b" },
+        ]),
+    );
+    let found = plan([balanced(local.clone()), ends]).health_check;
+    assert_eq!(found, Some(HealthCheck { port: 32000, local_endpoints: 1 }));
+    assert_eq!(plan([balanced(local)]).health_check, Some(HealthCheck { port: 32000, local_endpoints: 0 }));
+    assert_eq!(plan([balanced(json!({ "healthCheckNodePort": 32000 }))]).health_check, None);
+}
+
+#[test]
+fn k2_k4_udp_ports_list_what_still_serves_whatever_policies_and_hints_say() {
+    for (protocol, expected) in
+        [("UDP", vec!["10.244.0.1:80", "10.244.0.2:80", "10.244.1.1:80"]), ("TCP", vec![]), ("SCTP", vec![])]
+    {
+        let plan = plan([
+            service(
+                "web",
+                json!({ "clusterIP": "10.0.0.1", "internalTrafficPolicy": "Local",
+                "ports": [{ "port": 80, "protocol": protocol }] }),
+            ),
+            slice(
+                "web-1",
+                "web",
+                json!([{ "name": "", "port": 80, "protocol": protocol }]),
+                json!([
+                    { "addresses": ["10.244.1.1"], "nodeName": "node-b", "hints": { "forZones": [{ "name": "x" }] } },
+                    { "addresses": ["10.244.0.1"], "nodeName": "node-a" },
+                    { "addresses": ["10.244.0.2"], "conditions": { "ready": false, "serving": true, "terminating": true } },
+                    { "addresses": ["10.244.0.3"], "conditions": { "ready": false, "serving": false } },
+                ]),
+            ),
+        ]);
+        let serving: Vec<String> = plan.ports[0].serving.iter().map(ToString::to_string).collect();
+        assert_eq!(serving, expected, "{protocol}");
+    }
+}
+
+#[test]
+fn a_service_that_is_not_served_has_an_empty_plan() {
+    let headless = service("web", json!({ "clusterIP": "None", "ports": [{ "port": 80 }] }));
+    assert_eq!(plan([headless]), ServicePlan::default());
+    assert_eq!(model(Settings::default(), []).plan(&named("web")), ServicePlan::default());
+}

@@ -1,0 +1,279 @@
+//! Model, planner and data plane on one thread: takes changes in, brings the kernel up to date, takes the next in.
+//!
+//! In: changes, host addresses, news of foreign rule set changes. Out: a kernel that holds what was planned, health
+//! and metrics, and suspects for conntrack. There is no pacing: what arrives while the kernel is being written is the
+//! next delta. After a failure everything is compared with the kernel again, first soon and then ever less often.
+
+use std::{
+    pin::pin,
+    time::{Duration, Instant},
+};
+
+use k8s_openapi::jiff::Timestamp;
+use tokio::sync::{mpsc, watch};
+
+use super::{Addresses, census::Census, served};
+use crate::{
+    dataplane::{Dataplane, Error, conntrack::Suspects, nftables::Seen},
+    model::{Family, Model, Settings},
+    observe::{Health, Metrics},
+    plan::{Delta, Planner, PortId},
+    source::{Change, Object},
+};
+
+/// What the engine listens to.
+pub(super) struct Inputs {
+    pub(super) changes: mpsc::Receiver<Change>,
+    pub(super) addresses: Addresses,
+    pub(super) foreign: mpsc::Receiver<Seen>,
+    pub(super) stopping: watch::Receiver<bool>,
+}
+
+/// The first wait after a failure; it doubles up to the configured syncPeriod.
+const FIRST_RETRY: Duration = Duration::from_millis(100);
+
+/// Most changes taken in before the kernel is brought up to date.
+const MOST_CHANGES: usize = 65_536;
+
+pub(super) struct Engine {
+    model: Model,
+    planner: Planner,
+    plane: Box<dyn Dataplane>,
+    conntrack: Option<mpsc::UnboundedSender<Suspects>>,
+    metrics: Metrics,
+    health: Health,
+    families: Vec<Family>,
+    census: Census,
+    started: Timestamp,
+    /// Why everything has to be compared with the kernel, if it has to.
+    reconcile: Option<&'static str>,
+    know_addresses: bool,
+    node_is_optional: bool,
+    longest_retry: Duration,
+    failures: u32,
+    retry_at: Option<tokio::time::Instant>,
+    /// Slices taken in and not yet in force: their family and when the endpoints changed.
+    triggers: Vec<(Family, Timestamp)>,
+}
+
+impl Engine {
+    pub(super) fn new(
+        settings: Settings,
+        plane: Box<dyn Dataplane>,
+        metrics: Metrics,
+        health: Health,
+    ) -> Self {
+        Self {
+            families: served(settings.families).collect(),
+            model: Model::new(settings),
+            planner: Planner::default(),
+            plane,
+            conntrack: None,
+            metrics,
+            health,
+            census: Census::default(),
+            started: Timestamp::now(),
+            reconcile: Some("start"),
+            know_addresses: false,
+            node_is_optional: false,
+            longest_retry: Duration::from_secs(30),
+            failures: 0,
+            retry_at: None,
+            triggers: Vec::new(),
+        }
+    }
+
+    /// Whether a source without this node's Node is no reason to keep load balancers away.
+    pub(super) fn with_optional_node(self, optional: bool) -> Self {
+        Self { node_is_optional: optional, ..self }
+    }
+
+    /// Waits no longer than `longest` after a failure.
+    pub(super) fn with_retry(self, longest: Duration) -> Self {
+        Self { longest_retry: longest.max(FIRST_RETRY), ..self }
+    }
+
+    /// Sends suspects there once what they follow from is in force.
+    pub(super) fn with_conntrack(self, conntrack: mpsc::UnboundedSender<Suspects>) -> Self {
+        Self { conntrack: Some(conntrack), ..self }
+    }
+
+    /// Works until the source ends or stopping is asked for.
+    pub(super) async fn run(mut self, inputs: Inputs) {
+        let Inputs { mut changes, mut addresses, mut foreign, mut stopping } = inputs;
+        self.families.iter().for_each(|family| self.health.updated(*family));
+        let mut taken = Vec::new();
+        loop {
+            let retry = self.retry_at;
+            let retry = pin!(async move {
+                match retry {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            });
+            tokio::select! {
+                count = changes.recv_many(&mut taken, MOST_CHANGES) => if count == 0 { return },
+                Ok(()) = addresses.changed() => {
+                    self.model.set_host_addresses(addresses.borrow_and_update().clone());
+                    self.know_addresses = true;
+                }
+                Some(seen) = foreign.recv() => {
+                    tracing::warn!(?seen, "somebody else changed our tables, repairing them");
+                    self.reconcile = Some("foreign");
+                }
+                () = retry => {}
+                _ = stopping.wait_for(|stop| *stop) => return,
+            }
+            while taken.len() < MOST_CHANGES {
+                let Ok(change) = changes.try_recv() else { break };
+                taken.push(change);
+            }
+            for change in taken.drain(..) {
+                self.take_in(change);
+            }
+            let unknown = self.node_is_optional && !self.model.knows_node();
+            self.health.set_eligible(unknown || self.model.node_eligible());
+            self.bring_up_to_date();
+        }
+    }
+
+    fn take_in(&mut self, change: Change) {
+        match &change {
+            Change::Apply(Object::Service(_)) => self.metrics.service_changed(),
+            Change::Apply(Object::EndpointSlice(slice)) => {
+                self.metrics.endpoints_changed();
+                self.triggers.extend(trigger(slice).filter(|(_, at)| *at > self.started));
+            }
+            Change::Apply(_) | Change::Delete(..) | Change::Synced(_) => {}
+        }
+        self.model.apply(change);
+    }
+
+    fn bring_up_to_date(&mut self) {
+        if !self.model.is_synced() || !self.know_addresses {
+            return;
+        }
+        let started = Instant::now();
+        for name in self.model.take_dirty() {
+            self.planner.update(&name, self.model.plan(&name));
+        }
+        self.planner.update_node(self.model.node_plan());
+        // A failure that is not due again yet must not be made worse by every new change.
+        let waiting = self.retry_at.is_some_and(|at| at > tokio::time::Instant::now());
+        if self.reconcile.is_some() && waiting {
+            self.families.iter().for_each(|family| self.health.queued(*family));
+            return;
+        }
+        self.retry_at = None;
+        let delta = match self.next_delta() {
+            Ok(delta) => delta,
+            Err(error) => return self.failed(&error),
+        };
+        if delta.is_empty() {
+            return;
+        }
+        for family in &self.families {
+            self.health.queued(*family);
+            self.metrics.queued(*family);
+        }
+        let result = self.plane.apply(&delta);
+        self.settle(&delta, result, started);
+    }
+
+    fn next_delta(&mut self) -> Result<Delta, Error> {
+        let Some(reason) = self.reconcile else { return Ok(self.planner.take_delta()) };
+        if reason != "start" {
+            self.plane.reread()?;
+        }
+        self.metrics.reconciled(reason);
+        Ok(self.planner.complete())
+    }
+
+    /// Draws the consequences of what became of a delta.
+    fn settle(&mut self, delta: &Delta, result: Result<(), Error>, started: Instant) {
+        let refused: Vec<PortId> = match &result {
+            Ok(()) => Vec::new(),
+            Err(Error::Ports(ports)) => {
+                for (port, problem) in ports {
+                    tracing::error!(%port, problem, "cannot program this service port");
+                }
+                ports.iter().map(|(port, _)| port.clone()).collect()
+            }
+            Err(error) => {
+                self.reconcile = Some("failure");
+                return self.failed(error);
+            }
+        };
+        let in_force = || delta.ports.iter().filter(|port| port.id().is_some_and(|id| !refused.contains(id)));
+        if delta.complete {
+            self.census = Census::default();
+        }
+        in_force().for_each(|port| self.census.count(port));
+        self.census.publish(&self.metrics, self.planner.services().len());
+        self.metrics.changes_applied(in_force().count());
+        if let Some(conntrack) = &self.conntrack {
+            let suspects = Suspects::of(in_force());
+            if !suspects.is_empty() && conntrack.send(suspects).is_err() {
+                tracing::error!("the conntrack thread is gone, stale UDP flows stay");
+                self.conntrack = None;
+            }
+        }
+        let was = self.reconcile.take();
+        if !refused.is_empty() {
+            if !self.planner.failed(delta, &refused) {
+                self.reconcile = Some("failure");
+            }
+            return self.schedule_retry();
+        }
+        self.failures = 0;
+        self.in_force(delta, was, started);
+    }
+
+    /// Says that everything taken in so far is in force.
+    fn in_force(&mut self, delta: &Delta, reconciled: Option<&'static str>, started: Instant) {
+        for family in &self.families {
+            self.health.updated(*family);
+            self.metrics.synced(*family, delta.complete, started.elapsed());
+        }
+        let now = Timestamp::now();
+        for (family, at) in self.triggers.drain(..) {
+            self.metrics.network_programmed(family, now.duration_since(at).unsigned_abs());
+        }
+        if let Some(reason) = reconciled {
+            let services = self.planner.services().len();
+            tracing::info!(reason, services, ports = delta.ports.len(), took = ?started.elapsed(), "in force");
+        } else {
+            tracing::debug!(ports = delta.ports.len(), took = ?started.elapsed(), "in force");
+        }
+    }
+
+    fn failed(&mut self, error: &Error) {
+        for family in &self.families {
+            self.metrics.sync_failed(*family);
+        }
+        let cause = std::error::Error::source(error).map(ToString::to_string);
+        tracing::error!(%error, cause, "cannot program the kernel; what is programmed stays");
+        self.schedule_retry();
+    }
+
+    fn schedule_retry(&mut self) {
+        let wait = FIRST_RETRY.saturating_mul(1 << self.failures.min(16)).min(self.longest_retry);
+        self.failures = self.failures.saturating_add(1);
+        self.retry_at = Some(tokio::time::Instant::now() + wait);
+    }
+}
+
+/// The family of a slice, and when its endpoints last changed, if it says so (W10).
+fn trigger(
+    slice: &k8s_openapi::api::discovery::v1::EndpointSlice,
+) -> impl Iterator<Item = (Family, Timestamp)> {
+    let annotation = slice.metadata.annotations.as_ref().and_then(|annotations| {
+        annotations.get("endpoints.kubernetes.io/last-change-trigger-time")?.parse().ok()
+    });
+    let family = match slice.address_type.as_str() {
+        "IPv4" => Some(Family::V4),
+        "IPv6" => Some(Family::V6),
+        _ => None,
+    };
+    family.zip(annotation).into_iter()
+}

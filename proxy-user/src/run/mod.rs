@@ -1,0 +1,276 @@
+//! The only wiring: sources, engine, data plane, servers, and how they stop.
+//!
+//! ```text
+//! source (tasks) ──Change──▶ engine (own thread: model, planner, data plane) ──Suspects──▶ conntrack (own thread)
+//! host addresses ───────────▶   ▲  │                                        └─▶ health, metrics ──▶ servers (tasks)
+//! rule set watch (own thread) ──┘  ▼ kernel
+//! ```
+
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+
+use anyhow::Context as _;
+use tokio::sync::{mpsc, watch};
+
+use crate::{
+    config::{Config, KernelArgs, Loaded, LogArgs, SourceConfig},
+    dataplane::{
+        Dataplane as _, Memory, State,
+        conntrack::{Conntrack, Suspects},
+        nftables::{Nftables, Seen},
+    },
+    model::{Family, Model, PerFamily, Settings},
+    observe::{Health, Metrics, Server, Telemetry, health_router, metrics_router},
+    plan::{Frontend, Planner, PortId},
+    source::{
+        Change, SourceStatus, host,
+        kube::{self, Connection, Credentials, KubeSource},
+        manifests::{self, ManifestSource, ManifestStatus},
+    },
+};
+
+mod census;
+mod engine;
+
+use engine::{Engine, Inputs};
+
+/// Changes that may wait between a source and the engine; a source that is further ahead waits itself.
+const WAITING_CHANGES: usize = 4096;
+
+/// Programs this node until told to stop. What is programmed stays when this ends.
+///
+/// # Errors
+///
+/// When the kernel refuses what the data plane needs, the source's credentials are unusable, or a server that must
+/// listen cannot.
+pub fn run(loaded: Loaded) -> anyhow::Result<()> {
+    let Loaded { config, warnings } = loaded;
+    Telemetry::init(config.log)?;
+    for warning in warnings {
+        tracing::warn!("{warning}");
+    }
+    let plane = Nftables::open(config.families).context("opening the nftables data plane")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("starting the runtime")?;
+    let result = runtime.block_on(serve(config, plane));
+    // A watch thread may be waiting in the kernel; it holds nothing that needs an orderly end.
+    runtime.shutdown_background();
+    result
+}
+
+async fn serve(config: Config, plane: Nftables) -> anyhow::Result<()> {
+    let (stop, stopping) = watch::channel(false);
+    let metrics = Metrics::new();
+    let health = Health::new(config.sync_period);
+    let (changes_in, changes) = mpsc::channel(WAITING_CHANGES);
+    let (addresses_in, addresses) = watch::channel(Vec::new());
+    let foreign = watch_rule_set(&plane)?;
+    start_source(&config, changes_in).await?;
+    tokio::spawn(host::watch(addresses_in));
+
+    let engine = Engine::new(settings(&config), Box::new(plane), metrics.clone(), health.clone())
+        .with_retry(config.sync_period)
+        .with_optional_node(matches!(config.source, SourceConfig::Manifests { .. }))
+        .with_conntrack(clean_conntrack(metrics.clone())?);
+    let inputs = Inputs { changes, addresses, foreign, stopping: stopping.clone() };
+    let engine = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(engine.run(inputs));
+        anyhow::Ok(())
+    })?;
+    let servers = tokio::spawn(serve_http(config, health, metrics, stopping));
+
+    tokio::select! {
+        name = signalled() => tracing::info!(signal = name?, "stopping; what is programmed stays in the kernel"),
+        ended = servers => ended??,
+    }
+    stop.send_replace(true);
+    let ended = tokio::task::spawn_blocking(move || engine.join()).await?;
+    ended.map_err(|_| anyhow::anyhow!("the engine panicked"))?
+}
+
+/// Waits for a signal that asks to end.
+async fn signalled() -> anyhow::Result<&'static str> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (mut term, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    Ok(tokio::select! {
+        _ = term.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    })
+}
+
+/// What the model needs of the configuration.
+fn settings(config: &Config) -> Settings {
+    Settings {
+        node_name: config.node_name.clone(),
+        detect_local: config.detect_local.clone(),
+        masquerade_all: config.masquerade_all,
+        masquerade_bit: config.masquerade_bit,
+        node_port_addresses: config.node_port_addresses.clone(),
+        external_ips: config.external_ips,
+        bind_address: config.bind_address,
+        families: config.families,
+    }
+}
+
+async fn start_source(config: &Config, changes: mpsc::Sender<Change>) -> anyhow::Result<()> {
+    let status = Arc::new(SourceStatus::default());
+    match &config.source {
+        SourceConfig::Kubernetes { kubeconfig, servers } => {
+            let credentials =
+                kubeconfig.clone().map_or(Credentials::InCluster, Credentials::Kubeconfig);
+            let servers = servers.iter().map(|server| {
+                server.parse().with_context(|| format!("`{server}` is not the address of an API server"))
+            });
+            let servers = servers.collect::<anyhow::Result<_>>()?;
+            let source = KubeSource { credentials, servers, node: config.node_name.clone() };
+            let connection = Connection::open(source).await?;
+            tracing::info!(node = config.node_name, server = %connection.server(), "watching the API server");
+            tokio::spawn(kube::watch(connection, changes, status));
+        }
+        SourceConfig::Manifests { .. } => {
+            let source = manifest_source(config)?;
+            tracing::info!(node = config.node_name, directory = %source.directory.display(), "watching manifests");
+            let (view, _) = watch::channel(Arc::new(ManifestStatus::default()));
+            tokio::spawn(manifests::watch(source, changes, status, view));
+        }
+    }
+    Ok(())
+}
+
+fn manifest_source(config: &Config) -> anyhow::Result<ManifestSource> {
+    let SourceConfig::Manifests { dir, service_ranges, status_file } = &config.source else {
+        anyhow::bail!("this needs `--source manifests:DIR`");
+    };
+    let mut source = ManifestSource::new(dir, &config.node_name);
+    if !service_ranges.is_empty() {
+        source.service_ranges.clone_from(service_ranges);
+    }
+    source.status_file.clone_from(status_file);
+    Ok(source)
+}
+
+/// Tells of foreign changes to our tables. The thread ends with the process, or when nobody listens.
+fn watch_rule_set(plane: &Nftables) -> anyhow::Result<mpsc::Receiver<Seen>> {
+    let mut rule_set = plane.watch()?;
+    let (seen, foreign) = mpsc::channel(1);
+    std::thread::Builder::new().name("rule-set-watch".to_owned()).spawn(move || {
+        loop {
+            match rule_set.wait() {
+                // One that is waiting already says it all.
+                Ok(what) if matches!(seen.try_send(what), Err(mpsc::error::TrySendError::Closed(_))) => return,
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::error!(%error, "foreign changes to our tables are no longer noticed");
+                    return;
+                }
+            }
+        }
+    })?;
+    Ok(foreign)
+}
+
+/// Clears stale flows behind the engine's back: a walk over a large table must not hold up the next change. What comes
+/// while a walk is under way is one walk later.
+fn clean_conntrack(metrics: Metrics) -> anyhow::Result<mpsc::UnboundedSender<Suspects>> {
+    let mut conntrack = Conntrack::open()?;
+    let (sender, mut receiver) = mpsc::unbounded_channel::<Suspects>();
+    std::thread::Builder::new().name("conntrack".to_owned()).spawn(move || {
+        while let Some(mut suspects) = receiver.blocking_recv() {
+            while let Ok(later) = receiver.try_recv() {
+                suspects.extend(later);
+            }
+            let started = std::time::Instant::now();
+            match conntrack.clean(&suspects) {
+                Ok(deleted) => {
+                    let deleted = usize::try_from(deleted).unwrap_or(usize::MAX);
+                    // The walk is one for all families; it is booked on the first that had a part in it.
+                    if let Some(family) = suspects.families().into_iter().next() {
+                        metrics.conntrack_cleaned(family, started.elapsed(), deleted);
+                    }
+                }
+                Err(error) => tracing::warn!(%error, "stale UDP flows may still lead to backends that are gone"),
+            }
+        }
+    })?;
+    Ok(sender)
+}
+
+async fn serve_http(
+    config: Config,
+    health: Health,
+    metrics: Metrics,
+    stopping: watch::Receiver<bool>,
+) -> anyhow::Result<()> {
+    let server = |name, address, router| {
+        let stopping = stopping.clone();
+        async move {
+            match address {
+                Some(address) => Server::new(name, address, config.bind_hard_fail).run(router, stopping).await,
+                None => {
+                    let mut stopping = stopping;
+                    // An error means that nobody can ask to stop any more, which is a stop too.
+                    let _ = stopping.wait_for(|stop| *stop).await;
+                    Ok(())
+                }
+            }
+        }
+    };
+    tokio::try_join!(
+        server("healthz", config.healthz, health_router(&health, &metrics)),
+        server("metrics", config.metrics, metrics_router(&metrics, "nftables")),
+    )?;
+    Ok(())
+}
+
+/// What would be programmed from a directory of manifests, and whose each frontend is. The kernel is not touched.
+///
+/// # Errors
+///
+/// When the source is not a directory, or something in it is wrong.
+pub fn plan(loaded: Loaded) -> anyhow::Result<(State, BTreeMap<Frontend, PortId>)> {
+    let Loaded { config, warnings } = loaded;
+    Telemetry::init(config.log)?;
+    for warning in warnings {
+        tracing::warn!("{warning}");
+    }
+    let mut model = Model::new(settings(&config));
+    for change in manifests::load_once(&manifest_source(&config)?)? {
+        model.apply(change);
+    }
+    let mut planner = Planner::default();
+    for name in model.take_dirty() {
+        planner.update(&name, model.plan(&name));
+    }
+    planner.update_node(model.node_plan());
+    let mut memory = Memory::default();
+    memory.apply(&planner.complete())?;
+    let mut owners = BTreeMap::new();
+    for port in planner.services().flat_map(|(_, plan)| &plan.ports) {
+        owners.extend(port.frontends.iter().map(|planned| (planned.frontend, port.id.clone())));
+    }
+    Ok((memory.dump()?, owners))
+}
+
+/// Takes everything of ours out of the kernel.
+///
+/// # Errors
+///
+/// When something could not be removed.
+pub fn cleanup(_: &KernelArgs, log: &LogArgs) -> anyhow::Result<()> {
+    Telemetry::init(log.config())?;
+    let mut plane = Nftables::open(PerFamily { v4: true, v6: true })?;
+    plane.remove()?;
+    tracing::info!("removed the tables ip weir and ip6 weir");
+    Ok(())
+}
+
+/// The families served.
+fn served(families: PerFamily<bool>) -> impl Iterator<Item = Family> {
+    Family::ALL.into_iter().filter(move |family| *families.get(*family))
+}
+
+/// The addresses a host tells of; empty until it has told.
+type Addresses = watch::Receiver<Vec<IpAddr>>;

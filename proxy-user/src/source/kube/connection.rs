@@ -1,0 +1,227 @@
+//! The way to an API server: which one, with which credentials, and whether it answers.
+//!
+//! In: [`KubeSource`]. Out: clients that outlive servers and tokens: every request goes to the server that answered
+//! last, and a watch resumes where it was even on another one.
+
+use std::{
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicBool, AtomicU32, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use http::{Request, Response, StatusCode, Uri};
+use hyper_util::{
+    client::legacy::{Client as HttpClient, connect::HttpConnector},
+    rt::TokioExecutor,
+};
+use kube::{
+    Client,
+    client::{Body, ConfigExt},
+};
+use tower::{BoxError, ServiceBuilder};
+use tracing::{info, warn};
+
+use super::{ConnectError, KubeSource};
+
+/// After this many failures in a row the next server is tried, with credentials read anew.
+const PATIENCE: u32 = 3;
+/// For TCP to be set up.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// For an answer to begin: longer than an API server takes to give up by itself.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a peer may say nothing before TCP asks whether it is still there.
+const KEEPALIVE: Duration = Duration::from_secs(15);
+
+/// A connection to whichever API server answers. Clones share it.
+#[derive(Clone)]
+pub struct Connection(Arc<Shared>);
+
+struct Shared {
+    settings: KubeSource,
+    route: RwLock<Arc<Route>>,
+    /// Held while a route is made, so that many failing watches make one.
+    making: tokio::sync::Mutex<()>,
+    outage: std::sync::Mutex<Option<Instant>>,
+}
+
+/// One server with one set of credentials.
+struct Route {
+    client: Client,
+    index: usize,
+    server: Uri,
+    failures: AtomicU32,
+    rejected: AtomicBool,
+}
+
+impl Connection {
+    /// Reads the credentials and prepares the connection. Sends nothing: a server that does not answer is no error.
+    ///
+    /// # Errors
+    ///
+    /// When the credentials cannot be read or are malformed.
+    pub async fn open(settings: KubeSource) -> Result<Self, ConnectError> {
+        if rustls::crypto::CryptoProvider::get_default().is_none() {
+            // The only failure is that somebody else was faster, and then there is one.
+            let _ = rustls::crypto::ring::default_provider().install_default();
+        }
+        let route = Route::make(&settings, 0).await?;
+        Ok(Self(Arc::new(Shared {
+            settings,
+            route: RwLock::new(Arc::new(route)),
+            making: tokio::sync::Mutex::default(),
+            outage: std::sync::Mutex::default(),
+        })))
+    }
+
+    /// A client for whatever else is asked of the API server.
+    #[must_use]
+    pub fn client(&self) -> Client {
+        self.observed_client(|_| {})
+    }
+
+    /// The API server requests go to now.
+    #[must_use]
+    pub fn server(&self) -> Uri {
+        self.0.route().server.clone()
+    }
+
+    /// The Node this agent runs on.
+    pub(super) fn node(&self) -> &str {
+        &self.0.settings.node
+    }
+
+    /// A client that reports for every request whether the server did as asked.
+    pub(super) fn observed_client(&self, observe: impl Fn(bool) + Send + Sync + 'static) -> Client {
+        let (shared, observe) = (Arc::clone(&self.0), Arc::new(observe));
+        let service = tower::service_fn(move |request| {
+            let (shared, observe) = (Arc::clone(&shared), Arc::clone(&observe));
+            async move {
+                let answer = shared.send(request).await;
+                observe(answer.as_ref().is_ok_and(|answer| answer.status().is_success()));
+                answer
+            }
+        });
+        Client::new(service, "default")
+    }
+}
+
+impl Shared {
+    fn route(&self) -> Arc<Route> {
+        Arc::clone(&self.route.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    async fn send(&self, request: Request<Body>) -> Result<Response<Body>, BoxError> {
+        let route = self.usable_route().await;
+        let answer = tokio::time::timeout(ANSWER_TIMEOUT, route.client.send(request)).await;
+        match answer {
+            Ok(Ok(answer)) => {
+                self.answered(&route, answer.status());
+                Ok(answer)
+            }
+            Ok(Err(error)) => {
+                self.failed(&route, &error);
+                Err(error.into())
+            }
+            Err(elapsed) => {
+                self.failed(&route, &elapsed);
+                Err(elapsed.into())
+            }
+        }
+    }
+
+    fn answered(&self, route: &Route, status: StatusCode) {
+        if status == StatusCode::UNAUTHORIZED {
+            route.rejected.store(true, Relaxed);
+        } else if status.is_server_error() {
+            self.failed(route, &format_args!("it answers {status}"));
+            return;
+        }
+        route.failures.store(0, Relaxed);
+        let outage = self.outage.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(since) = outage {
+            info!(server = %route.server, outage = ?since.elapsed(), "the API server answers again");
+        }
+    }
+
+    fn failed(&self, route: &Route, error: &dyn std::fmt::Display) {
+        route.failures.fetch_add(1, Relaxed);
+        let mut outage = self.outage.lock().unwrap_or_else(PoisonError::into_inner);
+        if outage.is_none() {
+            *outage = Some(Instant::now());
+            warn!(server = %route.server, %error, "the API server does not answer; what is programmed stays");
+        }
+    }
+
+    /// The route, after making another one if this one has proved useless.
+    async fn usable_route(&self) -> Arc<Route> {
+        let route = self.route();
+        if route.is_usable() {
+            return route;
+        }
+        let _making = self.making.lock().await;
+        let route = self.route();
+        if route.is_usable() {
+            return route;
+        }
+        let unreachable = !route.rejected.load(Relaxed);
+        match Route::make(&self.settings, route.index + usize::from(unreachable)).await {
+            Ok(next) => {
+                if next.server != route.server {
+                    info!(from = %route.server, to = %next.server, "trying another API server");
+                }
+                let next = Arc::new(next);
+                *self.route.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&next);
+                next
+            }
+            Err(error) => {
+                warn!(error = &error as &dyn std::error::Error, "keeping the credentials read before");
+                route.forgive();
+                route
+            }
+        }
+    }
+}
+
+impl Route {
+    async fn make(settings: &KubeSource, index: usize) -> Result<Self, ConnectError> {
+        let mut config = settings.credentials.load().await?;
+        let index = index.checked_rem(settings.servers.len()).unwrap_or(0);
+        if let Some(server) = settings.servers.get(index) {
+            config.cluster_url = server.clone();
+        }
+        let from = settings.credentials.origin();
+        let client =
+            client(&config).map_err(|source| ConnectError::Client { from, source: Box::new(source) })?;
+        let server = config.cluster_url;
+        Ok(Self { client, index, server, failures: AtomicU32::new(0), rejected: AtomicBool::new(false) })
+    }
+
+    fn is_usable(&self) -> bool {
+        self.failures.load(Relaxed) < PATIENCE && !self.rejected.load(Relaxed)
+    }
+
+    fn forgive(&self) {
+        self.failures.store(0, Relaxed);
+        self.rejected.store(false, Relaxed);
+    }
+}
+
+/// A client without retries, whose connections notice within a minute that the peer has gone without a word.
+fn client(config: &kube::Config) -> Result<Client, kube::Error> {
+    let mut tcp = HttpConnector::new();
+    tcp.enforce_http(false);
+    tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
+    tcp.set_keepalive(Some(KEEPALIVE));
+    tcp.set_keepalive_interval(Some(KEEPALIVE / 3));
+    tcp.set_keepalive_retries(Some(3));
+    tcp.set_tcp_user_timeout(Some(2 * KEEPALIVE));
+    let tls = config.rustls_https_connector_with_connector(tcp)?;
+    let service = ServiceBuilder::new()
+        .layer(config.base_uri_layer())
+        .option_layer(config.auth_layer()?)
+        .map_err(BoxError::from)
+        .service(HttpClient::builder(TokioExecutor::new()).build(tls));
+    Ok(Client::new(service, config.default_namespace.clone()))
+}

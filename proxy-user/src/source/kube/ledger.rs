@@ -1,0 +1,178 @@
+//! Which objects of one kind the source has told about.
+//!
+//! In: a watcher's events. Out: the [`Change`]s they amount to. A full list tells what is gone only once it is complete.
+
+use kube::runtime::watcher::Event;
+use rustc_hash::FxHashMap;
+use smallvec::SmallVec;
+
+use crate::{
+    model::ObjectName,
+    source::{Change, Kind, Object},
+};
+
+/// What one event amounts to: mostly one change.
+pub(super) type Changes = SmallVec<[Change; 1]>;
+
+/// The names told so far, each with the list that last had it.
+#[derive(Debug)]
+pub(super) struct Ledger {
+    kind: Kind,
+    known: FxHashMap<ObjectName, u32>,
+    list: u32,
+    listing: bool,
+    synced: bool,
+}
+
+impl Ledger {
+    pub(super) fn new(kind: Kind) -> Self {
+        Self { kind, known: FxHashMap::default(), list: 0, listing: false, synced: false }
+    }
+
+    /// How many objects are known.
+    pub(super) fn len(&self) -> usize {
+        self.known.len()
+    }
+
+    /// Whether a list has begun and neither finished nor failed.
+    pub(super) fn listing(&self) -> bool {
+        self.listing
+    }
+
+    /// The running list failed. What it brought stays, what it lacks stays too.
+    pub(super) fn abandon(&mut self) {
+        self.listing = false;
+    }
+
+    /// The change that says that this kind is complete; `None` if that was said before.
+    pub(super) fn sync(&mut self) -> Option<Change> {
+        (!std::mem::replace(&mut self.synced, true)).then_some(Change::Synced(self.kind))
+    }
+
+    /// Takes in one event.
+    pub(super) fn step(&mut self, event: Event<Object>) -> Changes {
+        match event {
+            Event::Init => {
+                self.list = self.list.wrapping_add(1);
+                self.listing = true;
+                Changes::new()
+            }
+            Event::InitApply(object) | Event::Apply(object) => {
+                self.known.insert(object.name(), self.list);
+                Changes::from_buf([Change::Apply(object)])
+            }
+            Event::Delete(object) => {
+                let name = object.name();
+                self.known.remove(&name).map(|_| Change::Delete(self.kind, name)).into_iter().collect()
+            }
+            Event::InitDone => self.complete(),
+        }
+    }
+
+    fn complete(&mut self) -> Changes {
+        let list = self.list;
+        self.listing = false;
+        let kind = self.kind;
+        let mut changes: Changes = self
+            .known
+            .extract_if(|_, last| *last != list)
+            .map(|(name, _)| Change::Delete(kind, name))
+            .collect();
+        if self.known.capacity() > 4 * self.known.len() {
+            self.known.shrink_to_fit();
+        }
+        changes.extend(self.sync());
+        changes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::Service;
+
+    use super::*;
+
+    fn service(name: &str) -> Object {
+        let mut service = Service::default();
+        service.metadata.namespace = Some("shop".to_owned());
+        service.metadata.name = Some(name.to_owned());
+        Object::Service(Box::new(service))
+    }
+
+    /// Plays events and writes each change as a word.
+    fn play(ledger: &mut Ledger, events: impl IntoIterator<Item = Event<Object>>) -> Vec<String> {
+        let changes = events.into_iter().flat_map(|event| ledger.step(event));
+        changes
+            .map(|change| match change {
+                Change::Apply(object) => format!("+{}", object.name().name()),
+                Change::Delete(_, name) => format!("-{}", name.name()),
+                Change::Synced(kind) => format!("{kind} synced"),
+            })
+            .collect()
+    }
+
+    fn listed(names: &[&str]) -> Vec<Event<Object>> {
+        let objects = names.iter().map(|name| Event::InitApply(service(name)));
+        std::iter::once(Event::Init).chain(objects).chain([Event::InitDone]).collect()
+    }
+
+    #[test]
+    fn the_first_list_streams_through_and_then_syncs() {
+        let mut ledger = Ledger::new(Kind::Service);
+        assert_eq!(play(&mut ledger, listed(&["a", "b"])), ["+a", "+b", "Service synced"]);
+        assert_eq!(ledger.len(), 2);
+    }
+
+    #[test]
+    fn an_empty_first_list_syncs() {
+        assert_eq!(play(&mut Ledger::new(Kind::Node), listed(&[])), ["Node synced"]);
+    }
+
+    #[test]
+    fn what_a_later_list_lacks_goes_when_it_is_complete_and_synced_is_not_repeated() {
+        let mut ledger = Ledger::new(Kind::Service);
+        play(&mut ledger, listed(&["a", "b", "c"]));
+        let before_end = [Event::Init, Event::InitApply(service("b"))];
+        assert_eq!(play(&mut ledger, before_end), ["+b"]);
+        let mut gone = play(&mut ledger, [Event::InitDone]);
+        gone.sort();
+        assert_eq!(gone, ["-a", "-c"]);
+    }
+
+    #[test]
+    fn a_list_that_breaks_off_deletes_nothing() {
+        let mut ledger = Ledger::new(Kind::Service);
+        play(&mut ledger, listed(&["a", "b"]));
+        assert_eq!(play(&mut ledger, [Event::Init, Event::InitApply(service("c"))]), ["+c"]);
+        ledger.abandon();
+        // Only the list that completes decides, also about what the broken one brought.
+        assert_eq!(play(&mut ledger, listed(&["a"])).len(), 3);
+        assert_eq!(ledger.len(), 1);
+    }
+
+    #[test]
+    fn objects_that_come_and_go_during_a_list_are_told_once() {
+        let mut ledger = Ledger::new(Kind::Service);
+        play(&mut ledger, [Event::Init, Event::InitApply(service("a"))]);
+        assert_eq!(play(&mut ledger, [Event::Delete(service("a"))]), ["-a"]);
+        assert_eq!(play(&mut ledger, [Event::InitDone]), ["Service synced"]);
+    }
+
+    #[test]
+    fn deletes_of_strangers_are_not_told() {
+        let mut ledger = Ledger::new(Kind::Service);
+        play(&mut ledger, listed(&["a"]));
+        assert_eq!(play(&mut ledger, [Event::Delete(service("b"))]), Vec::<String>::new());
+        assert_eq!(
+            play(&mut ledger, [Event::Apply(service("b")), Event::Delete(service("b"))]),
+            ["+b", "-b"]
+        );
+    }
+
+    #[test]
+    fn a_kind_counted_as_complete_for_want_of_a_list_is_not_synced_again() {
+        let mut ledger = Ledger::new(Kind::ServiceCidr);
+        assert_eq!(ledger.sync(), Some(Change::Synced(Kind::ServiceCidr)));
+        assert_eq!(play(&mut ledger, listed(&["a"])), ["+a"]);
+    }
+}

@@ -1,0 +1,45 @@
+//! The cluster's API server as a source.
+//!
+//! In: watches of Services, EndpointSlices, this Node and ServiceCIDRs (W1, W2, W3). Out: their [`Change`]s, less the
+//! metadata nobody reads. Lists are passed on as they stream in, so nothing here holds more than the names of what
+//! exists.
+//!
+//! ```text
+//! connection ──answers──▶ watch ──Event──▶ ledger ──Change──▶ channel
+//! (servers, credentials)  (retries)        (what is known)
+//! ```
+//!
+//! An API server that cannot be reached yields nothing at all, however long that lasts. What vanished in the meantime
+//! is told by the next full list, and only when that is complete.
+
+use std::sync::Arc;
+
+use tokio::sync::mpsc::Sender;
+
+use super::{Change, SourceStatus};
+
+mod connection;
+mod credentials;
+mod ledger;
+mod objects;
+mod retry;
+mod watch;
+
+pub use connection::Connection;
+pub use credentials::{ConnectError, Credentials};
+
+/// Which API server to watch, as whom, for which node.
+#[derive(Clone, Debug)]
+pub struct KubeSource {
+    /// How to find and convince the API server.
+    pub credentials: Credentials,
+    /// API servers to use instead of the one the credentials name. After repeated failure the next one is tried.
+    pub servers: Vec<http::Uri>,
+    /// The name of the Node this agent runs on.
+    pub node: String,
+}
+
+/// Watches until the receiver of `changes` is gone. Whatever the API server does or fails to do is retried for ever.
+pub async fn watch(connection: Connection, changes: Sender<Change>, status: Arc<SourceStatus>) {
+    watch::every_kind(connection, changes, status).await;
+}

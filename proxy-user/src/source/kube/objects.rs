@@ -1,0 +1,183 @@
+//! The kinds that are watched: with which selectors, and what is kept of an object.
+//!
+//! In: objects as the API server sends them. Out: [`Object`]s without what neither model nor metrics read; most of
+//! what a cluster stores in metadata and in Node status is such.
+
+use std::fmt::Debug;
+
+use k8s_openapi::{
+    api::{
+        core::v1::{Node, NodeStatus, Service},
+        discovery::v1::EndpointSlice,
+        networking::v1::ServiceCIDR,
+    },
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
+use kube::{Resource, runtime::watcher::Config};
+use serde::de::DeserializeOwned;
+
+use crate::source::{HEADLESS_LABEL, Kind, Object, PROXY_NAME_LABEL};
+
+/// The one annotation that is read (W10).
+const TRIGGER_TIME_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+
+/// A kind the source watches.
+pub(super) trait Watched:
+    Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static
+{
+    /// Which kind it is.
+    const KIND: Kind;
+
+    /// What to ask the API server for.
+    fn selector(node: &str) -> Config;
+
+    /// The object without what nobody reads.
+    fn trimmed(self) -> Object;
+}
+
+impl Watched for Service {
+    const KIND: Kind = Kind::Service;
+
+    /// W1: neither another proxy's nor headless.
+    fn selector(_node: &str) -> Config {
+        Config::default().labels(&format!("!{PROXY_NAME_LABEL}")).fields("spec.clusterIP!=None")
+    }
+
+    fn trimmed(mut self) -> Object {
+        trim(&mut self.metadata);
+        self.metadata.annotations = None;
+        if let Some(status) = &mut self.status {
+            status.conditions = None;
+        }
+        Object::Service(Box::new(self))
+    }
+}
+
+impl Watched for EndpointSlice {
+    const KIND: Kind = Kind::EndpointSlice;
+
+    /// W2: all but those of headless Services.
+    fn selector(_node: &str) -> Config {
+        Config::default().labels(&format!("!{HEADLESS_LABEL}"))
+    }
+
+    fn trimmed(mut self) -> Object {
+        trim(&mut self.metadata);
+        if let Some(annotations) = &mut self.metadata.annotations {
+            annotations.retain(|key, _| key == TRIGGER_TIME_ANNOTATION);
+        }
+        Object::EndpointSlice(Box::new(self))
+    }
+}
+
+impl Watched for Node {
+    const KIND: Kind = Kind::Node;
+
+    /// W3: this node only.
+    fn selector(node: &str) -> Config {
+        Config::default().fields(&format!("metadata.name={node}"))
+    }
+
+    fn trimmed(mut self) -> Object {
+        trim(&mut self.metadata);
+        self.metadata.annotations = None;
+        self.status =
+            self.status.map(|status| NodeStatus { addresses: status.addresses, ..NodeStatus::default() });
+        Object::Node(Box::new(self))
+    }
+}
+
+impl Watched for ServiceCIDR {
+    const KIND: Kind = Kind::ServiceCidr;
+
+    /// W3: every one.
+    fn selector(_node: &str) -> Config {
+        Config::default()
+    }
+
+    fn trimmed(mut self) -> Object {
+        trim(&mut self.metadata);
+        self.metadata.annotations = None;
+        Object::ServiceCidr(Box::new(self))
+    }
+}
+
+fn trim(metadata: &mut ObjectMeta) {
+    metadata.managed_fields = None;
+    metadata.owner_references = None;
+    metadata.generate_name = None;
+    metadata.self_link = None;
+    if let Some(labels) = &mut metadata.labels {
+        labels.retain(|key, _| {
+            key == "kubernetes.io/service-name"
+                || key == "topology.kubernetes.io/zone"
+                || key.starts_with("service.kubernetes.io/")
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn metadata(object: &Object) -> serde_json::Value {
+        serde_json::to_value(object.metadata()).unwrap()
+    }
+
+    #[test]
+    fn w10_of_a_slice_the_service_label_and_the_trigger_time_stay() {
+        let slice: EndpointSlice = serde_json::from_value(json!({
+            "metadata": {
+                "name": "web-1", "namespace": "shop", "resourceVersion": "7", "generateName": "web-",
+                "labels": {"kubernetes.io/service-name": "web", "app": "web"},
+                "annotations": {TRIGGER_TIME_ANNOTATION: "2026-01-01T00:00:00Z", "note": "long"},
+                "ownerReferences": [{"apiVersion": "v1", "kind": "Service", "name": "web", "uid": "1"}],
+                "managedFields": [{"manager": "x"}],
+            },
+            "addressType": "IPv4", "endpoints": [],
+        }))
+        .unwrap();
+        assert_eq!(
+            metadata(&slice.trimmed()),
+            json!({
+                "name": "web-1", "namespace": "shop", "resourceVersion": "7",
+                "labels": {"kubernetes.io/service-name": "web"},
+                "annotations": {TRIGGER_TIME_ANNOTATION: "2026-01-01T00:00:00Z"},
+            })
+        );
+    }
+
+    #[test]
+    fn of_a_node_addresses_zone_and_pod_cidrs_stay() {
+        let node: Node = serde_json::from_value(json!({
+            "metadata": {"name": "n1", "labels": {"topology.kubernetes.io/zone": "a", "os": "linux"}},
+            "spec": {"podCIDRs": ["10.1.0.0/24"]},
+            "status": {
+                "addresses": [{"type": "InternalIP", "address": "192.0.2.1"}],
+                "images": [{"names": ["x"], "sizeBytes": 5}],
+                "capacity": {"cpu": "8"},
+            },
+        }))
+        .unwrap();
+        let Object::Node(node) = node.trimmed() else { panic!("not a Node") };
+        let status = serde_json::to_value(node.status).unwrap();
+        assert_eq!(status, json!({"addresses": [{"type": "InternalIP", "address": "192.0.2.1"}]}));
+        assert_eq!(
+            node.metadata.labels.unwrap().into_keys().collect::<Vec<_>>(),
+            ["topology.kubernetes.io/zone"]
+        );
+        assert_eq!(node.spec.unwrap().pod_cidrs.unwrap(), ["10.1.0.0/24"]);
+    }
+
+    #[test]
+    fn w1_w2_w3_selectors_leave_the_rest_to_the_server() {
+        let service = Service::selector("n1");
+        assert_eq!(service.label_selector.as_deref(), Some("!service.kubernetes.io/service-proxy-name"));
+        assert_eq!(service.field_selector.as_deref(), Some("spec.clusterIP!=None"));
+        let slice = EndpointSlice::selector("n1");
+        assert_eq!(slice.label_selector.as_deref(), Some("!service.kubernetes.io/headless"));
+        assert_eq!(Node::selector("n1").field_selector.as_deref(), Some("metadata.name=n1"));
+    }
+}

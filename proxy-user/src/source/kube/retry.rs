@@ -1,0 +1,124 @@
+//! How long to wait before the API server is asked again.
+//!
+//! In: what went wrong. Out: a delay with jitter. A server that cannot be reached costs nobody anything, so it is tried
+//! often and found within seconds of its return; one that answers but refuses is left alone for longer.
+
+use std::time::Duration;
+
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use kube::runtime::watcher::Error;
+
+/// Between attempts at what this server or this account does not have.
+const ABSENT: Duration = Duration::from_secs(60);
+
+/// What an error says about asking again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// No answer: nothing listens, the connection broke, TLS failed.
+    Unreachable,
+    /// The server cannot stream lists: ask for pages.
+    NoStreaming,
+    /// The kind does not exist on the server or is forbidden to us.
+    Absent,
+    /// The server answered with some other error.
+    Refused,
+}
+
+impl Refusal {
+    /// What `error` says, when the list was asked for as a stream or not.
+    pub(super) fn of(error: &Error, streaming: bool) -> Self {
+        let status = match error {
+            Error::InitialListFailed(kube::Error::Api(status))
+            | Error::WatchStartFailed(kube::Error::Api(status))
+            | Error::WatchFailed(kube::Error::Api(status))
+            | Error::WatchError(status) => status,
+            Error::NoResourceVersion => return Self::Refused,
+            Error::InitialListFailed(_) | Error::WatchStartFailed(_) | Error::WatchFailed(_) => {
+                return Self::Unreachable;
+            }
+        };
+        match status.code {
+            400 | 422 if streaming && matches!(error, Error::WatchStartFailed(_)) => Self::NoStreaming,
+            403 | 404 => Self::Absent,
+            _ => Self::Refused,
+        }
+    }
+}
+
+/// The delays of one watch.
+#[derive(Debug)]
+pub(super) struct Retry {
+    unreachable: ExponentialBackoff,
+    refused: ExponentialBackoff,
+}
+
+impl Retry {
+    pub(super) fn new() -> Self {
+        Self {
+            unreachable: delays(Duration::from_millis(50), Duration::from_millis(1500)),
+            refused: delays(Duration::from_millis(250), Duration::from_secs(15)),
+        }
+    }
+
+    /// How long to wait now.
+    pub(super) fn delay(&mut self, refusal: Refusal, optional: bool) -> Duration {
+        match refusal {
+            Refusal::NoStreaming => Duration::ZERO,
+            Refusal::Absent if optional => ABSENT,
+            Refusal::Unreachable => self.unreachable.next().unwrap_or(ABSENT),
+            Refusal::Absent | Refusal::Refused => self.refused.next().unwrap_or(ABSENT),
+        }
+    }
+}
+
+/// Doubling delays up to `longest`; jitter adds up to as much again.
+fn delays(shortest: Duration, longest: Duration) -> ExponentialBackoff {
+    ExponentialBuilder::new()
+        .with_min_delay(shortest)
+        .with_max_delay(longest)
+        .with_factor(2.0)
+        .with_jitter()
+        .without_max_times()
+        .build()
+}
+
+#[cfg(test)]
+mod tests {
+    use kube::core::Status;
+
+    use super::*;
+
+    fn status(code: u16) -> Box<Status> {
+        Status::failure("no", "Reason").with_code(code).boxed()
+    }
+
+    #[test]
+    fn an_unreachable_server_is_found_within_seconds_however_long_it_was_away() {
+        let mut retry = Retry::new();
+        let delays: Vec<_> = (0..200).map(|_| retry.delay(Refusal::Unreachable, false)).collect();
+        assert!(delays[0] <= Duration::from_millis(100), "{:?}", delays[0]);
+        assert!(delays.iter().all(|delay| *delay <= Duration::from_secs(3)), "{delays:?}");
+        assert!(delays[10..].windows(2).any(|pair| pair[0] != pair[1]), "no jitter: {delays:?}");
+    }
+
+    #[test]
+    fn a_refusing_server_is_asked_every_half_minute_at_most_and_not_hammered() {
+        let mut retry = Retry::new();
+        let delays: Vec<_> = (0..200).map(|_| retry.delay(Refusal::Refused, false)).collect();
+        assert!(delays.iter().all(|delay| *delay <= Duration::from_secs(30)), "{delays:?}");
+        assert!(delays[20..].iter().all(|delay| *delay >= Duration::from_secs(15)), "{delays:?}");
+    }
+
+    #[test]
+    fn only_the_start_of_a_streamed_list_makes_pages_the_way() {
+        let start = |code| Error::WatchStartFailed(kube::Error::Api(status(code)));
+        assert_eq!(Refusal::of(&start(422), true), Refusal::NoStreaming);
+        assert_eq!(Refusal::of(&start(400), true), Refusal::NoStreaming);
+        assert_eq!(Refusal::of(&start(422), false), Refusal::Refused);
+        assert_eq!(Refusal::of(&start(500), true), Refusal::Refused);
+        assert_eq!(Refusal::of(&start(403), true), Refusal::Absent);
+        assert_eq!(Refusal::of(&Error::WatchError(status(410)), true), Refusal::Refused);
+        let broken = Error::WatchFailed(kube::Error::Service("reset".into()));
+        assert_eq!(Refusal::of(&broken, true), Refusal::Unreachable);
+    }
+}

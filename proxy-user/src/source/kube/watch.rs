@@ -1,0 +1,223 @@
+//! The watches themselves, one task a kind.
+//!
+//! In: the API server's lists and watches. Out: [`Change`]s, in order within a kind. A task ends only when nobody
+//! receives any more.
+
+use std::{
+    error::Error as _,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures::StreamExt;
+use k8s_openapi::api::{
+    core::v1::{Node, Service},
+    discovery::v1::EndpointSlice,
+    networking::v1::ServiceCIDR,
+};
+use kube::{
+    Api,
+    runtime::watcher::{self, Event, InitialListStrategy},
+};
+use tokio::{sync::mpsc::Sender, task::JoinSet};
+use tracing::{debug, warn};
+
+use super::{
+    connection::Connection,
+    ledger::Ledger,
+    objects::Watched,
+    retry::{Refusal, Retry},
+};
+use crate::source::{Change, Kind, Object, SourceStatus};
+
+/// A connection that lived this long was a good one, so delays start small again after it.
+const GOOD_CONNECTION: Duration = Duration::from_secs(10);
+/// After this many streamed lists that ended early, lists are asked for in pages.
+const STREAMS_BROKEN_OFF: u32 = 3;
+
+/// Nobody receives changes any more.
+struct Closed;
+
+pub(super) async fn every_kind(connection: Connection, changes: Sender<Change>, status: Arc<SourceStatus>) {
+    let mut watches = JoinSet::new();
+    watches.spawn(Watch::<Service>::new(&connection, &changes, &status).run());
+    watches.spawn(Watch::<EndpointSlice>::new(&connection, &changes, &status).run());
+    watches.spawn(Watch::<Node>::new(&connection, &changes, &status).run());
+    watches.spawn(Watch::<ServiceCIDR>::new(&connection, &changes, &status).run());
+    drop(changes);
+    while watches.join_next().await.is_some() {}
+}
+
+struct Watch<K> {
+    api: Api<K>,
+    config: watcher::Config,
+    changes: Sender<Change>,
+    status: Arc<SourceStatus>,
+    ledger: Ledger,
+    retry: Retry,
+    /// When the server was last asked after a failure.
+    asked: Instant,
+    broken_off: u32,
+    complaint: String,
+}
+
+impl<K: Watched> Watch<K> {
+    fn new(connection: &Connection, changes: &Sender<Change>, status: &Arc<SourceStatus>) -> Self {
+        let observed = Arc::clone(status);
+        let client = connection.observed_client(move |success| {
+            observed.of(K::KIND).set_connected(success);
+        });
+        Self {
+            api: Api::all(client),
+            config: K::selector(connection.node()).streaming_lists(),
+            changes: changes.clone(),
+            status: Arc::clone(status),
+            ledger: Ledger::new(K::KIND),
+            retry: Retry::new(),
+            asked: Instant::now(),
+            broken_off: 0,
+            complaint: String::new(),
+        }
+    }
+
+    async fn run(mut self) {
+        // The receiver may go while nothing happens at the server.
+        let changes = self.changes.clone();
+        tokio::select! {
+            () = changes.closed() => {}
+            Closed = self.follow_for_ever() => {}
+        }
+    }
+
+    async fn follow_for_ever(&mut self) -> Closed {
+        loop {
+            if let Err(closed) = self.follow().await {
+                return closed;
+            }
+        }
+    }
+
+    /// Follows the server until lists are to be asked for in another way.
+    async fn follow(&mut self) -> Result<(), Closed> {
+        let mut events = std::pin::pin!(watcher::watcher(self.api.clone(), self.config.clone()));
+        while let Some(event) = events.next().await {
+            let again = match event {
+                Ok(event) => self.event(event).await?,
+                Err(error) => self.error(&error).await?,
+            };
+            if again {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    fn streaming(&self) -> bool {
+        self.config.initial_list_strategy == InitialListStrategy::StreamingList
+    }
+
+    fn ask_for_pages(&mut self) {
+        debug!(kind = %K::KIND, "the API server does not stream lists; asking for pages");
+        self.config.initial_list_strategy = InitialListStrategy::ListWatch;
+    }
+
+    async fn event(&mut self, event: Event<K>) -> Result<bool, Closed> {
+        let event = match event {
+            Event::Init => {
+                if self.ledger.listing() && self.list_broke_off().await {
+                    return Ok(true);
+                }
+                self.status.of(K::KIND).relist(self.streaming());
+                Event::Init
+            }
+            Event::InitDone => {
+                self.recovered();
+                Event::InitDone
+            }
+            Event::InitApply(object) => Event::InitApply(object.trimmed()),
+            Event::Apply(object) => Event::Apply(object.trimmed()),
+            Event::Delete(object) => Event::Delete(object.trimmed()),
+        };
+        self.pass_on(event).await?;
+        Ok(false)
+    }
+
+    async fn pass_on(&mut self, event: Event<Object>) -> Result<(), Closed> {
+        let changes = self.ledger.step(event);
+        self.status.of(K::KIND).event(self.ledger.len());
+        for change in changes {
+            self.send(change).await?;
+        }
+        Ok(())
+    }
+
+    async fn send(&self, change: Change) -> Result<(), Closed> {
+        if matches!(change, Change::Synced(_)) {
+            self.status.of(K::KIND).set_synced();
+        }
+        self.changes.send(change).await.map_err(|_| Closed)
+    }
+
+    /// A list ended without an error and without being complete. Answers whether to go on in pages.
+    async fn list_broke_off(&mut self) -> bool {
+        self.status.of(K::KIND).error();
+        self.broken_off += 1;
+        let delay = self.retry.delay(Refusal::Refused, false);
+        debug!(kind = %K::KIND, ?delay, "a list ended early");
+        tokio::time::sleep(delay).await;
+        if self.streaming() && self.broken_off >= STREAMS_BROKEN_OFF {
+            self.ask_for_pages();
+            return true;
+        }
+        false
+    }
+
+    /// A list is complete: the server is well.
+    fn recovered(&mut self) {
+        self.retry = Retry::new();
+        self.broken_off = 0;
+        self.complaint.clear();
+    }
+
+    /// Waits as long as the error asks for. Answers whether to go on in pages.
+    async fn error(&mut self, error: &watcher::Error) -> Result<bool, Closed> {
+        let refusal = Refusal::of(error, self.streaming());
+        self.ledger.abandon();
+        if refusal == Refusal::NoStreaming {
+            self.ask_for_pages();
+            return Ok(true);
+        }
+        let status = self.status.of(K::KIND);
+        status.error();
+        if status.set_connected(false) && self.asked.elapsed() > GOOD_CONNECTION {
+            self.retry = Retry::new();
+        }
+        self.complain(error, refusal);
+        let optional = K::KIND == Kind::ServiceCidr;
+        if optional
+            && refusal == Refusal::Absent
+            && let Some(synced) = self.ledger.sync()
+        {
+            self.send(synced).await?;
+        }
+        tokio::time::sleep(self.retry.delay(refusal, optional)).await;
+        self.asked = Instant::now();
+        Ok(false)
+    }
+
+    /// Warns about what the server says, once in a row. That it says nothing, the connection tells for all kinds.
+    fn complain(&mut self, error: &watcher::Error, refusal: Refusal) {
+        let text = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+        if refusal == Refusal::Unreachable || text == self.complaint {
+            debug!(kind = %K::KIND, error = text, "watch failed");
+            return;
+        }
+        match refusal {
+            Refusal::Absent => {
+                warn!(kind = %K::KIND, error = text, "cannot list; does the role allow list and watch?");
+            }
+            _ => warn!(kind = %K::KIND, error = text, "watch failed"),
+        }
+        self.complaint = text;
+    }
+}

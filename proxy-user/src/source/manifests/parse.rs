@@ -1,0 +1,200 @@
+//! From a file's text to checked objects.
+//!
+//! In: the text of a YAML or JSON file. Out: its [`Object`]s, with what the API server would fill in filled in, or all
+//! that is wrong with them by document and field.
+
+use std::{fmt, sync::Arc};
+
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_yaml_ng::Value;
+
+use super::{address::Ranges, check};
+use crate::source::Object;
+
+/// What is wrong in a manifest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ManifestError {
+    /// The file's name.
+    pub file: Arc<str>,
+    /// Which document of the file, counted from 1; 0 for the file as a whole.
+    pub document: usize,
+    /// The object as `Kind namespace/name`, as far as known.
+    pub object: Option<String>,
+    /// The path of the field; empty for the document as a whole.
+    pub field: String,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+impl ManifestError {
+    pub(super) fn of_file(file: &Arc<str>, reason: impl Into<String>) -> Self {
+        let (file, reason) = (Arc::clone(file), reason.into());
+        Self { file, document: 0, object: None, field: String::new(), reason }
+    }
+
+    /// The message without the file's name.
+    pub(super) fn in_file(&self) -> impl fmt::Display {
+        fmt::from_fn(move |f| {
+            match (self.document, &self.object) {
+                (0, _) => {}
+                (document, None) => write!(f, "document {document}: ")?,
+                (document, Some(object)) => write!(f, "document {document} ({object}): ")?,
+            }
+            if !self.field.is_empty() {
+                write!(f, "`{}` ", self.field)?;
+            }
+            f.write_str(&self.reason)
+        })
+    }
+}
+
+impl fmt::Display for ManifestError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.file, self.in_file())
+    }
+}
+
+impl std::error::Error for ManifestError {}
+
+/// One object and where it stands.
+#[derive(Clone, Debug)]
+pub(super) struct Item {
+    pub(super) object: Arc<Object>,
+    pub(super) document: usize,
+}
+
+/// What a file holds.
+#[derive(Debug, Default)]
+pub(super) struct Parsed {
+    pub(super) items: Vec<Item>,
+    pub(super) errors: Vec<ManifestError>,
+    pub(super) warnings: Vec<String>,
+}
+
+/// Reads a whole file.
+pub(super) fn parse(file: &Arc<str>, text: &str, ranges: &Ranges) -> Parsed {
+    let mut reader = Reader { file, ranges, parsed: Parsed::default(), document: 0 };
+    let json = file.ends_with(".json");
+    let syntax = if json { reader.documents_of_json(text) } else { reader.documents_of_yaml(text) };
+    if let Err(reason) = syntax {
+        reader.fail(None, "", reason);
+    }
+    reader.parsed
+}
+
+struct Reader<'a> {
+    file: &'a Arc<str>,
+    ranges: &'a Ranges,
+    parsed: Parsed,
+    document: usize,
+}
+
+impl Reader<'_> {
+    fn documents_of_yaml(&mut self, text: &str) -> Result<(), String> {
+        for document in serde_yaml_ng::Deserializer::from_str(text) {
+            self.document += 1;
+            let mut value = Value::deserialize(document).map_err(|error| error.to_string())?;
+            value.apply_merge().map_err(|error| error.to_string())?;
+            self.document(value);
+        }
+        Ok(())
+    }
+
+    fn documents_of_json(&mut self, text: &str) -> Result<(), String> {
+        for value in serde_json::Deserializer::from_str(text).into_iter::<Value>() {
+            self.document += 1;
+            self.document(value.map_err(|error| error.to_string())?);
+        }
+        Ok(())
+    }
+
+    fn document(&mut self, value: Value) {
+        if !value.is_null() {
+            self.object(value, "", None);
+        }
+    }
+
+    /// Reads an object; `at` is its path in the document, `expected` the kind it need not repeat.
+    fn object(&mut self, value: Value, at: &str, expected: Option<&str>) {
+        if !value.is_mapping() {
+            self.fail(None, at, "is not an object".to_owned());
+            return;
+        }
+        let text = |key: &str| value.get(key).and_then(Value::as_str).map(ToOwned::to_owned);
+        let Some(kind) = text("kind").or_else(|| expected.map(ToOwned::to_owned)) else {
+            self.fail(None, &join(at, "kind"), "is missing".to_owned());
+            return;
+        };
+        match kind.as_str() {
+            "Service" => self.typed(value, at, &kind, |object| Object::Service(Box::new(object))),
+            "EndpointSlice" => self.typed(value, at, &kind, |object| Object::EndpointSlice(Box::new(object))),
+            "Node" => self.typed(value, at, &kind, |object| Object::Node(Box::new(object))),
+            "ServiceCIDR" => self.typed(value, at, &kind, |object| Object::ServiceCidr(Box::new(object))),
+            _ => match kind.strip_suffix("List") {
+                Some(member) => self.list(value, at, Some(member).filter(|member| !member.is_empty())),
+                None => {
+                    let Self { file, document, .. } = self;
+                    let warning =
+                        format!("{file}: document {document}: kind `{kind}` is not used here; ignored");
+                    self.parsed.warnings.push(warning);
+                }
+            },
+        }
+    }
+
+    fn list(&mut self, mut value: Value, at: &str, member: Option<&str>) {
+        match value.get_mut("items").map(std::mem::take) {
+            Some(Value::Sequence(items)) => {
+                for (index, item) in items.into_iter().enumerate() {
+                    self.object(item, &join(at, &format!("items[{index}]")), member);
+                }
+            }
+            None | Some(Value::Null) => {}
+            Some(_) => self.fail(None, &join(at, "items"), "is not a list".to_owned()),
+        }
+    }
+
+    fn typed<T: DeserializeOwned>(&mut self, value: Value, at: &str, kind: &str, wrap: fn(T) -> Object) {
+        let title = title(kind, &value);
+        let mut object = match serde_path_to_error::deserialize::<_, T>(value) {
+            Ok(object) => wrap(object),
+            Err(error) => {
+                let path = error.path().to_string();
+                let path = if path == "." { "" } else { &path };
+                self.fail(Some(title), &join(at, path), format!("is wrong: {}", error.inner()));
+                return;
+            }
+        };
+        check::fill_in(&mut object);
+        let problems = check::check(&object, self.ranges);
+        if problems.is_empty() {
+            self.parsed.items.push(Item { object: Arc::new(object), document: self.document });
+        }
+        for (field, reason) in problems {
+            self.fail(Some(title.clone()), &join(at, &field), reason);
+        }
+    }
+
+    fn fail(&mut self, object: Option<String>, field: &str, reason: String) {
+        let (file, document) = (Arc::clone(self.file), self.document);
+        self.parsed.errors.push(ManifestError { file, document, object, field: field.to_owned(), reason });
+    }
+}
+
+fn join(at: &str, field: &str) -> String {
+    match (at, field) {
+        ("", one) | (one, "") => one.to_owned(),
+        (at, field) => format!("{at}.{field}"),
+    }
+}
+
+/// `Kind namespace/name`, as far as the metadata goes.
+fn title(kind: &str, value: &Value) -> String {
+    let text =
+        |key: &str| value.get("metadata").and_then(|metadata| metadata.get(key)).and_then(Value::as_str);
+    let Some(name) = text("name") else { return kind.to_owned() };
+    match kind {
+        "Service" | "EndpointSlice" => format!("{kind} {}/{name}", text("namespace").unwrap_or("default")),
+        _ => format!("{kind} {name}"),
+    }
+}

@@ -1,0 +1,117 @@
+//! How a source is doing, for metrics and `weir status`.
+//!
+//! In: what the sources note down as they go. Out: [`KindReport`]s for whoever asks. Reading never waits for a source.
+
+use std::{
+    sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use serde::Serialize;
+
+use super::Kind;
+
+/// How a source is doing, kind by kind. The source writes it, everybody may read it.
+#[derive(Debug, Default)]
+pub struct SourceStatus {
+    kinds: [KindStatus; Kind::ALL.len()],
+}
+
+impl SourceStatus {
+    /// The part for one kind.
+    #[must_use]
+    pub fn of(&self, kind: Kind) -> &KindStatus {
+        &self.kinds[kind as usize]
+    }
+
+    /// A consistent enough copy of everything, in the order of [`Kind::ALL`].
+    #[must_use]
+    pub fn report(&self) -> Vec<KindReport> {
+        Kind::ALL.into_iter().map(|kind| self.of(kind).report(kind)).collect()
+    }
+}
+
+/// How the watch of one kind is doing.
+#[derive(Debug, Default)]
+pub struct KindStatus {
+    connected: AtomicBool,
+    synced: AtomicBool,
+    objects: AtomicU64,
+    events: AtomicU64,
+    relists: AtomicU64,
+    streamed: AtomicU64,
+    errors: AtomicU64,
+    last_event_millis: AtomicU64,
+}
+
+impl KindStatus {
+    /// Notes whether the origin can be reached; answers whether it could before.
+    pub(super) fn set_connected(&self, connected: bool) -> bool {
+        self.connected.swap(connected, Relaxed)
+    }
+
+    /// Notes that the first full list has been delivered.
+    pub(super) fn set_synced(&self) {
+        self.synced.store(true, Relaxed);
+    }
+
+    /// Notes that something arrived, and how many objects are known now.
+    pub(super) fn event(&self, objects: usize) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+        self.events.fetch_add(1, Relaxed);
+        self.objects.store(objects as u64, Relaxed);
+        self.last_event_millis.store(u64::try_from(now.as_millis()).unwrap_or(u64::MAX), Relaxed);
+    }
+
+    /// Notes that everything is being listed, and whether the list comes as a stream.
+    pub(super) fn relist(&self, streamed: bool) {
+        self.relists.fetch_add(1, Relaxed);
+        self.streamed.fetch_add(u64::from(streamed), Relaxed);
+    }
+
+    /// Notes that something went wrong.
+    pub(super) fn error(&self) {
+        self.errors.fetch_add(1, Relaxed);
+    }
+
+    /// A copy of what is known.
+    #[must_use]
+    pub fn report(&self, kind: Kind) -> KindReport {
+        KindReport {
+            kind,
+            connected: self.connected.load(Relaxed),
+            synced: self.synced.load(Relaxed),
+            objects: self.objects.load(Relaxed),
+            events: self.events.load(Relaxed),
+            relists: self.relists.load(Relaxed),
+            streamed: self.streamed.load(Relaxed),
+            errors: self.errors.load(Relaxed),
+            last_event_millis: Some(self.last_event_millis.load(Relaxed)).filter(|millis| *millis > 0),
+        }
+    }
+}
+
+/// What [`KindStatus`] held at one moment. Counts are since the source started.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct KindReport {
+    /// The kind.
+    pub kind: Kind,
+    /// Whether the origin answers.
+    pub connected: bool,
+    /// Whether the first full list has been delivered.
+    pub synced: bool,
+    /// How many objects are known.
+    pub objects: u64,
+    /// How many times an object came, changed or went, lists included.
+    pub events: u64,
+    /// How many full lists were begun.
+    pub relists: u64,
+    /// How many of these came as a stream rather than in pages.
+    pub streamed: u64,
+    /// How many times the origin failed or refused.
+    pub errors: u64,
+    /// When an object last came, in milliseconds since 1970.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_event_millis: Option<u64>,
+}

@@ -1,0 +1,277 @@
+//! The nftables data plane against the kernel: what is applied is what is read back, and `nft` can list it.
+
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    process::Command,
+    sync::Arc,
+};
+
+use weir::{
+    dataplane::{Dataplane as _, Outcome, nftables::Nftables},
+    model::{Family, ObjectName, PerFamily, Protocol},
+    plan::{
+        Backend, ClusterIpDelta, Delta, Destination, Frontend, FrontendPlan, LocalTraffic, NodePlan,
+        NodePortAddresses, PortDelta, PortId, PortPlan, Route, Target, Treatment,
+    },
+};
+
+/// Runs `test` in a network namespace of its own, which goes with the thread.
+fn in_namespace(test: impl FnOnce() + Send + 'static) {
+    let thread = std::thread::spawn(|| {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("these tests need root");
+        test();
+    });
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+fn nft(arguments: &[&str]) -> String {
+    let output = Command::new("nft").args(arguments).output().expect("nft is not installed: run cargo xtask setup");
+    assert!(output.status.success(), "nft {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn node() -> NodePlan {
+    let any = NodePortAddresses::AnyLocal;
+    NodePlan {
+        local_traffic: PerFamily {
+            v4: Some(LocalTraffic::Source("10.244.0.0/16".parse().unwrap())),
+            v6: Some(LocalTraffic::Source("fd00:10:244::/48".parse().unwrap())),
+        },
+        node_port_addresses: PerFamily { v4: any.clone(), v6: any },
+        host_addresses: vec!["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()],
+        masquerade_mark: 0x4000,
+        service_cidrs: vec!["10.96.0.0/16".parse().unwrap(), "fd00:10:96::/112".parse().unwrap()],
+    }
+}
+
+fn treatment(target: Target, masquerade: bool) -> Treatment {
+    Treatment { target, masquerade }
+}
+
+fn cluster_ip_route() -> Route {
+    Route {
+        pod: treatment(Target::Cluster, false),
+        host: treatment(Target::Cluster, true),
+        outside: treatment(Target::Cluster, true),
+    }
+}
+
+fn local_route() -> Route {
+    Route {
+        pod: treatment(Target::Cluster, false),
+        host: treatment(Target::Cluster, true),
+        outside: treatment(Target::Local, false),
+    }
+}
+
+fn address(family: Family, number: u8) -> IpAddr {
+    match family {
+        Family::V4 => Ipv4Addr::new(10, 96, 0, number).into(),
+        Family::V6 => format!("fd00:10:96::{number:x}").parse().unwrap(),
+    }
+}
+
+fn backend(family: Family, number: u8, local: bool) -> Backend {
+    let address = match family {
+        Family::V4 => Ipv4Addr::new(10, 244, 0, number).into(),
+        Family::V6 => format!("fd00:10:244::{number:x}").parse().unwrap(),
+    };
+    Backend { address, port: 8080, local }
+}
+
+fn port(family: Family, number: u8, backends: &[u8], affinity: Option<u32>) -> PortPlan {
+    let cluster: Vec<_> = backends.iter().map(|&number| backend(family, number, number % 2 == 0)).collect();
+    let local: Vec<_> = cluster.iter().copied().filter(|backend| backend.local).collect();
+    let frontend = |destination, port| Frontend { destination, protocol: Protocol::Tcp, port };
+    let plan = |frontend, route| FrontendPlan { frontend, route, allowed_sources: None };
+    let external = match (local.is_empty(), cluster.is_empty()) {
+        (false, _) => local_route(),
+        (true, false) => Route { outside: treatment(Target::Drop, false), ..local_route() },
+        (true, true) => Route::uniform(treatment(Target::Reject, false)),
+    };
+    let cluster_ip = if cluster.is_empty() { external } else { cluster_ip_route() };
+    let mut guarded = plan(frontend(Destination::Address(address(family, number + 100)), 80), external);
+    let sources = match family {
+        Family::V4 => ["198.51.100.0/24", "203.0.113.7/32"],
+        Family::V6 => ["2001:db8:1::/48", "2001:db8:2::7/128"],
+    };
+    guarded.allowed_sources = Some(sources.map(|net| net.parse().unwrap()).into());
+    PortPlan {
+        id: PortId {
+            service: ObjectName::new("default", &format!("svc-{number}")),
+            port: "http".into(),
+            protocol: Protocol::Tcp,
+            family,
+        },
+        cluster,
+        local,
+        frontends: vec![
+            plan(frontend(Destination::Address(address(family, number)), 80), cluster_ip),
+            plan(frontend(Destination::NodePort(family), 30000 + u16::from(number)), external),
+            guarded,
+        ],
+        affinity,
+        serving: Vec::new(),
+    }
+}
+
+/// What every frontend of `port` should read back as, in the order of the plan.
+fn assert_installed(plane: &mut Nftables, port: &PortPlan) {
+    let state = plane.dump().unwrap();
+    for plan in &port.frontends {
+        let installed = state.frontends.get(&plan.frontend).unwrap_or_else(|| panic!("{} is missing", plan.frontend));
+        for (got, want) in [
+            (&installed.pod, plan.route.pod),
+            (&installed.host, plan.route.host),
+            (&installed.outside, plan.route.outside),
+        ] {
+            let sorted = |backends: &[Backend]| {
+                let mut backends = backends.to_vec();
+                backends.sort_unstable();
+                Outcome::Backends(backends)
+            };
+            let outcome = match want.target {
+                Target::Cluster => sorted(&port.cluster),
+                Target::Local => sorted(&port.local),
+                Target::Reject => Outcome::Reject,
+                Target::Drop => Outcome::Drop,
+            };
+            assert_eq!(got.outcome, outcome, "{}", plan.frontend);
+            assert_eq!(got.masquerade, want.masquerade, "{} {want:?}", plan.frontend);
+        }
+        let backends = !port.cluster.is_empty();
+        assert_eq!(installed.affinity, port.affinity.filter(|_| backends), "{}", plan.frontend);
+        assert_eq!(installed.allowed_sources.as_deref(), plan.allowed_sources.as_deref(), "{}", plan.frontend);
+    }
+}
+
+fn change(before: Option<&Arc<PortPlan>>, after: Option<&Arc<PortPlan>>) -> PortDelta {
+    PortDelta { before: before.cloned(), after: after.cloned() }
+}
+
+fn both() -> PerFamily<bool> {
+    PerFamily { v4: true, v6: true }
+}
+
+#[test]
+fn what_is_applied_is_read_back_listed_and_adopted() {
+    in_namespace(|| {
+        let mut plane = Nftables::open(both()).unwrap();
+        let plans = |backends: &[u8]| -> Vec<Arc<PortPlan>> {
+            Family::ALL
+                .into_iter()
+                .flat_map(|family| {
+                    [
+                        Arc::new(port(family, 1, backends, None)),
+                        Arc::new(port(family, 2, backends, Some(10800))),
+                        Arc::new(port(family, 3, &[], None)),
+                        Arc::new(port(family, 4, &[1, 3], None)),
+                    ]
+                })
+                .collect()
+        };
+        let first = plans(&[1, 2, 3]);
+        let cluster_ips: Vec<_> =
+            Family::ALL.into_iter().flat_map(|family| (1..=4).map(move |n| address(family, n))).collect();
+        let mut delta = Delta {
+            node: Some(Arc::new(node())),
+            cluster_ips: cluster_ips.iter().map(|&address| ClusterIpDelta::Add(address)).collect(),
+            ports: first.iter().map(|plan| change(None, Some(plan))).collect(),
+            complete: true,
+        };
+        plane.apply(&delta).unwrap();
+        for plan in &first {
+            assert_installed(&mut plane, plan);
+        }
+        let listed = nft(&["list", "ruleset"]);
+        assert!(listed.contains("table ip weir") && listed.contains("table ip6 weir"), "{listed}");
+
+        // Endpoints come and go.
+        let second = plans(&[2, 3, 4, 5]);
+        let ports = first.iter().zip(&second).map(|(before, after)| change(Some(before), Some(after))).collect();
+        plane.apply(&Delta { ports, ..Delta::default() }).unwrap();
+        for plan in &second {
+            assert_installed(&mut plane, plan);
+        }
+
+        // A new agent finds the table as it is and changes nothing of what Services need; a third one finds nothing
+        // to change at all.
+        drop(plane);
+        delta.ports = second.iter().map(|plan| change(None, Some(plan))).collect();
+        let elements = |text: &str| text.lines().filter(|line| line.contains(" : 10.")).count();
+        let before = elements(&nft(&["list", "ruleset"]));
+        let adopt = || {
+            let mut plane = Nftables::open(both()).unwrap();
+            plane.apply(&delta).unwrap();
+            let listed = nft(&["list", "ruleset"]);
+            let mut lines: Vec<_> = listed.split(['\n', ',']).map(|line| line.trim().to_owned()).collect();
+            lines.sort();
+            (plane, elements(&listed), lines)
+        };
+        let (second_agent, found, once) = adopt();
+        assert_eq!(found, before);
+        drop(second_agent);
+        let (mut plane, _, twice) = adopt();
+        assert!(once == twice, "a restart without a change changed the rule set");
+        for plan in &second {
+            assert_installed(&mut plane, plan);
+        }
+
+        // Services go, and with them everything that was only theirs.
+        let ports = second.iter().map(|plan| change(Some(plan), None)).collect();
+        let cluster_ips = cluster_ips.iter().map(|&address| ClusterIpDelta::Remove(address)).collect();
+        plane.apply(&Delta { ports, cluster_ips, ..Delta::default() }).unwrap();
+        assert_eq!(plane.dump().unwrap(), weir::dataplane::State::default());
+        let listed = nft(&["list", "ruleset"]);
+        assert!(!listed.contains("svc-"), "{listed}");
+
+        plane.remove().unwrap();
+        assert_eq!(nft(&["list", "ruleset"]), "");
+    });
+}
+
+#[test]
+fn a_port_that_cannot_be_programmed_is_named_and_the_others_work() {
+    in_namespace(|| {
+        let mut plane = Nftables::open(both()).unwrap();
+        let good = Arc::new(port(Family::V4, 1, &[1, 2], None));
+        let twin = Arc::new(PortPlan {
+            id: PortId { port: "twin".into(), ..good.id.clone() },
+            ..port(Family::V4, 1, &[3], None)
+        });
+        let other = Arc::new(port(Family::V4, 2, &[1, 2], None));
+        let ports = [&good, &twin, &other].map(|plan| change(None, Some(plan))).into();
+        let delta = Delta { node: Some(Arc::new(node())), ports, complete: true, ..Delta::default() };
+        let error = plane.apply(&delta).unwrap_err();
+        let weir::dataplane::Error::Ports(failed) = error else { panic!("{error}") };
+        assert_eq!(failed.len(), 1, "{failed:?}");
+        assert_eq!(failed[0].0, twin.id);
+        assert_installed(&mut plane, &good);
+        assert_installed(&mut plane, &other);
+    });
+}
+
+#[test]
+fn foreign_changes_are_seen_and_repaired_and_our_own_are_not() {
+    in_namespace(|| {
+        let mut plane = Nftables::open(both()).unwrap();
+        let mut watch = plane.watch().unwrap();
+        let plan = Arc::new(port(Family::V6, 1, &[1, 2], None));
+        let delta = Delta {
+            node: Some(Arc::new(node())),
+            ports: vec![change(None, Some(&plan))],
+            complete: true,
+            ..Delta::default()
+        };
+        plane.apply(&delta).unwrap();
+        // Our own change left no event behind, so the next one is the flush.
+        nft(&["add", "table", "ip", "somebody-else"]);
+        nft(&["flush", "ruleset"]);
+        assert_eq!(watch.wait().unwrap(), weir::dataplane::nftables::Seen::Foreign);
+        plane.reread().unwrap();
+        plane.apply(&delta).unwrap();
+        assert_installed(&mut plane, &plan);
+    });
+}

@@ -1,0 +1,264 @@
+//! etcd and kube-apiserver in the caller's namespace, and the Services the benchmark puts there.
+//!
+//! In: how many Services there should be. Out: a cluster that has them. Nothing but these two programs runs: the
+//! benchmark writes the EndpointSlices itself.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::{Ipv4Addr, SocketAddrV4},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, ensure};
+use k8s_openapi::{
+    api::{
+        core::v1::{Node, Service},
+        discovery::v1::EndpointSlice,
+    },
+    serde_json::{from_value, json},
+};
+use kube::{
+    Api, Client, Config,
+    api::{DeleteParams, Patch, PatchParams, PostParams},
+    config::AuthInfo,
+};
+use tempfile::TempDir;
+use tokio::task::JoinSet;
+
+use super::{
+    namespace::command,
+    process::Process,
+    rig::{API_SERVER, BACKEND_PORT, NODE_ADDRESS},
+};
+
+const TOKEN: &str = "weir-bench";
+const NAMESPACE: &str = "default";
+/// So many objects are written at the same time.
+const WRITERS: usize = 32;
+
+/// Endpoints of each Service.
+pub(super) const ENDPOINTS: u32 = 5;
+/// The name of the node that subjects say they run on.
+pub(super) const NODE: &str = "bench";
+/// Clients in here are pods, and so are all endpoints.
+pub(super) const POD_CIDR: &str = "10.128.0.0/10";
+/// Where ClusterIPs come from.
+pub(super) const SERVICE_CIDR: &str = "10.96.0.0/12";
+
+/// A Service of the benchmark, by number.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Numbered(pub u32);
+
+impl Numbered {
+    /// Its name.
+    #[must_use]
+    pub(super) fn name(self) -> String {
+        format!("bench-{}", self.0)
+    }
+
+    /// Its only address and port.
+    #[must_use]
+    pub(super) fn cluster_ip(self) -> SocketAddrV4 {
+        SocketAddrV4::new(Ipv4Addr::from_bits(Ipv4Addr::new(10, 100, 0, 1).to_bits() + self.0), 80)
+    }
+
+    /// Its endpoints: addresses that no other Service has.
+    #[must_use]
+    pub(super) fn endpoints(self) -> Vec<SocketAddrV4> {
+        let first = Ipv4Addr::new(10, 128, 0, 1).to_bits() + self.0 * ENDPOINTS;
+        (first..first + ENDPOINTS)
+            .map(|address| SocketAddrV4::new(Ipv4Addr::from_bits(address), BACKEND_PORT))
+            .collect()
+    }
+
+    fn service(self) -> anyhow::Result<Service> {
+        Ok(from_value(json!({
+            "metadata": { "name": self.name() },
+            "spec": { "clusterIP": self.cluster_ip().ip(), "ports": [{ "port": 80, "targetPort": BACKEND_PORT }] },
+        }))?)
+    }
+
+    fn slice(self, endpoints: &[SocketAddrV4]) -> anyhow::Result<EndpointSlice> {
+        let endpoint = |at: &SocketAddrV4| {
+            json!({
+                "addresses": [at.ip()],
+                "conditions": { "ready": true, "serving": true, "terminating": false },
+                "nodeName": NODE,
+            })
+        };
+        Ok(from_value(json!({
+            "metadata": { "name": self.name(), "labels": { "kubernetes.io/service-name": self.name() } },
+            "addressType": "IPv4",
+            "ports": [{ "name": "", "port": BACKEND_PORT, "protocol": "TCP" }],
+            "endpoints": endpoints.iter().map(endpoint).collect::<Vec<_>>(),
+        }))?)
+    }
+}
+
+/// The running cluster.
+pub(super) struct Cluster {
+    services: Api<Service>,
+    slices: Api<EndpointSlice>,
+    kubeconfig: PathBuf,
+    _processes: [Process; 2],
+    _directory: TempDir,
+}
+
+impl Cluster {
+    /// Starts it from the programs in `binaries` and waits until it answers.
+    ///
+    /// # Errors
+    ///
+    /// When it does not come up.
+    pub(super) async fn start(binaries: &Path) -> anyhow::Result<Self> {
+        let directory = tempfile::Builder::new().prefix("weir-bench-").tempdir()?;
+        let path = directory.path();
+        let key = path.join("sa.key");
+        command(&format!("openssl genrsa -out {} 2048", key.display()))?;
+        fs::write(path.join("tokens.csv"), format!("{TOKEN},bench,bench,system:masters\n"))?;
+        let kubeconfig = path.join("kubeconfig");
+        fs::write(&kubeconfig, kubeconfig_text())?;
+
+        let etcd = format!(
+            "--data-dir {}/etcd --unsafe-no-fsync --log-level warn --listen-client-urls http://127.0.0.1:2379 \
+             --advertise-client-urls http://127.0.0.1:2379 --listen-peer-urls http://127.0.0.1:2380",
+            path.display()
+        );
+        let apiserver = format!(
+            "--etcd-servers http://127.0.0.1:2379 --cert-dir {0}/certs --secure-port 6443 --token-auth-file {0}/tokens.csv \
+             --authorization-mode AlwaysAllow --service-cluster-ip-range {SERVICE_CIDR} --advertise-address {API_SERVER} \
+             --service-account-issuer https://bench --service-account-key-file {1} \
+             --service-account-signing-key-file {1} --disable-admission-plugins ServiceAccount \
+             --max-mutating-requests-inflight 1000",
+            path.display(),
+            key.display()
+        );
+        let start = |name: &str, arguments: &str| {
+            let arguments: Vec<_> = arguments.split_whitespace().map(str::to_owned).collect();
+            Process::start(&binaries.join(name), &arguments, path)
+        };
+        let mut processes = [start("etcd", &etcd)?, start("kube-apiserver", &apiserver)?];
+
+        let mut config = Config::new(format!("https://{API_SERVER}:6443").parse()?);
+        config.accept_invalid_certs = true;
+        config.auth_info = AuthInfo { token: Some(TOKEN.to_owned().into()), ..AuthInfo::default() };
+        let client = Client::try_from(config)?;
+        await_ready(&client, &mut processes).await?;
+        create_node(&client).await?;
+        Ok(Self {
+            services: Api::namespaced(client.clone(), NAMESPACE),
+            slices: Api::namespaced(client, NAMESPACE),
+            kubeconfig,
+            _processes: processes,
+            _directory: directory,
+        })
+    }
+
+    /// A kubeconfig for the subjects.
+    #[must_use]
+    pub(super) fn kubeconfig(&self) -> &Path {
+        &self.kubeconfig
+    }
+
+    /// Creates the Services `from..to`, each with its slice.
+    ///
+    /// # Errors
+    ///
+    /// When the API server refuses one.
+    pub(super) async fn grow(&self, from: u32, to: u32) -> anyhow::Result<()> {
+        let mut writers = JoinSet::new();
+        for writer in 0..WRITERS {
+            let (services, slices) = (self.services.clone(), self.slices.clone());
+            writers.spawn(async move {
+                for number in (from..to).skip(writer).step_by(WRITERS).map(Numbered) {
+                    services.create(&PostParams::default(), &number.service()?).await?;
+                    slices.create(&PostParams::default(), &number.slice(&number.endpoints())?).await?;
+                }
+                anyhow::Ok(())
+            });
+        }
+        while let Some(writer) = writers.join_next().await {
+            writer??;
+        }
+        Ok(())
+    }
+
+    /// Creates one Service and then its slice, and says when the API server had accepted the latter.
+    ///
+    /// # Errors
+    ///
+    /// When the API server refuses.
+    pub(super) async fn add(&self, service: Numbered) -> anyhow::Result<Instant> {
+        let slice = service.slice(&service.endpoints())?;
+        self.services.create(&PostParams::default(), &service.service()?).await?;
+        self.slices.create(&PostParams::default(), &slice).await?;
+        Ok(Instant::now())
+    }
+
+    /// Leaves a Service with these endpoints only, and says when the API server had accepted that.
+    ///
+    /// # Errors
+    ///
+    /// When the API server refuses.
+    pub(super) async fn leave(
+        &self,
+        service: Numbered,
+        endpoints: &[SocketAddrV4],
+    ) -> anyhow::Result<Instant> {
+        let slice = service.slice(endpoints)?;
+        let patch = json!({ "endpoints": slice.endpoints });
+        self.slices.patch(&service.name(), &PatchParams::default(), &Patch::Merge(patch)).await?;
+        Ok(Instant::now())
+    }
+
+    /// Deletes one Service and its slice.
+    ///
+    /// # Errors
+    ///
+    /// When the API server refuses.
+    pub(super) async fn delete(&self, service: Numbered) -> anyhow::Result<()> {
+        self.services.delete(&service.name(), &DeleteParams::default()).await?;
+        self.slices.delete(&service.name(), &DeleteParams::default()).await?;
+        Ok(())
+    }
+}
+
+async fn await_ready(client: &Client, processes: &mut [Process]) -> anyhow::Result<()> {
+    let begin = Instant::now();
+    let services: Api<Service> = Api::namespaced(client.clone(), NAMESPACE);
+    // The Service of the API server itself comes when everything that Services need is there.
+    while services.get("kubernetes").await.is_err() {
+        processes.iter_mut().try_for_each(Process::check)?;
+        ensure!(begin.elapsed() < Duration::from_secs(90), "kube-apiserver does not answer");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    Ok(())
+}
+
+async fn create_node(client: &Client) -> anyhow::Result<()> {
+    let addresses = json!([{ "type": "InternalIP", "address": NODE_ADDRESS }]);
+    let labels = BTreeMap::from([("kubernetes.io/hostname", NODE)]);
+    let node: Node = from_value(
+        json!({ "metadata": { "name": NODE, "labels": labels }, "status": { "addresses": addresses } }),
+    )?;
+    let created = Api::<Node>::all(client.clone()).create(&PostParams::default(), &node).await;
+    created.context("creating the Node")?;
+    Ok(())
+}
+
+fn kubeconfig_text() -> String {
+    let text = json!({
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{ "name": "bench", "cluster": {
+            "server": format!("https://{API_SERVER}:6443"),
+            "insecure-skip-tls-verify": true,
+        }}],
+        "users": [{ "name": "bench", "user": { "token": TOKEN } }],
+        "contexts": [{ "name": "bench", "context": { "cluster": "bench", "user": "bench" } }],
+        "current-context": "bench",
+    });
+    text.to_string()
+}

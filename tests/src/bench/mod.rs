@@ -1,0 +1,278 @@
+//! The benchmark: weir and kube-proxy on the same API server, with the same Services, in turn.
+//!
+//! In: [`Options`]. Out: a table, and every sample in a JSON file. For each number of Services, and several rounds of
+//! it, each subject is started in a fresh network namespace and measured from there:
+//!
+//! 1. until every Service works (`start`), with CPU time and memory,
+//! 2. for single changes: a Service with endpoints is added, then loses an endpoint,
+//! 3. connecting through ClusterIPs, in turn with connecting directly.
+//!
+//! Rounds alternate between the subjects, so that whatever else the machine does meets both.
+
+use std::{
+    env,
+    net::SocketAddrV4,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, ensure};
+use clap::Parser;
+
+use self::{
+    cluster::{Cluster, ENDPOINTS, Numbered},
+    namespace::Namespace,
+    probe::ConnectTimes,
+    process::Process,
+    report::{Change, Machine, Report, Run, say},
+    rig::Node,
+    subject::Subject,
+};
+
+mod cluster;
+mod namespace;
+mod probe;
+mod process;
+mod report;
+mod rig;
+mod subject;
+
+/// The longest that anything is waited for.
+const PATIENCE: Duration = Duration::from_secs(900);
+/// Services probed for being ready, spread over all; the others are counted in afterwards.
+const PROBED: u32 = 64;
+/// Numbers of Services that come and go start here.
+const CHANGING: u32 = 400_000;
+
+/// Measures how fast Services are programmed and reached, weir beside kube-proxy (both with nftables).
+///
+/// KUBEBUILDER_ASSETS names a directory with etcd, kube-apiserver and kube-proxy; WEIR_BIN a release build of weir.
+#[derive(Debug, Parser)]
+#[command(version)]
+pub struct Options {
+    /// What to measure; both without this.
+    #[arg(long = "subject", value_enum)]
+    subjects: Vec<Subject>,
+    /// Numbers of Services to measure with.
+    #[arg(long, value_delimiter = ',', default_values_t = [10, 100, 1000, 10_000])]
+    services: Vec<u32>,
+    /// Also measure with 50,000 Services.
+    #[arg(long)]
+    large: bool,
+    /// How often each subject is started for each number of Services.
+    #[arg(long, default_value_t = 3)]
+    rounds: u32,
+    /// Changes measured after each start.
+    #[arg(long, default_value_t = 7)]
+    changes: u32,
+    /// Connections compared after each start.
+    #[arg(long, default_value_t = 2000)]
+    connects: usize,
+    /// A first impression: one round, few changes, at most 1000 Services.
+    #[arg(long)]
+    quick: bool,
+    /// Where the samples go.
+    #[arg(long, default_value = "bench.json")]
+    output: PathBuf,
+}
+
+impl Options {
+    fn settled(&self) -> Self {
+        let mut services = self.services.clone();
+        if self.large {
+            services.push(50_000);
+        }
+        services.sort_unstable();
+        services.dedup();
+        let subjects = match &self.subjects[..] {
+            [] => vec![Subject::Weir, Subject::KubeProxy],
+            some => some.to_vec(),
+        };
+        let Self { large, rounds, changes, connects, quick, ref output, .. } = *self;
+        let output = output.clone();
+        if !quick {
+            return Self { subjects, services, large, rounds, changes, connects, quick, output };
+        }
+        services.retain(|count| *count <= 1000);
+        Self { subjects, services, large, rounds: 1, changes: changes.min(3), connects: 500, quick, output }
+    }
+}
+
+/// Measures, reporting progress on standard error and the table on standard output.
+///
+/// # Errors
+///
+/// When something needed is missing, or a subject never gets where it should.
+pub fn run(options: &Options) -> anyhow::Result<()> {
+    let options = options.settled();
+    let binaries = env::var_os("KUBEBUILDER_ASSETS")
+        .map(PathBuf::from)
+        .context("KUBEBUILDER_ASSETS does not name the directory of etcd, kube-apiserver and kube-proxy")?;
+    let mut report = Report {
+        machine: Machine::this()?,
+        versions: options
+            .subjects
+            .iter()
+            .map(|subject| Ok((subject.name(), subject.version(&binaries)?)))
+            .collect::<anyhow::Result<_>>()?,
+        endpoints: ENDPOINTS,
+        runs: Vec::new(),
+    };
+    rig::enter_control_plane()?;
+    // Made after the namespace was entered, so that all its threads are in there too.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let bench = Bench { cluster: runtime.block_on(Cluster::start(&binaries))?, runtime, binaries, options };
+    bench.measure(&mut report)?;
+    use std::io::Write as _;
+    writeln!(std::io::stdout(), "{}", report.table())?;
+    Ok(())
+}
+
+struct Bench {
+    cluster: Cluster,
+    runtime: tokio::runtime::Runtime,
+    binaries: PathBuf,
+    options: Options,
+}
+
+impl Bench {
+    fn measure(&self, report: &mut Report) -> anyhow::Result<()> {
+        let mut existing = 0;
+        let mut next = CHANGING;
+        for &services in &self.options.services {
+            say(format_args!("{services} Services: writing them to the API server"));
+            self.runtime.block_on(self.cluster.grow(existing, services))?;
+            existing = services;
+            for round in 0..self.options.rounds {
+                for &subject in &self.options.subjects {
+                    report.runs.push(self.one(subject, services, round, &mut next).with_context(|| {
+                        format!("{} with {services} Services, round {round}", subject.name())
+                    })?);
+                    report.save(&self.options.output)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn one(&self, subject: Subject, services: u32, round: u32, next: &mut u32) -> anyhow::Result<Run> {
+        let directory = tempfile::tempdir()?;
+        let node = Node::new()?;
+        let begin = Instant::now();
+        let kubeconfig = self.cluster.kubeconfig();
+        let mut process = subject.start(&self.binaries, kubeconfig, &node.namespace, directory.path())?;
+        let label = format!("{services} Services, round {}: {}", round + 1, subject.name());
+
+        let ready = all_work(&node.namespace, services, &mut process)?;
+        let start_cpu = process.cpu()?;
+        let settled_cpu = process.settle(PATIENCE)?;
+        let memory = process.memory();
+        say(format_args!(
+            "{label} started in {:.2} s, {:.2} CPU s, {} MiB",
+            (ready - begin).as_secs_f64(),
+            settled_cpu.as_secs_f64(),
+            memory.resident >> 20
+        ));
+        let mut changes = Vec::new();
+        for _ in 0..self.options.changes {
+            let change = self.change(&node.namespace, &mut process, Numbered(*next))?;
+            *next += 1;
+            say(format_args!(
+                "{label} added in {:.1} ms, removed in {:.1} ms, {:.1} and {:.1} CPU ms",
+                change.added_seconds * 1e3,
+                change.removed_seconds * 1e3,
+                change.added_cpu_seconds * 1e3,
+                change.removed_cpu_seconds * 1e3
+            ));
+            changes.push(change);
+        }
+        let memory_after_changes = (!changes.is_empty()).then(|| process.memory());
+        Ok(Run {
+            subject,
+            services,
+            round,
+            start_seconds: (ready - begin).as_secs_f64(),
+            start_cpu_seconds: start_cpu.as_secs_f64(),
+            settled_cpu_seconds: settled_cpu.as_secs_f64(),
+            memory,
+            memory_after_changes,
+            changes,
+            connects: connects(&node.namespace, services, self.options.connects)?,
+        })
+    }
+
+    fn change(&self, node: &Namespace, process: &mut Process, service: Numbered) -> anyhow::Result<Change> {
+        let at_rest = process.settle(PATIENCE)?;
+        let answers = node.spawn(move || probe::all_answer(&[service.cluster_ip()], PATIENCE))?;
+        let written = self.runtime.block_on(self.cluster.add(service))?;
+        let answered = join(answers)?;
+        let added_cpu = process.settle(PATIENCE)?;
+
+        let mut endpoints = service.endpoints();
+        let removed = endpoints.pop().context("a Service without endpoints")?;
+        let is_written = Arc::new(AtomicBool::new(false));
+        let last = node.spawn({
+            let is_written = Arc::clone(&is_written);
+            move || probe::last_answer(service.cluster_ip(), *removed.ip(), &is_written, PATIENCE)
+        })?;
+        let unwritten = self.runtime.block_on(self.cluster.leave(service, &endpoints))?;
+        is_written.store(true, Ordering::Release);
+        let last = join(last)?;
+        let removed_cpu = process.settle(PATIENCE)?;
+
+        self.runtime.block_on(self.cluster.delete(service))?;
+        Ok(Change {
+            added_seconds: answered.saturating_duration_since(written).as_secs_f64(),
+            added_cpu_seconds: added_cpu.saturating_sub(at_rest).as_secs_f64(),
+            removed_seconds: last.saturating_duration_since(unwritten).as_secs_f64(),
+            removed_cpu_seconds: removed_cpu.saturating_sub(added_cpu).as_secs_f64(),
+        })
+    }
+}
+
+/// When every Service worked: a spread of them is probed until all do, then each of the rest is connected to once, and
+/// waited for if it should not work yet.
+fn all_work(node: &Namespace, services: u32, process: &mut Process) -> anyhow::Result<Instant> {
+    let at = |numbers: &[u32]| -> Vec<SocketAddrV4> {
+        numbers.iter().map(|number| Numbered(*number).cluster_ip()).collect()
+    };
+    let step = services.div_ceil(PROBED).max(1);
+    let (mut probed, mut rest): (Vec<_>, Vec<_>) = (0..services).partition(|number| number % step == 0);
+    // The last is among the first to be asked for.
+    probed.extend(rest.pop());
+    let probed = at(&probed);
+    let waiting = node.spawn(move || probe::all_answer(&probed, PATIENCE))?;
+    while !waiting.is_finished() {
+        process.check()?;
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let ready = join(waiting)?;
+    let rest = at(&rest);
+    let late = join(node.spawn(move || -> anyhow::Result<Option<Instant>> {
+        let missing = rest.into_iter().filter(|target| !probe::answers(*target)).collect::<Vec<_>>();
+        if missing.is_empty() { Ok(None) } else { probe::all_answer(&missing, PATIENCE).map(Some) }
+    })?)?;
+    if late.is_some() {
+        say(format_args!("some Services came after those that were probed: the start is the last one's"));
+    }
+    Ok(late.unwrap_or(ready))
+}
+
+fn connects(node: &Namespace, services: u32, rounds: usize) -> anyhow::Result<ConnectTimes> {
+    let step = services.div_ceil(100).max(1) as usize;
+    let pairs: Vec<_> = (0..services)
+        .step_by(step)
+        .map(Numbered)
+        .map(|service| (service.cluster_ip(), service.endpoints()[0]))
+        .collect();
+    ensure!(!pairs.is_empty(), "no Services to connect to");
+    join(node.spawn(move || probe::compare(&pairs, rounds))?)
+}
+
+fn join<T>(thread: std::thread::JoinHandle<anyhow::Result<T>>) -> anyhow::Result<T> {
+    thread.join().map_err(|_| anyhow::anyhow!("a probe panicked"))?
+}

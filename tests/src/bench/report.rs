@@ -1,0 +1,221 @@
+//! What was measured: raw samples as JSON, and a table of them.
+
+use std::{collections::BTreeMap, fmt, fs, io::Write as _, path::Path};
+
+use anyhow::Context as _;
+use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
+use serde::Serialize;
+
+use super::{probe::ConnectTimes, process::Memory, subject::Subject};
+
+/// One line of progress.
+pub(super) fn say(line: fmt::Arguments<'_>) {
+    // Progress that nobody can see is no reason to stop.
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// Everything one invocation measured.
+#[derive(Debug, Serialize)]
+pub(super) struct Report {
+    /// Where.
+    pub(super) machine: Machine,
+    /// The subjects' versions, in their own words.
+    pub(super) versions: BTreeMap<&'static str, String>,
+    /// Endpoints of each Service.
+    pub(super) endpoints: u32,
+    /// Each start of a subject, in the order they were made.
+    pub(super) runs: Vec<Run>,
+}
+
+/// The machine measured on.
+#[derive(Debug, Serialize)]
+pub(super) struct Machine {
+    kernel: String,
+    processor: String,
+    processors: usize,
+    memory_bytes: u64,
+}
+
+/// One start of one subject.
+#[derive(Debug, Serialize)]
+pub(super) struct Run {
+    /// Which.
+    pub(super) subject: Subject,
+    /// Services there were.
+    pub(super) services: u32,
+    /// Which repetition.
+    pub(super) round: u32,
+    /// From the start of the process until all Services worked, in seconds.
+    pub(super) start_seconds: f64,
+    /// CPU seconds until then.
+    pub(super) start_cpu_seconds: f64,
+    /// CPU seconds until the subject had come to rest.
+    pub(super) settled_cpu_seconds: f64,
+    /// Memory when it had.
+    pub(super) memory: Memory,
+    /// Memory after the changes.
+    pub(super) memory_after_changes: Option<Memory>,
+    /// Single changes.
+    pub(super) changes: Vec<Change>,
+    /// Connect times with that many Services.
+    pub(super) connects: ConnectTimes,
+}
+
+/// One Service added, and then one of its endpoints removed. Latencies count from the API server's answer.
+#[derive(Debug, Serialize)]
+pub(super) struct Change {
+    /// From the slice's creation, right after the Service's, to the first connection, in seconds.
+    pub(super) added_seconds: f64,
+    /// CPU seconds that adding took the subject.
+    pub(super) added_cpu_seconds: f64,
+    /// To the last connection that the removed endpoint answered, in seconds.
+    pub(super) removed_seconds: f64,
+    /// CPU seconds that removing took the subject.
+    pub(super) removed_cpu_seconds: f64,
+}
+
+impl Machine {
+    /// This one.
+    ///
+    /// # Errors
+    ///
+    /// When /proc cannot be read.
+    pub(super) fn this() -> anyhow::Result<Self> {
+        let field = |file: &str, name: &str| -> anyhow::Result<String> {
+            let text = fs::read_to_string(file).with_context(|| format!("reading {file}"))?;
+            let line = text.lines().find_map(|line| line.strip_prefix(name));
+            Ok(line.unwrap_or_default().trim_start_matches([' ', '\t', ':']).to_owned())
+        };
+        let memory = field("/proc/meminfo", "MemTotal")?;
+        Ok(Self {
+            kernel: field("/proc/sys/kernel/osrelease", "")?,
+            processor: field("/proc/cpuinfo", "model name")?,
+            processors: std::thread::available_parallelism()?.get(),
+            memory_bytes: memory.split_whitespace().next().unwrap_or("0").parse::<u64>()? * 1024,
+        })
+    }
+}
+
+impl Report {
+    /// Writes all of it.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be written.
+    pub(super) fn save(&self, path: &Path) -> anyhow::Result<()> {
+        fs::write(path, serde_json::to_vec_pretty(self)?)
+            .with_context(|| format!("writing {}", path.display()))
+    }
+
+    /// The table: one row for each number of Services and subject.
+    #[must_use]
+    pub(super) fn table(&self) -> Table {
+        let mut groups: BTreeMap<(u32, Subject), Vec<&Run>> = BTreeMap::new();
+        for run in &self.runs {
+            groups.entry((run.services, run.subject)).or_default().push(run);
+        }
+        let mut table = Table::new();
+        table.load_style(UTF8_FULL_CONDENSED).set_header([
+            "Services",
+            "subject",
+            "start",
+            "start CPU",
+            "memory",
+            "peak (+children)",
+            "added p50 / p99",
+            "CPU",
+            "removed p50 / p99",
+            "CPU",
+            "connect p50 (direct)",
+            "to direct",
+            "to fewest",
+        ]);
+        for ((services, subject), runs) in &groups {
+            let fewest =
+                groups.iter().find(|((_, other), _)| other == subject).map_or(runs, |(_, runs)| runs);
+            table.add_row(row(*services, *subject, runs, fewest));
+        }
+        for column in table.column_iter_mut().filter(|column| column.index != 1) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+        table
+    }
+}
+
+/// `fewest` are the subject's runs with the fewest Services, to compare connect times with.
+fn row(services: u32, subject: Subject, runs: &[&Run], fewest: &[&Run]) -> Vec<String> {
+    let over_runs = |value: fn(&Run) -> f64| quantile(runs.iter().map(|run| value(run)).collect(), 0.5);
+    let over_changes = |value: fn(&Change) -> f64, q| {
+        quantile(runs.iter().flat_map(|run| &run.changes).map(value).collect(), q)
+    };
+    let both = |value| format!("{} / {}", time(over_changes(value, 0.5)), time(over_changes(value, 0.99)));
+    let (direct, service) = (connect(runs, |times| &times.direct), connect(runs, |times| &times.service));
+    let (fewest_direct, fewest_service) =
+        (connect(fewest, |times| &times.direct), connect(fewest, |times| &times.service));
+    vec![
+        services.to_string(),
+        subject.name().to_owned(),
+        time(over_runs(|run| run.start_seconds)),
+        time(over_runs(|run| run.settled_cpu_seconds)),
+        mebibytes(over_runs(|run| run.memory.resident as f64)),
+        format!(
+            "{} ({})",
+            mebibytes(over_runs(|run| run.memory.peak as f64)),
+            mebibytes(over_runs(|run| run.memory.peak_with_children as f64))
+        ),
+        both(|change| change.added_seconds),
+        time(over_changes(|change| change.added_cpu_seconds, 0.5)),
+        both(|change| change.removed_seconds),
+        time(over_changes(|change| change.removed_cpu_seconds, 0.5)),
+        format!("{} ({})", time(service / 1e9), time(direct / 1e9)),
+        format!("{:.2}", service / direct),
+        // Direct connections take out what the machine was doing meanwhile.
+        format!("{:.2}", (service / direct) / (fewest_service / fewest_direct)),
+    ]
+}
+
+/// The median of these connect times, in nanoseconds.
+fn connect(runs: &[&Run], times: fn(&ConnectTimes) -> &Vec<u64>) -> f64 {
+    quantile(runs.iter().flat_map(|run| times(&run.connects)).map(|ns| *ns as f64).collect(), 0.5)
+}
+
+/// The value that this part of the samples does not exceed; not a number when there are none.
+fn quantile(mut samples: Vec<f64>, part: f64) -> f64 {
+    samples.sort_by(f64::total_cmp);
+    let index = (samples.len() as f64 * part).ceil() as usize;
+    samples.get(index.saturating_sub(1)).copied().unwrap_or(f64::NAN)
+}
+
+fn time(seconds: f64) -> String {
+    match seconds {
+        s if s.is_nan() => "-".to_owned(),
+        s if s < 1e-3 => format!("{:.0} µs", s * 1e6),
+        s if s < 0.1 => format!("{:.1} ms", s * 1e3),
+        s if s < 1.0 => format!("{:.0} ms", s * 1e3),
+        s => format!("{s:.1} s"),
+    }
+}
+
+fn mebibytes(bytes: f64) -> String {
+    format!("{:.0} MiB", bytes / f64::from(1 << 20))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles_are_samples() {
+        let samples = || (1..=100).rev().map(f64::from).collect::<Vec<_>>();
+        assert_eq!(quantile(samples(), 0.5), 50.0);
+        assert_eq!(quantile(samples(), 0.99), 99.0);
+        assert_eq!(quantile(vec![7.0], 0.99), 7.0);
+        assert!(quantile(Vec::new(), 0.5).is_nan());
+    }
+
+    #[test]
+    fn times_have_a_fitting_unit() {
+        let texts = [0.000_04, 0.004_21, 0.42, 13.37, f64::NAN].map(time);
+        assert_eq!(texts, ["40 µs", "4.2 ms", "420 ms", "13.4 s", "-"]);
+    }
+}

@@ -1,0 +1,72 @@
+//! `cargo xtask check`: everything that can be said about the code without running it on a kernel.
+
+use std::{process::Command, time::Instant};
+
+use anyhow::{Result, bail};
+
+use crate::{
+    generate,
+    machine::Machine,
+    process,
+    setup::{self, Level},
+};
+
+/// Runs every check, also after one has failed.
+///
+/// # Errors
+///
+/// When something a check needs cannot be installed, or naming those that failed.
+pub(crate) fn run(machine: &Machine) -> Result<()> {
+    setup::run(machine, Level::Check)?;
+    let mut failed = Vec::new();
+    for (name, mut command) in commands(machine)? {
+        println!("\n==== {name}: {}", process::describe(&command));
+        let start = Instant::now();
+        if let Err(error) = process::run(&mut command) {
+            println!("{error:#}");
+            failed.push(name);
+        }
+        println!("{name}: {:.1} s", start.elapsed().as_secs_f32());
+    }
+    println!("\n==== generated files");
+    if let Err(error) = generate::run(machine, true) {
+        println!("{error:#}");
+        failed.push("generated files");
+    }
+    if !failed.is_empty() {
+        bail!("failed: {}", failed.join(", "));
+    }
+    Ok(())
+}
+
+fn commands(machine: &Machine) -> Result<Vec<(&'static str, Command)>> {
+    let cargo = |words: &str| {
+        let mut cargo = machine.cargo();
+        cargo.args(words.split_whitespace());
+        cargo
+    };
+    let mut rustdoc = cargo("doc --workspace --no-deps");
+    rustdoc.env("RUSTDOCFLAGS", "-D warnings");
+    Ok(vec![
+        ("formatting", cargo("fmt --all --check")),
+        ("lints", cargo("clippy --workspace --all-targets -- -D warnings")),
+        ("lints of the kernel programs", kernel_lints(machine)?),
+        ("documentation", rustdoc),
+        ("licences and sources", cargo("deny --offline check bans licenses sources")),
+        ("unit tests", cargo("test --workspace --lib --bins")),
+    ])
+}
+
+/// The kernel programs are empty when built for the host, so they are linted for the target they run on, the way
+/// `proxy-user/build.rs` builds them.
+fn kernel_lints(machine: &Machine) -> Result<Command> {
+    let target = if cfg!(target_endian = "big") { "bpfeb" } else { "bpfel" };
+    let mut clippy = machine.cargo();
+    clippy.args(["clippy", "--package", "proxy-ebpf", "--release", "-Z", "build-std=core"]);
+    clippy.args(["--target", &format!("{target}-unknown-none"), "--target-dir"]);
+    clippy.arg(machine.target_directory()?.join("kernel-lints"));
+    clippy.args(["--", "-D", "warnings"]);
+    clippy.env("RUSTC_BOOTSTRAP", "1");
+    clippy.env("RUSTFLAGS", format!("--cfg=bpf_target_arch=\"{}\"", std::env::consts::ARCH));
+    Ok(clippy)
+}

@@ -1,0 +1,183 @@
+//! Packages of a given Debian release, downloaded and unpacked without installing them.
+//!
+//! apt is given a source list, package lists and a status file of its own, so neither the system's configuration nor
+//! its packages are touched, no root is needed, no daemon is started, and any release serves on any other.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use super::system::DEBIAN_KEYRING;
+use crate::{machine::Machine, process};
+
+/// One suite of the Debian archive, such as `trixie-backports`.
+pub(super) struct Suite<'a> {
+    machine: &'a Machine,
+    name: &'a str,
+    state: tempfile::TempDir,
+}
+
+impl<'a> Suite<'a> {
+    /// Fetches the suite's package lists.
+    pub(super) fn open(machine: &'a Machine, name: &'a str) -> Result<Self> {
+        if machine.find("apt-get").is_none() || machine.find("dpkg").is_none() {
+            bail!("this takes packages of Debian {name} and needs apt-get and dpkg to do so");
+        }
+        if !Path::new(DEBIAN_KEYRING).exists() {
+            bail!("{DEBIAN_KEYRING} is missing; install the package debian-archive-keyring");
+        }
+        let suite = Self { machine, name, state: tempfile::tempdir()? };
+        for directory in ["lists/partial", "cache/archives/partial", "download"] {
+            fs::create_dir_all(suite.state.path().join(directory))?;
+        }
+        fs::write(suite.state.path().join("status"), "")?;
+        let line = format!("deb [signed-by={DEBIAN_KEYRING}] {} {name} main\n", mirror(machine));
+        fs::write(suite.state.path().join("sources.list"), line)?;
+        process::read(suite.apt("apt-get").args(["-q", "update"]))?;
+        Ok(suite)
+    }
+
+    fn apt(&self, program: &str) -> Command {
+        let state = self.state.path().display();
+        let mut command = self.machine.command(program);
+        command.current_dir(self.state.path().join("download"));
+        for option in [
+            format!("Dir::Etc::SourceList={state}/sources.list"),
+            "Dir::Etc::SourceParts=-".to_owned(),
+            "Dir::Etc::Preferences=-".to_owned(),
+            "Dir::Etc::PreferencesParts=-".to_owned(),
+            format!("Dir::State={state}"),
+            format!("Dir::State::Lists={state}/lists"),
+            format!("Dir::State::Status={state}/status"),
+            format!("Dir::Cache={state}/cache"),
+            "Debug::NoLocking=1".to_owned(),
+            "APT::Sandbox::User=".to_owned(),
+            "APT::Install-Recommends=0".to_owned(),
+            "Acquire::Languages=none".to_owned(),
+        ] {
+            command.args(["-o", &option]);
+        }
+        command
+    }
+
+    /// The newest version of `package` that starts with `prefix`.
+    pub(super) fn version(&self, package: &str, prefix: &str) -> Result<String> {
+        let madison = process::read(self.apt("apt-cache").args(["madison", package]))?;
+        first_version(&madison, prefix).with_context(|| {
+            format!("Debian {} has no {package} of version {prefix}*:\n{madison}", self.name)
+        })
+    }
+
+    /// Unpacks exactly these packages (`name` or `name=version`) into `target`.
+    pub(super) fn unpack(&self, packages: &[&str], target: &Path) -> Result<()> {
+        process::read(self.apt("apt-get").args(["-q", "download"]).args(packages))?;
+        self.unpack_all("download", target)
+    }
+
+    /// Unpacks these packages and everything they depend on, the C library included, into `target`.
+    pub(super) fn unpack_with_dependencies(&self, packages: &[&str], target: &Path) -> Result<()> {
+        process::read(self.apt("apt-get").args(["-q", "-y", "--download-only", "install"]).args(packages))?;
+        self.unpack_all("cache/archives", target)
+    }
+
+    fn unpack_all(&self, directory: &str, target: &Path) -> Result<()> {
+        fs::create_dir_all(target)?;
+        for file in files(&self.state.path().join(directory))? {
+            if file.extension().is_some_and(|extension| extension == "deb") {
+                process::read(self.machine.command("dpkg").arg("-x").arg(&file).arg(target))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn files(directory: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(directory)?.map(|entry| Ok(entry?.path()));
+    entries.collect::<Result<Vec<_>>>()
+}
+
+/// Where this machine takes Debian from, so that a local mirror is used; Debian's own servers on any other system.
+fn mirror(machine: &Machine) -> String {
+    let format = "$(LABEL) $(REPO_URI)";
+    process::read(machine.command("apt-get").args([
+        "indextargets",
+        "--format",
+        format,
+        "Created-By: Packages",
+    ]))
+    .ok()
+    .and_then(|targets| debian_mirror(&targets))
+    .unwrap_or_else(|| String::new())
+}
+
+fn debian_mirror(targets: &str) -> Option<String> {
+    targets
+        .lines()
+        .find_map(|line| line.strip_prefix("Debian "))
+        .filter(|uri| uri.contains("://"))
+        .map(str::to_owned)
+}
+
+fn first_version(madison: &str, prefix: &str) -> Option<String> {
+    madison
+        .lines()
+        .filter_map(|line| line.split('|').nth(1))
+        .map(str::trim)
+        .find(|version| version.starts_with(prefix))
+        .map(str::to_owned)
+}
+
+/// Fills `target` through `fill`, all or nothing: it appears when it is complete.
+pub(super) fn whole(target: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let parent = target.parent().context("a directory to fill has a parent")?;
+    fs::create_dir_all(parent).with_context(|| format!("making {}", parent.display()))?;
+    let draft = tempfile::Builder::new().prefix(".new-").tempdir_in(parent)?;
+    fill(draft.path())?;
+    if target.exists() {
+        fs::remove_dir_all(target)?;
+    }
+    fs::rename(draft.path(), target).with_context(|| format!("moving into {}", target.display()))?;
+    // A temporary directory is private; what it has become need not be.
+    fs::set_permissions(target, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_machines_own_debian_mirror_is_used_and_no_other_repository() {
+        let targets = "Debian-Security http://mirror/debian-security/\nNode https://node/\nDebian http://mirror/debian/\n";
+        assert_eq!(debian_mirror(targets).as_deref(), Some("http://mirror/debian/"));
+        assert_eq!(debian_mirror("Ubuntu http://mirror/ubuntu/\n"), None);
+    }
+
+    #[test]
+    fn a_version_is_picked_by_its_beginning() {
+        let madison = " rust-src | 1.96.1+dfsg1-2~bpo13+1 | http://m trixie-backports/main amd64 Packages\n\
+                        rust-src | 1.95.0+dfsg1-2~bpo13+1 | http://m trixie-backports/main amd64 Packages\n";
+        assert_eq!(first_version(madison, "1.95.0+").as_deref(), Some("1.95.0+dfsg1-2~bpo13+1"));
+        assert_eq!(first_version(madison, "1.9.0+"), None);
+    }
+
+    #[test]
+    fn a_directory_appears_complete_or_not_at_all() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("cache/thing");
+        whole(&target, |draft| {
+            fs::write(draft.join("half"), "")?;
+            bail!("the network went away")
+        })
+        .unwrap_err();
+        assert_eq!(files(&directory.path().join("cache")).unwrap(), Vec::<PathBuf>::new());
+        whole(&target, |draft| Ok(fs::write(draft.join("all"), "1")?)).unwrap();
+        whole(&target, |draft| Ok(fs::write(draft.join("all"), "2")?)).unwrap();
+        assert_eq!(fs::read_to_string(target.join("all")).unwrap(), "2");
+        assert_eq!(files(&directory.path().join("cache")).unwrap(), [target]);
+    }
+}

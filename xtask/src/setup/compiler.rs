@@ -1,0 +1,106 @@
+//! What building the kernel programs needs beside the compiler, and cargo-deny for the checks.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result};
+
+use super::{Level, archive};
+use crate::{machine::Machine, process};
+
+/// The newest that links with the LLVM inside rustc 1.95 (22); 0.11 wants one installed on the system.
+const BPF_LINKER: &str = "0.10.3";
+const CARGO_DENY: &str = "0.20.2";
+
+fn sysroot(machine: &Machine) -> Result<PathBuf> {
+    let sysroot = process::read(machine.command("rustc").args(["--print", "sysroot"]))?;
+    Ok(PathBuf::from(sysroot.trim_end()).join("lib/rustlib/src/rust"))
+}
+
+fn rustc_version(machine: &Machine) -> Result<String> {
+    let version = process::read(machine.command("rustc").arg("--version"))?;
+    let release = version.split_whitespace().nth(1);
+    Ok(release.with_context(|| format!("rustc calls itself `{}`", version.trim_end()))?.to_owned())
+}
+
+pub(super) fn missing_rust_src(machine: &Machine, _: Level) -> Result<Option<String>> {
+    if sysroot(machine)?.join("library/core/src/lib.rs").exists() {
+        return Ok(None);
+    }
+    Ok(Some(format!("rust-src {}", rustc_version(machine)?)))
+}
+
+/// rustup's component, or Debian's package of exactly the compiler's version where rustup has no way to its server.
+pub(super) fn install_rust_src(machine: &Machine, _: Level) -> Result<()> {
+    let Err(rustup) = process::read(machine.command("rustup").args(["component", "add", "rust-src"])) else {
+        return Ok(());
+    };
+    let source = sysroot(machine)?;
+    rust_src_from_debian(machine, &rustc_version(machine)?, &source).with_context(|| {
+        format!("rustup cannot install it ({rustup:#}), and neither can it be taken from Debian")
+    })
+}
+
+fn rust_src_from_debian(machine: &Machine, version: &str, target: &Path) -> Result<()> {
+    let suite = archive::Suite::open(machine, "trixie-backports")?;
+    let package = format!("rust-src={}", suite.version("rust-src", &format!("{version}+"))?);
+    let unpacked = tempfile::tempdir()?;
+    suite.unpack(&[&package], unpacked.path())?;
+    fs::create_dir_all(target)?;
+    let library = unpacked.path().join("usr/src").join(format!("rustc-{version}")).join("library");
+    // The copy keeps links as they are; a half-done one is not taken for complete, core is looked for by its root file.
+    process::read(machine.command("cp").arg("-a").arg(library).arg(target))?;
+    Ok(())
+}
+
+/// Whether `program --version` names `version`.
+fn has_version(mut program: Command, version: &str) -> bool {
+    process::read(program.arg("--version"))
+        .is_ok_and(|said| said.split_whitespace().any(|word| word == version))
+}
+
+fn cargo_install(machine: &Machine, name: &str, version: &str) -> Result<()> {
+    // --force, because another version may be there and cargo would refuse to replace it.
+    let mut cargo = machine.cargo();
+    process::read(cargo.args(["install", name, "--version", version, "--locked", "--force"]))?;
+    Ok(())
+}
+
+pub(super) fn missing_bpf_linker(machine: &Machine, _: Level) -> Result<Option<String>> {
+    let there = has_version(machine.command("bpf-linker"), BPF_LINKER);
+    Ok((!there).then(|| format!("bpf-linker {BPF_LINKER} (about a minute)")))
+}
+
+pub(super) fn install_bpf_linker(machine: &Machine, _: Level) -> Result<()> {
+    cargo_install(machine, "bpf-linker", BPF_LINKER)
+}
+
+pub(super) fn missing_cargo_deny(machine: &Machine, _: Level) -> Result<Option<String>> {
+    let there = has_version(machine.command("cargo-deny"), CARGO_DENY);
+    Ok((!there).then(|| format!("cargo-deny {CARGO_DENY} (about four minutes)")))
+}
+
+pub(super) fn install_cargo_deny(machine: &Machine, _: Level) -> Result<()> {
+    cargo_install(machine, "cargo-deny", CARGO_DENY)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_pinned_version_counts() {
+        let program = |says: &str| {
+            let mut command = Command::new("sh");
+            command.args(["-c", &format!("echo {says}")]);
+            command
+        };
+        assert!(has_version(program("bpf-linker 0.10.3"), "0.10.3"));
+        assert!(!has_version(program("bpf-linker 0.10.30"), "0.10.3"));
+        assert!(!has_version(program("bpf-linker 0.9.15"), "0.10.3"));
+        assert!(!has_version(Command::new("no-such-program-at-all"), "0.10.3"));
+    }
+}

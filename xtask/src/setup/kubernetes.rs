@@ -1,0 +1,227 @@
+//! The real Kubernetes programs that the tests run against: etcd, kube-apiserver, kube-proxy.
+//!
+//! A directory named by `KUBEBUILDER_ASSETS` comes first, then our cache. etcd comes from Debian; the others are built by the Go
+//! module in `tests/kubernetes`, which pins their version.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use super::{Level, archive};
+use crate::{
+    machine::{Machine, is_executable},
+    process,
+};
+
+/// The version `tests/kubernetes/go.mod` pins.
+const KUBERNETES: &str = "1.36.3";
+/// One that is built, and about how long that takes with nothing cached.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Program {
+    name: &'static str,
+    takes: &'static str,
+}
+
+pub(super) const API_SERVER: Program = Program { name: "kube-apiserver", takes: "one to two minutes" };
+pub(super) const KUBE_PROXY: Program = Program { name: "kube-proxy", takes: "one to three minutes" };
+
+/// From this version on, Go fetches by itself the toolchain that a module asks for.
+const GO_THAT_FETCHES: [u32; 2] = [1, 21];
+
+fn cached(machine: &Machine) -> PathBuf {
+    machine.cache.join(format!("kubernetes-v{KUBERNETES}"))
+}
+
+/// Where each program is, or is to be. The first two belong together: those of `KUBEBUILDER_ASSETS` serve if both are
+/// there.
+struct Assets {
+    /// Of etcd and kube-apiserver.
+    server: PathBuf,
+    /// Of kube-proxy.
+    proxy: PathBuf,
+}
+
+impl Assets {
+    fn find(given: Option<PathBuf>, cached: PathBuf) -> Self {
+        let given = given.as_ref().filter(|given| !given.as_os_str().is_empty());
+        let holding = |programs: &[&str]| {
+            let complete =
+                |given: &&PathBuf| programs.iter().all(|program| is_executable(&given.join(program)));
+            given.filter(complete).unwrap_or(&cached).clone()
+        };
+        Self { server: holding(&["etcd", "kube-apiserver"]), proxy: holding(&["kube-proxy"]) }
+    }
+
+    fn of(machine: &Machine) -> Self {
+        Self::find(env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from), cached(machine))
+    }
+
+    fn lacks(&self, program: &Program) -> bool {
+        let directory = if *program == KUBE_PROXY { &self.proxy } else { &self.server };
+        !is_executable(&directory.join(program.name))
+    }
+}
+
+/// The directory of etcd and kube-apiserver, then that of kube-proxy; often the same.
+pub(crate) fn assets(machine: &Machine) -> [PathBuf; 2] {
+    let Assets { server, proxy } = Assets::of(machine);
+    [server, proxy]
+}
+
+pub(super) fn missing_etcd(machine: &Machine, _: Level) -> Result<Option<String>> {
+    Ok((!is_executable(&Assets::of(machine).server.join("etcd")))
+        .then(|| "etcd (of Debian bookworm)".to_owned()))
+}
+
+/// Unpacked rather than installed: installing it would start a daemon on its well-known port.
+pub(super) fn install_etcd(machine: &Machine, _: Level) -> Result<()> {
+    let unpacked = tempfile::tempdir()?;
+    // The oldest release still has an etcd new enough, and its program runs with any newer C library.
+    archive::Suite::open(machine, "bookworm")?.unpack(&["etcd-server"], unpacked.path())?;
+    put(&unpacked.path().join("usr/bin/etcd"), &cached(machine).join("etcd"))
+}
+
+/// Copies a program into the cache, where it appears whole.
+fn put(from: &Path, to: &Path) -> Result<()> {
+    let directory = to.parent().context("a cached program has a directory")?;
+    fs::create_dir_all(directory)?;
+    let draft = tempfile::Builder::new().prefix(".new-").tempdir_in(directory)?;
+    let copy = draft.path().join("program");
+    fs::copy(from, &copy).with_context(|| format!("copying {}", from.display()))?;
+    fs::rename(copy, to).with_context(|| format!("moving into {}", to.display()))
+}
+
+pub(super) fn missing_program(machine: &Machine, program: &Program) -> Result<Option<String>> {
+    let Program { name, takes } = program;
+    let lacks = Assets::of(machine).lacks(program);
+    Ok(lacks.then(|| format!("{name} {KUBERNETES} (built from source, {takes} the first time)")))
+}
+
+pub(super) fn build_program(machine: &Machine, program: &Program) -> Result<()> {
+    let module = machine.workspace.join("tests/kubernetes");
+    let wanted = go_directive(&fs::read_to_string(module.join("go.mod"))?)
+        .context("tests/kubernetes/go.mod does not say which Go it needs")?;
+    let (go, version) = go(machine).context("there is no Go")?;
+    let draft = tempfile::tempdir()?;
+    let mut command = machine.command(&go);
+    command.current_dir(&module).env("CGO_ENABLED", "0").env_remove("GOROOT");
+    if version < wanted {
+        command.env("GOTOOLCHAIN", "auto");
+    }
+    command.args(["build", "-trimpath", "-ldflags"]).arg(linker_flags()).arg("-o").arg(draft.path());
+    process::read(command.arg(format!("k8s.io/kubernetes/cmd/{}", program.name)))?;
+    put(&draft.path().join(program.name), &cached(machine).join(program.name))
+}
+
+/// Without debug information, and with the version that a plain build leaves open.
+fn linker_flags() -> String {
+    let minor = KUBERNETES.split('.').nth(1).unwrap_or_default();
+    let mut flags = "-s -w".to_owned();
+    for package in ["k8s.io/component-base/version", "k8s.io/client-go/pkg/version"] {
+        for (variable, value) in [
+            ("gitVersion", &*format!("v{KUBERNETES}")),
+            ("gitMajor", "1"),
+            ("gitMinor", minor),
+            ("gitTreeState", "clean"),
+        ] {
+            flags.push_str(&format!(" -X {package}.{variable}={value}"));
+        }
+    }
+    flags
+}
+
+fn cached_go(machine: &Machine) -> PathBuf {
+    machine.cache.join("go-1.24")
+}
+
+/// A Go that can build, or can fetch one that can, with its version.
+fn go(machine: &Machine) -> Option<(PathBuf, [u32; 2])> {
+    let places = machine.find("go").into_iter();
+    let places =
+        places.chain(["/usr/local/go/bin/go".into(), cached_go(machine).join("usr/lib/go-1.24/bin/go")]);
+    places.filter(|go| is_executable(go)).find_map(|go| {
+        let said =
+            process::read(Command::new(&go).args(["env", "GOVERSION"]).env("GOTOOLCHAIN", "local")).ok()?;
+        let version = go_version(said.trim_end().strip_prefix("go")?)?;
+        (version >= GO_THAT_FETCHES).then_some((go, version))
+    })
+}
+
+fn go_version(text: &str) -> Option<[u32; 2]> {
+    // Release candidates are called 1.27rc1.
+    let mut numbers = text.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    Some([numbers.next()?.ok()?, numbers.next()?.ok()?])
+}
+
+fn go_directive(module: &str) -> Option<[u32; 2]> {
+    go_version(module.lines().find_map(|line| line.strip_prefix("go "))?.trim())
+}
+
+pub(super) fn missing_go(machine: &Machine, _: Level) -> Result<Option<String>> {
+    let assets = Assets::of(machine);
+    let builds = assets.lacks(&API_SERVER) || assets.lacks(&KUBE_PROXY);
+    if !builds || go(machine).is_some() {
+        return Ok(None);
+    }
+    Ok(Some("Go 1.24 (of Debian trixie, to build kube-apiserver and kube-proxy)".to_owned()))
+}
+
+pub(super) fn install_go(machine: &Machine, _: Level) -> Result<()> {
+    archive::whole(&cached_go(machine), |draft| {
+        archive::Suite::open(machine, "trixie")?.unpack(&["golang-1.24-go", "golang-1.24-src"], draft)
+    })
+    .context("install Go 1.21 or newer from https://go.dev/dl/, or as your distribution has it")?;
+    if go(machine).is_none() {
+        bail!("the Go unpacked in {} does not run", cached_go(machine).display());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn go_versions_are_read_and_compared_as_numbers() {
+        assert_eq!(go_version("1.26.8"), Some([1, 26]));
+        assert_eq!(go_version("1.27rc1"), Some([1, 27]));
+        assert_eq!(go_version("devel"), None);
+        assert!(go_version("1.9.7").unwrap() < GO_THAT_FETCHES);
+        assert_eq!(go_directive("module m\n\ngo 1.26.0\n\nrequire x v1.0.0\n"), Some([1, 26]));
+        assert_eq!(go_directive("module m\n"), None);
+    }
+
+    #[test]
+    fn the_module_pins_the_version_that_the_cache_is_named_after() {
+        let module = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/kubernetes/go.mod");
+        let module = fs::read_to_string(module).unwrap();
+        assert!(module.contains(&format!("k8s.io/kubernetes v{KUBERNETES}\n")), "{module}");
+    }
+
+    #[test]
+    fn given_programs_serve_when_they_are_complete() {
+        let [given, cached] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let [given, cached] = [given.path().to_owned(), cached.path().to_owned()];
+        let find = || Assets::find(Some(given.clone()), cached.clone());
+        let source = cached.join("source");
+        fs::create_dir_all(&cached).unwrap();
+        fs::write(&source, "").unwrap();
+        fs::set_permissions(&source, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+
+        put(&source, &given.join("etcd")).unwrap();
+        assert_eq!(find().server, cached, "etcd alone is of no use");
+        assert!(find().lacks(&API_SERVER) && find().lacks(&KUBE_PROXY));
+        put(&source, &given.join("kube-apiserver")).unwrap();
+        assert_eq!((find().server, find().proxy), (given.clone(), cached.clone()));
+        assert!(!find().lacks(&API_SERVER) && find().lacks(&KUBE_PROXY));
+        put(&source, &cached.join("kube-proxy")).unwrap();
+        assert!(!find().lacks(&KUBE_PROXY));
+        assert_eq!(fs::read_dir(&given).unwrap().count(), 2, "nothing is left of the copying");
+        assert_eq!(Assets::find(None, cached.clone()).server, cached);
+        assert_eq!(Assets::find(Some("".into()), cached.clone()).proxy, cached);
+    }
+}

@@ -1,0 +1,95 @@
+//! `cargo xtask setup`: installs what is missing on this machine, and says each thing it does.
+//!
+//! In: the [`Machine`] and how far to go. Out: a machine on which `cargo build` works, then the demo, the tests, the
+//! checks. Every step first looks whether it has anything to do, so a second run costs nothing.
+
+use std::{io::Write as _, time::Instant};
+
+use anyhow::{Context as _, Result};
+use clap::ValueEnum;
+
+use crate::machine::Machine;
+
+mod archive;
+mod compiler;
+mod kubernetes;
+mod nft;
+mod system;
+
+pub(crate) use kubernetes::assets as kubernetes_assets;
+pub(crate) use nft::readers as nft_readers;
+
+/// What to be ready for; each level includes those before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub(crate) enum Level {
+    /// `cargo build`
+    Build,
+    /// `cargo xtask demo`
+    Demo,
+    /// `cargo xtask test`
+    Test,
+    /// `cargo xtask check`
+    Check,
+}
+
+/// One thing that a machine may lack.
+struct Step {
+    /// From which level on it is needed.
+    level: Level,
+    /// What is missing, in words that follow "installing"; `None` when nothing is.
+    missing: fn(&Machine, Level) -> Result<Option<String>>,
+    /// Installs it.
+    install: fn(&Machine, Level) -> Result<()>,
+}
+
+const STEPS: &[Step] = &[
+    Step { level: Level::Build, missing: system::missing, install: system::install },
+    Step { level: Level::Build, missing: compiler::missing_rust_src, install: compiler::install_rust_src },
+    Step {
+        level: Level::Build,
+        missing: compiler::missing_bpf_linker,
+        install: compiler::install_bpf_linker,
+    },
+    Step { level: Level::Test, missing: nft::missing, install: nft::install },
+    Step { level: Level::Test, missing: kubernetes::missing_etcd, install: kubernetes::install_etcd },
+    Step { level: Level::Test, missing: kubernetes::missing_go, install: kubernetes::install_go },
+    Step {
+        level: Level::Test,
+        missing: |machine, _| kubernetes::missing_program(machine, &kubernetes::API_SERVER),
+        install: |machine, _| kubernetes::build_program(machine, &kubernetes::API_SERVER),
+    },
+    Step {
+        level: Level::Test,
+        missing: |machine, _| kubernetes::missing_program(machine, &kubernetes::KUBE_PROXY),
+        install: |machine, _| kubernetes::build_program(machine, &kubernetes::KUBE_PROXY),
+    },
+    Step {
+        level: Level::Check,
+        missing: compiler::missing_cargo_deny,
+        install: compiler::install_cargo_deny,
+    },
+];
+
+/// Makes the machine ready for `level`. Returns how many steps had something to do.
+///
+/// # Errors
+///
+/// When something is missing and cannot be installed; the error says what to do by hand.
+pub(crate) fn run(machine: &Machine, level: Level) -> Result<usize> {
+    let mut done = 0;
+    for step in STEPS.iter().filter(|step| step.level <= level) {
+        let Some(what) = (step.missing)(machine, level)? else { continue };
+        print!("installing {what} ... ");
+        std::io::stdout().flush()?;
+        let start = Instant::now();
+        let result = (step.install)(machine, level);
+        println!(
+            "{} ({:.1} s)",
+            if result.is_ok() { "done" } else { "failed" },
+            start.elapsed().as_secs_f32()
+        );
+        result.with_context(|| format!("installing {what}"))?;
+        done += 1;
+    }
+    Ok(done)
+}
