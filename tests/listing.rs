@@ -9,21 +9,18 @@ use weir_tests::{
     subject::{Kind, Settings, Subject},
 };
 
-/// The system's nft, and the others that setup built or the environment names.
+/// The system's nft, and those that setup unpacked: of Debian 12 and of Debian 13.
 fn programs() -> Vec<PathBuf> {
-    let mut programs = vec![PathBuf::from("nft")];
-    programs.extend(std::env::var_os("WEIR_NFT_EXTRA").map(PathBuf::from));
-    if let Ok(entries) = assets::cache().and_then(|cache| Ok(std::fs::read_dir(cache)?)) {
-        let names = entries.filter_map(|entry| entry.ok()).map(|entry| entry.path());
-        let builds = names
-            .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("nft-")));
-        programs.extend(
-            builds
-                .flat_map(|build| [build.join("nft"), build.join("sbin/nft")])
-                .filter(|path| path.is_file()),
-        );
+    let readers = match std::env::var_os("WEIR_NFT_READERS") {
+        Some(readers) => std::env::split_paths(&readers).collect(),
+        None => {
+            ["nft-1.0", "nft-1.1"].map(|reader| assets::cache().unwrap().join(reader).join("nft")).to_vec()
+        }
+    };
+    for reader in &readers {
+        assert!(reader.is_file(), "{} is missing; run `cargo xtask setup`", reader.display());
     }
-    programs
+    [PathBuf::from("nft")].into_iter().chain(readers).collect()
 }
 
 #[test]
