@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use anyhow::{Result, anyhow, bail};
 use weir::model::Family;
 use weir_tests::{
     node::{OUTSIDE_CLIENTS, Place, Topology, node_address},
@@ -64,53 +65,58 @@ fn answered_more(loads: &[Load], more: u64) {
     });
 }
 
-fn sticky_backends(topology: &Topology) -> Vec<String> {
+fn sticky_backends(topology: &Topology) -> Result<Vec<String>> {
     let ask = |client| {
         let from = Place::Outside(client);
         let call = Call::new(from, SocketAddr::new(STICKY.cluster_ip(Family::V4), PORT), Transport::Tcp);
         match topology.at(from).run(|| ask(&call)) {
-            Outcome::Answer(answer) => answer.backend,
-            other => panic!("{from}: {other}"),
+            Outcome::Answer(answer) => Ok(answer.backend),
+            other => bail!("{from}: {other}"),
         }
     };
     (0..OUTSIDE_CLIENTS).map(ask).collect()
 }
 
-fn killed_and_restarted_under_traffic(kind: Kind) {
-    let topology = Topology::new().unwrap();
-    let _servers = serve(&topology).unwrap();
-    let subject = Subject::new(kind, &topology).unwrap();
-    subject.publish(&WEB.name(), web().objects(WEB)).unwrap();
+fn killed_and_restarted_under_traffic(kind: Kind) -> Result<()> {
+    let topology = Topology::new()?;
+    let _servers = serve(&topology)?;
+    let subject = Subject::new(kind, &topology)?;
+    subject.publish(&WEB.name(), web().objects(WEB))?;
     let all = [pod(1, 1), pod(1, 2), pod(2, 1), pod(2, 2)];
-    subject.publish(&STICKY.name(), service(all.clone()).sticky(3600).objects(STICKY)).unwrap();
-    subject.start(&Settings::default()).unwrap();
+    subject.publish(&STICKY.name(), service(all.clone()).sticky(3600).objects(STICKY))?;
+    subject.start(&Settings::default())?;
 
-    let remembered = sticky_backends(&topology);
+    let remembered = sticky_backends(&topology)?;
     let flows: Vec<_> = calls()
         .into_iter()
-        .map(|(from, call)| topology.at(from).run(|| Flow::open(&call)).unwrap())
-        .collect();
+        .map(|(from, call)| {
+            topology
+                .at(from)
+                .run(|| Flow::open(&call))
+                .map_err(|outcome| anyhow!("{from} to {}: {outcome}", call.to))
+        })
+        .collect::<Result<_>>()?;
     let loads: Vec<_> = calls()
         .into_iter()
-        .map(|(from, call)| Load::start(topology.at(from), call, Duration::from_millis(2)).unwrap())
-        .collect();
+        .map(|(from, call)| Load::start(topology.at(from), call, Duration::from_millis(2)))
+        .collect::<Result<_>>()?;
     answered_more(&loads, 20);
 
     for round in 0..3 {
-        subject.kill_agent(1).unwrap();
-        subject.kill_agent(2).unwrap();
+        subject.kill_agent(1)?;
+        subject.kill_agent(2)?;
         answered_more(&loads, 20);
         // What changed meanwhile is found at the start.
         let endpoints = if round % 2 == 0 { all.to_vec() } else { vec![pod(1, 1), pod(2, 1)] };
-        subject.publish(&WEB.name(), service(endpoints).everywhere().objects(WEB)).unwrap();
-        subject.start_agent(1).unwrap();
-        subject.start_agent(2).unwrap();
-        subject.settle().unwrap();
+        subject.publish(&WEB.name(), service(endpoints).everywhere().objects(WEB))?;
+        subject.start_agent(1)?;
+        subject.start_agent(2)?;
+        subject.settle()?;
         answered_more(&loads, 20);
     }
 
     for ((from, call), load) in calls().into_iter().zip(loads) {
-        let tally = load.stop().unwrap();
+        let tally = load.stop()?;
         assert!(tally.failures.is_empty(), "{from} to {} by {}: {tally:?}", call.to, call.transport);
         let newcomer = tally.answers.keys().any(|backend| backend.starts_with("pod-2-2"));
         assert!(
@@ -126,27 +132,28 @@ fn killed_and_restarted_under_traffic(kind: Kind) {
             "{answer:?}, then {outcome}"
         );
     }
-    assert_eq!(sticky_backends(&topology), remembered, "session affinity did not outlive the agent (A5)");
+    assert_eq!(sticky_backends(&topology)?, remembered, "session affinity did not outlive the agent (A5)");
+    Ok(())
 }
 
 #[test]
-fn weir_killed_and_restarted_under_traffic_fails_no_connection() {
-    killed_and_restarted_under_traffic(Kind::Weir);
+fn weir_killed_and_restarted_under_traffic_fails_no_connection() -> Result<()> {
+    killed_and_restarted_under_traffic(Kind::Weir)
 }
 
 /// The same on the oracle: it proves that the test asks for nothing kube-proxy does not give.
 #[test]
-fn kube_proxy_killed_and_restarted_under_traffic_fails_no_connection() {
-    killed_and_restarted_under_traffic(Kind::KubeProxy);
+fn kube_proxy_killed_and_restarted_under_traffic_fails_no_connection() -> Result<()> {
+    killed_and_restarted_under_traffic(Kind::KubeProxy)
 }
 
 #[test]
-fn weir_puts_back_what_others_took_away() {
-    let topology = Topology::new().unwrap();
-    let _servers = serve(&topology).unwrap();
-    let subject = Subject::new(Kind::Weir, &topology).unwrap();
-    subject.publish(&WEB.name(), web().objects(WEB)).unwrap();
-    subject.start(&Settings::default()).unwrap();
+fn weir_puts_back_what_others_took_away() -> Result<()> {
+    let topology = Topology::new()?;
+    let _servers = serve(&topology)?;
+    let subject = Subject::new(Kind::Weir, &topology)?;
+    subject.publish(&WEB.name(), web().objects(WEB))?;
+    subject.start(&Settings::default())?;
     let answered = || {
         calls().iter().all(|(from, call)| {
             let call = Call { patience: PATIENCE, ..*call };
@@ -160,15 +167,16 @@ fn weir_puts_back_what_others_took_away() {
         &["delete", "table", "ip6", "weir"],
         &["flush", "table", "ip", "weir"],
     ] {
-        topology.at(Place::Host(1)).stdout("nft", theft).unwrap();
+        topology.at(Place::Host(1)).stdout("nft", theft)?;
         await_that(&format!("everything answers after nft {}", theft.join(" ")), answered);
     }
     // The agent still follows changes afterwards.
-    subject.publish(&WEB.name(), service([pod(2, 2)]).everywhere().objects(WEB)).unwrap();
+    subject.publish(&WEB.name(), service([pod(2, 2)]).everywhere().objects(WEB))?;
     let (from, call) = calls()[0];
     let outcome = topology.at(from).run(|| ask(&call));
     assert!(
         matches!(&outcome, Outcome::Answer(answer) if answer.backend.starts_with("pod-2-2")),
         "{outcome}"
     );
+    Ok(())
 }

@@ -49,6 +49,10 @@ impl Namespace {
         for (key, value) in SYSCTLS {
             namespace.sysctl(key, value)?;
         }
+        for (key, value) in NEWER_SYSCTLS {
+            // Older kernels have these once for the whole machine, and better values there.
+            let _ = namespace.sysctl(key, value);
+        }
         namespace.ip(&["link set lo up".to_owned()])?;
         Ok(namespace)
     }
@@ -231,6 +235,10 @@ const SYSCTLS: [(&str, &str); 15] = [
     ("net/ipv6/icmp/ratelimit", "0"),
     ("net/ipv4/ping_group_range", "0 0"),
 ];
+
+/// The same for kernels that count the errors of each namespace.
+const NEWER_SYSCTLS: [(&str, &str); 2] =
+    [("net/ipv4/icmp_msgs_per_sec", "1000000"), ("net/ipv4/icmp_msgs_burst", "1000000")];
 
 /// Makes the namespace, hands it out, and then runs jobs in it until nobody can send any more.
 fn keep(file: &Sender<Result<File>>, jobs: &Receiver<Job>) {

@@ -38,7 +38,7 @@ pub(super) fn cases() -> Vec<Case> {
         case(
             "A4 A5",
             "a client whose backend leaves gets another, and stays there when the first comes back",
-            { service([pod(1, 1), pod(2, 1)]).sticky(hour) },
+            service([pod(1, 1), pod(2, 1)]).sticky(hour),
         )
         .check(POD12, CLUSTER, any_of_two())
         .then(service([pod(2, 2)]).sticky(hour))

@@ -37,7 +37,7 @@ fn nobody() -> Vec<Case> {
         case(
             "F3 R6",
             "external policy Local drops without local endpoints, but not for pods and the host",
-            { service([pod(2, 1)]).everywhere().external_local() },
+            service([pod(2, 1)]).everywhere().external_local(),
         )
         .checks(&[OUTSIDE], &EXTERNALS, &Expect::Dropped)
         .checks(&[POD12], &EXTERNALS, &by(&[POD21], Kept))

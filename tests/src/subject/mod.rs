@@ -92,7 +92,7 @@ impl<'a> Subject<'a> {
             Kind::KubeProxy => {
                 assets::kubernetes("kube-proxy")?;
                 let address = Place::Router.client_address(Family::V4).to_string();
-                Store::Cluster(ControlPlane::start(&topology.router, &address)?)
+                Store::Cluster(Box::new(ControlPlane::start(&topology.router, &address)?))
             }
         };
         store.put("cluster", &[], &[service_cidr(), node(1), node(2)])?;

@@ -12,7 +12,7 @@ pub(super) enum Store<'a> {
     /// A directory with one file for each name.
     Manifests(PathBuf),
     /// An API server.
-    Cluster(ControlPlane<'a>),
+    Cluster(Box<ControlPlane<'a>>),
 }
 
 impl Store<'_> {
