@@ -56,6 +56,9 @@ impl Store<'_> {
             }
             Self::Manifests(directory) => {
                 let file = directory.join(format!("{name}.yaml"));
+                if old.is_empty() && new.is_empty() {
+                    return Ok(());
+                }
                 if new.is_empty() {
                     return Ok(std::fs::remove_file(file)?);
                 }
