@@ -27,7 +27,8 @@ fn in_namespace(test: impl FnOnce() + Send + 'static) {
 }
 
 fn nft(arguments: &[&str]) -> String {
-    let output = Command::new("nft").args(arguments).output().expect("nft is not installed: run cargo xtask setup");
+    let output =
+        Command::new("nft").args(arguments).output().expect("nft is not installed: run cargo xtask setup");
     assert!(output.status.success(), "nft {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
 }
@@ -121,7 +122,8 @@ fn port(family: Family, number: u8, backends: &[u8], affinity: Option<u32>) -> P
 fn assert_installed(plane: &mut Nftables, port: &PortPlan) {
     let state = plane.dump().unwrap();
     for plan in &port.frontends {
-        let installed = state.frontends.get(&plan.frontend).unwrap_or_else(|| panic!("{} is missing", plan.frontend));
+        let installed =
+            state.frontends.get(&plan.frontend).unwrap_or_else(|| panic!("{} is missing", plan.frontend));
         for (got, want) in [
             (&installed.pod, plan.route.pod),
             (&installed.host, plan.route.host),
@@ -143,7 +145,12 @@ fn assert_installed(plane: &mut Nftables, port: &PortPlan) {
         }
         let backends = !port.cluster.is_empty();
         assert_eq!(installed.affinity, port.affinity.filter(|_| backends), "{}", plan.frontend);
-        assert_eq!(installed.allowed_sources.as_deref(), plan.allowed_sources.as_deref(), "{}", plan.frontend);
+        assert_eq!(
+            installed.allowed_sources.as_deref(),
+            plan.allowed_sources.as_deref(),
+            "{}",
+            plan.frontend
+        );
     }
 }
 
@@ -190,7 +197,8 @@ fn what_is_applied_is_read_back_listed_and_adopted() {
 
         // Endpoints come and go.
         let second = plans(&[2, 3, 4, 5]);
-        let ports = first.iter().zip(&second).map(|(before, after)| change(Some(before), Some(after))).collect();
+        let ports =
+            first.iter().zip(&second).map(|(before, after)| change(Some(before), Some(after))).collect();
         plane.apply(&Delta { ports, ..Delta::default() }).unwrap();
         for plan in &second {
             assert_installed(&mut plane, plan);

@@ -1,2 +1,182 @@
-//! x
+//! The agent is killed, restarted and robbed of its rules while connections are made: R1, A5 and the Restart row.
 
+use std::{
+    net::SocketAddr,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, anyhow, bail};
+use weir::model::Family;
+use weir_tests::{
+    node::{OUTSIDE_CLIENTS, Place, Topology, node_address},
+    objects::{Lot, PORT, Shape, pod, service},
+    runner::serve,
+    subject::{Kind, Settings, Subject},
+    traffic::{Call, Flow, Load, Outcome, PATIENCE, Transport, ask},
+};
+
+const WEB: Lot = Lot::new(1).named("web");
+const STICKY: Lot = Lot::new(2).named("sticky");
+/// How long anything may take on a busy machine.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+fn web() -> Shape {
+    service([pod(1, 1), pod(2, 1)]).everywhere()
+}
+
+/// Every way to the Service that the tests keep under load.
+fn calls() -> Vec<(Place, Call)> {
+    let mut calls = Vec::new();
+    for family in Family::ALL {
+        let cluster = SocketAddr::new(WEB.cluster_ip(family), PORT);
+        let node_port = SocketAddr::new(node_address(family, 1), WEB.node_port(PORT));
+        let external = SocketAddr::new(WEB.external_ip(family), PORT);
+        for transport in [Transport::Tcp, Transport::Udp] {
+            for (from, to) in [
+                (Place::Pod(1, 2), cluster),
+                (Place::Host(1), cluster),
+                (Place::Outside(0), node_port),
+                (Place::Outside(0), external),
+            ] {
+                // A busy machine may answer late; what is asked here is whether it answers at all.
+                calls.push((
+                    from,
+                    Call { patience: Duration::from_secs(5), ..Call::new(from, to, transport) },
+                ));
+            }
+        }
+    }
+    calls
+}
+
+fn await_that(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + DEADLINE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "not within {DEADLINE:?}: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn answered_more(loads: &[Load], more: u64) {
+    let before: Vec<u64> = loads.iter().map(Load::answered).collect();
+    await_that("every load is answered more", || {
+        loads.iter().zip(&before).all(|(load, before)| load.answered() >= before + more)
+    });
+}
+
+fn sticky_backends(topology: &Topology) -> Result<Vec<String>> {
+    let ask = |client| {
+        let from = Place::Outside(client);
+        let call = Call::new(from, SocketAddr::new(STICKY.cluster_ip(Family::V4), PORT), Transport::Tcp);
+        match topology.at(from).run(|| ask(&call)) {
+            Outcome::Answer(answer) => Ok(answer.backend),
+            other => bail!("{from}: {other}"),
+        }
+    };
+    (0..OUTSIDE_CLIENTS).map(ask).collect()
+}
+
+fn killed_and_restarted_under_traffic(kind: Kind) -> Result<()> {
+    let topology = Topology::new()?;
+    let _servers = serve(&topology)?;
+    let subject = Subject::new(kind, &topology)?;
+    subject.publish(&WEB.name(), web().objects(WEB))?;
+    let all = [pod(1, 1), pod(1, 2), pod(2, 1), pod(2, 2)];
+    subject.publish(&STICKY.name(), service(all.clone()).sticky(3600).objects(STICKY))?;
+    subject.start(&Settings::default())?;
+
+    let remembered = sticky_backends(&topology)?;
+    let flows: Vec<_> = calls()
+        .into_iter()
+        .map(|(from, call)| {
+            topology
+                .at(from)
+                .run(|| Flow::open(&call))
+                .map_err(|outcome| anyhow!("{from} to {}: {outcome}", call.to))
+        })
+        .collect::<Result<_>>()?;
+    let loads: Vec<_> = calls()
+        .into_iter()
+        .map(|(from, call)| Load::start(topology.at(from), call, Duration::from_millis(2)))
+        .collect::<Result<_>>()?;
+    answered_more(&loads, 20);
+
+    for round in 0..3 {
+        subject.kill_agent(1)?;
+        subject.kill_agent(2)?;
+        answered_more(&loads, 20);
+        // What changed meanwhile is found at the start.
+        let endpoints = if round % 2 == 0 { all.to_vec() } else { vec![pod(1, 1), pod(2, 1)] };
+        subject.publish(&WEB.name(), service(endpoints).everywhere().objects(WEB))?;
+        subject.start_agent(1)?;
+        subject.start_agent(2)?;
+        subject.settle()?;
+        answered_more(&loads, 20);
+    }
+
+    for ((from, call), load) in calls().into_iter().zip(loads) {
+        let tally = load.stop()?;
+        assert!(tally.failures.is_empty(), "{from} to {} by {}: {tally:?}", call.to, call.transport);
+        let newcomer = tally.answers.keys().any(|backend| backend.starts_with("pod-2-2"));
+        assert!(
+            newcomer,
+            "{from} to {} never saw the endpoint that came while the agent was down: {tally:?}",
+            call.to
+        );
+    }
+    for (flow, answer) in flows {
+        let outcome = flow.ask(PATIENCE);
+        assert!(
+            matches!(&outcome, Outcome::Answer(now) if now.backend == answer.backend),
+            "{answer:?}, then {outcome}"
+        );
+    }
+    assert_eq!(sticky_backends(&topology)?, remembered, "session affinity did not outlive the agent (A5)");
+    Ok(())
+}
+
+#[test]
+fn weir_killed_and_restarted_under_traffic_fails_no_connection() -> Result<()> {
+    killed_and_restarted_under_traffic(Kind::Weir)
+}
+
+/// The same on the oracle: it proves that the test asks for nothing kube-proxy does not give.
+#[test]
+fn kube_proxy_killed_and_restarted_under_traffic_fails_no_connection() -> Result<()> {
+    killed_and_restarted_under_traffic(Kind::KubeProxy)
+}
+
+#[test]
+fn weir_puts_back_what_others_took_away() -> Result<()> {
+    let topology = Topology::new()?;
+    let _servers = serve(&topology)?;
+    let subject = Subject::new(Kind::Weir, &topology)?;
+    subject.publish(&WEB.name(), web().objects(WEB))?;
+    subject.start(&Settings::default())?;
+    let answered = || {
+        calls().iter().all(|(from, call)| {
+            let call = Call { patience: PATIENCE, ..*call };
+            matches!(topology.at(*from).run(|| ask(&call)), Outcome::Answer(_))
+        })
+    };
+    await_that("everything answers", answered);
+    for theft in [
+        &["flush", "ruleset"][..],
+        &["delete", "table", "ip", "weir"],
+        &["delete", "table", "ip6", "weir"],
+        &["flush", "table", "ip", "weir"],
+    ] {
+        topology.at(Place::Host(1)).stdout("nft", theft)?;
+        await_that(&format!("everything answers after nft {}", theft.join(" ")), answered);
+    }
+    // The agent still follows changes afterwards.
+    subject.publish(&WEB.name(), service([pod(2, 2)]).everywhere().objects(WEB))?;
+    let (from, call) = calls()[0];
+    let outcome = topology.at(from).run(|| ask(&call));
+    assert!(
+        matches!(&outcome, Outcome::Answer(answer) if answer.backend.starts_with("pod-2-2")),
+        "{outcome}"
+    );
+    Ok(())
+}

@@ -25,20 +25,28 @@ pub fn directory() -> Result<PathBuf> {
 pub fn cache() -> Result<PathBuf> {
     let base = match std::env::var_os("XDG_CACHE_HOME") {
         Some(cache) => PathBuf::from(cache),
-        None => Path::new(&std::env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?).join(".cache"),
+        None => Path::new(&std::env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?)
+            .join(".cache"),
     };
     Ok(base.join("weir"))
 }
 
-/// The path of one Kubernetes program.
+/// The path of one Kubernetes program: in [`directory`], else by `PATH`.
 ///
 /// # Errors
 ///
 /// When it is not there.
 pub fn kubernetes(program: &str) -> Result<PathBuf> {
-    let path = directory()?.join(program);
-    ensure!(path.is_file(), "{} is missing; run `cargo xtask setup`, or set KUBEBUILDER_ASSETS", path.display());
-    Ok(path)
+    let directory = directory()?;
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::iter::once(directory.clone())
+        .chain(std::env::split_paths(&path))
+        .map(|directory| directory.join(program))
+        .find(|path| path.is_file());
+    found.with_context(|| {
+        let directory = directory.display();
+        format!("{program} is neither in {directory} nor in PATH; run `cargo xtask setup`, or set KUBEBUILDER_ASSETS")
+    })
 }
 
 /// The weir binary under test: `WEIR_BIN`, else the one built beside this test.

@@ -6,6 +6,7 @@ use std::{
     fmt::Debug,
     path::{Path, PathBuf},
     process::{Child, Command},
+    sync::OnceLock,
     time::{Duration, Instant},
 };
 
@@ -22,6 +23,7 @@ use kube::{
     api::{DeleteParams, Patch, PatchParams, PostParams},
     config::{KubeConfigOptions, Kubeconfig},
 };
+use tokio::runtime::Runtime;
 use weir::source::{Kind, Object};
 
 use crate::{assets, netns::Namespace, node::SERVICE_CIDRS, objects::NAMESPACE};
@@ -30,11 +32,13 @@ use crate::{assets, netns::Namespace, node::SERVICE_CIDRS, objects::NAMESPACE};
 const START: Duration = Duration::from_secs(90);
 
 /// A running control plane. Dropping it stops it.
-#[derive(Debug)]
 pub struct ControlPlane<'a> {
     namespace: &'a Namespace,
     directory: tempfile::TempDir,
     processes: Vec<Child>,
+    /// Connects from the namespace of whoever blocks on it.
+    runtime: Runtime,
+    client: OnceLock<Client>,
 }
 
 impl<'a> ControlPlane<'a> {
@@ -45,7 +49,9 @@ impl<'a> ControlPlane<'a> {
     /// When the programs are missing or do not come up; the message ends with what the API server logged last.
     pub fn start(namespace: &'a Namespace, address: &str) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("weir-api-").tempdir()?;
-        let mut plane = Self { namespace, directory, processes: Vec::new() };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let mut plane =
+            Self { namespace, directory, processes: Vec::new(), runtime, client: OnceLock::new() };
         plane.write_credentials(address)?;
         plane.start_etcd()?;
         plane.start_apiserver(address)?;
@@ -141,13 +147,15 @@ impl<'a> ControlPlane<'a> {
     }
 
     fn with_client<T: Send>(&self, work: impl AsyncFnOnce(Client) -> Result<T> + Send) -> Result<T> {
-        let path = self.kubeconfig();
-        self.namespace.run(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            runtime.block_on(async {
-                let config = Kubeconfig::read_from(path)?;
+        self.namespace.run(|| {
+            self.runtime.block_on(async {
+                if let Some(client) = self.client.get() {
+                    return work(client.clone()).await;
+                }
+                let config = Kubeconfig::read_from(self.kubeconfig())?;
                 let config = Config::from_custom_kubeconfig(config, &KubeConfigOptions::default()).await?;
-                work(Client::try_from(config)?).await
+                let client = Client::try_from(config)?;
+                work(self.client.get_or_init(|| client).clone()).await
             })
         })
     }
@@ -157,7 +165,7 @@ impl<'a> ControlPlane<'a> {
     /// # Errors
     ///
     /// When the API server refuses one; the message names it.
-    pub fn apply(&self, objects: &[Object]) -> Result<()> {
+    pub fn apply(&self, objects: &[&Object]) -> Result<()> {
         self.with_client(async |client| {
             for object in objects {
                 apply(&client, object).await?;
@@ -181,7 +189,11 @@ impl<'a> ControlPlane<'a> {
                         drop(Api::<Service>::namespaced(client, NAMESPACE).delete(name, &parameters).await?);
                     }
                     Kind::EndpointSlice => {
-                        drop(Api::<EndpointSlice>::namespaced(client, NAMESPACE).delete(name, &parameters).await?);
+                        drop(
+                            Api::<EndpointSlice>::namespaced(client, NAMESPACE)
+                                .delete(name, &parameters)
+                                .await?,
+                        );
                     }
                     Kind::Node | Kind::ServiceCidr => bail!("{kind:?} {name} is not deleted by any case"),
                 }

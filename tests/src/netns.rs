@@ -49,6 +49,10 @@ impl Namespace {
         for (key, value) in SYSCTLS {
             namespace.sysctl(key, value)?;
         }
+        for (key, value) in NEWER_SYSCTLS {
+            // Older kernels have these once for the whole machine, and better values there.
+            let _ = namespace.sysctl(key, value);
+        }
         namespace.ip(&["link set lo up".to_owned()])?;
         Ok(namespace)
     }
@@ -105,7 +109,8 @@ impl Namespace {
     ///
     /// On the new thread, when the namespace cannot be entered.
     pub fn thread<T: Send + 'static>(
-        &self, work: impl FnOnce() -> T + Send + 'static,
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<thread::JoinHandle<T>> {
         let file = self.file.try_clone()?;
         let label = self.label.clone();
@@ -155,7 +160,13 @@ impl Namespace {
     pub fn stdout(&self, program: &str, args: &[&str]) -> Result<String> {
         let output = self.output(program, args)?;
         let complaint = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "{program} {} in {}: {}", args.join(" "), self.label, complaint.trim());
+        ensure!(
+            output.status.success(),
+            "{program} {} in {}: {}",
+            args.join(" "),
+            self.label,
+            complaint.trim()
+        );
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
@@ -178,7 +189,11 @@ impl Namespace {
         let mut child = self
             .run(|| {
                 let mut ip = Command::new("ip");
-                ip.args(["-batch", "-"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()
+                ip.args(["-batch", "-"])
+                    .stdin(Stdio::piped())
+                    .stdout(Stdio::piped())
+                    .stderr(Stdio::piped())
+                    .spawn()
             })
             .context("cannot run ip (package iproute2)")?;
         let script = lines.join("\n") + "\n";
@@ -220,6 +235,10 @@ const SYSCTLS: [(&str, &str); 15] = [
     ("net/ipv6/icmp/ratelimit", "0"),
     ("net/ipv4/ping_group_range", "0 0"),
 ];
+
+/// The same for kernels that count the errors of each namespace.
+const NEWER_SYSCTLS: [(&str, &str); 2] =
+    [("net/ipv4/icmp_msgs_per_sec", "1000000"), ("net/ipv4/icmp_msgs_burst", "1000000")];
 
 /// Makes the namespace, hands it out, and then runs jobs in it until nobody can send any more.
 fn keep(file: &Sender<Result<File>>, jobs: &Receiver<Job>) {

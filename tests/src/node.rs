@@ -227,10 +227,19 @@ impl Topology {
         let mut lines = vec!["link set eth0 up".to_owned()];
         for family in Family::ALL {
             lines.push(add_address(node_address(family, node), on_link(family), "eth0", ""));
-            lines.push(add_address(second_node_address(family, node), on_link(family), "eth0", "preferred_lft 0"));
+            lines.push(add_address(
+                second_node_address(family, node),
+                on_link(family),
+                "eth0",
+                "preferred_lft 0",
+            ));
             lines.push(format!("route add default via {}", link(family, 1)));
             let other = 3 - node;
-            lines.push(format!("route add {} via {}", pod_network(family, other), node_address(family, other)));
+            lines.push(format!(
+                "route add {} via {}",
+                pod_network(family, other),
+                node_address(family, other)
+            ));
         }
         for pod in [1, 2] {
             let path = self.at(Place::Pod(node, pod)).path();
@@ -265,7 +274,11 @@ impl Topology {
                 lines.push(add_address(address, on_link(family), "eth0", lifetime));
             }
             for node in [1, 2] {
-                lines.push(format!("route add {} via {}", pod_network(family, node), node_address(family, node)));
+                lines.push(format!(
+                    "route add {} via {}",
+                    pod_network(family, node),
+                    node_address(family, node)
+                ));
             }
             for cidr in [SERVICE_CIDRS[index], EXTERNAL_CIDRS[index], BALANCER_CIDRS[index]] {
                 lines.push(format!("route add {cidr} via {}", node_address(family, 1)));

@@ -8,11 +8,12 @@ use std::{collections::BTreeMap, net::IpAddr};
 use k8s_openapi::{
     api::{
         core::v1::{
-            ClientIPConfig, LoadBalancerIngress, LoadBalancerStatus, Node, NodeAddress, NodeSpec, NodeStatus, Service,
-            ServicePort, ServiceSpec, ServiceStatus, SessionAffinityConfig,
+            ClientIPConfig, LoadBalancerIngress, LoadBalancerStatus, Node, NodeAddress, NodeSpec, NodeStatus,
+            Service, ServicePort, ServiceSpec, ServiceStatus, SessionAffinityConfig,
         },
         discovery::v1::{
-            Endpoint as SliceEndpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForNode, ForZone,
+            Endpoint as SliceEndpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice,
+            ForNode, ForZone,
         },
         networking::v1::{ServiceCIDR, ServiceCIDRSpec},
     },
@@ -28,22 +29,37 @@ use crate::{
 /// The namespace of every object here.
 pub const NAMESPACE: &str = "default";
 
-/// The addresses of one case: all follow from its number, so that no two cases meet.
+/// The name and the addresses of one Service: all follow from its number, so that no two Services meet.
 #[derive(Clone, Copy, Debug)]
-pub struct Lot(pub u16);
+pub struct Lot {
+    number: u16,
+    name: Option<&'static str>,
+}
 
 impl Lot {
     /// The highest number that leaves room for NodePorts and health check ports.
     pub const LAST: u16 = 240;
 
+    /// The lot with this number.
+    #[must_use]
+    pub const fn new(number: u16) -> Self {
+        Self { number, name: None }
+    }
+
+    /// With a name for people to read.
+    #[must_use]
+    pub const fn named(self, name: &'static str) -> Self {
+        Self { name: Some(name), ..self }
+    }
+
     /// The name of the Service.
     #[must_use]
     pub fn name(self) -> String {
-        format!("case-{}", self.0)
+        self.name.map_or_else(|| format!("case-{}", self.number), str::to_owned)
     }
 
     fn within(self, v4: [u8; 3], v6: &str, family: Family) -> IpAddr {
-        let number = self.0;
+        let number = self.number;
         match family {
             Family::V4 => IpAddr::from([v4[0], v4[1], v4[2], number as u8]),
             Family::V6 => format!("{v6}{number:x}").parse().unwrap_or(IpAddr::from([0; 16])),
@@ -77,7 +93,7 @@ impl Lot {
     /// The NodePort of the service port with this number: the same for all its transports, as Kubernetes permits.
     #[must_use]
     pub fn node_port(self, port: u16) -> u16 {
-        30_000 + self.0 * 8 + port % 8
+        30_000 + self.number * 8 + port % 8
     }
 }
 
@@ -178,8 +194,11 @@ impl Endpoint {
             other => (other.client_address(family), None),
         };
         let [ready, serving, terminating] = self.conditions;
-        let some = |names: &[&str]| (!names.is_empty()).then(|| names.iter().map(|name| (*name).to_owned()).collect());
-        let (zones, nodes): (Option<Vec<String>>, Option<Vec<String>>) = (some(&self.hints.0), some(&self.hints.1));
+        let some = |names: &[&str]| {
+            (!names.is_empty()).then(|| names.iter().map(|name| (*name).to_owned()).collect())
+        };
+        let (zones, nodes): (Option<Vec<String>>, Option<Vec<String>>) =
+            (some(&self.hints.0), some(&self.hints.1));
         let hints = (zones.is_some() || nodes.is_some()).then(|| EndpointHints {
             for_zones: zones.map(|zones| zones.into_iter().map(|name| ForZone { name }).collect()),
             for_nodes: nodes.map(|nodes| nodes.into_iter().map(|name| ForNode { name }).collect()),
@@ -359,24 +378,29 @@ impl Shape {
     }
 
     fn spec(&self, lot: Lot) -> ServiceSpec {
-        let addresses: Vec<String> = self.families.iter().map(|&family| lot.cluster_ip(family).to_string()).collect();
+        let addresses: Vec<String> =
+            self.families.iter().map(|&family| lot.cluster_ip(family).to_string()).collect();
         let external = |yes: bool, address: fn(Lot, Family) -> IpAddr| {
             yes.then(|| self.families.iter().map(|&family| address(lot, family).to_string()).collect())
         };
         let with_node_port = matches!(self.kind, ServiceType::NodePort | ServiceType::LoadBalancer);
-        let ports = self.ports.iter().map(|port| port.object(with_node_port.then(|| lot.node_port(port.port))));
+        let ports =
+            self.ports.iter().map(|port| port.object(with_node_port.then(|| lot.node_port(port.port))));
         let balanced = self.kind == ServiceType::LoadBalancer;
         ServiceSpec {
             type_: Some(self.kind.name().to_owned()),
             ip_families: Some(self.families.iter().map(ToString::to_string).collect()),
-            ip_family_policy: Some(if addresses.len() == 2 { "RequireDualStack" } else { "SingleStack" }.to_owned()),
+            ip_family_policy: Some(
+                if addresses.len() == 2 { "RequireDualStack" } else { "SingleStack" }.to_owned(),
+            ),
             cluster_ip: addresses.first().cloned(),
             cluster_ips: Some(addresses),
             ports: Some(ports.collect()),
             external_ips: external(self.external_ip, Lot::external_ip),
             internal_traffic_policy: Some(policy(self.internal_local)),
-            external_traffic_policy: (with_node_port || self.external_ip).then(|| policy(self.external_local)),
-            health_check_node_port: (balanced && self.external_local).then(|| 32_000 + i32::from(lot.0)),
+            external_traffic_policy: (with_node_port || self.external_ip)
+                .then(|| policy(self.external_local)),
+            health_check_node_port: (balanced && self.external_local).then(|| 32_000 + i32::from(lot.number)),
             session_affinity: Some(if self.affinity.is_some() { "ClientIP" } else { "None" }.to_owned()),
             session_affinity_config: self.affinity.map(|seconds| SessionAffinityConfig {
                 client_ip: Some(ClientIPConfig { timeout_seconds: Some(seconds) }),
@@ -466,8 +490,15 @@ pub fn node(number: u8) -> Object {
             namespace: None,
             ..named(&name, &[("topology.kubernetes.io/zone", zone), ("kubernetes.io/hostname", &name)])
         },
-        spec: Some(NodeSpec { pod_cidr: cidrs.first().cloned(), pod_cidrs: Some(cidrs), ..NodeSpec::default() }),
-        status: Some(NodeStatus { addresses: Some(Family::ALL.map(address).to_vec()), ..NodeStatus::default() }),
+        spec: Some(NodeSpec {
+            pod_cidr: cidrs.first().cloned(),
+            pod_cidrs: Some(cidrs),
+            ..NodeSpec::default()
+        }),
+        status: Some(NodeStatus {
+            addresses: Some(Family::ALL.map(address).to_vec()),
+            ..NodeStatus::default()
+        }),
     }))
 }
 

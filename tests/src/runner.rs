@@ -6,6 +6,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     fmt::Write as _,
     net::SocketAddr,
+    panic::resume_unwind,
     sync::{Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -22,7 +23,7 @@ use crate::{
 };
 
 /// How many cases run at a time: most of their time is waiting for what must not arrive.
-const AT_ONCE: usize = 6;
+const AT_ONCE: usize = 4;
 /// How often a client calls where it should always get to the same backends.
 const CALLS: usize = 16;
 /// How often at most until every one of several backends has been seen.
@@ -178,18 +179,26 @@ impl Runner<'_, '_> {
             Step::Moves(transport, place) => return moves(flows, *transport, *place),
             Step::Check(..) | Step::Open(..) | Step::Send(..) | Step::Run(..) => {}
         }
+        let scenes = case.families.iter().flat_map(|&family| {
+            case.transports.iter().map(move |&transport| Scene {
+                topology: self.topology,
+                case,
+                family,
+                transport,
+            })
+        });
+        let done: Vec<_> = thread::scope(|scope| {
+            let running: Vec<_> = scenes.map(|scene| scope.spawn(move || scene.take(step))).collect();
+            running
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
+                .collect()
+        });
         let mut failures = Vec::new();
-        for &family in &case.families {
-            for &transport in &case.transports {
-                let scene = Scene { topology: self.topology, case, family, transport };
-                let done = match step {
-                    Step::Check(from, to, expect) => scene.check(*from, *to, expect),
-                    Step::Open(from, to) => scene.open(*from, *to).map(|flow| flows.push(flow)),
-                    Step::Send(from, to) => scene.send(*from, *to).map(|flow| flows.push(flow)),
-                    Step::Run(what, act) => act(&scene).with_context(|| format!("{what} ({family} {transport})")),
-                    _ => Ok(()),
-                };
-                failures.extend(done.err().map(|error| format!("{error:#}")));
+        for taken in done {
+            match taken {
+                Ok(flow) => flows.extend(flow),
+                Err(error) => failures.push(format!("{error:#}")),
             }
         }
         ensure!(failures.is_empty(), "{}", failures.join("\n            "));
@@ -212,7 +221,8 @@ struct OpenFlow {
 fn stays(flows: &[OpenFlow], transport: Transport) -> Result<()> {
     for open in flows.iter().filter(|open| open.transport == transport) {
         let outcome = open.flow.ask(PATIENCE);
-        let same = matches!(&outcome, Outcome::Answer(answer) if Some(&answer.backend) == open.backend.as_ref());
+        let same =
+            matches!(&outcome, Outcome::Answer(answer) if Some(&answer.backend) == open.backend.as_ref());
         ensure!(same, "{} did not stay with {:?}: {outcome}", open.label, open.backend);
     }
     Ok(())
@@ -247,13 +257,30 @@ impl Scene<'_> {
     fn call(&self, from: Place, to: Target) -> Call {
         let to = to.resolve(self.case.lot, self.family);
         // A client that speaks to its own loopback address cannot do so from another.
-        let from = if to.ip().is_loopback() { to.ip() } else { from.client_address(self.family) };
-        Call { from, to, transport: self.transport, patience: PATIENCE }
+        let own = to.ip().is_loopback().then(|| to.ip());
+        let call = Call::new(from, to, self.transport);
+        Call { from: own.unwrap_or(call.from), ..call }
     }
 
     fn label(&self, from: Place, to: Target) -> String {
         let to = to.resolve(self.case.lot, self.family);
         format!("{from} to {to} by {}", self.transport)
+    }
+
+    /// Takes a step that is the same in every scene; returns the flow it left open.
+    fn take(&self, step: &Step) -> Result<Option<OpenFlow>> {
+        match step {
+            Step::Check(from, to, expect) => self.check(*from, *to, expect).map(|()| None),
+            Step::Open(from, to) => self.open(*from, *to).map(Some),
+            Step::Send(from, to) => self.send(*from, *to).map(Some),
+            Step::Run(what, act) => {
+                act(self).with_context(|| format!("{what} ({} {})", self.family, self.transport))?;
+                Ok(None)
+            }
+            Step::Become(_) | Step::Vanish | Step::Stays(_) | Step::Moves(..) => {
+                bail!("not a step of one scene")
+            }
+        }
     }
 
     /// The backend a new flow gets.
@@ -286,12 +313,7 @@ impl Scene<'_> {
     ///
     /// When it is not.
     pub fn node_itself(&self, from: Place) -> Result<()> {
-        let call = Call {
-            from: from.client_address(self.family),
-            to: SocketAddr::new(node_address(self.family, 1), 9999),
-            transport: self.transport,
-            patience: PATIENCE,
-        };
+        let call = Call::new(from, SocketAddr::new(node_address(self.family, 1), 9999), self.transport);
         let outcome = self.topology.at(from).run(|| ask(&call));
         let own = matches!(&outcome, Outcome::Answer(answer) if answer.backend == "node-1:9999");
         ensure!(own, "{from} to {} by {}: {outcome}", call.to, self.transport);
@@ -334,7 +356,12 @@ impl Scene<'_> {
     }
 
     fn served(
-        &self, call: &Call, from: Place, to: Target, backends: &BTreeSet<String>, source: Source,
+        &self,
+        call: &Call,
+        from: Place,
+        to: Target,
+        backends: &BTreeSet<String>,
+        source: Source,
     ) -> Result<()> {
         let mut seen = BTreeSet::new();
         for number in 1..=CALLS_FOR_ALL {
@@ -385,7 +412,8 @@ fn one_of(call: &Call, backends: &BTreeSet<String>) -> Result<()> {
 /// protocol tells the sender at all; TCP does not, and waits for an answer like everybody else.
 fn lost(call: &Call, from: Place, expected: &Outcome) -> Result<()> {
     let outcome = ask(call);
-    let denied = outcome == Outcome::Denied && matches!(from, Place::Host(_)) && call.transport != Transport::Tcp;
+    let denied =
+        outcome == Outcome::Denied && matches!(from, Place::Host(_)) && call.transport != Transport::Tcp;
     ensure!(outcome == *expected || denied, "expected: {expected}, got: {outcome}");
     Ok(())
 }

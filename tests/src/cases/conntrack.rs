@@ -32,13 +32,17 @@ fn established() -> Vec<Case> {
             .step(Step::Vanish)
             .check(POD12, CLUSTER, Expect::Dropped)
             .step(Step::Stays(TCP)),
-        case("R1", "an established TCP flow stays when the Service loses all endpoints", everywhere([pod(2, 1)]))
-            .over(&[TCP])
-            .step(Step::Open(POD12, CLUSTER))
-            .step(Step::Open(OUTSIDE, EXTERNAL))
-            .then(service([]).everywhere())
-            .check(POD12, CLUSTER, Expect::Refused)
-            .step(Step::Stays(TCP)),
+        case(
+            "R1",
+            "an established TCP flow stays when the Service loses all endpoints",
+            everywhere([pod(2, 1)]),
+        )
+        .over(&[TCP])
+        .step(Step::Open(POD12, CLUSTER))
+        .step(Step::Open(OUTSIDE, EXTERNAL))
+        .then(service([]).everywhere())
+        .check(POD12, CLUSTER, Expect::Refused)
+        .step(Step::Stays(TCP)),
     ]
 }
 
@@ -72,12 +76,16 @@ fn stale() -> Vec<Case> {
             .step(Step::Stays(UDP))
             .then(other())
             .step(Step::Moves(UDP, POD21)),
-        case("K2", "UDP flows that began before the Service had the address come to it", service([pod(1, 1)]))
-            .over(&[UDP])
-            .step(Step::Send(POD12, EXTERNAL))
-            .step(Step::Send(OUTSIDE, BALANCER))
-            .then(other())
-            .step(Step::Moves(UDP, POD21)),
+        case(
+            "K2",
+            "UDP flows that began before the Service had the address come to it",
+            service([pod(1, 1)]),
+        )
+        .over(&[UDP])
+        .step(Step::Send(POD12, EXTERNAL))
+        .step(Step::Send(OUTSIDE, BALANCER))
+        .then(other())
+        .step(Step::Moves(UDP, POD21)),
         case("K2", "UDP flows stay under policy Local while a remote endpoint serves them", one())
             .over(&[UDP])
             .step(Step::Open(POD12, CLUSTER))

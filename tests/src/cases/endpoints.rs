@@ -14,8 +14,12 @@ fn states() -> Vec<Case> {
     vec![
         case("E2", "conditions left open mean ready", service([pod(1, 1).conditions(none), pod(2, 1)]))
             .check(POD12, CLUSTER, any(&[POD11, POD21])),
-        case("E6", "endpoints that are not ready are left out", service([pod(1, 1).conditions(unready), pod(2, 1)]))
-            .check(POD12, CLUSTER, any(&[POD21])),
+        case(
+            "E6",
+            "endpoints that are not ready are left out",
+            service([pod(1, 1).conditions(unready), pod(2, 1)]),
+        )
+        .check(POD12, CLUSTER, any(&[POD21])),
         case("E6 E2", "a ready endpoint may be terminating, as publishNotReadyAddresses has it", {
             service([pod(1, 1).conditions([Some(true), Some(true), Some(true)])])
         })
@@ -33,7 +37,8 @@ fn states() -> Vec<Case> {
         })
         .checks(&[POD12, HOST], &[CLUSTER], &Expect::Refused),
         case("E3", "of two entries for one address the one that is not terminating counts", {
-            service([]).slices([slice([pod(1, 1).terminating()]), slice([pod(1, 1), pod(2, 1).terminating()])])
+            service([])
+                .slices([slice([pod(1, 1).terminating()]), slice([pod(1, 1), pod(2, 1).terminating()])])
         })
         .check(POD12, CLUSTER, any(&[POD11])),
     ]
@@ -43,11 +48,19 @@ fn policies() -> Vec<Case> {
     let shape = || service([pod(1, 1).terminating(), pod(2, 1)]).everywhere();
     let unready = [Some(false), Some(false), Some(false)];
     vec![
-        case("E7", "internal policy Local falls back to local terminating endpoints", shape().internal_local())
-            .checks(&[POD12, HOST], &[CLUSTER], &any(&[POD11])),
-        case("E7", "external policy Local falls back to local terminating endpoints", shape().external_local())
-            .checks(&[OUTSIDE], &EXTERNALS, &by(&[POD11], Kept))
-            .checks(&[POD12], &EXTERNALS, &any(&[POD21])),
+        case(
+            "E7",
+            "internal policy Local falls back to local terminating endpoints",
+            shape().internal_local(),
+        )
+        .checks(&[POD12, HOST], &[CLUSTER], &any(&[POD11])),
+        case(
+            "E7",
+            "external policy Local falls back to local terminating endpoints",
+            shape().external_local(),
+        )
+        .checks(&[OUTSIDE], &EXTERNALS, &by(&[POD11], Kept))
+        .checks(&[POD12], &EXTERNALS, &any(&[POD21])),
         case("E7", "a local ready endpoint keeps the local terminating ones out", {
             service([pod(1, 1).terminating(), pod(1, 2), pod(2, 1)]).everywhere().external_local()
         })
@@ -69,8 +82,11 @@ fn topology() -> Vec<Case> {
         case("E9 E10 E11", "zone hints keep traffic in the node's zone", service(zones()))
             .check(POD12, CLUSTER, any(&[POD11]))
             .check(POD22, CLUSTER, any(&[POD21])),
-        case("E9", "zone hints choose for external destinations too", service(zones()).everywhere())
-            .checks(&[OUTSIDE], &EXTERNALS, &any(&[POD11])),
+        case("E9", "zone hints choose for external destinations too", service(zones()).everywhere()).checks(
+            &[OUTSIDE],
+            &EXTERNALS,
+            &any(&[POD11]),
+        ),
         case("E9 E10", "a hint may name several zones, and an endpoint elsewhere", {
             service([pod(1, 1).zones(&["zone-b"]), pod(2, 1).zones(&["zone-a", "zone-b"])])
         })
@@ -113,16 +129,27 @@ fn joins() -> Vec<Case> {
     let mut headless = slice([pod(1, 1)]);
     headless.labels = vec![("service.kubernetes.io/headless", "")];
     vec![
-        case("W6 F1", "a slice's ports join by name and protocol", service([]).slices([misnamed]))
-            .check(POD12, CLUSTER, Expect::Refused),
+        case("W6 F1", "a slice's ports join by name and protocol", service([]).slices([misnamed])).check(
+            POD12,
+            CLUSTER,
+            Expect::Refused,
+        ),
         case("W7", "the endpoints of all slices are used", {
             service([]).slices([slice([pod(1, 1)]), slice([pod(2, 1)]), slice([pod(2, 2)])])
         })
         .check(POD12, CLUSTER, any(&[POD11, POD21, POD22])),
-        case("W7", "a slice of another Service is not used", service([]).slices([foreign, slice([pod(2, 1)])]))
-            .check(POD12, CLUSTER, any(&[POD21])),
-        case("W2", "a slice labelled headless is not used", service([]).slices([headless, slice([pod(2, 1)])]))
-            .check(POD12, CLUSTER, any(&[POD21])),
+        case(
+            "W7",
+            "a slice of another Service is not used",
+            service([]).slices([foreign, slice([pod(2, 1)])]),
+        )
+        .check(POD12, CLUSTER, any(&[POD21])),
+        case(
+            "W2",
+            "a slice labelled headless is not used",
+            service([]).slices([headless, slice([pod(2, 1)])]),
+        )
+        .check(POD12, CLUSTER, any(&[POD21])),
     ]
 }
 
@@ -135,18 +162,29 @@ fn skipped() -> Vec<Case> {
         shape
     };
     vec![
-        case("W1 F5", "a Service that another proxy owns is nobody's here", other_proxy)
-            .check(POD12, CLUSTER, Expect::Dropped),
-        case("W4 F5", "an ExternalName Service is not served", service([]).of(ServiceType::ExternalName).slices([]))
-            .check(POD12, CLUSTER, Expect::Dropped),
-        case("W5 R17", "a Service of IPv4 only", single(Family::V4))
-            .only(Family::V4)
-            .checks(&[POD12, HOST], &[CLUSTER, NODE_PORT], &any(&[POD11])),
+        case("W1 F5", "a Service that another proxy owns is nobody's here", other_proxy).check(
+            POD12,
+            CLUSTER,
+            Expect::Dropped,
+        ),
+        case(
+            "W4 F5",
+            "an ExternalName Service is not served",
+            service([]).of(ServiceType::ExternalName).slices([]),
+        )
+        .check(POD12, CLUSTER, Expect::Dropped),
+        case("W5 R17", "a Service of IPv4 only", single(Family::V4)).only(Family::V4).checks(
+            &[POD12, HOST],
+            &[CLUSTER, NODE_PORT],
+            &any(&[POD11]),
+        ),
         case("W5 R17", "the NodePort of an IPv4 Service is not served over IPv6", single(Family::V4))
             .only(Family::V6)
             .checks(&[POD12, HOST], &[NODE_PORT], &Expect::Refused),
-        case("W5 R17", "a Service of IPv6 only", single(Family::V6))
-            .only(Family::V6)
-            .checks(&[POD12, HOST], &[CLUSTER, NODE_PORT], &any(&[POD11])),
+        case("W5 R17", "a Service of IPv6 only", single(Family::V6)).only(Family::V6).checks(
+            &[POD12, HOST],
+            &[CLUSTER, NODE_PORT],
+            &any(&[POD11]),
+        ),
     ]
 }

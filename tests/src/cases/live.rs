@@ -49,7 +49,8 @@ fn scaling() -> Vec<Case> {
         })
         .check(POD12, CLUSTER, any(&[POD11, POD21]))
         .then({
-            let headless = Slice { labels: vec![("service.kubernetes.io/headless", "")], ..slice([pod(1, 1)]) };
+            let headless =
+                Slice { labels: vec![("service.kubernetes.io/headless", "")], ..slice([pod(1, 1)]) };
             service([]).slices([headless, slice([pod(2, 1)])])
         })
         .check(POD12, CLUSTER, any(&[POD21])),
@@ -137,7 +138,8 @@ fn port_changes() -> Vec<Case> {
             .over(&[Transport::Tcp])
             .check(POD12, CLUSTER, both.clone())
             .then({
-                let slice = Slice { ports: vec![("http", Transport::Tcp, 8082)], ..slice([pod(1, 1), pod(2, 1)]) };
+                let slice =
+                    Slice { ports: vec![("http", Transport::Tcp, 8082)], ..slice([pod(1, 1), pod(2, 1)]) };
                 with(&[first]).slices([slice])
             })
             .check(POD12, CLUSTER, Expect::Served(vec![(POD11, 8082), (POD21, 8082)], Source::Any)),

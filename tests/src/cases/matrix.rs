@@ -41,12 +41,20 @@ fn detected(label: &str, pods_see: Source) -> [Case; 4] {
             .check(POD12, CLUSTER, by(&[POD11], pods_see))
             .check(POD22, CLUSTER, by(&[POD21], pods_see))
             .checks(&[HOST, OUTSIDE], &[CLUSTER], &by(&[POD11], Masqueraded)),
-        case("R3 R5 R10 R13", name("external destinations with external policy Cluster"), shape().internal_local())
-            .checks(&[POD12, HOST, OUTSIDE], &EXTERNALS, &by(&both, Masqueraded)),
-        case("R3 R6 R10 E7", name("external destinations with external policy Local"), shape().external_local())
-            .checks(&[POD12], &EXTERNALS, &by(&both, Kept))
-            .checks(&[HOST], &EXTERNALS, &by(&both, Masqueraded))
-            .checks(&[OUTSIDE], &EXTERNALS, &by(&[POD11], Kept)),
+        case(
+            "R3 R5 R10 R13",
+            name("external destinations with external policy Cluster"),
+            shape().internal_local(),
+        )
+        .checks(&[POD12, HOST, OUTSIDE], &EXTERNALS, &by(&both, Masqueraded)),
+        case(
+            "R3 R6 R10 E7",
+            name("external destinations with external policy Local"),
+            shape().external_local(),
+        )
+        .checks(&[POD12], &EXTERNALS, &by(&both, Kept))
+        .checks(&[HOST], &EXTERNALS, &by(&both, Masqueraded))
+        .checks(&[OUTSIDE], &EXTERNALS, &by(&[POD11], Kept)),
     ]
 }
 
@@ -58,8 +66,12 @@ fn undetected() -> [Case; 3] {
         case("R7", "no detector: sources are kept on the way to a ClusterIP", shape())
             .checks(&[POD12, HOST], &[CLUSTER], &by(&both, Kept))
             .checks(&[POD12, HOST, OUTSIDE], &EXTERNALS, &by(&both, Masqueraded)),
-        case("R7", "no detector: the internal policy Local changes nothing about that", shape().internal_local())
-            .checks(&[POD12, HOST, OUTSIDE], &[CLUSTER], &by(&[POD11], Kept)),
+        case(
+            "R7",
+            "no detector: the internal policy Local changes nothing about that",
+            shape().internal_local(),
+        )
+        .checks(&[POD12, HOST, OUTSIDE], &[CLUSTER], &by(&[POD11], Kept)),
         case("R6", "no detector: pods get local endpoints like everybody else", shape().external_local())
             .checks(&[POD12, OUTSIDE], &EXTERNALS, &by(&[POD11], Kept))
             .checks(&[HOST], &EXTERNALS, &by(&both, Masqueraded)),
@@ -69,8 +81,11 @@ fn undetected() -> [Case; 3] {
 /// Only detectors that know this node's pods see a difference between pods.
 fn other_nodes_pods() -> Case {
     let shape = service([pod(1, 1), pod(2, 1)]).everywhere().external_local();
-    case("R6", "pods of other nodes are outside where the detector knows this node's only", shape)
-        .check(POD22, NODE_PORT, by(&[POD11], Kept))
+    case("R6", "pods of other nodes are outside where the detector knows this node's only", shape).check(
+        POD22,
+        NODE_PORT,
+        by(&[POD11], Kept),
+    )
 }
 
 fn special() -> Vec<Case> {
@@ -79,8 +94,12 @@ fn special() -> Vec<Case> {
         case("R9", "a pod that reaches itself sees the node as its client", alone())
             .checks(&[POD11], &[CLUSTER, NODE_PORT, EXTERNAL, BALANCER], &by(&[POD11], Masqueraded))
             .check(POD12, CLUSTER, by(&[POD11], Kept)),
-        case("R9", "a pod that reaches itself under both policies Local", alone().internal_local().external_local())
-            .checks(&[POD11], &[CLUSTER, NODE_PORT, EXTERNAL, BALANCER], &by(&[POD11], Masqueraded)),
+        case(
+            "R9",
+            "a pod that reaches itself under both policies Local",
+            alone().internal_local().external_local(),
+        )
+        .checks(&[POD11], &[CLUSTER, NODE_PORT, EXTERNAL, BALANCER], &by(&[POD11], Masqueraded)),
         case("R11", "a load balancer's address with ipMode VIP is captured", {
             let mut shape = alone();
             shape.balancer = Some(Some("VIP"));
@@ -96,10 +115,22 @@ fn special() -> Vec<Case> {
         .over(&[Transport::Tcp])
         .checks(&[POD12, HOST], &[BALANCER.port(9999)], &router())
         .checks(&[POD12, HOST, OUTSIDE], &[EXTERNAL.port(9999)], &any(&[POD11])),
-        case("R10", "an external address works for a Service of type ClusterIP", service([pod(2, 1)]).external())
-            .checks(&[POD12, HOST, OUTSIDE], &[EXTERNAL], &by(&[POD21], Masqueraded)),
-        case("R3", "backends in the host's network", service([crate::objects::at(Place::Host(2))]).everywhere())
-            .checks(&[POD12, OUTSIDE], &[CLUSTER, NODE_PORT, EXTERNAL, BALANCER], &any(&[Place::Host(2)])),
+        case(
+            "R10",
+            "an external address works for a Service of type ClusterIP",
+            service([pod(2, 1)]).external(),
+        )
+        .checks(&[POD12, HOST, OUTSIDE], &[EXTERNAL], &by(&[POD21], Masqueraded)),
+        case(
+            "R3",
+            "backends in the host's network",
+            service([crate::objects::at(Place::Host(2))]).everywhere(),
+        )
+        .checks(
+            &[POD12, OUTSIDE],
+            &[CLUSTER, NODE_PORT, EXTERNAL, BALANCER],
+            &any(&[Place::Host(2)]),
+        ),
     ]
 }
 
@@ -114,15 +145,18 @@ fn node_port_addresses() -> Vec<Case> {
         node_port_addresses: addresses.iter().map(|&address| address.to_owned()).collect(),
         ..Settings::default()
     };
-    let [first, second, loopback] =
-        [Address::Node(1), Address::SecondNode(1), Address::Loopback].map(on);
+    let [first, second, loopback] = [Address::Node(1), Address::SecondNode(1), Address::Loopback].map(on);
     let refused = Expect::Refused;
     let served = any(&[POD11]);
     vec![
-        case("R13 R15 F6", "NodePorts answer on the node's primary address only, unless told otherwise", shape())
-            .checks(&[POD12, HOST, OUTSIDE], &[first], &served)
-            .checks(&[POD12, HOST, OUTSIDE], &[second], &refused)
-            .check(HOST, loopback, refused.clone()),
+        case(
+            "R13 R15 F6",
+            "NodePorts answer on the node's primary address only, unless told otherwise",
+            shape(),
+        )
+        .checks(&[POD12, HOST, OUTSIDE], &[first], &served)
+        .checks(&[POD12, HOST, OUTSIDE], &[second], &refused)
+        .check(HOST, loopback, refused.clone()),
         case("R13 R14", "NodePorts answer on addresses inside the given networks", shape())
             .with(&settings(&["192.168.77.20/30", "fd00:192:168:77::20/126"]))
             .checks(&[POD12, HOST, OUTSIDE], &[second], &served)

@@ -187,7 +187,7 @@ fn case(rules: &'static str, name: impl Into<String>, shape: Shape) -> Case {
     Case {
         rules,
         name: name.into(),
-        lot: Lot(0),
+        lot: Lot::new(0),
         settings: Settings::default(),
         shape,
         families: Family::ALL.to_vec(),
@@ -251,7 +251,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(live::cases());
     for (number, case) in (1..).zip(&mut cases) {
         assert!(number <= Lot::LAST, "too many cases for the lots there are");
-        case.lot = Lot(number);
+        case.lot = Lot::new(number);
     }
     cases
 }

@@ -24,22 +24,29 @@ pub(super) fn cases() -> Vec<Case> {
         .check(OUTSIDE, NODE_PORT.port(81), on(8081, &[POD11, POD21]))
         .check(OUTSIDE, EXTERNAL.port(81), on(8081, &[POD11, POD21])),
         case("W6", "a named target port may be another number on each endpoint", {
-            let to = |port, endpoint| Slice { ports: vec![("stream", Transport::Tcp, port)], ..slice([endpoint]) };
+            let to =
+                |port, endpoint| Slice { ports: vec![("stream", Transport::Tcp, port)], ..slice([endpoint]) };
             service([])
                 .ports(&[("stream", Transport::Tcp, 80)])
                 .slices([to(8080, pod(1, 1)), to(8082, pod(2, 1))])
         })
         .over(&tcp)
         .check(POD12, CLUSTER, Expect::Served(vec![(POD11, 8080), (POD21, 8082)], Source::Any)),
-        same_number().over(&tcp).check(POD12, CLUSTER, on(8080, &[POD11])).check(OUTSIDE, NODE_PORT, on(8080, &[POD11])),
-        same_number()
-            .over(&[Transport::Udp])
-            .check(POD12, CLUSTER, on(8081, &[POD21]))
-            .check(OUTSIDE, NODE_PORT, on(8081, &[POD21])),
+        same_number().over(&tcp).check(POD12, CLUSTER, on(8080, &[POD11])).check(
+            OUTSIDE,
+            NODE_PORT,
+            on(8080, &[POD11]),
+        ),
+        same_number().over(&[Transport::Udp]).check(POD12, CLUSTER, on(8081, &[POD21])).check(
+            OUTSIDE,
+            NODE_PORT,
+            on(8081, &[POD21]),
+        ),
         case("R4", "every backend gets its share", service([pod(1, 1), pod(1, 2), pod(2, 1), pod(2, 2)]))
             .step(Step::Run("share 400 flows among four backends", balance)),
         case("R16", "SCTP is balanced like the others", {
-            let slice = Slice { ports: vec![("message", Transport::Sctp, TARGET)], ..slice([pod(1, 1), pod(2, 1)]) };
+            let slice =
+                Slice { ports: vec![("message", Transport::Sctp, TARGET)], ..slice([pod(1, 1), pod(2, 1)]) };
             service([]).everywhere().ports(&[("message", Transport::Sctp, 80)]).slices([slice])
         })
         .over(&[Transport::Sctp])
@@ -53,7 +60,8 @@ fn on(port: u16, places: &[Place]) -> Expect {
 }
 
 fn same_number() -> Case {
-    let to = |name, transport, port, endpoint| Slice { ports: vec![(name, transport, port)], ..slice([endpoint]) };
+    let to =
+        |name, transport, port, endpoint| Slice { ports: vec![(name, transport, port)], ..slice([endpoint]) };
     let shape = service([]).everywhere().slices([
         to("stream", Transport::Tcp, 8080, pod(1, 1)),
         to("datagram", Transport::Udp, 8081, pod(2, 1)),
@@ -67,6 +75,9 @@ fn balance(scene: &Scene<'_>) -> Result<()> {
     for _ in 0..400 {
         *shares.entry(scene.backend(POD12, CLUSTER)?).or_default() += 1;
     }
-    ensure!(shares.len() == 4 && shares.values().all(|share| (60..=140).contains(share)), "shares are {shares:?}");
+    ensure!(
+        shares.len() == 4 && shares.values().all(|share| (60..=140).contains(share)),
+        "shares are {shares:?}"
+    );
     Ok(())
 }

@@ -13,10 +13,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use weir::{
-    model::Family,
-    source::{Kind as ObjectKind, Object},
-};
+use weir::{model::Family, source::Object};
 
 use crate::{
     assets,
@@ -34,13 +31,13 @@ use store::Store;
 
 /// How long a change may take to show on both nodes, on a busy machine.
 const SETTLE: Duration = Duration::from_secs(30);
-/// The case number of the Service that tells how far the agents have come.
-const MARKER: Lot = Lot(250);
+/// The lot of the Service that tells how far the agents have come.
+const MARKER: Lot = Lot::new(250).named("marker");
 
 /// Which service proxy runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// weir with its nftables data plane, fed from a directory of manifests.
+    /// weir, with its nftables data plane unless [`Subject::proxy_mode`] says otherwise, fed from a directory of manifests.
     Weir,
     /// kube-proxy v1.36.3 in nftables mode, fed by a real API server: the oracle.
     KubeProxy,
@@ -58,15 +55,16 @@ impl Kind {
 }
 
 /// A service proxy on both nodes. Dropping it stops it.
-#[derive(Debug)]
 pub struct Subject<'a> {
     kind: Kind,
+    proxy_mode: String,
     topology: &'a Topology,
     directory: tempfile::TempDir,
     state: Mutex<State<'a>>,
+    /// How many of [`State::puts`] the running agents have shown.
+    settled: Mutex<u64>,
 }
 
-#[derive(Debug)]
 struct State<'a> {
     store: Store<'a>,
     settings: Settings,
@@ -74,6 +72,8 @@ struct State<'a> {
     /// What each name was last published as.
     published: BTreeMap<String, Vec<Object>>,
     markers: u16,
+    /// How often something was published.
+    puts: u64,
 }
 
 impl<'a> Subject<'a> {
@@ -92,7 +92,7 @@ impl<'a> Subject<'a> {
             Kind::KubeProxy => {
                 assets::kubernetes("kube-proxy")?;
                 let address = Place::Router.client_address(Family::V4).to_string();
-                Store::Cluster(ControlPlane::start(&topology.router, &address)?)
+                Store::Cluster(Box::new(ControlPlane::start(&topology.router, &address)?))
             }
         };
         store.put("cluster", &[], &[service_cidr(), node(1), node(2)])?;
@@ -102,8 +102,17 @@ impl<'a> Subject<'a> {
             agents: [None, None],
             published: BTreeMap::new(),
             markers: 0,
+            puts: 0,
         };
-        Ok(Self { kind, topology, directory, state: Mutex::new(state) })
+        let proxy_mode = "nftables".to_owned();
+        Ok(Self { kind, proxy_mode, topology, directory, state: Mutex::new(state), settled: Mutex::new(0) })
+    }
+
+    /// Runs weir with another data plane.
+    #[must_use]
+    pub fn proxy_mode(mut self, mode: &str) -> Self {
+        mode.clone_into(&mut self.proxy_mode);
+        self
     }
 
     /// Which proxy this is.
@@ -151,7 +160,7 @@ impl<'a> Subject<'a> {
         args.push(format!("--hostname-override={}", node_name(node)));
         if let Some(directory) = state.store.directory() {
             args.push(format!("--source=manifests:{}", directory.display()));
-            args.push("--proxy-mode=nftables".to_owned());
+            args.push(format!("--proxy-mode={}", self.proxy_mode));
         }
         let child = self.topology.at(Place::Host(node)).spawn(&program, |command| {
             command.args(args).stdout(log).stderr(errors);
@@ -214,11 +223,13 @@ impl<'a> Subject<'a> {
         let mut state = self.state();
         for (name, objects) in all {
             let old = state.published.remove(&name).unwrap_or_default();
-            let gone: Vec<_> = old.iter().map(identity).filter(|id| !objects.iter().any(|o| identity(o) == *id)).collect();
-            state.store.put(&name, &gone, &objects)?;
+            state.store.put(&name, &old, &objects)?;
             state.published.insert(name, objects);
         }
-        self.settle_locked(&mut state)
+        state.puts += 1;
+        let put = state.puts;
+        drop(state);
+        self.settle_through(put)
     }
 
     /// Waits until the agents have programmed everything published so far.
@@ -227,32 +238,43 @@ impl<'a> Subject<'a> {
     ///
     /// When that does not come to pass; the message ends with what the agent logged last.
     pub fn settle(&self) -> Result<()> {
-        self.settle_locked(&mut self.state())
+        let mut state = self.state();
+        state.puts += 1;
+        let put = state.puts;
+        drop(state);
+        self.settle_through(put)
     }
 
     /// Publishes a change of a Service and of its slice, and waits for both to show: sources keep the order of
-    /// changes of one kind, so all earlier ones show too.
-    fn settle_locked(&self, state: &mut State<'_>) -> Result<()> {
-        if state.agents.iter().all(Option::is_none) {
+    /// changes of one kind, so all earlier ones show too. Several who wait share one such change.
+    fn settle_through(&self, put: u64) -> Result<()> {
+        let mut settled = self.settled.lock().unwrap_or_else(PoisonError::into_inner);
+        if *settled >= put {
+            return Ok(());
+        }
+        let mut state = self.state();
+        let through = state.puts;
+        let running: Vec<u8> =
+            [1, 2].into_iter().filter(|node| state.agents[usize::from(*node) - 1].is_some()).collect();
+        if running.is_empty() {
             return Ok(());
         }
         state.markers += 1;
         let port = 20_000 + state.markers;
         let target = TARGET + state.markers % 2;
-        let ports = [("marker", Transport::Tcp, port)];
         let mut slice = slice([pod(1, 1)]);
         slice.ports = vec![("marker", Transport::Tcp, target)];
-        let marker = service([]).ports(&ports).slices([slice]);
+        let marker = service([]).ports(&[("marker", Transport::Tcp, port)]).slices([slice]);
         state.store.put("marker", &[], &marker.objects(MARKER))?;
-        for node in [1, 2] {
-            if state.agents[usize::from(node) - 1].is_some() {
-                self.await_marker(state, node, port, target)?;
-            }
+        drop(state);
+        for node in running {
+            self.await_marker(node, port, target)?;
         }
+        *settled = through;
         Ok(())
     }
 
-    fn await_marker(&self, state: &mut State<'_>, node: u8, port: u16, target: u16) -> Result<()> {
+    fn await_marker(&self, node: u8, port: u16, target: u16) -> Result<()> {
         let expected = format!("{}:{target}", Place::Pod(1, 1));
         let deadline = Instant::now() + SETTLE;
         for family in Family::ALL {
@@ -267,17 +289,24 @@ impl<'a> Subject<'a> {
                 if matches!(&outcome, Outcome::Answer(answer) if answer.backend == expected) {
                     break;
                 }
-                let died = match &mut state.agents[usize::from(node) - 1] {
-                    Some(agent) => agent.try_wait()?,
-                    None => None,
-                };
-                if died.is_some() || Instant::now() > deadline {
-                    let state = died.map_or_else(|| "runs".to_owned(), |status| format!("died: {status}"));
+                self.still_runs(node)?;
+                if Instant::now() > deadline {
                     let log = tail(&self.log(node));
-                    bail!("node {node} does not show the latest change over {family}: {outcome}; its agent {state}\n{log}");
+                    bail!(
+                        "node {node} does not show the latest change over {family}: {outcome}; its agent logged:\n{log}"
+                    );
                 }
                 thread::sleep(Duration::from_millis(5));
             }
+        }
+        Ok(())
+    }
+
+    fn still_runs(&self, node: u8) -> Result<()> {
+        if let Some(agent) = &mut self.state().agents[usize::from(node) - 1]
+            && let Some(status) = agent.try_wait()?
+        {
+            bail!("the agent of node {node} died: {status}\n{}", tail(&self.log(node)));
         }
         Ok(())
     }
@@ -294,15 +323,4 @@ impl Drop for Subject<'_> {
             let _ = agent.wait();
         }
     }
-}
-
-/// What an object is known by within its namespace.
-fn identity(object: &Object) -> (ObjectKind, String) {
-    let (kind, metadata) = match object {
-        Object::Service(object) => (ObjectKind::Service, &object.metadata),
-        Object::EndpointSlice(object) => (ObjectKind::EndpointSlice, &object.metadata),
-        Object::Node(object) => (ObjectKind::Node, &object.metadata),
-        Object::ServiceCidr(object) => (ObjectKind::ServiceCidr, &object.metadata),
-    };
-    (kind, metadata.name.clone().unwrap_or_default())
 }

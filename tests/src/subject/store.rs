@@ -1,6 +1,6 @@
 //! Where objects are put for the agents to find.
 
-use std::path::PathBuf;
+use std::{collections::BTreeSet, path::PathBuf};
 
 use anyhow::Result;
 use weir::source::{Kind, Object};
@@ -8,12 +8,11 @@ use weir::source::{Kind, Object};
 use crate::control_plane::ControlPlane;
 
 /// What the agents watch.
-#[derive(Debug)]
 pub(super) enum Store<'a> {
     /// A directory with one file for each name.
     Manifests(PathBuf),
     /// An API server.
-    Cluster(ControlPlane<'a>),
+    Cluster(Box<ControlPlane<'a>>),
 }
 
 impl Store<'_> {
@@ -36,39 +35,59 @@ impl Store<'_> {
         }
     }
 
-    /// Makes `objects` what there is under `name`; `gone` were there before.
-    pub(super) fn put(&self, name: &str, gone: &[(Kind, String)], objects: &[Object]) -> Result<()> {
+    /// Turns what there is under `name` from `old` into `new`.
+    pub(super) fn put(&self, name: &str, old: &[Object], new: &[Object]) -> Result<()> {
         match self {
             Self::Cluster(plane) => {
-                plane.delete(gone)?;
-                plane.apply(objects)
+                let gone: Vec<_> = old
+                    .iter()
+                    .map(identity)
+                    .filter(|old| !new.iter().any(|new| identity(new) == *old))
+                    .collect();
+                let old: BTreeSet<String> = old.iter().map(document).collect::<Result<_>>()?;
+                let mut changed = Vec::new();
+                for object in new {
+                    if !old.contains(&document(object)?) {
+                        changed.push(object);
+                    }
+                }
+                plane.delete(&gone)?;
+                plane.apply(&changed)
             }
             Self::Manifests(directory) => {
                 let file = directory.join(format!("{name}.yaml"));
-                if objects.is_empty() {
+                if old.is_empty() && new.is_empty() {
+                    return Ok(());
+                }
+                if new.is_empty() {
                     return Ok(std::fs::remove_file(file)?);
                 }
+                let documents: Vec<String> = new.iter().map(document).collect::<Result<_>>()?;
                 // Renamed into place, so that nobody reads half a file.
                 let draft = directory.join(format!(".{name}.draft"));
-                std::fs::write(&draft, documents(objects)?)?;
+                std::fs::write(&draft, documents.join("---\n"))?;
                 Ok(std::fs::rename(draft, file)?)
             }
         }
     }
 }
 
-/// The objects as one YAML stream.
-fn documents(objects: &[Object]) -> Result<String> {
-    let mut text = String::new();
-    for object in objects {
-        let document = match object {
-            Object::Service(object) => serde_yaml_ng::to_string(object)?,
-            Object::EndpointSlice(object) => serde_yaml_ng::to_string(object)?,
-            Object::Node(object) => serde_yaml_ng::to_string(object)?,
-            Object::ServiceCidr(object) => serde_yaml_ng::to_string(object)?,
-        };
-        text.push_str("---\n");
-        text.push_str(&document);
-    }
-    Ok(text)
+/// What an object is known by within its namespace.
+fn identity(object: &Object) -> (Kind, String) {
+    let (kind, metadata) = match object {
+        Object::Service(object) => (Kind::Service, &object.metadata),
+        Object::EndpointSlice(object) => (Kind::EndpointSlice, &object.metadata),
+        Object::Node(object) => (Kind::Node, &object.metadata),
+        Object::ServiceCidr(object) => (Kind::ServiceCidr, &object.metadata),
+    };
+    (kind, metadata.name.clone().unwrap_or_default())
+}
+
+fn document(object: &Object) -> Result<String> {
+    Ok(match object {
+        Object::Service(object) => serde_yaml_ng::to_string(object)?,
+        Object::EndpointSlice(object) => serde_yaml_ng::to_string(object)?,
+        Object::Node(object) => serde_yaml_ng::to_string(object)?,
+        Object::ServiceCidr(object) => serde_yaml_ng::to_string(object)?,
+    })
 }

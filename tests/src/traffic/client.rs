@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
-use nix::sys::socket::{setsockopt, sockopt::Ipv6RecvErr};
+use nix::sys::socket::{
+    setsockopt,
+    sockopt::{Ipv4RecvErr, Ipv6RecvErr},
+};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use weir::model::Family;
 
@@ -70,10 +73,11 @@ impl Flow {
     pub fn connect(call: &Call) -> io::Result<Self> {
         let family = Family::of(call.to.ip());
         let socket = socket(call.transport, family)?;
-        if family == Family::V6 {
-            // Without it an ICMPv6 error that comes before connect() has returned is lost, and TCP only learns of it
-            // from the answer to the next SYN, a second later.
-            setsockopt(&socket, Ipv6RecvErr, &true)?;
+        // Without these an ICMP error that arrives before connect() has returned is lost, and TCP only learns of it from
+        // the answer to the next SYN, a second later.
+        match family {
+            Family::V4 => setsockopt(&socket, Ipv4RecvErr, &true)?,
+            Family::V6 => setsockopt(&socket, Ipv6RecvErr, &true)?,
         }
         socket.bind(&SockAddr::from(SocketAddr::new(call.from, 0)))?;
         socket.connect_timeout(&call.to.into(), call.patience)?;

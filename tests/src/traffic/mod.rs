@@ -9,6 +9,9 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use weir::model::Family;
+
+use crate::node::Place;
 
 mod client;
 mod load;
@@ -39,7 +42,8 @@ impl Transport {
     /// Whether this kernel can make such sockets.
     #[must_use]
     pub fn available(self) -> bool {
-        client::socket(self, weir::model::Family::V4).is_ok()
+        // Echo sockets are a privilege of groups, which the namespaces here grant.
+        self == Self::Ping || client::socket(self, Family::V4).is_ok()
     }
 }
 
@@ -65,6 +69,15 @@ pub struct Call {
     pub transport: Transport,
     /// How long to wait.
     pub patience: Duration,
+}
+
+impl Call {
+    /// A call with the usual patience from where a client is.
+    #[must_use]
+    pub fn new(from: Place, to: SocketAddr, transport: Transport) -> Self {
+        let from = from.client_address(Family::of(to.ip()));
+        Self { from, to, transport, patience: PATIENCE }
+    }
 }
 
 /// What a server says to whoever asks.

@@ -75,7 +75,9 @@ fn listen(name: &Arc<str>, addresses: [IpAddr; 2]) -> io::Result<()> {
         if !transport.available() {
             continue;
         }
-        for (address, port) in addresses.into_iter().flat_map(|address| SERVER_PORTS.map(|port| (address, port))) {
+        for (address, port) in
+            addresses.into_iter().flat_map(|address| SERVER_PORTS.map(|port| (address, port)))
+        {
             let name: Arc<str> = format!("{name}:{port}").into();
             let socket = bound(transport, SocketAddr::new(address, port))?;
             if transport == Transport::Udp {
@@ -129,8 +131,16 @@ async fn accept(listener: TcpListener, name: Arc<str>) {
 async fn answer_lines(stream: TcpStream, client: SocketAddr, name: Arc<str>) {
     let (read, mut write) = stream.into_split();
     let mut lines = BufReader::new(read).lines();
-    while let Ok(Some(_)) = lines.next_line().await {
-        if write.write_all(&answer(&name, client)).await.is_err() {
+    while let Ok(Some(line)) = lines.next_line().await {
+        let answer = answer(&name, client);
+        // For people with a browser or curl.
+        if line.starts_with("GET ") {
+            let head =
+                format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", answer.len());
+            let _ = write.write_all(&[head.as_bytes(), &answer].concat()).await;
+            return;
+        }
+        if write.write_all(&answer).await.is_err() {
             return;
         }
     }

@@ -1,0 +1,21 @@
+//! The demo's command line; `cargo xtask demo` builds and runs it.
+
+use anyhow::Result;
+use clap::Parser;
+use weir_tests::demo::{self, Options};
+
+/// Shows Services being balanced: two nodes, four pods and a client outside, all of network namespaces.
+#[derive(Parser)]
+struct Args {
+    /// weir's data plane
+    #[arg(long, default_value = "nftables", value_parser = ["auto", "ebpf", "nftables"])]
+    proxy_mode: String,
+    /// Leave everything up afterwards, to play with, until interrupted
+    #[arg(long)]
+    keep: bool,
+}
+
+fn main() -> Result<()> {
+    let Args { proxy_mode, keep } = Args::parse();
+    demo::run(&Options { proxy_mode, keep })
+}
