@@ -19,7 +19,7 @@ use crate::{
     cases::{self, Case, Difference, Expect, Source, Step, Target},
     node::{Place, Topology, node_address, node_addresses},
     subject::{Kind, Settings, Subject},
-    traffic::{Answer, Call, Flow, Outcome, PATIENCE, Server, Transport, ask},
+    traffic::{Answer, Call, Flow, Outcome, PATIENCE, SILENCE, Server, Transport, ask},
 };
 
 /// How many cases run at a time: most of their time is waiting for what must not arrive.
@@ -44,18 +44,13 @@ pub struct Report {
     pub known: BTreeMap<String, Difference>,
     /// Known differences that were not seen: the list is out of date.
     pub stale: Vec<Difference>,
-    /// Cases left out because this kernel lacks the transport.
-    pub skipped: Vec<String>,
 }
 
 impl Report {
-    /// Says what ran, what was left out, and which known differences showed.
+    /// Says what ran, and which known differences showed.
     #[expect(clippy::print_stdout, reason = "test output")]
     pub fn print(&self) {
         println!("{} cases with {} steps, {} failed", self.cases, self.steps, self.failures.len());
-        for skipped in &self.skipped {
-            println!("left out: {skipped}");
-        }
         for (case, difference) in &self.known {
             println!("known difference: {case}: {}", difference.reason);
         }
@@ -88,13 +83,11 @@ impl Report {
 ///
 /// When the topology or the subject does not come up. Failing cases are in the report.
 pub fn run_cases(kind: Kind) -> Result<Report> {
-    let mut report = Report::default();
+    let report = Report::default();
     let mut by_settings: BTreeMap<Settings, Vec<Case>> = BTreeMap::new();
     let filter = std::env::var("WEIR_CASES").unwrap_or_default();
     for case in cases::all() {
-        if let Some(missing) = case.transports.iter().find(|transport| !transport.available()) {
-            report.skipped.push(format!("{}: this kernel has no {missing} sockets", title(&case)));
-        } else if title(&case).contains(&filter) {
+        if title(&case).contains(&filter) {
             by_settings.entry(case.settings.clone()).or_default().push(case);
         }
     }
@@ -350,7 +343,7 @@ impl Scene<'_> {
             }
             Expect::OneOf(places) => one_of(&call, &names(places)),
             Expect::Refused => lost(&call, from, &Outcome::Refused),
-            Expect::Dropped => lost(&call, from, &Outcome::Timeout),
+            Expect::Dropped => lost(&Call { patience: SILENCE, ..call }, from, &Outcome::Timeout),
         });
         checked.with_context(|| self.label(from, to))
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Result, ensure};
 
 use super::*;
-use crate::objects::{Slice, pod, service, slice};
+use crate::objects::{Endpoint, Slice, pod, service, slice};
 
 pub(super) fn cases() -> Vec<Case> {
     let tcp = [Transport::Tcp];
@@ -44,15 +44,29 @@ pub(super) fn cases() -> Vec<Case> {
         ),
         case("R4", "every backend gets its share", service([pod(1, 1), pod(1, 2), pod(2, 1), pod(2, 2)]))
             .step(Step::Run("share 400 flows among four backends", balance)),
-        case("R16", "SCTP is balanced like the others", {
-            let slice =
-                Slice { ports: vec![("message", Transport::Sctp, TARGET)], ..slice([pod(1, 1), pod(2, 1)]) };
-            service([]).everywhere().ports(&[("message", Transport::Sctp, 80)]).slices([slice])
-        })
+        case("R16", "SCTP is balanced like the others", sctp([pod(1, 1), pod(2, 1)]))
+            .over(&[Transport::Sctp])
+            .check(POD12, CLUSTER, by(&[POD11, POD21], Kept))
+            .checks(&[POD12, HOST, OUTSIDE], &EXTERNALS, &by(&[POD11, POD21], Masqueraded)),
+        case(
+            "R16 R6 R9",
+            "SCTP keeps policies and hairpins like the others",
+            sctp([pod(1, 1)]).external_local(),
+        )
         .over(&[Transport::Sctp])
-        .check(POD12, CLUSTER, by(&[POD11, POD21], Kept))
-        .check(OUTSIDE, NODE_PORT, by(&[POD11, POD21], Masqueraded)),
+        .check(POD11, CLUSTER, by(&[POD11], Masqueraded))
+        .checks(&[OUTSIDE], &EXTERNALS, &by(&[POD11], Kept)),
+        case("R16 F1", "SCTP is refused like the others", sctp([])).over(&[Transport::Sctp]).checks(
+            &[POD12, OUTSIDE],
+            &[CLUSTER, NODE_PORT, EXTERNAL, BALANCER],
+            &Expect::Refused,
+        ),
     ]
+}
+
+fn sctp(endpoints: impl Into<Vec<Endpoint>>) -> Shape {
+    let slice = Slice { ports: vec![("message", Transport::Sctp, TARGET)], ..slice(endpoints) };
+    service([]).everywhere().ports(&[("message", Transport::Sctp, PORT)]).slices([slice])
 }
 
 fn on(port: u16, places: &[Place]) -> Expect {

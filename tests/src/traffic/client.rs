@@ -4,7 +4,6 @@
 
 use std::{
     io::{self, Read as _, Write as _},
-    mem::MaybeUninit,
     net::{IpAddr, SocketAddr},
     time::Duration,
 };
@@ -16,7 +15,7 @@ use nix::sys::socket::{
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use weir::model::Family;
 
-use super::{Answer, Call, Outcome, Transport};
+use super::{Answer, Call, Outcome, Transport, sctp};
 
 /// Makes a socket of the transport.
 pub(super) fn socket(transport: Transport, family: Family) -> io::Result<Socket> {
@@ -27,7 +26,7 @@ pub(super) fn socket(transport: Transport, family: Family) -> io::Result<Socket>
     let (kind, protocol) = match (transport, family) {
         (Transport::Tcp, _) => (Type::STREAM, Protocol::TCP),
         (Transport::Udp, _) => (Type::DGRAM, Protocol::UDP),
-        (Transport::Sctp, _) => (Type::STREAM, Protocol::SCTP),
+        (Transport::Sctp, _) => (Type::RAW, Protocol::SCTP),
         (Transport::Ping, Family::V4) => (Type::DGRAM, Protocol::ICMPV4),
         (Transport::Ping, Family::V6) => (Type::DGRAM, Protocol::ICMPV6),
     };
@@ -80,7 +79,12 @@ impl Flow {
             Family::V6 => setsockopt(&socket, Ipv6RecvErr, &true)?,
         }
         socket.bind(&SockAddr::from(SocketAddr::new(call.from, 0)))?;
-        socket.connect_timeout(&call.to.into(), call.patience)?;
+        let mut to = call.to;
+        if call.transport == Transport::Sctp {
+            // Raw sockets know no ports.
+            to.set_port(0);
+        }
+        socket.connect_timeout(&to.into(), call.patience)?;
         Ok(Self { socket, transport: call.transport, to: call.to })
     }
 
@@ -96,8 +100,13 @@ impl Flow {
     fn exchange(&self, patience: Duration) -> io::Result<Answer> {
         self.socket.set_read_timeout(Some(patience))?;
         let mut socket = &self.socket;
-        if self.transport == Transport::Ping {
-            return self.echo();
+        match self.transport {
+            Transport::Ping => return self.echo(),
+            Transport::Sctp => {
+                let cookie = sctp::exchange(&self.socket, self.to)?;
+                return serde_json::from_slice(&cookie).map_err(io::Error::other);
+            }
+            Transport::Tcp | Transport::Udp => {}
         }
         socket.write_all(b"who\n")?;
         let mut line = Vec::new();
@@ -115,8 +124,7 @@ impl Flow {
     fn echo(&self) -> io::Result<Answer> {
         let kind = if self.to.is_ipv4() { 8 } else { 128 };
         self.socket.send(&[kind, 0, 0, 0, 0, 0, 0, 1])?;
-        let mut reply = [MaybeUninit::uninit(); 64];
-        self.socket.recv(&mut reply)?;
+        let _length = (&mut &self.socket).read(&mut [0; 64])?;
         let client = self.socket.local_addr()?.as_socket().map_or(IpAddr::from([0; 4]), |local| local.ip());
         Ok(Answer { backend: "echo".to_owned(), client: SocketAddr::new(client, 0) })
     }

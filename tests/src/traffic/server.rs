@@ -16,10 +16,10 @@ use tokio::{
 };
 use weir::model::Family;
 
-use super::{Answer, Transport, client};
+use super::{Answer, Transport, client, sctp};
 use crate::netns::Namespace;
 
-/// The ports every server listens on, for each transport the kernel has.
+/// The ports every server listens on, by TCP, UDP and SCTP.
 pub const SERVER_PORTS: [u16; 4] = [8080, 8081, 8082, 9999];
 
 /// A server on all of [`SERVER_PORTS`], until dropped.
@@ -69,24 +69,21 @@ impl Drop for Server {
     }
 }
 
-/// Starts one task for each transport, family and port.
+/// Starts one task for each transport, address and port.
 fn listen(name: &Arc<str>, addresses: [IpAddr; 2]) -> io::Result<()> {
-    for transport in [Transport::Tcp, Transport::Udp, Transport::Sctp] {
-        if !transport.available() {
-            continue;
-        }
-        for (address, port) in
-            addresses.into_iter().flat_map(|address| SERVER_PORTS.map(|port| (address, port)))
-        {
+    for address in addresses {
+        for port in SERVER_PORTS {
+            let at = SocketAddr::new(address, port);
             let name: Arc<str> = format!("{name}:{port}").into();
-            let socket = bound(transport, SocketAddr::new(address, port))?;
-            if transport == Transport::Udp {
-                tokio::spawn(answer_datagrams(UdpSocket::from_std(socket.into())?, name));
-            } else {
-                socket.listen(1024)?;
-                tokio::spawn(accept(TcpListener::from_std(socket.into())?, name));
-            }
+            let datagrams = UdpSocket::from_std(bound(Transport::Udp, at)?.into())?;
+            tokio::spawn(answer_datagrams(datagrams, Arc::clone(&name)));
+            let streams = bound(Transport::Tcp, at)?;
+            streams.listen(1024)?;
+            tokio::spawn(accept(TcpListener::from_std(streams.into())?, name));
         }
+        // To tokio one socket that keeps the bounds of messages is like another.
+        let raw = UdpSocket::from_std(bound(Transport::Sctp, SocketAddr::new(address, 0))?.into())?;
+        tokio::spawn(answer_inits(raw, Arc::clone(name)));
     }
     Ok(())
 }
@@ -94,7 +91,7 @@ fn listen(name: &Arc<str>, addresses: [IpAddr; 2]) -> io::Result<()> {
 fn bound(transport: Transport, address: SocketAddr) -> io::Result<socket2::Socket> {
     let family = Family::of(address.ip());
     let socket = client::socket(transport, family)?;
-    if family == Family::V6 {
+    if family == Family::V6 && transport != Transport::Sctp {
         socket.set_only_v6(true)?;
     }
     socket.set_reuse_address(true)?;
@@ -116,6 +113,20 @@ async fn answer_datagrams(socket: UdpSocket, name: Arc<str>) {
         // An error here is an earlier answer that could not be delivered: the client has gone.
         if let Ok((_, client)) = socket.recv_from(&mut question).await {
             let _ = socket.send_to(&answer(&name, client), client).await;
+        }
+    }
+}
+
+async fn answer_inits(socket: UdpSocket, name: Arc<str>) {
+    let mut bytes = [0; 512];
+    loop {
+        let Ok((length, mut client)) = socket.recv_from(&mut bytes).await else { continue };
+        let Some(question) = sctp::Packet::decode(&bytes[..length], client.is_ipv4()) else { continue };
+        if question.asks() && SERVER_PORTS.contains(&question.destination) {
+            let name = format!("{name}:{}", question.destination).into();
+            let reply = question.reply(answer(&name, SocketAddr::new(client.ip(), question.source)));
+            client.set_port(0);
+            let _ = socket.send_to(&reply.encode(), client).await;
         }
     }
 }
