@@ -62,7 +62,7 @@ impl Item {
 
 fn push_word(key: &mut Bytes, bytes: &[u8]) {
     key.extend_from_slice(bytes);
-    while key.len() % 4 != 0 {
+    while !key.len().is_multiple_of(4) {
         key.push(0);
     }
 }
