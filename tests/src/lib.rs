@@ -7,6 +7,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod apiserver;
 pub mod assets;
 pub mod bench;
 pub mod cases;

@@ -1,7 +1,8 @@
 //! The real Kubernetes programs that the tests run against: etcd, kube-apiserver, kube-proxy.
 //!
-//! A directory named by `KUBEBUILDER_ASSETS` comes first, then our cache. etcd comes from Debian; the others are built by the Go
-//! module in `tests/kubernetes`, which pins their version.
+//! A directory named by `KUBEBUILDER_ASSETS` comes first, then our cache. What is in neither is built from the Go modules
+//! `tests/kubernetes` and `tests/etcd`, which pin the versions. Debian's etcd will not do: kube-apiserver cannot stream
+//! lists from it.
 
 use std::{
     env, fs,
@@ -24,10 +25,29 @@ const KUBERNETES: &str = "1.36.3";
 pub(super) struct Program {
     name: &'static str,
     takes: &'static str,
+    /// The directory of the module that pins its version.
+    module: &'static str,
+    package: &'static str,
 }
 
-pub(super) const API_SERVER: Program = Program { name: "kube-apiserver", takes: "one to two minutes" };
-pub(super) const KUBE_PROXY: Program = Program { name: "kube-proxy", takes: "one to three minutes" };
+pub(super) const ETCD: Program = Program {
+    name: "etcd",
+    takes: "half a minute",
+    module: "tests/etcd",
+    package: "go.etcd.io/etcd/server/v3",
+};
+pub(super) const API_SERVER: Program = Program {
+    name: "kube-apiserver",
+    takes: "one to two minutes",
+    module: "tests/kubernetes",
+    package: "k8s.io/kubernetes/cmd/kube-apiserver",
+};
+pub(super) const KUBE_PROXY: Program = Program {
+    name: "kube-proxy",
+    takes: "one to three minutes",
+    module: "tests/kubernetes",
+    package: "k8s.io/kubernetes/cmd/kube-proxy",
+};
 
 /// From this version on, Go fetches by itself the toolchain that a module asks for.
 const GO_THAT_FETCHES: [u32; 2] = [1, 21];
@@ -72,19 +92,6 @@ pub(crate) fn assets(machine: &Machine) -> [PathBuf; 2] {
     [server, proxy]
 }
 
-pub(super) fn missing_etcd(machine: &Machine, _: Level) -> Result<Option<String>> {
-    Ok((!is_executable(&Assets::of(machine).server.join("etcd")))
-        .then(|| "etcd (of Debian bookworm)".to_owned()))
-}
-
-/// Unpacked rather than installed: installing it would start a daemon on its well-known port.
-pub(super) fn install_etcd(machine: &Machine, _: Level) -> Result<()> {
-    let unpacked = tempfile::tempdir()?;
-    // The oldest release still has an etcd new enough, and its program runs with any newer C library.
-    archive::Suite::open(machine, "bookworm")?.unpack(&["etcd-server"], unpacked.path())?;
-    put(&unpacked.path().join("usr/bin/etcd"), &cached(machine).join("etcd"))
-}
-
 /// Copies a program into the cache, where it appears whole.
 fn put(from: &Path, to: &Path) -> Result<()> {
     let directory = to.parent().context("a cached program has a directory")?;
@@ -96,15 +103,14 @@ fn put(from: &Path, to: &Path) -> Result<()> {
 }
 
 pub(super) fn missing_program(machine: &Machine, program: &Program) -> Result<Option<String>> {
-    let Program { name, takes } = program;
     let lacks = Assets::of(machine).lacks(program);
-    Ok(lacks.then(|| format!("{name} {KUBERNETES} (built from source, {takes} the first time)")))
+    Ok(lacks.then(|| format!("{} (built from source, {} the first time)", program.name, program.takes)))
 }
 
 pub(super) fn build_program(machine: &Machine, program: &Program) -> Result<()> {
-    let module = machine.workspace.join("tests/kubernetes");
+    let module = machine.workspace.join(program.module);
     let wanted = go_directive(&fs::read_to_string(module.join("go.mod"))?)
-        .context("tests/kubernetes/go.mod does not say which Go it needs")?;
+        .with_context(|| format!("{}/go.mod does not say which Go it needs", program.module))?;
     let (go, version) = go(machine).context("there is no Go")?;
     let draft = tempfile::tempdir()?;
     let mut command = machine.command(&go);
@@ -112,8 +118,12 @@ pub(super) fn build_program(machine: &Machine, program: &Program) -> Result<()> 
     if version < wanted {
         command.env("GOTOOLCHAIN", "auto");
     }
-    command.args(["build", "-trimpath", "-ldflags"]).arg(linker_flags()).arg("-o").arg(draft.path());
-    process::read(command.arg(format!("k8s.io/kubernetes/cmd/{}", program.name)))?;
+    command
+        .args(["build", "-trimpath", "-ldflags"])
+        .arg(linker_flags())
+        .arg("-o")
+        .arg(draft.path().join(program.name));
+    process::read(command.arg(program.package))?;
     put(&draft.path().join(program.name), &cached(machine).join(program.name))
 }
 
@@ -163,11 +173,11 @@ fn go_directive(module: &str) -> Option<[u32; 2]> {
 
 pub(super) fn missing_go(machine: &Machine, _: Level) -> Result<Option<String>> {
     let assets = Assets::of(machine);
-    let builds = assets.lacks(&API_SERVER) || assets.lacks(&KUBE_PROXY);
+    let builds = [ETCD, API_SERVER, KUBE_PROXY].iter().any(|program| assets.lacks(program));
     if !builds || go(machine).is_some() {
         return Ok(None);
     }
-    Ok(Some("Go 1.24 (of Debian trixie, to build kube-apiserver and kube-proxy)".to_owned()))
+    Ok(Some("Go 1.24 (of Debian trixie, to build etcd, kube-apiserver and kube-proxy)".to_owned()))
 }
 
 pub(super) fn install_go(machine: &Machine, _: Level) -> Result<()> {

@@ -51,8 +51,12 @@ const STEPS: &[Step] = &[
         install: compiler::install_bpf_linker,
     },
     Step { level: Level::Test, missing: nft::missing, install: nft::install },
-    Step { level: Level::Test, missing: kubernetes::missing_etcd, install: kubernetes::install_etcd },
     Step { level: Level::Test, missing: kubernetes::missing_go, install: kubernetes::install_go },
+    Step {
+        level: Level::Test,
+        missing: |machine, _| kubernetes::missing_program(machine, &kubernetes::ETCD),
+        install: |machine, _| kubernetes::build_program(machine, &kubernetes::ETCD),
+    },
     Step {
         level: Level::Test,
         missing: |machine, _| kubernetes::missing_program(machine, &kubernetes::API_SERVER),

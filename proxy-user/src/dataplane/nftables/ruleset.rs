@@ -365,7 +365,6 @@ fn to_bucket(map: Map) -> Vec<Expr> {
 /// Every base chain, and the chain `remember`.
 pub(super) fn static_chains(family: Family, node: &NodePlan, affinity_in_use: bool) -> Vec<StaticChain> {
     use Hook::{Forward, In, Out, PostRouting, PreRouting};
-    let dispatch = dispatch_rules(family, node);
     let remember: Vec<Vec<Expr>> = if affinity_in_use {
         vec![[expr::new_flow().to_vec(), expr::translated().to_vec(), vec![expr::jump(REMEMBER)]].concat()]
     } else {
@@ -385,8 +384,8 @@ pub(super) fn static_chains(family: Family, node: &NodePlan, affinity_in_use: bo
         },
         base("guard-prerouting", filter, PreRouting, -110, guard.clone()),
         base("guard-output", filter, Out, -110, guard),
-        base("nat-prerouting", ChainType::Nat, PreRouting, -100, dispatch.concat()),
-        base("nat-output", ChainType::Nat, Out, -100, dispatch[1].clone()),
+        base("nat-prerouting", ChainType::Nat, PreRouting, -100, dispatch_rules(family, node, true)),
+        base("nat-output", ChainType::Nat, Out, -100, dispatch_rules(family, node, false)),
         base("remember-prerouting", filter, PreRouting, -99, remember.clone()),
         base("remember-output", filter, Out, -99, remember),
         base("filter-input", filter, In, 0, input_rules(family, node)),
@@ -403,19 +402,20 @@ fn from_outside(family: Family, node: &NodePlan) -> Vec<Expr> {
     [not_from_pod(family, node), expr::source_is_local(false).to_vec()].concat()
 }
 
-/// Rules only for what comes in from outside, then rules for everybody.
-fn dispatch_rules(family: Family, node: &NodePlan) -> [Vec<Vec<Expr>>; 2] {
+/// R1: an exact frontend before a NodePort; for what comes in from outside, the table that is only for it before the
+/// one for all. What this host sends needs none of the former.
+fn dispatch_rules(family: Family, node: &NodePlan, coming_in: bool) -> Vec<Vec<Expr>> {
     let outside = from_outside(family, node);
     let to_node = to_node(family, node);
     let services = |map| [load_frontend(family), to_bucket(map)].concat();
     let node_ports = |map| [to_node.clone(), load_node_port(), to_bucket(map)].concat();
-    [
-        vec![
-            [outside.clone(), services(Map::OutsideServices)].concat(),
-            [outside, node_ports(Map::OutsideNodePorts)].concat(),
-        ],
-        vec![services(Map::Services), node_ports(Map::NodePorts)],
-    ]
+    let rules = [
+        (true, [outside.clone(), services(Map::OutsideServices)].concat()),
+        (false, services(Map::Services)),
+        (true, [outside, node_ports(Map::OutsideNodePorts)].concat()),
+        (false, node_ports(Map::NodePorts)),
+    ];
+    rules.into_iter().filter(|(only_in, _)| coming_in || !only_in).map(|(_, rule)| rule).collect()
 }
 
 /// F7: before translation, so that it holds whatever would happen next.

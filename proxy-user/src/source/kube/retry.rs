@@ -25,7 +25,7 @@ pub(super) enum Refusal {
 }
 
 impl Refusal {
-    /// What `error` says, when the list was asked for as a stream or not.
+    /// What `error` says. `streaming` tells that it came while a list was to be streamed.
     pub(super) fn of(error: &Error, streaming: bool) -> Self {
         let status = match error {
             Error::InitialListFailed(kube::Error::Api(status))
@@ -37,8 +37,9 @@ impl Refusal {
                 return Self::Unreachable;
             }
         };
+        // Older servers do not take the request; newer ones take it and then miss something in their etcd (500).
         match status.code {
-            400 | 422 if streaming && matches!(error, Error::WatchStartFailed(_)) => Self::NoStreaming,
+            400 | 422 | 500 | 501 if streaming => Self::NoStreaming,
             403 | 404 => Self::Absent,
             _ => Self::Refused,
         }
@@ -110,12 +111,14 @@ mod tests {
     }
 
     #[test]
-    fn only_the_start_of_a_streamed_list_makes_pages_the_way() {
+    fn pages_are_the_way_when_a_stream_is_refused_for_good() {
         let start = |code| Error::WatchStartFailed(kube::Error::Api(status(code)));
         assert_eq!(Refusal::of(&start(422), true), Refusal::NoStreaming);
         assert_eq!(Refusal::of(&start(400), true), Refusal::NoStreaming);
         assert_eq!(Refusal::of(&start(422), false), Refusal::Refused);
-        assert_eq!(Refusal::of(&start(500), true), Refusal::Refused);
+        assert_eq!(Refusal::of(&Error::WatchError(status(500)), true), Refusal::NoStreaming);
+        assert_eq!(Refusal::of(&Error::WatchError(status(500)), false), Refusal::Refused);
+        assert_eq!(Refusal::of(&start(429), true), Refusal::Refused);
         assert_eq!(Refusal::of(&start(403), true), Refusal::Absent);
         assert_eq!(Refusal::of(&Error::WatchError(status(410)), true), Refusal::Refused);
         let broken = Error::WatchFailed(kube::Error::Service("reset".into()));

@@ -143,8 +143,11 @@ impl<K: Watched> Watch<K> {
     }
 
     async fn pass_on(&mut self, event: Event<Object>) -> Result<(), Closed> {
+        let about_an_object = !matches!(event, Event::Init | Event::InitDone);
         let changes = self.ledger.step(event);
-        self.status.of(K::KIND).event(self.ledger.len());
+        if about_an_object || !changes.is_empty() {
+            self.status.of(K::KIND).event(self.ledger.len());
+        }
         for change in changes {
             self.send(change).await?;
         }
@@ -181,7 +184,9 @@ impl<K: Watched> Watch<K> {
 
     /// Waits as long as the error asks for. Answers whether to go on in pages.
     async fn error(&mut self, error: &watcher::Error) -> Result<bool, Closed> {
-        let refusal = Refusal::of(error, self.streaming());
+        // Before the first list nothing has begun, and still it is the stream that is refused.
+        let listing = self.ledger.listing() || matches!(error, watcher::Error::WatchStartFailed(_));
+        let refusal = Refusal::of(error, self.streaming() && listing);
         self.ledger.abandon();
         if refusal == Refusal::NoStreaming {
             self.ask_for_pages();

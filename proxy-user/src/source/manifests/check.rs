@@ -130,7 +130,7 @@ impl Problems {
                 self.add(format!("{at}.name"), format!("is `{name}`, as that of another port"));
             }
             if !numbers.insert((port.port, &port.protocol)) {
-                self.add(&at, format!("has port {} and protocol of another port", port.port));
+                self.add(&at, "has the number and the protocol of another port");
             }
             if let Some(node_port) = port.node_port.filter(|port| *port != 0)
                 && !node_ports.insert((node_port, &port.protocol))

@@ -220,7 +220,7 @@ impl State {
             let before = self.status.files.iter().find(|before| before.name == file.name);
             let known: &[String] = before.map_or(&[], |before| &before.errors);
             for error in file.errors.iter().filter(|error| !known.contains(error)) {
-                error!(file = file.name, "{error}; what the file held before stays in force");
+                error!(file = file.name, still_in_force = file.objects, "{error}");
             }
             if file.errors.is_empty() && !known.is_empty() {
                 info!(file = file.name, objects = file.objects, "the manifest file is good again");

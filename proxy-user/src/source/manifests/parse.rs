@@ -154,8 +154,17 @@ impl Reader<'_> {
         }
     }
 
-    fn typed<T: DeserializeOwned>(&mut self, value: Value, at: &str, kind: &str, wrap: fn(T) -> Object) {
+    fn typed<T>(&mut self, value: Value, at: &str, kind: &str, wrap: fn(T) -> Object)
+    where
+        T: DeserializeOwned + k8s_openapi::Resource,
+    {
         let title = title(kind, &value);
+        let version = value.get("apiVersion").and_then(Value::as_str).unwrap_or(T::API_VERSION);
+        if version != T::API_VERSION {
+            let reason = format!("is `{version}`, but this kind is read as `{}`", T::API_VERSION);
+            self.fail(Some(title), &join(at, "apiVersion"), reason);
+            return;
+        }
         let mut object = match serde_path_to_error::deserialize::<_, T>(value) {
             Ok(object) => wrap(object),
             Err(error) => {

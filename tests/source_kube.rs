@@ -1,0 +1,293 @@
+//! The Kubernetes source against a real API server.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by panicking")]
+
+use std::{
+    collections::BTreeSet,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use k8s_openapi::api::{
+    core::v1::{Namespace, Node, Service},
+    discovery::v1::EndpointSlice,
+    rbac::v1::{ClusterRole, ClusterRoleBinding},
+};
+use kube::{
+    Api, Client, Resource,
+    api::{DeleteParams, Patch, PatchParams, PostParams},
+};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::{Value, json};
+use tokio::{sync::mpsc::Receiver, task::JoinHandle, time::timeout};
+use weir::source::{
+    Change, Kind, Object, SourceStatus,
+    kube::{Connection, Credentials, KubeSource, watch},
+};
+use weir_tests::apiserver::ApiServer;
+
+const NAMESPACE: &str = "shop";
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A source at work.
+struct Source {
+    changes: Receiver<Change>,
+    status: Arc<SourceStatus>,
+    task: JoinHandle<()>,
+}
+
+impl Source {
+    async fn start(server: &ApiServer, user: &str, servers: &[&ApiServer]) -> Self {
+        let settings = KubeSource {
+            credentials: Credentials::Kubeconfig(server.kubeconfig(user).unwrap()),
+            servers: servers.iter().map(|server| server.url().parse().unwrap()).collect(),
+            node: "n1".to_owned(),
+        };
+        let connection = Connection::open(settings).await.unwrap();
+        let status = Arc::new(SourceStatus::default());
+        let (sender, changes) = tokio::sync::mpsc::channel(16);
+        let task = tokio::spawn(watch(connection, sender, Arc::clone(&status)));
+        Self { changes, status, task }
+    }
+
+    async fn change(&mut self) -> Change {
+        let change = timeout(PATIENCE, self.changes.recv()).await;
+        let change = change.unwrap_or_else(|_| panic!("no change in time; {:#?}", self.status.report()));
+        change.expect("the source goes on")
+    }
+
+    /// The next change to something in our namespace, or without one, as a word.
+    async fn next(&mut self) -> String {
+        loop {
+            let change = self.change().await;
+            let namespace = match &change {
+                Change::Apply(object) => object.name().namespace().to_owned(),
+                Change::Delete(_, name) => name.namespace().to_owned(),
+                Change::Synced(_) => String::new(),
+            };
+            if ["", NAMESPACE].contains(&namespace.as_str()) {
+                return word(&change);
+            }
+        }
+    }
+
+    /// Everything up to the moment when every kind is complete.
+    async fn initial(&mut self) -> BTreeSet<String> {
+        let mut seen = BTreeSet::new();
+        while seen.iter().filter(|word: &&String| word.ends_with(" synced")).count() < Kind::ALL.len() {
+            assert!(seen.insert(self.next().await), "something came twice: {seen:?}");
+        }
+        seen
+    }
+
+    async fn end(self) {
+        drop(self.changes);
+        timeout(PATIENCE, self.task).await.expect("the source ends in time").unwrap();
+    }
+}
+
+fn word(change: &Change) -> String {
+    match change {
+        Change::Apply(object) => format!("+{} {}", object.kind(), object.name().name()),
+        Change::Delete(kind, name) => format!("-{kind} {}", name.name()),
+        Change::Synced(kind) => format!("{kind} synced"),
+    }
+}
+
+fn words(words: &[&str]) -> BTreeSet<String> {
+    let synced = Kind::ALL.map(|kind| format!("{kind} synced"));
+    words.iter().map(|word| (*word).to_owned()).chain(synced).collect()
+}
+
+async fn create<K>(api: Api<K>, object: Value)
+where
+    K: Clone + std::fmt::Debug + Serialize + DeserializeOwned + Resource,
+{
+    api.create(&PostParams::default(), &serde_json::from_value(object).unwrap()).await.unwrap();
+}
+
+/// The objects the tests write.
+struct Shop(Client);
+
+impl Shop {
+    async fn open(server: &ApiServer) -> Self {
+        let client = server.client().await.unwrap();
+        create::<Namespace>(Api::all(client.clone()), json!({"metadata": {"name": NAMESPACE}})).await;
+        Self(client)
+    }
+
+    fn services(&self) -> Api<Service> {
+        Api::namespaced(self.0.clone(), NAMESPACE)
+    }
+
+    fn slices(&self) -> Api<EndpointSlice> {
+        Api::namespaced(self.0.clone(), NAMESPACE)
+    }
+
+    async fn service(&self, name: &str) {
+        self.service_with(name, json!({})).await;
+    }
+
+    async fn service_with(&self, name: &str, spec: Value) {
+        let mut service = json!({"metadata": {"name": name}, "spec": {"ports": [{"port": 80}]}});
+        service["spec"].as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
+        create(self.services(), service).await;
+    }
+
+    async fn slice(&self, name: &str) {
+        let slice = json!({
+            "metadata": {"name": name, "labels": {"kubernetes.io/service-name": "web", "app": "web"},
+                "annotations": {"note": "x"}},
+            "addressType": "IPv4", "endpoints": [{"addresses": ["10.1.0.5"]}], "ports": [{"port": 8080}],
+        });
+        create(self.slices(), slice).await;
+    }
+
+    async fn node(&self, name: &str) {
+        create::<Node>(Api::all(self.0.clone()), json!({"metadata": {"name": name}})).await;
+    }
+
+    async fn patch_service(&self, name: &str, patch: Value) {
+        self.services().patch(name, &PatchParams::default(), &Patch::Merge(patch)).await.unwrap();
+    }
+
+    async fn delete_service(&self, name: &str) {
+        self.services().delete(name, &DeleteParams::default()).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn w1_w2_w3_lists_stream_and_changes_follow() {
+    let server = ApiServer::start(&["--authorization-mode=AlwaysAllow"]).await.unwrap();
+    let shop = Shop::open(&server).await;
+    shop.service("web").await;
+    shop.service_with("none", json!({"clusterIP": "None"})).await;
+    shop.slice("web-1").await;
+    shop.node("n1").await;
+    shop.node("n2").await;
+
+    let mut source = Source::start(&server, "admin", &[]).await;
+    let first = words(&["+Service web", "+EndpointSlice web-1", "+Node n1", "+ServiceCIDR kubernetes"]);
+    assert_eq!(source.initial().await, first);
+    // An etcd that cannot tell its progress is discovered only once the stream has begun; pages follow at once.
+    let relists = if server.streams_lists().unwrap() { 1 } else { 2 };
+    for report in source.status.report() {
+        assert_eq!((report.relists, report.streamed, report.errors), (relists, 1, 0), "{report:?}");
+        assert!(report.connected && report.synced, "{report:?}");
+    }
+
+    shop.service("late").await;
+    assert_eq!(source.next().await, "+Service late");
+    shop.patch_service("late", json!({"spec": {"sessionAffinity": "ClientIP"}})).await;
+    let Change::Apply(Object::Service(late)) = source.change().await else { panic!("not a Service") };
+    assert_eq!(late.spec.unwrap().session_affinity.as_deref(), Some("ClientIP"));
+    assert_eq!(late.metadata.managed_fields, None);
+    // W1: the label, even without a value, hands the Service to another proxy; taking it off brings it back.
+    let label =
+        |value: Value| json!({"metadata": {"labels": {"service.kubernetes.io/service-proxy-name": value}}});
+    shop.patch_service("late", label(json!(""))).await;
+    assert_eq!(source.next().await, "-Service late");
+    shop.patch_service("late", label(Value::Null)).await;
+    assert_eq!(source.next().await, "+Service late");
+    shop.delete_service("late").await;
+    assert_eq!(source.next().await, "-Service late");
+    // W2.
+    let headless = json!({"metadata": {"labels": {"service.kubernetes.io/headless": ""}}});
+    shop.slices().patch("web-1", &PatchParams::default(), &Patch::Merge(headless)).await.unwrap();
+    assert_eq!(source.next().await, "-EndpointSlice web-1");
+    source.end().await;
+}
+
+#[tokio::test]
+async fn without_watch_list_pages_do_and_forbidden_service_cidrs_count_as_complete() {
+    let options = ["--authorization-mode=RBAC", "--feature-gates=WatchList=false"];
+    let server = ApiServer::start(&options).await.unwrap();
+    let shop = Shop::open(&server).await;
+    let rule = |group: &str, resources: &[&str]| json!({"apiGroups": [group], "resources": resources, "verbs": ["list", "watch"]});
+    let rules = [rule("", &["services", "nodes"]), rule("discovery.k8s.io", &["endpointslices"])];
+    create::<ClusterRole>(Api::all(shop.0.clone()), json!({"metadata": {"name": "weir"}, "rules": rules}))
+        .await;
+    let binding = json!({
+        "metadata": {"name": "weir"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "weir"},
+        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "weir"}],
+    });
+    create::<ClusterRoleBinding>(Api::all(shop.0.clone()), binding).await;
+    let names: Vec<_> = (0..3).map(|index| format!("web-{index}")).collect();
+    for name in &names {
+        shop.service(name).await;
+    }
+
+    let mut source = Source::start(&server, "weir", &[]).await;
+    assert_eq!(source.initial().await, words(&["+Service web-0", "+Service web-1", "+Service web-2"]));
+    let report = source.status.of(Kind::Service).report(Kind::Service);
+    assert_eq!((report.streamed, report.errors), (0, 0), "{report:?}");
+    let cidrs = source.status.of(Kind::ServiceCidr).report(Kind::ServiceCidr);
+    assert!(!cidrs.connected && cidrs.errors > 0, "{cidrs:?}");
+    shop.delete_service("web-1").await;
+    assert_eq!(source.next().await, "-Service web-1");
+    source.end().await;
+}
+
+#[tokio::test]
+async fn an_outage_takes_nothing_away_and_what_changed_meanwhile_follows() {
+    let mut server = ApiServer::start(&["--authorization-mode=AlwaysAllow"]).await.unwrap();
+    let sibling = server.sibling().await.unwrap();
+    let shop = Shop::open(&sibling).await;
+    for name in ["stays", "goes"] {
+        shop.service(name).await;
+    }
+    let mut source = Source::start(&server, "admin", &[]).await;
+    let first = words(&["+Service goes", "+Service stays", "+ServiceCIDR kubernetes"]);
+    assert_eq!(source.initial().await, first);
+
+    server.stop();
+    shop.delete_service("goes").await;
+    shop.service("comes").await;
+    let disconnected = async {
+        while source.status.report().iter().any(|report| report.connected) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, disconnected).await.expect("the outage is noticed");
+    assert!(source.changes.is_empty(), "an outage says nothing");
+
+    // The old token is worth nothing to the server that comes back.
+    server.rotate_tokens().unwrap();
+    server.restart().await.unwrap();
+    let back = Instant::now();
+    let (mut came, mut went) = (false, false);
+    while !(came && went) {
+        match source.next().await.as_str() {
+            "+Service comes" => came = true,
+            "-Service goes" => went = true,
+            "+Service stays" | "+ServiceCIDR kubernetes" => {}
+            other => panic!("{other}"),
+        }
+    }
+    assert!(back.elapsed() < Duration::from_secs(10), "took {:?}", back.elapsed());
+    // Nothing of what stays is taken away later either.
+    Shop(server.client().await.unwrap()).service("last").await;
+    loop {
+        match source.next().await.as_str() {
+            "+Service last" => break,
+            word => assert!(word.starts_with('+'), "{word}"),
+        }
+    }
+    source.end().await;
+}
+
+#[tokio::test]
+async fn when_one_server_fails_the_next_one_is_asked() {
+    let mut server = ApiServer::start(&["--authorization-mode=AlwaysAllow"]).await.unwrap();
+    let sibling = server.sibling().await.unwrap();
+    let shop = Shop::open(&sibling).await;
+    shop.service("web").await;
+    // Each server has a certificate of its own here; the kubeconfig trusts them all.
+    let mut source = Source::start(&server, "admin", &[&server, &sibling]).await;
+    assert_eq!(source.initial().await, words(&["+Service web", "+ServiceCIDR kubernetes"]));
+    server.stop();
+    shop.service("late").await;
+    while source.next().await != "+Service late" {}
+    source.end().await;
+}

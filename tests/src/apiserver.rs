@@ -1,0 +1,289 @@
+//! A real kube-apiserver with its etcd, on loopback.
+//!
+//! In: the programs that `cargo xtask setup` builds. Out: an API server that can be stopped, started again with the same
+//! data on the same port, and given a sibling on the same data. Everything is killed and removed on drop.
+
+use std::{
+    fs::File,
+    net::{Ipv4Addr, TcpListener},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use k8s_openapi::api::core::v1::Namespace;
+use kube::{
+    Api, Client, Config,
+    config::{KubeConfigOptions, Kubeconfig},
+};
+use serde_json::json;
+use tempfile::TempDir;
+
+use crate::assets;
+
+/// How long programs may take to start on a busy machine.
+const START: Duration = Duration::from_secs(120);
+
+/// A running kube-apiserver.
+pub struct ApiServer {
+    store: Arc<Store>,
+    port: u16,
+    options: Vec<String>,
+    process: Option<Child>,
+}
+
+/// What API servers on the same data share.
+struct Store {
+    directory: TempDir,
+    etcd: std::sync::Mutex<Child>,
+    etcd_port: u16,
+}
+
+impl ApiServer {
+    /// Starts etcd and an API server, which knows every user of [`ApiServer::kubeconfig`], and waits until it is ready.
+    /// `options` are added to its command line.
+    ///
+    /// # Errors
+    ///
+    /// When the programs are not there or do not start.
+    pub async fn start(options: &[&str]) -> Result<Self> {
+        Self::on(Arc::new(Store::start()?), options).await
+    }
+
+    /// Starts another API server on the same data.
+    ///
+    /// # Errors
+    ///
+    /// When it does not start.
+    pub async fn sibling(&self) -> Result<Self> {
+        let options: Vec<_> = self.options.iter().map(String::as_str).collect();
+        Self::on(Arc::clone(&self.store), &options).await
+    }
+
+    async fn on(store: Arc<Store>, options: &[&str]) -> Result<Self> {
+        let options = options.iter().map(|option| (*option).to_owned()).collect();
+        let mut server = Self { store, port: free_port()?, options, process: None };
+        server.restart().await?;
+        Ok(server)
+    }
+
+    /// Whether lists can be streamed (WatchList): that takes an etcd that tells its progress, which since Kubernetes 1.31
+    /// means 3.4.31, 3.5.13 or newer.
+    ///
+    /// # Errors
+    ///
+    /// When etcd does not tell its version.
+    pub fn streams_lists(&self) -> Result<bool> {
+        let answer = Command::new(assets::kubernetes("etcd")?).arg("--version").output()?;
+        let text = String::from_utf8(answer.stdout)?;
+        let version = text.lines().find_map(|line| line.strip_prefix("etcd Version: "));
+        let version = version.with_context(|| format!("etcd --version says {text}"))?;
+        let numbers: Vec<u32> = version.split('.').filter_map(|number| number.parse().ok()).collect();
+        let &[major, minor, patch] = &numbers[..] else { bail!("etcd calls itself {version}") };
+        Ok(match (major, minor) {
+            (3, 4) => patch >= 31,
+            (3, 5) => patch >= 13,
+            newer => newer > (3, 5),
+        })
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("https://127.0.0.1:{}", self.port)
+    }
+
+    /// Kills it as a power failure would.
+    pub fn stop(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            end(&mut process);
+        }
+    }
+
+    /// Starts it again, with the same data on the same port, and waits until it is ready.
+    ///
+    /// # Errors
+    ///
+    /// When it does not start.
+    pub async fn restart(&mut self) -> Result<()> {
+        self.stop();
+        let log = self.store.path(&format!("kube-apiserver-{}.log", self.port));
+        self.process = Some(spawn("kube-apiserver", &self.arguments(), &log)?);
+        self.ready(&log).await
+    }
+
+    fn arguments(&self) -> Vec<String> {
+        let path = |name: &str| self.store.path(name).display().to_string();
+        let fixed = [
+            format!("--etcd-servers=http://127.0.0.1:{}", self.store.etcd_port),
+            "--bind-address=127.0.0.1".to_owned(),
+            format!("--secure-port={}", self.port),
+            format!("--cert-dir={}", path(&format!("certificates-{}", self.port))),
+            format!("--token-auth-file={}", path("tokens")),
+            "--service-cluster-ip-range=10.96.0.0/16,fd00:10:96::/112".to_owned(),
+            "--endpoint-reconciler-type=none".to_owned(),
+            "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
+            format!("--service-account-key-file={}", path("accounts.key")),
+            format!("--service-account-signing-key-file={}", path("accounts.key")),
+        ];
+        fixed.into_iter().chain(self.options.iter().cloned()).collect()
+    }
+
+    async fn ready(&mut self, log: &Path) -> Result<()> {
+        let deadline = Instant::now() + START;
+        loop {
+            let error = match self.namespace().await {
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            };
+            let exited = self.process.as_mut().and_then(|process| process.try_wait().ok().flatten());
+            if exited.is_some() || Instant::now() > deadline {
+                let text = std::fs::read_to_string(log).unwrap_or_default();
+                let last: Vec<_> = text.lines().rev().take(12).collect();
+                let last = last.into_iter().rev().collect::<Vec<_>>().join("\n");
+                bail!("kube-apiserver does not become ready ({exited:?}): {error:#}\n{last}");
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// Fails until the API server has come so far as to have made the first namespace.
+    async fn namespace(&self) -> Result<()> {
+        ensure!(
+            self.store.path(&format!("certificates-{}/apiserver.crt", self.port)).exists(),
+            "no certificate yet"
+        );
+        Api::<Namespace>::all(self.client().await?).get("default").await?;
+        Ok(())
+    }
+
+    /// Writes a kubeconfig for `user`, who is in group system:masters if called `admin`, and in none otherwise. The
+    /// token is in a file of its own; see [`ApiServer::rotate_tokens`].
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be written.
+    pub fn kubeconfig(&self, user: &str) -> Result<PathBuf> {
+        self.store.write_authorities()?;
+        let path = self.store.path(&format!("kubeconfig-{}-{user}", self.port));
+        let config = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "test",
+            "clusters": [{"name": "test", "cluster": {
+                "server": self.url(),
+                "certificate-authority": "authorities",
+            }}],
+            "users": [{"name": user, "user": {"tokenFile": format!("token-{user}")}}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": user}}],
+        });
+        std::fs::write(&path, config.to_string())?;
+        Ok(path)
+    }
+
+    /// Gives every user another token. API servers accept only the new ones after their next start.
+    ///
+    /// # Errors
+    ///
+    /// When the files cannot be written.
+    pub fn rotate_tokens(&self) -> Result<()> {
+        self.store.write_tokens()
+    }
+
+    /// A client that may do anything.
+    ///
+    /// # Errors
+    ///
+    /// When the credentials do not make a client.
+    pub async fn client(&self) -> Result<Client> {
+        let kubeconfig = Kubeconfig::read_from(self.kubeconfig("admin")?)?;
+        let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
+        Ok(Client::try_from(config)?)
+    }
+}
+
+impl Drop for ApiServer {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Store {
+    fn start() -> Result<Self> {
+        let directory = tempfile::Builder::new().prefix("weir-apiserver-").tempdir()?;
+        let (etcd_port, peer_port) = (free_port()?, free_port()?);
+        let arguments = [
+            format!("--data-dir={}", directory.path().join("etcd").display()),
+            format!("--listen-client-urls=http://127.0.0.1:{etcd_port}"),
+            format!("--advertise-client-urls=http://127.0.0.1:{etcd_port}"),
+            format!("--listen-peer-urls=http://127.0.0.1:{peer_port}"),
+            "--unsafe-no-fsync".to_owned(),
+        ];
+        let etcd = spawn("etcd", &arguments, &directory.path().join("etcd.log"))?;
+        let store = Self { directory, etcd: etcd.into(), etcd_port };
+        store.write_tokens()?;
+        let key = Command::new("openssl")
+            .args(["ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out"])
+            .arg(store.path("accounts.key"))
+            .output()
+            .context("cannot run openssl, which makes the API server's signing key")?;
+        ensure!(key.status.success(), "openssl: {}", String::from_utf8_lossy(&key.stderr));
+        Ok(store)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// Every API server has signed for itself.
+    fn write_authorities(&self) -> Result<()> {
+        let mut all = String::new();
+        for entry in std::fs::read_dir(self.directory.path())? {
+            all += &std::fs::read_to_string(entry?.path().join("apiserver.crt")).unwrap_or_default();
+        }
+        std::fs::write(self.path("authorities"), all)?;
+        Ok(())
+    }
+
+    fn write_tokens(&self) -> Result<()> {
+        let mut accepted = String::new();
+        for (user, group) in [("admin", "system:masters"), ("weir", "")] {
+            let token = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?;
+            let token = token.trim();
+            accepted += &format!("{token},{user},{user},{group}\n");
+            std::fs::write(self.path(&format!("token-{user}")), token)?;
+        }
+        std::fs::write(self.path("tokens"), accepted)?;
+        Ok(())
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        if let Ok(etcd) = self.etcd.get_mut() {
+            end(etcd);
+        }
+    }
+}
+
+fn end(process: &mut Child) {
+    // Both fail only for a process that has ended already.
+    let _ = process.kill();
+    let _ = process.wait();
+}
+
+fn spawn(program: &str, arguments: &[String], log: &Path) -> Result<Child> {
+    let path = assets::kubernetes(program)?;
+    let log = File::options().create(true).append(true).open(log)?;
+    Command::new(&path)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .with_context(|| format!("cannot start {}", path.display()))
+}
+
+fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
+}
