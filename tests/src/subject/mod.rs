@@ -19,7 +19,7 @@ use crate::{
     assets,
     control_plane::{ControlPlane, tail},
     node::{Place, Topology, node_address, node_name},
-    objects::{Lot, TARGET, node, pod, service, service_cidr, slice},
+    objects::{Endpoint, Lot, Shape, Slice, TARGET, node, pod, service, service_cidr, slice},
     traffic::{Call, Outcome, PATIENCE, Transport, ask},
 };
 
@@ -262,10 +262,7 @@ impl<'a> Subject<'a> {
         state.markers += 1;
         let port = 20_000 + state.markers;
         let target = TARGET + state.markers % 2;
-        let mut slice = slice([pod(1, 1)]);
-        slice.ports = vec![("marker", Transport::Tcp, target)];
-        let marker = service([]).ports(&[("marker", Transport::Tcp, port)]).slices([slice]);
-        state.store.put("marker", &[], &marker.objects(MARKER))?;
+        state.store.put("marker", &[], &marker(port, target).objects(MARKER))?;
         drop(state);
         for node in running {
             self.await_marker(node, port, target)?;
@@ -285,10 +282,10 @@ impl<'a> Subject<'a> {
                 patience: PATIENCE,
             };
             loop {
-                let outcome = self.topology.at(Place::Host(node)).run(|| ask(&call));
-                if matches!(&outcome, Outcome::Answer(answer) if answer.backend == expected) {
-                    break;
-                }
+                let shown = |outcome: &Outcome| matches!(outcome, Outcome::Answer(answer) if answer.backend == expected);
+                let outcomes =
+                    self.topology.at(Place::Host(node)).run(|| [ask(&call), ask(&call), ask(&call)]);
+                let Some(outcome) = outcomes.into_iter().find(|outcome| !shown(outcome)) else { break };
                 self.still_runs(node)?;
                 if Instant::now() > deadline {
                     let log = tail(&self.log(node));
@@ -314,6 +311,22 @@ impl<'a> Subject<'a> {
     fn state(&self) -> MutexGuard<'_, State<'a>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A Service that tells by its port and by the one backend which answers how far an agent has come. The decoys answer
+/// too while the agent does not know its node's zone, which kube-proxy learns at some time after its start (E11).
+fn marker(port: u16, target: u16) -> Shape {
+    let serving = |port, endpoints: Vec<Endpoint>| Slice {
+        ports: vec![("marker", Transport::Tcp, port)],
+        ..slice(endpoints)
+    };
+    let decoys =
+        || [(1, 1), (1, 2), (2, 1), (2, 2)].map(|(node, number)| pod(node, number).zones(&["elsewhere"]));
+    service([]).ports(&[("marker", Transport::Tcp, port)]).slices([
+        serving(target, vec![pod(1, 1).zones(&["zone-a", "zone-b"])]),
+        serving(8082, decoys().to_vec()),
+        serving(9999, decoys().to_vec()),
+    ])
 }
 
 impl Drop for Subject<'_> {
