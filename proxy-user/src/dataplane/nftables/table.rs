@@ -478,10 +478,12 @@ impl Table {
             }
         }
         for (key, change) in &stage.hairpins {
-            let uses = self.hairpins.entry(key.clone()).or_default();
-            *uses = uses.saturating_add_signed(i32::try_from(*change).unwrap_or_default());
+            let uses = i64::from(self.hairpins.get(key).copied().unwrap_or_default()) + change;
+            match u32::try_from(uses) {
+                Ok(uses @ 1..) => self.hairpins.insert(key.clone(), uses),
+                _ => self.hairpins.remove(key),
+            };
         }
-        self.hairpins.retain(|_, uses| *uses > 0);
     }
 
     /// Removes objects nobody uses. Before kernel 6.2 a chain counts as used for a while after the last element that
