@@ -252,23 +252,30 @@ impl<'a> Subject<'a> {
         if *settled >= put {
             return Ok(());
         }
-        let mut state = self.state();
+        let state = self.state();
         let through = state.puts;
         let running: Vec<u8> =
             [1, 2].into_iter().filter(|node| state.agents[usize::from(*node) - 1].is_some()).collect();
         if running.is_empty() {
             return Ok(());
         }
+        let markers = state.store.markers_needed();
+        drop(state);
+        for _ in 0..markers {
+            self.show_marker(&running)?;
+        }
+        *settled = through;
+        Ok(())
+    }
+
+    fn show_marker(&self, nodes: &[u8]) -> Result<()> {
+        let mut state = self.state();
         state.markers += 1;
         let port = 20_000 + state.markers;
         let target = TARGET + state.markers % 2;
         state.store.put("marker", &[], &marker(port, target).objects(MARKER))?;
         drop(state);
-        for node in running {
-            self.await_marker(node, port, target)?;
-        }
-        *settled = through;
-        Ok(())
+        nodes.iter().try_for_each(|node| self.await_marker(*node, port, target))
     }
 
     fn await_marker(&self, node: u8, port: u16, target: u16) -> Result<()> {

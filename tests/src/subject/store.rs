@@ -35,6 +35,16 @@ impl Store<'_> {
         }
     }
 
+    /// How many markers, one after the other, prove that everything put before is seen. An API server keeps the order.
+    /// Who reads a directory may have passed a file before it was changed, and still read the marker written after it;
+    /// the look that finds the next marker has begun later.
+    pub(super) fn markers_needed(&self) -> usize {
+        match self {
+            Self::Manifests(_) => 2,
+            Self::Cluster(_) => 1,
+        }
+    }
+
     /// Turns what there is under `name` from `old` into `new`.
     pub(super) fn put(&self, name: &str, old: &[Object], new: &[Object]) -> Result<()> {
         match self {
