@@ -243,7 +243,7 @@ impl Table {
             let mut stage = Stage::default();
             let mut next = start;
             while next < ports.len() && stage.elements < ELEMENTS_A_TRANSACTION {
-                if let Err(problem) = self.stage(&mut stage, ports[next], node) {
+                if let Err(problem) = Self::stage(&mut stage, ports[next]) {
                     failed.push((id(ports[next]), problem));
                 }
                 next += 1;
@@ -277,7 +277,7 @@ impl Table {
             let mut stage = Stage::default();
             for port in half {
                 // What cannot be said was sorted out when the whole was staged.
-                if self.stage(&mut stage, port, node).is_err() {
+                if Self::stage(&mut stage, port).is_err() {
                     continue;
                 }
             }
@@ -292,9 +292,8 @@ impl Table {
     }
 
     /// Adds one port's difference to a transaction.
-    fn stage<'a>(&self, stage: &mut Stage<'a>, port: &'a PortDelta, node: &NodePlan) -> Result<(), String> {
-        let told = node.local_traffic.get(self.family).is_some();
-        let items = |plan: Option<&PortPlan>| plan.map_or(Ok(Vec::new()), |plan| element::items(plan, told));
+    fn stage<'a>(stage: &mut Stage<'a>, port: &'a PortDelta) -> Result<(), String> {
+        let items = |plan: Option<&PortPlan>| plan.map_or(Ok(Vec::new()), element::items);
         let after = items(port.after.as_deref())?;
         let before = items(port.before.as_deref())?;
         let mut before: FxHashMap<ItemKey, Item> = before.into_iter().map(|item| (key(&item), item)).collect();
