@@ -187,7 +187,8 @@ fn scope_of(target: Target) -> Option<Scope> {
     }
 }
 
-fn backends(port: &PortPlan, scope: Scope) -> &[Backend] {
+/// The set of backends that a scope means.
+pub(super) fn backends(port: &PortPlan, scope: Scope) -> &[Backend] {
     match scope {
         Scope::Cluster => &port.cluster,
         Scope::Local => &port.local,
