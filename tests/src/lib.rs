@@ -7,6 +7,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod agent;
 pub mod apiserver;
 pub mod assets;
 pub mod bench;
@@ -17,5 +18,6 @@ pub mod netns;
 pub mod node;
 pub mod objects;
 pub mod runner;
+pub mod scenario;
 pub mod subject;
 pub mod traffic;
