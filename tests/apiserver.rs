@@ -64,22 +64,25 @@ impl<'a> Cluster<'a> {
         self.topology.at(from).run(|| ask(call))
     }
 
+    /// Who answers a row of calls, or what becomes of them instead.
+    fn seen(&self, from: Place, call: &Call) -> BTreeSet<String> {
+        let word = |outcome| match outcome {
+            Outcome::Answer(answer) => answer.backend.split(':').next().unwrap_or_default().to_owned(),
+            other => other.to_string(),
+        };
+        self.topology.at(from).run(|| (0..CALLS).map(|_| word(ask(call))).collect())
+    }
+
     /// Every way leads to all of these pods and to nothing else.
     fn leads_to(&self, pods: &[&str]) {
+        let wanted = pods.iter().map(|&pod| pod.to_owned()).collect();
         for (from, call) in calls() {
-            let seen: BTreeSet<String> = self.topology.at(from).run(|| {
-                let outcomes = (0..CALLS).map(|_| ask(&call));
-                outcomes
-                    .map(|outcome| match outcome {
-                        Outcome::Answer(answer) => {
-                            answer.backend.split(':').next().unwrap_or_default().to_owned()
-                        }
-                        other => other.to_string(),
-                    })
-                    .collect()
-            });
-            let wanted = pods.iter().map(|&pod| pod.to_owned()).collect();
-            assert_eq!(seen, wanted, "{from} to {} by {}", call.to, call.transport);
+            let what = format!("{from} to {} by {}", call.to, call.transport);
+            if call.transport == Transport::Udp {
+                // K1: flows of earlier calls, whose ports come up again, are cut after the rules are in force.
+                await_that(&what, || self.seen(from, &call) == wanted);
+            }
+            assert_eq!(self.seen(from, &call), wanted, "{what}");
         }
     }
 
@@ -129,10 +132,10 @@ fn answered_more(loads: &[Load]) {
     });
 }
 
-fn without_failure(loads: Vec<Load>) -> Result<()> {
+fn without_failure(when: &str, loads: Vec<Load>) -> Result<()> {
     for ((from, call), load) in calls().into_iter().zip(loads) {
         let tally = load.stop()?;
-        assert!(tally.failures.is_empty(), "{from} to {} by {}: {tally:?}", call.to, call.transport);
+        assert!(tally.failures.is_empty(), "{when}: {from} to {} by {}: {tally:?}", call.to, call.transport);
     }
     Ok(())
 }
@@ -183,7 +186,7 @@ fn an_outage_of_the_api_server_takes_nothing_away() -> Result<()> {
 
     cluster.subject.stop_api_server()?;
     answered_more(&loads);
-    without_failure(loads)?;
+    without_failure("while the API server went", loads)?;
 
     // The agent that was connected knows what to put back.
     let all_answer =
@@ -199,10 +202,12 @@ fn an_outage_of_the_api_server_takes_nothing_away() -> Result<()> {
     cluster.subject.kill_agent(1)?;
     cluster.start_alone(1)?;
     answered_more(&loads);
-    without_failure(loads)?;
+    without_failure("while an agent started alone", loads)?;
     cluster.leads_to(&["pod-1-1", "pod-2-1"]);
 
     cluster.subject.restart_api_server()?;
+    // A list that is taken again has no order: only what is published after it tells how far the agents have come.
+    cluster.subject.settle()?;
     cluster.publish(&web(&[(2, 2)]))?;
     cluster.leads_to(&["pod-2-2"]);
     Ok(())

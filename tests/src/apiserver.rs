@@ -192,7 +192,7 @@ impl ApiServer {
             "users": [{"name": user, "user": {"tokenFile": format!("token-{user}")}}],
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": user}}],
         });
-        std::fs::write(&path, config.to_string())?;
+        put(&path, &config.to_string())?;
         Ok(path)
     }
 
@@ -258,8 +258,7 @@ impl Store {
         for entry in std::fs::read_dir(self.directory.path())? {
             all += &std::fs::read_to_string(entry?.path().join("apiserver.crt")).unwrap_or_default();
         }
-        std::fs::write(self.path("authorities"), all)?;
-        Ok(())
+        put(&self.path("authorities"), &all)
     }
 
     fn write_tokens(&self) -> Result<()> {
@@ -281,6 +280,13 @@ impl Drop for Store {
             end(etcd);
         }
     }
+}
+
+/// Writes a file that somebody may be reading.
+fn put(path: &Path, text: &str) -> Result<()> {
+    let draft = path.with_extension("draft");
+    std::fs::write(&draft, text)?;
+    Ok(std::fs::rename(draft, path)?)
 }
 
 fn spawn(keeper: &Keeper, program: &str, arguments: &[String], log: &Path) -> Result<Child> {
