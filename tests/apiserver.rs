@@ -91,8 +91,7 @@ impl<'a> Cluster<'a> {
         for family in Family::ALL {
             for transport in TRANSPORTS {
                 let from = Place::Pod(1, 2);
-                let call =
-                    Call { patience: SILENCE, ..Call::new(from, to_cluster_ip(family), transport) };
+                let call = Call { patience: SILENCE, ..Call::new(from, to_cluster_ip(family), transport) };
                 assert_eq!(self.ask(from, &call), Outcome::Timeout, "{} by {transport}", call.to);
                 let from = Place::Outside(0);
                 let call = Call::new(from, to_node_port(family), transport);

@@ -291,7 +291,12 @@ impl RawSet {
     fn set_data(&mut self, attribute: u32, data: &[u8]) {
         // SAFETY: as above; libnftnl copies `data`.
         unsafe {
-            sys::nftnl_set_set_data(self.0.as_ptr(), attribute as u16, data.as_ptr().cast(), data.len() as u32);
+            sys::nftnl_set_set_data(
+                self.0.as_ptr(),
+                attribute as u16,
+                data.as_ptr().cast(),
+                data.len() as u32,
+            );
         }
     }
 
@@ -405,11 +410,7 @@ unsafe impl NlMsg for Plain<'_> {
                         sys::NFTNL_RULE_TABLE as u16,
                         self.table.get_name().as_ptr(),
                     );
-                    sys::nftnl_rule_set_str(
-                        rule.as_ptr(),
-                        sys::NFTNL_RULE_CHAIN as u16,
-                        self.name.as_ptr(),
-                    );
+                    sys::nftnl_rule_set_str(rule.as_ptr(), sys::NFTNL_RULE_CHAIN as u16, self.name.as_ptr());
                     sys::nftnl_rule_nlmsg_build_payload(header, rule.as_ptr());
                     sys::nftnl_rule_free(rule.as_ptr());
                 }
@@ -551,8 +552,7 @@ pub(super) fn parse_chain(message: &[u8]) -> Option<(String, String)> {
     unsafe {
         let chain = allocated(sys::nftnl_chain_alloc()).as_ptr();
         let parsed = sys::nftnl_chain_nlmsg_parse(header, chain) >= 0;
-        let text =
-            |attribute: u32| owned_string(sys::nftnl_chain_get_str(chain, attribute as u16));
+        let text = |attribute: u32| owned_string(sys::nftnl_chain_get_str(chain, attribute as u16));
         let names = parsed.then(|| (text(sys::NFTNL_CHAIN_TABLE), text(sys::NFTNL_CHAIN_NAME)));
         sys::nftnl_chain_free(chain);
         names

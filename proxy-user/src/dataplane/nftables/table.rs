@@ -96,7 +96,8 @@ impl Table {
     pub(super) fn reread(&mut self, netlink: &mut Netlink) -> io::Result<()> {
         let found = Found::read(netlink, &self.raw, self.family)?;
         *self = Self::new(self.family);
-        self.next_bucket = found.buckets.values().max().map_or(FIRST_BUCKET, |most| (most + 1).max(FIRST_BUCKET));
+        self.next_bucket =
+            found.buckets.values().max().map_or(FIRST_BUCKET, |most| (most + 1).max(FIRST_BUCKET));
         self.found = Some(found);
         Ok(())
     }
@@ -153,8 +154,7 @@ impl Table {
             Only(addresses) => addresses,
         };
         let wanted = addresses.iter().filter(|address| Family::of(**address) == self.family);
-        let wanted: Vec<_> =
-            wanted.map(|address| member(Bytes::from_vec(address_bytes(*address)))).collect();
+        let wanted: Vec<_> = wanted.map(|address| member(Bytes::from_vec(address_bytes(*address)))).collect();
         let present = Found::elements(netlink, &self.raw, Map::NodeIps.name())?;
         self.replace(netlink, Map::NodeIps, &present, &wanted)
     }
@@ -297,7 +297,8 @@ impl Table {
         let items = |plan: Option<&PortPlan>| plan.map_or(Ok(Vec::new()), |plan| element::items(plan, told));
         let after = items(port.after.as_deref())?;
         let before = items(port.before.as_deref())?;
-        let mut before: FxHashMap<ItemKey, Item> = before.into_iter().map(|item| (key(&item), item)).collect();
+        let mut before: FxHashMap<ItemKey, Item> =
+            before.into_iter().map(|item| (key(&item), item)).collect();
         for item in after {
             match before.remove(&key(&item)) {
                 Some(old) if old.leads == item.leads => {}
@@ -394,10 +395,8 @@ impl Table {
                 (Object::Picker { .. }, None) => {
                     let bucket = next;
                     next += 1;
-                    transaction.add_elements(
-                        Map::Buckets.name(),
-                        &[bucket_element(bucket, Value::Goto(name))],
-                    );
+                    transaction
+                        .add_elements(Map::Buckets.name(), &[bucket_element(bucket, Value::Goto(name))]);
                     bucket
                 }
                 (_, known) => known.unwrap_or(0),
