@@ -1,5 +1,7 @@
 //! weir on both nodes, fed by a real API server: what is written there is followed, and an outage takes nothing away.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
 use anyhow::Result;
@@ -10,10 +12,12 @@ use weir_tests::{
     runner::serve,
     subject::{Kind, Settings, Subject},
     traffic::{Call, Load, Outcome, SILENCE, Transport, ask},
-    wait::await_that,
+    wait::{await_that, await_within},
 };
 
 const WEB: Lot = Lot::new(1).named("web");
+/// How long flows may take to move (K2): less than they live by themselves.
+const MOVE: Duration = Duration::from_secs(10);
 /// So many calls in a row miss one of two backends once in 2³⁹ times.
 const CALLS: usize = 40;
 const TRANSPORTS: [Transport; 2] = [Transport::Tcp, Transport::Udp];
@@ -74,16 +78,40 @@ impl<'a> Cluster<'a> {
     }
 
     /// Every way leads to all of these pods and to nothing else.
-    fn leads_to(&self, pods: &[&str]) {
-        let wanted = pods.iter().map(|&pod| pod.to_owned()).collect();
+    fn leads_to(&self, pods: &[Place]) {
+        // The ports of earlier calls come up again, and their flows are cut only after the rules are in force (K1).
+        await_within(MOVE, "no UDP flow is left that leads elsewhere", || self.others(pods).is_empty());
+        let wanted: BTreeSet<String> = pods.iter().map(ToString::to_string).collect();
         for (from, call) in calls() {
-            let what = format!("{from} to {} by {}", call.to, call.transport);
-            if call.transport == Transport::Udp {
-                // K1: flows of earlier calls, whose ports come up again, are cut after the rules are in force.
-                await_that(&what, || self.seen(from, &call) == wanted);
-            }
-            assert_eq!(self.seen(from, &call), wanted, "{what}");
+            assert_eq!(self.seen(from, &call), wanted, "{from} to {} by {}", call.to, call.transport);
         }
+    }
+
+    /// The UDP flows of the Service that other pods than these answer.
+    fn others(&self, pods: &[Place]) -> Vec<String> {
+        let mut others = Vec::new();
+        for (node, family) in [1, 2].into_iter().flat_map(|node| Family::ALL.map(|family| (node, family))) {
+            let name = family.to_string().to_lowercase();
+            let flows =
+                self.topology.at(Place::Host(node)).stdout("conntrack", &["-L", "-p", "udp", "-f", &name]);
+            let strangers = Place::PODS.into_iter().filter(|pod| !pods.contains(pod));
+            let strangers: Vec<_> =
+                strangers.map(|pod| format!("src={} ", pod.server_address(family))).collect();
+            let ports = [PORT, WEB.node_port(PORT)].map(|port| format!("dport={port} "));
+            others.extend(
+                flows
+                    .unwrap()
+                    .lines()
+                    .filter(|flow| {
+                        // First the direction of the call, then that of the answer.
+                        let (call, answer) = flow.split_at(flow.rfind("src=").unwrap_or_default());
+                        ports.iter().any(|port| call.contains(port))
+                            && strangers.iter().any(|stranger| answer.starts_with(stranger))
+                    })
+                    .map(str::to_owned),
+            );
+        }
+        others
     }
 
     /// The Service's addresses are nobody's any more: F5 for the ClusterIP, and nobody listens on the NodePort.
@@ -147,11 +175,11 @@ fn w1_e6_what_is_written_to_the_api_is_followed() -> Result<()> {
     cluster.subject.start(&Settings::default())?;
     cluster.leads_nowhere();
     cluster.publish(&web(&[(1, 1)]))?;
-    cluster.leads_to(&["pod-1-1"]);
+    cluster.leads_to(&[Place::Pod(1, 1)]);
     cluster.publish(&web(&[(1, 1), (2, 1)]))?;
-    cluster.leads_to(&["pod-1-1", "pod-2-1"]);
+    cluster.leads_to(&[Place::Pod(1, 1), Place::Pod(2, 1)]);
     cluster.publish(&web(&[(2, 1)]))?;
-    cluster.leads_to(&["pod-2-1"]);
+    cluster.leads_to(&[Place::Pod(2, 1)]);
     cluster.publish(&web(&[]))?;
     for (from, call) in calls() {
         // F1; a host's own datagram is denied instead of refused.
@@ -160,14 +188,14 @@ fn w1_e6_what_is_written_to_the_api_is_followed() -> Result<()> {
         assert!(refused, "{from} to {} by {}: {outcome}", call.to, call.transport);
     }
     cluster.publish(&web(&[(1, 1), (2, 1)]))?;
-    cluster.leads_to(&["pod-1-1", "pod-2-1"]);
+    cluster.leads_to(&[Place::Pod(1, 1), Place::Pod(2, 1)]);
 
     let mut handed_over = web(&[(1, 1), (2, 1)]);
     handed_over.labels = vec![("service.kubernetes.io/service-proxy-name", "another")];
     cluster.publish(&handed_over)?;
     cluster.leads_nowhere();
     cluster.publish(&web(&[(1, 1)]))?;
-    cluster.leads_to(&["pod-1-1"]);
+    cluster.leads_to(&[Place::Pod(1, 1)]);
     cluster.subject.publish(&WEB.name(), Vec::new())?;
     cluster.leads_nowhere();
     Ok(())
@@ -202,13 +230,13 @@ fn an_outage_of_the_api_server_takes_nothing_away() -> Result<()> {
     cluster.start_alone(1)?;
     answered_more(&loads);
     without_failure("while an agent started alone", loads)?;
-    cluster.leads_to(&["pod-1-1", "pod-2-1"]);
+    cluster.leads_to(&[Place::Pod(1, 1), Place::Pod(2, 1)]);
 
     cluster.subject.restart_api_server()?;
     // A list that is taken again has no order: only what is published after it tells how far the agents have come.
     cluster.subject.settle()?;
     cluster.publish(&web(&[(2, 2)]))?;
-    cluster.leads_to(&["pod-2-2"]);
+    cluster.leads_to(&[Place::Pod(2, 2)]);
     Ok(())
 }
 
@@ -227,6 +255,6 @@ fn an_api_server_that_comes_later_than_weir_is_followed() -> Result<()> {
     }
     cluster.subject.restart_api_server()?;
     cluster.subject.settle()?;
-    cluster.leads_to(&["pod-1-1", "pod-2-1"]);
+    cluster.leads_to(&[Place::Pod(1, 1), Place::Pod(2, 1)]);
     Ok(())
 }
