@@ -24,6 +24,7 @@ mod netlink;
 mod object;
 mod ruleset;
 mod socket;
+mod stage;
 mod table;
 
 pub use socket::{Seen, Watch};

@@ -12,28 +12,24 @@ use rustc_hash::FxBuildHasher;
 
 use super::{
     adopt::Found,
-    element::{self, Item, Leads, Verdict},
+    element,
     netlink::{Bytes, ChainSpec, Element, Transaction, Value},
-    object::{Object, Sticky},
+    object::Object,
     ruleset::{self, Map, address_bytes},
     socket::Netlink,
+    stage::{DROP_BUCKET, FIRST_BUCKET, ItemKey, PASS_BUCKET, Stage, bucket_value, memories},
 };
 use crate::{
     model::Family,
     plan::{ClusterIpDelta, NodePlan, PortDelta, PortId, PortPlan},
 };
 
-type FxHashMap<K, V> = HashMap<K, V, FxBuildHasher>;
+pub(super) type FxHashMap<K, V> = HashMap<K, V, FxBuildHasher>;
 type FxHashSet<T> = HashSet<T, FxBuildHasher>;
 
 /// Most elements in one transaction. The kernel holds the lock of all nf_tables in the namespace for as long as it
 /// works on one, and everybody else who changes rules waits.
 const ELEMENTS_A_TRANSACTION: usize = 8192;
-
-/// Buckets below are verdicts without a chain.
-const FIRST_BUCKET: u32 = 16;
-const DROP_BUCKET: u32 = 1;
-const PASS_BUCKET: u32 = 2;
 
 /// An object that exists in the kernel.
 #[derive(Clone, Copy, Debug)]
@@ -57,19 +53,6 @@ pub(super) struct Table {
     /// What the kernel held when it was last read, less what has been asked for since. `None` in normal work.
     pub(super) found: Option<Found>,
 }
-
-/// One transaction in the making.
-#[derive(Default)]
-struct Stage<'a> {
-    ports: Vec<&'a PortDelta>,
-    uses: FxHashMap<Object, i64>,
-    hairpins: FxHashMap<Bytes, i64>,
-    gone: BTreeMap<Map, Vec<Element>>,
-    come: BTreeMap<Map, Vec<(Element, Option<Object>)>>,
-    elements: usize,
-}
-
-type ItemKey = (Map, Bytes, Option<Bytes>);
 
 impl Table {
     pub(super) fn new(family: Family) -> Self {
@@ -244,8 +227,8 @@ impl Table {
             let mut stage = Stage::default();
             let mut next = start;
             while next < ports.len() && stage.elements < ELEMENTS_A_TRANSACTION {
-                if let Err(problem) = Self::stage(&mut stage, ports[next]) {
-                    failed.push((id(ports[next]), problem));
+                if let Err(problem) = stage.take_in(ports[next]) {
+                    failed.extend(ports[next].id().map(|id| (id.clone(), problem)));
                 }
                 next += 1;
             }
@@ -270,7 +253,7 @@ impl Table {
         failed: &mut Vec<(PortId, String)>,
     ) -> io::Result<()> {
         if let [port] = ports {
-            failed.push((id(port), error.to_string()));
+            failed.extend(port.id().map(|id| (id.clone(), error.to_string())));
             return Ok(());
         }
         let (first, second) = ports.split_at(ports.len() / 2);
@@ -278,7 +261,7 @@ impl Table {
             let mut stage = Stage::default();
             for port in half {
                 // What cannot be said was sorted out when the whole was staged.
-                if Self::stage(&mut stage, port).is_err() {
+                if stage.take_in(port).is_err() {
                     continue;
                 }
             }
@@ -289,35 +272,6 @@ impl Table {
                 self.narrow(netlink, half, node, &error, failed)?;
             }
         }
-        Ok(())
-    }
-
-    /// Adds one port's difference to a transaction.
-    fn stage<'a>(stage: &mut Stage<'a>, port: &'a PortDelta) -> Result<(), String> {
-        let items = |plan: Option<&PortPlan>| plan.map_or(Ok(Vec::new()), element::items);
-        let after = items(port.after.as_deref())?;
-        let before = items(port.before.as_deref())?;
-        let mut before: FxHashMap<ItemKey, Item> =
-            before.into_iter().map(|item| (key(&item), item)).collect();
-        for item in after {
-            match before.remove(&key(&item)) {
-                Some(old) if old.leads == item.leads => {}
-                Some(old) => {
-                    stage.remove(old);
-                    stage.add(item);
-                }
-                None => stage.add(item),
-            }
-        }
-        for item in before.into_values() {
-            stage.remove(item);
-        }
-        for (plan, change) in [(&port.after, 1), (&port.before, -1)] {
-            for memory in plan.as_deref().into_iter().flat_map(memories) {
-                *stage.uses.entry(memory).or_default() += change;
-            }
-        }
-        stage.ports.push(port);
         Ok(())
     }
 
@@ -561,9 +515,8 @@ impl Table {
 
     /// Each memory whose set backends leave, with those that stay. Which left while no agent ran nobody knows.
     fn outdated(&self, ports: &[&PortDelta]) -> Vec<(Object, FxHashSet<Bytes>)> {
-        let found = |memory: &Object| {
-            self.found.as_ref().is_some_and(|found| found.sets.contains(&memory.name()))
-        };
+        let found =
+            |memory: &Object| self.found.as_ref().is_some_and(|found| found.sets.contains(&memory.name()));
         let mut outdated = Vec::new();
         for port in ports {
             let Some(after) = &port.after else { continue };
@@ -612,73 +565,6 @@ impl Table {
     }
 }
 
-impl Stage<'_> {
-    fn add(&mut self, item: Item) {
-        self.elements += 1;
-        if item.map == Map::Hairpin {
-            *self.hairpins.entry(item.key).or_default() += 1;
-            return;
-        }
-        let (value, object) = match item.leads {
-            Leads::Nowhere => (Value::None, None),
-            Leads::To(backend) => (Value::Data(backend), None),
-            Leads::Verdict(Verdict::Drop) => (bucket_value(DROP_BUCKET), None),
-            Leads::Verdict(Verdict::Pass) => (bucket_value(PASS_BUCKET), None),
-            Leads::Bucket(object) => (Value::None, Some(object)),
-            Leads::Chain(object) => (Value::Goto(object.name()), Some(object)),
-        };
-        if let Some(object) = &object {
-            *self.uses.entry(object.clone()).or_default() += 1;
-        }
-        let element = Element { key: item.key, key_end: item.key_end, value };
-        self.come.entry(item.map).or_default().push((element, object));
-    }
-
-    fn remove(&mut self, item: Item) {
-        self.elements += 1;
-        if item.map == Map::Hairpin {
-            *self.hairpins.entry(item.key).or_default() -= 1;
-            return;
-        }
-        if let Leads::Bucket(object) | Leads::Chain(object) = item.leads {
-            *self.uses.entry(object).or_default() -= 1;
-        }
-        let element = Element { key: item.key, key_end: item.key_end, value: Value::None };
-        self.gone.entry(item.map).or_default().push(element);
-    }
-}
-
-fn key(item: &Item) -> ItemKey {
-    (item.map, item.key.clone(), item.key_end.clone())
-}
-
-fn id(port: &PortDelta) -> PortId {
-    let plan = port.after.as_ref().or(port.before.as_ref());
-    plan.map_or_else(
-        || PortId {
-            service: crate::model::ObjectName::new("", ""),
-            port: "".into(),
-            protocol: crate::model::Protocol::Tcp,
-            family: Family::V4,
-        },
-        |plan| plan.id.clone(),
-    )
-}
-
-/// The memories a port needs, one for each of its backend sets that has members.
-fn memories(port: &PortPlan) -> Vec<Object> {
-    use super::object::Scope::{Cluster, Local};
-    if port.affinity.is_none() {
-        return Vec::new();
-    }
-    let sticky: Sticky = super::object::sticky(&port.id);
-    [(Cluster, &port.cluster), (Local, &port.local)]
-        .into_iter()
-        .filter(|(_, backends)| !backends.is_empty())
-        .map(|(scope, _)| Object::Memory { sticky: sticky.clone(), scope })
-        .collect()
-}
-
 /// Empties a chain and writes its rules.
 fn rewrite(transaction: &mut Transaction<'_>, object: &Object, family: Family, node: &NodePlan) {
     if let Object::Memory { .. } = object {
@@ -693,10 +579,6 @@ fn rewrite(transaction: &mut Transaction<'_>, object: &Object, family: Family, n
 
 const fn member(key: Bytes) -> Element {
     Element { key, key_end: None, value: Value::None }
-}
-
-fn bucket_value(bucket: u32) -> Value {
-    Value::Data(Bytes::from_slice(&bucket.to_ne_bytes()))
 }
 
 fn bucket_element(bucket: u32, value: Value) -> Element {

@@ -1,0 +1,128 @@
+//! One transaction in the making: what several service ports ask for, as elements that come and go.
+//!
+//! In: port changes. Out: elements by map, and how many uses of shared objects that is. Nothing here knows the kernel's
+//! state; `table` does.
+
+use std::collections::BTreeMap;
+
+use super::{
+    element::{self, Item, Leads, Verdict},
+    netlink::{Bytes, Element, Value},
+    object::{Object, Sticky},
+    ruleset::Map,
+    table::FxHashMap,
+};
+use crate::plan::{PortDelta, PortPlan};
+
+/// Buckets below are verdicts without a chain.
+pub(super) const FIRST_BUCKET: u32 = 16;
+pub(super) const DROP_BUCKET: u32 = 1;
+pub(super) const PASS_BUCKET: u32 = 2;
+
+/// One transaction in the making.
+#[derive(Default)]
+pub(super) struct Stage<'a> {
+    pub(super) ports: Vec<&'a PortDelta>,
+    /// How many uses of each object come or go.
+    pub(super) uses: FxHashMap<Object, i64>,
+    /// The same of local backends.
+    pub(super) hairpins: FxHashMap<Bytes, i64>,
+    pub(super) gone: BTreeMap<Map, Vec<Element>>,
+    /// Elements, with the object they lead to.
+    pub(super) come: BTreeMap<Map, Vec<(Element, Option<Object>)>>,
+    /// How many elements that is.
+    pub(super) elements: usize,
+}
+
+pub(super) type ItemKey = (Map, Bytes, Option<Bytes>);
+
+impl<'a> Stage<'a> {
+    /// Adds one port's difference.
+    ///
+    /// # Errors
+    ///
+    /// When the plan asks for something the maps cannot say; nothing of the port is added then.
+    pub(super) fn take_in(&mut self, port: &'a PortDelta) -> Result<(), String> {
+        let items = |plan: Option<&PortPlan>| plan.map_or(Ok(Vec::new()), element::items);
+        let after = items(port.after.as_deref())?;
+        let before = items(port.before.as_deref())?;
+        let mut before: FxHashMap<ItemKey, Item> =
+            before.into_iter().map(|item| (key(&item), item)).collect();
+        for item in after {
+            match before.remove(&key(&item)) {
+                Some(old) if old.leads == item.leads => {}
+                Some(old) => {
+                    self.remove(old);
+                    self.add(item);
+                }
+                None => self.add(item),
+            }
+        }
+        for item in before.into_values() {
+            self.remove(item);
+        }
+        for (plan, change) in [(&port.after, 1), (&port.before, -1)] {
+            for memory in plan.as_deref().into_iter().flat_map(memories) {
+                *self.uses.entry(memory).or_default() += change;
+            }
+        }
+        self.ports.push(port);
+        Ok(())
+    }
+
+    fn add(&mut self, item: Item) {
+        self.elements += 1;
+        if item.map == Map::Hairpin {
+            *self.hairpins.entry(item.key).or_default() += 1;
+            return;
+        }
+        let (value, object) = match item.leads {
+            Leads::Nowhere => (Value::None, None),
+            Leads::To(backend) => (Value::Data(backend), None),
+            Leads::Verdict(Verdict::Drop) => (bucket_value(DROP_BUCKET), None),
+            Leads::Verdict(Verdict::Pass) => (bucket_value(PASS_BUCKET), None),
+            Leads::Bucket(object) => (Value::None, Some(object)),
+            Leads::Chain(object) => (Value::Goto(object.name()), Some(object)),
+        };
+        if let Some(object) = &object {
+            *self.uses.entry(object.clone()).or_default() += 1;
+        }
+        let element = Element { key: item.key, key_end: item.key_end, value };
+        self.come.entry(item.map).or_default().push((element, object));
+    }
+
+    fn remove(&mut self, item: Item) {
+        self.elements += 1;
+        if item.map == Map::Hairpin {
+            *self.hairpins.entry(item.key).or_default() -= 1;
+            return;
+        }
+        if let Leads::Bucket(object) | Leads::Chain(object) = item.leads {
+            *self.uses.entry(object).or_default() -= 1;
+        }
+        let element = Element { key: item.key, key_end: item.key_end, value: Value::None };
+        self.gone.entry(item.map).or_default().push(element);
+    }
+}
+
+fn key(item: &Item) -> ItemKey {
+    (item.map, item.key.clone(), item.key_end.clone())
+}
+
+/// The memories a port needs, one for each of its backend sets that has members.
+pub(super) fn memories(port: &PortPlan) -> Vec<Object> {
+    use super::object::Scope::{Cluster, Local};
+    if port.affinity.is_none() {
+        return Vec::new();
+    }
+    let sticky: Sticky = super::object::sticky(&port.id);
+    [(Cluster, &port.cluster), (Local, &port.local)]
+        .into_iter()
+        .filter(|(_, backends)| !backends.is_empty())
+        .map(|(scope, _)| Object::Memory { sticky: sticky.clone(), scope })
+        .collect()
+}
+
+pub(super) fn bucket_value(bucket: u32) -> Value {
+    Value::Data(Bytes::from_slice(&bucket.to_ne_bytes()))
+}
