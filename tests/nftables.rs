@@ -1,5 +1,7 @@
 //! The nftables data plane against the kernel: what is applied is what is read back, and `nft` can list it.
 
+#![expect(clippy::unwrap_used, reason = "what goes wrong in a helper of a test is to end the test")]
+
 use std::{
     net::{IpAddr, Ipv4Addr},
     process::Command,
@@ -281,5 +283,43 @@ fn foreign_changes_are_seen_and_repaired_and_our_own_are_not() {
         plane.reread().unwrap();
         plane.apply(&delta).unwrap();
         assert_installed(&mut plane, &plan);
+    });
+}
+
+/// What the clients of a sticky service port are remembered with.
+fn remembered(map: &str) -> Vec<String> {
+    let listed = nft(&["list", "map", "ip", "weir", map]);
+    let clients = listed.split_inclusive(" . 8080").filter(|text| text.contains("expires"));
+    clients.filter_map(|text| Some(text.rsplit_once(" : ")?.1.to_owned())).collect()
+}
+
+#[test]
+fn a5_clients_of_an_endpoint_that_left_are_forgotten_also_if_it_left_while_no_agent_ran() {
+    in_namespace(|| {
+        let mut plane = Nftables::open(both()).unwrap();
+        let plans = [&[1, 2, 3][..], &[1, 2], &[1]].map(|backends| Arc::new(port(Family::V4, 1, backends, Some(60))));
+        let [three, two, one] = &plans;
+        let delta = |before, after, complete: bool| Delta {
+            node: complete.then(|| Arc::new(node())),
+            ports: vec![change(before, Some(after))],
+            complete,
+            ..Delta::default()
+        };
+        plane.apply(&delta(None, three, true)).unwrap();
+        let listed = nft(&["list", "maps", "ip"]);
+        let map = listed.split_whitespace().find(|word| word.starts_with("memory-cluster")).unwrap().to_owned();
+        let clients = [1, 2, 3].map(|n| format!("192.0.2.{n} timeout 1h : 10.244.0.{n} . 8080")).join(", ");
+        nft(&["add", "element", "ip", "weir", &map, &format!("{{ {clients} }}")]);
+        assert_eq!(remembered(&map).len(), 3);
+
+        plane.apply(&delta(Some(three), two, false)).unwrap();
+        let mut left = remembered(&map);
+        left.sort();
+        assert_eq!(left, ["10.244.0.1 . 8080", "10.244.0.2 . 8080"]);
+
+        drop(plane);
+        let mut plane = Nftables::open(both()).unwrap();
+        plane.apply(&delta(None, one, true)).unwrap();
+        assert_eq!(remembered(&map), ["10.244.0.1 . 8080"]);
     });
 }

@@ -7,15 +7,19 @@
 
 #![deny(unsafe_code)]
 
+pub mod agent;
 pub mod apiserver;
 pub mod assets;
 pub mod bench;
 pub mod cases;
 pub mod control_plane;
 pub mod demo;
+pub mod keeper;
 pub mod netns;
 pub mod node;
 pub mod objects;
 pub mod runner;
+pub mod scenario;
 pub mod subject;
 pub mod traffic;
+pub mod wait;

@@ -11,7 +11,7 @@ use std::{
 
 use super::{Dataplane, Error, Installed, InstalledFrontend, Outcome, State};
 use crate::plan::{
-    ClusterIpDelta, Delta, Frontend, FrontendPlan, NodePlan, PortDelta, PortId, PortPlan, Target, Treatment,
+    ClusterIpDelta, Delta, Frontend, FrontendPlan, NodePlan, PortDelta, PortId, PortPlan, Route, Target, Treatment,
 };
 
 /// Holds what deltas say.
@@ -118,11 +118,14 @@ impl InstalledFrontend {
             },
             masquerade: treatment.masquerade,
         };
+        let Route { pod, host, outside } = planned.route;
+        // Where no flow is translated there is nothing to remember.
+        let leads = |treatment: &Treatment| matches!(treatment.target, Target::Cluster | Target::Local);
         Self {
-            pod: installed(planned.route.pod),
-            host: installed(planned.route.host),
-            outside: installed(planned.route.outside),
-            affinity: plan.affinity,
+            pod: installed(pod),
+            host: installed(host),
+            outside: installed(outside),
+            affinity: plan.affinity.filter(|_| [pod, host, outside].iter().any(leads)),
             allowed_sources: planned.allowed_sources.as_deref().map(<[_]>::to_vec),
         }
     }
@@ -186,7 +189,10 @@ impl<D: Dataplane> Dataplane for Faulty<D> {
                 _ => passed.ports.push(port.clone()),
             }
         }
-        self.inner.apply(&passed)?;
+        match self.inner.apply(&passed) {
+            Err(Error::Ports(refused)) => failed.extend(refused),
+            result => result?,
+        }
         if failed.is_empty() { Ok(()) } else { Err(Error::Ports(failed)) }
     }
 

@@ -81,7 +81,7 @@ pub struct InstalledFrontend {
     pub host: Installed,
     /// What everybody else gets.
     pub outside: Installed,
-    /// Session affinity in seconds.
+    /// Session affinity in seconds; `None` also where nobody gets to a backend.
     pub affinity: Option<u32>,
     /// The only sources let in, sorted; `None` lets everybody in.
     pub allowed_sources: Option<Vec<ipnet::IpNet>>,

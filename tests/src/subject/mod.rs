@@ -17,7 +17,8 @@ use weir::{model::Family, source::Object};
 
 use crate::{
     assets,
-    control_plane::{ControlPlane, tail},
+    control_plane::ControlPlane,
+    keeper::{end, tail},
     node::{Place, Topology, node_address, node_name},
     objects::{self, Endpoint, Lot, PORT, Shape, Slice, TARGET, node, pod, service, service_cidr, slice},
     traffic::{Call, Outcome, PATIENCE, Transport, ask},
@@ -37,7 +38,8 @@ const MARKER: Lot = Lot::new(250).named("marker");
 /// Which service proxy runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// weir, with its nftables data plane unless [`Subject::proxy_mode`] says otherwise, fed from a directory of manifests.
+    /// weir, with its nftables data plane unless [`Subject::proxy_mode`] says otherwise, fed from a directory of manifests
+    /// unless made by [`Subject::of_cluster`].
     Weir,
     /// kube-proxy v1.36.3 in nftables mode, fed by a real API server: the oracle.
     KubeProxy,
@@ -50,6 +52,13 @@ impl Kind {
         match self {
             Self::Weir => "weir",
             Self::KubeProxy => "kube-proxy",
+        }
+    }
+
+    fn program(self) -> Result<PathBuf> {
+        match self {
+            Self::Weir => assets::weir(),
+            Self::KubeProxy => assets::kubernetes("kube-proxy"),
         }
     }
 }
@@ -83,18 +92,33 @@ impl<'a> Subject<'a> {
     ///
     /// When a program is missing, or the control plane does not come up.
     pub fn new(kind: Kind, topology: &'a Topology) -> Result<Self> {
+        if kind == Kind::KubeProxy {
+            return Self::of_cluster(kind, topology);
+        }
         let directory = tempfile::Builder::new().prefix("weir-subject-").tempdir()?;
-        let store = match kind {
-            Kind::Weir => {
-                assets::weir()?;
-                Store::manifests(directory.path().join("manifests"))?
-            }
-            Kind::KubeProxy => {
-                assets::kubernetes("kube-proxy")?;
-                let address = Place::Router.client_address(Family::V4).to_string();
-                Store::Cluster(Box::new(ControlPlane::start(&topology.router, &address)?))
-            }
-        };
+        let store = Store::manifests(directory.path().join("manifests"))?;
+        Self::fed(kind, topology, directory, store)
+    }
+
+    /// [`Subject::new`] with either kind fed by a real API server, on the router.
+    ///
+    /// # Errors
+    ///
+    /// When a program is missing, or the control plane does not come up.
+    pub fn of_cluster(kind: Kind, topology: &'a Topology) -> Result<Self> {
+        let directory = tempfile::Builder::new().prefix("weir-subject-").tempdir()?;
+        let address = Place::Router.client_address(Family::V4);
+        let store = Store::Cluster(Box::new(ControlPlane::start(&topology.router, address)?));
+        Self::fed(kind, topology, directory, store)
+    }
+
+    fn fed(
+        kind: Kind,
+        topology: &'a Topology,
+        directory: tempfile::TempDir,
+        store: Store<'a>,
+    ) -> Result<Self> {
+        kind.program()?;
         store.put("cluster", &[], &[service_cidr(), node(1), node(2)])?;
         let state = State {
             store,
@@ -174,22 +198,21 @@ impl<'a> Subject<'a> {
     /// When its program cannot be started.
     pub fn start_agent(&self, node: u8) -> Result<()> {
         let mut state = self.state();
-        let kubeconfig = state.store.kubeconfig();
+        let kubeconfig = state.store.kubeconfig()?;
         let config = self.directory.path().join(format!("config-{node}.yaml"));
         std::fs::write(&config, state.settings.configuration(kubeconfig.as_deref()))?;
         let log = std::fs::File::options().create(true).append(true).open(self.log(node))?;
         let errors = log.try_clone()?;
-        let (program, mut args) = match self.kind {
-            Kind::Weir => (assets::weir()?, vec!["run".to_owned()]),
-            Kind::KubeProxy => (assets::kubernetes("kube-proxy")?, vec!["--v=2".to_owned()]),
+        let mut args = match self.kind {
+            Kind::Weir => vec!["run".to_owned(), format!("--proxy-mode={}", self.proxy_mode)],
+            Kind::KubeProxy => vec!["--v=2".to_owned()],
         };
         args.push(format!("--config={}", config.display()));
         args.push(format!("--hostname-override={}", node_name(node)));
         if let Some(directory) = state.store.directory() {
             args.push(format!("--source=manifests:{}", directory.display()));
-            args.push(format!("--proxy-mode={}", self.proxy_mode));
         }
-        let child = self.topology.at(Place::Host(node)).spawn(&program, |command| {
+        let child = self.topology.at(Place::Host(node)).spawn(&self.kind.program()?, |command| {
             command.args(args).stdout(log).stderr(errors);
         })?;
         state.agents[usize::from(node) - 1] = Some(child);
@@ -210,6 +233,25 @@ impl<'a> Subject<'a> {
         agent.kill()?;
         agent.wait()?;
         Ok(())
+    }
+
+    /// Kills the API server as a power failure would; its data stays. Until it is back, nothing can be published.
+    ///
+    /// # Errors
+    ///
+    /// When the agents are fed by none.
+    pub fn stop_api_server(&self) -> Result<()> {
+        self.state().store.cluster()?.stop();
+        Ok(())
+    }
+
+    /// Starts the API server again, with its data, and waits until it serves.
+    ///
+    /// # Errors
+    ///
+    /// When the agents are fed by none, or it does not start.
+    pub fn restart_api_server(&self) -> Result<()> {
+        self.state().store.cluster()?.restart()
     }
 
     /// Kills the agents of both nodes and takes out what they programmed.
@@ -366,8 +408,7 @@ fn marker(port: u16, target: u16) -> Shape {
 impl Drop for Subject<'_> {
     fn drop(&mut self) {
         for agent in self.state().agents.iter_mut().flatten() {
-            let _ = agent.kill();
-            let _ = agent.wait();
+            end(agent);
         }
     }
 }

@@ -27,10 +27,15 @@ pub(super) const fn nft_family(family: Family) -> &'static str {
     }
 }
 
-/// Adds what `table` holds in the kernel to `state`.
-pub(super) fn read(netlink: &mut Netlink, table: &Table, state: &mut State) -> io::Result<()> {
+/// Adds what `table` holds in the kernel to `state`. Pods that cannot be told get what everybody gets.
+pub(super) fn read(
+    netlink: &mut Netlink,
+    table: &Table,
+    pods_are_told: bool,
+    state: &mut State,
+) -> io::Result<()> {
     let found = Found::read(netlink, &table.raw, table.family)?;
-    let reader = Reader { family: table.family, buckets: buckets(&found), found };
+    let reader = Reader { family: table.family, pods_are_told, buckets: buckets(&found), found };
     let cluster_ips = reader.keys(Map::ClusterIps);
     state
         .cluster_ips
@@ -56,6 +61,7 @@ enum End {
 
 struct Reader {
     family: Family,
+    pods_are_told: bool,
     found: Found,
     buckets: HashMap<Bytes, End>,
 }
@@ -96,12 +102,17 @@ impl Reader {
             Some(End::Drop) => Installed { outcome: Outcome::Drop, masquerade: false },
             _ => Installed { outcome: Outcome::Reject, masquerade: false },
         };
+        let outside = treated(self.end(outside, &key).or(main), |masquerade| {
+            matches!(masquerade, Masquerade::Everybody | Masquerade::Foreign)
+        });
         InstalledFrontend {
-            pod: treated(main, |masquerade| masquerade == Masquerade::Everybody),
+            pod: if self.pods_are_told {
+                treated(main, |masquerade| masquerade == Masquerade::Everybody)
+            } else {
+                outside.clone()
+            },
             host: treated(main, |masquerade| masquerade != Masquerade::Nobody),
-            outside: treated(self.end(outside, &key).or(main), |masquerade| {
-                matches!(masquerade, Masquerade::Everybody | Masquerade::Foreign)
-            }),
+            outside,
             affinity: self.affinity(frontend, &key),
             allowed_sources: self.allowed_sources(&key),
         }

@@ -62,7 +62,7 @@ impl Item {
 
 fn push_word(key: &mut Bytes, bytes: &[u8]) {
     key.extend_from_slice(bytes);
-    while key.len() % 4 != 0 {
+    while !key.len().is_multiple_of(4) {
         key.push(0);
     }
 }
@@ -149,11 +149,12 @@ struct Column {
     masquerade: Masquerade,
 }
 
-/// Splits a route into what pods and this host get, and what everybody else gets where it differs.
-fn columns(route: &Route, pods_are_told: bool) -> Result<(Column, Option<Column>), String> {
+/// Splits a route into what pods and this host get, and what everybody else gets where it differs. A plan made while
+/// pods could not be told treats them as everybody else, and so do the chains then.
+fn columns(route: &Route) -> Result<(Column, Option<Column>), String> {
     use Masquerade::{Everybody, Foreign, Host, Nobody};
     let Route { pod, host, outside } = *route;
-    let pod = if pods_are_told { pod } else { host };
+    let pod = if pod.target != host.target && pod == outside { host } else { pod };
     let unsupported = || format!("no chain treats pods, host and others as {route:?}");
     if pod.target != host.target {
         return Err(unsupported());
@@ -173,7 +174,6 @@ fn columns(route: &Route, pods_are_told: bool) -> Result<(Column, Option<Column>
         (false, false, false) => Nobody,
         (false, true, true) => Foreign,
         (false, true, false) => Host,
-        (true, true, false) if !pods_are_told => Host,
         _ => return Err(unsupported()),
     };
     Ok((Column { target: host.target, masquerade }, None))
@@ -187,7 +187,8 @@ fn scope_of(target: Target) -> Option<Scope> {
     }
 }
 
-fn backends(port: &PortPlan, scope: Scope) -> &[Backend] {
+/// The set of backends that a scope means.
+pub(super) fn backends(port: &PortPlan, scope: Scope) -> &[Backend] {
     match scope {
         Scope::Cluster => &port.cluster,
         Scope::Local => &port.local,
@@ -199,10 +200,10 @@ fn backends(port: &PortPlan, scope: Scope) -> &[Backend] {
 /// # Errors
 ///
 /// When the plan asks for something these maps cannot say; the text says what.
-pub(super) fn items(port: &PortPlan, pods_are_told: bool) -> Result<Vec<Item>, String> {
+pub(super) fn items(port: &PortPlan) -> Result<Vec<Item>, String> {
     let mut items = Vec::new();
     for plan in &port.frontends {
-        frontend_items(port, plan, pods_are_told, &mut items)?;
+        frontend_items(port, plan, &mut items)?;
     }
     // A backend may be in both sets.
     let mut local: Vec<_> = port.cluster.iter().chain(&port.local).filter(|backend| backend.local).collect();
@@ -217,7 +218,6 @@ pub(super) fn items(port: &PortPlan, pods_are_told: bool) -> Result<Vec<Item>, S
 fn frontend_items(
     port: &PortPlan,
     plan: &FrontendPlan,
-    pods_are_told: bool,
     items: &mut Vec<Item>,
 ) -> Result<(), String> {
     let space = match plan.frontend.destination {
@@ -225,7 +225,7 @@ fn frontend_items(
         Destination::NodePort(_) => Space::NodePort,
     };
     let key = frontend_key(&plan.frontend);
-    let (main, outside) = columns(&plan.route, pods_are_told)?;
+    let (main, outside) = columns(&plan.route)?;
     let tables = match space {
         Space::Service => [(Map::Services, Map::Affinity), (Map::OutsideServices, Map::OutsideAffinity)],
         Space::NodePort => {

@@ -109,7 +109,9 @@ impl Dataplane for Nftables {
     fn dump(&mut self) -> Result<State, Error> {
         let mut state = State::default();
         for table in &self.tables {
-            dump::read(&mut self.netlink, table, &mut state)
+            let told = |node: &std::sync::Arc<NodePlan>| node.local_traffic.get(table.family).is_some();
+            let pods_are_told = self.node.as_ref().is_none_or(told);
+            dump::read(&mut self.netlink, table, pods_are_told, &mut state)
                 .map_err(|error| io_error("reading our tables", error))?;
         }
         state.cluster_ips.sort_unstable();

@@ -4,7 +4,7 @@
 //! by itself: which shared objects exist, how many uses each has, and which bucket number leads where.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     io,
 };
 
@@ -24,6 +24,7 @@ use crate::{
 };
 
 type FxHashMap<K, V> = HashMap<K, V, FxBuildHasher>;
+type FxHashSet<T> = HashSet<T, FxBuildHasher>;
 
 /// Most elements in one transaction. The kernel holds the lock of all nf_tables in the namespace for as long as it
 /// works on one, and everybody else who changes rules waits.
@@ -243,7 +244,7 @@ impl Table {
             let mut stage = Stage::default();
             let mut next = start;
             while next < ports.len() && stage.elements < ELEMENTS_A_TRANSACTION {
-                if let Err(problem) = self.stage(&mut stage, ports[next], node) {
+                if let Err(problem) = Self::stage(&mut stage, ports[next]) {
                     failed.push((id(ports[next]), problem));
                 }
                 next += 1;
@@ -277,7 +278,7 @@ impl Table {
             let mut stage = Stage::default();
             for port in half {
                 // What cannot be said was sorted out when the whole was staged.
-                if self.stage(&mut stage, port, node).is_err() {
+                if Self::stage(&mut stage, port).is_err() {
                     continue;
                 }
             }
@@ -292,9 +293,8 @@ impl Table {
     }
 
     /// Adds one port's difference to a transaction.
-    fn stage<'a>(&self, stage: &mut Stage<'a>, port: &'a PortDelta, node: &NodePlan) -> Result<(), String> {
-        let told = node.local_traffic.get(self.family).is_some();
-        let items = |plan: Option<&PortPlan>| plan.map_or(Ok(Vec::new()), |plan| element::items(plan, told));
+    fn stage<'a>(stage: &mut Stage<'a>, port: &'a PortDelta) -> Result<(), String> {
+        let items = |plan: Option<&PortPlan>| plan.map_or(Ok(Vec::new()), element::items);
         let after = items(port.after.as_deref())?;
         let before = items(port.before.as_deref())?;
         let mut before: FxHashMap<ItemKey, Item> =
@@ -323,9 +323,9 @@ impl Table {
 
     /// Sends a transaction and, once the kernel has taken it, remembers what it changed.
     fn commit(&mut self, netlink: &mut Netlink, stage: &Stage<'_>, node: &NodePlan) -> io::Result<()> {
-        let leaving = leaving(&stage.ports);
-        for (memory, backends) in &leaving {
-            self.forget_clients(netlink, memory, backends)?;
+        let outdated = self.outdated(&stage.ports);
+        for (memory, stay) in &outdated {
+            self.forget_clients(netlink, memory, stay)?;
         }
         let mut transaction = Transaction::new(&self.raw);
         let made = self.make_objects(&mut transaction, stage, node);
@@ -347,8 +347,8 @@ impl Table {
             }
         }
         self.remember_uses(stage, made);
-        for (memory, backends) in &leaving {
-            self.forget_clients(netlink, memory, backends)?;
+        for (memory, stay) in &outdated {
+            self.forget_clients(netlink, memory, stay)?;
         }
         Ok(())
     }
@@ -478,10 +478,12 @@ impl Table {
             }
         }
         for (key, change) in &stage.hairpins {
-            let uses = self.hairpins.entry(key.clone()).or_default();
-            *uses = uses.saturating_add_signed(i32::try_from(*change).unwrap_or_default());
+            let uses = i64::from(self.hairpins.get(key).copied().unwrap_or_default()) + change;
+            match u32::try_from(uses) {
+                Ok(uses @ 1..) => self.hairpins.insert(key.clone(), uses),
+                _ => self.hairpins.remove(key),
+            };
         }
-        self.hairpins.retain(|_, uses| *uses > 0);
     }
 
     /// Removes objects nobody uses. Before kernel 6.2 a chain counts as used for a while after the last element that
@@ -557,17 +559,48 @@ impl Table {
         Ok(())
     }
 
-    /// Lets clients forget backends that left (A5). Clients come and go by themselves meanwhile, so an entry that is
-    /// gone when its turn comes only means to look again.
-    fn forget_clients(&self, netlink: &mut Netlink, memory: &Object, backends: &[Bytes]) -> io::Result<()> {
-        const TRIES: usize = 5;
-        if !self.objects.contains_key(memory) {
-            return Ok(());
+    /// Each memory whose set backends leave, with those that stay. Which left while no agent ran nobody knows.
+    fn outdated(&self, ports: &[&PortDelta]) -> Vec<(Object, FxHashSet<Bytes>)> {
+        let found = |memory: &Object| {
+            self.found.as_ref().is_some_and(|found| found.sets.contains(&memory.name()))
+        };
+        let mut outdated = Vec::new();
+        for port in ports {
+            let Some(after) = &port.after else { continue };
+            for memory in memories(port.before.as_ref().unwrap_or(after)) {
+                let Object::Memory { scope, .. } = &memory else { continue };
+                let values = |plan: &PortPlan| -> FxHashSet<Bytes> {
+                    element::backends(plan, *scope).iter().map(element::backend_value).collect()
+                };
+                let stay = values(after);
+                let some_left = match &port.before {
+                    Some(before) => !values(before).is_subset(&stay),
+                    None => found(&memory),
+                };
+                if some_left {
+                    outdated.push((memory, stay));
+                }
+            }
         }
+        outdated
+    }
+
+    /// Lets clients forget all backends but those that stay (A5). Clients come and go by themselves meanwhile, so an
+    /// entry that is gone when its turn comes only means to look again.
+    fn forget_clients(
+        &self,
+        netlink: &mut Netlink,
+        memory: &Object,
+        stay: &FxHashSet<Bytes>,
+    ) -> io::Result<()> {
+        const TRIES: usize = 5;
         let name = memory.name();
         for attempt in 1.. {
             let mut clients = Found::elements(netlink, &self.raw, &name)?;
-            clients.retain(|client| matches!(&client.value, Value::Data(value) if backends.contains(value)));
+            clients.retain(|client| matches!(&client.value, Value::Data(value) if !stay.contains(value)));
+            if clients.is_empty() {
+                return Ok(());
+            }
             let mut transaction = Transaction::new(&self.raw);
             transaction.delete_elements(&name, &clients);
             match netlink.commit(&transaction.finish()) {
@@ -644,27 +677,6 @@ fn memories(port: &PortPlan) -> Vec<Object> {
         .filter(|(_, backends)| !backends.is_empty())
         .map(|(scope, _)| Object::Memory { sticky: sticky.clone(), scope })
         .collect()
-}
-
-/// For each memory, the backends that leave its set.
-fn leaving(ports: &[&PortDelta]) -> Vec<(Object, Vec<Bytes>)> {
-    let mut leaving = Vec::new();
-    for port in ports {
-        let (Some(before), Some(after)) = (&port.before, &port.after) else { continue };
-        for memory in memories(before) {
-            let Object::Memory { scope, .. } = &memory else { continue };
-            let (old, new) = match scope {
-                super::object::Scope::Cluster => (&before.cluster, &after.cluster),
-                super::object::Scope::Local => (&before.local, &after.local),
-            };
-            let gone: Vec<_> =
-                old.iter().filter(|backend| !new.contains(backend)).map(element::backend_value).collect();
-            if !gone.is_empty() {
-                leaving.push((memory, gone));
-            }
-        }
-    }
-    leaving
 }
 
 /// Empties a chain and writes its rules.

@@ -1,0 +1,87 @@
+//! The agent without its threads: model, planner and one data plane, brought up to date when told to.
+//!
+//! In: [`Change`]s. Out: a data plane that holds what they mean. Every try is the caller's, so a test sees each failure.
+
+use std::mem;
+
+use weir::{
+    dataplane::{Dataplane, Error, State},
+    model::{Model, Settings},
+    plan::Planner,
+    source::Change,
+};
+
+/// Model, planner and data plane.
+#[derive(Debug)]
+pub struct Agent<D> {
+    model: Model,
+    planner: Planner,
+    plane: D,
+    /// Whether the next delta has to be a complete one.
+    from_scratch: bool,
+}
+
+impl<D: Dataplane> Agent<D> {
+    /// An agent that has just started.
+    #[must_use]
+    pub fn new(settings: Settings, plane: D) -> Self {
+        Self { model: Model::new(settings), planner: Planner::default(), plane, from_scratch: true }
+    }
+
+    /// What the agent knows, to tell it more.
+    pub fn model(&mut self) -> &mut Model {
+        &mut self.model
+    }
+
+    /// Takes in one change; nothing is programmed yet.
+    pub fn take_in(&mut self, change: Change) {
+        self.model.apply(change);
+    }
+
+    /// Starts over with a data plane just opened, as a new process does that knows the same objects.
+    pub fn restart(&mut self, plane: D) {
+        self.plane = plane;
+        self.from_scratch = true;
+    }
+
+    /// Tries once to make the data plane hold what is known.
+    ///
+    /// # Errors
+    ///
+    /// The data plane's. The next try does what is needed to put things right.
+    pub fn bring_up_to_date(&mut self) -> Result<(), Error> {
+        for name in self.model.take_dirty() {
+            self.planner.update(&name, self.model.plan(&name));
+        }
+        self.planner.update_node(self.model.node_plan());
+        let complete = mem::take(&mut self.from_scratch);
+        let delta = if complete { self.planner.complete() } else { self.planner.take_delta() };
+        let Err(error) = self.plane.apply(&delta) else { return Ok(()) };
+        let repairable = match &error {
+            Error::Ports(failed) => {
+                let ids: Vec<_> = failed.iter().map(|(id, _)| id.clone()).collect();
+                self.planner.failed(&delta, &ids)
+            }
+            _ => false,
+        };
+        if !repairable {
+            self.plane.reread()?;
+            self.from_scratch = true;
+        }
+        Err(error)
+    }
+
+    /// The data plane.
+    pub fn plane(&mut self) -> &mut D {
+        &mut self.plane
+    }
+
+    /// What the data plane holds.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be read.
+    pub fn dump(&mut self) -> Result<State, Error> {
+        self.plane.dump()
+    }
+}
