@@ -50,11 +50,14 @@ impl Plane for Nftables {
     fn node_ips(&mut self) -> Result<Vec<IpAddr>> {
         let mut all = Vec::new();
         for family in ["ip", "ip6"] {
-            let listed = Command::new("nft").args(["-j", "list", "set", family, "weir", "node-ips"]).output()?;
+            let listed =
+                Command::new("nft").args(["-j", "list", "set", family, "weir", "node-ips"]).output()?;
             let listed: serde_json::Value = serde_json::from_slice(&listed.stdout)?;
-            let elements = listed["nftables"].as_array().into_iter().flatten().flat_map(|object| {
-                object["set"]["elem"].as_array().cloned().unwrap_or_default()
-            });
+            let elements = listed["nftables"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .flat_map(|object| object["set"]["elem"].as_array().cloned().unwrap_or_default());
             let mut addresses: Vec<IpAddr> = elements
                 .map(|element| Ok(element.as_str().context("not an address")?.parse()?))
                 .collect::<Result<_>>()?;
