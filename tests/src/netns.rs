@@ -77,7 +77,9 @@ impl Namespace {
     pub fn publish(&mut self, name: &str) -> Result<()> {
         std::fs::create_dir_all(NAMES)?;
         let path = Path::new(NAMES).join(name);
-        File::create_new(&path).with_context(|| format!("the namespace name {} is taken", path.display()))?;
+        File::create_new(&path).with_context(|| {
+            format!("cannot make {}; if it is left over, `ip netns del {name}`", path.display())
+        })?;
         mount(Some(self.path().as_str()), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
             .with_context(|| format!("cannot name a namespace {}", path.display()))?;
         self.name = Some(path);

@@ -478,7 +478,12 @@ fn named(name: &str, labels: &[(&str, &str)]) -> ObjectMeta {
 /// The Node object of a node; node 1 is in `zone-a`, node 2 in `zone-b` (E11).
 #[must_use]
 pub fn node(number: u8) -> Object {
-    let zone = if number == 1 { "zone-a" } else { "zone-b" };
+    node_in(number, if number == 1 { "zone-a" } else { "zone-b" })
+}
+
+/// The Node object of a node, in this zone.
+#[must_use]
+pub fn node_in(number: u8, zone: &str) -> Object {
     let name = node_name(number);
     let address = |family| NodeAddress {
         type_: "InternalIP".to_owned(),

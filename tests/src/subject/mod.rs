@@ -20,7 +20,7 @@ use crate::{
     control_plane::ControlPlane,
     keeper::{end, tail},
     node::{Place, Topology, node_address, node_name},
-    objects::{Endpoint, Lot, Shape, Slice, TARGET, node, pod, service, service_cidr, slice},
+    objects::{self, Endpoint, Lot, PORT, Shape, Slice, TARGET, node, pod, service, service_cidr, slice},
     traffic::{Call, Outcome, PATIENCE, Transport, ask},
 };
 
@@ -161,7 +161,34 @@ impl<'a> Subject<'a> {
         for node in [1, 2] {
             self.start_agent(node)?;
         }
-        self.settle()
+        self.settle()?;
+        if self.kind == Kind::KubeProxy {
+            self.await_service_cidrs()?;
+        }
+        Ok(())
+    }
+
+    /// kube-proxy may write its first rules before it knows the ServiceCIDRs, and then does without them (F5) until the
+    /// next full sync. A change of the node's zone makes it sync fully at once (E11).
+    fn await_service_cidrs(&self) -> Result<()> {
+        let deadline = Instant::now() + SETTLE;
+        for (node, family) in [1, 2].into_iter().flat_map(|node| Family::ALL.map(|family| (node, family))) {
+            let from = Place::Host(node);
+            let call =
+                Call::new(from, SocketAddr::new(MARKER.unused_cluster_ip(family), PORT), Transport::Udp);
+            loop {
+                match self.topology.at(from).run(|| ask(&call)) {
+                    Outcome::Denied => break,
+                    other if Instant::now() > deadline => bail!("node {node} lets {} pass: {other}", call.to),
+                    _ => {}
+                }
+                for moved in [objects::node_in(node, "elsewhere"), objects::node(node)] {
+                    self.state().store.put("cluster", &[], &[moved])?;
+                }
+                self.settle()?;
+            }
+        }
+        Ok(())
     }
 
     /// Starts the agent of one node with the settings of [`Subject::start`], without waiting for it.
