@@ -13,9 +13,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use k8s_openapi::api::core::v1::Namespace;
+use k8s_openapi::api::core::v1::{Namespace, Service};
 use kube::{
     Api, Client, Config,
+    api::PostParams,
     config::{KubeConfigOptions, Kubeconfig},
 };
 use serde_json::json;
@@ -25,6 +26,7 @@ use crate::{
     assets,
     keeper::{Keeper, end, tail},
     node::SERVICE_CIDRS,
+    objects::NAMESPACE,
 };
 
 /// How long programs may take to start on a busy machine.
@@ -152,7 +154,7 @@ impl ApiServer {
     async fn ready(&mut self, log: &Path) -> Result<()> {
         let deadline = Instant::now() + START;
         loop {
-            let error = match self.namespace().await {
+            let error = match self.serves().await {
                 Ok(()) => return Ok(()),
                 Err(error) => error,
             };
@@ -164,13 +166,21 @@ impl ApiServer {
         }
     }
 
-    /// Fails until the API server has come so far as to have made the first namespace.
-    async fn namespace(&self) -> Result<()> {
+    /// Fails until there is the first namespace, and addresses of every family can be given to Services.
+    async fn serves(&self) -> Result<()> {
         ensure!(
             self.store.path(&format!("certificates-{}/apiserver.crt", self.port)).exists(),
             "no certificate yet"
         );
-        Api::<Namespace>::all(self.client().await?).get("default").await?;
+        let client = self.client().await?;
+        Api::<Namespace>::all(client.clone()).get(NAMESPACE).await?;
+        let service = json!({
+            "metadata": {"generateName": "ready-"},
+            "spec": {"ipFamilyPolicy": "PreferDualStack", "ports": [{"port": 80}]},
+        });
+        let only_try = PostParams { dry_run: true, ..PostParams::default() };
+        let services: Api<Service> = Api::namespaced(client, NAMESPACE);
+        services.create(&only_try, &serde_json::from_value(service)?).await?;
         Ok(())
     }
 
