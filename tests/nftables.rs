@@ -295,7 +295,8 @@ fn remembered(map: &str) -> Vec<String> {
 fn a5_clients_of_an_endpoint_that_left_are_forgotten_also_if_it_left_while_no_agent_ran() {
     in_namespace(|| {
         let mut plane = Nftables::open(both()).unwrap();
-        let plans = [&[1, 2, 3][..], &[1, 2], &[1]].map(|backends| Arc::new(port(Family::V4, 1, backends, Some(60))));
+        let plans =
+            [&[1, 2, 3][..], &[1, 2], &[1]].map(|backends| Arc::new(port(Family::V4, 1, backends, Some(60))));
         let [three, two, one] = &plans;
         let delta = |before, after, complete: bool| Delta {
             node: complete.then(|| Arc::new(node())),
@@ -305,10 +306,13 @@ fn a5_clients_of_an_endpoint_that_left_are_forgotten_also_if_it_left_while_no_ag
         };
         plane.apply(&delta(None, three, true)).unwrap();
         let listed = nft(&["list", "maps", "ip"]);
-        let map = listed.split_whitespace().find(|word| word.starts_with("memory-cluster")).unwrap().to_owned();
+        let map =
+            listed.split_whitespace().find(|word| word.starts_with("memory-cluster")).unwrap().to_owned();
         let clients = [1, 2, 3].map(|n| format!("192.0.2.{n} timeout 1h : 10.244.0.{n} . 8080")).join(", ");
         nft(&["add", "element", "ip", "weir", &map, &format!("{{ {clients} }}")]);
         assert_eq!(remembered(&map).len(), 3);
+        // A6: room for all clients of a service port, however many endpoints it has.
+        assert!(nft(&["list", "map", "ip", "weir", &map]).contains("size 1048576"));
 
         plane.apply(&delta(Some(three), two, false)).unwrap();
         let mut left = remembered(&map);

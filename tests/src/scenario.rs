@@ -137,9 +137,8 @@ fn action(title: &str, body: &str) -> Result<Action> {
     let mut words = title.split_whitespace().skip(1);
     Ok(match words.next() {
         Some("apply") => {
-            let documents = serde_yaml_ng::Deserializer::from_str(body).map(|document| {
-                Ok(Change::Apply(object(Value::deserialize(document)?)?))
-            });
+            let documents = serde_yaml_ng::Deserializer::from_str(body)
+                .map(|document| Ok(Change::Apply(object(Value::deserialize(document)?)?)));
             Action::Change(documents.collect::<Result<_>>()?)
         }
         Some("delete") => {
