@@ -1,5 +1,7 @@
 //! The nftables data plane against the kernel: what is applied is what is read back, and `nft` can list it.
 
+#![expect(clippy::unwrap_used, reason = "what goes wrong in a helper of a test is to end the test")]
+
 use std::{
     net::{IpAddr, Ipv4Addr},
     process::Command,

@@ -1,10 +1,6 @@
 //! The agent is killed, restarted and robbed of its rules while connections are made: R1, A5 and the Restart row.
 
-use std::{
-    net::SocketAddr,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Result, anyhow, bail};
 use weir::model::Family;
@@ -14,12 +10,11 @@ use weir_tests::{
     runner::serve,
     subject::{Kind, Settings, Subject},
     traffic::{Call, Flow, Load, Outcome, PATIENCE, Transport, ask},
+    wait::await_that,
 };
 
 const WEB: Lot = Lot::new(1).named("web");
 const STICKY: Lot = Lot::new(2).named("sticky");
-/// How long anything may take on a busy machine.
-const DEADLINE: Duration = Duration::from_secs(30);
 
 fn web() -> Shape {
     service([pod(1, 1), pod(2, 1)]).everywhere()
@@ -48,14 +43,6 @@ fn calls() -> Vec<(Place, Call)> {
         }
     }
     calls
-}
-
-fn await_that(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + DEADLINE;
-    while !holds() {
-        assert!(Instant::now() < deadline, "not within {DEADLINE:?}: {what}");
-        thread::sleep(Duration::from_millis(5));
-    }
 }
 
 fn answered_more(loads: &[Load], more: u64) {

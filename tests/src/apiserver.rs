@@ -1,13 +1,13 @@
-//! A real kube-apiserver with its etcd, on loopback.
+//! A real kube-apiserver with its etcd, in the network namespace of whoever starts it.
 //!
 //! In: the programs that `cargo xtask setup` builds. Out: an API server that can be stopped, started again with the same
 //! data on the same port, and given a sibling on the same data. Everything is killed and removed on drop.
 
 use std::{
     fs::File,
-    net::{Ipv4Addr, TcpListener},
+    net::{IpAddr, Ipv4Addr, TcpListener},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -21,7 +21,11 @@ use kube::{
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::assets;
+use crate::{
+    assets,
+    keeper::{Keeper, end, tail},
+    node::SERVICE_CIDRS,
+};
 
 /// How long programs may take to start on a busy machine.
 const START: Duration = Duration::from_secs(120);
@@ -29,6 +33,7 @@ const START: Duration = Duration::from_secs(120);
 /// A running kube-apiserver.
 pub struct ApiServer {
     store: Arc<Store>,
+    address: IpAddr,
     port: u16,
     options: Vec<String>,
     process: Option<Child>,
@@ -37,19 +42,29 @@ pub struct ApiServer {
 /// What API servers on the same data share.
 struct Store {
     directory: TempDir,
+    keeper: Keeper,
     etcd: std::sync::Mutex<Child>,
     etcd_port: u16,
 }
 
 impl ApiServer {
-    /// Starts etcd and an API server, which knows every user of [`ApiServer::kubeconfig`], and waits until it is ready.
-    /// `options` are added to its command line.
+    /// Starts etcd and an API server on loopback, which knows every user of [`ApiServer::kubeconfig`], and waits until
+    /// it is ready. `options` are added to its command line, where the last of one name counts.
     ///
     /// # Errors
     ///
     /// When the programs are not there or do not start.
     pub async fn start(options: &[&str]) -> Result<Self> {
-        Self::on(Arc::new(Store::start()?), options).await
+        Self::start_at(Ipv4Addr::LOCALHOST.into(), options).await
+    }
+
+    /// The same at another of this network namespace's addresses.
+    ///
+    /// # Errors
+    ///
+    /// When the programs are not there or do not start.
+    pub async fn start_at(address: IpAddr, options: &[&str]) -> Result<Self> {
+        Self::on(Arc::new(Store::start()?), address, options).await
     }
 
     /// Starts another API server on the same data.
@@ -59,12 +74,12 @@ impl ApiServer {
     /// When it does not start.
     pub async fn sibling(&self) -> Result<Self> {
         let options: Vec<_> = self.options.iter().map(String::as_str).collect();
-        Self::on(Arc::clone(&self.store), &options).await
+        Self::on(Arc::clone(&self.store), self.address, &options).await
     }
 
-    async fn on(store: Arc<Store>, options: &[&str]) -> Result<Self> {
+    async fn on(store: Arc<Store>, address: IpAddr, options: &[&str]) -> Result<Self> {
         let options = options.iter().map(|option| (*option).to_owned()).collect();
-        let mut server = Self { store, port: free_port()?, options, process: None };
+        let mut server = Self { store, address, port: free_port(address)?, options, process: None };
         server.restart().await?;
         Ok(server)
     }
@@ -92,7 +107,7 @@ impl ApiServer {
     /// Where it listens.
     #[must_use]
     pub fn url(&self) -> String {
-        format!("https://127.0.0.1:{}", self.port)
+        format!("https://{}:{}", self.address, self.port)
     }
 
     /// Kills it as a power failure would.
@@ -110,7 +125,7 @@ impl ApiServer {
     pub async fn restart(&mut self) -> Result<()> {
         self.stop();
         let log = self.store.path(&format!("kube-apiserver-{}.log", self.port));
-        self.process = Some(spawn("kube-apiserver", &self.arguments(), &log)?);
+        self.process = Some(spawn(&self.store.keeper, "kube-apiserver", &self.arguments(), &log)?);
         self.ready(&log).await
     }
 
@@ -118,17 +133,20 @@ impl ApiServer {
         let path = |name: &str| self.store.path(name).display().to_string();
         let fixed = [
             format!("--etcd-servers=http://127.0.0.1:{}", self.store.etcd_port),
-            "--bind-address=127.0.0.1".to_owned(),
+            format!("--bind-address={}", self.address),
             format!("--secure-port={}", self.port),
             format!("--cert-dir={}", path(&format!("certificates-{}", self.port))),
             format!("--token-auth-file={}", path("tokens")),
-            "--service-cluster-ip-range=10.96.0.0/16,fd00:10:96::/112".to_owned(),
+            format!("--service-cluster-ip-range={}", SERVICE_CIDRS.join(",")),
             "--endpoint-reconciler-type=none".to_owned(),
             "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
             format!("--service-account-key-file={}", path("accounts.key")),
             format!("--service-account-signing-key-file={}", path("accounts.key")),
         ];
-        fixed.into_iter().chain(self.options.iter().cloned()).collect()
+        // Nobody is told of a loopback address, and there need not be another one to find.
+        let advertised =
+            (!self.address.is_loopback()).then(|| format!("--advertise-address={}", self.address));
+        fixed.into_iter().chain(advertised).chain(self.options.iter().cloned()).collect()
     }
 
     async fn ready(&mut self, log: &Path) -> Result<()> {
@@ -140,10 +158,7 @@ impl ApiServer {
             };
             let exited = self.process.as_mut().and_then(|process| process.try_wait().ok().flatten());
             if exited.is_some() || Instant::now() > deadline {
-                let text = std::fs::read_to_string(log).unwrap_or_default();
-                let last: Vec<_> = text.lines().rev().take(12).collect();
-                let last = last.into_iter().rev().collect::<Vec<_>>().join("\n");
-                bail!("kube-apiserver does not become ready ({exited:?}): {error:#}\n{last}");
+                bail!("kube-apiserver does not become ready ({exited:?}): {error:#}\n{}", tail(log));
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
@@ -177,7 +192,7 @@ impl ApiServer {
             "users": [{"name": user, "user": {"tokenFile": format!("token-{user}")}}],
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": user}}],
         });
-        std::fs::write(&path, config.to_string())?;
+        put(&path, &config.to_string())?;
         Ok(path)
     }
 
@@ -211,7 +226,9 @@ impl Drop for ApiServer {
 impl Store {
     fn start() -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("weir-apiserver-").tempdir()?;
-        let (etcd_port, peer_port) = (free_port()?, free_port()?);
+        let (keeper, ()) = Keeper::start("etcd", || Ok(()))?;
+        let local = Ipv4Addr::LOCALHOST.into();
+        let (etcd_port, peer_port) = (free_port(local)?, free_port(local)?);
         let arguments = [
             format!("--data-dir={}", directory.path().join("etcd").display()),
             format!("--listen-client-urls=http://127.0.0.1:{etcd_port}"),
@@ -219,8 +236,8 @@ impl Store {
             format!("--listen-peer-urls=http://127.0.0.1:{peer_port}"),
             "--unsafe-no-fsync".to_owned(),
         ];
-        let etcd = spawn("etcd", &arguments, &directory.path().join("etcd.log"))?;
-        let store = Self { directory, etcd: etcd.into(), etcd_port };
+        let etcd = spawn(&keeper, "etcd", &arguments, &directory.path().join("etcd.log"))?;
+        let store = Self { directory, keeper, etcd: etcd.into(), etcd_port };
         store.write_tokens()?;
         let key = Command::new("openssl")
             .args(["ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out"])
@@ -241,8 +258,7 @@ impl Store {
         for entry in std::fs::read_dir(self.directory.path())? {
             all += &std::fs::read_to_string(entry?.path().join("apiserver.crt")).unwrap_or_default();
         }
-        std::fs::write(self.path("authorities"), all)?;
-        Ok(())
+        put(&self.path("authorities"), &all)
     }
 
     fn write_tokens(&self) -> Result<()> {
@@ -266,24 +282,21 @@ impl Drop for Store {
     }
 }
 
-fn end(process: &mut Child) {
-    // Both fail only for a process that has ended already.
-    let _ = process.kill();
-    let _ = process.wait();
+/// Writes a file that somebody may be reading.
+fn put(path: &Path, text: &str) -> Result<()> {
+    let draft = path.with_extension("draft");
+    std::fs::write(&draft, text)?;
+    Ok(std::fs::rename(draft, path)?)
 }
 
-fn spawn(program: &str, arguments: &[String], log: &Path) -> Result<Child> {
-    let path = assets::kubernetes(program)?;
+fn spawn(keeper: &Keeper, program: &str, arguments: &[String], log: &Path) -> Result<Child> {
     let log = File::options().create(true).append(true).open(log)?;
-    Command::new(&path)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()
-        .with_context(|| format!("cannot start {}", path.display()))
+    let errors = log.try_clone()?;
+    keeper.spawn(&assets::kubernetes(program)?, |command| {
+        command.args(arguments).stdout(log).stderr(errors);
+    })
 }
 
-fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
+fn free_port(address: IpAddr) -> Result<u16> {
+    Ok(TcpListener::bind((address, 0))?.local_addr()?.port())
 }

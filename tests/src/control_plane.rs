@@ -2,148 +2,70 @@
 //!
 //! In: objects. Out: the same objects, admitted by Kubernetes' own validation, on the watches of whoever connects.
 
-use std::{
-    fmt::Debug,
-    path::{Path, PathBuf},
-    process::{Child, Command},
-    sync::OnceLock,
-    time::{Duration, Instant},
-};
+use std::{fmt::Debug, net::IpAddr, path::PathBuf, sync::OnceLock};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, bail};
 use k8s_openapi::{
     api::{
-        core::v1::{Namespace as KubeNamespace, Node, Service},
+        core::v1::{Node, Service},
         discovery::v1::EndpointSlice,
     },
     serde::{Serialize, de::DeserializeOwned},
 };
 use kube::{
-    Api, Client, Config, Resource,
+    Api, Client, Resource,
     api::{DeleteParams, Patch, PatchParams, PostParams},
-    config::{KubeConfigOptions, Kubeconfig},
 };
 use tokio::runtime::Runtime;
 use weir::source::{Kind, Object};
 
-use crate::{assets, netns::Namespace, node::SERVICE_CIDRS, objects::NAMESPACE};
-
-/// How long the API server may take to come up on a busy machine.
-const START: Duration = Duration::from_secs(90);
+use crate::{apiserver::ApiServer, netns::Namespace, objects::NAMESPACE};
 
 /// A running control plane. Dropping it stops it.
 pub struct ControlPlane<'a> {
     namespace: &'a Namespace,
-    directory: tempfile::TempDir,
-    processes: Vec<Child>,
+    server: ApiServer,
     /// Connects from the namespace of whoever blocks on it.
     runtime: Runtime,
     client: OnceLock<Client>,
 }
 
 impl<'a> ControlPlane<'a> {
-    /// Starts etcd and kube-apiserver, reachable at `address` on port 6443, and waits until it serves.
+    /// Starts etcd and kube-apiserver, reachable at `address`, and waits until it serves.
     ///
     /// # Errors
     ///
     /// When the programs are missing or do not come up; the message ends with what the API server logged last.
-    pub fn start(namespace: &'a Namespace, address: &str) -> Result<Self> {
-        let directory = tempfile::Builder::new().prefix("weir-api-").tempdir()?;
+    pub fn start(namespace: &'a Namespace, address: IpAddr) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let mut plane =
-            Self { namespace, directory, processes: Vec::new(), runtime, client: OnceLock::new() };
-        plane.write_credentials(address)?;
-        plane.start_etcd()?;
-        plane.start_apiserver(address)?;
-        plane.wait()?;
-        Ok(plane)
+        let start = || runtime.block_on(ApiServer::start_at(address, &["--authorization-mode=AlwaysAllow"]));
+        let server = namespace.run(start)?;
+        Ok(Self { namespace, server, runtime, client: OnceLock::new() })
     }
 
     /// A kubeconfig with every right.
-    #[must_use]
-    pub fn kubeconfig(&self) -> PathBuf {
-        self.directory.path().join("kubeconfig")
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be written.
+    pub fn kubeconfig(&self) -> Result<PathBuf> {
+        self.server.kubeconfig("admin")
     }
 
-    fn write_credentials(&self, address: &str) -> Result<()> {
-        let directory = self.directory.path();
-        let token = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?;
-        let token = token.trim();
-        std::fs::write(directory.join("tokens"), format!("{token},admin,admin,system:masters\n"))?;
-        let kubeconfig = serde_json::json!({
-            "apiVersion": "v1", "kind": "Config", "current-context": "test",
-            "clusters": [{"name": "test", "cluster": {
-                "server": format!("https://{address}:6443"), "insecure-skip-tls-verify": true,
-            }}],
-            "users": [{"name": "admin", "user": {"token": token}}],
-            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "admin"}}],
-        });
-        std::fs::write(self.kubeconfig(), serde_yaml_ng::to_string(&kubeconfig)?)?;
-        let key = Command::new("openssl")
-            .args(["ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out"])
-            .arg(directory.join("accounts.key"))
-            .output()
-            .context("cannot run openssl, which makes the API server's signing key")?;
-        ensure!(key.status.success(), "openssl: {}", String::from_utf8_lossy(&key.stderr));
-        Ok(())
+    /// Kills the API server as a power failure would. Its data stays.
+    pub fn stop(&mut self) {
+        self.server.stop();
     }
 
-    fn spawn(&mut self, program: &str, args: &[String]) -> Result<()> {
-        let log = std::fs::File::create(self.directory.path().join(format!("{program}.log")))?;
-        let errors = log.try_clone()?;
-        let child = self.namespace.spawn(&assets::kubernetes(program)?, |command| {
-            command.args(args).stdout(log).stderr(errors);
-        })?;
-        self.processes.push(child);
-        Ok(())
-    }
-
-    fn start_etcd(&mut self) -> Result<()> {
-        let data = self.directory.path().join("etcd");
-        let args = [
-            format!("--data-dir={}", data.display()),
-            "--listen-client-urls=http://127.0.0.1:2379".to_owned(),
-            "--advertise-client-urls=http://127.0.0.1:2379".to_owned(),
-            "--listen-peer-urls=http://127.0.0.1:2380".to_owned(),
-            "--unsafe-no-fsync".to_owned(),
-        ];
-        self.spawn("etcd", &args)
-    }
-
-    fn start_apiserver(&mut self, address: &str) -> Result<()> {
-        let path = |name: &str| self.directory.path().join(name).display().to_string();
-        let args = [
-            "--etcd-servers=http://127.0.0.1:2379".to_owned(),
-            format!("--service-cluster-ip-range={}", SERVICE_CIDRS.join(",")),
-            format!("--bind-address={address}"),
-            format!("--advertise-address={address}"),
-            format!("--cert-dir={}", path("certificates")),
-            format!("--token-auth-file={}", path("tokens")),
-            "--authorization-mode=AlwaysAllow".to_owned(),
-            "--endpoint-reconciler-type=none".to_owned(),
-            "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
-            format!("--service-account-key-file={}", path("accounts.key")),
-            format!("--service-account-signing-key-file={}", path("accounts.key")),
-        ];
-        self.spawn("kube-apiserver", &args)
-    }
-
-    fn wait(&self) -> Result<()> {
-        let deadline = Instant::now() + START;
-        loop {
-            let ready = self.with_client(async |client| {
-                Api::<KubeNamespace>::all(client).get(NAMESPACE).await?;
-                Ok(())
-            });
-            match ready {
-                Ok(()) => return Ok(()),
-                Err(error) if Instant::now() > deadline => {
-                    let log = self.directory.path().join("kube-apiserver.log");
-                    bail!("kube-apiserver is not up after {START:?}: {error:#}\n{}", tail(&log));
-                }
-                Err(_) => std::thread::sleep(Duration::from_millis(100)),
-            }
-        }
+    /// Starts the API server again and waits until it serves.
+    ///
+    /// # Errors
+    ///
+    /// When it does not start.
+    pub fn restart(&mut self) -> Result<()> {
+        self.client.take();
+        let Self { namespace, server, runtime, .. } = self;
+        namespace.run(|| runtime.block_on(server.restart()))
     }
 
     fn with_client<T: Send>(&self, work: impl AsyncFnOnce(Client) -> Result<T> + Send) -> Result<T> {
@@ -152,9 +74,7 @@ impl<'a> ControlPlane<'a> {
                 if let Some(client) = self.client.get() {
                     return work(client.clone()).await;
                 }
-                let config = Kubeconfig::read_from(self.kubeconfig())?;
-                let config = Config::from_custom_kubeconfig(config, &KubeConfigOptions::default()).await?;
-                let client = Client::try_from(config)?;
+                let client = self.server.client().await?;
                 work(self.client.get_or_init(|| client).clone()).await
             })
         })
@@ -203,15 +123,6 @@ impl<'a> ControlPlane<'a> {
     }
 }
 
-impl Drop for ControlPlane<'_> {
-    fn drop(&mut self) {
-        for mut child in self.processes.drain(..).rev() {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
 async fn apply(client: &Client, object: &Object) -> Result<()> {
     let client = client.clone();
     match object {
@@ -252,11 +163,4 @@ async fn put_node(api: &Api<Node>, node: &Node) -> Result<()> {
     }
     api.patch_status(name, &PatchParams::default(), &Patch::Merge(node)).await?;
     Ok(())
-}
-
-/// The end of a log file, for messages.
-pub(crate) fn tail(log: &Path) -> String {
-    let text = std::fs::read_to_string(log).unwrap_or_default();
-    let lines: Vec<&str> = text.lines().collect();
-    lines[lines.len().saturating_sub(30)..].join("\n")
 }

@@ -10,7 +10,6 @@ use std::{
     panic::resume_unwind,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
-    sync::mpsc::{Receiver, Sender, channel},
     thread,
 };
 
@@ -20,17 +19,17 @@ use nix::{
     sched::{CloneFlags, setns, unshare},
 };
 
+use crate::keeper::Keeper;
+
 /// Where `ip netns` looks for names.
 const NAMES: &str = "/run/netns";
-
-type Job = Box<dyn FnOnce() + Send>;
 
 /// A network namespace of its own. Dropping it removes it once no process runs in it.
 #[derive(Debug)]
 pub struct Namespace {
     label: String,
     file: File,
-    keeper: Sender<Job>,
+    keeper: Keeper,
     name: Option<PathBuf>,
 }
 
@@ -41,10 +40,11 @@ impl Namespace {
     ///
     /// Without the privilege to make network namespaces.
     pub fn new(label: &str) -> Result<Self> {
-        let (send_file, file) = channel();
-        let (keeper, jobs) = channel();
-        thread::Builder::new().name(format!("netns-{label}")).spawn(move || keep(&send_file, &jobs))?;
-        let file = file.recv()?.context("cannot make a network namespace; these tests need root")?;
+        let (keeper, file) = Keeper::start(label, || {
+            unshare(CloneFlags::CLONE_NEWNET)
+                .context("cannot make a network namespace; these tests need root")?;
+            Ok(File::open("/proc/thread-self/ns/net")?)
+        })?;
         let namespace = Self { label: label.to_owned(), file, keeper, name: None };
         for (key, value) in SYSCTLS {
             namespace.sysctl(key, value)?;
@@ -132,14 +132,7 @@ impl Namespace {
     ///
     /// When the program cannot be started.
     pub fn spawn(&self, program: &Path, prepare: impl FnOnce(&mut Command)) -> Result<Child> {
-        let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "--"]).arg(program).stdin(Stdio::null());
-        prepare(&mut command);
-        let (answer, child) = channel();
-        // The death signal is bound to the thread that spawned: the keeper lives as long as the namespace.
-        let job: Job = Box::new(move || drop(answer.send(command.spawn())));
-        ensure!(self.keeper.send(job).is_ok(), "the thread of namespace {} is gone", self.label);
-        child.recv()?.with_context(|| format!("cannot start setpriv {} in {}", program.display(), self.label))
+        self.keeper.spawn(program, prepare)
     }
 
     /// Runs a program inside the namespace to its end.
@@ -239,16 +232,3 @@ const SYSCTLS: [(&str, &str); 15] = [
 /// The same for kernels that count the errors of each namespace.
 const NEWER_SYSCTLS: [(&str, &str); 2] =
     [("net/ipv4/icmp_msgs_per_sec", "1000000"), ("net/ipv4/icmp_msgs_burst", "1000000")];
-
-/// Makes the namespace, hands it out, and then runs jobs in it until nobody can send any more.
-fn keep(file: &Sender<Result<File>>, jobs: &Receiver<Job>) {
-    let made = unshare(CloneFlags::CLONE_NEWNET)
-        .map_err(anyhow::Error::from)
-        .and_then(|()| Ok(File::open("/proc/thread-self/ns/net")?));
-    if file.send(made).is_err() {
-        return;
-    }
-    for job in jobs {
-        job();
-    }
-}

@@ -1,4 +1,4 @@
-//! The one entry point for working on weir: `cargo xtask setup`, `demo`, `test`, `check`, `generate`.
+//! The one entry point for working on weir: `cargo xtask setup`, `demo`, `test`, `check`, `bench`, `generate`.
 //!
 //! It compiles without anything `setup` installs, so it is the first command on a fresh machine; weir itself and its
 //! tests run as child processes.
@@ -16,6 +16,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use machine::Machine;
 
+mod bench;
 mod check;
 mod demo;
 mod generate;
@@ -24,7 +25,7 @@ mod process;
 mod setup;
 mod suites;
 
-/// Sets up, shows, tests and checks weir.
+/// Sets up, shows, tests, checks and measures weir.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Cli {
@@ -50,6 +51,12 @@ enum Task {
     Test(suites::Options),
     /// Check formatting, lints, documentation, licences and unit tests
     Check,
+    /// Measure weir beside the real kube-proxy (needs root, or sudo)
+    Bench {
+        /// Options of the benchmark itself; `--help` lists them
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<std::ffi::OsString>,
+    },
     /// Write what is generated from the code: the command line reference
     Generate {
         /// Write nothing; fail when a file is not what it should be
@@ -79,6 +86,7 @@ fn perform(machine: &Machine, task: Task) -> Result<()> {
         Task::Demo { args } => demo::run(machine, &args),
         Task::Test(options) => suites::run(machine, &options),
         Task::Check => check::run(machine),
+        Task::Bench { args } => bench::run(machine, &args),
         Task::Generate { check } => generate::run(machine, check),
     }
 }

@@ -104,7 +104,7 @@ pub(crate) fn run(machine: &Machine, options: &Options) -> Result<()> {
     machine.as_root(&machine.path, "testing with real packets")?;
     setup::run(machine, Level::Test)?;
     process::run(machine.cargo().args(["build", "--workspace", "--bins"]))?;
-    let environment = environment(machine, &metadata.target_directory)?;
+    let environment = environment(machine, &metadata.target_directory.join("debug"))?;
     let mut outcomes = Vec::new();
     for (index, suite) in suites.iter().enumerate() {
         println!("\n==== suite {} of {}: {}", index + 1, suites.len(), suite.name);
@@ -147,13 +147,13 @@ fn chosen(all: Vec<Suite>, names: &[String]) -> Result<Vec<Suite>> {
     Ok(all.into_iter().filter(|suite| names.is_empty() || names.contains(&suite.name)).collect())
 }
 
-/// What the tests are told: where weir is, where Kubernetes' programs are (kube-proxy by `PATH`), which `nft`s to list
+/// What tests and benchmark are told: where weir was `built`, where Kubernetes' programs are (kube-proxy by `PATH`), which `nft`s to list
 /// tables with.
-fn environment(machine: &Machine, target: &Path) -> Result<Vec<(&'static str, OsString)>> {
+pub(crate) fn environment(machine: &Machine, built: &Path) -> Result<Vec<(&'static str, OsString)>> {
     let [server, proxy] = setup::kubernetes_assets(machine);
     let path = [server.clone(), proxy].into_iter().chain(env::split_paths(&machine.path));
     Ok(vec![
-        ("WEIR_BIN", target.join("debug/weir").into()),
+        ("WEIR_BIN", built.join("weir").into()),
         ("KUBEBUILDER_ASSETS", server.into()),
         ("PATH", env::join_paths(path)?),
         ("WEIR_NFT_READERS", env::join_paths(setup::nft_readers(machine))?),

@@ -16,8 +16,8 @@ use std::{
 
 use ipnet::IpNet;
 
-pub use crate::model::{DetectLocal, NodePortSetting};
 use crate::model::PerFamily;
+pub use crate::model::{DetectLocal, NodePortSetting};
 
 mod duration;
 mod file;

@@ -11,9 +11,9 @@ use crate::plan::{Backend, Delta, Frontend, PortId};
 
 mod memory;
 pub use memory::{Faulty, Memory};
-pub mod nftables;
 pub mod conntrack;
 pub mod ebpf;
+pub mod nftables;
 
 /// One data plane.
 ///

@@ -4,12 +4,14 @@
 //! that kube-proxy has. Nothing here knows Services or the kernel.
 
 mod health;
+mod health_check;
 mod metrics;
 mod process;
 mod server;
 mod telemetry;
 
 pub use health::{Answer, Health, Moment, ProxyHealth, health_router};
+pub use health_check::{HealthCheckState, HealthChecks};
 pub use metrics::{Metrics, TrafficPolicy, metrics_router};
 pub use server::{Server, ServerError};
 pub use telemetry::{Telemetry, TelemetryError};

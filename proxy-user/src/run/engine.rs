@@ -5,6 +5,8 @@
 //! next delta. After a failure everything is compared with the kernel again, first soon and then ever less often.
 
 use std::{
+    collections::HashMap,
+    net::IpAddr,
     pin::pin,
     time::{Duration, Instant},
 };
@@ -15,9 +17,9 @@ use tokio::sync::{mpsc, watch};
 use super::{Addresses, census::Census, served};
 use crate::{
     dataplane::{Dataplane, Error, conntrack::Suspects, nftables::Seen},
-    model::{Family, Model, Settings},
-    observe::{Health, Metrics},
-    plan::{Delta, Planner, PortId},
+    model::{Family, Model, ObjectName, Settings},
+    observe::{Health, HealthCheckState, HealthChecks, Metrics},
+    plan::{Delta, NodePortAddresses, Planner, PortId},
     source::{Change, Object},
 };
 
@@ -40,6 +42,7 @@ pub(super) struct Engine {
     planner: Planner,
     plane: Box<dyn Dataplane>,
     conntrack: Option<mpsc::UnboundedSender<Suspects>>,
+    health_checks: Option<HealthChecks>,
     metrics: Metrics,
     health: Health,
     families: Vec<Family>,
@@ -52,6 +55,10 @@ pub(super) struct Engine {
     longest_retry: Duration,
     failures: u32,
     retry_at: Option<tokio::time::Instant>,
+    /// Services planned anew and not yet in force: their health checks are told when they are.
+    replanned: Vec<ObjectName>,
+    /// The Services that have a health check now.
+    checked: HashMap<ObjectName, HealthCheckState>,
     /// Slices taken in and not yet in force: their family and when the endpoints changed.
     triggers: Vec<(Family, Timestamp)>,
 }
@@ -69,6 +76,7 @@ impl Engine {
             planner: Planner::default(),
             plane,
             conntrack: None,
+            health_checks: None,
             metrics,
             health,
             census: Census::default(),
@@ -79,8 +87,15 @@ impl Engine {
             longest_retry: Duration::from_secs(30),
             failures: 0,
             retry_at: None,
+            replanned: Vec::new(),
+            checked: HashMap::new(),
             triggers: Vec::new(),
         }
+    }
+
+    /// Tells these servers how many local endpoints are in force.
+    pub(super) fn with_health_checks(self, health_checks: HealthChecks) -> Self {
+        Self { health_checks: Some(health_checks), ..self }
     }
 
     /// Whether a source without this node's Node is no reason to keep load balancers away.
@@ -156,6 +171,7 @@ impl Engine {
         let started = Instant::now();
         for name in self.model.take_dirty() {
             self.planner.update(&name, self.model.plan(&name));
+            self.replanned.push(name);
         }
         self.planner.update_node(self.model.node_plan());
         // A failure that is not due again yet must not be made worse by every new change.
@@ -170,7 +186,7 @@ impl Engine {
             Err(error) => return self.failed(&error),
         };
         if delta.is_empty() {
-            return;
+            return self.tell_health_checks();
         }
         for family in &self.families {
             self.health.queued(*family);
@@ -226,7 +242,30 @@ impl Engine {
             return self.schedule_retry();
         }
         self.failures = 0;
+        self.tell_health_checks();
         self.in_force(delta, was, started);
+    }
+
+    /// Tells the health check servers of the Services that were planned anew, now that their plans are in force.
+    fn tell_health_checks(&mut self) {
+        let Some(servers) = &self.health_checks else { return self.replanned.clear() };
+        for name in self.replanned.drain(..) {
+            let check = self.planner.service(&name).and_then(|plan| plan.health_check);
+            let addresses = || health_check_addresses(&self.planner, &self.families);
+            let state = check.map(|check| HealthCheckState {
+                port: check.port,
+                local_endpoints: check.local_endpoints,
+                addresses: addresses(),
+            });
+            if self.checked.get(&name) == state.as_ref() {
+                continue;
+            }
+            match &state {
+                Some(state) => self.checked.insert(name.clone(), state.clone()),
+                None => self.checked.remove(&name),
+            };
+            servers.set(name, state);
+        }
     }
 
     /// Says that everything taken in so far is in force.
@@ -261,6 +300,16 @@ impl Engine {
         self.failures = self.failures.saturating_add(1);
         self.retry_at = Some(tokio::time::Instant::now() + wait);
     }
+}
+
+/// Where health check servers listen (H3): on all addresses, or on those that serve NodePorts.
+fn health_check_addresses(planner: &Planner, families: &[Family]) -> Vec<IpAddr> {
+    let Some(node) = planner.node() else { return Vec::new() };
+    let of = |family: &Family| match node.node_port_addresses.get(*family) {
+        NodePortAddresses::AnyLocal => vec![HealthChecks::anywhere(*family)],
+        NodePortAddresses::Only(addresses) => addresses.clone(),
+    };
+    families.iter().flat_map(of).collect()
 }
 
 /// The family of a slice, and when its endpoints last changed, if it says so (W10).

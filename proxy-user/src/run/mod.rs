@@ -19,7 +19,7 @@ use crate::{
         nftables::{Nftables, Seen},
     },
     model::{Family, Model, PerFamily, Settings},
-    observe::{Health, Metrics, Server, Telemetry, health_router, metrics_router},
+    observe::{Health, HealthChecks, Metrics, Server, Telemetry, health_router, metrics_router},
     plan::{Frontend, Planner, PortId},
     source::{
         Change, SourceStatus, host,
@@ -72,6 +72,7 @@ async fn serve(config: Config, plane: Nftables) -> anyhow::Result<()> {
 
     let engine = Engine::new(settings(&config), Box::new(plane), metrics.clone(), health.clone())
         .with_retry(config.sync_period)
+        .with_health_checks(HealthChecks::start(health.clone(), stopping.clone()))
         .with_optional_node(matches!(config.source, SourceConfig::Manifests { .. }))
         .with_conntrack(clean_conntrack(metrics.clone())?);
     let inputs = Inputs { changes, addresses, foreign, stopping: stopping.clone() };
@@ -119,8 +120,7 @@ async fn start_source(config: &Config, changes: mpsc::Sender<Change>) -> anyhow:
     let status = Arc::new(SourceStatus::default());
     match &config.source {
         SourceConfig::Kubernetes { kubeconfig, servers } => {
-            let credentials =
-                kubeconfig.clone().map_or(Credentials::InCluster, Credentials::Kubeconfig);
+            let credentials = kubeconfig.clone().map_or(Credentials::InCluster, Credentials::Kubeconfig);
             let servers = servers.iter().map(|server| {
                 server.parse().with_context(|| format!("`{server}` is not the address of an API server"))
             });
@@ -160,7 +160,9 @@ fn watch_rule_set(plane: &Nftables) -> anyhow::Result<mpsc::Receiver<Seen>> {
         loop {
             match rule_set.wait() {
                 // One that is waiting already says it all.
-                Ok(what) if matches!(seen.try_send(what), Err(mpsc::error::TrySendError::Closed(_))) => return,
+                Ok(what) if matches!(seen.try_send(what), Err(mpsc::error::TrySendError::Closed(_))) => {
+                    return;
+                }
                 Ok(_) => {}
                 Err(error) => {
                     tracing::error!(%error, "foreign changes to our tables are no longer noticed");
@@ -191,7 +193,9 @@ fn clean_conntrack(metrics: Metrics) -> anyhow::Result<mpsc::UnboundedSender<Sus
                         metrics.conntrack_cleaned(family, started.elapsed(), deleted);
                     }
                 }
-                Err(error) => tracing::warn!(%error, "stale UDP flows may still lead to backends that are gone"),
+                Err(error) => {
+                    tracing::warn!(%error, "stale UDP flows may still lead to backends that are gone")
+                }
             }
         }
     })?;
@@ -208,7 +212,9 @@ async fn serve_http(
         let stopping = stopping.clone();
         async move {
             match address {
-                Some(address) => Server::new(name, address, config.bind_hard_fail).run(router, stopping).await,
+                Some(address) => {
+                    Server::new(name, address, config.bind_hard_fail).run(router, stopping).await
+                }
                 None => {
                     let mut stopping = stopping;
                     // An error means that nobody can ask to stop any more, which is a stop too.

@@ -1,17 +1,16 @@
-//! etcd and kube-apiserver in the caller's namespace, and the Services the benchmark puts there.
+//! The API server in the caller's namespace, and the Services the benchmark puts there.
 //!
-//! In: how many Services there should be. Out: a cluster that has them. Nothing but these two programs runs: the
-//! benchmark writes the EndpointSlices itself.
+//! In: how many Services there should be. Out: a cluster that has them. No controller runs: the benchmark writes the
+//! EndpointSlices itself.
 
 use std::{
     collections::BTreeMap,
-    fs,
     net::{Ipv4Addr, SocketAddrV4},
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 use k8s_openapi::{
     api::{
         core::v1::{Node, Service},
@@ -20,21 +19,14 @@ use k8s_openapi::{
     serde_json::{from_value, json},
 };
 use kube::{
-    Api, Client, Config,
+    Api, Client,
     api::{DeleteParams, Patch, PatchParams, PostParams},
-    config::AuthInfo,
 };
-use tempfile::TempDir;
 use tokio::task::JoinSet;
 
-use super::{
-    namespace::command,
-    process::Process,
-    rig::{API_SERVER, BACKEND_PORT, NODE_ADDRESS},
-};
+use super::rig::{API_SERVER, BACKEND_PORT, NODE_ADDRESS};
+use crate::{apiserver::ApiServer, objects::NAMESPACE};
 
-const TOKEN: &str = "weir-bench";
-const NAMESPACE: &str = "default";
 /// So many objects are written at the same time.
 const WRITERS: usize = 32;
 
@@ -102,57 +94,27 @@ pub(super) struct Cluster {
     services: Api<Service>,
     slices: Api<EndpointSlice>,
     kubeconfig: PathBuf,
-    _processes: [Process; 2],
-    _directory: TempDir,
+    _server: ApiServer,
 }
 
 impl Cluster {
-    /// Starts it from the programs in `binaries` and waits until it answers.
+    /// Starts it and waits until it answers.
     ///
     /// # Errors
     ///
     /// When it does not come up.
-    pub(super) async fn start(binaries: &Path) -> anyhow::Result<Self> {
-        let directory = tempfile::Builder::new().prefix("weir-bench-").tempdir()?;
-        let path = directory.path();
-        let key = path.join("sa.key");
-        command(&format!("openssl genrsa -out {} 2048", key.display()))?;
-        fs::write(path.join("tokens.csv"), format!("{TOKEN},bench,bench,system:masters\n"))?;
-        let kubeconfig = path.join("kubeconfig");
-        fs::write(&kubeconfig, kubeconfig_text())?;
-
-        let etcd = format!(
-            "--data-dir {}/etcd --unsafe-no-fsync --log-level warn --listen-client-urls http://127.0.0.1:2379 \
-             --advertise-client-urls http://127.0.0.1:2379 --listen-peer-urls http://127.0.0.1:2380",
-            path.display()
-        );
-        let apiserver = format!(
-            "--etcd-servers http://127.0.0.1:2379 --cert-dir {0}/certs --secure-port 6443 --token-auth-file {0}/tokens.csv \
-             --authorization-mode AlwaysAllow --service-cluster-ip-range {SERVICE_CIDR} --advertise-address {API_SERVER} \
-             --service-account-issuer https://bench --service-account-key-file {1} \
-             --service-account-signing-key-file {1} --disable-admission-plugins ServiceAccount \
-             --max-mutating-requests-inflight 1000",
-            path.display(),
-            key.display()
-        );
-        let start = |name: &str, arguments: &str| {
-            let arguments: Vec<_> = arguments.split_whitespace().map(str::to_owned).collect();
-            Process::start(&binaries.join(name), &arguments, path)
-        };
-        let mut processes = [start("etcd", &etcd)?, start("kube-apiserver", &apiserver)?];
-
-        let mut config = Config::new(format!("https://{API_SERVER}:6443").parse()?);
-        config.accept_invalid_certs = true;
-        config.auth_info = AuthInfo { token: Some(TOKEN.to_owned().into()), ..AuthInfo::default() };
-        let client = Client::try_from(config)?;
-        await_ready(&client, &mut processes).await?;
+    pub(super) async fn start() -> anyhow::Result<Self> {
+        let cidr = format!("--service-cluster-ip-range={SERVICE_CIDR}");
+        // What is measured is not how the API server shares itself out.
+        let unlimited = ["--max-requests-inflight=1000", "--max-mutating-requests-inflight=1000"];
+        let server = ApiServer::start_at(API_SERVER.into(), &[&cidr, unlimited[0], unlimited[1]]).await?;
+        let client = server.client().await?;
         create_node(&client).await?;
         Ok(Self {
             services: Api::namespaced(client.clone(), NAMESPACE),
             slices: Api::namespaced(client, NAMESPACE),
-            kubeconfig,
-            _processes: processes,
-            _directory: directory,
+            kubeconfig: server.kubeconfig("admin")?,
+            _server: server,
         })
     }
 
@@ -225,18 +187,6 @@ impl Cluster {
     }
 }
 
-async fn await_ready(client: &Client, processes: &mut [Process]) -> anyhow::Result<()> {
-    let begin = Instant::now();
-    let services: Api<Service> = Api::namespaced(client.clone(), NAMESPACE);
-    // The Service of the API server itself comes when everything that Services need is there.
-    while services.get("kubernetes").await.is_err() {
-        processes.iter_mut().try_for_each(Process::check)?;
-        ensure!(begin.elapsed() < Duration::from_secs(90), "kube-apiserver does not answer");
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
-    Ok(())
-}
-
 async fn create_node(client: &Client) -> anyhow::Result<()> {
     let addresses = json!([{ "type": "InternalIP", "address": NODE_ADDRESS }]);
     let labels = BTreeMap::from([("kubernetes.io/hostname", NODE)]);
@@ -246,19 +196,4 @@ async fn create_node(client: &Client) -> anyhow::Result<()> {
     let created = Api::<Node>::all(client.clone()).create(&PostParams::default(), &node).await;
     created.context("creating the Node")?;
     Ok(())
-}
-
-fn kubeconfig_text() -> String {
-    let text = json!({
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [{ "name": "bench", "cluster": {
-            "server": format!("https://{API_SERVER}:6443"),
-            "insecure-skip-tls-verify": true,
-        }}],
-        "users": [{ "name": "bench", "user": { "token": TOKEN } }],
-        "contexts": [{ "name": "bench", "context": { "cluster": "bench", "user": "bench" } }],
-        "current-context": "bench",
-    });
-    text.to_string()
 }

@@ -10,7 +10,7 @@
 //! Rounds alternate between the subjects, so that whatever else the machine does meets both.
 
 use std::{
-    env,
+    collections::BTreeSet,
     net::SocketAddrV4,
     path::PathBuf,
     sync::{
@@ -25,19 +25,20 @@ use clap::Parser;
 
 use self::{
     cluster::{Cluster, ENDPOINTS, Numbered},
-    namespace::Namespace,
     probe::ConnectTimes,
     process::Process,
     report::{Change, Machine, Report, Run, say},
     rig::Node,
-    subject::Subject,
 };
+use crate::netns::Namespace;
+
+pub use self::subject::Subject;
 
 mod cluster;
-mod namespace;
-mod probe;
-mod process;
-mod report;
+mod metrics;
+pub mod probe;
+pub mod process;
+pub mod report;
 mod rig;
 mod subject;
 
@@ -45,16 +46,19 @@ mod subject;
 const PATIENCE: Duration = Duration::from_secs(900);
 /// Services probed for being ready, spread over all; the others are counted in afterwards.
 const PROBED: u32 = 64;
+/// kube-proxy is not measured with more Services than this unless it is asked for: it does not finish in bounded time.
+const KUBE_PROXY_UP_TO: u32 = 10_000;
 /// Numbers of Services that come and go start here.
 const CHANGING: u32 = 400_000;
 
 /// Measures how fast Services are programmed and reached, weir beside kube-proxy (both with nftables).
 ///
-/// KUBEBUILDER_ASSETS names a directory with etcd, kube-apiserver and kube-proxy; WEIR_BIN a release build of weir.
-#[derive(Debug, Parser)]
+/// KUBEBUILDER_ASSETS names a directory with etcd and kube-apiserver; kube-proxy is there or in PATH. WEIR_BIN names a
+/// release build of weir. `cargo xtask bench` sees to all that.
+#[derive(Clone, Debug, Parser)]
 #[command(version)]
 pub struct Options {
-    /// What to measure; both without this.
+    /// What to measure; without this both, kube-proxy with at most 10,000 Services.
     #[arg(long = "subject", value_enum)]
     subjects: Vec<Subject>,
     /// Numbers of Services to measure with.
@@ -88,17 +92,21 @@ impl Options {
         }
         services.sort_unstable();
         services.dedup();
-        let subjects = match &self.subjects[..] {
+        let settled = Self { services, ..self.clone() };
+        if !self.quick {
+            return settled;
+        }
+        let services = settled.services.into_iter().filter(|count| *count <= 1000).collect();
+        Self { services, rounds: 1, changes: self.changes.min(3), connects: 500, ..settled }
+    }
+
+    /// What is measured with so many Services.
+    fn subjects(&self, services: u32) -> Vec<Subject> {
+        match &self.subjects[..] {
+            [] if services > KUBE_PROXY_UP_TO => vec![Subject::Weir],
             [] => vec![Subject::Weir, Subject::KubeProxy],
             some => some.to_vec(),
-        };
-        let Self { large, rounds, changes, connects, quick, ref output, .. } = *self;
-        let output = output.clone();
-        if !quick {
-            return Self { subjects, services, large, rounds, changes, connects, quick, output };
         }
-        services.retain(|count| *count <= 1000);
-        Self { subjects, services, large, rounds: 1, changes: changes.min(3), connects: 500, quick, output }
     }
 }
 
@@ -109,46 +117,51 @@ impl Options {
 /// When something needed is missing, or a subject never gets where it should.
 pub fn run(options: &Options) -> anyhow::Result<()> {
     let options = options.settled();
-    let binaries = env::var_os("KUBEBUILDER_ASSETS")
-        .map(PathBuf::from)
-        .context("KUBEBUILDER_ASSETS does not name the directory of etcd, kube-apiserver and kube-proxy")?;
+    let subjects: BTreeSet<_> = options.services.iter().flat_map(|count| options.subjects(*count)).collect();
+    let versions = subjects.into_iter().map(|subject| Ok((subject.name().to_owned(), subject.version()?)));
     let mut report = Report {
         machine: Machine::this()?,
-        versions: options
-            .subjects
-            .iter()
-            .map(|subject| Ok((subject.name(), subject.version(&binaries)?)))
-            .collect::<anyhow::Result<_>>()?,
+        versions: versions.collect::<anyhow::Result<_>>()?,
         endpoints: ENDPOINTS,
         runs: Vec::new(),
     };
-    rig::enter_control_plane()?;
-    // Made after the namespace was entered, so that all its threads are in there too.
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let bench = Bench { cluster: runtime.block_on(Cluster::start(&binaries))?, runtime, binaries, options };
-    bench.measure(&mut report)?;
+    let control_plane = rig::control_plane()?;
+    // All threads of the runtime are in the namespace of the one that makes it.
+    control_plane.run(|| {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+        let cluster = runtime.block_on(Cluster::start())?;
+        Bench { cluster, runtime, control_plane: &control_plane, options }.measure(&mut report)
+    })?;
     use std::io::Write as _;
     writeln!(std::io::stdout(), "{}", report.table())?;
     Ok(())
 }
 
-struct Bench {
+struct Bench<'a> {
     cluster: Cluster,
     runtime: tokio::runtime::Runtime,
-    binaries: PathBuf,
+    control_plane: &'a Namespace,
     options: Options,
 }
 
-impl Bench {
+impl Bench<'_> {
     fn measure(&self, report: &mut Report) -> anyhow::Result<()> {
         let mut existing = 0;
         let mut next = CHANGING;
         for &services in &self.options.services {
             say(format_args!("{services} Services: writing them to the API server"));
+            let begin = Instant::now();
             self.runtime.block_on(self.cluster.grow(existing, services))?;
+            say(format_args!("written in {:.1} s", begin.elapsed().as_secs_f64()));
             existing = services;
+            let subjects = self.options.subjects(services);
+            if self.options.subjects.is_empty() && !subjects.contains(&Subject::KubeProxy) {
+                say(format_args!(
+                    "kube-proxy is left out beyond {KUBE_PROXY_UP_TO} Services; --subject kube-proxy asks for it"
+                ));
+            }
             for round in 0..self.options.rounds {
-                for &subject in &self.options.subjects {
+                for &subject in &subjects {
                     report.runs.push(self.one(subject, services, round, &mut next).with_context(|| {
                         format!("{} with {services} Services, round {round}", subject.name())
                     })?);
@@ -161,10 +174,10 @@ impl Bench {
 
     fn one(&self, subject: Subject, services: u32, round: u32, next: &mut u32) -> anyhow::Result<Run> {
         let directory = tempfile::tempdir()?;
-        let node = Node::new()?;
+        let node = Node::new(self.control_plane)?;
         let begin = Instant::now();
         let kubeconfig = self.cluster.kubeconfig();
-        let mut process = subject.start(&self.binaries, kubeconfig, &node.namespace, directory.path())?;
+        let mut process = subject.start(kubeconfig, &node.namespace, directory.path())?;
         let label = format!("{services} Services, round {}: {}", round + 1, subject.name());
 
         let ready = all_work(&node.namespace, services, &mut process)?;
@@ -182,9 +195,11 @@ impl Bench {
             let change = self.change(&node.namespace, &mut process, Numbered(*next))?;
             *next += 1;
             say(format_args!(
-                "{label} added in {:.1} ms, removed in {:.1} ms, {:.1} and {:.1} CPU ms",
+                "{label} added in {:.1} ms (sync {:.1}), removed in {:.1} ms (sync {:.1}), {:.1} and {:.1} CPU ms",
                 change.added_seconds * 1e3,
+                change.added_sync_seconds * 1e3,
                 change.removed_seconds * 1e3,
+                change.removed_sync_seconds * 1e3,
                 change.added_cpu_seconds * 1e3,
                 change.removed_cpu_seconds * 1e3
             ));
@@ -206,16 +221,21 @@ impl Bench {
     }
 
     fn change(&self, node: &Namespace, process: &mut Process, service: Numbered) -> anyhow::Result<Change> {
-        let at_rest = process.settle(PATIENCE)?;
-        let answers = node.spawn(move || probe::all_answer(&[service.cluster_ip()], PATIENCE))?;
+        process.settle(PATIENCE)?;
+        let first_sync = metrics::sync_seconds(node)?;
+        // Answering that is no part of what is measured.
+        let at_rest = process.cpu()?;
+        let answers = node.thread(move || probe::all_answer(&[service.cluster_ip()], PATIENCE))?;
         let written = self.runtime.block_on(self.cluster.add(service))?;
         let answered = join(answers)?;
         let added_cpu = process.settle(PATIENCE)?;
+        let second_sync = metrics::sync_seconds(node)?;
+        let at_rest_again = process.cpu()?;
 
         let mut endpoints = service.endpoints();
         let removed = endpoints.pop().context("a Service without endpoints")?;
         let is_written = Arc::new(AtomicBool::new(false));
-        let last = node.spawn({
+        let last = node.thread({
             let is_written = Arc::clone(&is_written);
             move || probe::last_answer(service.cluster_ip(), *removed.ip(), &is_written, PATIENCE)
         })?;
@@ -223,13 +243,16 @@ impl Bench {
         is_written.store(true, Ordering::Release);
         let last = join(last)?;
         let removed_cpu = process.settle(PATIENCE)?;
+        let third_sync = metrics::sync_seconds(node)?;
 
         self.runtime.block_on(self.cluster.delete(service))?;
         Ok(Change {
             added_seconds: answered.saturating_duration_since(written).as_secs_f64(),
+            added_sync_seconds: second_sync - first_sync,
             added_cpu_seconds: added_cpu.saturating_sub(at_rest).as_secs_f64(),
             removed_seconds: last.saturating_duration_since(unwritten).as_secs_f64(),
-            removed_cpu_seconds: removed_cpu.saturating_sub(added_cpu).as_secs_f64(),
+            removed_sync_seconds: third_sync - second_sync,
+            removed_cpu_seconds: removed_cpu.saturating_sub(at_rest_again).as_secs_f64(),
         })
     }
 }
@@ -245,14 +268,14 @@ fn all_work(node: &Namespace, services: u32, process: &mut Process) -> anyhow::R
     // The last is among the first to be asked for.
     probed.extend(rest.pop());
     let probed = at(&probed);
-    let waiting = node.spawn(move || probe::all_answer(&probed, PATIENCE))?;
+    let waiting = node.thread(move || probe::all_answer(&probed, PATIENCE))?;
     while !waiting.is_finished() {
         process.check()?;
         std::thread::sleep(Duration::from_millis(50));
     }
     let ready = join(waiting)?;
     let rest = at(&rest);
-    let late = join(node.spawn(move || -> anyhow::Result<Option<Instant>> {
+    let late = join(node.thread(move || -> anyhow::Result<Option<Instant>> {
         let missing = rest.into_iter().filter(|target| !probe::answers(*target)).collect::<Vec<_>>();
         if missing.is_empty() { Ok(None) } else { probe::all_answer(&missing, PATIENCE).map(Some) }
     })?)?;
@@ -270,7 +293,7 @@ fn connects(node: &Namespace, services: u32, rounds: usize) -> anyhow::Result<Co
         .map(|service| (service.cluster_ip(), service.endpoints()[0]))
         .collect();
     ensure!(!pairs.is_empty(), "no Services to connect to");
-    join(node.spawn(move || probe::compare(&pairs, rounds))?)
+    join(node.thread(move || probe::compare(&pairs, rounds))?)
 }
 
 fn join<T>(thread: std::thread::JoinHandle<anyhow::Result<T>>) -> anyhow::Result<T> {

@@ -99,12 +99,12 @@ pub(super) fn last_answer(
 }
 
 /// Nanoseconds that connecting took.
-#[derive(Clone, Debug, Default, serde::Serialize)]
-pub(super) struct ConnectTimes {
+#[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
+pub struct ConnectTimes {
     /// Straight to an endpoint.
-    pub(super) direct: Vec<u64>,
+    pub direct: Vec<u64>,
     /// Through a ClusterIP.
-    pub(super) service: Vec<u64>,
+    pub service: Vec<u64>,
 }
 
 /// Connects `rounds` times to a Service and to an endpoint in turn.

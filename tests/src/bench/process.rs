@@ -1,11 +1,11 @@
 //! Child processes and what they cost, read from /proc.
 //!
-//! In: a command. Out: its CPU time and memory, its own and its children's.
+//! In: a program and where to run it. Out: its CPU time and memory, its own and its children's.
 
 use std::{
     fs::{self, File},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::Child,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -17,10 +17,15 @@ use std::{
 use anyhow::{Context as _, bail, ensure};
 use nix::unistd::{SysconfVar, sysconf};
 
+use crate::{
+    keeper::{end, tail},
+    netns::Namespace,
+};
+
 /// How often memory is looked at for its peak.
 const SAMPLING: Duration = Duration::from_millis(20);
 
-/// A running program that is killed when dropped, or when this thread dies.
+/// A running program that is killed when dropped, or when this process dies.
 pub(super) struct Process {
     child: Child,
     name: String,
@@ -31,24 +36,24 @@ pub(super) struct Process {
 }
 
 impl Process {
-    /// Starts `program` with its output in `directory`.
+    /// Starts `program` in a namespace, with its output in `directory`.
     ///
     /// # Errors
     ///
     /// When it cannot be started.
-    pub(super) fn start(program: &Path, arguments: &[String], directory: &Path) -> anyhow::Result<Self> {
+    pub(super) fn start(
+        namespace: &Namespace,
+        program: &Path,
+        arguments: &[String],
+        directory: &Path,
+    ) -> anyhow::Result<Self> {
         let name = program.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
         let log = directory.join(format!("{name}.log"));
         let output = File::create(&log).with_context(|| format!("creating {}", log.display()))?;
-        let child = Command::new("setpriv")
-            .args(["--pdeathsig", "KILL", "--"])
-            .arg(program)
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(output.try_clone()?)
-            .stderr(output)
-            .spawn()
-            .with_context(|| format!("starting {}", program.display()))?;
+        let errors = output.try_clone()?;
+        let child = namespace.spawn(program, |command| {
+            command.args(arguments).stdout(output).stderr(errors);
+        })?;
         let (stop, peak) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let sampler = thread::spawn({
             let (stop, peak, pid) = (Arc::clone(&stop), Arc::clone(&peak), child.id());
@@ -69,9 +74,7 @@ impl Process {
     /// See above.
     pub(super) fn check(&mut self) -> anyhow::Result<()> {
         let Some(status) = self.child.try_wait()? else { return Ok(()) };
-        let log = fs::read_to_string(&self.log).unwrap_or_default();
-        let tail: Vec<_> = log.lines().rev().take(15).collect();
-        bail!("{} ended: {status}\n{}", self.name, tail.into_iter().rev().collect::<Vec<_>>().join("\n"))
+        bail!("{} ended: {status}\n{}", self.name, tail(&self.log))
     }
 
     /// CPU time so far, of the process and of its children that have ended.
@@ -135,8 +138,7 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        end(&mut self.child);
         if let Some(sampler) = self.sampler.take() {
             let _ = sampler.join();
         }
@@ -144,14 +146,14 @@ impl Drop for Process {
 }
 
 /// Memory of a process, in bytes.
-#[derive(Clone, Copy, Debug, serde::Serialize)]
-pub(super) struct Memory {
+#[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
+pub struct Memory {
     /// Resident now.
-    pub(super) resident: u64,
+    pub resident: u64,
     /// The most the process itself ever had resident.
-    pub(super) peak: u64,
+    pub peak: u64,
     /// The most it and its children were seen to have together.
-    pub(super) peak_with_children: u64,
+    pub peak_with_children: u64,
 }
 
 fn status(pid: u32, field: &str) -> u64 {

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt, fs, io::Write as _, path::Path};
 
 use anyhow::Context as _;
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{probe::ConnectTimes, process::Memory, subject::Subject};
 
@@ -15,21 +15,21 @@ pub(super) fn say(line: fmt::Arguments<'_>) {
 }
 
 /// Everything one invocation measured.
-#[derive(Debug, Serialize)]
-pub(super) struct Report {
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Report {
     /// Where.
-    pub(super) machine: Machine,
+    pub machine: Machine,
     /// The subjects' versions, in their own words.
-    pub(super) versions: BTreeMap<&'static str, String>,
+    pub versions: BTreeMap<String, String>,
     /// Endpoints of each Service.
-    pub(super) endpoints: u32,
+    pub endpoints: u32,
     /// Each start of a subject, in the order they were made.
-    pub(super) runs: Vec<Run>,
+    pub runs: Vec<Run>,
 }
 
 /// The machine measured on.
-#[derive(Debug, Serialize)]
-pub(super) struct Machine {
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Machine {
     kernel: String,
     processor: String,
     processors: usize,
@@ -37,41 +37,45 @@ pub(super) struct Machine {
 }
 
 /// One start of one subject.
-#[derive(Debug, Serialize)]
-pub(super) struct Run {
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Run {
     /// Which.
-    pub(super) subject: Subject,
+    pub subject: Subject,
     /// Services there were.
-    pub(super) services: u32,
+    pub services: u32,
     /// Which repetition.
-    pub(super) round: u32,
+    pub round: u32,
     /// From the start of the process until all Services worked, in seconds.
-    pub(super) start_seconds: f64,
+    pub start_seconds: f64,
     /// CPU seconds until then.
-    pub(super) start_cpu_seconds: f64,
+    pub start_cpu_seconds: f64,
     /// CPU seconds until the subject had come to rest.
-    pub(super) settled_cpu_seconds: f64,
+    pub settled_cpu_seconds: f64,
     /// Memory when it had.
-    pub(super) memory: Memory,
+    pub memory: Memory,
     /// Memory after the changes.
-    pub(super) memory_after_changes: Option<Memory>,
+    pub memory_after_changes: Option<Memory>,
     /// Single changes.
-    pub(super) changes: Vec<Change>,
+    pub changes: Vec<Change>,
     /// Connect times with that many Services.
-    pub(super) connects: ConnectTimes,
+    pub connects: ConnectTimes,
 }
 
 /// One Service added, and then one of its endpoints removed. Latencies count from the API server's answer.
-#[derive(Debug, Serialize)]
-pub(super) struct Change {
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Change {
     /// From the slice's creation, right after the Service's, to the first connection, in seconds.
-    pub(super) added_seconds: f64,
+    pub added_seconds: f64,
+    /// Seconds that the subject was programming the kernel for it, by its own count; several syncs add up.
+    pub added_sync_seconds: f64,
     /// CPU seconds that adding took the subject.
-    pub(super) added_cpu_seconds: f64,
+    pub added_cpu_seconds: f64,
     /// To the last connection that the removed endpoint answered, in seconds.
-    pub(super) removed_seconds: f64,
+    pub removed_seconds: f64,
+    /// As for adding.
+    pub removed_sync_seconds: f64,
     /// CPU seconds that removing took the subject.
-    pub(super) removed_cpu_seconds: f64,
+    pub removed_cpu_seconds: f64,
 }
 
 impl Machine {
@@ -123,8 +127,10 @@ impl Report {
             "memory",
             "peak (+children)",
             "added p50 / p99",
+            "sync",
             "CPU",
             "removed p50 / p99",
+            "sync",
             "CPU",
             "connect p50 (direct)",
             "to direct",
@@ -164,8 +170,10 @@ fn row(services: u32, subject: Subject, runs: &[&Run], fewest: &[&Run]) -> Vec<S
             mebibytes(over_runs(|run| run.memory.peak_with_children as f64))
         ),
         both(|change| change.added_seconds),
+        time(over_changes(|change| change.added_sync_seconds, 0.5)),
         time(over_changes(|change| change.added_cpu_seconds, 0.5)),
         both(|change| change.removed_seconds),
+        time(over_changes(|change| change.removed_sync_seconds, 0.5)),
         time(over_changes(|change| change.removed_cpu_seconds, 0.5)),
         format!("{} ({})", time(service / 1e9), time(direct / 1e9)),
         format!("{:.2}", service / direct),

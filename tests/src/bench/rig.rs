@@ -1,7 +1,7 @@
-//! The network of one run: a node namespace whose endpoints all live in it, linked to the control plane's namespace.
+//! The network: the control plane's namespace, and for each run a node whose endpoints all live in it.
 //!
 //! ```text
-//! control plane (the caller's namespace)        node
+//! control plane                                 node
 //! API_SERVER on lo   CONTROL_ADDRESS ──veth── NODE_ADDRESS      POD_CIDR: every address is local
 //! ```
 //!
@@ -16,10 +16,8 @@ use std::{
 
 use anyhow::Context as _;
 
-use super::{
-    cluster::{POD_CIDR, SERVICE_CIDR},
-    namespace::{Namespace, command, enter_new},
-};
+use super::cluster::{POD_CIDR, SERVICE_CIDR};
+use crate::netns::Namespace;
 
 /// Where the API server is, for everybody.
 pub(super) const API_SERVER: Ipv4Addr = Ipv4Addr::new(10, 255, 0, 1);
@@ -30,57 +28,61 @@ pub(super) const BACKEND_PORT: u16 = 8080;
 const CONTROL_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 255, 1, 1);
 const LINK: &str = "bench0";
 
-/// Puts the calling thread, and what it starts from now on, into a namespace for the control plane.
+/// Makes the control plane's namespace.
 ///
 /// # Errors
 ///
 /// Without the right to, or without the tools.
-pub(super) fn enter_control_plane() -> anyhow::Result<()> {
-    enter_new()?;
-    command(&format!("ip addr add {API_SERVER}/32 dev lo"))?;
-    command("nft add table ip bench")?;
-    command("nft add chain ip bench early { type filter hook prerouting priority -300 ; }")?;
-    command(&format!(
-        "nft add rule ip bench early ip daddr {SERVICE_CIDR} meta l4proto tcp reject with tcp reset"
-    ))
+pub(super) fn control_plane() -> anyhow::Result<Namespace> {
+    let namespace = Namespace::new("control-plane")?;
+    namespace.ip(&[format!("addr add {API_SERVER}/32 dev lo")])?;
+    let reset = format!(
+        "table ip bench {{ chain early {{ type filter hook prerouting priority -300; \
+         ip daddr {SERVICE_CIDR} meta l4proto tcp reject with tcp reset; }}; }}"
+    );
+    namespace.stdout("nft", &[&reset])?;
+    Ok(namespace)
 }
 
 /// The node of one run.
-pub(super) struct Node {
+pub(super) struct Node<'a> {
     /// Its namespace.
     pub(super) namespace: Namespace,
+    control_plane: &'a Namespace,
 }
 
-impl Node {
-    /// Makes the node, linked to the caller's namespace, with a server behind every endpoint.
+impl<'a> Node<'a> {
+    /// Makes the node, linked to the control plane, with a server behind every endpoint.
     ///
     /// # Errors
     ///
     /// When something cannot be set up.
-    pub(super) fn new() -> anyhow::Result<Self> {
-        let namespace = Namespace::new()?;
-        command(&format!("ip link add {LINK} type veth peer name eth0 netns {}", namespace.path()))?;
-        let node = Self { namespace };
-        command(&format!("ip addr add {CONTROL_ADDRESS}/30 dev {LINK}"))?;
-        command(&format!("ip link set {LINK} up"))?;
-        node.namespace.run(|| {
-            command(&format!("ip addr add {NODE_ADDRESS}/30 dev eth0"))?;
-            command("ip link set eth0 up")?;
-            command(&format!("ip route add default via {CONTROL_ADDRESS}"))?;
-            command(&format!("ip route add local {POD_CIDR} dev lo"))
-        })?;
+    pub(super) fn new(control_plane: &'a Namespace) -> anyhow::Result<Self> {
+        let namespace = Namespace::new("node")?;
+        control_plane.ip(&[
+            format!("link add {LINK} type veth peer name eth0 netns {}", namespace.path()),
+            format!("addr add {CONTROL_ADDRESS}/30 dev {LINK}"),
+            format!("link set {LINK} up"),
+        ])?;
+        let node = Self { namespace, control_plane };
+        node.namespace.ip(&[
+            format!("addr add {NODE_ADDRESS}/30 dev eth0"),
+            "link set eth0 up".to_owned(),
+            format!("route add default via {CONTROL_ADDRESS}"),
+            format!("route add local {POD_CIDR} dev lo"),
+        ])?;
         let listener = node.namespace.run(|| {
             TcpListener::bind((Ipv4Addr::UNSPECIFIED, BACKEND_PORT)).context("listening for the endpoints")
         })?;
-        node.namespace.spawn(move || serve(&listener))?;
+        node.namespace.thread(move || serve(&listener))?;
         Ok(node)
     }
 }
 
-impl Drop for Node {
+impl Drop for Node<'_> {
     fn drop(&mut self) {
-        // The namespace goes with its thread a moment later; the next run needs the name at once.
-        if let Err(error) = command(&format!("ip link del {LINK}")) {
+        // The namespace goes with its threads a moment later; the next run needs the name at once.
+        if let Err(error) = self.control_plane.ip(&[format!("link del {LINK}")]) {
             super::report::say(format_args!("{error:#}"));
         }
     }

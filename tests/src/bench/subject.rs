@@ -1,53 +1,44 @@
 //! What is compared, and how each is started.
 
 use std::{
-    env, fs,
+    fs,
     path::{Path, PathBuf},
     process::Command,
 };
 
 use anyhow::Context as _;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
     cluster::{NODE, POD_CIDR},
-    namespace::Namespace,
     process::Process,
 };
+use crate::{assets, netns::Namespace};
 
 /// A service proxy, in nftables mode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
-pub(super) enum Subject {
-    /// This project's agent: the program that `WEIR_BIN` names.
+pub enum Subject {
+    /// This project's agent.
     Weir,
-    /// kube-proxy, beside kube-apiserver.
+    /// kube-proxy.
     KubeProxy,
 }
 
 impl Subject {
     /// Its name in tables.
     #[must_use]
-    pub(super) fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Self::Weir => "weir",
             Self::KubeProxy => "kube-proxy",
         }
     }
 
-    /// Its program.
-    ///
-    /// # Errors
-    ///
-    /// When `WEIR_BIN` is not set.
-    pub(super) fn program(self, binaries: &Path) -> anyhow::Result<PathBuf> {
+    fn program(self) -> anyhow::Result<PathBuf> {
         match self {
-            Self::Weir => Ok(env::var_os("WEIR_BIN")
-                .context(
-                    "WEIR_BIN does not name a release build of weir (or leave it out: --subject kube-proxy)",
-                )?
-                .into()),
-            Self::KubeProxy => Ok(binaries.join("kube-proxy")),
+            Self::Weir => assets::weir(),
+            Self::KubeProxy => assets::kubernetes("kube-proxy"),
         }
     }
 
@@ -56,8 +47,8 @@ impl Subject {
     /// # Errors
     ///
     /// When it cannot be run.
-    pub(super) fn version(self, binaries: &Path) -> anyhow::Result<String> {
-        let program = self.program(binaries)?;
+    pub(super) fn version(self) -> anyhow::Result<String> {
+        let program = self.program()?;
         let output = Command::new(&program).arg("--version").output();
         let output = output.with_context(|| format!("running {}", program.display()))?;
         Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
@@ -70,12 +61,11 @@ impl Subject {
     /// When it cannot be started.
     pub(super) fn start(
         self,
-        binaries: &Path,
         kubeconfig: &Path,
         node: &Namespace,
         directory: &Path,
     ) -> anyhow::Result<Process> {
-        let program = self.program(binaries)?;
+        let program = self.program()?;
         let config = directory.join("config.yaml");
         fs::write(&config, configuration(kubeconfig))?;
         let config = config.display();
@@ -83,11 +73,8 @@ impl Subject {
             Self::Weir => format!("run --config {config} --hostname-override {NODE} --proxy-mode nftables"),
             Self::KubeProxy => format!("--config {config} --hostname-override {NODE}"),
         };
-        let directory = directory.to_owned();
-        node.run(move || {
-            let arguments: Vec<_> = line.split_whitespace().map(str::to_owned).collect();
-            Process::start(&program, &arguments, &directory)
-        })
+        let arguments: Vec<_> = line.split_whitespace().map(str::to_owned).collect();
+        Process::start(node, &program, &arguments, directory)
     }
 }
 

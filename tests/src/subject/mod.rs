@@ -17,9 +17,10 @@ use weir::{model::Family, source::Object};
 
 use crate::{
     assets,
-    control_plane::{ControlPlane, tail},
+    control_plane::ControlPlane,
+    keeper::{end, tail},
     node::{Place, Topology, node_address, node_name},
-    objects::{Lot, TARGET, node, pod, service, service_cidr, slice},
+    objects::{Endpoint, Lot, Shape, Slice, TARGET, node, pod, service, service_cidr, slice},
     traffic::{Call, Outcome, PATIENCE, Transport, ask},
 };
 
@@ -37,7 +38,8 @@ const MARKER: Lot = Lot::new(250).named("marker");
 /// Which service proxy runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// weir, with its nftables data plane unless [`Subject::proxy_mode`] says otherwise, fed from a directory of manifests.
+    /// weir, with its nftables data plane unless [`Subject::proxy_mode`] says otherwise, fed from a directory of manifests
+    /// unless made by [`Subject::of_cluster`].
     Weir,
     /// kube-proxy v1.36.3 in nftables mode, fed by a real API server: the oracle.
     KubeProxy,
@@ -50,6 +52,13 @@ impl Kind {
         match self {
             Self::Weir => "weir",
             Self::KubeProxy => "kube-proxy",
+        }
+    }
+
+    fn program(self) -> Result<PathBuf> {
+        match self {
+            Self::Weir => assets::weir(),
+            Self::KubeProxy => assets::kubernetes("kube-proxy"),
         }
     }
 }
@@ -83,18 +92,33 @@ impl<'a> Subject<'a> {
     ///
     /// When a program is missing, or the control plane does not come up.
     pub fn new(kind: Kind, topology: &'a Topology) -> Result<Self> {
+        if kind == Kind::KubeProxy {
+            return Self::of_cluster(kind, topology);
+        }
         let directory = tempfile::Builder::new().prefix("weir-subject-").tempdir()?;
-        let store = match kind {
-            Kind::Weir => {
-                assets::weir()?;
-                Store::manifests(directory.path().join("manifests"))?
-            }
-            Kind::KubeProxy => {
-                assets::kubernetes("kube-proxy")?;
-                let address = Place::Router.client_address(Family::V4).to_string();
-                Store::Cluster(Box::new(ControlPlane::start(&topology.router, &address)?))
-            }
-        };
+        let store = Store::manifests(directory.path().join("manifests"))?;
+        Self::fed(kind, topology, directory, store)
+    }
+
+    /// [`Subject::new`] with either kind fed by a real API server, on the router.
+    ///
+    /// # Errors
+    ///
+    /// When a program is missing, or the control plane does not come up.
+    pub fn of_cluster(kind: Kind, topology: &'a Topology) -> Result<Self> {
+        let directory = tempfile::Builder::new().prefix("weir-subject-").tempdir()?;
+        let address = Place::Router.client_address(Family::V4);
+        let store = Store::Cluster(Box::new(ControlPlane::start(&topology.router, address)?));
+        Self::fed(kind, topology, directory, store)
+    }
+
+    fn fed(
+        kind: Kind,
+        topology: &'a Topology,
+        directory: tempfile::TempDir,
+        store: Store<'a>,
+    ) -> Result<Self> {
+        kind.program()?;
         store.put("cluster", &[], &[service_cidr(), node(1), node(2)])?;
         let state = State {
             store,
@@ -147,22 +171,21 @@ impl<'a> Subject<'a> {
     /// When its program cannot be started.
     pub fn start_agent(&self, node: u8) -> Result<()> {
         let mut state = self.state();
-        let kubeconfig = state.store.kubeconfig();
+        let kubeconfig = state.store.kubeconfig()?;
         let config = self.directory.path().join(format!("config-{node}.yaml"));
         std::fs::write(&config, state.settings.configuration(kubeconfig.as_deref()))?;
         let log = std::fs::File::options().create(true).append(true).open(self.log(node))?;
         let errors = log.try_clone()?;
-        let (program, mut args) = match self.kind {
-            Kind::Weir => (assets::weir()?, vec!["run".to_owned()]),
-            Kind::KubeProxy => (assets::kubernetes("kube-proxy")?, vec!["--v=2".to_owned()]),
+        let mut args = match self.kind {
+            Kind::Weir => vec!["run".to_owned(), format!("--proxy-mode={}", self.proxy_mode)],
+            Kind::KubeProxy => vec!["--v=2".to_owned()],
         };
         args.push(format!("--config={}", config.display()));
         args.push(format!("--hostname-override={}", node_name(node)));
         if let Some(directory) = state.store.directory() {
             args.push(format!("--source=manifests:{}", directory.display()));
-            args.push(format!("--proxy-mode={}", self.proxy_mode));
         }
-        let child = self.topology.at(Place::Host(node)).spawn(&program, |command| {
+        let child = self.topology.at(Place::Host(node)).spawn(&self.kind.program()?, |command| {
             command.args(args).stdout(log).stderr(errors);
         })?;
         state.agents[usize::from(node) - 1] = Some(child);
@@ -183,6 +206,25 @@ impl<'a> Subject<'a> {
         agent.kill()?;
         agent.wait()?;
         Ok(())
+    }
+
+    /// Kills the API server as a power failure would; its data stays. Until it is back, nothing can be published.
+    ///
+    /// # Errors
+    ///
+    /// When the agents are fed by none.
+    pub fn stop_api_server(&self) -> Result<()> {
+        self.state().store.cluster()?.stop();
+        Ok(())
+    }
+
+    /// Starts the API server again, with its data, and waits until it serves.
+    ///
+    /// # Errors
+    ///
+    /// When the agents are fed by none, or it does not start.
+    pub fn restart_api_server(&self) -> Result<()> {
+        self.state().store.cluster()?.restart()
     }
 
     /// Kills the agents of both nodes and takes out what they programmed.
@@ -252,26 +294,30 @@ impl<'a> Subject<'a> {
         if *settled >= put {
             return Ok(());
         }
-        let mut state = self.state();
+        let state = self.state();
         let through = state.puts;
         let running: Vec<u8> =
             [1, 2].into_iter().filter(|node| state.agents[usize::from(*node) - 1].is_some()).collect();
         if running.is_empty() {
             return Ok(());
         }
-        state.markers += 1;
-        let port = 20_000 + state.markers;
-        let target = TARGET + state.markers % 2;
-        let mut slice = slice([pod(1, 1)]);
-        slice.ports = vec![("marker", Transport::Tcp, target)];
-        let marker = service([]).ports(&[("marker", Transport::Tcp, port)]).slices([slice]);
-        state.store.put("marker", &[], &marker.objects(MARKER))?;
+        let markers = state.store.markers_needed();
         drop(state);
-        for node in running {
-            self.await_marker(node, port, target)?;
+        for _ in 0..markers {
+            self.show_marker(&running)?;
         }
         *settled = through;
         Ok(())
+    }
+
+    fn show_marker(&self, nodes: &[u8]) -> Result<()> {
+        let mut state = self.state();
+        state.markers += 1;
+        let port = 20_000 + state.markers;
+        let target = TARGET + state.markers % 2;
+        state.store.put("marker", &[], &marker(port, target).objects(MARKER))?;
+        drop(state);
+        nodes.iter().try_for_each(|node| self.await_marker(*node, port, target))
     }
 
     fn await_marker(&self, node: u8, port: u16, target: u16) -> Result<()> {
@@ -285,10 +331,10 @@ impl<'a> Subject<'a> {
                 patience: PATIENCE,
             };
             loop {
-                let outcome = self.topology.at(Place::Host(node)).run(|| ask(&call));
-                if matches!(&outcome, Outcome::Answer(answer) if answer.backend == expected) {
-                    break;
-                }
+                let shown = |outcome: &Outcome| matches!(outcome, Outcome::Answer(answer) if answer.backend == expected);
+                let outcomes =
+                    self.topology.at(Place::Host(node)).run(|| [ask(&call), ask(&call), ask(&call)]);
+                let Some(outcome) = outcomes.into_iter().find(|outcome| !shown(outcome)) else { break };
                 self.still_runs(node)?;
                 if Instant::now() > deadline {
                     let log = tail(&self.log(node));
@@ -316,11 +362,26 @@ impl<'a> Subject<'a> {
     }
 }
 
+/// A Service that tells by its port and by the one backend which answers how far an agent has come. The decoys answer
+/// too while the agent does not know its node's zone, which kube-proxy learns at some time after its start (E11).
+fn marker(port: u16, target: u16) -> Shape {
+    let serving = |port, endpoints: Vec<Endpoint>| Slice {
+        ports: vec![("marker", Transport::Tcp, port)],
+        ..slice(endpoints)
+    };
+    let decoys =
+        || [(1, 1), (1, 2), (2, 1), (2, 2)].map(|(node, number)| pod(node, number).zones(&["elsewhere"]));
+    service([]).ports(&[("marker", Transport::Tcp, port)]).slices([
+        serving(target, vec![pod(1, 1).zones(&["zone-a", "zone-b"])]),
+        serving(8082, decoys().to_vec()),
+        serving(9999, decoys().to_vec()),
+    ])
+}
+
 impl Drop for Subject<'_> {
     fn drop(&mut self) {
         for agent in self.state().agents.iter_mut().flatten() {
-            let _ = agent.kill();
-            let _ = agent.wait();
+            end(agent);
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, path::PathBuf};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use weir::source::{Kind, Object};
 
 use crate::control_plane::ControlPlane;
@@ -15,7 +15,7 @@ pub(super) enum Store<'a> {
     Cluster(Box<ControlPlane<'a>>),
 }
 
-impl Store<'_> {
+impl<'a> Store<'a> {
     pub(super) fn manifests(directory: PathBuf) -> Result<Self> {
         std::fs::create_dir_all(&directory)?;
         Ok(Self::Manifests(directory))
@@ -28,10 +28,27 @@ impl Store<'_> {
         }
     }
 
-    pub(super) fn kubeconfig(&self) -> Option<PathBuf> {
+    pub(super) fn kubeconfig(&self) -> Result<Option<PathBuf>> {
         match self {
-            Self::Manifests(_) => None,
-            Self::Cluster(plane) => Some(plane.kubeconfig()),
+            Self::Manifests(_) => Ok(None),
+            Self::Cluster(plane) => plane.kubeconfig().map(Some),
+        }
+    }
+
+    pub(super) fn cluster(&mut self) -> Result<&mut ControlPlane<'a>> {
+        match self {
+            Self::Manifests(_) => bail!("these agents read manifests, there is no API server"),
+            Self::Cluster(plane) => Ok(plane),
+        }
+    }
+
+    /// How many markers, one after the other, prove that everything put before is seen. An API server keeps the order.
+    /// Who reads a directory may have passed a file before it was changed, and still read the marker written after it;
+    /// the look that finds the next marker has begun later.
+    pub(super) fn markers_needed(&self) -> usize {
+        match self {
+            Self::Manifests(_) => 2,
+            Self::Cluster(_) => 1,
         }
     }
 

@@ -5,6 +5,7 @@
 use std::{
     io::{self, Read as _, Write as _},
     net::{IpAddr, SocketAddr},
+    sync::atomic::{AtomicU16, Ordering},
     time::Duration,
 };
 
@@ -31,6 +32,22 @@ pub(super) fn socket(transport: Transport, family: Family) -> io::Result<Socket>
         (Transport::Ping, Family::V6) => (Type::DGRAM, Protocol::ICMPV6),
     };
     Socket::new(domain, kind, Some(protocol))
+}
+
+/// Binds to a source port nobody has used for long: connection tracking remembers datagrams' flows after their sockets
+/// are gone, and the kernel is quick to hand out a port again.
+fn bind(socket: &Socket, call: &Call) -> io::Result<()> {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    if call.transport != Transport::Udp {
+        return socket.bind(&SockAddr::from(SocketAddr::new(call.from, 0)));
+    }
+    loop {
+        let port = 10_000 + NEXT.fetch_add(1, Ordering::Relaxed) % 55_000;
+        match socket.bind(&SockAddr::from(SocketAddr::new(call.from, port))) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+            bound => return bound,
+        }
+    }
 }
 
 /// Asks once, on a flow of its own.
@@ -78,7 +95,7 @@ impl Flow {
             Family::V4 => setsockopt(&socket, Ipv4RecvErr, &true)?,
             Family::V6 => setsockopt(&socket, Ipv6RecvErr, &true)?,
         }
-        socket.bind(&SockAddr::from(SocketAddr::new(call.from, 0)))?;
+        bind(&socket, call)?;
         let mut to = call.to;
         if call.transport == Transport::Sctp {
             // Raw sockets know no ports.

@@ -30,8 +30,12 @@ pub(super) struct Program {
     package: &'static str,
 }
 
-pub(super) const ETCD: Program =
-    Program { name: "etcd", takes: "half a minute", module: "tests/etcd", package: "go.etcd.io/etcd/server/v3" };
+pub(super) const ETCD: Program = Program {
+    name: "etcd",
+    takes: "half a minute",
+    module: "tests/etcd",
+    package: "go.etcd.io/etcd/server/v3",
+};
 pub(super) const API_SERVER: Program = Program {
     name: "kube-apiserver",
     takes: "one to two minutes",
@@ -114,7 +118,11 @@ pub(super) fn build_program(machine: &Machine, program: &Program) -> Result<()> 
     if version < wanted {
         command.env("GOTOOLCHAIN", "auto");
     }
-    command.args(["build", "-trimpath", "-ldflags"]).arg(linker_flags()).arg("-o").arg(draft.path().join(program.name));
+    command
+        .args(["build", "-trimpath", "-ldflags"])
+        .arg(linker_flags())
+        .arg("-o")
+        .arg(draft.path().join(program.name));
     process::read(command.arg(program.package))?;
     put(&draft.path().join(program.name), &cached(machine).join(program.name))
 }

@@ -53,9 +53,9 @@ impl Found {
             shape.is_none_or(|(_, key_len, flags)| {
                 *key_len == spec.key_len && flags & !MAP_FLAG == spec.flags & !MAP_FLAG
             })
-        }) && sets.iter().all(|(name, ..)| {
-            Map::ALL.iter().any(|map| map.name() == name) || Object::parse(name).is_some()
-        });
+        }) && sets
+            .iter()
+            .all(|(name, ..)| Map::ALL.iter().any(|map| map.name() == name) || Object::parse(name).is_some());
         found.sets = sets.into_iter().map(|(name, ..)| name).collect();
         found.chains = Self::chains(netlink, table)?;
         for map in Map::ALL.into_iter().filter(|map| found.sets.contains(map.name())) {
@@ -63,7 +63,8 @@ impl Found {
             if map == Map::Buckets {
                 found.buckets = elements.iter().filter_map(bucket).collect();
             }
-            let elements = elements.into_iter().map(|Element { key, key_end, value }| ((key, key_end), value));
+            let elements =
+                elements.into_iter().map(|Element { key, key_end, value }| ((key, key_end), value));
             found.elements.insert(map, elements.collect());
         }
         Ok(found)

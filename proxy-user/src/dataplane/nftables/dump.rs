@@ -37,7 +37,9 @@ pub(super) fn read(
     let found = Found::read(netlink, &table.raw, table.family)?;
     let reader = Reader { family: table.family, pods_are_told, buckets: buckets(&found), found };
     let cluster_ips = reader.keys(Map::ClusterIps);
-    state.cluster_ips.extend(cluster_ips.filter_map(|key| Some(element::split_address(reader.family, key)?.0)));
+    state
+        .cluster_ips
+        .extend(cluster_ips.filter_map(|key| Some(element::split_address(reader.family, key)?.0)));
     for (main, outside, refused) in [
         (Map::Services, Map::OutsideServices, Map::Refused),
         (Map::NodePorts, Map::OutsideNodePorts, Map::RefusedNodePorts),
@@ -123,7 +125,9 @@ impl Reader {
         };
         let slots = scope.first_slot()..scope.first_slot() + count;
         let backends = slots.filter_map(|slot| {
-            let Value::Data(value) = self.found.get(map, &element::slot_key(key, slot), None)? else { return None };
+            let Value::Data(value) = self.found.get(map, &element::slot_key(key, slot), None)? else {
+                return None;
+            };
             let (address, port) = element::backend_of(self.family, value)?;
             Some(Backend { address, port, local: self.is_local(address, frontend.protocol, port) })
         });

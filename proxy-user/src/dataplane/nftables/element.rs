@@ -62,7 +62,7 @@ impl Item {
 
 fn push_word(key: &mut Bytes, bytes: &[u8]) {
     key.extend_from_slice(bytes);
-    while key.len() % 4 != 0 {
+    while !key.len().is_multiple_of(4) {
         key.push(0);
     }
 }
@@ -285,9 +285,11 @@ fn slot_items(port: &PortPlan, plan: &FrontendPlan, space: Space, key: &[u8], it
         if ![pod, host, outside].iter().any(|treatment| scope_of(treatment.target) == Some(scope)) {
             continue;
         }
-        items.extend(backends(port, scope).iter().zip(scope.first_slot()..).map(|(backend, slot)| {
-            Item::new(map, slot_key(key, slot), Leads::To(backend_value(backend)))
-        }));
+        items.extend(
+            backends(port, scope).iter().zip(scope.first_slot()..).map(|(backend, slot)| {
+                Item::new(map, slot_key(key, slot), Leads::To(backend_value(backend)))
+            }),
+        );
     }
 }
 

@@ -295,11 +295,7 @@ pub(super) fn original_port(dreg: u32) -> Expr {
 }
 
 fn ct_bit(key: i32, bit: u32) -> [Expr; 3] {
-    [
-        ct(key, word(0)),
-        bitwise(word(0), &bit.to_ne_bytes(), &[0; 4]),
-        compare(word(0), false, &[0; 4]),
-    ]
+    [ct(key, word(0)), bitwise(word(0), &bit.to_ne_bytes(), &[0; 4]), compare(word(0), false, &[0; 4])]
 }
 
 /// `ct state new`.

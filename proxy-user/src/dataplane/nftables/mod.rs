@@ -42,7 +42,8 @@ impl Nftables {
     ///
     /// When the kernel has no nf_tables, or this process may not use it.
     pub fn open(families: PerFamily<bool>) -> Result<Self, Error> {
-        let netlink = socket::Netlink::open().map_err(|source| io_error("opening a netlink socket", source))?;
+        let netlink =
+            socket::Netlink::open().map_err(|source| io_error("opening a netlink socket", source))?;
         let families = Family::ALL.into_iter().filter(|family| *families.get(*family));
         let mut plane = Self { netlink, tables: families.map(table::Table::new).collect(), node: None };
         plane.reread()?;
@@ -83,7 +84,8 @@ impl Dataplane for Nftables {
             table
                 .apply_cluster_ips(&mut self.netlink, &delta.cluster_ips)
                 .map_err(|error| io_error(&describe("writing the ClusterIPs"), error))?;
-            let ports: Vec<&PortDelta> = delta.ports.iter().filter(|port| family_of(port) == Some(family)).collect();
+            let ports: Vec<&PortDelta> =
+                delta.ports.iter().filter(|port| family_of(port) == Some(family)).collect();
             let refused = table
                 .apply_ports(&mut self.netlink, &ports, &node)
                 .map_err(|error| io_error(&describe("writing the elements"), error))?;

@@ -102,9 +102,9 @@ impl Object {
 
     /// The object of this name, if it is one of ours.
     pub(super) fn parse(name: &str) -> Option<Self> {
-        let (words, sticky) = name.split_once('/').map_or((name, None), |(words, _)| {
-            (words, Some(Sticky::from(&name[words.len()..])))
-        });
+        let (words, sticky) = name
+            .split_once('/')
+            .map_or((name, None), |(words, _)| (words, Some(Sticky::from(&name[words.len()..]))));
         let scope_of = |text: &str| {
             SCOPES.iter().find_map(|(scope, word)| Some((*scope, text.strip_prefix(word)?.to_owned())))
         };
@@ -117,9 +117,9 @@ impl Object {
             let seconds = rest.strip_prefix('-')?.parse().ok()?;
             return Some(Self::Recorder { sticky: sticky?, scope, seconds });
         }
-        let (space, rest) = SPACES.iter().find_map(|(space, word)| {
-            Some((*space, words.strip_prefix(word)?.strip_prefix('-')?))
-        })?;
+        let (space, rest) = SPACES
+            .iter()
+            .find_map(|(space, word)| Some((*space, words.strip_prefix(word)?.strip_prefix('-')?)))?;
         let (scope, rest) = scope_of(rest)?;
         let rest = rest.strip_prefix('-')?;
         let digits = rest.find(|character: char| !character.is_ascii_digit()).unwrap_or(rest.len());
@@ -158,8 +158,7 @@ impl Object {
         let Self::Picker { space, scope, count, masquerade, sticky } = self else { return Vec::new() };
         let mark = ruleset::mark(node.masquerade_mark);
         // The bucket number has done its work: the packet leaves with the default priority.
-        let forget =
-            vec![expr::constant(expr::word(0), &[0; 4]), expr::set_priority(expr::word(0))];
+        let forget = vec![expr::constant(expr::word(0), &[0; 4]), expr::set_priority(expr::word(0))];
         let mut rules = match masquerade {
             Masquerade::Nobody => vec![forget],
             Masquerade::Everybody => vec![[forget, mark].concat()],

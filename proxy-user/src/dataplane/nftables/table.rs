@@ -97,7 +97,8 @@ impl Table {
     pub(super) fn reread(&mut self, netlink: &mut Netlink) -> io::Result<()> {
         let found = Found::read(netlink, &self.raw, self.family)?;
         *self = Self::new(self.family);
-        self.next_bucket = found.buckets.values().max().map_or(FIRST_BUCKET, |most| (most + 1).max(FIRST_BUCKET));
+        self.next_bucket =
+            found.buckets.values().max().map_or(FIRST_BUCKET, |most| (most + 1).max(FIRST_BUCKET));
         self.found = Some(found);
         Ok(())
     }
@@ -154,8 +155,7 @@ impl Table {
             Only(addresses) => addresses,
         };
         let wanted = addresses.iter().filter(|address| Family::of(**address) == self.family);
-        let wanted: Vec<_> =
-            wanted.map(|address| member(Bytes::from_vec(address_bytes(*address)))).collect();
+        let wanted: Vec<_> = wanted.map(|address| member(Bytes::from_vec(address_bytes(*address)))).collect();
         let present = Found::elements(netlink, &self.raw, Map::NodeIps.name())?;
         self.replace(netlink, Map::NodeIps, &present, &wanted)
     }
@@ -297,7 +297,8 @@ impl Table {
         let items = |plan: Option<&PortPlan>| plan.map_or(Ok(Vec::new()), element::items);
         let after = items(port.after.as_deref())?;
         let before = items(port.before.as_deref())?;
-        let mut before: FxHashMap<ItemKey, Item> = before.into_iter().map(|item| (key(&item), item)).collect();
+        let mut before: FxHashMap<ItemKey, Item> =
+            before.into_iter().map(|item| (key(&item), item)).collect();
         for item in after {
             match before.remove(&key(&item)) {
                 Some(old) if old.leads == item.leads => {}
@@ -394,10 +395,8 @@ impl Table {
                 (Object::Picker { .. }, None) => {
                     let bucket = next;
                     next += 1;
-                    transaction.add_elements(
-                        Map::Buckets.name(),
-                        &[bucket_element(bucket, Value::Goto(name))],
-                    );
+                    transaction
+                        .add_elements(Map::Buckets.name(), &[bucket_element(bucket, Value::Goto(name))]);
                     bucket
                 }
                 (_, known) => known.unwrap_or(0),
@@ -479,10 +478,12 @@ impl Table {
             }
         }
         for (key, change) in &stage.hairpins {
-            let uses = self.hairpins.entry(key.clone()).or_default();
-            *uses = uses.saturating_add_signed(i32::try_from(*change).unwrap_or_default());
+            let uses = i64::from(self.hairpins.get(key).copied().unwrap_or_default()) + change;
+            match u32::try_from(uses) {
+                Ok(uses @ 1..) => self.hairpins.insert(key.clone(), uses),
+                _ => self.hairpins.remove(key),
+            };
         }
-        self.hairpins.retain(|_, uses| *uses > 0);
     }
 
     /// Removes objects nobody uses. Before kernel 6.2 a chain counts as used for a while after the last element that

@@ -1,14 +1,13 @@
 //! The only unsafe code of the agent: nf_tables objects as libnftnl builds and reads them.
 //!
-//! In: tables, sets, chains, rules and elements as plain Rust values. Out: one netlink batch in a buffer, and elements
-//! and names parsed from dumps. `nftnl` gives the batch, table, chain and rule; maps, set elements and the expressions
-//! it has no type for are built here through `nftnl-sys`.
+//! In: tables, sets, chains, rules and elements as plain Rust values. Out: one netlink batch in a buffer; `read` parses
+//! dumps, `descriptor` sets socket options. `nftnl` gives the batch, table, chain and rule; maps, set elements and the
+//! expressions it has no type for are built here through `nftnl-sys`.
 
 #![expect(unsafe_code, reason = "libnftnl is a C library; every block states why it is sound")]
 
 use std::{
     ffi::{CStr, CString, c_void},
-    os::fd::{AsRawFd as _, BorrowedFd},
     ptr::NonNull,
 };
 
@@ -18,6 +17,12 @@ use nftnl::{
     nftnl_sys::{self as sys, libc},
 };
 use smallvec::SmallVec;
+
+mod descriptor;
+mod read;
+
+pub(super) use descriptor::{OwnSocket, borrow, ignore_sender};
+pub(super) use read::{Dump, dump_request, parse_chain, parse_elements, parse_set};
 
 /// Key or value bytes; an IPv6 key with a source range is the longest.
 pub(super) type Bytes = SmallVec<[u8; 40]>;
@@ -291,7 +296,12 @@ impl RawSet {
     fn set_data(&mut self, attribute: u32, data: &[u8]) {
         // SAFETY: as above; libnftnl copies `data`.
         unsafe {
-            sys::nftnl_set_set_data(self.0.as_ptr(), attribute as u16, data.as_ptr().cast(), data.len() as u32);
+            sys::nftnl_set_set_data(
+                self.0.as_ptr(),
+                attribute as u16,
+                data.as_ptr().cast(),
+                data.len() as u32,
+            );
         }
     }
 
@@ -405,11 +415,7 @@ unsafe impl NlMsg for Plain<'_> {
                         sys::NFTNL_RULE_TABLE as u16,
                         self.table.get_name().as_ptr(),
                     );
-                    sys::nftnl_rule_set_str(
-                        rule.as_ptr(),
-                        sys::NFTNL_RULE_CHAIN as u16,
-                        self.name.as_ptr(),
-                    );
+                    sys::nftnl_rule_set_str(rule.as_ptr(), sys::NFTNL_RULE_CHAIN as u16, self.name.as_ptr());
                     sys::nftnl_rule_nlmsg_build_payload(header, rule.as_ptr());
                     sys::nftnl_rule_free(rule.as_ptr());
                 }
@@ -487,170 +493,4 @@ unsafe impl NlMsg for ElementsMessage<'_> {
             sys::nftnl_set_elems_nlmsg_build_payload(header, set.0.as_ptr());
         }
     }
-}
-
-/// What can be dumped from a table.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Dump<'a> {
-    /// Every set and map of the table.
-    Sets,
-    /// Every chain of the family; those of other tables are to be left out by the reader.
-    Chains,
-    /// The elements of one set.
-    Elements(&'a str),
-}
-
-/// The request for a dump.
-pub(super) fn dump_request(table: &Table, dump: Dump<'_>, seq: u32) -> Vec<u8> {
-    let mut buffer = vec![0u8; 4096];
-    let raw = buffer.as_mut_ptr().cast::<c_void>();
-    let family = table.get_family();
-    // SAFETY: 4096 bytes hold a header and two names of at most 256 bytes; the set outlives the calls.
-    let len = unsafe {
-        match dump {
-            Dump::Chains => (*header(raw, libc::NFT_MSG_GETCHAIN, family, libc::NLM_F_DUMP, seq)).nlmsg_len,
-            Dump::Sets => {
-                let header = header(raw, libc::NFT_MSG_GETSET, family, libc::NLM_F_DUMP, seq);
-                let set = RawSet::new(table, c"");
-                sys::nftnl_set_nlmsg_build_payload(header, set.0.as_ptr());
-                (*header).nlmsg_len
-            }
-            Dump::Elements(name) => {
-                let header = header(raw, libc::NFT_MSG_GETSETELEM, family, libc::NLM_F_DUMP, seq);
-                let set = RawSet::new(table, &c_string(name));
-                sys::nftnl_set_elems_nlmsg_build_payload(header, set.0.as_ptr());
-                (*header).nlmsg_len
-            }
-        }
-    };
-    buffer.truncate(len as usize);
-    buffer
-}
-
-/// The header of a message, if it is whole. A message whose buffer is not aligned for it is copied by the caller.
-fn checked(message: &[u8]) -> Option<*const libc::nlmsghdr> {
-    let header = message.as_ptr().cast::<libc::nlmsghdr>();
-    (message.len() >= size_of::<libc::nlmsghdr>() && header.is_aligned()).then_some(header)
-}
-
-/// Name, key length, flags of a set, from one message of a [`Dump::Sets`].
-pub(super) fn parse_set(table: &Table, message: &[u8]) -> Option<(String, u32, u32)> {
-    let header = checked(message)?;
-    let set = RawSet::new(table, c"");
-    // SAFETY: `header` starts a whole message, and `set` is valid.
-    if unsafe { sys::nftnl_set_nlmsg_parse(header, set.0.as_ptr()) } < 0 {
-        return None;
-    }
-    Some((set.name(), set.get_u32(sys::NFTNL_SET_KEY_LEN), set.get_u32(sys::NFTNL_SET_FLAGS)))
-}
-
-/// Table and name of a chain, from one message of a [`Dump::Chains`].
-pub(super) fn parse_chain(message: &[u8]) -> Option<(String, String)> {
-    let header = checked(message)?;
-    // SAFETY: `header` starts a whole message; the chain is freed before return, after its strings were copied.
-    unsafe {
-        let chain = allocated(sys::nftnl_chain_alloc()).as_ptr();
-        let parsed = sys::nftnl_chain_nlmsg_parse(header, chain) >= 0;
-        let text =
-            |attribute: u32| owned_string(sys::nftnl_chain_get_str(chain, attribute as u16));
-        let names = parsed.then(|| (text(sys::NFTNL_CHAIN_TABLE), text(sys::NFTNL_CHAIN_NAME)));
-        sys::nftnl_chain_free(chain);
-        names
-    }
-}
-
-/// Gives every element of one message of a [`Dump::Elements`] to `each`.
-pub(super) fn parse_elements(table: &Table, message: &[u8], mut each: impl FnMut(Element)) -> Option<()> {
-    let header = checked(message)?;
-    let set = RawSet::new(table, c"");
-    // SAFETY: `header` starts a whole message, and `set` is valid.
-    if unsafe { sys::nftnl_set_elems_nlmsg_parse(header, set.0.as_ptr()) } < 0 {
-        return None;
-    }
-    // SAFETY: the iterator is used and destroyed while the set lives; elements are only read.
-    unsafe {
-        let iterator = allocated(sys::nftnl_set_elems_iter_create(set.0.as_ptr())).as_ptr();
-        loop {
-            let element = sys::nftnl_set_elems_iter_next(iterator);
-            if element.is_null() {
-                break;
-            }
-            each(read_element(element));
-        }
-        sys::nftnl_set_elems_iter_destroy(iterator);
-    }
-    Some(())
-}
-
-/// # Safety
-///
-/// `element` must be valid.
-unsafe fn read_element(element: *mut sys::nftnl_set_elem) -> Element {
-    // SAFETY: `element` is valid; what the getters point to lives as long as it, and is copied.
-    unsafe {
-        let is_set = |attribute: u32| sys::nftnl_set_elem_is_set(element, attribute as u16);
-        let bytes = |attribute: u32| -> Bytes {
-            let mut len = 0;
-            let data = sys::nftnl_set_elem_get(element, attribute as u16, &raw mut len).cast::<u8>();
-            if data.is_null() { Bytes::new() } else { std::slice::from_raw_parts(data, len as usize).into() }
-        };
-        let value = if is_set(sys::NFTNL_SET_ELEM_CHAIN) {
-            Value::Goto(owned_string(sys::nftnl_set_elem_get_str(element, sys::NFTNL_SET_ELEM_CHAIN as u16)))
-        } else if is_set(sys::NFTNL_SET_ELEM_VERDICT) {
-            let code = sys::nftnl_set_elem_get_u32(element, sys::NFTNL_SET_ELEM_VERDICT as u16);
-            Value::Accept(code == libc::NF_ACCEPT as u32)
-        } else if is_set(sys::NFTNL_SET_ELEM_DATA) {
-            Value::Data(bytes(sys::NFTNL_SET_ELEM_DATA))
-        } else {
-            Value::None
-        };
-        Element {
-            key: bytes(sys::NFTNL_SET_ELEM_KEY),
-            key_end: is_set(sys::NFTNL_SET_ELEM_KEY_END).then(|| bytes(sys::NFTNL_SET_ELEM_KEY_END)),
-            value,
-        }
-    }
-}
-
-/// A netlink socket that may move to another thread.
-pub(super) struct OwnSocket(pub(super) mnl::Socket);
-
-// SAFETY: libmnl's socket is a descriptor and an address, with no ties to the thread that made it, and only its owner
-// reaches it.
-unsafe impl Send for OwnSocket {}
-
-/// The descriptor of a socket, for socket options.
-pub(super) fn borrow(socket: &mnl::Socket) -> BorrowedFd<'_> {
-    // SAFETY: the socket keeps its descriptor open for as long as it lives, and the result lives no longer.
-    unsafe { BorrowedFd::borrow_raw(socket.as_raw_fd()) }
-}
-
-/// Lets a listening socket take no events that the socket `sender` caused: our own large changes would fill it.
-///
-/// # Errors
-///
-/// When the kernel refuses the filter.
-pub(super) fn ignore_sender(socket: &mnl::Socket, sender: u32) -> std::io::Result<()> {
-    const SENDER_OFFSET: u32 = 12;
-    let statement = |code: u32, jt, k| libc::sock_filter { code: code as u16, jt, jf: 0, k };
-    // The load converts from network byte order; netlink headers are in the host's.
-    let mut filter = [
-        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, SENDER_OFFSET),
-        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, sender.to_be()),
-        statement(libc::BPF_RET | libc::BPF_K, 0, u32::MAX),
-        statement(libc::BPF_RET | libc::BPF_K, 0, 0),
-    ];
-    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
-    // SAFETY: the descriptor is open; `program` and the four statements it points to live until the call returns, and
-    // the kernel copies them.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_ATTACH_FILTER,
-            (&raw const program).cast(),
-            size_of_val(&program) as libc::socklen_t,
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }

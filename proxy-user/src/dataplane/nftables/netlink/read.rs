@@ -1,0 +1,138 @@
+//! Dumps: the requests, and what their answers say.
+//!
+//! In: the messages of a dump. Out: sets, chains and elements as plain Rust values.
+
+use std::ffi::c_void;
+
+use nftnl::{
+    Table,
+    nftnl_sys::{self as sys, libc},
+};
+
+use super::{Bytes, Element, RawSet, Value, allocated, c_string, header, owned_string};
+
+/// What can be dumped from a table.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::dataplane::nftables) enum Dump<'a> {
+    /// Every set and map of the table.
+    Sets,
+    /// Every chain of the family; those of other tables are to be left out by the reader.
+    Chains,
+    /// The elements of one set.
+    Elements(&'a str),
+}
+
+/// The request for a dump.
+pub(in crate::dataplane::nftables) fn dump_request(table: &Table, dump: Dump<'_>, seq: u32) -> Vec<u8> {
+    let mut buffer = vec![0u8; 4096];
+    let raw = buffer.as_mut_ptr().cast::<c_void>();
+    let family = table.get_family();
+    // SAFETY: 4096 bytes hold a header and two names of at most 256 bytes; the set outlives the calls.
+    let len = unsafe {
+        match dump {
+            Dump::Chains => (*header(raw, libc::NFT_MSG_GETCHAIN, family, libc::NLM_F_DUMP, seq)).nlmsg_len,
+            Dump::Sets => {
+                let header = header(raw, libc::NFT_MSG_GETSET, family, libc::NLM_F_DUMP, seq);
+                let set = RawSet::new(table, c"");
+                sys::nftnl_set_nlmsg_build_payload(header, set.0.as_ptr());
+                (*header).nlmsg_len
+            }
+            Dump::Elements(name) => {
+                let header = header(raw, libc::NFT_MSG_GETSETELEM, family, libc::NLM_F_DUMP, seq);
+                let set = RawSet::new(table, &c_string(name));
+                sys::nftnl_set_elems_nlmsg_build_payload(header, set.0.as_ptr());
+                (*header).nlmsg_len
+            }
+        }
+    };
+    buffer.truncate(len as usize);
+    buffer
+}
+
+/// The header of a message, if it is whole. A message whose buffer is not aligned for it is copied by the caller.
+fn checked(message: &[u8]) -> Option<*const libc::nlmsghdr> {
+    let header = message.as_ptr().cast::<libc::nlmsghdr>();
+    (message.len() >= size_of::<libc::nlmsghdr>() && header.is_aligned()).then_some(header)
+}
+
+/// Name, key length, flags of a set, from one message of a [`Dump::Sets`].
+pub(in crate::dataplane::nftables) fn parse_set(table: &Table, message: &[u8]) -> Option<(String, u32, u32)> {
+    let header = checked(message)?;
+    let set = RawSet::new(table, c"");
+    // SAFETY: `header` starts a whole message, and `set` is valid.
+    if unsafe { sys::nftnl_set_nlmsg_parse(header, set.0.as_ptr()) } < 0 {
+        return None;
+    }
+    Some((set.name(), set.get_u32(sys::NFTNL_SET_KEY_LEN), set.get_u32(sys::NFTNL_SET_FLAGS)))
+}
+
+/// Table and name of a chain, from one message of a [`Dump::Chains`].
+pub(in crate::dataplane::nftables) fn parse_chain(message: &[u8]) -> Option<(String, String)> {
+    let header = checked(message)?;
+    // SAFETY: `header` starts a whole message; the chain is freed before return, after its strings were copied.
+    unsafe {
+        let chain = allocated(sys::nftnl_chain_alloc()).as_ptr();
+        let parsed = sys::nftnl_chain_nlmsg_parse(header, chain) >= 0;
+        let text = |attribute: u32| owned_string(sys::nftnl_chain_get_str(chain, attribute as u16));
+        let names = parsed.then(|| (text(sys::NFTNL_CHAIN_TABLE), text(sys::NFTNL_CHAIN_NAME)));
+        sys::nftnl_chain_free(chain);
+        names
+    }
+}
+
+/// Gives every element of one message of a [`Dump::Elements`] to `each`.
+pub(in crate::dataplane::nftables) fn parse_elements(
+    table: &Table,
+    message: &[u8],
+    mut each: impl FnMut(Element),
+) -> Option<()> {
+    let header = checked(message)?;
+    let set = RawSet::new(table, c"");
+    // SAFETY: `header` starts a whole message, and `set` is valid.
+    if unsafe { sys::nftnl_set_elems_nlmsg_parse(header, set.0.as_ptr()) } < 0 {
+        return None;
+    }
+    // SAFETY: the iterator is used and destroyed while the set lives; elements are only read.
+    unsafe {
+        let iterator = allocated(sys::nftnl_set_elems_iter_create(set.0.as_ptr())).as_ptr();
+        loop {
+            let element = sys::nftnl_set_elems_iter_next(iterator);
+            if element.is_null() {
+                break;
+            }
+            each(read_element(element));
+        }
+        sys::nftnl_set_elems_iter_destroy(iterator);
+    }
+    Some(())
+}
+
+/// # Safety
+///
+/// `element` must be valid.
+unsafe fn read_element(element: *mut sys::nftnl_set_elem) -> Element {
+    // SAFETY: `element` is valid; what the getters point to lives as long as it, and is copied.
+    unsafe {
+        let is_set = |attribute: u32| sys::nftnl_set_elem_is_set(element, attribute as u16);
+        let bytes = |attribute: u32| -> Bytes {
+            let mut len = 0;
+            let data = sys::nftnl_set_elem_get(element, attribute as u16, &raw mut len).cast::<u8>();
+            if data.is_null() { Bytes::new() } else { std::slice::from_raw_parts(data, len as usize).into() }
+        };
+        let value = if is_set(sys::NFTNL_SET_ELEM_CHAIN) {
+            Value::Goto(owned_string(sys::nftnl_set_elem_get_str(element, sys::NFTNL_SET_ELEM_CHAIN as u16)))
+        } else if is_set(sys::NFTNL_SET_ELEM_VERDICT) {
+            let code = sys::nftnl_set_elem_get_u32(element, sys::NFTNL_SET_ELEM_VERDICT as u16);
+            Value::Accept(code == libc::NF_ACCEPT as u32)
+        } else if is_set(sys::NFTNL_SET_ELEM_DATA) {
+            Value::Data(bytes(sys::NFTNL_SET_ELEM_DATA))
+        } else {
+            Value::None
+        };
+        Element {
+            key: bytes(sys::NFTNL_SET_ELEM_KEY),
+            key_end: is_set(sys::NFTNL_SET_ELEM_KEY_END).then(|| bytes(sys::NFTNL_SET_ELEM_KEY_END)),
+            value,
+        }
+    }
+}
