@@ -11,7 +11,8 @@ use std::{
 
 use super::{Dataplane, Error, Installed, InstalledFrontend, Outcome, State};
 use crate::plan::{
-    ClusterIpDelta, Delta, Frontend, FrontendPlan, NodePlan, PortDelta, PortId, PortPlan, Route, Target, Treatment,
+    ClusterIpDelta, Delta, Frontend, FrontendPlan, NodePlan, PortDelta, PortId, PortPlan, Route, Target,
+    Treatment,
 };
 
 /// Holds what deltas say.

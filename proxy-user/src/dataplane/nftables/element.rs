@@ -215,11 +215,7 @@ pub(super) fn items(port: &PortPlan) -> Result<Vec<Item>, String> {
     Ok(items)
 }
 
-fn frontend_items(
-    port: &PortPlan,
-    plan: &FrontendPlan,
-    items: &mut Vec<Item>,
-) -> Result<(), String> {
+fn frontend_items(port: &PortPlan, plan: &FrontendPlan, items: &mut Vec<Item>) -> Result<(), String> {
     let space = match plan.frontend.destination {
         Destination::Address(_) => Space::Service,
         Destination::NodePort(_) => Space::NodePort,

@@ -561,9 +561,8 @@ impl Table {
 
     /// Each memory whose set backends leave, with those that stay. Which left while no agent ran nobody knows.
     fn outdated(&self, ports: &[&PortDelta]) -> Vec<(Object, FxHashSet<Bytes>)> {
-        let found = |memory: &Object| {
-            self.found.as_ref().is_some_and(|found| found.sets.contains(&memory.name()))
-        };
+        let found =
+            |memory: &Object| self.found.as_ref().is_some_and(|found| found.sets.contains(&memory.name()));
         let mut outdated = Vec::new();
         for port in ports {
             let Some(after) = &port.after else { continue };
