@@ -2,6 +2,7 @@
 //! step, after a restart, after failures, and when everything is gone.
 
 use proptest::prelude::*;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use weir::{
     dataplane::{Dataplane, Faulty, Memory, State, nftables::Nftables},
@@ -48,6 +49,10 @@ fn when<T>(condition: bool, values: &[T]) -> &[T] {
     if condition { values } else { &[] }
 }
 
+fn object<T: DeserializeOwned>(value: Value) -> Box<T> {
+    Box::new(serde_json::from_value(value).expect("a history wrote an object that is none"))
+}
+
 fn service(name: u8, created: u8, shape: u16) -> Change {
     let policy = |number| if bit(shape, number) { "Local" } else { "Cluster" };
     let mut ports = vec![json!({ "name": "", "port": 80, "nodePort": 30080 + u16::from(name % 2) })];
@@ -72,7 +77,7 @@ fn service(name: u8, created: u8, shape: u16) -> Change {
         },
         "status": { "loadBalancer": { "ingress": when(bit(shape, 7), &balancers) } },
     });
-    Change::Apply(Object::Service(serde_json::from_value(service).unwrap()))
+    Change::Apply(Object::Service(object(service)))
 }
 
 fn endpoint(shape: u16, v6: bool) -> Value {
@@ -82,7 +87,7 @@ fn endpoint(shape: u16, v6: bool) -> Value {
     let hints = when(bit(shape, 7), &["z0", "z1"][usize::from(shape >> 8 & 1)..]);
     json!({
         "addresses": [address],
-        "nodeName": if number % 2 == 0 { "node-a" } else { "node-b" },
+        "nodeName": if number.is_multiple_of(2) { "node-a" } else { "node-b" },
         "conditions": { "ready": !bit(shape, 4), "serving": !bit(shape, 5), "terminating": bit(shape, 6) },
         "hints": { "forZones": hints.iter().map(|zone| json!({ "name": zone })).collect::<Vec<_>>() },
     })
@@ -96,7 +101,7 @@ fn slice(name: u8, service: u8, v6: bool, endpoints: &[u16]) -> Change {
         "ports": [{ "name": "", "port": 8080 }, { "name": "dns", "port": 1053, "protocol": "UDP" }],
         "endpoints": endpoints.iter().map(|shape| endpoint(*shape, v6)).collect::<Vec<_>>(),
     });
-    Change::Apply(Object::EndpointSlice(serde_json::from_value(slice).unwrap()))
+    Change::Apply(Object::EndpointSlice(object(slice)))
 }
 
 fn node(shape: u16) -> Change {
@@ -109,7 +114,7 @@ fn node(shape: u16) -> Change {
             { "type": "InternalIP", "address": "2001:db8::a" },
         ] },
     });
-    Change::Apply(Object::Node(serde_json::from_value(node).unwrap()))
+    Change::Apply(Object::Node(object(node)))
 }
 
 fn delete(kind: Kind, name: &str) -> Change {
@@ -139,7 +144,7 @@ fn settings() -> Settings {
 }
 
 fn open() -> Nftables {
-    Nftables::open(PerFamily { v4: true, v6: true }).unwrap()
+    Nftables::open(PerFamily { v4: true, v6: true }).expect("these tests need root")
 }
 
 fn delete_everything<D: Dataplane>(agent: &mut Agent<D>) {

@@ -313,6 +313,8 @@ fn a5_clients_of_an_endpoint_that_left_are_forgotten_also_if_it_left_while_no_ag
         let clients = [1, 2, 3].map(|n| format!("192.0.2.{n} timeout 1h : 10.244.0.{n} . 8080")).join(", ");
         nft(&["add", "element", "ip", "weir", &map, &format!("{{ {clients} }}")]);
         assert_eq!(remembered(&map).len(), 3);
+        // A6: room for all clients of a service port, however many endpoints it has.
+        assert!(nft(&["list", "map", "ip", "weir", &map]).contains("size 1048576"));
 
         plane.apply(&delta(Some(three), two, false)).unwrap();
         let mut left = remembered(&map);

@@ -126,35 +126,37 @@ fn differences(file: &str, scenario: &Scenario, seen: &[String]) -> String {
     text
 }
 
-fn run(play: impl Fn(&Scenario) -> Result<Vec<String>>, bless: bool) {
+fn run(play: impl Fn(&Scenario) -> Result<Vec<String>>, bless: bool) -> Result<()> {
     let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("scenarios");
-    let mut files: Vec<_> = fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let files = fs::read_dir(&directory)?.map(|entry| Ok(entry?.path()));
+    let mut files: Vec<_> = files.collect::<Result<_>>()?;
     files.sort();
     let mut failures = String::new();
     let mut expectations = 0;
     for path in files {
-        let file = format!("tests/scenarios/{}", path.file_name().unwrap().to_string_lossy());
-        let scenario = Scenario::parse(&fs::read_to_string(&path).unwrap());
-        let scenario = scenario.with_context(|| file.clone()).unwrap();
+        let file = format!("tests/scenarios/{}", path.file_name().unwrap_or_default().to_string_lossy());
+        let scenario = Scenario::parse(&fs::read_to_string(&path)?).with_context(|| file.clone())?;
         match play(&scenario) {
             Err(error) => failures += &format!("\n{file}: {error:#}\n"),
-            Ok(seen) if bless => fs::write(&path, scenario.rewritten(&seen)).unwrap(),
+            Ok(seen) if bless => fs::write(&path, scenario.rewritten(&seen))?,
             Ok(seen) => {
                 expectations += seen.len();
                 failures += &differences(&file, &scenario, &seen);
             }
         }
     }
-    assert!(failures.is_empty(), "- expected, + seen:\n{failures}");
-    assert!(bless || expectations > 0, "no scenario expects anything");
+    ensure!(failures.is_empty(), "- expected, + seen:\n{failures}");
+    ensure!(bless || expectations > 0, "no scenario expects anything");
+    Ok(())
 }
 
 #[test]
 fn memory_holds_what_scenarios_expect() {
-    run(play::<Memory>, std::env::var_os("WEIR_BLESS").is_some());
+    run(play::<Memory>, std::env::var_os("WEIR_BLESS").is_some()).unwrap_or_else(|error| panic!("{error:#}"));
 }
 
 #[test]
 fn nftables_holds_what_scenarios_expect() {
-    run(|scenario| Namespace::new("scenario")?.run(|| play::<Nftables>(scenario)), false);
+    run(|scenario| Namespace::new("scenario")?.run(|| play::<Nftables>(scenario)), false)
+        .unwrap_or_else(|error| panic!("{error:#}"));
 }

@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn p5_to_p7_metrics_over_http() {
+    async fn p5_p6_p7_metrics_over_http() {
         let server = start(metrics_router(&Metrics::new(), "nftables")).await;
         assert_eq!(body(&get(server.address, "/healthz").await.unwrap()), "ok");
         let mode = get(server.address, "/proxyMode").await.unwrap();
