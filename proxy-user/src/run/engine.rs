@@ -34,6 +34,9 @@ pub(super) struct Inputs {
 /// The first wait after a failure; it doubles up to the configured syncPeriod.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 
+/// A foreign change this long after the one before is a new story.
+const CALM: Duration = Duration::from_secs(10);
+
 /// Most changes taken in before the kernel is brought up to date.
 const MOST_CHANGES: usize = 65_536;
 
@@ -55,6 +58,8 @@ pub(super) struct Engine {
     longest_retry: Duration,
     failures: u32,
     retry_at: Option<tokio::time::Instant>,
+    repaired_at: Option<tokio::time::Instant>,
+    repairs_in_a_row: u32,
     /// Services planned anew and not yet in force: their health checks are told when they are.
     replanned: Vec<ObjectName>,
     /// The Services that have a health check now.
@@ -87,6 +92,8 @@ impl Engine {
             longest_retry: Duration::from_secs(30),
             failures: 0,
             retry_at: None,
+            repaired_at: None,
+            repairs_in_a_row: 0,
             replanned: Vec::new(),
             checked: HashMap::new(),
             triggers: Vec::new(),
@@ -132,10 +139,7 @@ impl Engine {
                     self.model.set_host_addresses(addresses.borrow_and_update().clone());
                     self.know_addresses = true;
                 }
-                Some(seen) = foreign.recv() => {
-                    tracing::warn!(?seen, "somebody else changed our tables, repairing them");
-                    self.reconcile = Some("foreign");
-                }
+                Some(seen) = foreign.recv() => self.notice(seen),
                 () = retry => {}
                 _ = stopping.wait_for(|stop| *stop) => return,
             }
@@ -150,6 +154,21 @@ impl Engine {
             self.health.set_eligible(unknown || self.model.node_eligible());
             self.bring_up_to_date();
         }
+    }
+
+    /// Has the tables repaired: at once, but if it happens again and again, as when two agents run on one node, ever
+    /// later, so that they do not keep each other busy.
+    fn notice(&mut self, seen: Seen) {
+        let now = tokio::time::Instant::now();
+        let again = self.repaired_at.replace(now).is_some_and(|last| now - last < CALM);
+        self.repairs_in_a_row = if again { self.repairs_in_a_row.saturating_add(1) } else { 0 };
+        let wait = match self.repairs_in_a_row {
+            0 => Duration::ZERO,
+            repairs => FIRST_RETRY.saturating_mul(1 << repairs.min(6)).min(CALM / 2),
+        };
+        tracing::warn!(?seen, ?wait, "somebody else changed our tables, repairing them");
+        self.reconcile = Some("foreign");
+        self.retry_at = Some(now + wait);
     }
 
     fn take_in(&mut self, change: Change) {
