@@ -35,7 +35,7 @@ impl<'a> Suite<'a> {
             fs::create_dir_all(suite.state.path().join(directory))?;
         }
         fs::write(suite.state.path().join("status"), "")?;
-        let line = format!("deb [signed-by={DEBIAN_KEYRING}] {} {name} main\n", mirror(machine));
+        let line = format!("deb [signed-by={DEBIAN_KEYRING}] {} {name} main\n", mirror(machine)?);
         fs::write(suite.state.path().join("sources.list"), line)?;
         process::read(suite.apt("apt-get").args(["-q", "update"]))?;
         Ok(suite)
@@ -100,18 +100,20 @@ fn files(directory: &Path) -> Result<Vec<PathBuf>> {
     entries.collect::<Result<Vec<_>>>()
 }
 
-/// Where this machine takes Debian from, so that a local mirror is used; Debian's own servers on any other system.
-fn mirror(machine: &Machine) -> String {
+/// The variable that names a Debian mirror on a machine whose own packages are not Debian's.
+const MIRROR: &str = "WEIR_DEBIAN_MIRROR";
+
+/// Where Debian's packages are: where the variable says, else where this machine takes its own from.
+fn mirror(machine: &Machine) -> Result<String> {
+    if let Some(named) = std::env::var(MIRROR).ok().filter(|named| !named.is_empty()) {
+        return Ok(named);
+    }
     let format = "$(LABEL) $(REPO_URI)";
-    process::read(machine.command("apt-get").args([
-        "indextargets",
-        "--format",
-        format,
-        "Created-By: Packages",
-    ]))
-    .ok()
-    .and_then(|targets| debian_mirror(&targets))
-    .unwrap_or_else(|| String::new())
+    let targets = ["indextargets", "--format", format, "Created-By: Packages"];
+    let targets = process::read(machine.command("apt-get").args(targets));
+    targets.ok().and_then(|targets| debian_mirror(&targets)).with_context(|| {
+        format!("this machine's packages are not Debian's: set {MIRROR} to the address of a Debian mirror")
+    })
 }
 
 fn debian_mirror(targets: &str) -> Option<String> {
