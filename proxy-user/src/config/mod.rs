@@ -9,7 +9,7 @@
 //! ```
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -17,7 +17,7 @@ use std::{
 use ipnet::IpNet;
 
 use crate::model::PerFamily;
-pub use crate::model::{DetectLocal, NodePortSetting};
+pub use crate::model::{DetectLocal, NodePortSetting, Settings};
 
 mod duration;
 mod file;
@@ -95,25 +95,15 @@ pub struct Conntrack {
 /// Everything the agent is told, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// This node's name (section "Node name"): flag, else file, else the host's name; trimmed, in lower case.
-    pub node_name: String,
+    /// What the model and the plan need: the node's name (flag, else file, else the host's name; trimmed, in lower
+    /// case), how pods are told, masquerading, NodePort addresses, families. Unset, NodePort addresses are what the
+    /// imitated kube-proxy mode has (R15): `primary` for nftables, every address for iptables, ipvs and no mode at all,
+    /// which is what kubeadm installs.
+    pub model: Settings,
     /// Where objects come from.
     pub source: SourceConfig,
     /// The data plane asked for. This version has nftables only, so it is never [`ProxyMode::Ebpf`].
     pub mode: ProxyMode,
-    /// How local pods are told.
-    pub detect_local: DetectLocal,
-    /// Whether everything sent to a ClusterIP is masqueraded (R7).
-    pub masquerade_all: bool,
-    /// The bit of the packet mark that asks for masquerading (R8), 0 to 31.
-    pub masquerade_bit: u8,
-    /// Where NodePorts answer. Unset, it is what the imitated kube-proxy mode has (R15): `primary` for nftables, every
-    /// address for iptables, ipvs and no mode at all, which is what kubeadm installs.
-    pub node_port_addresses: NodePortSetting,
-    /// Whether `externalIPs` of Services are honoured (R10).
-    pub external_ips: bool,
-    /// Overrides the node's primary address; `None` takes it from the Node object.
-    pub bind_address: Option<IpAddr>,
     /// Where `/healthz` and `/livez` are served (P1, P4); `None` nowhere.
     pub healthz: Option<SocketAddr>,
     /// Where `/metrics` and `/proxyMode` are served (P5 to P7); `None` nowhere.
@@ -133,8 +123,6 @@ pub struct Config {
     pub bpf_root: PathBuf,
     /// The cgroup v2 root.
     pub cgroup_root: PathBuf,
-    /// The families this kernel can serve (R17).
-    pub families: PerFamily<bool>,
 }
 
 /// A configuration, and what its author should hear about it.

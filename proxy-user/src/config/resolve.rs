@@ -19,7 +19,7 @@ use ipnet::IpNet;
 
 use super::{
     Config, ConfigArgs, Conntrack, DetectLocal, Error, GoDuration, Host, Loaded, LogConfig, NodePortSetting,
-    Problem, ProxyMode, SourceConfig,
+    Problem, ProxyMode, Settings, SourceConfig,
     file::{self, Configuration, DetectLocalMode, Mode, Rules},
 };
 
@@ -87,16 +87,20 @@ pub(super) fn resolve(
     let metrics = (!configuration.metrics_off).then(|| {
         check.listen("metricsBindAddress", &configuration.metrics_bind_address, loopback, METRICS_PORT)
     });
-    let config = Config {
+    let model = Settings {
         node_name: check.node_name(args, &configuration, host),
-        source: check.source(args, &configuration),
-        mode: check.mode(args, &configuration),
         detect_local: check.detect_local(&configuration),
         masquerade_all: rules.masquerade_all,
         masquerade_bit: rules.masquerade_bit,
         node_port_addresses: check.node_ports(&configuration.node_port_addresses, imitated),
         external_ips: check.external_ips(&configuration),
         bind_address: bind_address.filter(|address| !address.is_unspecified()),
+        families: host.families,
+    };
+    let config = Config {
+        model,
+        source: check.source(args, &configuration),
+        mode: check.mode(args, &configuration),
         healthz: healthz.flatten(),
         metrics: metrics.flatten(),
         bind_hard_fail: configuration.bind_address_hard_fail,
@@ -106,7 +110,6 @@ pub(super) fn resolve(
         log: check.log(args, &configuration),
         bpf_root: args.kernel.bpf_root.clone(),
         cgroup_root: args.kernel.cgroup_root.clone(),
-        families: host.families,
     };
     if check.problems.is_empty() {
         Ok(Loaded { config, warnings: check.warnings })
@@ -116,7 +119,7 @@ pub(super) fn resolve(
 }
 
 /// What the imitated mode's block says.
-struct Settings {
+struct ModeBlock {
     masquerade_all: bool,
     masquerade_bit: u8,
     sync_period: Duration,
@@ -214,7 +217,7 @@ impl Check<'_> {
         ProxyMode::Auto
     }
 
-    fn rules(&mut self, configuration: &Configuration, imitated: Mode) -> Settings {
+    fn rules(&mut self, configuration: &Configuration, imitated: Mode) -> ModeBlock {
         let (name, block) = match imitated {
             Mode::Nftables => ("nftables", &configuration.nftables),
             Mode::Unset | Mode::Auto | Mode::Ebpf | Mode::Iptables | Mode::Ipvs => {
@@ -232,7 +235,7 @@ impl Check<'_> {
             self.reject(&format!("{name}.masqueradeBit"), format_args!("{bit} is not a bit from 0 to 31"));
             0
         });
-        Settings { masquerade_all, masquerade_bit, sync_period, min_sync_period }
+        ModeBlock { masquerade_all, masquerade_bit, sync_period, min_sync_period }
     }
 
     fn periods(

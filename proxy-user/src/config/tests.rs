@@ -77,7 +77,7 @@ winkernel: {enableDSR: false, forwardHealthCheckVip: false, networkName: "", roo
 #[test]
 fn kubeadms_file_loads_as_kube_proxy_reads_it() {
     let Loaded { config, warnings } = file_with(KUBEADM, "--hostname-override=Node-1").unwrap();
-    assert_eq!(config.node_name, "node-1");
+    assert_eq!(config.model.node_name, "node-1");
     assert_eq!(
         config.source,
         SourceConfig::Kubernetes {
@@ -87,11 +87,11 @@ fn kubeadms_file_loads_as_kube_proxy_reads_it() {
     );
     assert_eq!(config.mode, ProxyMode::Auto);
     let pods = ["10.244.0.0/16", "fd00:10:244::/56"].map(|it| it.parse().unwrap()).to_vec();
-    assert_eq!(config.detect_local, DetectLocal::ClusterCidr(pods));
-    assert_eq!((config.masquerade_all, config.masquerade_bit), (false, 14));
-    assert_eq!(config.node_port_addresses, NodePortSetting::All, "R15");
-    assert!(config.external_ips, "R10");
-    assert_eq!(config.bind_address, None);
+    assert_eq!(config.model.detect_local, DetectLocal::ClusterCidr(pods));
+    assert_eq!((config.model.masquerade_all, config.model.masquerade_bit), (false, 14));
+    assert_eq!(config.model.node_port_addresses, NodePortSetting::All, "R15");
+    assert!(config.model.external_ips, "R10");
+    assert_eq!(config.model.bind_address, None);
     assert_eq!(config.healthz.unwrap().to_string(), "0.0.0.0:10256");
     assert_eq!(config.metrics.unwrap().to_string(), "127.0.0.1:10249");
     assert_eq!(
@@ -238,7 +238,7 @@ fn fields_that_mean_nothing_are_warned_of_by_path() {
          configSyncPeriod: 15m0s\nfeatureGates: {Other: true}\nconntrack: {tcpBeLiberal: true}\n\
          logging: {flushFrequency: 5s, vmodule: [{filePattern: a, verbosity: 1}]}",
     );
-    assert_eq!(loaded.config.node_name, "b", "the last one counts");
+    assert_eq!(loaded.config.model.node_name, "b", "the last one counts");
     insta::assert_snapshot!(loaded.warnings.join("\n"), @r"
         FILE: hostnameOverride is given twice; the last one counts
         FILE: enableProfiling has no effect here (it is set to true)
@@ -260,10 +260,14 @@ fn with_a_file_only_some_flags_count_and_the_others_are_named() {
     )
     .unwrap();
     let config = loaded.config;
-    assert_eq!(config.node_name, "flagged");
+    assert_eq!(config.model.node_name, "flagged");
     assert_eq!(config.mode, ProxyMode::Auto);
-    assert_eq!(config.node_port_addresses, NodePortSetting::Primary, "the file's mode is the one imitated");
-    assert!(!config.masquerade_all);
+    assert_eq!(
+        config.model.node_port_addresses,
+        NodePortSetting::Primary,
+        "the file's mode is the one imitated"
+    );
+    assert!(!config.model.masquerade_all);
     assert_eq!(config.sync_period, Duration::from_secs(30));
     assert_eq!(config.log, LogConfig { verbosity: 4, json: true });
     assert_eq!(config.cgroup_root.to_str(), Some("/c"));
@@ -283,7 +287,7 @@ fn the_node_name_is_the_flags_then_the_files_then_the_hosts() {
         ("hostnameOverride: ' File '", "", "file"),
         ("hostnameOverride: ''", "", "host-name"),
     ] {
-        assert_eq!(file_with(fields, line).unwrap().config.node_name, name, "{fields} {line}");
+        assert_eq!(file_with(fields, line).unwrap().config.model.node_name, name, "{fields} {line}");
     }
     let nameless = Host { name: String::new(), ..host() };
     let error = load(&Line::try_parse_from(["weir"]).unwrap().args, &nameless).unwrap_err();
@@ -305,9 +309,9 @@ fn mode_picks_the_block_and_the_nodeport_default() {
         ("auto", 1, true, 10, 2, All),
     ] {
         let config = file(&format!("mode: {mode}\n{blocks}")).config;
-        assert_eq!((config.masquerade_bit, config.masquerade_all), (bit, all), "{mode}");
+        assert_eq!((config.model.masquerade_bit, config.model.masquerade_all), (bit, all), "{mode}");
         let periods = (config.sync_period.as_secs(), config.min_sync_period.as_secs());
-        assert_eq!((periods, config.node_port_addresses), ((sync, min), node_ports), "{mode}");
+        assert_eq!((periods, config.model.node_port_addresses), ((sync, min), node_ports), "{mode}");
     }
 }
 
@@ -327,7 +331,7 @@ fn r15_flags_alone_imitate_the_mode_they_name() {
         ),
     ] {
         let config = flags(line).unwrap().config;
-        assert_eq!((config.mode, config.node_port_addresses), (mode, node_ports), "{line}");
+        assert_eq!((config.mode, config.model.node_port_addresses), (mode, node_ports), "{line}");
     }
 }
 
@@ -381,7 +385,7 @@ fn detectors_take_their_own_field() {
             DetectLocal::InterfacePrefix("veth".to_owned()),
         ),
     ] {
-        assert_eq!(flags(line).unwrap().config.detect_local, detect_local, "{line}");
+        assert_eq!(flags(line).unwrap().config.model.detect_local, detect_local, "{line}");
     }
 }
 
@@ -405,9 +409,9 @@ fn the_manifests_source_takes_its_directory_and_ranges() {
 fn a_flag_given_twice_counts_the_last_time_and_a_list_grows() {
     let line = "--hostname-override a --hostname-override b --nodeport-addresses 10.0.0.0/8 --nodeport-addresses ::/0";
     let config = flags(line).unwrap().config;
-    assert_eq!(config.node_name, "b");
+    assert_eq!(config.model.node_name, "b");
     let both = ["10.0.0.0/8", "::/0"].map(|it| it.parse().unwrap()).to_vec();
-    assert_eq!(config.node_port_addresses, NodePortSetting::Cidrs(both));
+    assert_eq!(config.model.node_port_addresses, NodePortSetting::Cidrs(both));
 }
 
 #[test]
@@ -419,9 +423,11 @@ fn an_empty_flag_is_as_good_as_none() {
 
 #[test]
 fn r10_external_ips_follow_their_gate() {
-    assert!(flags("").unwrap().config.external_ips);
-    assert!(!flags("--feature-gates AllowServiceExternalIPs=false,Other=true").unwrap().config.external_ips);
-    assert!(!file("featureGates: {AllowServiceExternalIPs: false}").config.external_ips);
+    assert!(flags("").unwrap().config.model.external_ips);
+    assert!(
+        !flags("--feature-gates AllowServiceExternalIPs=false,Other=true").unwrap().config.model.external_ips
+    );
+    assert!(!file("featureGates: {AllowServiceExternalIPs: false}").config.model.external_ips);
 }
 
 #[test]

@@ -18,7 +18,7 @@ use crate::{
         conntrack::{Conntrack, Suspects},
         nftables::{Nftables, Seen},
     },
-    model::{Family, Model, PerFamily, Settings},
+    model::{Family, Model, PerFamily},
     observe::{Health, HealthChecks, Metrics, Server, Telemetry, health_router, metrics_router},
     plan::{Frontend, Planner, PortId},
     source::{
@@ -48,7 +48,7 @@ pub fn run(loaded: Loaded) -> anyhow::Result<()> {
     for warning in warnings {
         tracing::warn!("{warning}");
     }
-    let plane = Nftables::open(config.families).context("opening the nftables data plane")?;
+    let plane = Nftables::open(config.model.families).context("opening the nftables data plane")?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -70,7 +70,7 @@ async fn serve(config: Config, plane: Nftables) -> anyhow::Result<()> {
     start_source(&config, changes_in).await?;
     tokio::spawn(host::watch(addresses_in));
 
-    let engine = Engine::new(settings(&config), Box::new(plane), metrics.clone(), health.clone())
+    let engine = Engine::new(config.model.clone(), Box::new(plane), metrics.clone(), health.clone())
         .with_retry(config.sync_period)
         .with_health_checks(HealthChecks::start(health.clone(), stopping.clone()))
         .with_optional_node(matches!(config.source, SourceConfig::Manifests { .. }))
@@ -102,20 +102,6 @@ async fn signalled() -> anyhow::Result<&'static str> {
     })
 }
 
-/// What the model needs of the configuration.
-fn settings(config: &Config) -> Settings {
-    Settings {
-        node_name: config.node_name.clone(),
-        detect_local: config.detect_local.clone(),
-        masquerade_all: config.masquerade_all,
-        masquerade_bit: config.masquerade_bit,
-        node_port_addresses: config.node_port_addresses.clone(),
-        external_ips: config.external_ips,
-        bind_address: config.bind_address,
-        families: config.families,
-    }
-}
-
 async fn start_source(config: &Config, changes: mpsc::Sender<Change>) -> anyhow::Result<()> {
     let status = Arc::new(SourceStatus::default());
     match &config.source {
@@ -125,14 +111,14 @@ async fn start_source(config: &Config, changes: mpsc::Sender<Change>) -> anyhow:
                 server.parse().with_context(|| format!("`{server}` is not the address of an API server"))
             });
             let servers = servers.collect::<anyhow::Result<_>>()?;
-            let source = KubeSource { credentials, servers, node: config.node_name.clone() };
+            let source = KubeSource { credentials, servers, node: config.model.node_name.clone() };
             let connection = Connection::open(source).await?;
-            tracing::info!(node = config.node_name, server = %connection.server(), "watching the API server");
+            tracing::info!(node = config.model.node_name, server = %connection.server(), "watching the API server");
             tokio::spawn(kube::watch(connection, changes, status));
         }
         SourceConfig::Manifests { .. } => {
             let source = manifest_source(config)?;
-            tracing::info!(node = config.node_name, directory = %source.directory.display(), "watching manifests");
+            tracing::info!(node = config.model.node_name, directory = %source.directory.display(), "watching manifests");
             let (view, _) = watch::channel(Arc::new(ManifestStatus::default()));
             tokio::spawn(manifests::watch(source, changes, status, view));
         }
@@ -144,7 +130,7 @@ fn manifest_source(config: &Config) -> anyhow::Result<ManifestSource> {
     let SourceConfig::Manifests { dir, service_ranges, status_file } = &config.source else {
         anyhow::bail!("this needs `--source manifests:DIR`");
     };
-    let mut source = ManifestSource::new(dir, &config.node_name);
+    let mut source = ManifestSource::new(dir, &config.model.node_name);
     if !service_ranges.is_empty() {
         source.service_ranges.clone_from(service_ranges);
     }
@@ -242,7 +228,7 @@ pub fn plan(loaded: Loaded) -> anyhow::Result<(State, BTreeMap<Frontend, PortId>
     for warning in warnings {
         tracing::warn!("{warning}");
     }
-    let mut model = Model::new(settings(&config));
+    let mut model = Model::new(config.model.clone());
     for change in manifests::load_once(&manifest_source(&config)?)? {
         model.apply(change);
     }
