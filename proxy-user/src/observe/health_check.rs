@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn h4_h5_h6_what_is_answered_follows_what_is_in_force() {
+    async fn h3_h4_h5_h6_what_is_answered_follows_what_is_in_force() {
         let (_stop, stopping) = watch::channel(false);
         let checks = HealthChecks::start(Health::new(Duration::from_secs(30)), stopping);
         let service = ObjectName::new("shop", "cart");
