@@ -231,6 +231,10 @@ impl Model {
         let addresses = before.addresses != self.view.addresses;
         let others = *before
             != NodeView { zone: before.zone.clone(), addresses: before.addresses, ..self.view.clone() };
+        // A Node is written every few minutes to say that it is alive.
+        if !(zone || addresses || others) {
+            return;
+        }
         for (name, entry) in &self.services {
             let Some(service) = &entry.service else { continue };
             let concerned = others

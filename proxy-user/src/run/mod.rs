@@ -48,7 +48,8 @@ pub fn run(loaded: Loaded) -> anyhow::Result<()> {
     for warning in warnings {
         tracing::warn!("{warning}");
     }
-    let plane = Nftables::open(config.model.families).context("opening the nftables data plane")?;
+    let plane = Nftables::open(config.model.families)
+        .context("opening the nftables data plane, which needs nf_tables and the capability NET_ADMIN")?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
