@@ -327,3 +327,34 @@ fn a5_clients_of_an_endpoint_that_left_are_forgotten_also_if_it_left_while_no_ag
         assert_eq!(remembered(&map), ["10.244.0.1 . 8080"]);
     });
 }
+
+/// A packet that looked its frontend up before a change must still find the slot that the old count allows.
+#[test]
+fn a_slot_outlives_the_count_that_reached_it_by_one_change() {
+    in_namespace(|| {
+        let mut plane = Nftables::open(both()).unwrap();
+        let slots = || {
+            let listed = nft(&["list", "map", "ip", "weir", "backends"]);
+            listed.lines().filter(|line| line.contains("10.96.0.1 . tcp . 80 . ")).count()
+        };
+        let plan = |backends: &[u8]| Arc::new(port(Family::V4, 1, backends, None));
+        let (three, one, two) = (plan(&[1, 2, 3]), plan(&[1]), plan(&[1, 4]));
+        let first = Delta {
+            node: Some(Arc::new(node())),
+            ports: vec![change(None, Some(&three))],
+            complete: true,
+            ..Delta::default()
+        };
+        plane.apply(&first).unwrap();
+        let step = |before, after| Delta { ports: vec![change(Some(before), after)], ..Delta::default() };
+        plane.apply(&step(&three, Some(&one))).unwrap();
+        assert_installed(&mut plane, &one);
+        assert_eq!(slots(), 3, "the two slots that are not reached any more are still there");
+        plane.apply(&step(&one, Some(&two))).unwrap();
+        assert_installed(&mut plane, &two);
+        assert_eq!(slots(), 2, "and go with the next change");
+        plane.apply(&step(&two, Some(&one))).unwrap();
+        plane.apply(&step(&one, None)).unwrap();
+        assert_eq!(slots(), 0);
+    });
+}

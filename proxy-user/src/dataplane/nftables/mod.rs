@@ -26,6 +26,7 @@ mod ruleset;
 mod socket;
 mod stage;
 mod table;
+mod vacated;
 
 pub use socket::{Seen, Watch};
 

@@ -11,6 +11,7 @@ use super::{
     object::{Object, Sticky},
     ruleset::Map,
     table::FxHashMap,
+    vacated::Vacated,
 };
 use crate::plan::{PortDelta, PortPlan};
 
@@ -27,6 +28,8 @@ pub(super) struct Stage<'a> {
     pub(super) uses: FxHashMap<Object, i64>,
     /// The same of local backends.
     pub(super) hairpins: FxHashMap<Bytes, i64>,
+    /// Slots that ports leave behind while they stay themselves.
+    pub(super) vacated: Vacated,
     pub(super) gone: BTreeMap<Map, Vec<Element>>,
     /// Elements, with the object they lead to.
     pub(super) come: BTreeMap<Map, Vec<(Element, Option<Object>)>>,
@@ -59,7 +62,11 @@ impl<'a> Stage<'a> {
             }
         }
         for item in before.into_values() {
-            self.remove(item);
+            if port.after.is_some() && Vacated::concerns(item.map) {
+                self.vacated.add(item.map, item.key);
+            } else {
+                self.remove(item);
+            }
         }
         for (plan, change) in [(&port.after, 1), (&port.before, -1)] {
             for memory in plan.as_deref().into_iter().flat_map(memories) {

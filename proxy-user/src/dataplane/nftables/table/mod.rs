@@ -10,6 +10,8 @@ use std::{
 
 use rustc_hash::FxBuildHasher;
 
+mod node;
+
 use super::{
     adopt::Found,
     element,
@@ -17,7 +19,8 @@ use super::{
     object::Object,
     ruleset::{self, Map, address_bytes},
     socket::Netlink,
-    stage::{DROP_BUCKET, FIRST_BUCKET, ItemKey, PASS_BUCKET, Stage, bucket_value, memories},
+    stage::{FIRST_BUCKET, ItemKey, PASS_BUCKET, Stage, bucket_value, memories},
+    vacated::Vacated,
 };
 use crate::{
     model::Family,
@@ -48,6 +51,8 @@ pub(super) struct Table {
     next_bucket: u32,
     /// Recorders in use; the rules that lead to them exist only while there are any.
     affinity_in_use: bool,
+    /// Slots to delete with the next change.
+    vacated: Vacated,
     /// Objects nobody uses that could not be removed yet.
     trash: Vec<Object>,
     /// What the kernel held when it was last read, less what has been asked for since. `None` in normal work.
@@ -67,6 +72,7 @@ impl Table {
             hairpins: FxHashMap::default(),
             next_bucket: FIRST_BUCKET,
             affinity_in_use: false,
+            vacated: Vacated::default(),
             trash: Vec::new(),
             found: None,
         }
@@ -84,94 +90,6 @@ impl Table {
             found.buckets.values().max().map_or(FIRST_BUCKET, |most| (most + 1).max(FIRST_BUCKET));
         self.found = Some(found);
         Ok(())
-    }
-
-    /// Makes the static objects and rules right for `node`, and the rules of every chain that depend on it.
-    ///
-    /// # Errors
-    ///
-    /// The kernel's.
-    pub(super) fn apply_node(&mut self, netlink: &mut Netlink, node: &NodePlan) -> io::Result<()> {
-        if self.found.as_ref().is_some_and(|found| !found.fits) {
-            self.start_over(netlink)?;
-        }
-        let mut transaction = Transaction::new(&self.raw);
-        transaction.add_table();
-        for map in Map::ALL {
-            if self.found.as_ref().is_some_and(|found| !found.sets.contains(map.name())) {
-                transaction.add_set(&map.spec(self.family));
-            }
-        }
-        let chains = ruleset::static_chains(self.family, node, self.affinity_in_use);
-        for chain in &chains {
-            transaction.add_chain(&chain.spec);
-            transaction.flush_chain(&chain.spec.name);
-        }
-        for chain in &chains {
-            for rule in &chain.rules {
-                transaction.add_rule(&chain.spec.name, rule);
-            }
-        }
-        for object in self.objects.keys() {
-            rewrite(&mut transaction, object, self.family, node);
-        }
-        netlink.commit(&transaction.finish())?;
-        self.apply_node_ips(netlink, node)?;
-        self.apply_verdict_buckets(netlink)
-    }
-
-    /// Takes the whole table away, in one transaction with an empty one in its place.
-    fn start_over(&mut self, netlink: &mut Netlink) -> io::Result<()> {
-        tracing::warn!(family = %self.family, "the table is from another version of weir; it is built anew");
-        let mut transaction = Transaction::new(&self.raw);
-        transaction.delete_table();
-        transaction.add_table();
-        netlink.commit(&transaction.finish())?;
-        self.found = Some(Found::nothing());
-        Ok(())
-    }
-
-    fn apply_node_ips(&mut self, netlink: &mut Netlink, node: &NodePlan) -> io::Result<()> {
-        use crate::plan::NodePortAddresses::{AnyLocal, Only};
-        let addresses = match node.node_port_addresses.get(self.family) {
-            AnyLocal => &node.host_addresses,
-            Only(addresses) => addresses,
-        };
-        let wanted = addresses.iter().filter(|address| Family::of(**address) == self.family);
-        let wanted: Vec<_> = wanted.map(|address| member(Bytes::from_vec(address_bytes(*address)))).collect();
-        let present = Found::elements(netlink, &self.raw, Map::NodeIps.name())?;
-        self.replace(netlink, Map::NodeIps, &present, &wanted)
-    }
-
-    fn apply_verdict_buckets(&mut self, netlink: &mut Netlink) -> io::Result<()> {
-        let present = Found::elements(netlink, &self.raw, Map::Buckets.name())?;
-        let wanted: Vec<_> = [(DROP_BUCKET, false), (PASS_BUCKET, true)]
-            .map(|(bucket, accept)| bucket_element(bucket, Value::Accept(accept)))
-            .into_iter()
-            .filter(|element| !present.contains(element))
-            .collect();
-        self.replace(netlink, Map::Buckets, &[], &wanted)
-    }
-
-    /// Makes a small set hold `wanted` where it held `present`.
-    fn replace(
-        &self,
-        netlink: &mut Netlink,
-        map: Map,
-        present: &[Element],
-        wanted: &[Element],
-    ) -> io::Result<()> {
-        let missing_from = |from: &[Element], what: &[Element]| -> Vec<Element> {
-            what.iter().filter(|element| !from.contains(element)).cloned().collect()
-        };
-        let (gone, come) = (missing_from(wanted, present), missing_from(present, wanted));
-        if gone.is_empty() && come.is_empty() {
-            return Ok(());
-        }
-        let mut transaction = Transaction::new(&self.raw);
-        transaction.delete_elements(map.name(), &gone);
-        transaction.add_elements(map.name(), &come);
-        netlink.commit(&transaction.finish())
     }
 
     /// Adds and removes ClusterIPs.
@@ -221,6 +139,7 @@ impl Table {
         ports: &[&PortDelta],
         node: &NodePlan,
     ) -> io::Result<Vec<(PortId, String)>> {
+        self.delete_vacated(netlink)?;
         let mut failed = Vec::new();
         let mut start = 0;
         while start < ports.len() {
@@ -241,6 +160,23 @@ impl Table {
         }
         self.empty_trash(netlink);
         Ok(failed)
+    }
+
+    /// Deletes the slots that earlier changes left behind.
+    fn delete_vacated(&mut self, netlink: &mut Netlink) -> io::Result<()> {
+        if self.vacated.is_empty() {
+            return Ok(());
+        }
+        let vacated = std::mem::take(&mut self.vacated);
+        for map in [Map::Backends, Map::NodePortBackends] {
+            let slots = vacated.elements(map);
+            for (gone, _) in chunks(&slots, &[]) {
+                let mut transaction = Transaction::new(&self.raw);
+                transaction.delete_elements(map.name(), gone);
+                netlink.commit(&transaction.finish())?;
+            }
+        }
+        Ok(())
     }
 
     /// Halves a transaction the kernel refused until the port it stumbles over stands alone.
@@ -295,6 +231,10 @@ impl Table {
         }
         netlink.commit(&transaction.finish())?;
         self.affinity_in_use = affinity;
+        self.vacated.extend(&stage.vacated);
+        for (map, elements) in stage.come.iter().filter(|(map, _)| Vacated::concerns(**map)) {
+            elements.iter().for_each(|(element, _)| self.vacated.forget(*map, &element.key));
+        }
         if let Some(found) = self.found.as_mut() {
             for (map, key, end) in taken {
                 found.take(map, &key, end.as_ref());
@@ -383,6 +323,9 @@ impl Table {
             }
         }
         for (map, elements) in &stage.come {
+            let vacated = |key| self.vacated.holds(*map, key) || stage.vacated.holds(*map, key);
+            let back = elements.iter().map(|(element, _)| element).filter(|element| vacated(&element.key));
+            gone.entry(*map).or_default().extend(back.cloned());
             let elements = elements.iter().map(|(element, object)| {
                 let mut element = element.clone();
                 if let Some(object @ Object::Picker { .. }) = object {

@@ -1,0 +1,112 @@
+//! What a table holds for the whole node: base chains, this node's addresses, buckets without a chain.
+//!
+//! In: the [`NodePlan`]. Out: transactions of its own, before any service port's.
+
+use std::io;
+
+use super::{Table, bucket_element, member, rewrite};
+use crate::{
+    dataplane::nftables::{
+        adopt::Found,
+        netlink::{Bytes, Element, Transaction, Value},
+        ruleset::{self, Map, address_bytes},
+        socket::Netlink,
+        stage::{DROP_BUCKET, PASS_BUCKET},
+    },
+    model::Family,
+    plan::NodePlan,
+};
+
+impl Table {
+    /// Makes the static objects and rules right for `node`, and the rules of every chain that depend on it.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub(in crate::dataplane::nftables) fn apply_node(
+        &mut self,
+        netlink: &mut Netlink,
+        node: &NodePlan,
+    ) -> io::Result<()> {
+        if self.found.as_ref().is_some_and(|found| !found.fits) {
+            self.start_over(netlink)?;
+        }
+        let mut transaction = Transaction::new(&self.raw);
+        transaction.add_table();
+        for map in Map::ALL {
+            if self.found.as_ref().is_some_and(|found| !found.sets.contains(map.name())) {
+                transaction.add_set(&map.spec(self.family));
+            }
+        }
+        let chains = ruleset::static_chains(self.family, node, self.affinity_in_use);
+        for chain in &chains {
+            transaction.add_chain(&chain.spec);
+            transaction.flush_chain(&chain.spec.name);
+        }
+        for chain in &chains {
+            for rule in &chain.rules {
+                transaction.add_rule(&chain.spec.name, rule);
+            }
+        }
+        for object in self.objects.keys() {
+            rewrite(&mut transaction, object, self.family, node);
+        }
+        netlink.commit(&transaction.finish())?;
+        self.apply_node_ips(netlink, node)?;
+        self.apply_verdict_buckets(netlink)
+    }
+
+    /// Takes the whole table away, in one transaction with an empty one in its place.
+    fn start_over(&mut self, netlink: &mut Netlink) -> io::Result<()> {
+        tracing::warn!(family = %self.family, "the table is from another version of weir; it is built anew");
+        let mut transaction = Transaction::new(&self.raw);
+        transaction.delete_table();
+        transaction.add_table();
+        netlink.commit(&transaction.finish())?;
+        self.found = Some(Found::nothing());
+        Ok(())
+    }
+
+    fn apply_node_ips(&mut self, netlink: &mut Netlink, node: &NodePlan) -> io::Result<()> {
+        use crate::plan::NodePortAddresses::{AnyLocal, Only};
+        let addresses = match node.node_port_addresses.get(self.family) {
+            AnyLocal => &node.host_addresses,
+            Only(addresses) => addresses,
+        };
+        let wanted = addresses.iter().filter(|address| Family::of(**address) == self.family);
+        let wanted: Vec<_> = wanted.map(|address| member(Bytes::from_vec(address_bytes(*address)))).collect();
+        let present = Found::elements(netlink, &self.raw, Map::NodeIps.name())?;
+        self.replace(netlink, Map::NodeIps, &present, &wanted)
+    }
+
+    fn apply_verdict_buckets(&mut self, netlink: &mut Netlink) -> io::Result<()> {
+        let present = Found::elements(netlink, &self.raw, Map::Buckets.name())?;
+        let wanted: Vec<_> = [(DROP_BUCKET, false), (PASS_BUCKET, true)]
+            .map(|(bucket, accept)| bucket_element(bucket, Value::Accept(accept)))
+            .into_iter()
+            .filter(|element| !present.contains(element))
+            .collect();
+        self.replace(netlink, Map::Buckets, &[], &wanted)
+    }
+
+    /// Makes a small set hold `wanted` where it held `present`.
+    fn replace(
+        &self,
+        netlink: &mut Netlink,
+        map: Map,
+        present: &[Element],
+        wanted: &[Element],
+    ) -> io::Result<()> {
+        let missing_from = |from: &[Element], what: &[Element]| -> Vec<Element> {
+            what.iter().filter(|element| !from.contains(element)).cloned().collect()
+        };
+        let (gone, come) = (missing_from(wanted, present), missing_from(present, wanted));
+        if gone.is_empty() && come.is_empty() {
+            return Ok(());
+        }
+        let mut transaction = Transaction::new(&self.raw);
+        transaction.delete_elements(map.name(), &gone);
+        transaction.add_elements(map.name(), &come);
+        netlink.commit(&transaction.finish())
+    }
+}
