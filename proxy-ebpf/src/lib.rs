@@ -1,46 +1,32 @@
 //! What the kernel programs and the agent share.
 //!
 //! Keys and values of the maps, with their sizes asserted, and the arithmetic that must be the same on both sides.
-//! Addresses and ports are held as the big-endian bytes of the wire, so nobody swaps them twice.
+//! Addresses and ports are held as the big-endian bytes of the wire, so nobody swaps them twice; IPv4 addresses stand in
+//! their IPv4-mapped form, so that both families, and IPv6 sockets that speak IPv4, go through the same maps.
+//!
+//! ```text
+//! frontends  address:port/protocol → first slot and number of slots, for pods and for the host
+//! slots      number → backend; every backend set has a range of its own
+//! members    backend set and backend → since when; only for sets somebody has to remember backends of
+//! affinities service port and client → backend and when it was last chosen
+//! tallies    service port → what was done
+//! origins    socket → which Service address it asked for and which backend it got (connected sockets)
+//! flows      socket → the same for each Service an unconnected socket sent to
+//! bypassed   cgroup → not to be touched
+//! ```
 
 #![no_std]
 
+#[cfg(not(target_arch = "bpf"))]
+extern crate std;
+
+mod layout;
+mod select;
+#[cfg(not(target_arch = "bpf"))]
+pub mod system;
+
+pub use layout::*;
+pub use select::select;
+
 /// Version of the map layout. Pinned maps of another version are never read as if they were this one.
 pub const LAYOUT_VERSION: u32 = 1;
-
-/// Which of `count` slots serves a draw of `random`; `None` when there is nothing to choose from.
-///
-/// The draw is scaled instead of reduced by remainder: one multiplication, and no slot is favoured by more than
-/// `count / 2^32`.
-#[inline(always)]
-pub const fn select(random: u32, count: u32) -> Option<u32> {
-    if count == 0 {
-        return None;
-    }
-    Some(((random as u64 * count as u64) >> 32) as u32)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::select;
-
-    #[test]
-    fn selection_stays_inside_the_set() {
-        for count in [1, 2, 3, 7, 1000, u32::MAX] {
-            for random in [0, 1, u32::MAX / 2, u32::MAX - 1, u32::MAX] {
-                assert!(select(random, count).is_some_and(|slot| slot < count), "{random} of {count}");
-            }
-        }
-        assert_eq!(select(7, 0), None);
-    }
-
-    #[test]
-    fn selection_is_even() {
-        let mut hits = [0u32; 3];
-        for step in 0..30_000u32 {
-            let slot = select(step.wrapping_mul(143_165), 3).map(|slot| slot as usize);
-            hits[slot.unwrap()] += 1;
-        }
-        assert!(hits.iter().all(|&hit| (9_900..=10_100).contains(&hit)), "{hits:?}");
-    }
-}

@@ -1,0 +1,257 @@
+//! Keys and values of the maps.
+//!
+//! In: nothing. Out: types without padding the compiler could leave unset, because the kernel compares keys by their
+//! bytes.
+
+use core::{
+    mem::size_of,
+    net::{IpAddr, Ipv6Addr},
+};
+
+/// An address and a port as on the wire.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Endpoint {
+    /// IPv6, or IPv4 in its IPv4-mapped form (RFC 4291, 2.5.5.2).
+    pub address: [u8; 16],
+    /// Big-endian.
+    pub port: [u8; 2],
+    /// Always zero.
+    pub zero: [u8; 2],
+}
+
+impl Endpoint {
+    /// The endpoint at an address and port.
+    #[must_use]
+    pub const fn new(address: IpAddr, port: u16) -> Self {
+        Self { address: wire(address), port: port.to_be_bytes(), zero: [0; 2] }
+    }
+
+    /// The address; IPv4 where it is IPv4-mapped.
+    #[must_use]
+    pub const fn ip(&self) -> IpAddr {
+        Ipv6Addr::from_octets(self.address).to_canonical()
+    }
+
+    /// The port.
+    #[must_use]
+    pub const fn port(&self) -> u16 {
+        u16::from_be_bytes(self.port)
+    }
+}
+
+/// The 16 bytes an address has in every map.
+#[must_use]
+pub const fn wire(address: IpAddr) -> [u8; 16] {
+    match address {
+        IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
+        IpAddr::V6(address) => address.octets(),
+    }
+}
+
+/// Key of `frontends`: what a client asks for.
+///
+/// A NodePort has the unspecified address of its family. An address by itself, with port and protocol zero, says what
+/// holds for its other ports.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FrontendKey {
+    /// As in [`Endpoint::address`].
+    pub address: [u8; 16],
+    /// Big-endian.
+    pub port: [u8; 2],
+    /// The IP protocol number.
+    pub protocol: u8,
+    /// Always zero.
+    pub zero: u8,
+}
+
+/// Where one class of clients goes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Choice {
+    /// The first slot of the backend set.
+    pub first: u32,
+    /// How many slots the set has.
+    pub count: u32,
+    /// The set's number in `members`.
+    pub set: u32,
+    /// A `Verdict`.
+    pub verdict: u32,
+}
+
+/// [`Choice::verdict`]: what happens to a new flow.
+pub mod verdict {
+    /// Not for sockets: the packets decide.
+    pub const PASS: u32 = 0;
+    /// To one of the slots.
+    pub const SERVE: u32 = 1;
+    /// Refused.
+    pub const REFUSE: u32 = 2;
+}
+
+/// Value of `frontends`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FrontendValue {
+    /// The service port's number in `affinities` and `tallies`.
+    pub port: u32,
+    /// [`flag`]s.
+    pub flags: u32,
+    /// How long a client stays with its backend, in seconds; 0 without session affinity.
+    pub affinity: u32,
+    /// Always zero.
+    pub zero: u32,
+    /// For sockets in other network namespaces than the host's.
+    pub pod: Choice,
+    /// For sockets in the host's network namespace.
+    pub host: Choice,
+}
+
+/// [`FrontendValue::flags`].
+pub mod flag {
+    /// An address by itself: a ClusterIP, whose other ports are refused (F4).
+    pub const CLUSTER_IP: u32 = 1;
+    /// An address by itself: one of this node's, which serves NodePorts.
+    pub const NODE: u32 = 2;
+    /// With [`NODE`]: only for sockets in the host's network namespace, because everybody has this address.
+    pub const LOOPBACK: u32 = 4;
+    /// The backends are in `members`, because somebody has to remember them.
+    pub const MEMBERS: u32 = 8;
+}
+
+/// Key of `members`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct MemberKey {
+    /// [`Choice::set`].
+    pub set: u32,
+    /// The backend.
+    pub backend: Endpoint,
+}
+
+/// Key of `affinities`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct AffinityKey {
+    /// The cookie of the client's network namespace: a pod has one of its own, and the host's processes share one.
+    pub client: u64,
+    /// [`FrontendValue::port`].
+    pub port: u32,
+    /// Always zero.
+    pub zero: u32,
+}
+
+/// Value of `affinities`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Affinity {
+    /// When the backend was last chosen, in nanoseconds of CLOCK_MONOTONIC.
+    pub chosen: u64,
+    /// The backend.
+    pub backend: Endpoint,
+    /// Always zero.
+    pub zero: u32,
+}
+
+/// Value of `tallies`: what was done for a service port, counted in new flows.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Led to a backend.
+    pub served: u64,
+    /// Refused for want of endpoints.
+    pub refused: u64,
+}
+
+/// What a socket was told: it asked for `service` and got `backend`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// When, in nanoseconds of CLOCK_MONOTONIC; 0 where nothing was told.
+    pub since: u64,
+    /// What it asked for.
+    pub service: Endpoint,
+    /// What it got.
+    pub backend: Endpoint,
+    /// The IP protocol number.
+    pub protocol: u32,
+    /// Always zero.
+    pub zero: u32,
+}
+
+/// How many Service addresses an unconnected socket can be in conversation with at a time.
+pub const FLOWS: usize = 64;
+
+/// Value of `flows`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flows {
+    /// How many of `origins` are in use; those beyond are zero.
+    pub used: u32,
+    /// Always zero.
+    pub zero: u32,
+    /// One for each Service address, and [`Origin::since`] is when the socket last sent there.
+    pub origins: [Origin; FLOWS],
+}
+
+/// Value of `settings`, which has one element.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// The cookie of the host's network namespace; 0 for the initial one.
+    pub host: u64,
+    /// [`super::LAYOUT_VERSION`].
+    pub layout: u32,
+    /// How many cgroups are bypassed; their map is not looked into while this is 0.
+    pub bypassed: u32,
+}
+
+/// Elements of `troubles`: what went wrong inside the programs, counted.
+pub mod trouble {
+    /// A new client of a Service with session affinity could not be remembered.
+    pub const AFFINITY_FULL: u32 = 0;
+    /// A socket could not be remembered, so it was not led to a backend; its packets are.
+    pub const STORAGE: u32 = 1;
+    /// An unconnected socket spoke to more than [`super::FLOWS`] Service addresses at a time; the one it had not sent
+    /// to for longest was forgotten.
+    pub const FLOWS: u32 = 2;
+    /// A slot was out of range or empty: a map was changed by others.
+    pub const SLOT: u32 = 3;
+    /// How many there are.
+    pub const COUNT: u32 = 4;
+}
+
+const _: () = {
+    assert!(size_of::<Endpoint>() == 20);
+    assert!(size_of::<FrontendKey>() == 20);
+    assert!(size_of::<Choice>() == 16);
+    assert!(size_of::<FrontendValue>() == 48);
+    assert!(size_of::<MemberKey>() == 24);
+    assert!(size_of::<AffinityKey>() == 16);
+    assert!(size_of::<Affinity>() == 32);
+    assert!(size_of::<Tally>() == 16);
+    assert!(size_of::<Origin>() == 56);
+    assert!(size_of::<Flows>() == 8 + 56 * FLOWS);
+    assert!(size_of::<Settings>() == 16);
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_of_both_families_come_back_as_they_went_in() {
+        for text in ["10.96.0.1", "fd00:10:96::1", "0.0.0.0", "::", "::1", "127.0.0.1"] {
+            let address: IpAddr = text.parse().unwrap();
+            let endpoint = Endpoint::new(address, 0x1234);
+            assert_eq!((endpoint.ip(), endpoint.port()), (address, 0x1234));
+            assert_eq!(endpoint.port, [0x12, 0x34]);
+        }
+    }
+
+    #[test]
+    fn the_unspecified_addresses_of_the_families_differ() {
+        assert_ne!(wire("0.0.0.0".parse().unwrap()), wire("::".parse().unwrap()));
+    }
+}

@@ -1,0 +1,85 @@
+//! System calls that `aya` does not have, for the agent.
+//!
+//! In: descriptors. Out: what the kernel answers.
+
+use crate::{
+    Affinity, AffinityKey, Endpoint, Flows, FrontendKey, FrontendValue, MemberKey, Origin, Settings, Tally,
+};
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd as _},
+};
+
+/// Replaces the program behind a link at one instant (`BPF_LINK_UPDATE`, Linux 5.7).
+///
+/// # Errors
+///
+/// What the kernel answers: `EINVAL` when the program is not of the link's kind, `ENOLINK` when its cgroup is gone.
+pub fn update_link(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
+    const BPF_LINK_UPDATE: libc::c_int = 29;
+    #[repr(C)]
+    struct Attributes {
+        link: u32,
+        new_program: u32,
+        flags: u32,
+        old_program: u32,
+    }
+    let number = |fd: libc::c_int| u32::try_from(fd).map_err(|_| io::Error::from_raw_os_error(libc::EBADF));
+    let attributes = Attributes {
+        link: number(link.as_fd().as_raw_fd())?,
+        new_program: number(program.as_fd().as_raw_fd())?,
+        flags: 0,
+        old_program: 0,
+    };
+    // SAFETY: the command reads `attributes`, which lives until the call returns, up to the size given and no further;
+    // both descriptors are open for as long as their owners are borrowed.
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_LINK_UPDATE, &raw const attributes, size_of::<Attributes>())
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The cookie of the network namespace of a socket (`SO_NETNS_COOKIE`, Linux 5.14).
+///
+/// # Errors
+///
+/// `ENOPROTOOPT` on older kernels.
+pub fn namespace_cookie(socket: impl AsFd) -> io::Result<u64> {
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let mut cookie = 0_u64;
+    let mut length: libc::socklen_t = 8;
+    // SAFETY: the kernel writes at most `length` bytes, which is the size of `cookie`, and the new length; both live
+    // until the call returns.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+macro_rules! plain {
+    ($($kind:ty),+) => {
+        $(
+            // SAFETY: `repr(C)` and integers only, without padding: any bytes are a value, and all bytes are initialised.
+            unsafe impl aya::Pod for $kind {}
+        )+
+    };
+}
+
+plain!(
+    FrontendKey,
+    FrontendValue,
+    Endpoint,
+    MemberKey,
+    AffinityKey,
+    Affinity,
+    Tally,
+    Origin,
+    Flows,
+    Settings
+);
