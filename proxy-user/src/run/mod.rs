@@ -30,6 +30,7 @@ use crate::{
 
 mod census;
 mod engine;
+pub mod pods;
 
 use engine::{Engine, Inputs};
 
