@@ -214,9 +214,10 @@ impl Bypass {
         }
         let target: BTreeMap<u64, &BypassedPod> =
             wanted.pods.iter().filter_map(|(uid, pod)| Some((*look.ids.get(&**uid)?, pod))).collect();
-        let added = self.add(&target);
-        self.remove(|id| target.contains_key(&id), wanted.complete, &look)?;
-        added?;
+        // What goes makes room, and neither waits for the other.
+        let removed = self.remove(|id| target.contains_key(&id), wanted.complete, &look);
+        self.add(&target)?;
+        removed?;
         Ok(target.len() == wanted.pods.len())
     }
 
