@@ -6,8 +6,13 @@ use crate::{
     Affinity, AffinityKey, Endpoint, Flows, FrontendKey, FrontendValue, MemberKey, Origin, Settings, Tally,
 };
 use std::{
+    ffi::CString,
     io,
-    os::fd::{AsFd, AsRawFd as _},
+    os::{
+        fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
 };
 
 /// Replaces the program behind a link at one instant (`BPF_LINK_UPDATE`, Linux 5.7).
@@ -36,6 +41,45 @@ pub fn update_link(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
     let result = unsafe {
         libc::syscall(libc::SYS_bpf, BPF_LINK_UPDATE, &raw const attributes, size_of::<Attributes>())
     };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Opens what is pinned at a path (`BPF_OBJ_GET`).
+///
+/// # Errors
+///
+/// What the kernel answers: `ENOENT` when there is nothing.
+pub fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
+    const BPF_OBJ_GET: libc::c_int = 7;
+    #[repr(C)]
+    struct Attributes {
+        path: u64,
+        fd: u32,
+        flags: u32,
+    }
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let attributes = Attributes { path: path.as_ptr() as u64, fd: 0, flags: 0 };
+    // SAFETY: the command reads `attributes` up to the size given and the string it points to, which ends with a zero;
+    // both live until the call returns.
+    let fd =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET, &raw const attributes, size_of::<Attributes>()) };
+    let fd = libc::c_int::try_from(fd).map_err(|_| io::Error::other("not a descriptor"))?;
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Waits until every program that runs now has ended (`membarrier`, whose global form waits for an RCU grace period).
+///
+/// # Errors
+///
+/// `EINVAL` or `ENOSYS` on kernels that cannot do that.
+pub fn wait_for_programs() -> io::Result<()> {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+    // SAFETY: takes three integers and touches no memory of ours.
+    let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
