@@ -29,7 +29,10 @@ use crate::{
 };
 
 mod census;
+mod choice;
 mod engine;
+
+pub use choice::choose;
 
 use engine::{Engine, Inputs};
 
