@@ -25,6 +25,7 @@ fn node() -> Arc<NodePlan> {
     Arc::new(NodePlan {
         local_traffic: PerFamily { v4: None, v6: None },
         node_port_addresses: PerFamily { v4: NodePortAddresses::AnyLocal, v6: NodePortAddresses::AnyLocal },
+        loopback_node_ports: PerFamily { v4: true, v6: true },
         host_addresses: Vec::new(),
         masquerade_mark: 0x4000,
         service_cidrs: Vec::new(),
