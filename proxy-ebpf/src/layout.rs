@@ -209,18 +209,20 @@ pub struct Origin {
     pub zero: u32,
 }
 
-/// How many Service addresses an unconnected socket can be in conversation with at a time.
+/// How many Service addresses an unconnected socket can be in conversation with at a time: a power of two.
 pub const FLOWS: usize = 64;
 
 /// Value of `flows`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flows {
-    /// How many of `origins` are in use; those beyond are zero.
-    pub used: u32,
+    /// What a search remembers while it is under way.
+    pub since: u64,
+    /// Which of `origins` was found last.
+    pub place: u32,
     /// Always zero.
     pub zero: u32,
-    /// One for each Service address, and [`Origin::since`] is when the socket last sent there.
+    /// Those in use come first. One for each Service address, and [`Origin::since`] is when the socket last sent there.
     pub origins: [Origin; FLOWS],
 }
 
@@ -263,8 +265,9 @@ const _: () = {
     assert!(size_of::<Affinity>() == 32);
     assert!(size_of::<Tally>() == 16);
     assert!(size_of::<Origin>() == 56);
-    assert!(size_of::<Flows>() == 8 + 56 * FLOWS);
+    assert!(size_of::<Flows>() == 16 + 56 * FLOWS);
     assert!(size_of::<Settings>() == 24);
+    assert!(FLOWS.is_power_of_two());
 };
 
 #[cfg(test)]
@@ -277,7 +280,7 @@ mod tests {
             let address: IpAddr = text.parse().unwrap();
             let endpoint = Endpoint::new(address, 0x1234);
             assert_eq!((endpoint.ip(), endpoint.port()), (address, 0x1234));
-                assert_eq!(endpoint.port.to_ne_bytes(), [0x12, 0x34]);
+            assert_eq!(endpoint.port.to_ne_bytes(), [0x12, 0x34]);
         }
     }
 

@@ -106,6 +106,35 @@ pub fn namespace_cookie(socket: impl AsFd) -> io::Result<u64> {
     if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Whether programs can be attached by links (`BPF_LINK_CREATE`, Linux 5.7): asked for a link of no program.
+///
+/// # Errors
+///
+/// `EPERM` when this process may not ask.
+pub fn knows_links() -> io::Result<bool> {
+    const BPF_LINK_CREATE: libc::c_int = 28;
+    #[repr(C)]
+    struct Attributes {
+        program: u32,
+        target: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+    let attributes = Attributes { program: u32::MAX, target: u32::MAX, attach_type: 0, flags: 0 };
+    // SAFETY: the command reads `attributes`, which lives until the call returns, up to the size given and no further.
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_LINK_CREATE, &raw const attributes, size_of::<Attributes>())
+    };
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        // A kernel that knows the command has looked for the program.
+        _ if result >= 0 => Ok(true),
+        Some(libc::EBADF) => Ok(true),
+        Some(libc::EINVAL) => Ok(false),
+        _ => Err(error),
+    }
+}
+
 macro_rules! plain {
     ($($kind:ty),+) => {
         $(

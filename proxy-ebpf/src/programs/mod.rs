@@ -11,6 +11,7 @@ use aya_ebpf::{
 mod bind;
 mod maps;
 mod resolve;
+mod search;
 mod socket;
 mod told;
 mod translate;

@@ -15,7 +15,7 @@ use proxy_ebpf::{
 
 use super::{
     maps::{self, AFFINITIES, FRONTENDS, MEMBERS, SLOTS, TALLIES},
-    socket::{Client, MAPPED, is_v4},
+    socket::{self, Client, MAPPED, is_v4},
 };
 
 const SECOND: u64 = 1_000_000_000;
@@ -33,8 +33,7 @@ pub(super) enum Found {
 /// Looks a destination up: exactly (R1), then as a port of its address, then as a NodePort (R13).
 #[inline(always)]
 pub(super) fn find(to: &Endpoint, protocol: u32, client: Client) -> Found {
-    let exact =
-        FrontendKey { address: to.address, port: to.port, protocol: protocol as u8, zero: 0 };
+    let exact = FrontendKey { address: to.address, port: to.port, protocol: protocol as u8, zero: 0 };
     if let Some(frontend) = get(exact) {
         return Found::Frontend(frontend);
     }
@@ -86,12 +85,7 @@ pub(super) fn is_member(set: u32, backend: &Endpoint, chosen: u64) -> bool {
 
 /// The backend for a new flow.
 #[inline(always)]
-pub(super) fn pick(
-    frontend: &FrontendValue,
-    choice: &Choice,
-    client: Client,
-    now: u64,
-) -> Option<Endpoint> {
+pub(super) fn pick(frontend: &FrontendValue, choice: &Choice, client: Client, now: u64) -> Option<Endpoint> {
     if frontend.affinity == 0 {
         return draw(choice);
     }
@@ -99,8 +93,7 @@ pub(super) fn pick(
     if let Some(known) = AFFINITIES.get_ptr_mut(key) {
         // SAFETY: elements of this map are allocated one by one and freed after a grace period. Several processors may
         // write one at a time, and each writes a backend of the set.
-        let known = unsafe { &mut *known };
-        let backend = known.backend;
+        let (known, backend) = unsafe { (&mut *known, socket::read(&raw const (*known).backend)) };
         let remembered = now.wrapping_sub(known.chosen) <= u64::from(frontend.affinity) * SECOND;
         if remembered && is_member(choice.set, &backend, known.chosen) {
             known.chosen = now;
@@ -119,8 +112,7 @@ pub(super) fn pick(
     // Another socket of the client was faster: both stay with its backend.
     if let Some(known) = AFFINITIES.get_ptr(key) {
         // SAFETY: as above.
-        let backend = unsafe { (*known).backend };
-        return Some(backend);
+        return Some(unsafe { socket::read(&raw const (*known).backend) });
     }
     maps::count(trouble::AFFINITY_FULL);
     Some(backend)
@@ -133,7 +125,8 @@ fn draw(choice: &Choice) -> Option<Endpoint> {
     let random = unsafe { bpf_get_prandom_u32() };
     let slot = select(random, choice.count).and_then(|slot| SLOTS.get(choice.first.wrapping_add(slot)));
     match slot {
-        Some(backend) if backend.port != 0 => Some(*backend),
+        // SAFETY: an element of the map.
+        Some(backend) if backend.port != 0 => Some(unsafe { socket::read(backend) }),
         _ => {
             maps::count(trouble::SLOT);
             None

@@ -37,6 +37,29 @@ pub(super) fn is_v4(address: &Address) -> bool {
     address[0] == 0 && address[1] == 0 && address[2] == MAPPED
 }
 
+/// A copy of an endpoint in a map, word by word. Written as one assignment it becomes a call of `memmove`, whose loop
+/// over bytes makes the verifier of every kernel give up (`BPF program is too large`) once several follow each other.
+///
+/// # Safety
+///
+/// The endpoint can be read.
+#[inline(always)]
+pub(super) unsafe fn read(from: *const Endpoint) -> Endpoint {
+    // SAFETY: the caller's.
+    unsafe {
+        Endpoint {
+            address: [
+                (&raw const (*from).address[0]).read_volatile(),
+                (&raw const (*from).address[1]).read_volatile(),
+                (&raw const (*from).address[2]).read_volatile(),
+                (&raw const (*from).address[3]).read_volatile(),
+            ],
+            port: (&raw const (*from).port).read_volatile(),
+            zero: 0,
+        }
+    }
+}
+
 /// Whether two endpoints are the same, word by word: the compiler would call a function for arrays.
 #[inline(always)]
 pub(super) fn same(a: &Endpoint, b: &Endpoint) -> bool {

@@ -8,6 +8,7 @@ use proxy_ebpf::FLOWS as MOST_FLOWS;
 use super::{
     ALLOW,
     maps::{FLOWS, ORIGINS},
+    search::Search,
     socket::{self, Family},
 };
 
@@ -38,20 +39,21 @@ pub(super) fn receive(context: &SockAddrContext, family: Family) -> i32 {
         return peer(context, family);
     }
     // SAFETY: as in `peer`.
-    let flows = unsafe { &*flows };
-    let (mut last, mut found) = (0, MOST_FLOWS);
+    let flows = unsafe { &mut *flows };
+    let mut search = Search::after(flows, 0);
     for place in 0..MOST_FLOWS {
-        let flow = &flows.origins[place];
+        let flow = search.flow(place);
         if flow.since == 0 {
             break;
         }
-        if flow.since > last && socket::same(&flow.backend, &from) {
-            (last, found) = (flow.since, place);
+        if flow.since > search.since() && socket::same(&flow.backend, &from) {
+            search.take(place);
         }
     }
-    match flows.origins.get(found) {
-        Some(flow) => socket::set_address(context, family, &flow.service),
-        None => return peer(context, family),
+    if !search.is_over() {
+        return peer(context, family);
     }
+    let found = search.found();
+    socket::set_address(context, family, &flows.origins[found].service);
     ALLOW
 }

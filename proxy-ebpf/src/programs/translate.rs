@@ -11,6 +11,7 @@ use super::{
     ALLOW,
     maps::{self, FLOWS, ORIGINS},
     resolve::{self, Found},
+    search::Search,
     socket::{self, Client, Family, TCP, UDP},
 };
 
@@ -107,15 +108,16 @@ fn flow(
     let flows = unsafe { &mut *flows };
     let choice = resolve::choice(frontend, client);
     let now = resolve::now();
-    let place = place(flows, to);
-    let known = flows.origins.get_mut(place)?;
+    let known = &mut flows.origins[place(flows, to)];
+    // SAFETY: an element of the array.
+    let backend = unsafe { socket::read(&raw const known.backend) };
     if socket::same(&known.service, to)
         && now.wrapping_sub(known.since) <= REST
         && resolve::has_members(frontend)
-        && resolve::is_member(choice.set, &known.backend, known.since)
+        && resolve::is_member(choice.set, &backend, known.since)
     {
         known.since = now;
-        return Some(known.backend);
+        return Some(backend);
     }
     if !client.host && socket::is_at_home(context, UDP, to) {
         return None;
@@ -129,22 +131,19 @@ fn flow(
 /// Where a Service's flow is among a socket's, or is to be: a free place, else the one that rested longest.
 #[inline(always)]
 fn place(flows: &mut Flows, to: &Endpoint) -> usize {
-    let (mut oldest, mut since) = (0, u64::MAX);
+    let mut search = Search::new(flows);
     for place in 0..MOST_FLOWS {
-        let flow = &flows.origins[place];
-        if flow.since == 0 {
-            flows.used = place as u32 + 1;
-            return place;
+        let flow = search.flow(place);
+        if flow.since == 0 || socket::same(&flow.service, to) {
+            search.take(place);
+            return search.found();
         }
-        if socket::same(&flow.service, to) {
-            return place;
-        }
-        if flow.since < since {
-            (oldest, since) = (place, flow.since);
+        if flow.since < search.since() {
+            search.take(place);
         }
     }
     maps::count(trouble::FLOWS);
-    oldest
+    search.found()
 }
 
 /// Refuses, and says so to the process; where the kernel cannot, the packets are refused instead.

@@ -17,6 +17,7 @@ pub use memory::{Faulty, Memory};
 pub mod conntrack;
 pub mod ebpf;
 pub mod nftables;
+pub mod probe;
 mod stack;
 pub use stack::Stack;
 

@@ -133,7 +133,7 @@ fn serving(node: &NodePlan) -> BTreeMap<IpAddr, u32> {
             NodePortAddresses::Only(addresses) => addresses.clone(),
         };
         serving.extend(addresses.into_iter().map(|address| (address, flag::NODE)));
-        if on_loopback(node, family) {
+        if *node.loopback_node_ports.get(family) {
             let loopback: IpAddr = match family {
                 Family::V4 => Ipv4Addr::LOCALHOST.into(),
                 Family::V6 => Ipv6Addr::LOCALHOST.into(),
@@ -142,8 +142,4 @@ fn serving(node: &NodePlan) -> BTreeMap<IpAddr, u32> {
         }
     }
     serving
-}
-
-fn on_loopback(node: &NodePlan, family: Family) -> bool {
-    matches!(node.node_port_addresses.get(family), NodePortAddresses::AnyLocal)
 }

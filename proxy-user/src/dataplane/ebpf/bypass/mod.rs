@@ -30,6 +30,7 @@ use proxy_ebpf::Settings;
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
+use super::Place;
 use crate::model::{Bypassed, BypassedPod, ObjectName};
 
 mod cgroups;
@@ -114,15 +115,15 @@ pub struct Bypass {
 }
 
 impl Bypass {
-    /// Opens the maps `bypassed` and `settings` pinned in `bpf_root`. Pods' cgroups are those below `cgroup_root`, a
-    /// cgroup v2 tree.
+    /// Opens the pinned maps `bypassed` and `settings`, which [`super::Ebpf::open`] has made. Pods' cgroups are those
+    /// below the place's own.
     ///
     /// # Errors
     ///
     /// When a map is not there, or cannot be read.
-    pub fn open(bpf_root: &Path, cgroup_root: &Path) -> Result<Self, Error> {
+    pub fn open(place: &Place) -> Result<Self, Error> {
         let pinned = |name: &str| {
-            let path = bpf_root.join(name);
+            let path = place.maps().join(name);
             let data = MapData::from_pin(&path);
             data.map_err(|source| Error::Open { path: path.display().to_string(), source })
         };
@@ -130,7 +131,7 @@ impl Bypass {
         let map = map.try_into().map_err(|source| Error::Map { map: "bypassed", source })?;
         let settings = aya::maps::Map::Array(pinned("settings")?);
         let settings = settings.try_into().map_err(|source| Error::Map { map: "settings", source })?;
-        Self::with_maps(map, settings, cgroup_root)
+        Self::with_maps(map, settings, &place.cgroup_root)
     }
 
     /// The same with maps that are open already.
