@@ -101,8 +101,10 @@ impl Pins {
         fs::create_dir(place.maps()).unwrap();
         let map = HashMap::<MapData, u64, u32>::create(capacity, 0).unwrap();
         map.pin(place.maps().join("bypassed")).unwrap();
-        let mut map = Array::<MapData, Settings>::create(1, 0).unwrap();
-        map.set(0, settings(), 0).unwrap();
+        let mut map = Array::<MapData, Settings>::create(2, 0).unwrap();
+        for element in [Settings::PLANE, Settings::PODS] {
+            map.set(element, settings(), 0).unwrap();
+        }
         map.pin(place.maps().join("settings")).unwrap();
         Self { _files: files, place }
     }
@@ -124,7 +126,8 @@ impl Pins {
         let ids: BTreeSet<u64> = self.map().keys().collect::<Result<_, _>>().unwrap();
         let map: Array<_, Settings> = Map::Array(self.data("settings")).try_into().unwrap();
         let bypassed = u32::try_from(ids.len()).unwrap();
-        assert_eq!(map.get(&0, 0).unwrap(), Settings { bypassed, ..settings() });
+        assert_eq!(map.get(&Settings::PODS, 0).unwrap(), Settings { bypassed, ..settings() });
+        assert_eq!(map.get(&Settings::PLANE, 0).unwrap(), settings());
         ids
     }
 }
@@ -138,7 +141,7 @@ struct Rig {
 
 impl Rig {
     fn start(place: &Place) -> Self {
-        let bypass = Bypass::open(place).unwrap();
+        let bypass = Bypass::open(&place.maps(), &place.cgroup_root).unwrap();
         let (wanted, receiver) = watch::channel(Arc::default());
         Self { wanted, census: bypass.census(), task: tokio::spawn(bypass.run(receiver)) }
     }
@@ -373,7 +376,7 @@ async fn what_is_written_in_the_cluster_is_what_the_map_holds() {
     };
     let connection = Connection::open(settings).await.unwrap();
     let status = Arc::new(SourceStatus::default());
-    let mut census = pods::start(connection, status, &pins.place).unwrap();
+    let mut census = pods::start(connection, status, &pins.place.maps(), &pins.place.cgroup_root).unwrap();
 
     let client = server.client().await.unwrap();
     let pods: Api<Pod> = Api::namespaced(client.clone(), "default");

@@ -4,13 +4,13 @@
 //! source (task) ──PodChange──▶ decide (task: model) ──Bypassed──▶ bypass (own thread) ──▶ kernel
 //! ```
 
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 
 use anyhow::Context as _;
 use tokio::sync::{mpsc, watch};
 
 use crate::{
-    dataplane::ebpf::{Bypass, BypassCensus, Place},
+    dataplane::ebpf::{Bypass, BypassCensus},
     model::{Bypassed, Pods},
     source::{
         PodChange, SourceStatus,
@@ -21,7 +21,7 @@ use crate::{
 /// Changes that may wait between the source and the model.
 const WAITING_CHANGES: usize = 256;
 
-/// Starts to keep the map of bypassed cgroups at what Pods and Namespaces say. The data plane at `place` has to be open.
+/// Starts to keep the map of bypassed cgroups, pinned in the directory `maps` beside `settings`, at what Pods and Namespaces say.
 /// Answers how many pods that concerns. Needs a tokio runtime; goes on until that ends, and what the maps hold stays.
 ///
 /// # Errors
@@ -30,9 +30,10 @@ const WAITING_CHANGES: usize = 256;
 pub fn start(
     connection: Connection,
     status: Arc<SourceStatus>,
-    place: &Place,
+    maps: &Path,
+    cgroup_root: &Path,
 ) -> anyhow::Result<watch::Receiver<BypassCensus>> {
-    let bypass = Bypass::open(place).context("opening what lets pods opt out")?;
+    let bypass = Bypass::open(maps, cgroup_root).context("opening what lets pods opt out")?;
     let census = bypass.census();
     let (changes_in, changes) = mpsc::channel(WAITING_CHANGES);
     let (decided, wanted) = watch::channel(Arc::default());

@@ -27,6 +27,7 @@ mod found;
 mod numbers;
 mod object;
 mod problem;
+mod retired;
 mod slots;
 mod stage;
 mod whole;
@@ -35,6 +36,7 @@ mod write;
 pub use bypass::{Bypass, Census as BypassCensus, Error as BypassError};
 pub use object::Place;
 pub use problem::Problem;
+pub use retired::Retired;
 
 /// The kernel programs and their maps, an ELF object for `aya`, aligned as its reader wants it.
 pub static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/weir-programs"));

@@ -30,7 +30,6 @@ use proxy_ebpf::Settings;
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
-use super::Place;
 use crate::model::{Bypassed, BypassedPod, ObjectName};
 
 mod cgroups;
@@ -115,15 +114,15 @@ pub struct Bypass {
 }
 
 impl Bypass {
-    /// Opens the pinned maps `bypassed` and `settings`, which [`super::Ebpf::open`] has made. Pods' cgroups are those
-    /// below the place's own.
+    /// Opens the maps `bypassed` and `settings` pinned in the directory `maps`. Pods' cgroups are those below `cgroup_root`, a
+    /// cgroup v2 tree.
     ///
     /// # Errors
     ///
     /// When a map is not there, or cannot be read.
-    pub fn open(place: &Place) -> Result<Self, Error> {
+    pub fn open(maps: &Path, cgroup_root: &Path) -> Result<Self, Error> {
         let pinned = |name: &str| {
-            let path = place.maps().join(name);
+            let path = maps.join(name);
             let data = MapData::from_pin(&path);
             data.map_err(|source| Error::Open { path: path.display().to_string(), source })
         };
@@ -131,7 +130,7 @@ impl Bypass {
         let map = map.try_into().map_err(|source| Error::Map { map: "bypassed", source })?;
         let settings = aya::maps::Map::Array(pinned("settings")?);
         let settings = settings.try_into().map_err(|source| Error::Map { map: "settings", source })?;
-        Self::with_maps(map, settings, &place.cgroup_root)
+        Self::with_maps(map, settings, cgroup_root)
     }
 
     /// The same with maps that are open already.
@@ -281,12 +280,12 @@ impl Bypass {
 
     fn set_count(&mut self, count: usize) -> Result<(), Error> {
         let failed = |source| Error::Map { map: "settings", source };
-        let settings = self.settings.get(&0, 0).map_err(failed)?;
+        let settings = self.settings.get(&Settings::PODS, 0).map_err(failed)?;
         let bypassed = u32::try_from(count).unwrap_or(u32::MAX);
         if settings.bypassed == bypassed {
             return Ok(());
         }
-        self.settings.set(0, Settings { bypassed, ..settings }, 0).map_err(failed)
+        self.settings.set(Settings::PODS, Settings { bypassed, ..settings }, 0).map_err(failed)
     }
 
     fn count(&self, wanted: &Bypassed) {
