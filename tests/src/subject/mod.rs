@@ -176,8 +176,24 @@ impl<'a> Subject<'a> {
             self.start_agent(node)?;
         }
         self.settle()?;
+        if self.kind == Kind::Weir(Plane::Ebpf) {
+            [1, 2].into_iter().try_for_each(|node| self.leads_sockets(node))?;
+        }
         if self.kind == Kind::KubeProxy {
             self.await_service_cidrs()?;
+        }
+        Ok(())
+    }
+
+    /// An agent that cannot lead sockets serves by packets instead: a test would then show the other plane.
+    fn leads_sockets(&self, node: u8) -> Result<()> {
+        let root = self.topology.bpf_root(node)?;
+        let pinned: Vec<_> =
+            std::fs::read_dir(root)?.flatten().map(|entry| entry.file_name().into_string()).collect();
+        let led = pinned.iter().flatten().any(|name| name.starts_with("link-"));
+        if !led {
+            let log = tail(&self.log(node));
+            bail!("node {node} has no programs attached, only {pinned:?}; its agent logged:\n{log}");
         }
         Ok(())
     }
