@@ -208,14 +208,14 @@ fn programs(allowed: bool) -> Vec<Finding> {
         needed("cgroup sock programs", "4.17", "They keep NodePorts from being taken.", &|| {
             told(is_program_supported(ProgramType::CgroupSock))
         }),
-        needed("socket storage maps", "5.8", "They remember what a socket asked for.", &|| {
+        needed("socket storage maps", "5.3", "They remember what a socket asked for.", &|| {
             both(told(is_map_supported(MapType::SkStorage)), || {
                 helpers(address, &[Helper::BPF_FUNC_sk_storage_get])
             })
         }),
         needed(
             "socket look-up from programs",
-            "4.20",
+            "5.0",
             "It tells sockets of this node that listen themselves.",
             &|| {
                 let them = [
@@ -226,12 +226,12 @@ fn programs(allowed: bool) -> Vec<Finding> {
                 helpers(address, &them)
             },
         ),
-        needed("network namespaces seen by programs", "5.8", "They tell pods from the host.", &|| {
+        needed("network namespaces seen by programs", "5.7", "They tell pods from the host.", &|| {
             both(helpers(address, &[Helper::BPF_FUNC_get_netns_cookie]), || {
                 helpers(ProgramType::CgroupSock, &[Helper::BPF_FUNC_get_netns_cookie])
             })
         }),
-        needed("cgroups seen by programs", "5.8", "Pods that opted out are told by them.", &|| {
+        needed("cgroups seen by programs", "5.7", "Pods that opted out are told by them.", &|| {
             helpers(address, &[Helper::BPF_FUNC_get_current_ancestor_cgroup_id])
         }),
         needed("links of cgroups", "5.7", "Programs stay attached without the agent.", &machine::links),
@@ -252,7 +252,7 @@ fn optional(allowed: bool) -> [Finding; 4] {
     [
         optional(
             "errors chosen by programs (bpf_set_retval)",
-            "5.18",
+            "6.1",
             "Without it refused connections are left to nftables, and taking a NodePort fails with EPERM.",
             if_allowed(&|| {
                 both(helpers(ProgramType::CgroupSockAddr, &set_retval), || {
@@ -274,7 +274,7 @@ fn optional(allowed: bool) -> [Finding; 4] {
         ),
         optional(
             "socket storage in socket lists",
-            "5.8",
+            "5.7",
             "Without it sockets of a removed backend are known by the backend's address only.",
             if_allowed(&sock_diag::storage),
         ),
