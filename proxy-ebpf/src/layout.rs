@@ -109,6 +109,23 @@ pub struct Choice {
     pub verdict: u32,
 }
 
+/// Numbers of a service port's sets in `members`: the port's number times four, and one of these.
+pub mod set {
+    /// Those a client of any address may be sent to.
+    pub const CLUSTER: u32 = 0;
+    /// Those on this node.
+    pub const LOCAL: u32 = 1;
+    /// Those that serve what they have begun, wherever they are (K2).
+    pub const SERVING: u32 = 2;
+
+    /// The number of a set of a port.
+    #[must_use]
+    #[inline(always)]
+    pub const fn number(port: u32, kind: u32) -> u32 {
+        port << 2 | kind
+    }
+}
+
 /// [`Choice::verdict`]: what happens to a new flow.
 pub mod verdict {
     /// Not for sockets: the packets decide.
