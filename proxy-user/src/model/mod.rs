@@ -24,7 +24,7 @@ pub use cluster::Model;
 pub use endpoint::{Candidate, Endpoint, Endpoints, Slice, SlicePort};
 pub use family::{Family, PerFamily, Protocol};
 pub use node::{LocalTraffic, Node, NodeView};
-pub use service::{Service, ServicePort};
+pub use service::{Removal, Service, ServicePort};
 pub use settings::{DetectLocal, NodePortSetting, Settings};
 
 /// Namespace and name of an object; the namespace is empty for objects that have none.
