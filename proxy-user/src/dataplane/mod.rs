@@ -14,6 +14,7 @@ pub use memory::{Faulty, Memory};
 pub mod conntrack;
 pub mod ebpf;
 pub mod nftables;
+pub mod sockets;
 
 /// One data plane.
 ///
