@@ -10,7 +10,7 @@ use weir_tests::{
     node::{Place, Topology, node_address},
     objects::{Lot, PORT, Shape, pod, service},
     runner::serve,
-    subject::{Kind, Settings, Subject},
+    subject::{Kind, Plane, Settings, Subject},
     traffic::{Call, Load, Outcome, SILENCE, Transport, ask},
     wait::{await_that, await_within},
 };
@@ -57,7 +57,7 @@ struct Cluster<'a> {
 
 impl<'a> Cluster<'a> {
     fn new(topology: &'a Topology) -> Result<Self> {
-        Ok(Self { topology, subject: Subject::of_cluster(Kind::Weir, topology)? })
+        Ok(Self { topology, subject: Subject::of_cluster(Kind::Weir(Plane::Nftables), topology)? })
     }
 
     fn publish(&self, shape: &Shape) -> Result<()> {

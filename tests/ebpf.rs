@@ -1,89 +1,148 @@
 //! The kernel programs that weir carries load into this kernel and do their work there.
 
 use std::{
-    fs::{self, File},
-    net::TcpListener,
-    path::{Path, PathBuf},
-    process::Command,
+    io::{self, Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    sync::Arc,
+    time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
-use aya::{
-    Ebpf,
-    maps::PerCpuArray,
-    programs::{CgroupAttachMode, CgroupSockAddr},
+use anyhow::{Context as _, Result};
+use weir::{
+    dataplane::{
+        Dataplane as _,
+        ebpf::{Ebpf, Place},
+    },
+    model::{Family, ObjectName, PerFamily, Protocol},
+    plan::{
+        Backend, ClusterIpDelta, Delta, Destination, Frontend, FrontendPlan, NodePlan, NodePortAddresses,
+        PortDelta, PortId, PortPlan, Route, Target, Treatment,
+    },
 };
+use weir_tests::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace};
 
-/// A group of processes of its own, gone when this is dropped.
-struct Cgroup(PathBuf);
+fn node() -> Arc<NodePlan> {
+    Arc::new(NodePlan {
+        local_traffic: PerFamily { v4: None, v6: None },
+        node_port_addresses: PerFamily { v4: NodePortAddresses::AnyLocal, v6: NodePortAddresses::AnyLocal },
+        loopback_node_ports: PerFamily { v4: true, v6: true },
+        host_addresses: Vec::new(),
+        masquerade_mark: 0x4000,
+        service_cidrs: Vec::new(),
+    })
+}
 
-impl Cgroup {
-    fn new(name: &str) -> Result<Self> {
-        let path = cgroup2_root()?.join(format!("{name}-{}", std::process::id()));
-        fs::create_dir(&path).with_context(|| format!("making {} needs root", path.display()))?;
-        Ok(Self(path))
+fn service_ip(family: Family) -> IpAddr {
+    match family {
+        Family::V4 => Ipv4Addr::new(10, 96, 0, 10).into(),
+        Family::V6 => Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x10).into(),
     }
 }
 
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        let removed = fs::remove_dir(&self.0);
-        // A second panic would hide the first.
-        assert!(
-            removed.is_ok() || std::thread::panicking(),
-            "{} is left behind: {removed:?}",
-            self.0.display()
-        );
+fn loopback(family: Family) -> IpAddr {
+    match family {
+        Family::V4 => Ipv4Addr::LOCALHOST.into(),
+        Family::V6 => Ipv6Addr::LOCALHOST.into(),
     }
 }
 
-/// Where cgroup v2 is mounted: not in the same place on hybrid and on unified systems.
-fn cgroup2_root() -> Result<PathBuf> {
-    let mounts = fs::read_to_string("/proc/mounts")?;
-    let root = mounts.lines().find_map(|mount| {
-        let mut fields = mount.split(' ').skip(1);
-        let path = fields.next()?;
-        (fields.next()? == "cgroup2").then(|| PathBuf::from(path))
-    });
-    root.context("no cgroup v2 hierarchy is mounted")
+/// A service port at port 80 of [`service_ip`], and at NodePort 30080.
+fn port(family: Family, protocol: Protocol, backends: &[SocketAddr]) -> Arc<PortPlan> {
+    let name = ObjectName::new("default", "web");
+    let cluster: Vec<Backend> = backends
+        .iter()
+        .map(|backend| Backend { address: backend.ip(), port: backend.port(), local: true })
+        .collect();
+    let target = if cluster.is_empty() { Target::Reject } else { Target::Cluster };
+    let frontend = |destination, port| FrontendPlan {
+        frontend: Frontend { destination, protocol, port },
+        route: Route::uniform(Treatment { target, masquerade: false }),
+        allowed_sources: None,
+    };
+    Arc::new(PortPlan {
+        id: PortId { service: name, port: "".into(), protocol, family },
+        cluster: cluster.clone(),
+        local: Vec::new(),
+        frontends: vec![
+            frontend(Destination::Address(service_ip(family)), 80),
+            frontend(Destination::NodePort(family), 30080),
+        ],
+        affinity: None,
+        serving: if protocol == Protocol::Udp { cluster } else { Vec::new() },
+    })
 }
 
-/// Connects to `port` on loopback from a new process, which first enters `cgroup` if there is one.
-fn connect(port: u16, cgroup: Option<&Path>) -> Result<()> {
-    const SCRIPT: &str = "[ -z \"$2\" ] || echo $$ >\"$2/cgroup.procs\"; exec 3<>/dev/tcp/127.0.0.1/$1";
-    let mut shell = Command::new("bash");
-    shell.args(["-ec", SCRIPT, "bash"]).arg(port.to_string()).arg(cgroup.unwrap_or(Path::new("")));
-    ensure!(shell.status()?.success(), "connecting to port {port} from {cgroup:?}");
-    Ok(())
-}
-
-fn connects(ebpf: &Ebpf) -> Result<u64> {
-    let counters = PerCpuArray::<_, u64>::try_from(ebpf.map("CONNECTS").context("there is no such map")?)?;
-    Ok(counters.get(&0, 0)?.iter().sum())
-}
-
-fn connect4(ebpf: &mut Ebpf) -> Result<&mut CgroupSockAddr> {
-    Ok(ebpf.program_mut("connect4").context("there is no such program")?.try_into()?)
+fn complete(ports: Vec<Arc<PortPlan>>) -> Delta {
+    Delta {
+        node: Some(node()),
+        cluster_ips: Family::ALL.map(|family| ClusterIpDelta::Add(service_ip(family))).to_vec(),
+        ports: ports.into_iter().map(|port| PortDelta { before: None, after: Some(port) }).collect(),
+        complete: true,
+    }
 }
 
 #[test]
-fn the_socket_hook_sees_the_connects_of_its_cgroup_and_no_others() -> Result<()> {
-    let cgroup = Cgroup::new("weir-test-ebpf")?;
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    let mut ebpf = Ebpf::load(weir::dataplane::ebpf::PROGRAMS)?;
-    connect4(&mut ebpf)?.load()?;
-    // Of links there may be several whatever is asked for, and creating one refuses the flag that would ask for it.
-    let link = connect4(&mut ebpf)?.attach(File::open(&cgroup.0)?, CgroupAttachMode::Single)?;
+fn the_programs_serve_the_sockets_of_their_cgroup_and_no_others() -> Result<()> {
+    let [inside, outside] = [Cgroup::new("inside")?, Cgroup::new("outside")?];
+    let here = Namespace::within(&inside, "inside")?;
+    let elsewhere = Namespace::within(&outside, "outside")?;
+    let files = BpfFs::new()?;
+    let place = Place { bpf_root: files.directory("weir")?, cgroup_root: inside.path().to_owned() };
+    here.run(|| -> Result<()> {
+        let mut plane = Ebpf::open(place, true)?;
+        for family in Family::ALL {
+            let listener = TcpListener::bind((loopback(family), 0))?;
+            let datagrams = UdpSocket::bind((loopback(family), 0))?;
+            let tcp = port(family, Protocol::Tcp, &[listener.local_addr()?]);
+            let udp = port(family, Protocol::Udp, &[datagrams.local_addr()?]);
+            plane.reread()?;
+            plane.apply(&complete(vec![tcp, udp]))?;
+            for to in [SocketAddr::new(service_ip(family), 80), SocketAddr::new(loopback(family), 30080)] {
+                let mut client = TcpStream::connect(to).with_context(|| format!("connecting to {to}"))?;
+                assert_eq!(client.peer_addr()?, to, "the peer is who was asked for");
+                let (mut server, _) = listener.accept()?;
+                server.write_all(b"hello")?;
+                let mut answer = [0; 5];
+                client.read_exact(&mut answer)?;
+                assert_eq!(&answer, b"hello");
+                exchange(family, to, &datagrams).with_context(|| format!("datagrams to {to}"))?;
+            }
+            let refused = TcpStream::connect((service_ip(family), 81));
+            assert_eq!(
+                refused.map(drop).map_err(|error| error.kind()),
+                Err(io::ErrorKind::ConnectionRefused),
+                "F4"
+            );
+            for bound in [IpAddr::from(loopback(family))] {
+                let taken = TcpListener::bind((bound, 30080)).map(drop).map_err(|error| error.kind());
+                assert_eq!(taken, Err(io::ErrorKind::AddrInUse));
+            }
+            let apart = elsewhere.run(|| TcpStream::connect((service_ip(family), 80)).map(drop));
+            assert!(apart.is_err(), "a process outside is none of the hooks' business");
+        }
+        assert_eq!(plane.troubles()?, vec![0; 4]);
+        plane.remove()?;
+        Ok(())
+    })
+}
 
-    connect(port, None)?;
-    assert_eq!(connects(&ebpf)?, 0, "a process outside is none of the hook's business");
-    connect(port, Some(&cgroup.0))?;
-    connect(port, Some(&cgroup.0))?;
-    assert_eq!(connects(&ebpf)?, 2);
-
-    connect4(&mut ebpf)?.detach(link)?;
-    connect(port, Some(&cgroup.0))?;
-    assert_eq!(connects(&ebpf)?, 2, "a detached program sees nothing");
+/// Sends from a socket without a peer and from one with, and sees who answers.
+fn exchange(family: Family, to: SocketAddr, server: &UdpSocket) -> Result<()> {
+    let mut buffer = [0; 16];
+    server.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let unconnected = UdpSocket::bind((loopback(family), 0))?;
+    unconnected.set_read_timeout(Some(Duration::from_secs(5)))?;
+    unconnected.send_to(b"one", to)?;
+    let (_, from) = server.recv_from(&mut buffer)?;
+    server.send_to(b"two", from)?;
+    assert_eq!(unconnected.recv_from(&mut buffer)?, (3, to), "the answer is from who was asked");
+    let connected = UdpSocket::bind((loopback(family), 0))?;
+    connected.set_read_timeout(Some(Duration::from_secs(5)))?;
+    connected.connect(to)?;
+    assert_eq!(connected.peer_addr()?, to);
+    connected.send(b"three")?;
+    let (_, from) = server.recv_from(&mut buffer)?;
+    server.send_to(b"four", from)?;
+    assert_eq!(connected.recv_from(&mut buffer)?, (4, to));
     Ok(())
 }

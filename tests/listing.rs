@@ -7,7 +7,7 @@ use weir_tests::{
     assets, cases,
     node::{Place, Topology},
     runner::serve,
-    subject::{Kind, Settings, Subject},
+    subject::{Kind, Plane, Settings, Subject},
 };
 
 /// The system's nft, and those that setup unpacked: of Debian 12 and of Debian 13.
@@ -32,7 +32,7 @@ fn every_nft_lists_the_rules_of_all_cases() -> Result<()> {
     node.stdout("nft", &foreign)?;
     node.stdout("nft", &["add", "chain", "inet", "someone", "elses"])?;
 
-    let subject = Subject::new(Kind::Weir, &topology)?;
+    let subject = Subject::new(Kind::Weir(Plane::Nftables), &topology)?;
     let all = cases::all().into_iter().map(|case| (case.lot.name(), case.shape.objects(case.lot)));
     subject.publish_all(all)?;
     subject.start(&Settings::default())?;

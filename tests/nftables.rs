@@ -43,6 +43,7 @@ fn node() -> NodePlan {
             v6: Some(LocalTraffic::Source("fd00:10:244::/48".parse().unwrap())),
         },
         node_port_addresses: PerFamily { v4: any.clone(), v6: any },
+        loopback_node_ports: PerFamily::default(),
         host_addresses: vec!["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()],
         masquerade_mark: 0x4000,
         service_cidrs: vec!["10.96.0.0/16".parse().unwrap(), "fd00:10:96::/112".parse().unwrap()],

@@ -8,7 +8,7 @@ use weir_tests::{
     node::{OUTSIDE_CLIENTS, Place, Topology, node_address},
     objects::{Lot, PORT, Shape, pod, service},
     runner::serve,
-    subject::{Kind, Settings, Subject},
+    subject::{Kind, Plane, Settings, Subject},
     traffic::{Call, Flow, Load, Outcome, PATIENCE, Transport, ask},
     wait::await_that,
 };
@@ -125,7 +125,7 @@ fn killed_and_restarted_under_traffic(kind: Kind) -> Result<()> {
 
 #[test]
 fn weir_killed_and_restarted_under_traffic_fails_no_connection() -> Result<()> {
-    killed_and_restarted_under_traffic(Kind::Weir)
+    killed_and_restarted_under_traffic(Kind::Weir(Plane::Nftables))
 }
 
 /// The same on the oracle: it proves that the test asks for nothing kube-proxy does not give.
@@ -138,7 +138,7 @@ fn kube_proxy_killed_and_restarted_under_traffic_fails_no_connection() -> Result
 fn weir_puts_back_what_others_took_away() -> Result<()> {
     let topology = Topology::new()?;
     let _servers = serve(&topology)?;
-    let subject = Subject::new(Kind::Weir, &topology)?;
+    let subject = Subject::new(Kind::Weir(Plane::Nftables), &topology)?;
     subject.publish(&WEB.name(), web().objects(WEB))?;
     subject.start(&Settings::default())?;
     let answered = || {

@@ -8,45 +8,74 @@ use core::{
     net::{IpAddr, Ipv6Addr},
 };
 
+/// An IPv6 address, or an IPv4 one in its IPv4-mapped form (RFC 4291, 2.5.5.2): the bytes of the wire, in words because
+/// the programs compare words.
+pub type Address = [u32; 4];
+
 /// An address and a port as on the wire.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Endpoint {
-    /// IPv6, or IPv4 in its IPv4-mapped form (RFC 4291, 2.5.5.2).
-    pub address: [u8; 16],
-    /// Big-endian.
-    pub port: [u8; 2],
+    /// The address.
+    pub address: Address,
+    /// The port, its bytes in the order of the wire; [`Endpoint::port`] has the number.
+    pub port: u16,
     /// Always zero.
-    pub zero: [u8; 2],
+    pub zero: u16,
+}
+
+impl FrontendKey {
+    /// A frontend: an address, a port and the IP protocol number.
+    #[must_use]
+    pub const fn new(address: IpAddr, port: u16, protocol: u8) -> Self {
+        Self { address: wire(address), port: port.to_be(), protocol, zero: 0 }
+    }
+
+    /// What holds for all ports of an address that no other entry names.
+    #[must_use]
+    pub const fn whole(address: IpAddr) -> Self {
+        Self::new(address, 0, 0)
+    }
 }
 
 impl Endpoint {
     /// The endpoint at an address and port.
     #[must_use]
     pub const fn new(address: IpAddr, port: u16) -> Self {
-        Self { address: wire(address), port: port.to_be_bytes(), zero: [0; 2] }
+        Self { address: wire(address), port: port.to_be(), zero: 0 }
     }
 
     /// The address; IPv4 where it is IPv4-mapped.
     #[must_use]
     pub const fn ip(&self) -> IpAddr {
-        Ipv6Addr::from_octets(self.address).to_canonical()
+        let [a, b, c, d] = self.address;
+        let bits = (u32::from_be(a) as u128) << 96
+            | (u32::from_be(b) as u128) << 64
+            | (u32::from_be(c) as u128) << 32
+            | u32::from_be(d) as u128;
+        Ipv6Addr::from_bits(bits).to_canonical()
     }
 
     /// The port.
     #[must_use]
     pub const fn port(&self) -> u16 {
-        u16::from_be_bytes(self.port)
+        u16::from_be(self.port)
     }
 }
 
-/// The 16 bytes an address has in every map.
+/// What an address is in every map.
 #[must_use]
-pub const fn wire(address: IpAddr) -> [u8; 16] {
-    match address {
-        IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
-        IpAddr::V6(address) => address.octets(),
-    }
+pub const fn wire(address: IpAddr) -> Address {
+    let bits = match address {
+        IpAddr::V4(address) => address.to_ipv6_mapped().to_bits(),
+        IpAddr::V6(address) => address.to_bits(),
+    };
+    [
+        ((bits >> 96) as u32).to_be(),
+        ((bits >> 64) as u32).to_be(),
+        ((bits >> 32) as u32).to_be(),
+        (bits as u32).to_be(),
+    ]
 }
 
 /// Key of `frontends`: what a client asks for.
@@ -56,10 +85,10 @@ pub const fn wire(address: IpAddr) -> [u8; 16] {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FrontendKey {
-    /// As in [`Endpoint::address`].
-    pub address: [u8; 16],
-    /// Big-endian.
-    pub port: [u8; 2],
+    /// The address.
+    pub address: Address,
+    /// The port, its bytes in the order of the wire.
+    pub port: u16,
     /// The IP protocol number.
     pub protocol: u8,
     /// Always zero.
@@ -180,18 +209,20 @@ pub struct Origin {
     pub zero: u32,
 }
 
-/// How many Service addresses an unconnected socket can be in conversation with at a time.
+/// How many Service addresses an unconnected socket can be in conversation with at a time: a power of two.
 pub const FLOWS: usize = 64;
 
 /// Value of `flows`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flows {
-    /// How many of `origins` are in use; those beyond are zero.
-    pub used: u32,
+    /// What a search remembers while it is under way.
+    pub since: u64,
+    /// Which of `origins` was found last.
+    pub place: u32,
     /// Always zero.
     pub zero: u32,
-    /// One for each Service address, and [`Origin::since`] is when the socket last sent there.
+    /// Those in use come first. One for each Service address, and [`Origin::since`] is when the socket last sent there.
     pub origins: [Origin; FLOWS],
 }
 
@@ -205,6 +236,8 @@ pub struct Settings {
     pub layout: u32,
     /// How many cgroups are bypassed; their map is not looked into while this is 0.
     pub bypassed: u32,
+    /// The number of the cgroup the programs are attached to.
+    pub cgroup: u64,
 }
 
 /// Elements of `troubles`: what went wrong inside the programs, counted.
@@ -232,8 +265,9 @@ const _: () = {
     assert!(size_of::<Affinity>() == 32);
     assert!(size_of::<Tally>() == 16);
     assert!(size_of::<Origin>() == 56);
-    assert!(size_of::<Flows>() == 8 + 56 * FLOWS);
-    assert!(size_of::<Settings>() == 16);
+    assert!(size_of::<Flows>() == 16 + 56 * FLOWS);
+    assert!(size_of::<Settings>() == 24);
+    assert!(FLOWS.is_power_of_two());
 };
 
 #[cfg(test)]
@@ -246,7 +280,7 @@ mod tests {
             let address: IpAddr = text.parse().unwrap();
             let endpoint = Endpoint::new(address, 0x1234);
             assert_eq!((endpoint.ip(), endpoint.port()), (address, 0x1234));
-            assert_eq!(endpoint.port, [0x12, 0x34]);
+            assert_eq!(endpoint.port.to_ne_bytes(), [0x12, 0x34]);
         }
     }
 

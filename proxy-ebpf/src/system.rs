@@ -6,8 +6,13 @@ use crate::{
     Affinity, AffinityKey, Endpoint, Flows, FrontendKey, FrontendValue, MemberKey, Origin, Settings, Tally,
 };
 use std::{
+    ffi::CString,
     io,
-    os::fd::{AsFd, AsRawFd as _},
+    os::{
+        fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
 };
 
 /// Replaces the program behind a link at one instant (`BPF_LINK_UPDATE`, Linux 5.7).
@@ -39,6 +44,45 @@ pub fn update_link(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Opens what is pinned at a path (`BPF_OBJ_GET`).
+///
+/// # Errors
+///
+/// What the kernel answers: `ENOENT` when there is nothing.
+pub fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
+    const BPF_OBJ_GET: libc::c_int = 7;
+    #[repr(C)]
+    struct Attributes {
+        path: u64,
+        fd: u32,
+        flags: u32,
+    }
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let attributes = Attributes { path: path.as_ptr() as u64, fd: 0, flags: 0 };
+    // SAFETY: the command reads `attributes` up to the size given and the string it points to, which ends with a zero;
+    // both live until the call returns.
+    let fd =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET, &raw const attributes, size_of::<Attributes>()) };
+    let fd = libc::c_int::try_from(fd).map_err(|_| io::Error::other("not a descriptor"))?;
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Waits until every program that runs now has ended (`membarrier`, whose global form waits for an RCU grace period).
+///
+/// # Errors
+///
+/// `EINVAL` or `ENOSYS` on kernels that cannot do that.
+pub fn wait_for_programs() -> io::Result<()> {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+    // SAFETY: takes three integers and touches no memory of ours.
+    let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// The cookie of the network namespace of a socket (`SO_NETNS_COOKIE`, Linux 5.14).
 ///
 /// # Errors
@@ -60,6 +104,35 @@ pub fn namespace_cookie(socket: impl AsFd) -> io::Result<u64> {
         )
     };
     if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Whether programs can be attached by links (`BPF_LINK_CREATE`, Linux 5.7): asked for a link of no program.
+///
+/// # Errors
+///
+/// `EPERM` when this process may not ask.
+pub fn knows_links() -> io::Result<bool> {
+    const BPF_LINK_CREATE: libc::c_int = 28;
+    #[repr(C)]
+    struct Attributes {
+        program: u32,
+        target: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+    let attributes = Attributes { program: u32::MAX, target: u32::MAX, attach_type: 0, flags: 0 };
+    // SAFETY: the command reads `attributes`, which lives until the call returns, up to the size given and no further.
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_LINK_CREATE, &raw const attributes, size_of::<Attributes>())
+    };
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        // A kernel that knows the command has looked for the program.
+        _ if result >= 0 => Ok(true),
+        Some(libc::EBADF) => Ok(true),
+        Some(libc::EINVAL) => Ok(false),
+        _ => Err(error),
+    }
 }
 
 macro_rules! plain {

@@ -3,8 +3,9 @@
 use std::{io::Write as _, process::ExitCode};
 
 use weir::{
-    cli::{Cli, Command, PlanView},
+    cli::{Cli, Command, PlanView, ProbeView},
     config::{self, Host},
+    dataplane::probe::Probe,
     run,
 };
 
@@ -30,6 +31,11 @@ fn execute(command: Command) -> anyhow::Result<()> {
             let (state, owners) = run::plan(config::load(&args.config, &Host::this())?)?;
             let view = PlanView::new(&state, &owners, args.service.as_deref())?;
             Ok(std::io::stdout().write_all(view.render(args.output, None)?.as_bytes())?)
+        }
+        Command::Probe(args) => {
+            let kernel = &args.kernel;
+            let probe = Probe::of(&kernel.cgroup_root(&Host::this()), &kernel.bpf_root);
+            Ok(std::io::stdout().write_all(ProbeView::new(probe).render(args.output, None)?.as_bytes())?)
         }
         Command::Cleanup(args) => run::cleanup(&args.kernel, &args.log),
     }

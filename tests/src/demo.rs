@@ -16,15 +16,15 @@ use crate::{
     node::{Place, Topology, node_address},
     objects::{Lot, PORT, Shape, pod, service},
     runner::serve,
-    subject::{Kind, Settings, Subject},
+    subject::{Kind, Plane, Settings, Subject},
     traffic::{Call, Outcome, Transport, ask},
 };
 
 /// How to run the demo.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// weir's `--proxy-mode`.
-    pub proxy_mode: String,
+    /// weir's data plane.
+    pub plane: Plane,
     /// Whether to leave everything up afterwards, until told to stop.
     pub keep: bool,
 }
@@ -49,7 +49,7 @@ pub fn run(options: &Options) -> Result<()> {
         topology.publish(PREFIX)?;
     }
     let _servers = serve(&topology)?;
-    let subject = Subject::new(Kind::Weir, &topology)?.proxy_mode(&options.proxy_mode);
+    let subject = Subject::new(Kind::Weir(options.plane), &topology)?;
     let demo = Demo { topology: &topology, subject: &subject };
     let manifests = subject.manifests().context("weir reads no manifests")?;
     demo.publish(WEB, &web(true))?;
@@ -58,7 +58,7 @@ pub fn run(options: &Options) -> Result<()> {
     subject.start(&Settings::default())?;
     say(&format!(
         "Two nodes with two pods each, a client outside, and weir ({}) on both nodes.\nServices come from {}.\n",
-        options.proxy_mode,
+        subject.kind().mode(),
         manifests.display()
     ));
     say(&demo.table()?.to_string());

@@ -2,7 +2,7 @@
 //! every rule of a service proxy, and the demo built from the same parts.
 //!
 //! ```text
-//! topology (netns, node) ──▶ subject (weir | kube-proxy, fed with objects) ──▶ cases ──▶ traffic ──▶ verdicts
+//! topology (netns, cgroup, node) ──▶ subject (weir | kube-proxy, fed with objects) ──▶ cases ──▶ traffic ──▶ verdicts
 //! ```
 
 #![deny(unsafe_code)]
@@ -11,7 +11,9 @@ pub mod agent;
 pub mod apiserver;
 pub mod assets;
 pub mod bench;
+pub mod bpffs;
 pub mod cases;
+pub mod cgroup;
 pub mod control_plane;
 pub mod demo;
 pub mod keeper;

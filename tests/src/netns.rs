@@ -5,7 +5,7 @@
 
 use std::{
     fs::File,
-    io::Write as _,
+    io::{self, Write as _},
     os::fd::AsRawFd as _,
     panic::resume_unwind,
     path::{Path, PathBuf},
@@ -19,7 +19,7 @@ use nix::{
     sched::{CloneFlags, setns, unshare},
 };
 
-use crate::keeper::Keeper;
+use crate::{cgroup::Cgroup, keeper::Keeper};
 
 /// Where `ip netns` looks for names.
 const NAMES: &str = "/run/netns";
@@ -29,6 +29,7 @@ const NAMES: &str = "/run/netns";
 pub struct Namespace {
     label: String,
     file: File,
+    cgroup: Option<Cgroup>,
     keeper: Keeper,
     name: Option<PathBuf>,
 }
@@ -40,12 +41,27 @@ impl Namespace {
     ///
     /// Without the privilege to make network namespaces.
     pub fn new(label: &str) -> Result<Self> {
-        let (keeper, file) = Keeper::start(label, || {
+        Self::made(label, None)
+    }
+
+    /// [`Namespace::new`] whose threads and programs are in a control group too.
+    ///
+    /// # Errors
+    ///
+    /// As [`Namespace::new`], and when the group cannot be entered.
+    pub fn within(cgroup: &Cgroup, label: &str) -> Result<Self> {
+        Self::made(label, Some(cgroup.clone()))
+    }
+
+    fn made(label: &str, cgroup: Option<Cgroup>) -> Result<Self> {
+        let door = cgroup.as_ref().map(Cgroup::door).transpose()?;
+        let (keeper, file) = Keeper::start(label, move || {
+            door.map_or(Ok(()), |door| door.enter()).context("cannot enter a control group")?;
             unshare(CloneFlags::CLONE_NEWNET)
                 .context("cannot make a network namespace; these tests need root")?;
             Ok(File::open("/proc/thread-self/ns/net")?)
         })?;
-        let namespace = Self { label: label.to_owned(), file, keeper, name: None };
+        let namespace = Self { label: label.to_owned(), file, cgroup, keeper, name: None };
         for (key, value) in SYSCTLS {
             namespace.sysctl(key, value)?;
         }
@@ -115,17 +131,23 @@ impl Namespace {
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<thread::JoinHandle<T>> {
         let file = self.file.try_clone()?;
+        let door = self.cgroup.as_ref().map(Cgroup::door).transpose()?;
         let label = self.label.clone();
         let inside = move || {
-            assert_eq!(setns(&file, CloneFlags::CLONE_NEWNET), Ok(()), "cannot enter namespace {label}");
+            enter(&file, door.map_or(Ok(()), |door| door.enter()), &label);
             work()
         };
         Ok(thread::Builder::new().name(format!("in-{}", self.label)).spawn(inside)?)
     }
 
     fn enter(&self) {
-        let entered = setns(&self.file, CloneFlags::CLONE_NEWNET);
-        assert_eq!(entered, Ok(()), "cannot enter namespace {}", self.label);
+        enter(&self.file, self.cgroup.as_ref().map_or(Ok(()), Cgroup::enter), &self.label);
+    }
+
+    /// The control group of its threads and programs, if they have one.
+    #[must_use]
+    pub fn cgroup(&self) -> Option<&Cgroup> {
+        self.cgroup.as_ref()
     }
 
     /// Starts a program inside the namespace. The kernel kills it should this process die or the namespace be dropped.
@@ -199,6 +221,12 @@ impl Namespace {
         }
         Ok(())
     }
+}
+
+/// Moves the calling thread into a namespace, after it went into the namespace's group.
+fn enter(file: &File, grouped: io::Result<()>, label: &str) {
+    assert!(grouped.is_ok(), "cannot enter the control group of {label}: {grouped:?}");
+    assert_eq!(setns(file, CloneFlags::CLONE_NEWNET), Ok(()), "cannot enter namespace {label}");
 }
 
 impl Drop for Namespace {

@@ -14,12 +14,13 @@
 use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::{Path, PathBuf},
 };
 
 use anyhow::Result;
 use weir::model::Family;
 
-use crate::netns::Namespace;
+use crate::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace};
 
 /// How many addresses the outside client may use as source.
 pub const OUTSIDE_CLIENTS: u8 = 16;
@@ -145,6 +146,9 @@ pub struct Topology {
     pub pods: [[Namespace; 2]; 2],
     /// The client outside the cluster.
     pub outside: Namespace,
+    /// The control groups of the two nodes: their pods' are below.
+    cgroups: [Cgroup; 2],
+    bpffs: BpfFs,
 }
 
 impl Topology {
@@ -154,14 +158,21 @@ impl Topology {
     ///
     /// Without the privilege to make network namespaces, or without `ip` (iproute2).
     pub fn new() -> Result<Self> {
-        let pods = |node: u8| -> Result<[Namespace; 2]> {
-            Ok([Namespace::new(&format!("pod-{node}-1"))?, Namespace::new(&format!("pod-{node}-2"))?])
-        };
+        let all = Cgroup::new("topology")?;
+        let alone = |label: &str| Namespace::within(&all.child(label)?, label);
+        let cgroups = [all.child("node-1")?, all.child("node-2")?];
+        let [first, second] = &cgroups;
+        let pod = |node: &Cgroup, label: &str| Namespace::within(&node.child(label)?, label);
         let topology = Self {
-            router: Namespace::new("router")?,
-            nodes: [Namespace::new("node-1")?, Namespace::new("node-2")?],
-            pods: [pods(1)?, pods(2)?],
-            outside: Namespace::new("outside")?,
+            router: alone("router")?,
+            nodes: [Namespace::within(first, "node-1")?, Namespace::within(second, "node-2")?],
+            pods: [
+                [pod(first, "pod-1-1")?, pod(first, "pod-1-2")?],
+                [pod(second, "pod-2-1")?, pod(second, "pod-2-2")?],
+            ],
+            outside: alone("outside")?,
+            cgroups,
+            bpffs: BpfFs::new()?,
         };
         topology.wire_router()?;
         for node in [1, 2] {
@@ -183,6 +194,21 @@ impl Topology {
             Place::Outside(_) => &self.outside,
             Place::Router => &self.router,
         }
+    }
+
+    /// The control group of a node, its pods included: weir's `--cgroup-root` there.
+    #[must_use]
+    pub fn cgroup_root(&self, node: u8) -> &Path {
+        self.cgroups[usize::from(node) - 1].path()
+    }
+
+    /// A node's directory of a BPF file system: weir's `--bpf-root` there.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be made.
+    pub fn bpf_root(&self, node: u8) -> Result<PathBuf> {
+        self.bpffs.directory(&node_name(node))
     }
 
     /// Names every namespace `PREFIX-…` for `ip netns exec`.

@@ -204,6 +204,7 @@ fn installed_frontend(text: &mut String, frontend: &InstalledFrontend) {
         match &installed.outcome {
             Outcome::Reject => text.push_str("reject"),
             Outcome::Drop => text.push_str("drop"),
+            Outcome::Packets => text.push_str("packets"),
             Outcome::Backends(backends) => {
                 let star = |local| if local { "*" } else { "" };
                 let backends = backends.iter().map(|backend| format!("{backend}{}", star(backend.local)));

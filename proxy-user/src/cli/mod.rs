@@ -1,4 +1,4 @@
-//! The command line: `weir run`, `weir plan`, `weir cleanup`.
+//! The command line: `weir run`, `weir plan`, `weir probe`, `weir cleanup`.
 //!
 //! In: the words of a command line. Out: a [`Command`] for `main` to dispatch. Called as `kube-proxy`, all words are
 //! flags of `run`, so that the program can stand in for kube-proxy where only the image is changed.
@@ -11,6 +11,8 @@ use crate::config::{ConfigArgs, KernelArgs, LogArgs};
 
 mod plan;
 pub use plan::{NoSuchService, Output, PlanView};
+mod probe;
+pub use probe::ProbeView;
 
 /// A Kubernetes service proxy: ClusterIPs, NodePorts and load-balancer addresses, made true on this node
 #[derive(Debug, Parser)]
@@ -29,6 +31,8 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Print what would be programmed, and program nothing
     Plan(Box<PlanArgs>),
+    /// Say what this machine has of what the eBPF data plane needs
+    Probe(ProbeArgs),
     /// Take everything that weir installed out of the kernel
     Cleanup(CleanupArgs),
 }
@@ -61,6 +65,17 @@ pub struct PlanArgs {
     /// Only this Service
     #[arg(long, value_name = "NAMESPACE/NAME", value_parser = service_name)]
     pub service: Option<String>,
+}
+
+/// `weir probe`.
+#[derive(Args, Debug)]
+pub struct ProbeArgs {
+    /// Where the kernel's objects would be.
+    #[command(flatten)]
+    pub kernel: KernelArgs,
+    /// How to print it
+    #[arg(short, long, value_name = "FORMAT", default_value = "table")]
+    pub output: Output,
 }
 
 /// `weir cleanup`.

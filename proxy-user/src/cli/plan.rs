@@ -65,6 +65,7 @@ enum Action {
     Forward,
     Reject,
     Drop,
+    Packets,
 }
 
 /// No frontend belongs to the Service asked for.
@@ -185,6 +186,7 @@ impl Cell {
             Outcome::Backends(them) => (Action::Forward, them.iter().map(ToString::to_string).collect()),
             Outcome::Reject => (Action::Reject, Vec::new()),
             Outcome::Drop => (Action::Drop, Vec::new()),
+            Outcome::Packets => (Action::Packets, Vec::new()),
         };
         Self { action, backends, masquerade: installed.masquerade && action == Action::Forward }
     }
@@ -193,6 +195,7 @@ impl Cell {
         let mut lines: Vec<String> = match self.action {
             Action::Reject => vec!["reject".to_owned()],
             Action::Drop => vec!["drop".to_owned()],
+            Action::Packets => vec!["left to packets".to_owned()],
             Action::Forward => self.backends.iter().take(NAMED).cloned().collect(),
         };
         if self.backends.len() > NAMED {

@@ -25,7 +25,7 @@ pub(super) struct Configuration {
     pub(super) metrics_bind_address: String,
     pub(super) bind_address_hard_fail: bool,
     pub(super) mode: Mode,
-    pub(super) iptables: Rules,
+    pub(super) iptables: Iptables,
     pub(super) ipvs: Ipvs,
     pub(super) nftables: Rules,
     pub(super) detect_local_mode: DetectLocalMode,
@@ -52,6 +52,26 @@ pub(super) struct ClientConnection {
 pub(super) struct Logging {
     pub(super) format: String,
     pub(super) verbosity: u8,
+}
+
+/// The iptables block: the settings of [`Rules`], and one more.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(super) struct Iptables {
+    /// Not set means yes.
+    pub(super) localhost_node_ports: Option<bool>,
+    pub(super) masquerade_bit: Option<i32>,
+    pub(super) masquerade_all: bool,
+    pub(super) sync_period: GoDuration,
+    pub(super) min_sync_period: GoDuration,
+}
+
+impl Iptables {
+    /// What the block shares with the nftables one.
+    pub(super) fn rules(&self) -> Rules {
+        let Self { masquerade_bit, masquerade_all, sync_period, min_sync_period, .. } = *self;
+        Rules { masquerade_bit, masquerade_all, sync_period, min_sync_period }
+    }
 }
 
 /// The settings that the iptables and nftables blocks share.
@@ -161,14 +181,13 @@ impl TryFrom<String> for DetectLocalMode {
 }
 
 /// kube-proxy's fields that mean nothing here, each with its default, which is worth no warning.
-const WITHOUT_EFFECT: [(&str, &str); 19] = [
+const WITHOUT_EFFECT: [(&str, &str); 18] = [
     ("clientConnection.acceptContentTypes", ""),
     ("clientConnection.contentType", "application/vnd.kubernetes.protobuf"),
     ("clientConnection.qps", "5"),
     ("clientConnection.burst", "10"),
     ("configSyncPeriod", "15m0s"),
     ("enableProfiling", "false"),
-    ("iptables.localhostNodePorts", "false"),
     ("ipvs.excludeCIDRs", ""),
     ("ipvs.scheduler", "rr"),
     ("ipvs.strictARP", "false"),

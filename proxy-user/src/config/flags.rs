@@ -9,8 +9,10 @@ use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, error::Err
 use serde::Serialize;
 
 use super::{
-    GoDuration, LogConfig,
-    file::{ClientConnection, Configuration, DetectLocalMode, Detectors, Ipvs, Logging, Mode, Rules},
+    GoDuration, Host, LogConfig,
+    file::{
+        ClientConnection, Configuration, DetectLocalMode, Detectors, Iptables, Ipvs, Logging, Mode, Rules,
+    },
 };
 
 /// Every flag that ends up in a [`super::Config`].
@@ -54,12 +56,21 @@ pub struct ConfigArgs {
 /// Where the kernel's objects are.
 #[derive(Args, Clone, Debug)]
 pub struct KernelArgs {
-    /// Root of the cgroup v2 tree
-    #[arg(long, value_name = "DIR", default_value = "/sys/fs/cgroup")]
-    pub cgroup_root: PathBuf,
+    /// Root of the cgroup v2 tree [default: where it is mounted]
+    #[arg(long, value_name = "DIR")]
+    pub cgroup_root: Option<PathBuf>,
     /// Directory on a bpffs for pinned objects
     #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/weir")]
     pub bpf_root: PathBuf,
+}
+
+impl KernelArgs {
+    /// The root of the cgroup v2 tree: the one given, else where the host has it mounted, else where it would be.
+    #[must_use]
+    pub fn cgroup_root(&self, host: &Host) -> PathBuf {
+        let given = self.cgroup_root.as_ref().or(host.cgroup_root.as_ref());
+        given.cloned().unwrap_or_else(|| "/sys/fs/cgroup".into())
+    }
 }
 
 /// How much is logged, and how.
@@ -106,6 +117,10 @@ pub struct ReplacedByFile {
     /// Where NodePorts answer: `primary`, or networks of node addresses
     #[arg(long, value_name = "CIDR,…", value_delimiter = ',')]
     nodeport_addresses: Option<Vec<String>>,
+    /// With the eBPF plane: let processes of this node reach NodePorts on 127.0.0.1 and ::1 [default: true]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL",
+          hide_possible_values = true)]
+    iptables_localhost_nodeports: Option<bool>,
     /// Masquerade everything sent to ClusterIPs
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL",
           hide_possible_values = true)]
@@ -192,6 +207,7 @@ impl ReplacedByFile {
             pod_bridge_interface,
             pod_interface_name_prefix,
             nodeport_addresses,
+            iptables_localhost_nodeports,
             masquerade_all,
             iptables_masquerade_bit,
             bind_address,
@@ -223,8 +239,14 @@ impl ReplacedByFile {
             metrics_bind_address: listen(metrics_bind_address, metrics_port, "127.0.0.1"),
             bind_address_hard_fail: bind_address_hard_fail.unwrap_or_default(),
             ipvs: Ipvs { sync_period: rules.sync_period, min_sync_period: rules.min_sync_period },
-            nftables: rules.clone(),
-            iptables: rules,
+            iptables: Iptables {
+                localhost_node_ports: iptables_localhost_nodeports,
+                masquerade_bit: rules.masquerade_bit,
+                masquerade_all: rules.masquerade_all,
+                sync_period: rules.sync_period,
+                min_sync_period: rules.min_sync_period,
+            },
+            nftables: rules,
             detect_local_mode: detect_local_mode.unwrap_or_default(),
             detect_local: Detectors {
                 bridge_interface: pod_bridge_interface.unwrap_or_default(),
@@ -254,9 +276,8 @@ fn listen(address: Option<String>, port: Option<u16>, default: &str) -> String {
 }
 
 /// kube-proxy's switches that have no effect here.
-const IGNORED_SWITCHES: [&str; 6] = [
+const IGNORED_SWITCHES: [&str; 5] = [
     "conntrack-tcp-be-liberal",
-    "iptables-localhost-nodeports",
     "ipvs-strict-arp",
     "log-json-split-stream",
     "log-text-split-stream",

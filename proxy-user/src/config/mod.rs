@@ -8,20 +8,16 @@
 //!            └─otherwise──────▶ flags ────┴─▶ Configuration ──resolve──▶ Config
 //! ```
 
-use std::{
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use ipnet::IpNet;
 
-use crate::model::PerFamily;
 pub use crate::model::{DetectLocal, NodePortSetting, Settings};
 
 mod duration;
 mod file;
 mod flags;
+mod host;
 mod resolve;
 mod tree;
 
@@ -30,6 +26,7 @@ mod tests;
 
 pub use duration::GoDuration;
 pub use flags::{ConfigArgs, IgnoredFlags, KernelArgs, LogArgs, ReplacedByFile};
+pub use host::Host;
 
 /// Which data plane is asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -102,7 +99,7 @@ pub struct Config {
     pub model: Settings,
     /// Where objects come from.
     pub source: SourceConfig,
-    /// The data plane asked for. This version has nftables only, so it is never [`ProxyMode::Ebpf`].
+    /// The data plane asked for.
     pub mode: ProxyMode,
     /// Where `/healthz` and `/livez` are served (P1, P4); `None` nowhere.
     pub healthz: Option<SocketAddr>,
@@ -121,7 +118,7 @@ pub struct Config {
     pub log: LogConfig,
     /// The directory of our pinned BPF objects, on a bpffs.
     pub bpf_root: PathBuf,
-    /// The cgroup v2 root.
+    /// The root of the cgroup v2 tree, whose sockets the eBPF plane serves.
     pub cgroup_root: PathBuf,
 }
 
@@ -132,27 +129,6 @@ pub struct Loaded {
     pub config: Config,
     /// One sentence for each thing that was ignored or read differently than kube-proxy would.
     pub warnings: Vec<String>,
-}
-
-/// What the machine itself says.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Host {
-    /// The operating system's host name.
-    pub name: String,
-    /// The families the kernel has (R17).
-    pub families: PerFamily<bool>,
-}
-
-impl Host {
-    /// Asks this machine. What cannot be read is empty or absent; [`load`] complains only where it needs it.
-    #[must_use]
-    pub fn this() -> Self {
-        let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        let v6 = Path::new("/proc/sys/net/ipv6").exists()
-            && std::fs::read_to_string("/proc/sys/net/ipv6/conf/all/disable_ipv6")
-                .map_or(true, |disabled| disabled.trim() != "1");
-        Self { name, families: PerFamily { v4: true, v6 } }
-    }
 }
 
 /// One field that cannot be used.

@@ -10,7 +10,7 @@
 
 use std::{
     fmt::Display,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::PathBuf,
     time::Duration,
 };
@@ -22,6 +22,7 @@ use super::{
     Problem, ProxyMode, Settings, SourceConfig,
     file::{self, Configuration, DetectLocalMode, Mode, Rules},
 };
+use crate::model::{Family, PerFamily};
 
 const HEALTHZ_PORT: u16 = 10256;
 const METRICS_PORT: u16 = 10249;
@@ -77,7 +78,7 @@ pub(super) fn resolve(
     };
     let rules = check.rules(&configuration, imitated);
     let bind_address = check.bind_address(&configuration.bind_address);
-    let wildcard_family = bind_address.unwrap_or(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED));
+    let wildcard_family = bind_address.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
     let (any, loopback) = match wildcard_family {
         IpAddr::V4(_) => ("0.0.0.0", "127.0.0.1"),
         IpAddr::V6(_) => ("::", "::1"),
@@ -87,12 +88,14 @@ pub(super) fn resolve(
     let metrics = (!configuration.metrics_off).then(|| {
         check.listen("metricsBindAddress", &configuration.metrics_bind_address, loopback, METRICS_PORT)
     });
+    let node_port_addresses = check.node_ports(&configuration.node_port_addresses, imitated);
     let model = Settings {
         node_name: check.node_name(args, &configuration, host),
         detect_local: check.detect_local(&configuration),
         masquerade_all: rules.masquerade_all,
         masquerade_bit: rules.masquerade_bit,
-        node_port_addresses: check.node_ports(&configuration.node_port_addresses, imitated),
+        loopback_node_ports: loopback_node_ports(&configuration, &node_port_addresses),
+        node_port_addresses,
         external_ips: check.external_ips(&configuration),
         bind_address: bind_address.filter(|address| !address.is_unspecified()),
         families: host.families,
@@ -109,13 +112,35 @@ pub(super) fn resolve(
         conntrack: check.conntrack(&configuration.conntrack),
         log: check.log(args, &configuration),
         bpf_root: args.kernel.bpf_root.clone(),
-        cgroup_root: args.kernel.cgroup_root.clone(),
+        cgroup_root: args.kernel.cgroup_root(host),
     };
     if check.problems.is_empty() {
         Ok(Loaded { config, warnings: check.warnings })
     } else {
         Err(Error::Invalid(check.problems))
     }
+}
+
+/// Whether NodePorts answer on the loopback address of a family: as in kube-proxy's iptables mode (R13), unless that is
+/// switched off, wherever they answer on all addresses or in a network that holds this one.
+fn loopback_node_ports(configuration: &Configuration, setting: &NodePortSetting) -> PerFamily<bool> {
+    let wanted = configuration.iptables.localhost_node_ports.unwrap_or(true);
+    let answers = |loopback: IpAddr| {
+        wanted
+            && match setting {
+                NodePortSetting::All => true,
+                NodePortSetting::Primary => false,
+                NodePortSetting::Cidrs(networks) => {
+                    let mut own = networks
+                        .iter()
+                        .filter(|network| Family::of(network.addr()) == Family::of(loopback))
+                        .peekable();
+                    // R14: a family without a network of its own serves on all addresses.
+                    own.peek().is_none() || own.any(|network| network.contains(&loopback))
+                }
+            }
+    };
+    PerFamily { v4: answers(Ipv4Addr::LOCALHOST.into()), v6: answers(Ipv6Addr::LOCALHOST.into()) }
 }
 
 /// What the imitated mode's block says.
@@ -200,31 +225,26 @@ impl Check<'_> {
         };
         let kube_proxys = match given {
             Mode::Auto => return ProxyMode::Auto,
+            Mode::Ebpf => return ProxyMode::Ebpf,
             Mode::Nftables => return ProxyMode::Nftables,
-            Mode::Ebpf => {
-                let complaint =
-                    "this version has only the nftables data plane, not ebpf; use auto or nftables";
-                self.problems.push(Problem { place, complaint: complaint.to_owned() });
-                return ProxyMode::Ebpf;
-            }
             Mode::Unset => "no mode",
             Mode::Iptables => "iptables",
             Mode::Ipvs => "ipvs",
         };
         self.warnings.push(format!(
-            "{place}: {kube_proxys} means auto here; NodePorts are not served on 127.0.0.1 as kube-proxy may do"
+            "{place}: {kube_proxys} means auto here; only the eBPF plane serves NodePorts on 127.0.0.1 as kube-proxy may do"
         ));
         ProxyMode::Auto
     }
 
     fn rules(&mut self, configuration: &Configuration, imitated: Mode) -> ModeBlock {
         let (name, block) = match imitated {
-            Mode::Nftables => ("nftables", &configuration.nftables),
+            Mode::Nftables => ("nftables", configuration.nftables.clone()),
             Mode::Unset | Mode::Auto | Mode::Ebpf | Mode::Iptables | Mode::Ipvs => {
-                ("iptables", &configuration.iptables)
+                ("iptables", configuration.iptables.rules())
             }
         };
-        let Rules { masquerade_bit, masquerade_all, sync_period, min_sync_period } = block.clone();
+        let Rules { masquerade_bit, masquerade_all, sync_period, min_sync_period } = block;
         let (periods, sync, min, least) = match imitated {
             Mode::Ipvs => ("ipvs", configuration.ipvs.sync_period, configuration.ipvs.min_sync_period, 0),
             _ => (name, sync_period, min_sync_period, 1),

@@ -19,7 +19,8 @@ struct Line {
 }
 
 fn host() -> Host {
-    Host { name: "Host-Name\n".to_owned(), families: PerFamily { v4: true, v6: true } }
+    let families = PerFamily { v4: true, v6: true };
+    Host { name: "Host-Name\n".to_owned(), families, cgroup_root: Some("/mounted/here".into()) }
 }
 
 /// Loads flags, one a word.
@@ -101,7 +102,7 @@ fn kubeadms_file_loads_as_kube_proxy_reads_it() {
     assert_eq!(config.conntrack, Conntrack::default());
     assert_eq!(config.log, LogConfig::default());
     insta::assert_snapshot!(warnings.join("\n"), @r"
-        FILE: mode: no mode means auto here; NodePorts are not served on 127.0.0.1 as kube-proxy may do
+        FILE: mode: no mode means auto here; only the eBPF plane serves NodePorts on 127.0.0.1 as kube-proxy may do
     ");
 }
 
@@ -180,7 +181,6 @@ fn wrong_values_name_the_field_and_the_value() {
         "nodePortAddresses: [eth0]",
         "conntrack: {min: -1, udpTimeout: -1s}",
         "hostnameOverride: ' '",
-        "mode: ebpf",
         "logging: {format: xml}",
     ];
     insta::assert_snapshot!(fields.map(complaint).join("\n"), @r"
@@ -201,7 +201,6 @@ fn wrong_values_name_the_field_and_the_value() {
         FILE: conntrack.min: -1 is less than 0
         FILE: conntrack.udpTimeout: -1s is less than 0
         FILE: hostnameOverride: a node's name cannot be empty
-        FILE: mode: this version has only the nftables data plane, not ebpf; use auto or nftables
         FILE: logging.format: `xml` is neither text nor json
     ");
 }
@@ -215,7 +214,6 @@ fn a_wrong_flag_is_called_by_its_name() {
         "--healthz-bind-address nowhere",
         "--iptables-sync-period 1s --iptables-min-sync-period 2s",
         "--detect-local-mode BridgeInterface",
-        "--proxy-mode ebpf",
         "--source manifests:/d --service-cidr 10.96.0.0",
     ];
     insta::assert_snapshot!(lines.map(|line| flags(line).unwrap_err().to_string()).join("\n"), @r"
@@ -225,7 +223,6 @@ fn a_wrong_flag_is_called_by_its_name() {
         --healthz-bind-address: `nowhere` is not an IP address with a port from 1 to 65535
         --iptables-sync-period: 1s is less than minSyncPeriod, which is 2s
         --pod-bridge-interface: the chosen way to tell local pods needs a name here
-        --proxy-mode: this version has only the nftables data plane, not ebpf; use auto or nftables
         --service-cidr: `10.96.0.0` is not a network such as 10.0.0.0/16 or fd00::/64
     ");
 }
@@ -307,6 +304,7 @@ fn mode_picks_the_block_and_the_nodeport_default() {
         ("ipvs", 1, true, 40, 0, All),
         ("nftables", 3, false, 20, 4, Primary),
         ("auto", 1, true, 10, 2, All),
+        ("ebpf", 1, true, 10, 2, All),
     ] {
         let config = file(&format!("mode: {mode}\n{blocks}")).config;
         assert_eq!((config.model.masquerade_bit, config.model.masquerade_all), (bit, all), "{mode}");
@@ -321,6 +319,7 @@ fn r15_flags_alone_imitate_the_mode_they_name() {
         ("", ProxyMode::Auto, NodePortSetting::All),
         ("--proxy-mode=", ProxyMode::Auto, NodePortSetting::All),
         ("--proxy-mode auto", ProxyMode::Auto, NodePortSetting::All),
+        ("--proxy-mode ebpf", ProxyMode::Ebpf, NodePortSetting::All),
         ("--proxy-mode iptables", ProxyMode::Auto, NodePortSetting::All),
         ("--proxy-mode nftables", ProxyMode::Nftables, NodePortSetting::Primary),
         ("--proxy-mode nftables --nodeport-addresses primary", ProxyMode::Nftables, NodePortSetting::Primary),
@@ -333,6 +332,50 @@ fn r15_flags_alone_imitate_the_mode_they_name() {
         let config = flags(line).unwrap().config;
         assert_eq!((config.mode, config.model.node_port_addresses), (mode, node_ports), "{line}");
     }
+}
+
+#[test]
+fn r13_loopback_node_ports_follow_the_addresses_and_their_switch() {
+    for (line, v4, v6) in [
+        ("", true, true),
+        ("--proxy-mode ebpf", true, true),
+        ("--proxy-mode nftables", false, false),
+        ("--nodeport-addresses primary", false, false),
+        ("--nodeport-addresses 192.0.2.0/24", false, true),
+        ("--nodeport-addresses 192.0.2.0/24,2001:db8::/32", false, false),
+        ("--nodeport-addresses 0.0.0.0/0,2001:db8::/32", true, false),
+        ("--nodeport-addresses 192.0.2.0/24,127.0.0.0/8,::/0", true, true),
+        ("--nodeport-addresses ::1/128", true, true),
+        ("--iptables-localhost-nodeports", true, true),
+        ("--iptables-localhost-nodeports=false", false, false),
+        ("--iptables-localhost-nodeports=false --nodeport-addresses 127.0.0.0/8", false, false),
+    ] {
+        let expected = PerFamily { v4, v6 };
+        assert_eq!(flags(line).unwrap().config.model.loopback_node_ports, expected, "{line}");
+    }
+    for (fields, on) in [
+        ("iptables: {localhostNodePorts: null}", true),
+        ("iptables: {localhostNodePorts: true}", true),
+        ("iptables: {localhostNodePorts: false}", false),
+        ("mode: nftables", false),
+    ] {
+        let loaded = file(fields);
+        assert_eq!(loaded.config.model.loopback_node_ports, PerFamily { v4: on, v6: on }, "{fields}");
+        assert!(!loaded.warnings.iter().any(|warning| warning.contains("localhostNodePorts")), "{fields}");
+    }
+}
+
+#[test]
+fn the_kernels_objects_are_where_told_or_where_they_usually_are() {
+    for (line, cgroup_root, bpf_root) in
+        [("", "/mounted/here", "/sys/fs/bpf/weir"), ("--cgroup-root /c --bpf-root /b/w", "/c", "/b/w")]
+    {
+        let config = flags(line).unwrap().config;
+        assert_eq!((config.cgroup_root, config.bpf_root), (cgroup_root.into(), bpf_root.into()), "{line}");
+    }
+    let bare = Host { cgroup_root: None, ..host() };
+    let loaded = load(&Line::try_parse_from(["weir"]).unwrap().args, &bare).unwrap();
+    assert_eq!(loaded.config.cgroup_root.to_str(), Some("/sys/fs/cgroup"));
 }
 
 #[test]

@@ -7,14 +7,20 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use serde::Serialize;
 
-use crate::plan::{Backend, Delta, Frontend, PortId};
+use crate::{
+    model::Protocol,
+    plan::{Backend, Delta, Frontend, PortId},
+};
 
 mod memory;
 pub use memory::{Faulty, Memory};
 pub mod conntrack;
 pub mod ebpf;
 pub mod nftables;
+pub mod probe;
 pub mod sockets;
+mod stack;
+pub use stack::Stack;
 
 /// One data plane.
 ///
@@ -62,6 +68,8 @@ pub enum Outcome {
     Reject,
     /// Dropped.
     Drop,
+    /// Left as it is by the sockets, for the packets to decide.
+    Packets,
 }
 
 /// What one source class gets.
@@ -96,6 +104,42 @@ pub struct State {
     pub frontends: BTreeMap<Frontend, InstalledFrontend>,
     /// The known ClusterIPs, sorted.
     pub cluster_ips: Vec<IpAddr>,
+}
+
+impl State {
+    /// What of this the sockets' plane holds: TCP and UDP, for pods and this host. Sockets do not know who is local,
+    /// masquerade nobody and leave to the packets what is dropped or lets in some sources only.
+    #[must_use]
+    pub fn for_sockets(&self) -> Self {
+        let sockets = |installed: &Installed, guarded: bool| match &installed.outcome {
+            Outcome::Backends(backends) if !guarded => {
+                let apart = |backend: &Backend| Backend { local: false, ..*backend };
+                Outcome::Backends(backends.iter().map(apart).collect())
+            }
+            Outcome::Reject if !guarded => Outcome::Reject,
+            _ => Outcome::Packets,
+        };
+        let frontends = self.frontends.iter();
+        let frontends = frontends.filter(|(frontend, _)| frontend.protocol != Protocol::Sctp);
+        let project = |(frontend, installed): (&Frontend, &InstalledFrontend)| {
+            let guarded = installed.allowed_sources.is_some();
+            let of = |installed| Installed { outcome: sockets(installed, guarded), masquerade: false };
+            let (pod, host) = (of(&installed.pod), of(&installed.host));
+            let affinity = installed.affinity.unwrap_or(0);
+            (*frontend, InstalledFrontend::for_sockets(pod, host, affinity))
+        };
+        Self { frontends: frontends.map(project).collect(), cluster_ips: self.cluster_ips.clone() }
+    }
+}
+
+impl InstalledFrontend {
+    /// A frontend as sockets have it: nobody comes from outside.
+    fn for_sockets(pod: Installed, host: Installed, affinity: u32) -> Self {
+        let leads = |installed: &Installed| matches!(installed.outcome, Outcome::Backends(_));
+        let affinity = (affinity != 0 && (leads(&pod) || leads(&host))).then_some(affinity);
+        let outside = Installed { outcome: Outcome::Packets, masquerade: false };
+        Self { pod, host, outside, affinity, allowed_sources: None }
+    }
 }
 
 /// Why a data plane could not do what it was asked to.

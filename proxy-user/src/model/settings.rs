@@ -45,6 +45,9 @@ pub struct Settings {
     pub masquerade_bit: u8,
     /// Where NodePorts answer.
     pub node_port_addresses: NodePortSetting,
+    /// Whether processes of this node reach NodePorts on the loopback address of a family, as in kube-proxy's iptables
+    /// mode (R13). Only the eBPF plane can do that.
+    pub loopback_node_ports: PerFamily<bool>,
     /// Whether `spec.externalIPs` is honoured (R10).
     pub external_ips: bool,
     /// The node's address of its family, if the operator names a specific one, whatever the Node says.
@@ -62,6 +65,7 @@ impl Default for Settings {
             masquerade_all: false,
             masquerade_bit: 14,
             node_port_addresses: NodePortSetting::Primary,
+            loopback_node_ports: PerFamily { v4: false, v6: false },
             external_ips: true,
             bind_address: None,
             families: PerFamily { v4: true, v6: true },

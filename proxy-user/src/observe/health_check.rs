@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashMap,
+    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{
         Arc,
@@ -20,7 +21,7 @@ use axum::{
 use serde::Serialize;
 use tokio::sync::{mpsc, watch};
 
-use super::{Health, Server};
+use super::{Events, Health, Server, Trouble};
 use crate::model::{Family, ObjectName};
 
 /// What is in force of one Service's health check.
@@ -39,14 +40,15 @@ pub struct HealthCheckState {
 pub struct HealthChecks(mpsc::UnboundedSender<(ObjectName, Option<HealthCheckState>)>);
 
 impl HealthChecks {
-    /// Starts with no servers. Each answers 200 only while `health` is well (H4), and all end with `stopping`.
+    /// Starts with no servers. Each answers 200 only while `health` is well (H4), and all end with `stopping`. One that
+    /// cannot listen tells `events` (H6).
     #[must_use]
-    pub fn start(health: Health, stopping: watch::Receiver<bool>) -> Self {
+    pub fn start(health: Health, events: Events, stopping: watch::Receiver<bool>) -> Self {
         let (sender, mut receiver) = mpsc::unbounded_channel();
         tokio::spawn(async move {
             let mut open: HashMap<ObjectName, Open> = HashMap::new();
             while let Some((service, state)) = receiver.recv().await {
-                change(&mut open, service, state, &health, &stopping);
+                change(&mut open, service, state, &health, &events, &stopping);
             }
         });
         Self(sender)
@@ -82,6 +84,7 @@ fn change(
     service: ObjectName,
     state: Option<HealthCheckState>,
     health: &Health,
+    events: &Events,
     stopping: &watch::Receiver<bool>,
 ) {
     let Some(HealthCheckState { port, local_endpoints, addresses }) = state else {
@@ -106,9 +109,22 @@ fn change(
     };
     for address in &addresses {
         let server = Server::new("healthCheckNodePort", SocketAddr::new(*address, port), false);
-        tokio::spawn(server.run(router(answer.clone()), stopped.clone()));
+        let tell = unable_to_listen(events.clone(), service.clone(), server.address);
+        tokio::spawn(server.run_and_tell(router(answer.clone()), stopped.clone(), tell));
     }
     open.insert(service, Open { port, addresses, local_endpoints, _stop: stop });
+}
+
+/// Tells that a Service's server does not listen (H6).
+fn unable_to_listen(events: Events, service: ObjectName, address: SocketAddr) -> impl Fn(&io::Error) {
+    move |error| {
+        events.tell(Trouble {
+            service: service.clone(),
+            reason: "FailedToStartServiceHealthcheck",
+            action: "Listen",
+            note: format!("the healthCheckNodePort cannot be listened on at {address}: {error}"),
+        });
+    }
 }
 
 #[derive(Clone)]
@@ -207,7 +223,7 @@ mod tests {
     #[tokio::test]
     async fn h3_h4_h5_h6_what_is_answered_follows_what_is_in_force() {
         let (_stop, stopping) = watch::channel(false);
-        let checks = HealthChecks::start(Health::new(Duration::from_secs(30)), stopping);
+        let checks = HealthChecks::start(Health::new(Duration::from_secs(30)), Events::logged(), stopping);
         let service = ObjectName::new("shop", "cart");
         let first = free_port().await;
 
@@ -239,5 +255,23 @@ mod tests {
 
         checks.set(service, None);
         until(second, |answer| answer.is_none()).await;
+    }
+
+    #[tokio::test]
+    async fn h6_a_port_that_is_taken_makes_an_event_about_the_service() {
+        let (_stop, stopping) = watch::channel(false);
+        let (events, mut troubles) = Events::channel();
+        let checks = HealthChecks::start(Health::new(Duration::from_secs(30)), events, stopping);
+        let taken = TcpListener::bind((LOCALHOST, 0)).await.unwrap();
+        let port = taken.local_addr().unwrap().port();
+        checks.set(ObjectName::new("shop", "cart"), state(port, 1));
+        let trouble = tokio::time::timeout(Duration::from_secs(20), troubles.recv()).await.unwrap().unwrap();
+        assert_eq!(trouble.service, ObjectName::new("shop", "cart"));
+        assert_eq!((trouble.reason, trouble.action), ("FailedToStartServiceHealthcheck", "Listen"));
+        let cause = io::Error::from_raw_os_error(libc::EADDRINUSE);
+        assert_eq!(
+            trouble.note,
+            format!("the healthCheckNodePort cannot be listened on at 127.0.0.1:{port}: {cause}")
+        );
     }
 }

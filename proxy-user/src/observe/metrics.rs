@@ -73,6 +73,7 @@ struct Weir {
     services: Gauge,
     frontends: Gauge,
     backends: Gauge,
+    unprogrammed: Gauge,
     changes_applied: Counter,
     reconciles: Labelled<Label, Counter>,
 }
@@ -212,6 +213,12 @@ impl Weir {
                 "Backends programmed, counted once for each service port",
                 Gauge::default(),
             ),
+            unprogrammed: put(
+                r,
+                "unprogrammed_ports",
+                "Service ports that could not be programmed as they should be",
+                Gauge::default(),
+            ),
             changes_applied: put(
                 r,
                 "changes_applied",
@@ -334,6 +341,11 @@ impl Metrics {
         of.services.set(whole(services));
         of.frontends.set(whole(frontends));
         of.backends.set(whole(backends));
+    }
+
+    /// So many service ports could not be programmed and are not as they should be.
+    pub fn set_unprogrammed(&self, ports: usize) {
+        self.0.weir.unprogrammed.set(whole(ports));
     }
 
     /// So many service ports were changed in the kernel.
@@ -481,6 +493,7 @@ mod tests {
             weir_services gauge
             weir_frontends gauge
             weir_backends gauge
+            weir_unprogrammed_ports gauge
             weir_changes_applied_total counter
             weir_reconciles_total counter
         ");

@@ -1,8 +1,10 @@
-//! What the outside can see of the agent: logs, metrics and health.
+//! What the outside can see of the agent: logs, metrics, health and events.
 //!
-//! In: what `run` reports through cheap handles, [`Metrics`] and [`Health`]. Out: log lines, and the HTTP endpoints
-//! that kube-proxy has. Nothing here knows Services or the kernel.
+//! In: what `run` reports through cheap handles, [`Metrics`], [`Health`] and [`Events`]. Out: log lines, the HTTP
+//! endpoints that kube-proxy has, and event objects. Of Services nothing here knows more than their names, of the
+//! kernel nothing at all.
 
+mod events;
 mod health;
 mod health_check;
 mod metrics;
@@ -10,6 +12,7 @@ mod process;
 mod server;
 mod telemetry;
 
+pub use events::{Events, Trouble};
 pub use health::{Answer, Health, Moment, ProxyHealth, health_router};
 pub use health_check::{HealthCheckState, HealthChecks};
 pub use metrics::{Metrics, TrafficPolicy, metrics_router};

@@ -49,7 +49,21 @@ impl Server {
     /// # Errors
     ///
     /// With `hard_fail`, when the address cannot be listened on. Without, never.
-    pub async fn run(self, router: Router, mut stop: watch::Receiver<bool>) -> Result<(), ServerError> {
+    pub async fn run(self, router: Router, stop: watch::Receiver<bool>) -> Result<(), ServerError> {
+        self.run_and_tell(router, stop, |_| {}).await
+    }
+
+    /// The same, and tells `tell` of every failure.
+    ///
+    /// # Errors
+    ///
+    /// With `hard_fail`, when the address cannot be listened on. Without, never.
+    pub async fn run_and_tell(
+        self,
+        router: Router,
+        mut stop: watch::Receiver<bool>,
+        tell: impl Fn(&io::Error),
+    ) -> Result<(), ServerError> {
         loop {
             match self.attempt(router.clone(), stop.clone()).await {
                 Ok(()) => return Ok(()),
@@ -57,6 +71,7 @@ impl Server {
                     return Err(ServerError { name: self.name, address: self.address, source });
                 }
                 Err(error) => {
+                    tell(&error);
                     let (server, address) = (self.name, self.address);
                     error!(server, %address, %error, retry = ?self.retry, "cannot serve, will try again");
                 }

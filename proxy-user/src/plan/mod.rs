@@ -229,6 +229,8 @@ pub struct NodePlan {
     pub local_traffic: PerFamily<Option<LocalTraffic>>,
     /// Where NodePorts answer.
     pub node_port_addresses: PerFamily<NodePortAddresses>,
+    /// Whether processes of this node reach NodePorts on 127.0.0.1 or ::1 (R13), where a plane can do that.
+    pub loopback_node_ports: PerFamily<bool>,
     /// This host's own addresses but loopback ones, of both families, sorted.
     pub host_addresses: Vec<IpAddr>,
     /// The packet mark that asks for masquerading (R8), one bit.

@@ -33,6 +33,10 @@ impl Model {
                 v4: self.node_port_addresses(Family::V4),
                 v6: self.node_port_addresses(Family::V6),
             },
+            loopback_node_ports: PerFamily {
+                v4: settings.loopback_node_ports.v4 && served(Family::V4),
+                v6: settings.loopback_node_ports.v6 && served(Family::V6),
+            },
             host_addresses: self.host_addresses().unwrap_or_default().to_vec(),
             masquerade_mark: 1_u32.checked_shl(settings.masquerade_bit.into()).unwrap_or_default(),
             service_cidrs,

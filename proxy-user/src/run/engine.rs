@@ -5,7 +5,7 @@
 //! next delta. After a failure everything is compared with the kernel again, first soon and then ever less often.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     net::IpAddr,
     pin::pin,
     time::{Duration, Instant},
@@ -18,7 +18,7 @@ use super::{Addresses, census::Census, served};
 use crate::{
     dataplane::{Dataplane, Error, conntrack::Suspects, nftables::Seen},
     model::{Family, Model, ObjectName, Settings},
-    observe::{Health, HealthCheckState, HealthChecks, Metrics},
+    observe::{Events, Health, HealthCheckState, HealthChecks, Metrics, Trouble},
     plan::{Delta, NodePortAddresses, Planner, PortId},
     source::{Change, Object},
 };
@@ -46,6 +46,7 @@ pub(super) struct Engine {
     plane: Box<dyn Dataplane>,
     conntrack: Option<mpsc::UnboundedSender<Suspects>>,
     health_checks: Option<HealthChecks>,
+    events: Events,
     metrics: Metrics,
     health: Health,
     families: Vec<Family>,
@@ -82,6 +83,7 @@ impl Engine {
             plane,
             conntrack: None,
             health_checks: None,
+            events: Events::logged(),
             metrics,
             health,
             census: Census::default(),
@@ -103,6 +105,11 @@ impl Engine {
     /// Tells these servers how many local endpoints are in force.
     pub(super) fn with_health_checks(self, health_checks: HealthChecks) -> Self {
         Self { health_checks: Some(health_checks), ..self }
+    }
+
+    /// Tells there of service ports that cannot be programmed.
+    pub(super) fn with_events(self, events: Events) -> Self {
+        Self { events, ..self }
     }
 
     /// Whether a source without this node's Node is no reason to keep load balancers away.
@@ -205,6 +212,7 @@ impl Engine {
             Err(error) => return self.failed(&error),
         };
         if delta.is_empty() {
+            self.metrics.set_unprogrammed(0);
             return self.tell_health_checks();
         }
         for family in &self.families {
@@ -229,9 +237,7 @@ impl Engine {
         let refused: Vec<PortId> = match &result {
             Ok(()) => Vec::new(),
             Err(Error::Ports(ports)) => {
-                for (port, problem) in ports {
-                    tracing::error!(%port, problem, "cannot program this service port");
-                }
+                self.tell_of_unprogrammed(ports);
                 ports.iter().map(|(port, _)| port.clone()).collect()
             }
             Err(error) => {
@@ -239,6 +245,7 @@ impl Engine {
                 return self.failed(error);
             }
         };
+        self.metrics.set_unprogrammed(refused.len());
         let in_force = || delta.ports.iter().filter(|port| port.id().is_some_and(|id| !refused.contains(id)));
         if delta.complete {
             self.census = Census::default();
@@ -263,6 +270,19 @@ impl Engine {
         self.failures = 0;
         self.tell_health_checks();
         self.in_force(delta, was, started);
+    }
+
+    /// Logs each port that could not be programmed, and makes one event for each Service.
+    fn tell_of_unprogrammed(&self, ports: &[(PortId, String)]) {
+        let mut notes: BTreeMap<&ObjectName, Vec<String>> = BTreeMap::new();
+        for (port, problem) in ports {
+            tracing::error!(%port, problem, "cannot program this service port");
+            notes.entry(&port.service).or_default().push(format!("{port}: {problem}"));
+        }
+        for (service, notes) in notes {
+            let (service, note) = (service.clone(), notes.join("; "));
+            self.events.tell(Trouble { service, reason: "FailedToProgram", action: "Program", note });
+        }
     }
 
     /// Tells the health check servers of the Services that were planned anew, now that their plans are in force.
@@ -344,4 +364,67 @@ fn trigger(
         _ => None,
     };
     family.zip(annotation).into_iter()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::{
+        dataplane::{Faulty, Memory},
+        model::fixture::{named, service, settings},
+        source::Kind,
+    };
+
+    /// The number that this metric has.
+    fn metric(metrics: &Metrics, name: &str) -> Option<String> {
+        let text = metrics.render();
+        text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ').map(str::to_owned))
+    }
+
+    async fn until(wanted: impl Fn() -> bool) {
+        let waiting = async {
+            while !wanted() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), waiting).await.expect("it does not come");
+    }
+
+    #[tokio::test]
+    async fn ports_that_cannot_be_programmed_are_told_of_by_service_and_counted() {
+        let (metrics, (events, mut troubles)) = (Metrics::new(), Events::channel());
+        let plane = Box::new(Faulty::new(Memory::default(), 1, 100, 0));
+        let engine = Engine::new(settings(), plane, metrics.clone(), Health::new(Duration::from_secs(30)))
+            .with_events(events);
+        let (change, changes) = mpsc::channel(16);
+        let (_foreign, foreign) = mpsc::channel(1);
+        let (_stop, stopping) = watch::channel(false);
+        let (addresses_in, addresses) = watch::channel(Vec::new());
+        addresses_in.send_replace(vec!["192.0.2.1".parse().unwrap()]);
+        let engine = tokio::spawn(engine.run(Inputs { changes, addresses, foreign, stopping }));
+        let ports = json!([{ "name": "a", "port": 1 }, { "name": "b", "port": 2 }]);
+        change.send(service("web", json!({ "clusterIP": "10.0.0.1", "ports": ports }))).await.unwrap();
+        for kind in Kind::ALL {
+            change.send(Change::Synced(kind)).await.unwrap();
+        }
+
+        let trouble = tokio::time::timeout(Duration::from_secs(20), troubles.recv()).await.unwrap().unwrap();
+        let why = "a fault on purpose";
+        assert_eq!(
+            trouble,
+            Trouble {
+                service: named("web"),
+                reason: "FailedToProgram",
+                action: "Program",
+                note: format!("ns/web:a/TCP (IPv4): {why}; ns/web:b/TCP (IPv4): {why}"),
+            }
+        );
+        until(|| metric(&metrics, "weir_unprogrammed_ports").as_deref() == Some("2")).await;
+        change.send(Change::Delete(Kind::Service, named("web"))).await.unwrap();
+        until(|| metric(&metrics, "weir_unprogrammed_ports").as_deref() == Some("0")).await;
+        drop(change);
+        engine.await.unwrap();
+    }
 }

@@ -19,7 +19,7 @@ use crate::{
         nftables::{Nftables, Seen},
     },
     model::{Family, Model, PerFamily},
-    observe::{Health, HealthChecks, Metrics, Server, Telemetry, health_router, metrics_router},
+    observe::{Events, Health, HealthChecks, Metrics, Server, Telemetry, health_router, metrics_router},
     plan::{Frontend, Planner, PortId},
     source::{
         Change, SourceStatus, host,
@@ -29,7 +29,10 @@ use crate::{
 };
 
 mod census;
+mod choice;
 mod engine;
+
+pub use choice::choose;
 
 use engine::{Engine, Inputs};
 
@@ -68,12 +71,13 @@ async fn serve(config: Config, plane: Nftables) -> anyhow::Result<()> {
     let (changes_in, changes) = mpsc::channel(WAITING_CHANGES);
     let (addresses_in, addresses) = watch::channel(Vec::new());
     let foreign = watch_rule_set(&plane)?;
-    start_source(&config, changes_in).await?;
+    let events = start_source(&config, changes_in).await?;
     tokio::spawn(host::watch(addresses_in));
 
     let engine = Engine::new(config.model.clone(), Box::new(plane), metrics.clone(), health.clone())
         .with_retry(config.sync_period)
-        .with_health_checks(HealthChecks::start(health.clone(), stopping.clone()))
+        .with_health_checks(HealthChecks::start(health.clone(), events.clone(), stopping.clone()))
+        .with_events(events)
         .with_optional_node(matches!(config.source, SourceConfig::Manifests { .. }))
         .with_conntrack(clean_conntrack(metrics.clone())?);
     let inputs = Inputs { changes, addresses, foreign, stopping: stopping.clone() };
@@ -103,9 +107,10 @@ async fn signalled() -> anyhow::Result<&'static str> {
     })
 }
 
-async fn start_source(config: &Config, changes: mpsc::Sender<Change>) -> anyhow::Result<()> {
+/// Starts the source, and says where events about its objects go.
+async fn start_source(config: &Config, changes: mpsc::Sender<Change>) -> anyhow::Result<Events> {
     let status = Arc::new(SourceStatus::default());
-    match &config.source {
+    Ok(match &config.source {
         SourceConfig::Kubernetes { kubeconfig, servers } => {
             let credentials = kubeconfig.clone().map_or(Credentials::InCluster, Credentials::Kubeconfig);
             let servers = servers.iter().map(|server| {
@@ -115,16 +120,18 @@ async fn start_source(config: &Config, changes: mpsc::Sender<Change>) -> anyhow:
             let source = KubeSource { credentials, servers, node: config.model.node_name.clone() };
             let connection = Connection::open(source).await?;
             tracing::info!(node = config.model.node_name, server = %connection.server(), "watching the API server");
+            let events = Events::start(connection.client(), &config.model.node_name);
             tokio::spawn(kube::watch(connection, changes, status));
+            events
         }
         SourceConfig::Manifests { .. } => {
             let source = manifest_source(config)?;
             tracing::info!(node = config.model.node_name, directory = %source.directory.display(), "watching manifests");
             let (view, _) = watch::channel(Arc::new(ManifestStatus::default()));
             tokio::spawn(manifests::watch(source, changes, status, view));
+            Events::logged()
         }
-    }
-    Ok(())
+    })
 }
 
 fn manifest_source(config: &Config) -> anyhow::Result<ManifestSource> {

@@ -17,6 +17,7 @@ use weir::{model::Family, source::Object};
 
 use crate::{
     assets,
+    bpffs::unpin_all,
     control_plane::ControlPlane,
     keeper::{end, tail},
     node::{Place, Topology, node_address, node_name},
@@ -38,11 +39,24 @@ const MARKER: Lot = Lot::new(250).named("marker");
 /// Which service proxy runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// weir, with its nftables data plane unless [`Subject::proxy_mode`] says otherwise, fed from a directory of manifests
-    /// unless made by [`Subject::of_cluster`].
-    Weir,
+    /// weir with one of its data planes, fed from a directory of manifests unless made by [`Subject::of_cluster`].
+    Weir(Plane),
     /// kube-proxy v1.36.3 in nftables mode, fed by a real API server: the oracle.
     KubeProxy,
+}
+
+/// weir's data planes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Plane {
+    /// Everything by packets.
+    Nftables,
+    /// TCP and UDP of this node at the socket, the rest as in [`Plane::Nftables`].
+    Ebpf,
+}
+
+impl Plane {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Nftables, Self::Ebpf];
 }
 
 impl Kind {
@@ -50,14 +64,23 @@ impl Kind {
     #[must_use]
     pub fn table(self) -> &'static str {
         match self {
-            Self::Weir => "weir",
+            Self::Weir(_) => "weir",
             Self::KubeProxy => "kube-proxy",
+        }
+    }
+
+    /// What configurations call its data plane.
+    #[must_use]
+    pub fn mode(self) -> &'static str {
+        match self {
+            Self::Weir(Plane::Ebpf) => "ebpf",
+            Self::Weir(Plane::Nftables) | Self::KubeProxy => "nftables",
         }
     }
 
     fn program(self) -> Result<PathBuf> {
         match self {
-            Self::Weir => assets::weir(),
+            Self::Weir(_) => assets::weir(),
             Self::KubeProxy => assets::kubernetes("kube-proxy"),
         }
     }
@@ -66,7 +89,6 @@ impl Kind {
 /// A service proxy on both nodes. Dropping it stops it.
 pub struct Subject<'a> {
     kind: Kind,
-    proxy_mode: String,
     topology: &'a Topology,
     directory: tempfile::TempDir,
     state: Mutex<State<'a>>,
@@ -128,15 +150,7 @@ impl<'a> Subject<'a> {
             markers: 0,
             puts: 0,
         };
-        let proxy_mode = "nftables".to_owned();
-        Ok(Self { kind, proxy_mode, topology, directory, state: Mutex::new(state), settled: Mutex::new(0) })
-    }
-
-    /// Runs weir with another data plane.
-    #[must_use]
-    pub fn proxy_mode(mut self, mode: &str) -> Self {
-        mode.clone_into(&mut self.proxy_mode);
-        self
+        Ok(Self { kind, topology, directory, state: Mutex::new(state), settled: Mutex::new(0) })
     }
 
     /// Which proxy this is.
@@ -200,11 +214,16 @@ impl<'a> Subject<'a> {
         let mut state = self.state();
         let kubeconfig = state.store.kubeconfig()?;
         let config = self.directory.path().join(format!("config-{node}.yaml"));
-        std::fs::write(&config, state.settings.configuration(kubeconfig.as_deref()))?;
+        std::fs::write(&config, state.settings.configuration(self.kind, kubeconfig.as_deref()))?;
         let log = std::fs::File::options().create(true).append(true).open(self.log(node))?;
         let errors = log.try_clone()?;
         let mut args = match self.kind {
-            Kind::Weir => vec!["run".to_owned(), format!("--proxy-mode={}", self.proxy_mode)],
+            Kind::Weir(_) => vec![
+                "run".to_owned(),
+                format!("--proxy-mode={}", self.kind.mode()),
+                format!("--cgroup-root={}", self.topology.cgroup_root(node).display()),
+                format!("--bpf-root={}", self.topology.bpf_root(node)?.display()),
+            ],
             Kind::KubeProxy => vec!["--v=2".to_owned()],
         };
         args.push(format!("--config={}", config.display()));
@@ -263,6 +282,7 @@ impl<'a> Subject<'a> {
         for node in [1, 2] {
             self.kill_agent(node)?;
             self.topology.at(Place::Host(node)).stdout("nft", &["flush", "ruleset"])?;
+            unpin_all(&self.topology.bpf_root(node)?)?;
         }
         Ok(())
     }

@@ -1,9 +1,10 @@
-//! How the agents are set up: one KubeProxyConfiguration for both kinds.
+//! How the agents are set up: one KubeProxyConfiguration for all kinds.
 
 use std::path::Path;
 
 use serde_json::json;
 
+use super::Kind;
 use crate::node::CLUSTER_CIDRS;
 
 /// How traffic from pods is told (R6, R7).
@@ -32,10 +33,10 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// The configuration file.
+    /// The configuration file. What NodePorts answer on by default depends on the mode it says (R15).
     #[must_use]
-    pub fn configuration(&self, kubeconfig: Option<&Path>) -> String {
-        let (mode, cidrs, prefix) = match self.detector {
+    pub fn configuration(&self, kind: Kind, kubeconfig: Option<&Path>) -> String {
+        let (detector, cidrs, prefix) = match self.detector {
             Detector::ClusterCidr => ("ClusterCIDR", CLUSTER_CIDRS.join(","), ""),
             Detector::NodeCidr => ("NodeCIDR", String::new(), ""),
             Detector::InterfacePrefix => ("InterfaceNamePrefix", String::new(), "pod"),
@@ -44,9 +45,9 @@ impl Settings {
         let configuration = json!({
             "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
             "kind": "KubeProxyConfiguration",
-            "mode": "nftables",
+            "mode": kind.mode(),
             "clientConnection": {"kubeconfig": kubeconfig, "qps": 1000, "burst": 1000},
-            "detectLocalMode": mode,
+            "detectLocalMode": detector,
             "detectLocal": {"interfaceNamePrefix": prefix},
             "clusterCIDR": cidrs,
             "nodePortAddresses": self.node_port_addresses,

@@ -1,8 +1,197 @@
-//! The eBPF data plane.
+//! The eBPF data plane: Services are resolved where a socket connects or sends.
 //!
-//! In: the object file with the kernel programs, which `build.rs` puts into the agent. Out: programs in the kernel.
+//! In: [`Delta`]s. Out: maps that the programs of `proxy-ebpf` read.
+//!
+//! ```text
+//! Delta ─▶ stage (numbers, slots: who gets what) ─▶ write (element: keys and values) ─▶ object (maps, programs, links)
+//!                    ▲ found (what whoever ran before left)                                       │
+//!                    └────────────────────────────────────────────────────────────────────────────┘
+//! ```
+//! A change is published in an order in which a program that looks at any time finds the old backends or the new ones:
+//! members, fresh slots, one write for each frontend; then frontends that are gone, members that are gone, and the old
+//! slots rest before others get them.
 
 #![forbid(unsafe_code)]
 
+use std::{collections::BTreeMap, net::UdpSocket, sync::Arc, time::Instant};
+
+use proxy_ebpf::{LAYOUT_VERSION, Settings, system};
+
+use super::{Dataplane, Error, State};
+use crate::plan::{Delta, NodePlan};
+
+mod dump;
+mod element;
+mod found;
+mod numbers;
+mod object;
+mod problem;
+mod slots;
+mod stage;
+mod whole;
+mod write;
+
+pub use object::Place;
+pub use problem::Problem;
+
 /// The kernel programs and their maps, an ELF object for `aya`, aligned as its reader wants it.
 pub static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/weir-programs"));
+
+/// Services at the socket.
+pub struct Ebpf {
+    object: object::Object,
+    ground: stage::Ground,
+    whole: whole::Whole,
+    node: Option<Arc<NodePlan>>,
+    used: Used,
+}
+
+/// How full a map is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fill {
+    /// The map's name.
+    pub map: &'static str,
+    /// Elements in it.
+    pub used: u32,
+    /// Elements it has room for.
+    pub size: u32,
+}
+
+/// How many elements maps hold that do not say it themselves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Used {
+    frontends: u32,
+    members: u32,
+    sticky: u32,
+}
+
+impl Ebpf {
+    /// Loads the programs with the maps that are there, or with new ones. Nothing is attached before the first complete
+    /// delta is in the maps. `set_retval` tells whether this kernel has `bpf_set_retval`.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not take the programs, or the place is not as it should be.
+    pub fn open(place: Place, set_retval: bool) -> Result<Self, Problem> {
+        let mut object = object::Object::open(place, set_retval)?;
+        let known = object.settings()?;
+        object.set_settings(Settings { host: host_namespace(), layout: LAYOUT_VERSION, ..known })?;
+        let mut plane = Self {
+            object,
+            ground: stage::Ground::default(),
+            whole: whole::Whole::default(),
+            node: None,
+            used: Used::default(),
+        };
+        plane.read()?;
+        Ok(plane)
+    }
+
+    /// How full each map is that grows with the Services.
+    #[must_use]
+    pub fn fill(&self) -> [Fill; 4] {
+        let sizes = &self.object.sizes;
+        let fill = |map, used, size| Fill { map, used, size };
+        [
+            fill("frontends", self.used.frontends, sizes.frontends),
+            fill("slots", self.ground.slots.end(), sizes.slots),
+            fill("members", self.used.members, sizes.members),
+            fill("tallies", self.ground.numbers.end(), sizes.tallies),
+        ]
+    }
+
+    fn read(&mut self) -> Result<(), Problem> {
+        let found = found::Found::read(&self.object.maps)?;
+        let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        self.used =
+            Used { frontends: count(found.frontends.len()), members: count(found.members.len()), sticky: 0 };
+        self.ground = stage::Ground::of(found);
+        self.whole = whole::Whole::default();
+        Ok(())
+    }
+}
+
+/// The cookie of the network namespace we run in, which is the host's; 0 where the kernel does not tell, which stands
+/// for the initial one.
+fn host_namespace() -> u64 {
+    let cookie = UdpSocket::bind("127.0.0.1:0").and_then(system::namespace_cookie);
+    cookie.unwrap_or_else(|error| {
+        tracing::debug!(%error, "taking the initial network namespace for the host's");
+        0
+    })
+}
+
+impl Dataplane for Ebpf {
+    fn apply(&mut self, delta: &Delta) -> Result<(), Error> {
+        if let Some(node) = &delta.node {
+            self.node = Some(Arc::clone(node));
+        }
+        let Some(node) = self.node.clone() else {
+            return Err(Error::Kernel("Services were planned before the node".to_owned()));
+        };
+        let now = Instant::now();
+        self.whole.expect(&node, &delta.cluster_ips, delta.complete);
+        let ground = &mut self.ground;
+        let steps: Vec<stage::Step> = delta
+            .ports
+            .iter()
+            .filter(|port| port.id().is_some_and(|id| element::is_for_sockets(id.protocol)))
+            .filter_map(|port| ground.step(port, now))
+            .collect();
+        self.make_room(&steps, delta);
+        let failed = self.write(&steps, delta, now)?;
+        if delta.complete {
+            self.remove_leftovers(now)?;
+            if !self.object.is_attached() {
+                self.object.attach()?;
+            }
+        }
+        self.whole.settled()?;
+        if failed.is_empty() { Ok(()) } else { Err(Error::Ports(failed)) }
+    }
+
+    fn reread(&mut self) -> Result<(), Error> {
+        Ok(self.read()?)
+    }
+
+    fn dump(&mut self) -> Result<State, Error> {
+        Ok(dump::read(&self.object.maps)?)
+    }
+
+    fn remove(&mut self) -> Result<(), Error> {
+        self.object
+            .clear()
+            .map_err(|source| Error::Io { context: "removing the programs and maps".to_owned(), source })
+    }
+}
+
+/// What happened to new flows of each service port since it got its number.
+pub type Tallies = BTreeMap<crate::plan::PortId, proxy_ebpf::Tally>;
+
+impl Ebpf {
+    /// Reads what was counted for every service port.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn tallies(&self) -> Result<Tallies, Problem> {
+        let tally = |site: &element::Site| {
+            self.object.maps.tallies.get(&site.port, 0).map_err(|error| Problem::map("tallies", error))
+        };
+        self.ground.ports.iter().map(|(id, site)| Ok((id.clone(), tally(site)?))).collect()
+    }
+
+    /// How often each of [`proxy_ebpf::trouble`] happened.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn troubles(&self) -> Result<Vec<u64>, Problem> {
+        let read = |trouble| {
+            let counts = self.object.maps.troubles.get(&trouble, 0);
+            let counts = counts.map_err(|error| Problem::map("troubles", error))?;
+            Ok(counts.iter().sum())
+        };
+        (0..proxy_ebpf::trouble::COUNT).map(read).collect()
+    }
+}

@@ -60,6 +60,18 @@ fn r14_before_the_interfaces_are_known_only_single_addresses_count() {
 }
 
 #[test]
+fn r13_loopback_node_ports_are_the_settings_of_served_families() {
+    let both = PerFamily { v4: true, v6: true };
+    let plan = |loopback_node_ports, families| {
+        model(Settings { loopback_node_ports, families, ..settings() }, []).node_plan().loopback_node_ports
+    };
+    assert_eq!(plan(both, both), both);
+    let v4 = PerFamily { v4: true, v6: false };
+    assert_eq!(plan(both, v4), v4);
+    assert_eq!(plan(v4, both), v4);
+}
+
+#[test]
 fn r8_the_mark_is_one_bit() {
     for (bit, mark) in [(14, 0x4000), (0, 1), (31, 0x8000_0000)] {
         let model = model(Settings { masquerade_bit: bit, ..settings() }, []);

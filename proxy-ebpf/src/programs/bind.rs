@@ -1,0 +1,76 @@
+//! NodePorts cannot be taken: a process in the host's network namespace that binds one would wait for connections which
+//! the frontend gets.
+//!
+//! In: a socket that has just been bound. Out: a refusal, if this address and port is a NodePort's.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    helpers::generated::{bpf_get_netns_cookie, bpf_set_retval},
+    programs::SockContext,
+};
+use proxy_ebpf::{Address, FrontendKey, flag};
+
+use super::{
+    ALLOW, maps,
+    resolve::{self, node_port},
+    socket::{self, Family, MAPPED, TCP, UDP},
+};
+
+const REFUSE: i32 = 0;
+const EADDRINUSE: i32 = 98;
+
+/// A socket was bound to an address and a port.
+#[inline(always)]
+pub(super) fn bound(context: &SockContext, family: Family) -> i32 {
+    let Some(settings) = maps::SETTINGS.get(0) else { return ALLOW };
+    // SAFETY: the kernel hands every program of this kind a valid context; the verifier checks each access.
+    let socket = unsafe { &*context.sock };
+    let protocol = socket.protocol;
+    if protocol != TCP && protocol != UDP {
+        return ALLOW;
+    }
+    // SAFETY: the context is valid, and the helper only reads it.
+    if unsafe { bpf_get_netns_cookie(context.as_ptr()) } != socket::host(settings.host) {
+        return ALLOW;
+    }
+    let address = match family {
+        Family::V4 => [0, 0, MAPPED, socket.src_ip4],
+        // Volatile, because the verifier accepts single words of a socket's address only.
+        // SAFETY: as above.
+        Family::V6 => unsafe {
+            [
+                (&raw const socket.src_ip6[0]).read_volatile(),
+                (&raw const socket.src_ip6[1]).read_volatile(),
+                (&raw const socket.src_ip6[2]).read_volatile(),
+                (&raw const socket.src_ip6[3]).read_volatile(),
+            ]
+        },
+    };
+    // A port in the host's order, unlike everywhere else.
+    let port = (socket.src_port as u16).to_be();
+    if is_taken(&address, port, protocol) { refuse() } else { ALLOW }
+}
+
+#[inline(always)]
+fn is_taken(address: &Address, port: u16, protocol: u32) -> bool {
+    let all_v6 = (address[0] | address[1] | address[2] | address[3]) == 0;
+    let v4 = socket::is_v4(address);
+    if all_v6 || (v4 && address[3] == 0) {
+        // An IPv6 socket on every address has the IPv4 ones too, unless it says that it does not want them, which is
+        // not to be seen here.
+        return node_port(v4, port, protocol).is_some();
+    }
+    let key = FrontendKey { address: *address, port: 0, protocol: 0, zero: 0 };
+    let on_node = resolve::get(key).is_some_and(|whole| whole.flags & flag::NODE != 0);
+    on_node && node_port(v4, port, protocol).is_some()
+}
+
+/// Says that the address is in use; where the kernel cannot, it says that it is not permitted.
+#[inline(always)]
+fn refuse() -> i32 {
+    if maps::can_refuse() {
+        // SAFETY: sets what the system call is to return, nothing else.
+        unsafe { bpf_set_retval(-EADDRINUSE) };
+    }
+    REFUSE
+}

@@ -1,0 +1,69 @@
+//! The maps, and the one constant the agent sets.
+//!
+//! Sizes are the agent's business: it creates the maps as large as the Services need and makes larger ones when they
+//! grow. Hash maps allocate their elements one by one, so that size costs little until it is used.
+
+use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
+    btf_maps::SkStorage,
+    macros::{btf_map, map},
+    maps::{Array, HashMap, PerCpuArray},
+};
+use proxy_ebpf::{
+    Affinity, AffinityKey, Endpoint, Flows, FrontendKey, FrontendValue, MemberKey, Origin, Settings, Tally,
+    trouble,
+};
+
+#[map(name = "frontends")]
+pub(super) static FRONTENDS: HashMap<FrontendKey, FrontendValue> =
+    HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
+
+#[map(name = "slots")]
+pub(super) static SLOTS: Array<Endpoint> = Array::with_max_entries(1, 0);
+
+#[map(name = "members")]
+pub(super) static MEMBERS: HashMap<MemberKey, u64> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
+
+#[map(name = "affinities")]
+pub(super) static AFFINITIES: HashMap<AffinityKey, Affinity> =
+    HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
+
+#[map(name = "tallies")]
+pub(super) static TALLIES: Array<Tally> = Array::with_max_entries(1, 0);
+
+#[map(name = "bypassed")]
+pub(super) static BYPASSED: HashMap<u64, u32> = HashMap::with_max_entries(8192, BPF_F_NO_PREALLOC);
+
+#[map(name = "settings")]
+pub(super) static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
+
+#[map(name = "troubles")]
+pub(super) static TROUBLES: PerCpuArray<u64> = PerCpuArray::with_max_entries(trouble::COUNT, 0);
+
+#[btf_map(name = "origins")]
+pub(super) static ORIGINS: SkStorage<Origin> = SkStorage::new();
+
+#[btf_map(name = "flows")]
+pub(super) static FLOWS: SkStorage<Flows> = SkStorage::new();
+
+/// Whether this kernel has `bpf_set_retval` (5.18). Where it has not, a refusal could only be EPERM, so it is left to
+/// the packets.
+#[unsafe(no_mangle)]
+static SET_RETVAL: u32 = 0;
+
+/// Whether a hook can say why it refuses.
+#[inline(always)]
+pub(super) fn can_refuse() -> bool {
+    // SAFETY: a static of this program, which nobody writes once it is loaded. Volatile, because the agent sets it
+    // after the compiler is done.
+    unsafe { core::ptr::read_volatile(&raw const SET_RETVAL) != 0 }
+}
+
+/// Counts something that should not happen.
+#[inline(always)]
+pub(super) fn count(trouble: u32) {
+    if let Some(counter) = TROUBLES.get_ptr_mut(trouble) {
+        // SAFETY: this CPU's own element of a per-CPU array, and a program is not interrupted by itself there.
+        unsafe { *counter += 1 };
+    }
+}

@@ -1,0 +1,203 @@
+//! Sockets as the hooks get them.
+//!
+//! In: a hook's context. Out: addresses in the form the maps have, and who the client is.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{
+        bpf_sock_addr, bpf_sock_tuple, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 as Ipv4Tuple,
+        bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 as Ipv6Tuple,
+    },
+    helpers::generated::{
+        bpf_get_current_ancestor_cgroup_id, bpf_get_netns_cookie, bpf_sk_lookup_tcp, bpf_sk_lookup_udp,
+        bpf_sk_release,
+    },
+    programs::SockAddrContext,
+};
+use proxy_ebpf::{Address, Endpoint};
+
+use super::maps::{BYPASSED, SETTINGS};
+
+pub(super) const TCP: u32 = 6;
+pub(super) const UDP: u32 = 17;
+
+/// Where IPv4-mapped addresses begin, the third word of four.
+pub(super) const MAPPED: u32 = 0xffff_u32.to_be();
+
+/// The family a hook is for.
+#[derive(Clone, Copy)]
+pub(super) enum Family {
+    V4,
+    V6,
+}
+
+/// Whether an address is IPv4.
+#[inline(always)]
+pub(super) fn is_v4(address: &Address) -> bool {
+    address[0] == 0 && address[1] == 0 && address[2] == MAPPED
+}
+
+/// A copy of an endpoint in a map, word by word. Written as one assignment it becomes a call of `memmove`, whose loop
+/// over bytes makes the verifier of every kernel give up (`BPF program is too large`) once several follow each other.
+///
+/// # Safety
+///
+/// The endpoint can be read.
+#[inline(always)]
+pub(super) unsafe fn read(from: *const Endpoint) -> Endpoint {
+    // SAFETY: the caller's.
+    unsafe {
+        Endpoint {
+            address: [
+                (&raw const (*from).address[0]).read_volatile(),
+                (&raw const (*from).address[1]).read_volatile(),
+                (&raw const (*from).address[2]).read_volatile(),
+                (&raw const (*from).address[3]).read_volatile(),
+            ],
+            port: (&raw const (*from).port).read_volatile(),
+            zero: 0,
+        }
+    }
+}
+
+/// Whether two endpoints are the same, word by word: the compiler would call a function for arrays.
+#[inline(always)]
+pub(super) fn same(a: &Endpoint, b: &Endpoint) -> bool {
+    a.port == b.port && same_address(&a.address, &b.address)
+}
+
+#[inline(always)]
+pub(super) fn same_address(a: &Address, b: &Address) -> bool {
+    a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3]
+}
+
+/// The address the hook is about: a destination, or a source to show.
+#[inline(always)]
+pub(super) fn address(context: &SockAddrContext, family: Family) -> Endpoint {
+    // SAFETY: the kernel hands every program of this kind a valid context; the verifier checks each access.
+    let user = unsafe { &*context.sock_addr };
+    let address = match family {
+        Family::V4 => [0, 0, MAPPED, user.user_ip4],
+        Family::V6 => [user.user_ip6[0], user.user_ip6[1], user.user_ip6[2], user.user_ip6[3]],
+    };
+    Endpoint { address, port: user.user_port as u16, zero: 0 }
+}
+
+/// Puts another address in its place.
+#[inline(always)]
+pub(super) fn set_address(context: &SockAddrContext, family: Family, to: &Endpoint) {
+    // SAFETY: as in `address`; no other reference to the context exists while this one does. Volatile, because the
+    // verifier wants each word written for itself and the compiler would join them.
+    unsafe {
+        let user: *mut bpf_sock_addr = context.sock_addr;
+        match family {
+            Family::V4 => (&raw mut (*user).user_ip4).write_volatile(to.address[3]),
+            Family::V6 => {
+                (&raw mut (*user).user_ip6[0]).write_volatile(to.address[0]);
+                (&raw mut (*user).user_ip6[1]).write_volatile(to.address[1]);
+                (&raw mut (*user).user_ip6[2]).write_volatile(to.address[2]);
+                (&raw mut (*user).user_ip6[3]).write_volatile(to.address[3]);
+            }
+        }
+        (&raw mut (*user).user_port).write_volatile(to.port.into());
+    }
+}
+
+/// The protocol of the socket.
+#[inline(always)]
+pub(super) fn protocol(context: &SockAddrContext) -> u32 {
+    // SAFETY: as in `address`.
+    unsafe { (*context.sock_addr).protocol }
+}
+
+/// Who asks.
+#[derive(Clone, Copy)]
+pub(super) struct Client {
+    /// The cookie of its network namespace.
+    pub(super) namespace: u64,
+    /// Whether that is the host's.
+    pub(super) host: bool,
+}
+
+/// Who asks; `None` for those whose sockets are not to be touched.
+#[inline(always)]
+pub(super) fn client(context: &SockAddrContext) -> Option<Client> {
+    let settings = SETTINGS.get(0)?;
+    if settings.bypassed != 0 && is_bypassed() {
+        return None;
+    }
+    // SAFETY: the context is valid, and the helper only reads it.
+    let namespace = unsafe { bpf_get_netns_cookie(context.as_ptr()) };
+    Some(Client { namespace, host: namespace == host(settings.host) })
+}
+
+/// The host's network namespace; where its cookie could not be asked for, the initial one.
+#[inline(always)]
+pub(super) fn host(cookie: u64) -> u64 {
+    if cookie != 0 {
+        return cookie;
+    }
+    // SAFETY: without a context the helper answers for the initial namespace.
+    unsafe { bpf_get_netns_cookie(core::ptr::null_mut()) }
+}
+
+/// Most levels between the root and a container's cgroup that are looked at: kubelet's own have four, inside a container
+/// that plays a node some more.
+const LEVELS: i32 = 16;
+
+/// Whether the process is in a cgroup, or below one, that is not to be touched.
+#[inline(always)]
+fn is_bypassed() -> bool {
+    for level in 1..LEVELS {
+        // SAFETY: the helper takes any level, and answers 0 beyond the last.
+        let id = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
+        if id == 0 {
+            return false;
+        }
+        // SAFETY: elements of this map are allocated one by one, so none turns into another while it is looked at.
+        if unsafe { BYPASSED.get(id) }.is_some() {
+            return true;
+        }
+    }
+    false
+}
+
+/// Whether some socket in the client's own network namespace is bound to exactly this address. A packet to it would not
+/// leave that namespace, so no proxy on the node would see it.
+#[inline(always)]
+pub(super) fn is_at_home(context: &SockAddrContext, protocol: u32, to: &Endpoint) -> bool {
+    // SAFETY: integers only, for which zero is a value.
+    let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
+    let v4 = is_v4(&to.address);
+    let size = if v4 {
+        tuple.__bindgen_anon_1.ipv4 = Ipv4Tuple { saddr: 0, daddr: to.address[3], sport: 0, dport: to.port };
+        size_of::<Ipv4Tuple>() as u32
+    } else {
+        tuple.__bindgen_anon_1.ipv6 =
+            Ipv6Tuple { saddr: [0; 4], daddr: to.address, sport: 0, dport: to.port };
+        size_of::<Ipv6Tuple>() as u32
+    };
+    const OWN_NAMESPACE: u64 = u64::MAX;
+    let (context, tuple) = (context.as_ptr(), &raw mut tuple);
+    // SAFETY: the context is the hook's, the tuple is as long as is said, and a socket that is found is given back below.
+    unsafe {
+        let found = match protocol {
+            TCP => bpf_sk_lookup_tcp(context, tuple, size, OWN_NAMESPACE, 0),
+            _ => bpf_sk_lookup_udp(context, tuple, size, OWN_NAMESPACE, 0),
+        };
+        if found.is_null() {
+            return false;
+        }
+        // Volatile, because the verifier accepts single words of a socket's address only.
+        let bound = if v4 {
+            (&raw const (*found).src_ip4).read_volatile() == to.address[3]
+        } else {
+            (&raw const (*found).src_ip6[0]).read_volatile() == to.address[0]
+                && (&raw const (*found).src_ip6[1]).read_volatile() == to.address[1]
+                && (&raw const (*found).src_ip6[2]).read_volatile() == to.address[2]
+                && (&raw const (*found).src_ip6[3]).read_volatile() == to.address[3]
+        };
+        bpf_sk_release(found.cast());
+        bound
+    }
+}

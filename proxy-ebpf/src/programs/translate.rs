@@ -1,0 +1,158 @@
+//! Where sockets go: the hooks of connect and of sending without a connection.
+//!
+//! In: the destination a process gave. Out: a backend in its place, written down with the socket so that `told` can
+//! show the process what it asked for. A destination that is no Service's, or one the packets are to decide about, stays
+//! as it is: the packet rules beside these programs have every Service.
+
+use aya_ebpf::{helpers::generated::bpf_set_retval, programs::SockAddrContext};
+use proxy_ebpf::{Endpoint, FLOWS as MOST_FLOWS, Flows, FrontendValue, Origin, trouble, verdict};
+
+use super::{
+    ALLOW,
+    maps::{self, FLOWS, ORIGINS},
+    resolve::{self, Found},
+    search::Search,
+    socket::{self, Client, Family, TCP, UDP},
+};
+
+const REFUSE: i32 = 0;
+const ECONNREFUSED: i32 = 111;
+/// A flow that rested this long may go to another backend: what connection tracking grants a UDP stream.
+const REST: u64 = 120_000_000_000;
+
+/// A socket connects. For TCP this is every connection; a UDP socket gets a peer.
+#[inline(always)]
+pub(super) fn connect(context: &SockAddrContext, family: Family) -> i32 {
+    let protocol = socket::protocol(context);
+    if protocol != TCP && protocol != UDP {
+        return ALLOW;
+    }
+    let to = socket::address(context, family);
+    let Some(client) = socket::client(context) else { return ALLOW };
+    let frontend = match resolve::find(&to, protocol, client) {
+        Found::Nothing => return ALLOW,
+        // A UDP socket may live to see the Service come: its packets are refused instead.
+        Found::UnknownPort if protocol == TCP => return refuse(),
+        Found::UnknownPort => return ALLOW,
+        Found::Frontend(frontend) => frontend,
+    };
+    let choice = resolve::choice(frontend, client);
+    if choice.verdict == verdict::PASS || (!client.host && socket::is_at_home(context, protocol, &to)) {
+        return ALLOW;
+    }
+    if !resolve::serves(choice) {
+        if protocol != TCP {
+            return ALLOW;
+        }
+        resolve::refused(frontend);
+        return refuse();
+    }
+    let now = resolve::now();
+    let Some(backend) = resolve::pick(frontend, choice, client, now) else { return ALLOW };
+    // SAFETY: the socket is the hook's own, which holds its lock.
+    let origin = unsafe { ORIGINS.get_or_insert_ptr_mut(context, None) };
+    if origin.is_null() {
+        maps::count(trouble::STORAGE);
+        return ALLOW;
+    }
+    // SAFETY: not null, of this socket, and nobody else writes it while the socket is locked.
+    unsafe { *origin = Origin { since: now, service: to, backend, protocol, zero: 0 } };
+    socket::set_address(context, family, &backend);
+    resolve::served(frontend);
+    ALLOW
+}
+
+/// A UDP socket without a peer sends.
+#[inline(always)]
+pub(super) fn send(context: &SockAddrContext, family: Family) -> i32 {
+    if socket::protocol(context) != UDP {
+        return ALLOW;
+    }
+    let to = socket::address(context, family);
+    let Some(client) = socket::client(context) else { return ALLOW };
+    let frontend = match resolve::find(&to, UDP, client) {
+        Found::Nothing => return ALLOW,
+        Found::UnknownPort => return refuse(),
+        Found::Frontend(frontend) => frontend,
+    };
+    match resolve::choice(frontend, client).verdict {
+        verdict::SERVE => {}
+        verdict::REFUSE => {
+            resolve::refused(frontend);
+            return refuse();
+        }
+        _ => return ALLOW,
+    }
+    if let Some(backend) = flow(context, &to, frontend, client) {
+        socket::set_address(context, family, &backend);
+    }
+    ALLOW
+}
+
+/// The backend this socket's datagrams to a Service go to: the same one for as long as it is one, as connection tracking
+/// would have it. `None` leaves the datagram as it is.
+#[inline(always)]
+fn flow(
+    context: &SockAddrContext,
+    to: &Endpoint,
+    frontend: &FrontendValue,
+    client: Client,
+) -> Option<Endpoint> {
+    // SAFETY: the socket is the hook's own, which holds its lock.
+    let flows = unsafe { FLOWS.get_or_insert_ptr_mut(context, None) };
+    if flows.is_null() {
+        maps::count(trouble::STORAGE);
+        return None;
+    }
+    // SAFETY: not null, of this socket, and nobody else writes it while the socket is locked.
+    let flows = unsafe { &mut *flows };
+    let choice = resolve::choice(frontend, client);
+    let now = resolve::now();
+    let known = &mut flows.origins[place(flows, to)];
+    // SAFETY: an element of the array.
+    let backend = unsafe { socket::read(&raw const known.backend) };
+    if socket::same(&known.service, to)
+        && now.wrapping_sub(known.since) <= REST
+        && resolve::has_members(frontend)
+        && resolve::is_member(choice.set, &backend, known.since)
+    {
+        known.since = now;
+        return Some(backend);
+    }
+    if !client.host && socket::is_at_home(context, UDP, to) {
+        return None;
+    }
+    let backend = resolve::pick(frontend, choice, client, now)?;
+    *known = Origin { since: now, service: *to, backend, protocol: UDP, zero: 0 };
+    resolve::served(frontend);
+    Some(backend)
+}
+
+/// Where a Service's flow is among a socket's, or is to be: a free place, else the one that rested longest.
+#[inline(always)]
+fn place(flows: &mut Flows, to: &Endpoint) -> usize {
+    let mut search = Search::new(flows);
+    for place in 0..MOST_FLOWS {
+        let flow = search.flow(place);
+        if flow.since == 0 || socket::same(&flow.service, to) {
+            search.take(place);
+            return search.found();
+        }
+        if flow.since < search.since() {
+            search.take(place);
+        }
+    }
+    maps::count(trouble::FLOWS);
+    search.found()
+}
+
+/// Refuses, and says so to the process; where the kernel cannot, the packets are refused instead.
+#[inline(always)]
+fn refuse() -> i32 {
+    if !maps::can_refuse() {
+        return ALLOW;
+    }
+    // SAFETY: sets what the system call is to return, nothing else.
+    unsafe { bpf_set_retval(-ECONNREFUSED) };
+    REFUSE
+}

@@ -1,0 +1,452 @@
+//! The programs and maps in the kernel, and their names in the BPF file system.
+//!
+//! In: how large the maps have to be. Out: maps to write, and programs that read them, attached to a cgroup.
+//!
+//! ```text
+//! <bpf-root>/v1/frontends, …   the maps of layout 1: whoever starts next finds them as they are
+//! <bpf-root>/link-connect4, …  the links: programs stay attached while nobody runs
+//! ```
+//! To make a map larger is the same as to upgrade: new maps are filled, new programs that use them are loaded, and each
+//! link is switched from the old program to the new one at one instant. Neither costs a connection.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray},
+    programs::{
+        CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, ProgramError, ProgramFd, links::FdLink,
+    },
+};
+use proxy_ebpf::{
+    Affinity, AffinityKey, Endpoint, FrontendKey, FrontendValue, LAYOUT_VERSION, MemberKey, Settings, Tally,
+    system,
+};
+use tracing::debug;
+
+use super::{PROGRAMS, problem::Problem};
+
+/// The maps that grow, and how many elements each has room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sizes {
+    pub(super) frontends: u32,
+    pub(super) slots: u32,
+    pub(super) members: u32,
+    pub(super) affinities: u32,
+    pub(super) tallies: u32,
+}
+
+impl Sizes {
+    /// What a node without Services starts with.
+    pub(super) const LEAST: Self =
+        Self { frontends: 1024, slots: 1024, members: 256, affinities: 64, tallies: 512 };
+
+    fn named(&self) -> [(&'static str, u32); 5] {
+        [
+            ("frontends", self.frontends),
+            ("slots", self.slots),
+            ("members", self.members),
+            ("affinities", self.affinities),
+            ("tallies", self.tallies),
+        ]
+    }
+
+    /// Room for `needed` and as much again where these sizes are too small; the same where they are not.
+    pub(super) fn grown_to(&self, needed: &Self) -> Self {
+        let grow = |have: u32, need: u32| {
+            if need <= have {
+                have
+            } else {
+                need.saturating_mul(2).checked_next_power_of_two().unwrap_or(u32::MAX)
+            }
+        };
+        Self {
+            frontends: grow(self.frontends, needed.frontends),
+            slots: grow(self.slots, needed.slots),
+            members: grow(self.members, needed.members),
+            affinities: grow(self.affinities, needed.affinities),
+            tallies: grow(self.tallies, needed.tallies),
+        }
+    }
+}
+
+/// The maps that never grow: sockets' own storage takes what it needs, the others are small.
+const FIXED: [&str; 5] = ["settings", "troubles", "bypassed", "origins", "flows"];
+
+/// Handles of the maps.
+pub(super) struct Maps {
+    pub(super) frontends: HashMap<MapData, FrontendKey, FrontendValue>,
+    pub(super) slots: Array<MapData, Endpoint>,
+    pub(super) members: HashMap<MapData, MemberKey, u64>,
+    pub(super) affinities: HashMap<MapData, AffinityKey, Affinity>,
+    pub(super) tallies: Array<MapData, Tally>,
+    pub(super) settings: Array<MapData, Settings>,
+    pub(super) troubles: PerCpuArray<MapData, u64>,
+}
+
+impl Maps {
+    fn of(ebpf: &mut Ebpf) -> Result<Self, Problem> {
+        let mut take = |name: &'static str| ebpf.take_map(name).ok_or(Problem::Object(name));
+        Ok(Self {
+            frontends: typed("frontends", take("frontends")?)?,
+            slots: typed("slots", take("slots")?)?,
+            members: typed("members", take("members")?)?,
+            affinities: typed("affinities", take("affinities")?)?,
+            tallies: typed("tallies", take("tallies")?)?,
+            settings: typed("settings", take("settings")?)?,
+            troubles: typed("troubles", take("troubles")?)?,
+        })
+    }
+}
+
+fn typed<M: TryFrom<Map, Error = MapError>>(name: &'static str, map: Map) -> Result<M, Problem> {
+    M::try_from(map).map_err(|error| Problem::map(name, error))
+}
+
+/// Everything of ours in the kernel.
+pub(super) struct Object {
+    place: Place,
+    ebpf: Ebpf,
+    pub(super) maps: Maps,
+    pub(super) sizes: Sizes,
+    set_retval: bool,
+    attached: bool,
+}
+
+/// Where things are.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// A directory of ours in a BPF file system.
+    pub bpf_root: PathBuf,
+    /// The cgroup, of version 2, whose processes' sockets are served.
+    pub cgroup_root: PathBuf,
+}
+
+impl Place {
+    /// The directory of the maps of this layout.
+    #[must_use]
+    pub fn maps(&self) -> PathBuf {
+        self.bpf_root.join(format!("v{LAYOUT_VERSION}"))
+    }
+
+    fn map(&self, name: &str) -> PathBuf {
+        self.maps().join(name)
+    }
+
+    /// Where a larger map waits until it is in use.
+    fn next_map(&self, name: &str) -> PathBuf {
+        self.maps().join(format!("{name}-next"))
+    }
+
+    fn link(&self, program: &str) -> PathBuf {
+        self.bpf_root.join(format!("link-{program}"))
+    }
+
+    /// Takes the programs away, then the maps. Nothing there is fine.
+    ///
+    /// # Errors
+    ///
+    /// When something of ours cannot be removed.
+    pub fn clear(&self) -> io::Result<()> {
+        let mut found: Vec<PathBuf> = Vec::new();
+        match fs::read_dir(&self.bpf_root) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error),
+            Ok(entries) => {
+                for entry in entries {
+                    found.push(entry?.path());
+                }
+            }
+        }
+        let links = |path: &&PathBuf| name_of(path).starts_with("link-");
+        found.iter().filter(links).try_for_each(fs::remove_file)?;
+        found.iter().filter(|path| is_layout(path)).try_for_each(remove_directory)?;
+        match fs::remove_dir(&self.bpf_root) {
+            // Somebody made it for us, or keeps something else there.
+            Err(error) if error.kind() != io::ErrorKind::NotFound => debug!(%error, "the directory stays"),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Removes the maps of other layouts, once nothing uses them.
+    fn clear_other_layouts(&self) -> io::Result<()> {
+        let ours = self.maps();
+        for entry in fs::read_dir(&self.bpf_root)? {
+            let path = entry?.path();
+            if is_layout(&path) && path != ours {
+                remove_directory(&path)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+fn is_layout(path: &Path) -> bool {
+    name_of(path).strip_prefix('v').is_some_and(|version| version.parse::<u32>().is_ok())
+}
+
+fn remove_directory(path: &PathBuf) -> io::Result<()> {
+    for entry in fs::read_dir(path)? {
+        fs::remove_file(entry?.path())?;
+    }
+    fs::remove_dir(path)
+}
+
+impl Object {
+    /// Loads the programs, with the maps that are there or with new ones. Nothing is attached yet.
+    pub(super) fn open(place: Place, set_retval: bool) -> Result<Self, Problem> {
+        fs::create_dir_all(place.maps())
+            .map_err(|error| Problem::file("making the directory", &place.maps(), error))?;
+        let mut sizes = Sizes::LEAST;
+        for (name, size) in [
+            ("frontends", &mut sizes.frontends),
+            ("slots", &mut sizes.slots),
+            ("members", &mut sizes.members),
+            ("affinities", &mut sizes.affinities),
+            ("tallies", &mut sizes.tallies),
+        ] {
+            discard(&place.next_map(name))?;
+            if let Some(found) = room(&place.map(name))? {
+                *size = found;
+            }
+        }
+        let (ebpf, maps) = load(&place, &sizes, set_retval, &[])?;
+        Ok(Self { place, ebpf, maps, sizes, set_retval, attached: false })
+    }
+
+    /// Makes maps larger, keeping what they hold.
+    pub(super) fn grow(&mut self, sizes: Sizes, slots_in_use: u32) -> Result<(), Problem> {
+        let larger: Vec<&'static str> = self
+            .sizes
+            .named()
+            .iter()
+            .zip(sizes.named())
+            .filter(|((_, have), (_, want))| want > have)
+            .map(|((name, _), _)| *name)
+            .collect();
+        if larger.is_empty() {
+            return Ok(());
+        }
+        for name in &larger {
+            discard(&self.place.next_map(name))?;
+        }
+        let (ebpf, maps) = load(&self.place, &sizes, self.set_retval, &larger)?;
+        let old = std::mem::replace(&mut self.maps, maps);
+        let old_ebpf = std::mem::replace(&mut self.ebpf, ebpf);
+        let filled = self.fill(&old, &larger, slots_in_use);
+        let switched = filled.and_then(|()| if self.attached { self.attach() } else { Ok(()) });
+        if let Err(problem) = switched {
+            (self.maps, self.ebpf) = (old, old_ebpf);
+            if self.attached {
+                self.attach()?;
+            }
+            return Err(problem);
+        }
+        if larger.contains(&"affinities") {
+            // Clients that came while the programs were switched.
+            self.copy_affinities(&old)?;
+        }
+        for name in &larger {
+            let (from, to) = (self.place.next_map(name), self.place.map(name));
+            fs::rename(&from, &to).map_err(|error| Problem::file("renaming", &from, error))?;
+        }
+        tracing::info!(?sizes, "made maps larger: {}", larger.join(", "));
+        self.sizes = sizes;
+        Ok(())
+    }
+
+    fn fill(&mut self, old: &Maps, larger: &[&'static str], slots_in_use: u32) -> Result<(), Problem> {
+        let new = &mut self.maps;
+        for name in larger {
+            let copied = match *name {
+                "frontends" => copy(&old.frontends, &mut new.frontends),
+                "members" => copy(&old.members, &mut new.members),
+                "affinities" => copy(&old.affinities, &mut new.affinities),
+                "slots" => (0..slots_in_use.min(old.slots.len()))
+                    .try_for_each(|slot| new.slots.set(slot, old.slots.get(&slot, 0)?, 0)),
+                _ => (0..old.tallies.len())
+                    .try_for_each(|port| new.tallies.set(port, old.tallies.get(&port, 0)?, 0)),
+            };
+            copied.map_err(|error| Problem::map(name, error))?;
+        }
+        Ok(())
+    }
+
+    fn copy_affinities(&mut self, old: &Maps) -> Result<(), Problem> {
+        const IF_ABSENT: u64 = 1;
+        for entry in old.affinities.iter() {
+            let (client, affinity) = entry.map_err(|error| Problem::map("affinities", error))?;
+            match self.maps.affinities.insert(client, affinity, IF_ABSENT) {
+                Err(error) if !is_present(&error) => return Err(Problem::map("affinities", error)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the programs are attached by us.
+    pub(super) fn is_attached(&self) -> bool {
+        self.attached
+    }
+
+    /// Attaches every program, in the place of the one that is attached already where there is one.
+    pub(super) fn attach(&mut self) -> Result<(), Problem> {
+        let root = &self.place.cgroup_root;
+        let cgroup = File::open(root).map_err(|error| Problem::file("opening the cgroup", root, error))?;
+        let number =
+            cgroup.metadata().map_err(|error| Problem::file("opening the cgroup", root, error))?.ino();
+        let mut settings = self.settings()?;
+        let moved = settings.cgroup != number;
+        for (name, program) in self.ebpf.programs_mut() {
+            let link = self.place.link(name);
+            if !moved && switch(&link, program.fd().map_err(|error| Problem::program(name, error))?)? {
+                continue;
+            }
+            let fresh = attach(program, &cgroup).map_err(|error| Problem::program(name, error))?;
+            discard(&link)?;
+            fresh.pin(&link).map_err(|error| Problem::file("pinning", &link, io::Error::other(error)))?;
+        }
+        settings.cgroup = number;
+        settings.layout = LAYOUT_VERSION;
+        self.set_settings(settings)?;
+        self.attached = true;
+        self.place.clear_other_layouts().map_err(|error| {
+            Problem::file("removing maps of another layout from", &self.place.bpf_root, error)
+        })
+    }
+
+    pub(super) fn settings(&self) -> Result<Settings, Problem> {
+        self.maps.settings.get(&0, 0).map_err(|error| Problem::map("settings", error))
+    }
+
+    pub(super) fn set_settings(&mut self, settings: Settings) -> Result<(), Problem> {
+        self.maps.settings.set(0, settings, 0).map_err(|error| Problem::map("settings", error))
+    }
+
+    /// Takes programs and maps away.
+    pub(super) fn clear(&mut self) -> io::Result<()> {
+        self.attached = false;
+        self.place.clear()
+    }
+}
+
+/// Loads the object with its pinned maps; those named in `next` are made anew, pinned beside the old ones.
+fn load(
+    place: &Place,
+    sizes: &Sizes,
+    set_retval: bool,
+    next: &[&'static str],
+) -> Result<(Ebpf, Maps), Problem> {
+    let set_retval = u32::from(set_retval);
+    let mut loader = EbpfLoader::new();
+    loader.override_global("SET_RETVAL", &set_retval, true);
+    for (name, size) in sizes.named() {
+        let path = if next.contains(&name) { place.next_map(name) } else { place.map(name) };
+        loader.map_pin_path(name, path).map_max_entries(name, size);
+    }
+    for name in FIXED {
+        loader.map_pin_path(name, place.map(name));
+    }
+    let mut ebpf = loader.load(PROGRAMS).map_err(|error| Problem::Load(Box::new(error)))?;
+    for (name, program) in ebpf.programs_mut() {
+        let loaded = match program {
+            Program::CgroupSockAddr(program) => program.load(),
+            Program::CgroupSock(program) => program.load(),
+            _ => continue,
+        };
+        loaded.map_err(|error| Problem::program(name, error))?;
+    }
+    let maps = Maps::of(&mut ebpf)?;
+    Ok((ebpf, maps))
+}
+
+/// How many elements the map pinned at a path has room for, if there is one.
+fn room(path: &Path) -> Result<Option<u32>, Problem> {
+    match MapData::from_pin(path) {
+        Ok(map) => {
+            let info = map.info().map_err(|error| Problem::map("pinned", error))?;
+            Ok(Some(info.max_entries()))
+        }
+        Err(error) if is_missing(&error) => Ok(None),
+        Err(error) => Err(Problem::map("pinned", error)),
+    }
+}
+
+pub(super) fn code(error: &MapError) -> Option<i32> {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref::<io::Error>() {
+            return io.raw_os_error();
+        }
+        cause = error.source();
+    }
+    None
+}
+
+fn is_missing(error: &MapError) -> bool {
+    matches!(error, MapError::KeyNotFound | MapError::ElementNotFound) || code(error) == Some(libc::ENOENT)
+}
+
+fn is_present(error: &MapError) -> bool {
+    code(error) == Some(libc::EEXIST)
+}
+
+/// Removes a pin that may not be there.
+fn discard(path: &Path) -> Result<(), Problem> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Problem::file("removing", path, error)),
+        _ => Ok(()),
+    }
+}
+
+/// Puts a program in the place of another behind a pinned link. False when there is no such link, or when its cgroup is
+/// gone and the link leads nowhere.
+fn switch(link: &Path, program: &ProgramFd) -> Result<bool, Problem> {
+    let fail = |error| Problem::file("switching the program behind", link, error);
+    let pinned = match system::open_pinned(link) {
+        Ok(pinned) => pinned,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(fail(error)),
+    };
+    match system::update_link(&pinned, program) {
+        Ok(()) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => Ok(false),
+        Err(error) => Err(fail(error)),
+    }
+}
+
+/// Attaches a program beside those that are attached already. Of links there may be several whatever is asked for, and
+/// creating one refuses the flag that would ask for it.
+fn attach(program: &mut Program, cgroup: &File) -> Result<FdLink, ProgramError> {
+    Ok(match program {
+        Program::CgroupSockAddr(program) => {
+            let link = CgroupSockAddr::attach(program, cgroup, CgroupAttachMode::Single)?;
+            program.take_link(link)?.try_into().map_err(|_| ProgramError::NotAttached)?
+        }
+        Program::CgroupSock(program) => {
+            let link = CgroupSock::attach(program, cgroup, CgroupAttachMode::Single)?;
+            program.take_link(link)?.try_into().map_err(|_| ProgramError::NotAttached)?
+        }
+        _ => return Err(ProgramError::UnexpectedProgramType),
+    })
+}
+
+fn copy<K: aya::Pod, V: aya::Pod>(
+    from: &HashMap<MapData, K, V>,
+    to: &mut HashMap<MapData, K, V>,
+) -> Result<(), MapError> {
+    from.iter().try_for_each(|entry| {
+        let (key, value) = entry?;
+        to.insert(key, value, 0)
+    })
+}

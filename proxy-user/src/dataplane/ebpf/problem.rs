@@ -1,0 +1,86 @@
+//! What can go wrong between us and the kernel.
+
+use std::{
+    error::Error as StdError,
+    io,
+    path::{Path, PathBuf},
+};
+
+use aya::{EbpfError, maps::MapError, programs::ProgramError};
+
+use crate::dataplane::Error;
+
+/// Why programs or maps are not as they should be.
+#[derive(Debug, thiserror::Error)]
+pub enum Problem {
+    /// The object inside this agent is not what the agent expects.
+    #[error("the kernel programs have no map `{0}`: this agent was built wrongly")]
+    Object(&'static str),
+    /// The kernel does not take the object.
+    #[error("loading the kernel programs: {}", chain(.0))]
+    Load(Box<EbpfError>),
+    /// The kernel refuses a program; the text has the verifier's own words.
+    #[error("the kernel refuses the program `{name}`: {text}")]
+    Program {
+        /// The program's name, which is its hook's.
+        name: String,
+        /// Why.
+        text: String,
+    },
+    /// A map cannot be read or written.
+    #[error("map `{name}`: {text}")]
+    Map {
+        /// The map's name.
+        name: String,
+        /// Why.
+        text: String,
+    },
+    /// A file cannot be used.
+    #[error("{doing} {}: {error}", .path.display())]
+    File {
+        /// What was being done.
+        doing: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// What the system answered.
+        error: io::Error,
+    },
+}
+
+impl Problem {
+    pub(super) fn map(name: &str, error: MapError) -> Self {
+        Self::Map { name: name.to_owned(), text: chain(&error) }
+    }
+
+    pub(super) fn file(doing: &'static str, path: &Path, error: io::Error) -> Self {
+        Self::File { doing, path: path.to_owned(), error }
+    }
+
+    pub(super) fn program(name: &str, error: ProgramError) -> Self {
+        let text = match &error {
+            ProgramError::LoadError { io_error, verifier_log } => format!("{io_error}\n{verifier_log}"),
+            other => chain(other),
+        };
+        Self::Program { name: name.to_owned(), text }
+    }
+}
+
+/// An error with its causes.
+pub(super) fn chain(error: &dyn StdError) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+impl From<Problem> for Error {
+    fn from(problem: Problem) -> Self {
+        Self::Kernel(problem.to_string())
+    }
+}

@@ -1,0 +1,181 @@
+//! Who has which slots.
+//!
+//! In: sets of backends that want a range of slots, and ranges that nobody leads to any more. Out: ranges. One that was
+//! given back rests for a while: a program that looked up its frontend before may still be about to read it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::{Duration, Instant},
+};
+
+/// How long a range rests before somebody else gets it. A program runs for less than a microsecond.
+pub(super) const REST: Duration = Duration::from_secs(10);
+/// Most slots that rest while there are others; then the programs are waited for.
+const MOST_RESTING: u32 = 4096;
+
+/// Some slots in a row. An empty one has no place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Range {
+    pub(super) first: u32,
+    pub(super) count: u32,
+}
+
+/// Hands out ranges, the smallest that fits first.
+#[derive(Debug, Default)]
+pub(super) struct Slots {
+    /// Everything from here on was never given out.
+    end: u32,
+    /// Free ranges by where they begin; no two touch.
+    free: BTreeMap<u32, u32>,
+    /// The same by length.
+    by_length: BTreeSet<(u32, u32)>,
+    resting: VecDeque<(Instant, Range)>,
+    resting_slots: u32,
+}
+
+impl Slots {
+    /// Slots of which these ranges are taken.
+    pub(super) fn with_taken(mut taken: Vec<Range>) -> Self {
+        let mut slots = Self::default();
+        taken.sort_unstable_by_key(|range| range.first);
+        for range in taken.into_iter().filter(|range| range.count > 0) {
+            if range.first > slots.end {
+                slots.insert(Range { first: slots.end, count: range.first - slots.end });
+            }
+            slots.end = slots.end.max(range.first.saturating_add(range.count));
+        }
+        slots
+    }
+
+    /// How many slots there have to be.
+    pub(super) fn end(&self) -> u32 {
+        self.end
+    }
+
+    /// A range of this many. `settled` waits for the programs that run, and is called at most once.
+    pub(super) fn take(&mut self, count: u32, now: Instant, settled: impl FnOnce()) -> Range {
+        if count == 0 {
+            return Range::default();
+        }
+        self.wake(now, settled);
+        let fit = self.by_length.range((count, 0)..).next().copied();
+        let Some((length, first)) = fit else {
+            let first = self.end;
+            self.end = self.end.saturating_add(count);
+            return Range { first, count };
+        };
+        self.remove(first, length);
+        self.insert(Range { first: first + count, count: length - count });
+        Range { first, count }
+    }
+
+    /// Takes back a range that no frontend leads to any more.
+    pub(super) fn give_back(&mut self, range: Range, now: Instant) {
+        if range.count > 0 {
+            self.resting_slots += range.count;
+            self.resting.push_back((now, range));
+        }
+    }
+
+    /// Frees what rested long enough, when it is worth the waiting.
+    fn wake(&mut self, now: Instant, settled: impl FnOnce()) {
+        if self.resting_slots < MOST_RESTING.max(self.end / 4) {
+            return;
+        }
+        let rested = |since: &Instant| now.duration_since(*since) >= REST;
+        if !self.resting.front().is_some_and(|(since, _)| rested(since)) {
+            return;
+        }
+        settled();
+        while let Some((_, range)) = self.resting.pop_front_if(|(since, _)| rested(since)) {
+            self.resting_slots -= range.count;
+            self.insert(range);
+        }
+    }
+
+    /// Makes a range free, joined with its neighbours.
+    fn insert(&mut self, mut range: Range) {
+        if range.count == 0 {
+            return;
+        }
+        if let Some((first, count)) = self.free.range(..range.first).next_back().map(|(a, b)| (*a, *b))
+            && first + count == range.first
+        {
+            self.remove(first, count);
+            range = Range { first, count: count + range.count };
+        }
+        let end = range.first + range.count;
+        if let Some(count) = self.free.get(&end).copied() {
+            self.remove(end, count);
+            range.count += count;
+        }
+        self.free.insert(range.first, range.count);
+        self.by_length.insert((range.count, range.first));
+    }
+
+    fn remove(&mut self, first: u32, count: u32) {
+        self.free.remove(&first);
+        self.by_length.remove(&(count, first));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_range_rests_before_another_gets_it() {
+        let mut slots = Slots::default();
+        let start = Instant::now();
+        let first = slots.take(MOST_RESTING, start, || panic!("nothing rests"));
+        slots.give_back(first, start);
+        let soon = slots.take(MOST_RESTING, start + REST / 2, || panic!("it still rests"));
+        assert_ne!(soon, first);
+        let mut waited = false;
+        let later = slots.take(MOST_RESTING, start + REST, || waited = true);
+        assert_eq!(later, first);
+        assert!(waited, "programs may still run that know the old owner");
+    }
+
+    #[test]
+    fn what_lies_between_taken_ranges_is_free() {
+        let taken = vec![Range { first: 6, count: 2 }, Range { first: 0, count: 2 }];
+        let mut slots = Slots::with_taken(taken);
+        let now = Instant::now();
+        assert_eq!(slots.take(4, now, || ()), Range { first: 2, count: 4 });
+        assert_eq!(slots.take(1, now, || ()), Range { first: 8, count: 1 });
+    }
+
+    proptest! {
+        #[test]
+        fn no_slot_has_two_owners_and_space_is_used_again(
+            steps in proptest::collection::vec((1_u32..40, any::<bool>(), any::<prop::sample::Index>()), 1..400)
+        ) {
+            let mut slots = Slots::default();
+            let mut now = Instant::now();
+            let mut held: Vec<Range> = Vec::new();
+            for (count, give_back, which) in steps {
+                now += REST;
+                if give_back && !held.is_empty() {
+                    let range = held.swap_remove(which.index(held.len()));
+                    slots.give_back(range, now);
+                } else {
+                    let range = slots.take(count, now, || ());
+                    prop_assert_eq!(range.count, count);
+                    for other in &held {
+                        let apart = range.first + range.count <= other.first
+                            || other.first + other.count <= range.first;
+                        prop_assert!(apart, "{:?} and {:?}", range, other);
+                    }
+                    held.push(range);
+                }
+                let free: u32 = slots.free.values().sum();
+                let taken: u32 = held.iter().map(|range| range.count).sum();
+                prop_assert_eq!(free + taken + slots.resting_slots, slots.end);
+                prop_assert_eq!(slots.free.len(), slots.by_length.len());
+            }
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! Addresses as a whole: what holds for ports of theirs that no frontend names.
+//!
+//! In: the node's addresses and the ClusterIPs. Out: what is to be written for each address, and which ClusterIPs are the
+//! packets' business because this host has them itself.
+//!
+//! A ClusterIP on an interface of the host is somebody's who answers there in the Service's place, as a DNS cache on every
+//! node does. Whether a packet gets to him or to a backend is decided by rules that only packets meet, so sockets leave
+//! the address as it is.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use proxy_ebpf::{Address, FrontendKey, FrontendValue, flag, wire};
+
+use crate::{
+    dataplane::Error,
+    model::Family,
+    plan::{ClusterIpDelta, NodePlan, NodePortAddresses},
+};
+
+/// What is known about addresses.
+#[derive(Default)]
+pub(super) struct Whole {
+    /// This node's addresses that serve NodePorts, with their flags; nothing until a node was seen.
+    node: BTreeMap<IpAddr, u32>,
+    /// ClusterIPs that the host has itself.
+    at_home: BTreeSet<IpAddr>,
+    at_home_on_wire: BTreeSet<Address>,
+    /// A ClusterIP came to the host or left it, and its frontends are not written accordingly.
+    moved: Option<IpAddr>,
+    /// Addresses of the node that serve no longer.
+    gone: Vec<IpAddr>,
+    host: Vec<IpAddr>,
+}
+
+impl Whole {
+    /// Takes in what is to be.
+    pub(super) fn expect(&mut self, node: &NodePlan, cluster_ips: &[ClusterIpDelta], complete: bool) {
+        if complete {
+            self.at_home.clear();
+            self.moved = None;
+        }
+        let now = serving(node);
+        self.gone.extend(self.node.keys().filter(|address| !now.contains_key(address)));
+        self.node = now;
+        self.host.clone_from(&node.host_addresses);
+        for delta in cluster_ips {
+            match delta {
+                ClusterIpDelta::Add(ip) if self.host.binary_search(ip).is_ok() => {
+                    self.at_home.insert(*ip);
+                }
+                ClusterIpDelta::Add(_) => {}
+                ClusterIpDelta::Remove(ip) => {
+                    self.at_home.remove(ip);
+                }
+            }
+        }
+        let left = self.at_home.iter().find(|ip| self.host.binary_search(ip).is_err()).copied();
+        self.moved = self.moved.or(left);
+        self.at_home_on_wire = self.at_home.iter().map(|ip| wire(*ip)).collect();
+    }
+
+    /// Tells that an address of the host turned out to be a known ClusterIP.
+    pub(super) fn came_home(&mut self, ip: IpAddr) {
+        if !self.at_home.contains(&ip) {
+            self.moved = Some(ip);
+        }
+    }
+
+    /// The host's own addresses.
+    pub(super) fn host(&self) -> &[IpAddr] {
+        &self.host
+    }
+
+    /// Whether the packets decide about a frontend because of its address.
+    pub(super) fn is_theirs(&self) -> impl Fn(&FrontendKey) -> bool + use<> {
+        let at_home = self.at_home_on_wire.clone();
+        move |key| !at_home.is_empty() && at_home.contains(&key.address)
+    }
+
+    /// What is written for an address of the node that serves NodePorts.
+    pub(super) fn of_node(&self) -> impl Iterator<Item = (FrontendKey, FrontendValue)> + '_ {
+        self.node.iter().map(|(address, flags)| entry(*address, *flags))
+    }
+
+    /// Addresses for which something is written no longer.
+    pub(super) fn take_gone(&mut self) -> Vec<IpAddr> {
+        std::mem::take(&mut self.gone)
+    }
+
+    /// What is written for a ClusterIP; nothing for one that the host has.
+    pub(super) fn of_cluster_ip(&self, ip: IpAddr) -> Option<(FrontendKey, FrontendValue)> {
+        let apart = self.host.binary_search(&ip).is_err();
+        apart.then(|| entry(ip, flag::CLUSTER_IP | self.node.get(&ip).copied().unwrap_or(0)))
+    }
+
+    /// Whether an address is one that serves NodePorts.
+    pub(super) fn is_node(&self, address: &IpAddr) -> bool {
+        self.node.contains_key(address)
+    }
+
+    /// ClusterIPs the host has itself.
+    #[cfg(test)]
+    pub(super) fn at_home(&self) -> &BTreeSet<IpAddr> {
+        &self.at_home
+    }
+
+    /// Fails when a ClusterIP moved, so that everything is written anew.
+    pub(super) fn settled(&self) -> Result<(), Error> {
+        match self.moved {
+            None => Ok(()),
+            Some(ip) => Err(Error::Kernel(format!(
+                "the ClusterIP {ip} came to this host's own addresses or left them: writing everything anew"
+            ))),
+        }
+    }
+}
+
+fn entry(address: IpAddr, flags: u32) -> (FrontendKey, FrontendValue) {
+    (FrontendKey::whole(address), FrontendValue { flags, ..FrontendValue::default() })
+}
+
+/// The addresses where sockets find NodePorts (R13, R14), with their flags. Loopback ones are for the host's own
+/// processes: to everybody else they are his own.
+fn serving(node: &NodePlan) -> BTreeMap<IpAddr, u32> {
+    let mut serving = BTreeMap::new();
+    for family in Family::ALL {
+        let of_family = |address: &&IpAddr| Family::of(**address) == family;
+        let addresses: Vec<IpAddr> = match node.node_port_addresses.get(family) {
+            NodePortAddresses::AnyLocal => node.host_addresses.iter().filter(of_family).copied().collect(),
+            NodePortAddresses::Only(addresses) => addresses.clone(),
+        };
+        serving.extend(addresses.into_iter().map(|address| (address, flag::NODE)));
+        if *node.loopback_node_ports.get(family) {
+            let loopback: IpAddr = match family {
+                Family::V4 => Ipv4Addr::LOCALHOST.into(),
+                Family::V6 => Ipv6Addr::LOCALHOST.into(),
+            };
+            serving.insert(loopback, flag::NODE | flag::LOOPBACK);
+        }
+    }
+    serving
+}

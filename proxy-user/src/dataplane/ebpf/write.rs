@@ -1,0 +1,293 @@
+//! Writes steps into the maps, in an order that nobody notices.
+//!
+//! In: [`Step`]s. Out: maps that say so, or as they were for the ports that failed.
+
+use std::time::Instant;
+
+use aya::maps::MapError;
+use nix::time::{ClockId, clock_gettime};
+use proxy_ebpf::{FrontendKey, FrontendValue, MemberKey, Tally, flag};
+use rustc_hash::FxHashSet;
+
+use super::{
+    Ebpf,
+    element::{self, Set, Site},
+    object::Sizes,
+    problem::Problem,
+    stage::Step,
+};
+use crate::plan::{ClusterIpDelta, Delta, PortId, PortPlan};
+
+/// What each sticky service port has room for: the clients are the pods of this node, and its host.
+const CLIENTS: u32 = 512;
+
+/// Frontends as they were before a step, to go back to.
+type Undo = Vec<(FrontendKey, Option<FrontendValue>)>;
+
+impl Ebpf {
+    /// Makes the maps large enough. If the kernel has no memory for that, what does not fit fails by itself.
+    pub(super) fn make_room(&mut self, steps: &[Step], delta: &Delta) {
+        let needed = self.needed(steps, delta);
+        let sizes = self.object.sizes.grown_to(&needed);
+        if let Err(problem) = self.object.grow(sizes, self.ground.slots.end()) {
+            tracing::error!(error = %problem, ?sizes, "cannot make the maps larger; what does not fit is refused");
+        }
+    }
+
+    fn needed(&self, steps: &[Step], delta: &Delta) -> Sizes {
+        let found = self.ground.found.as_ref();
+        let is_theirs = |_: &FrontendKey| false;
+        let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        let (mut frontends, mut members, mut sticky) = (0, 0, self.used.sticky);
+        for step in steps {
+            let (had, had_members) = (step.had(&is_theirs).count(), step.had_members());
+            let new = |key: &FrontendKey| !found.is_some_and(|found| found.frontends.contains_key(key));
+            frontends += match step.before {
+                Some(_) => step.wanted(&is_theirs).count().saturating_sub(had),
+                None => step.wanted(&is_theirs).filter(|(key, _)| new(key)).count(),
+            };
+            members += step.wanted_members().iter().filter(|member| !had_members.contains(member)).count();
+            let is_sticky = |side: &Option<(_, Site)>| side.as_ref().is_some_and(|(_, site)| site.sticky);
+            sticky += u32::from(is_sticky(&step.after) && !is_sticky(&step.before));
+        }
+        // Each ClusterIP, and each address of the node, is an element too.
+        let whole = delta.cluster_ips.len() + self.whole.of_node().count();
+        Sizes {
+            frontends: self.used.frontends.saturating_add(count(frontends + whole)),
+            slots: self.ground.slots.end(),
+            members: self.used.members.saturating_add(count(members)),
+            affinities: sticky.saturating_mul(CLIENTS),
+            tallies: self.ground.numbers.end(),
+        }
+    }
+
+    /// Writes everything there is to write. Returns the ports that failed; they are as they were.
+    pub(super) fn write(
+        &mut self,
+        steps: &[Step],
+        delta: &Delta,
+        now: Instant,
+    ) -> Result<Vec<(PortId, String)>, Problem> {
+        let is_theirs = self.whole.is_theirs();
+        let mut released = FxHashSet::default();
+        for step in steps {
+            released.extend(step.had(&is_theirs).map(|(key, _)| key));
+        }
+        let mut moved = FxHashSet::default();
+        if !released.is_empty() {
+            let taken = steps.iter().flat_map(|step| step.wanted(&is_theirs));
+            moved.extend(taken.filter_map(|(key, _)| released.take(&key)));
+        }
+        let joined = monotonic();
+        let mut failed = Vec::new();
+        let mut done = Vec::with_capacity(steps.len());
+        for step in steps {
+            let Err(problem) = self.publish(step, joined, &is_theirs) else {
+                done.push(step);
+                continue;
+            };
+            self.ground.undo(step, now);
+            failed.push((step.id.clone(), problem.to_string()));
+            // What the port has it keeps; what it should have had from another port nobody has.
+            released.extend(step.wanted(&is_theirs).map(|(key, _)| key).filter(|key| moved.contains(key)));
+            for (key, _) in step.had(&is_theirs) {
+                released.remove(&key);
+            }
+        }
+        self.write_addresses(delta)?;
+        for key in released {
+            self.remove_frontend(&key)?;
+        }
+        for step in done {
+            self.retire(step)?;
+            self.ground.done(step, now);
+        }
+        Ok(failed)
+    }
+
+    /// Members, slots, then frontends.
+    fn publish(
+        &mut self,
+        step: &Step,
+        joined: u64,
+        is_theirs: &dyn Fn(&FrontendKey) -> bool,
+    ) -> Result<(), Problem> {
+        let Some((plan, site)) = &step.after else { return Ok(()) };
+        let mut undo = Undo::new();
+        let published = self.publish_backends(step, joined, plan, site);
+        match published.and_then(|()| self.write_frontends(step, is_theirs, &mut undo)) {
+            Ok(()) => {
+                self.used.sticky += u32::from(site.sticky);
+                Ok(())
+            }
+            Err(problem) => {
+                self.take_back(undo)?;
+                self.remove_members(step.wanted_members(), &step.had_members())?;
+                Err(problem)
+            }
+        }
+    }
+
+    fn publish_backends(
+        &mut self,
+        step: &Step,
+        joined: u64,
+        plan: &PortPlan,
+        site: &Site,
+    ) -> Result<(), Problem> {
+        if step.is_new {
+            let map = &mut self.object.maps.tallies;
+            map.set(site.port, Tally::default(), 0).map_err(|error| Problem::map("tallies", error))?;
+        }
+        let had = step.had_members();
+        for member in step.wanted_members().into_iter().filter(|member| !had.contains(member)) {
+            let found = self.ground.found.as_mut();
+            if found.is_some_and(|found| found.members.remove(&member).is_some()) {
+                continue;
+            }
+            let map = &mut self.object.maps.members;
+            map.insert(member, joined, 0).map_err(|error| Problem::map("members", error))?;
+            self.used.members += 1;
+        }
+        step.fresh.iter().try_for_each(|set| self.write_slots(*set, plan, site.range(*set).first))
+    }
+
+    fn write_slots(&mut self, set: Set, plan: &PortPlan, first: u32) -> Result<(), Problem> {
+        for (slot, backend) in (first..).zip(set.of(plan)) {
+            let map = &mut self.object.maps.slots;
+            map.set(slot, element::endpoint(backend), 0).map_err(|error| Problem::map("slots", error))?;
+        }
+        Ok(())
+    }
+
+    fn write_frontends(
+        &mut self,
+        step: &Step,
+        is_theirs: &dyn Fn(&FrontendKey) -> bool,
+        undo: &mut Undo,
+    ) -> Result<(), Problem> {
+        let had: Vec<(FrontendKey, FrontendValue)> = step.had(is_theirs).collect();
+        for (key, value) in step.wanted(is_theirs) {
+            let known = match self.ground.found.as_mut().and_then(|found| found.frontends.remove(&key)) {
+                Some(found) => Some(found),
+                None => had.iter().find(|(old, _)| *old == key).map(|(_, old)| *old),
+            };
+            if known != Some(value) {
+                self.insert_frontend(key, value, known.is_none())?;
+                undo.push((key, known));
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a frontend; `new` unless it is known to be there. One that another port is about to give up is there.
+    fn insert_frontend(&mut self, key: FrontendKey, value: FrontendValue, new: bool) -> Result<(), Problem> {
+        let map = &mut self.object.maps.frontends;
+        let there = !new || map.get(&key, 0).is_ok();
+        map.insert(key, value, 0).map_err(|error| Problem::map("frontends", error))?;
+        self.used.frontends += u32::from(!there);
+        Ok(())
+    }
+
+    fn take_back(&mut self, undo: Undo) -> Result<(), Problem> {
+        for (key, known) in undo.into_iter().rev() {
+            match known {
+                Some(value) => self.insert_frontend(key, value, false)?,
+                None => self.remove_frontend(&key)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn remove_frontend(&mut self, key: &FrontendKey) -> Result<(), Problem> {
+        match self.object.maps.frontends.remove(key) {
+            Ok(()) => self.used.frontends = self.used.frontends.saturating_sub(1),
+            Err(error) if is_gone(&error) => {}
+            Err(error) => return Err(Problem::map("frontends", error)),
+        }
+        Ok(())
+    }
+
+    /// Takes away what nobody is led to any more.
+    fn retire(&mut self, step: &Step) -> Result<(), Problem> {
+        self.remove_members(step.had_members(), &step.wanted_members())?;
+        if let Some((_, site)) = &step.before {
+            self.used.sticky = self.used.sticky.saturating_sub(u32::from(site.sticky));
+        }
+        Ok(())
+    }
+
+    fn remove_members(
+        &mut self,
+        members: FxHashSet<MemberKey>,
+        but: &FxHashSet<MemberKey>,
+    ) -> Result<(), Problem> {
+        for member in members.into_iter().filter(|member| !but.contains(member)) {
+            match self.object.maps.members.remove(&member) {
+                Ok(()) => self.used.members = self.used.members.saturating_sub(1),
+                Err(error) if is_gone(&error) => {}
+                Err(error) => return Err(Problem::map("members", error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// ClusterIPs and the node's addresses as a whole: after the frontends of those that come, before those that go.
+    fn write_addresses(&mut self, delta: &Delta) -> Result<(), Problem> {
+        if delta.node.is_some() || delta.complete {
+            for ip in self.whole.host().to_vec() {
+                let map = &self.object.maps.frontends;
+                let known = map.get(&FrontendKey::whole(ip), 0);
+                let in_found = self.ground.found.is_some();
+                if !in_found && known.is_ok_and(|known| known.flags & flag::CLUSTER_IP != 0) {
+                    self.whole.came_home(ip);
+                }
+            }
+            let entries: Vec<_> = self.whole.of_node().collect();
+            for (key, value) in entries {
+                self.write_whole(key, value)?;
+            }
+            for address in self.whole.take_gone() {
+                self.remove_frontend(&FrontendKey::whole(address))?;
+            }
+        }
+        for change in &delta.cluster_ips {
+            match *change {
+                ClusterIpDelta::Add(ip) => {
+                    if let Some((key, value)) = self.whole.of_cluster_ip(ip) {
+                        self.write_whole(key, value)?;
+                    }
+                }
+                ClusterIpDelta::Remove(ip) if self.whole.is_node(&ip) => {}
+                ClusterIpDelta::Remove(ip) => self.remove_frontend(&FrontendKey::whole(ip))?,
+            }
+        }
+        Ok(())
+    }
+
+    fn write_whole(&mut self, key: FrontendKey, value: FrontendValue) -> Result<(), Problem> {
+        let found = self.ground.found.as_mut().and_then(|found| found.frontends.remove(&key));
+        if found == Some(value) { Ok(()) } else { self.insert_frontend(key, value, found.is_none()) }
+    }
+
+    /// Removes what a complete delta did not name.
+    pub(super) fn remove_leftovers(&mut self, now: Instant) -> Result<(), Problem> {
+        let Some(found) = self.ground.leftovers(now) else { return Ok(()) };
+        for key in found.frontends.keys() {
+            self.remove_frontend(key)?;
+        }
+        self.remove_members(found.members.into_keys().collect(), &FxHashSet::default())
+    }
+}
+
+fn is_gone(error: &MapError) -> bool {
+    super::object::code(error) == Some(libc::ENOENT) || matches!(error, MapError::KeyNotFound)
+}
+
+/// Now, in nanoseconds of the clock that programs read.
+fn monotonic() -> u64 {
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |now| {
+        let (seconds, nanoseconds) = (now.tv_sec().unsigned_abs(), now.tv_nsec().unsigned_abs());
+        seconds * 1_000_000_000 + nanoseconds
+    })
+}

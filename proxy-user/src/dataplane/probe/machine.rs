@@ -1,0 +1,145 @@
+//! Questions that `aya` does not ask: about this process, its directories, links and sockets.
+//!
+//! In: nothing but paths. Out: [`Answer`]s.
+
+use std::{error::Error, fs, io, net::UdpSocket, path::Path};
+
+use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, FsType, statfs};
+use proxy_ebpf::system;
+
+use super::{Answer, Finding};
+
+// Bits of linux/capability.h.
+const CAP_NET_ADMIN: u32 = 12;
+const CAP_SYS_ADMIN: u32 = 21;
+const CAP_BPF: u32 = 39;
+
+/// The running kernel's release, empty if it cannot be read.
+pub(super) fn release() -> String {
+    fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned()
+}
+
+/// Whether this process may load programs that act on sockets.
+pub(super) fn permission() -> Answer {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    match effective.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()) {
+        Some(mask) => allows(mask),
+        None => Answer::Unknown("/proc/self/status has no capabilities".to_owned()),
+    }
+}
+
+fn allows(capabilities: u64) -> Answer {
+    let has = |bit: u32| capabilities >> bit & 1 == 1;
+    let mut missing = Vec::new();
+    if !has(CAP_BPF) && !has(CAP_SYS_ADMIN) {
+        missing.push("CAP_BPF");
+    }
+    if !has(CAP_NET_ADMIN) {
+        missing.push("CAP_NET_ADMIN");
+    }
+    if missing.is_empty() {
+        Answer::Yes
+    } else {
+        Answer::No(format!("this process has no {}", missing.join(", no ")))
+    }
+}
+
+/// Whether the two directories are on the file systems they have to be on.
+pub(super) fn directories(cgroup_root: &Path, bpf_root: &Path) -> [Finding; 2] {
+    let finding = |kind: &str, directory: &Path, purpose, answer| Finding {
+        feature: format!("{kind} at {}", directory.display()),
+        since: "",
+        needed: true,
+        purpose,
+        answer,
+    };
+    // The directory itself is made when it is needed, so what counts is where it would be.
+    let existing = bpf_root.ancestors().find(|directory| directory.exists()).unwrap_or(bpf_root);
+    [
+        finding(
+            "cgroup v2",
+            cgroup_root,
+            "Its processes' sockets are the ones served; --cgroup-root names another place.",
+            on(cgroup_root, CGROUP2_SUPER_MAGIC),
+        ),
+        finding(
+            "bpffs",
+            bpf_root,
+            "It keeps programs and maps while the agent is away; `mount -t bpf bpf /sys/fs/bpf` makes it, --bpf-root names another place.",
+            on(existing, BPF_FS_MAGIC),
+        ),
+    ]
+}
+
+fn on(directory: &Path, wanted: FsType) -> Answer {
+    match statfs(directory) {
+        Ok(found) if found.filesystem_type() == wanted && directory.is_dir() => Answer::Yes,
+        Ok(_) => Answer::No(format!("{} is on another file system", directory.display())),
+        Err(error) => Answer::No(format!("{}: {}", directory.display(), error.desc())),
+    }
+}
+
+/// Whether programs are attached by links, which outlive the agent when they are pinned.
+pub(super) fn links() -> Answer {
+    answer(system::knows_links())
+}
+
+/// Whether a socket tells the cookie of its network namespace.
+pub(super) fn namespace_cookie() -> Answer {
+    let cookie = UdpSocket::bind("127.0.0.1:0").and_then(system::namespace_cookie);
+    match cookie {
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Answer::No(String::new()),
+        cookie => answer(cookie.map(|_| true)),
+    }
+}
+
+/// An answer, or why there is none.
+pub(super) fn answer(asked: io::Result<bool>) -> Answer {
+    match asked {
+        Ok(true) => Answer::Yes,
+        Ok(false) => Answer::No(String::new()),
+        Err(error) => Answer::Unknown(error.to_string()),
+    }
+}
+
+/// An error with its causes.
+pub(super) fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loading_takes_two_capabilities() {
+        let [bpf, net, sys] = [CAP_BPF, CAP_NET_ADMIN, CAP_SYS_ADMIN].map(|bit| 1_u64 << bit);
+        let no = |what: &str| Answer::No(format!("this process has no {what}"));
+        for (mask, expected) in [
+            (bpf | net, Answer::Yes),
+            (sys | net, Answer::Yes),
+            (u64::MAX, Answer::Yes),
+            (net, no("CAP_BPF")),
+            (bpf, no("CAP_NET_ADMIN")),
+            (0, no("CAP_BPF, no CAP_NET_ADMIN")),
+        ] {
+            assert_eq!(allows(mask), expected, "{mask:x}");
+        }
+    }
+
+    #[test]
+    fn a_directory_on_another_file_system_is_named() {
+        let [_, bpffs] = directories(Path::new("/"), Path::new("/proc/weir"));
+        assert_eq!(bpffs.feature, "bpffs at /proc/weir");
+        assert_eq!(bpffs.answer, Answer::No("/proc is on another file system".to_owned()));
+        let [cgroup, _] = directories(Path::new("/nowhere"), Path::new("/"));
+        assert_eq!(cgroup.answer, Answer::No("/nowhere: No such file or directory".to_owned()));
+    }
+}

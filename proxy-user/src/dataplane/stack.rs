@@ -1,0 +1,70 @@
+//! Two planes for one plan: sockets in front, packets behind.
+//!
+//! In: [`Delta`]s. Out: the same delta, first to the packets' plane, then to the sockets' plane.
+//!
+//! The packets' plane has every frontend for every source. The sockets' plane has those a socket can decide about: TCP
+//! and UDP, for pods and this host, without source ranges. What a socket does not translate becomes packets to the
+//! Service's address, so whatever the sockets' plane lacks, refuses to take or does not know yet is served all the same:
+//! traffic from outside, SCTP, pings, pods that opted out. So the packets come first, and a sockets' plane that fails
+//! altogether is no outage.
+
+use super::{Dataplane, Error, State};
+use crate::plan::{Delta, PortId};
+
+/// A sockets' plane in front of a packets' plane.
+pub struct Stack<P, S> {
+    packets: P,
+    sockets: S,
+}
+
+impl<P: Dataplane, S: Dataplane> Stack<P, S> {
+    /// Puts `sockets` in front of `packets`.
+    pub fn new(packets: P, sockets: S) -> Self {
+        Self { packets, sockets }
+    }
+
+    /// The packets' plane.
+    pub fn packets(&mut self) -> &mut P {
+        &mut self.packets
+    }
+
+    /// The sockets' plane.
+    pub fn sockets(&mut self) -> &mut S {
+        &mut self.sockets
+    }
+}
+
+impl<P: Dataplane, S: Dataplane> Dataplane for Stack<P, S> {
+    fn apply(&mut self, delta: &Delta) -> Result<(), Error> {
+        let mut failed: Vec<(PortId, String)> = Vec::new();
+        for result in [self.packets.apply(delta), self.sockets.apply(delta)] {
+            match result {
+                Ok(()) => {}
+                Err(Error::Ports(ports)) => {
+                    for (id, problem) in ports {
+                        if !failed.iter().any(|(known, _)| *known == id) {
+                            failed.push((id, problem));
+                        }
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        if failed.is_empty() { Ok(()) } else { Err(Error::Ports(failed)) }
+    }
+
+    fn reread(&mut self) -> Result<(), Error> {
+        self.packets.reread()?;
+        self.sockets.reread()
+    }
+
+    /// The packets' plane, which has everything.
+    fn dump(&mut self) -> Result<State, Error> {
+        self.packets.dump()
+    }
+
+    fn remove(&mut self) -> Result<(), Error> {
+        self.sockets.remove()?;
+        self.packets.remove()
+    }
+}

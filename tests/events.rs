@@ -1,0 +1,179 @@
+//! Events about Services at a real API server, written with the rights that the chart gives.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by panicking")]
+
+use std::{
+    fmt::Debug,
+    net::{Ipv4Addr, TcpListener},
+    time::Duration,
+};
+
+use k8s_openapi::api::{
+    core::v1::{Event as CoreEvent, Namespace, Service},
+    events::v1::Event,
+    rbac::v1::{ClusterRole, ClusterRoleBinding},
+};
+use kube::{
+    Api, Client, Resource, ResourceExt as _,
+    api::{ListParams, PostParams},
+};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::{Value, json};
+use tokio::{sync::watch, time::timeout};
+use weir::{
+    model::ObjectName,
+    observe::{Events, Health, HealthCheckState, HealthChecks, Trouble},
+    source::kube::{Connection, Credentials, KubeSource},
+};
+use weir_tests::apiserver::ApiServer;
+
+const NAMESPACE: &str = "shop";
+const NODE: &str = "n1";
+const PATIENCE: Duration = Duration::from_secs(30);
+const ROLE: &str = include_str!("../charts/weir/templates/rbac.yaml");
+
+async fn create<K>(api: Api<K>, object: Value) -> K
+where
+    K: Clone + Debug + Serialize + DeserializeOwned + Resource,
+{
+    api.create(&PostParams::default(), &serde_json::from_value(object).unwrap()).await.unwrap()
+}
+
+/// The rules of the chart's role, in which nothing depends on values.
+fn rules() -> Value {
+    let start = ROLE.find("rules:").unwrap();
+    let end = start + ROLE[start..].find("---").unwrap();
+    let part: Value = serde_yaml_ng::from_str(&ROLE[start..end]).unwrap();
+    part["rules"].clone()
+}
+
+/// An API server with a namespace, where the user `weir` may do what the chart lets it do.
+async fn start() -> (ApiServer, Client) {
+    let server = ApiServer::start(&["--authorization-mode=RBAC"]).await.unwrap();
+    let admin = server.client().await.unwrap();
+    create::<Namespace>(Api::all(admin.clone()), json!({"metadata": {"name": NAMESPACE}})).await;
+    let role = json!({"metadata": {"name": "weir"}, "rules": rules()});
+    create::<ClusterRole>(Api::all(admin.clone()), role).await;
+    let binding = json!({
+        "metadata": {"name": "weir"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "weir"},
+        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "weir"}],
+    });
+    create::<ClusterRoleBinding>(Api::all(admin.clone()), binding).await;
+    (server, admin)
+}
+
+/// As the agent has it, once its rights are known.
+async fn weir(server: &ApiServer) -> Client {
+    let credentials = Credentials::Kubeconfig(server.kubeconfig("weir").unwrap());
+    let settings = KubeSource { credentials, servers: Vec::new(), node: NODE.to_owned() };
+    let client = Connection::open(settings).await.unwrap().client();
+    let services: Api<Service> = Api::namespaced(client.clone(), NAMESPACE);
+    let allowed = async {
+        while services.list_metadata(&ListParams::default()).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(PATIENCE, allowed).await.expect("the role is not in force");
+    client
+}
+
+async fn service(admin: &Client, name: &str) -> Service {
+    let services = Api::namespaced(admin.clone(), NAMESPACE);
+    create(services, json!({"metadata": {"name": name}, "spec": {"ports": [{"port": 80}]}})).await
+}
+
+/// The first event about this Service for which `wanted` holds.
+async fn event(admin: &Client, service: &str, wanted: impl Fn(&Event) -> bool) -> Event {
+    let events: Api<Event> = Api::namespaced(admin.clone(), NAMESPACE);
+    let about = ListParams::default().fields(&format!("regarding.name={service}"));
+    let looking = async {
+        loop {
+            let found = events.list(&about).await.unwrap().items.into_iter().find(&wanted);
+            match found {
+                Some(event) => return event,
+                None => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
+        }
+    };
+    timeout(PATIENCE, looking).await.expect("no such event")
+}
+
+fn trouble(service: &str, note: &str) -> Trouble {
+    Trouble {
+        service: ObjectName::new(NAMESPACE, service),
+        reason: "FailedToProgram",
+        action: "Program",
+        note: note.to_owned(),
+    }
+}
+
+#[tokio::test]
+async fn trouble_with_a_service_becomes_one_event_that_describe_finds() {
+    let (server, admin) = start().await;
+    let cart = service(&admin, "cart").await;
+    let till = service(&admin, "till").await;
+    let events = Events::start(weir(&server).await, NODE);
+    events.tell(trouble("ghost", "there is no such Service"));
+    events.tell(trouble("cart", "the map is full"));
+    events.tell(trouble("cart", "the map is full"));
+    events.tell(trouble("till", &"é".repeat(1000)));
+
+    let about_till = event(&admin, "till", |_| true).await;
+    assert_eq!(about_till.note, Some("é".repeat(512)), "no more than an API server takes");
+    assert_eq!(about_till.regarding.unwrap().uid, till.uid());
+
+    // Written before the one about `till`, so it is there as it will be.
+    let found = event(&admin, "cart", |_| true).await;
+    let regarding = found.regarding.clone().unwrap();
+    assert_eq!(
+        (regarding.api_version, regarding.kind, regarding.namespace, regarding.name, regarding.uid),
+        (
+            Some("v1".to_owned()),
+            Some("Service".to_owned()),
+            Some(NAMESPACE.to_owned()),
+            Some("cart".to_owned()),
+            cart.uid()
+        )
+    );
+    assert_eq!(found.type_.as_deref(), Some("Warning"));
+    assert_eq!(found.reason.as_deref(), Some("FailedToProgram"));
+    assert_eq!(found.action.as_deref(), Some("Program"));
+    assert_eq!(found.note.as_deref(), Some("the map is full"));
+    assert_eq!(found.reporting_controller.as_deref(), Some("weir"));
+    assert_eq!(found.reporting_instance.as_deref(), Some(NODE));
+    assert!(found.series.is_none(), "the same within a short time is no news");
+
+    // What `kubectl describe` asks for.
+    let core: Api<CoreEvent> = Api::namespaced(admin.clone(), NAMESPACE);
+    let uid = cart.uid().unwrap();
+    let selector = format!(
+        "involvedObject.kind=Service,involvedObject.name=cart,involvedObject.namespace={NAMESPACE},involvedObject.uid={uid}"
+    );
+    assert_eq!(core.list(&ListParams::default().fields(&selector)).await.unwrap().items.len(), 1);
+    let ghosts = ListParams::default().fields("involvedObject.name=ghost");
+    assert_eq!(core.list(&ghosts).await.unwrap().items.len(), 0);
+
+    events.tell(trouble("cart", "the map is full again"));
+    let counted = event(&admin, "cart", |event| event.series.is_some()).await;
+    assert_eq!((counted.name_any(), counted.series.unwrap().count), (found.name_any(), 2));
+}
+
+#[tokio::test]
+async fn h6_a_health_check_port_that_is_taken_becomes_an_event() {
+    let (server, admin) = start().await;
+    service(&admin, "cart").await;
+    let events = Events::start(weir(&server).await, NODE);
+    let (_stop, stopping) = watch::channel(false);
+    let checks = HealthChecks::start(Health::new(PATIENCE), events, stopping);
+    let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = taken.local_addr().unwrap();
+    let state = HealthCheckState { port: address.port(), local_endpoints: 1, addresses: vec![address.ip()] };
+    checks.set(ObjectName::new(NAMESPACE, "cart"), Some(state));
+    let found = event(&admin, "cart", |_| true).await;
+    assert_eq!(found.type_.as_deref(), Some("Warning"));
+    assert_eq!(found.reason.as_deref(), Some("FailedToStartServiceHealthcheck"));
+    assert_eq!(found.action.as_deref(), Some("Listen"));
+    let note = found.note.unwrap();
+    assert!(note.contains(&address.to_string()), "{note}");
+}

@@ -1,0 +1,92 @@
+//! `weir probe` on this machine: with everything there, without privileges, and with nothing mounted.
+
+use std::{
+    fs::{self, Permissions},
+    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
+    path::Path,
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use serde_json::Value;
+use weir_tests::assets;
+
+/// A bpffs of its own, gone when this is dropped.
+struct BpfFs(tempfile::TempDir);
+
+impl BpfFs {
+    fn new() -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        mount(Some("bpf"), directory.path(), Some("bpf"), MsFlags::empty(), None::<&str>)
+            .context("mounting a bpffs needs root")?;
+        Ok(Self(directory))
+    }
+}
+
+impl Drop for BpfFs {
+    fn drop(&mut self) {
+        let unmounted = umount2(self.0.path(), MntFlags::MNT_DETACH);
+        // A second panic would hide the first.
+        assert!(unmounted.is_ok() || std::thread::panicking(), "{} stays mounted", self.0.path().display());
+    }
+}
+
+/// `weir` as it was built, or a copy of it, asked to probe with a bpffs there.
+fn weir(program: &Path, bpf_root: &Path) -> Command {
+    let mut command = Command::new(program);
+    command.args(["probe", "-o", "json", "--bpf-root"]).arg(bpf_root).current_dir("/");
+    command
+}
+
+/// What it says.
+fn said(command: &mut Command) -> Result<Value> {
+    let output = command.output()?;
+    ensure!(output.status.success(), "{}: {}", output.status, String::from_utf8_lossy(&output.stderr));
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+/// The features of which this was found, by name.
+fn found(probe: &Value, answer: &str) -> Vec<String> {
+    let findings = probe["findings"].as_array().into_iter().flatten();
+    let those = findings.filter(|finding| finding["found"] == answer);
+    those.map(|finding| finding["feature"].as_str().unwrap_or_default().to_owned()).collect()
+}
+
+#[test]
+fn this_machine_has_what_the_plane_needs_once_a_bpffs_is_mounted() -> Result<()> {
+    let mounted = BpfFs::new()?;
+    let there = said(&mut weir(&assets::weir()?, &mounted.0.path().join("weir")))?;
+    assert_eq!(there["usable"], true, "{there:#}");
+    assert_eq!(found(&there, "unknown"), [""; 0], "{there:#}");
+
+    let elsewhere = tempfile::tempdir()?;
+    let without = said(&mut weir(&assets::weir()?, elsewhere.path()))?;
+    assert_eq!(without["usable"], false);
+    let lacking = format!("bpffs at {}", elsewhere.path().display());
+    assert!(found(&without, "no").contains(&lacking), "{without:#}");
+    Ok(())
+}
+
+#[test]
+fn without_privileges_it_says_what_it_may_not_ask() -> Result<()> {
+    let mounted = BpfFs::new()?;
+    // Its own copy, because the way to the built one may be closed to others.
+    let place = tempfile::tempdir()?;
+    fs::set_permissions(place.path(), Permissions::from_mode(0o755))?;
+    let copy = place.path().join("weir");
+    fs::copy(assets::weir()?, &copy)?;
+    let there = said(weir(&copy, mounted.0.path()).gid(65534).uid(65534))?;
+    assert_eq!(there["usable"], false, "{there:#}");
+    assert!(found(&there, "no").contains(&"permission to load programs".to_owned()), "{there:#}");
+    assert!(found(&there, "unknown").contains(&"cgroup sock_addr programs".to_owned()), "{there:#}");
+    Ok(())
+}
+
+#[test]
+fn without_any_cgroup_mounted_it_names_the_directory() -> Result<()> {
+    let mounted = BpfFs::new()?;
+    let without = said(weir(&assets::weir()?, mounted.0.path()).args(["--cgroup-root", "/nowhere"]))?;
+    assert_eq!(found(&without, "no"), ["cgroup v2 at /nowhere"], "{without:#}");
+    Ok(())
+}
