@@ -25,7 +25,7 @@ use crate::{
 /// When to look again, because a connect may have been under way while the backends changed.
 pub(super) const AGAIN: u64 = 1_000_000_000;
 
-/// What a socket was told, and where it leads now.
+/// What a socket was told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Led {
     /// When.
@@ -35,8 +35,6 @@ pub(super) struct Led {
     pub(super) service: SocketAddr,
     /// What it got.
     pub(super) backend: SocketAddr,
-    /// Where it is connected to.
-    pub(super) peer: SocketAddr,
 }
 
 /// A service port whose clients' sockets are closed.
@@ -190,9 +188,9 @@ impl Judge {
         }
     }
 
-    /// Whether the socket has to go now.
+    /// Whether the socket has to go now, if it still leads there.
     pub(super) fn condemns(&self, socket: &Led, now: u64) -> bool {
-        if socket.since == 0 || socket.since > self.known || socket.backend != socket.peer {
+        if socket.since == 0 || socket.since > self.known {
             return false;
         }
         let Some(port) = self.port_of(socket) else {

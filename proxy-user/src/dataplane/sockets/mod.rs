@@ -5,17 +5,20 @@
 //! ECONNABORTED. Sockets that no program led anywhere are never touched.
 //!
 //! ```text
-//! Suspects ──▶ Judge: what serves, what was lost when ──due──▶ sweep: each network namespace
-//!                                                              └ TCP, UDP × IPv4, IPv6: walk with `origins`, destroy
+//! Suspects ──▶ Judge: what serves, what was lost when
+//!                │ due
+//!                ▼
+//! origins ──▶ sweep: which sockets have to go ──▶ if any: in each network namespace find and destroy them
 //! ```
 //!
 //! After a restart the first, complete delta has every socket looked at, so nothing is forgotten, except that the time of
 //! `reset-after` starts anew, and TCP connections through a Service that was deleted meanwhile stay.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     io,
-    net::{TcpListener, UdpSocket},
-    os::fd::{AsFd, OwnedFd},
+    net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
+    os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
     sync::mpsc::{Receiver, RecvTimeoutError},
     time::Duration,
@@ -23,11 +26,14 @@ use std::{
 
 use aya::maps::MapData;
 use nix::time::{ClockId, clock_gettime};
+use rustc_hash::FxHashMap;
+use socket2::Socket;
 
 use self::{
-    judge::{Judge, Led},
+    judge::Judge,
     namespaces::{Failures, Namespaces},
-    sockdiag::{Channel, Found, Name},
+    sockdiag::{Channel, Name},
+    told::Origins,
 };
 use super::Error;
 use crate::model::{Family, Protocol};
@@ -38,11 +44,9 @@ mod sockdiag;
 mod suspect;
 #[cfg(test)]
 mod tests;
+mod told;
 
 pub use suspect::Suspects;
-
-/// The pinned map that says what sockets were told.
-const ORIGINS: &str = "origins";
 
 /// After a sweep the room rests this many times as long as it took, so that it never takes more than a quarter of a CPU.
 const REST: u32 = 3;
@@ -58,23 +62,22 @@ pub struct Closed {
 
 /// Closes sockets. Calls block.
 pub struct Sockets {
-    origins: OwnedFd,
+    origins: Origins,
     namespaces: Namespaces,
     judge: Judge,
     complaint: Option<String>,
 }
 
 impl Sockets {
-    /// Opens the map pinned as `origins` below `bpf_root`. `names` is where network namespaces have names, usually
-    /// `/run/netns`; those of visible processes are found by themselves.
+    /// Opens the map `origins` by its pin. `names` is where network namespaces have names, usually `/run/netns`; those
+    /// of visible processes are found by themselves.
     ///
     /// # Errors
     ///
     /// When the map is not there, or this kernel or our privileges do not allow closing sockets, as [`supported`] tells.
-    pub fn open(bpf_root: &Path, names: impl Into<PathBuf>) -> Result<Self, Error> {
-        let path = bpf_root.join(ORIGINS);
-        let map = MapData::from_pin(&path)
-            .map_err(|error| Error::Kernel(format!("opening the map {}: {error}", path.display())))?;
+    pub fn open(origins: &Path, names: impl Into<PathBuf>) -> Result<Self, Error> {
+        let map = MapData::from_pin(origins)
+            .map_err(|error| Error::Kernel(format!("opening the map {}: {error}", origins.display())))?;
         let map = map.fd().as_fd().try_clone_to_owned();
         Self::new(map.map_err(failed("duplicating a map's descriptor"))?, names)
     }
@@ -86,6 +89,7 @@ impl Sockets {
     /// As [`Sockets::open`].
     pub fn new(origins: OwnedFd, names: impl Into<PathBuf>) -> Result<Self, Error> {
         supported()?;
+        let origins = Origins::new(origins)?;
         let namespaces = Namespaces { names: names.into(), processes: "/proc".into() };
         Ok(Self { origins, namespaces, judge: Judge::default(), complaint: None })
     }
@@ -135,11 +139,32 @@ impl Sockets {
         if due.is_empty() {
             return closed;
         }
-        let Self { origins, namespaces, judge, .. } = self;
-        let visited = namespaces.each(|| {
+        match self.close(&due, now, &mut closed) {
+            Ok(Failures { first: None, .. }) => self.complaint = None,
+            Ok(Failures { count, first: Some(error) }) => {
+                self.complain(&format!("in {count} network namespaces: {error}"));
+            }
+            Err(Error::Io { context, source }) => self.complain(&format!("{context}: {source}")),
+            Err(error) => self.complain(&error.to_string()),
+        }
+        self.judge.tidy(now);
+        closed
+    }
+
+    fn close(&self, due: &BTreeSet<Protocol>, now: u64, closed: &mut Closed) -> Result<Failures, Error> {
+        let mut condemned = Condemned::default();
+        self.origins.read(|cookie, led| {
+            if due.contains(&led.protocol) && self.judge.condemns(&led, now) {
+                condemned.entry(led.protocol).or_default().insert(cookie, led.backend);
+            }
+        })?;
+        if condemned.is_empty() {
+            return Ok(Failures::default());
+        }
+        let visited = self.namespaces.each(|| {
             let mut channel = Channel::open()?;
-            for protocol in &due {
-                let count = close(&mut channel, *protocol, origins, |led| judge.condemns(led, now))?;
+            for (protocol, sockets) in &condemned {
+                let count = destroy(&mut channel, *protocol, sockets)?;
                 match protocol {
                     Protocol::Tcp => closed.tcp += count,
                     Protocol::Udp | Protocol::Sctp => closed.udp += count,
@@ -147,67 +172,54 @@ impl Sockets {
             }
             Ok(())
         });
-        self.complain(visited);
-        self.judge.tidy(now);
-        closed
+        visited.map_err(failed("going through the network namespaces"))
     }
 
-    fn complain(&mut self, visited: io::Result<Failures>) {
-        let complaint = match visited {
-            Ok(Failures { first: None, .. }) => None,
-            Ok(Failures { first: Some(error), .. }) | Err(error) => Some(error.to_string()),
-        };
-        if let Some(error) = complaint.as_ref().filter(|_| complaint != self.complaint) {
-            tracing::warn!(%error, "sockets of backends that are gone could not all be closed; this needs SYS_ADMIN");
+    fn complain(&mut self, problem: &str) {
+        if self.complaint.as_deref() != Some(problem) {
+            tracing::warn!(
+                problem,
+                "sockets of backends that are gone could not all be closed; this needs SYS_ADMIN"
+            );
+            self.complaint = Some(problem.to_owned());
         }
-        self.complaint = complaint;
     }
 }
 
-/// Closes the condemned sockets of the channel's namespace.
-fn close(
+/// Sockets that have to go: their cookies, and where they were led.
+type Condemned = BTreeMap<Protocol, FxHashMap<u64, SocketAddr>>;
+
+/// Destroys those of these sockets that are in the channel's namespace and still lead where they were led.
+fn destroy(
     channel: &mut Channel,
     protocol: Protocol,
-    origins: &OwnedFd,
-    condemns: impl Fn(&Led) -> bool,
+    condemned: &FxHashMap<u64, SocketAddr>,
 ) -> io::Result<u64> {
-    let mut condemned = Vec::new();
+    let mut names = Vec::new();
     // A socket of the IPv6 family may speak IPv4.
     for family in Family::ALL {
-        channel.walk(protocol, family, origins.as_fd(), |found| {
-            if led(&found).is_some_and(|led| led.protocol == protocol && condemns(&led)) {
-                condemned.push(found.name);
+        channel.walk(protocol, family, |found| {
+            if condemned.get(&found.cookie) == Some(&found.peer) {
+                names.push(found.name);
             }
         })?;
     }
-    channel.destroy(&condemned)
+    channel.destroy(&names)
 }
 
-fn led(found: &Found) -> Option<Led> {
-    let Found { origin, peer, .. } = found;
-    Some(Led {
-        since: origin.since,
-        protocol: Protocol::from_number(u8::try_from(origin.protocol).ok()?)?,
-        service: (origin.service.ip(), origin.service.port()).into(),
-        backend: (origin.backend.ip(), origin.backend.port()).into(),
-        peer: *peer,
-    })
-}
-
-/// Whether sockets can be closed here: closes two of its own on loopback.
+/// Whether sockets can be closed here: closes two of its own, and loads the program that reads the map.
 ///
 /// # Errors
 ///
-/// Says which option of the kernel or which capability is missing.
+/// [`Error::Kernel`] says which option of the kernel or which capability is missing.
 pub fn supported() -> Result<(), Error> {
-    const LOOPBACK: (std::net::Ipv4Addr, u16) = (std::net::Ipv4Addr::LOCALHOST, 0);
+    const ANYWHERE: (Ipv4Addr, u16) = (Ipv4Addr::UNSPECIFIED, 0);
     let probing = || failed("finding out whether sockets can be closed");
     let mut channel = Channel::open().map_err(probing())?;
-    let listener = TcpListener::bind(LOOPBACK).map_err(probing())?;
-    let connected = UdpSocket::bind(LOOPBACK).map_err(probing())?;
-    let (tcp, udp) = (listener.local_addr().map_err(probing())?, connected.local_addr().map_err(probing())?);
-    connected.connect(udp).map_err(probing())?;
-    for name in [Name::between(Protocol::Tcp, tcp, None), Name::between(Protocol::Udp, udp, Some(udp))] {
+    let listener = Socket::from(TcpListener::bind(ANYWHERE).map_err(probing())?);
+    let datagrams = Socket::from(UdpSocket::bind(ANYWHERE).map_err(probing())?);
+    for (protocol, socket) in [(Protocol::Tcp, listener), (Protocol::Udp, datagrams)] {
+        let name = Name::of(protocol, &socket).map_err(probing())?;
         match channel.destroy(&[name]) {
             Ok(1) => {}
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
@@ -220,16 +232,7 @@ pub fn supported() -> Result<(), Error> {
             }
         }
     }
-    match channel.knows_storage() {
-        Ok(true) => Ok(()),
-        Ok(false) => {
-            Err(Error::Kernel("this kernel does not tell what sockets were told (Linux 5.6)".to_owned()))
-        }
-        Err(error) if error.raw_os_error() == Some(libc::EPERM) => Err(Error::Kernel(
-            "reading what sockets were told needs the capability BPF or SYS_ADMIN".to_owned(),
-        )),
-        Err(error) => Err(probing()(error)),
-    }
+    told::load().map(|_| ()).map_err(Error::Kernel)
 }
 
 /// CLOCK_MONOTONIC in nanoseconds, as the kernel programs read it.

@@ -1,36 +1,23 @@
-//! The two requests of sock_diag that closing needs: walk the sockets of a protocol and family with what our map holds
-//! for them, and destroy some.
+//! The two requests of sock_diag that closing needs: walk the sockets of a protocol and family, and destroy some.
 //!
-//! In: the descriptor of the map, [`SocketId`]s. Out: sockets that are in the map.
+//! In: protocols, [`Name`]s. Out: connected sockets of the network namespace, each with its cookie.
 
 use std::{
     io,
-    net::{IpAddr, Ipv6Addr, SocketAddr},
-    os::fd::{AsRawFd as _, BorrowedFd},
+    net::{IpAddr, SocketAddr},
 };
 
 use netlink_packet_core::{
-    DefaultNla, Emitable as _, NLA_F_NESTED, NLA_HEADER_SIZE, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST,
-    NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader, NlasIterator, Parseable as _,
+    Emitable as _, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer,
+    NetlinkHeader, Parseable as _,
 };
 use netlink_packet_sock_diag::{
     SOCK_DESTROY, SOCK_DIAG_BY_FAMILY,
     inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags},
 };
 use netlink_sys::{Socket, SocketAddr as NetlinkAddress, protocols::NETLINK_SOCK_DIAG};
-use proxy_ebpf::{Endpoint, Origin};
 
 use crate::model::{Family, Protocol};
-
-// Numbers of linux/inet_diag.h and linux/sock_diag.h that the message crate does not have.
-const INET_DIAG_REQ_SK_BPF_STORAGES: u16 = 2;
-const SK_DIAG_BPF_STORAGE_REQ_MAP_FD: u16 = 1;
-const INET_DIAG_SK_BPF_STORAGES: u16 = 20;
-const SK_DIAG_BPF_STORAGE: u16 = 1;
-const SK_DIAG_BPF_STORAGE_MAP_VALUE: u16 = 3;
-
-/// The fixed part of an answer, struct inet_diag_msg.
-const ANSWER: usize = 72;
 
 /// The kernel sends no larger datagram in a dump.
 const DATAGRAM: usize = 32 * 1024;
@@ -38,12 +25,10 @@ const DATAGRAM: usize = 32 * 1024;
 /// So many sockets are destroyed with one system call: their answers fit into the socket's buffer.
 const BATCH: usize = 64;
 
-/// A cookie that stands for any.
-const NO_COOKIE: [u8; 8] = [0xff; 8];
-
-/// A socket that is in the map.
+/// A connected socket.
 pub(super) struct Found {
-    pub(super) origin: Origin,
+    /// What names it in maps.
+    pub(super) cookie: u64,
     pub(super) peer: SocketAddr,
     pub(super) name: Name,
 }
@@ -56,18 +41,16 @@ pub(super) struct Name {
 }
 
 impl Name {
-    /// Of whichever socket has these ends; one that listens has no peer.
-    pub(super) fn between(protocol: Protocol, local: SocketAddr, peer: Option<SocketAddr>) -> Self {
-        let none = if local.is_ipv4() { SocketId::new_v4() } else { SocketId::new_v6() };
-        let id = SocketId {
-            source_address: local.ip(),
-            source_port: local.port(),
-            destination_address: peer.map_or(none.destination_address, |peer| peer.ip()),
-            destination_port: peer.map_or(0, |peer| peer.port()),
-            cookie: NO_COOKIE,
-            ..none
-        };
-        Self { family: number(Family::of(local.ip())), protocol, id }
+    /// Of a socket of ours that is bound, but not connected.
+    pub(super) fn of(protocol: Protocol, socket: &socket2::Socket) -> io::Result<Self> {
+        let local = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::InvalidInput)?;
+        let family = Family::of(local.ip());
+        let cookie = socket.cookie()?;
+        let (low, high) = (cookie as u32, (cookie >> 32) as u32);
+        let mut id = unnamed(family);
+        (id.source_address, id.source_port) = (local.ip(), local.port());
+        id.cookie = [low.to_ne_bytes(), high.to_ne_bytes()].concat().try_into().unwrap_or_default();
+        Ok(Self { family: number(family), protocol, id })
     }
 }
 
@@ -87,41 +70,15 @@ impl Channel {
         Ok(Self { socket, buffer: Vec::with_capacity(DATAGRAM) })
     }
 
-    /// Hands every connected socket that `map` holds something for to `visit`.
+    /// Hands every connected socket to `visit`.
     pub(super) fn walk(
         &mut self,
         protocol: Protocol,
         family: Family,
-        map: BorrowedFd<'_>,
-        visit: impl FnMut(Found),
-    ) -> io::Result<()> {
-        self.walk_raw(protocol, family, map.as_raw_fd(), visit)
-    }
-
-    /// Whether the kernel knows how to tell what maps hold (Linux 5.6): one that does has to refuse this.
-    pub(super) fn knows_storage(&mut self) -> io::Result<bool> {
-        match self.walk_raw(Protocol::Udp, Family::V4, -1, |_| {}) {
-            Ok(()) => Ok(false),
-            Err(error) if error.raw_os_error() == Some(libc::EBADF) => Ok(true),
-            Err(error) => Err(error),
-        }
-    }
-
-    fn walk_raw(
-        &mut self,
-        protocol: Protocol,
-        family: Family,
-        map: i32,
         mut visit: impl FnMut(Found),
     ) -> io::Result<()> {
-        let map = DefaultNla::new(SK_DIAG_BPF_STORAGE_REQ_MAP_FD, map.to_ne_bytes().to_vec());
-        let mut value = vec![0; map.buffer_len()];
-        map.emit(&mut value);
-        let storages = DefaultNla::new(INET_DIAG_REQ_SK_BPF_STORAGES | NLA_F_NESTED, value);
-        let id = if family == Family::V4 { SocketId::new_v4() } else { SocketId::new_v6() };
-        let name = Name { family: number(family), protocol, id };
-        let flags = NLM_F_REQUEST | NLM_F_DUMP;
-        self.send(&message(SOCK_DIAG_BY_FAMILY, flags, &name, Some(&storages)))?;
+        let name = Name { family: number(family), protocol, id: unnamed(family) };
+        self.send(&message(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP, &name))?;
         loop {
             self.receive()?;
             for message in messages(&self.buffer) {
@@ -144,7 +101,7 @@ impl Channel {
         for batch in names.chunks(BATCH) {
             let flags = NLM_F_REQUEST | NLM_F_ACK;
             let requests: Vec<u8> =
-                batch.iter().flat_map(|name| message(SOCK_DESTROY, flags, name, None)).collect();
+                batch.iter().flat_map(|name| message(SOCK_DESTROY, flags, name)).collect();
             self.send(&requests)?;
             let mut answers = 0;
             while answers < batch.len() {
@@ -182,6 +139,13 @@ fn is_gone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESTALE))
 }
 
+fn unnamed(family: Family) -> SocketId {
+    match family {
+        Family::V4 => SocketId::new_v4(),
+        Family::V6 => SocketId::new_v6(),
+    }
+}
+
 const fn number(family: Family) -> u8 {
     match family {
         Family::V4 => netlink_packet_sock_diag::AF_INET,
@@ -191,7 +155,7 @@ const fn number(family: Family) -> u8 {
 
 /// A request about the sockets that `name` names. Only connected ones can have been led anywhere; that the states count
 /// in a walk alone is the kernel's way.
-fn message(kind: u16, flags: u16, name: &Name, more: Option<&DefaultNla>) -> Vec<u8> {
+fn message(kind: u16, flags: u16, name: &Name) -> Vec<u8> {
     let states = match name.protocol {
         Protocol::Tcp => {
             StateFlags::ESTABLISHED
@@ -210,16 +174,13 @@ fn message(kind: u16, flags: u16, name: &Name, more: Option<&DefaultNla>) -> Vec
         socket_id: name.id.clone(),
     };
     let mut header = NetlinkHeader::default();
-    let (start, end) = (header.buffer_len(), header.buffer_len() + request.buffer_len());
-    let length = end + more.map_or(0, DefaultNla::buffer_len);
+    let start = header.buffer_len();
+    let length = start + request.buffer_len();
     let mut bytes = vec![0; length];
     header.length = u32::try_from(length).unwrap_or(u32::MAX);
     (header.message_type, header.flags) = (kind, flags);
     header.emit(&mut bytes[..start]);
-    request.emit(&mut bytes[start..end]);
-    if let Some(attribute) = more {
-        attribute.emit(&mut bytes[end..]);
-    }
+    request.emit(&mut bytes[start..]);
     bytes
 }
 
@@ -240,52 +201,20 @@ fn answered(payload: &[u8]) -> io::Result<()> {
     if code < 0 { Err(io::Error::from_raw_os_error(-code)) } else { Ok(()) }
 }
 
-/// The socket in an answer; `None` when the map holds nothing for it.
+/// The socket in an answer.
 fn decode(protocol: Protocol, payload: &[u8]) -> Option<Found> {
-    let storages = attribute(payload.get(ANSWER..)?, INET_DIAG_SK_BPF_STORAGES)?;
-    let value = attribute(attribute(storages, SK_DIAG_BPF_STORAGE)?, SK_DIAG_BPF_STORAGE_MAP_VALUE)?;
     let header = InetResponseHeader::parse(payload)
         .inspect_err(|error| tracing::debug!(%error, "unreadable socket"))
         .ok()?;
     let id = header.socket_id;
-    let peer = SocketAddr::new(canonical(id.destination_address), id.destination_port);
-    Some(Found { origin: origin(value)?, peer, name: Name { family: header.family, protocol, id } })
-}
-
-/// The value of the attribute of this kind.
-fn attribute(attributes: &[u8], kind: u16) -> Option<&[u8]> {
-    let mut known = NlasIterator::new(attributes).map_while(Result::ok);
-    let found = known.find(|attribute| attribute.kind() == kind)?;
-    let end = usize::from(found.length());
-    found.into_inner().get(NLA_HEADER_SIZE..end)
-}
-
-fn canonical(address: IpAddr) -> IpAddr {
-    match address {
+    let address = match id.destination_address {
         IpAddr::V6(address) => address.to_canonical(),
-        IpAddr::V4(_) => address,
-    }
-}
-
-/// A map value, in the order of [`Origin`]'s fields.
-fn origin(bytes: &[u8]) -> Option<Origin> {
-    if bytes.len() != size_of::<Origin>() {
-        return None;
-    }
-    let (since, rest) = bytes.split_first_chunk()?;
-    let (service, rest) = rest.split_first_chunk()?;
-    let (backend, rest) = rest.split_first_chunk()?;
-    Some(Origin {
-        since: u64::from_ne_bytes(*since),
-        service: endpoint(service)?,
-        backend: endpoint(backend)?,
-        protocol: u32::from_ne_bytes(*rest.first_chunk()?),
-        zero: 0,
-    })
-}
-
-fn endpoint(bytes: &[u8; size_of::<Endpoint>()]) -> Option<Endpoint> {
-    let (address, rest) = bytes.split_first_chunk::<16>()?;
-    let address = canonical(Ipv6Addr::from(*address).into());
-    Some(Endpoint::new(address, u16::from_be_bytes(*rest.first_chunk()?)))
+        address => address,
+    };
+    let peer = SocketAddr::new(address, id.destination_port);
+    // Two numbers, the low half first.
+    let (low, high) = id.cookie.split_first_chunk()?;
+    let (low, high) = (u32::from_ne_bytes(*low), u32::from_ne_bytes(*high.first_chunk()?));
+    let cookie = u64::from(high) << 32 | u64::from(low);
+    Some(Found { cookie, peer, name: Name { family: header.family, protocol, id } })
 }
