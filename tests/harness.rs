@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::{
+    collections::BTreeSet,
     fs,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
@@ -68,6 +69,26 @@ fn threads_and_programs_are_in_the_group_of_their_node() -> Result<()> {
     for node in [1, 2] {
         assert_ne!(one.cgroup_root(node), two.cgroup_root(node));
     }
+    Ok(())
+}
+
+/// The network namespaces of all processes, as an agent finds those of pods.
+fn namespaces() -> BTreeSet<PathBuf> {
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    processes.filter_map(|process| fs::read_link(process.path().join("ns/net")).ok()).collect()
+}
+
+#[test]
+fn the_namespace_of_every_pod_is_that_of_a_process() -> Result<()> {
+    let topology = Topology::new()?;
+    let own: Vec<_> = Place::PODS
+        .map(|pod| topology.at(pod).run(|| fs::read_link("/proc/thread-self/ns/net").unwrap()))
+        .to_vec();
+    let found = namespaces();
+    assert!(own.iter().all(|namespace| found.contains(namespace)), "{own:?} not in {found:?}");
+    drop(topology);
+    let left = namespaces();
+    assert!(!own.iter().any(|namespace| left.contains(namespace)), "{left:?} has one of {own:?}");
     Ok(())
 }
 

@@ -1,4 +1,5 @@
-//! `weir probe` on this machine: with everything there, without privileges, and with nothing mounted.
+//! `weir probe` on this machine: with everything there, without privileges, and with nothing mounted. And what becomes of
+//! a program that the kernel refuses.
 
 use std::{
     fs::{self, Permissions},
@@ -8,8 +9,14 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use aya::{EbpfError, EbpfLoader, programs::Program};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::Value;
+use weir::{
+    config::{Host, ProxyMode},
+    dataplane::{ebpf::PROGRAMS, probe::Probe},
+    run,
+};
 use weir_tests::assets;
 
 /// A bpffs of its own, gone when this is dropped.
@@ -88,5 +95,37 @@ fn without_any_cgroup_mounted_it_names_the_directory() -> Result<()> {
     let mounted = BpfFs::new()?;
     let without = said(weir(&assets::weir()?, mounted.0.path()).args(["--cgroup-root", "/nowhere"]))?;
     assert_eq!(found(&without, "no"), ["cgroup v2 at /nowhere"], "{without:#}");
+    Ok(())
+}
+
+/// Loads weir's programs after what ends them has become a jump to nowhere.
+fn load_broken() -> Result<(), EbpfError> {
+    const EXIT: [u8; 8] = [0x95, 0, 0, 0, 0, 0, 0, 0];
+    const JUMP: [u8; 8] = [0x05, 0, 0xff, 0x7f, 0, 0, 0, 0];
+    let mut object = PROGRAMS.to_vec();
+    for instruction in object.as_chunks_mut().0.iter_mut().filter(|instruction| **instruction == EXIT) {
+        *instruction = JUMP;
+    }
+    let mut programs = EbpfLoader::new().load(&object)?;
+    for (_, program) in programs.programs_mut() {
+        match program {
+            Program::CgroupSockAddr(program) => program.load()?,
+            Program::CgroupSock(program) => program.load()?,
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_the_verifier_says_of_a_program_it_refuses_is_told_to_its_last_line() -> Result<()> {
+    let mounted = BpfFs::new()?;
+    let cgroups = Host::this().cgroup_root.context("no cgroup v2 hierarchy is mounted")?;
+    let probe = || Probe::of(&cgroups, mounted.0.path());
+    let auto = run::choose(ProxyMode::Auto, probe, |_| load_broken())?;
+    assert!(auto.is_none(), "nftables serves");
+    let error = run::choose(ProxyMode::Ebpf, probe, |_| load_broken()).unwrap_err().to_string();
+    assert!(error.contains("jump out of range"), "{error}");
+    assert!(error.lines().last().is_some_and(|line| line.starts_with("processed ")), "{error}");
     Ok(())
 }

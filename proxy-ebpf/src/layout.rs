@@ -236,7 +236,7 @@ pub struct Flows {
     pub origins: [Origin; FLOWS],
 }
 
-/// Value of `settings`, which has one element.
+/// Value of `settings`, which has an element for each of its two writers: [`Settings::PLANE`] and [`Settings::PODS`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Settings {
@@ -248,6 +248,13 @@ pub struct Settings {
     pub bypassed: u32,
     /// The number of the cgroup the programs are attached to.
     pub cgroup: u64,
+}
+
+impl Settings {
+    /// The element of whoever programs Services: everything but `bypassed`.
+    pub const PLANE: u32 = 0;
+    /// The element of whoever follows the pods: `bypassed`.
+    pub const PODS: u32 = 1;
 }
 
 /// Elements of `troubles`: what went wrong inside the programs, counted.

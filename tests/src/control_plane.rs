@@ -115,7 +115,9 @@ impl<'a> ControlPlane<'a> {
                                 .await?,
                         );
                     }
-                    Kind::Node | Kind::ServiceCidr => bail!("{kind:?} {name} is not deleted by any case"),
+                    Kind::Node | Kind::ServiceCidr | Kind::Pod | Kind::Namespace => {
+                        bail!("{kind:?} {name} is not deleted by any case")
+                    }
                 }
             }
             Ok(())

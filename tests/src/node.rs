@@ -15,12 +15,13 @@ use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
+    process::{Child, Command},
 };
 
 use anyhow::Result;
 use weir::model::Family;
 
-use crate::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace};
+use crate::{bpffs::BpfFs, cgroup::Cgroup, keeper::end, netns::Namespace};
 
 /// How many addresses the outside client may use as source.
 pub const OUTSIDE_CLIENTS: u8 = 16;
@@ -135,9 +136,30 @@ pub const EXTERNAL_CIDRS: [&str; 2] = ["192.0.2.0/24", "2001:db8:1::/64"];
 /// Load balancer addresses of Services, routed to node 1 from outside.
 pub const BALANCER_CIDRS: [&str; 2] = ["198.51.100.0/24", "2001:db8:2::/64"];
 
+/// The process that every pod has from its beginning to its end, and that agents find the pod's namespace by.
+#[derive(Debug)]
+struct Pause(Child);
+
+impl Pause {
+    fn within(pod: &Namespace) -> Result<Self> {
+        let forever = |sleep: &mut Command| {
+            sleep.arg("infinity");
+        };
+        Ok(Self(pod.spawn(Path::new("sleep"), forever)?))
+    }
+}
+
+impl Drop for Pause {
+    fn drop(&mut self) {
+        end(&mut self.0);
+    }
+}
+
 /// The namespaces, wired up.
 #[derive(Debug)]
 pub struct Topology {
+    /// Before the namespaces and groups: nothing is left in those when they go.
+    pauses: Vec<Pause>,
     /// The router; also where the API server runs, since both nodes reach it.
     pub router: Namespace,
     /// The two nodes.
@@ -163,7 +185,8 @@ impl Topology {
         let cgroups = [all.child("node-1")?, all.child("node-2")?];
         let [first, second] = &cgroups;
         let pod = |node: &Cgroup, label: &str| Namespace::within(&node.child(label)?, label);
-        let topology = Self {
+        let mut topology = Self {
+            pauses: Vec::new(),
             router: alone("router")?,
             nodes: [Namespace::within(first, "node-1")?, Namespace::within(second, "node-2")?],
             pods: [
@@ -182,6 +205,8 @@ impl Topology {
             }
         }
         topology.wire_outside()?;
+        topology.pauses =
+            Place::PODS.map(|pod| Pause::within(topology.at(pod))).into_iter().collect::<Result<_>>()?;
         Ok(topology)
     }
 

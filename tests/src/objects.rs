@@ -339,6 +339,19 @@ impl Shape {
         self
     }
 
+    /// Whether it has no endpoints, in whatever state.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.slices.iter().all(|slice| slice.endpoints.is_empty())
+    }
+
+    /// Whether an endpoint at a place serves: what keeps UDP flows (K2).
+    #[must_use]
+    pub fn serves(&self, place: Place) -> bool {
+        let mut endpoints = self.slices.iter().flat_map(|slice| &slice.endpoints);
+        endpoints.any(|endpoint| endpoint.place == place && endpoint.conditions[1] != Some(false))
+    }
+
     /// The objects, at the addresses of `lot`.
     #[must_use]
     pub fn objects(&self, lot: Lot) -> Vec<Object> {
@@ -430,7 +443,7 @@ impl Port {
     fn object(&self, node_port: Option<u16>) -> ServicePort {
         ServicePort {
             name: Some(self.name.to_owned()),
-            protocol: Some(self.transport.to_string()),
+            protocol: Some(self.transport.protocol().to_owned()),
             port: self.port.into(),
             target_port: Some(IntOrString::Int(TARGET.into())),
             node_port: node_port.map(Into::into),
@@ -458,7 +471,7 @@ impl Slice {
 fn slice_port(&(name, transport, port): &SlicePort) -> EndpointPort {
     EndpointPort {
         name: Some(name.to_owned()),
-        protocol: Some(transport.to_string()),
+        protocol: Some(transport.protocol().to_owned()),
         port: Some(port.into()),
         ..EndpointPort::default()
     }

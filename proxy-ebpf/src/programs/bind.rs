@@ -8,7 +8,7 @@ use aya_ebpf::{
     helpers::generated::{bpf_get_netns_cookie, bpf_set_retval},
     programs::SockContext,
 };
-use proxy_ebpf::{Address, FrontendKey, flag};
+use proxy_ebpf::{Address, FrontendKey, Settings, flag};
 
 use super::{
     ALLOW, maps,
@@ -22,7 +22,7 @@ const EADDRINUSE: i32 = 98;
 /// A socket was bound to an address and a port.
 #[inline(always)]
 pub(super) fn bound(context: &SockContext, family: Family) -> i32 {
-    let Some(settings) = maps::SETTINGS.get(0) else { return ALLOW };
+    let Some(settings) = maps::SETTINGS.get(Settings::PLANE) else { return ALLOW };
     // SAFETY: the kernel hands every program of this kind a valid context; the verifier checks each access.
     let socket = unsafe { &*context.sock };
     let protocol = socket.protocol;

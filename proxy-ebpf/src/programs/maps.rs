@@ -35,7 +35,7 @@ pub(super) static TALLIES: Array<Tally> = Array::with_max_entries(1, 0);
 pub(super) static BYPASSED: HashMap<u64, u32> = HashMap::with_max_entries(8192, BPF_F_NO_PREALLOC);
 
 #[map(name = "settings")]
-pub(super) static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
+pub(super) static SETTINGS: Array<Settings> = Array::with_max_entries(2, 0);
 
 #[map(name = "troubles")]
 pub(super) static TROUBLES: PerCpuArray<u64> = PerCpuArray::with_max_entries(trouble::COUNT, 0);

@@ -14,7 +14,7 @@ use aya_ebpf::{
     },
     programs::SockAddrContext,
 };
-use proxy_ebpf::{Address, Endpoint};
+use proxy_ebpf::{Address, Endpoint, Settings};
 
 use super::maps::{BYPASSED, SETTINGS};
 
@@ -122,10 +122,10 @@ pub(super) struct Client {
 /// Who asks; `None` for those whose sockets are not to be touched.
 #[inline(always)]
 pub(super) fn client(context: &SockAddrContext) -> Option<Client> {
-    let settings = SETTINGS.get(0)?;
-    if settings.bypassed != 0 && is_bypassed() {
+    if SETTINGS.get(Settings::PODS)?.bypassed != 0 && is_bypassed() {
         return None;
     }
+    let settings = SETTINGS.get(Settings::PLANE)?;
     // SAFETY: the context is valid, and the helper only reads it.
     let namespace = unsafe { bpf_get_netns_cookie(context.as_ptr()) };
     Some(Client { namespace, host: namespace == host(settings.host) })

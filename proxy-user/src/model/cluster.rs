@@ -74,6 +74,8 @@ impl Model {
             Change::Delete(Kind::ServiceCidr, name) => {
                 self.service_cidrs.remove(&name);
             }
+            // These come on a stream of their own, to `Pods`.
+            Change::Delete(Kind::Pod | Kind::Namespace, _) => {}
             Change::Synced(kind) => {
                 if !self.synced.contains(&kind) {
                     self.synced.push(kind);
@@ -264,7 +266,7 @@ impl Model {
     }
 }
 
-fn report(kind: &str, name: &ObjectName, problems: &[Problem]) {
+pub(super) fn report(kind: &str, name: &ObjectName, problems: &[Problem]) {
     for Problem { field, value, reason } in problems {
         warn!(kind, object = %name, field, value, "ignored a value: {reason}");
     }

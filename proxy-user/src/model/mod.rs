@@ -14,6 +14,8 @@ mod family;
 #[cfg(test)]
 pub(crate) mod fixture;
 mod node;
+mod pod;
+mod pods;
 mod service;
 mod settings;
 #[cfg(test)]
@@ -24,6 +26,8 @@ pub use cluster::Model;
 pub use endpoint::{Candidate, Endpoint, Endpoints, Slice, SlicePort};
 pub use family::{Family, PerFamily, Protocol};
 pub use node::{LocalTraffic, Node, NodeView};
+pub use pod::{Namespace, Pod, Reason, SOCKET_LB_KEY, SocketLb};
+pub use pods::{Bypassed, BypassedPod, Pods};
 pub use service::{Removal, Service, ServicePort};
 pub use settings::{DetectLocal, NodePortSetting, Settings};
 

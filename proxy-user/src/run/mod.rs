@@ -6,7 +6,7 @@
 //! rule set watch (own thread) ──┘  ▼ kernel
 //! ```
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, sync::Arc};
 
 use anyhow::Context as _;
 use tokio::sync::{mpsc, watch};
@@ -14,9 +14,10 @@ use tokio::sync::{mpsc, watch};
 use crate::{
     config::{Config, KernelArgs, Loaded, LogArgs, SourceConfig},
     dataplane::{
-        Dataplane as _, Memory, State,
+        Dataplane as _, Memory, Stack, State,
         conntrack::{Conntrack, Suspects},
-        nftables::{Nftables, Seen},
+        ebpf::{Place, Retired},
+        nftables::Nftables,
     },
     model::{Family, Model, PerFamily},
     observe::{Events, Health, HealthChecks, Metrics, Server, Telemetry, health_router, metrics_router},
@@ -31,10 +32,13 @@ use crate::{
 mod census;
 mod choice;
 mod engine;
+mod planes;
+pub mod pods;
 
 pub use choice::choose;
 
 use engine::{Engine, Inputs};
+use planes::Planes;
 
 /// Changes that may wait between a source and the engine; a source that is further ahead waits itself.
 const WAITING_CHANGES: usize = 4096;
@@ -51,30 +55,31 @@ pub fn run(loaded: Loaded) -> anyhow::Result<()> {
     for warning in warnings {
         tracing::warn!("{warning}");
     }
-    let plane = Nftables::open(config.model.families)
-        .context("opening the nftables data plane, which needs nf_tables and the capability NET_ADMIN")?;
+    let planes = Planes::open(&config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .context("starting the runtime")?;
-    let result = runtime.block_on(serve(config, plane));
+    let result = runtime.block_on(serve(config, planes));
     // A watch thread may be waiting in the kernel; it holds nothing that needs an orderly end.
     runtime.shutdown_background();
     result
 }
 
-async fn serve(config: Config, plane: Nftables) -> anyhow::Result<()> {
+async fn serve(config: Config, planes: Planes) -> anyhow::Result<()> {
     let (stop, stopping) = watch::channel(false);
     let metrics = Metrics::new();
     let health = Health::new(config.sync_period);
     let (changes_in, changes) = mpsc::channel(WAITING_CHANGES);
     let (addresses_in, addresses) = watch::channel(Vec::new());
-    let foreign = watch_rule_set(&plane)?;
-    let events = start_source(&config, changes_in).await?;
+    let mode = planes.mode();
+    let Planes { plane, foreign, sockets } = planes;
+    let place = sockets.as_ref().map(|(place, _)| place);
+    let events = start_source(&config, changes_in, place).await?;
     tokio::spawn(host::watch(addresses_in));
 
-    let engine = Engine::new(config.model.clone(), Box::new(plane), metrics.clone(), health.clone())
+    let engine = Engine::new(config.model.clone(), plane, metrics.clone(), health.clone())
         .with_retry(config.sync_period)
         .with_health_checks(HealthChecks::start(health.clone(), events.clone(), stopping.clone()))
         .with_events(events)
@@ -86,7 +91,7 @@ async fn serve(config: Config, plane: Nftables) -> anyhow::Result<()> {
         runtime.block_on(engine.run(inputs));
         anyhow::Ok(())
     })?;
-    let servers = tokio::spawn(serve_http(config, health, metrics, stopping));
+    let servers = tokio::spawn(serve_http(config, health, metrics, mode, stopping));
 
     tokio::select! {
         name = signalled() => tracing::info!(signal = name?, "stopping; what is programmed stays in the kernel"),
@@ -107,8 +112,12 @@ async fn signalled() -> anyhow::Result<&'static str> {
     })
 }
 
-/// Starts the source, and says where events about its objects go.
-async fn start_source(config: &Config, changes: mpsc::Sender<Change>) -> anyhow::Result<Events> {
+/// Starts the source, and says where events about its objects go. With a sockets' plane it tells of pods too.
+async fn start_source(
+    config: &Config,
+    changes: mpsc::Sender<Change>,
+    sockets: Option<&Place>,
+) -> anyhow::Result<Events> {
     let status = Arc::new(SourceStatus::default());
     Ok(match &config.source {
         SourceConfig::Kubernetes { kubeconfig, servers } => {
@@ -121,6 +130,10 @@ async fn start_source(config: &Config, changes: mpsc::Sender<Change>) -> anyhow:
             let connection = Connection::open(source).await?;
             tracing::info!(node = config.model.node_name, server = %connection.server(), "watching the API server");
             let events = Events::start(connection.client(), &config.model.node_name);
+            if let Some(place) = sockets {
+                let status = Arc::new(SourceStatus::default());
+                pods::start(connection.clone(), status, &place.maps(), &place.cgroup_root)?;
+            }
             tokio::spawn(kube::watch(connection, changes, status));
             events
         }
@@ -144,28 +157,6 @@ fn manifest_source(config: &Config) -> anyhow::Result<ManifestSource> {
     }
     source.status_file.clone_from(status_file);
     Ok(source)
-}
-
-/// Tells of foreign changes to our tables. The thread ends with the process, or when nobody listens.
-fn watch_rule_set(plane: &Nftables) -> anyhow::Result<mpsc::Receiver<Seen>> {
-    let mut rule_set = plane.watch()?;
-    let (seen, foreign) = mpsc::channel(1);
-    std::thread::Builder::new().name("rule-set-watch".to_owned()).spawn(move || {
-        loop {
-            match rule_set.wait() {
-                // One that is waiting already says it all.
-                Ok(what) if matches!(seen.try_send(what), Err(mpsc::error::TrySendError::Closed(_))) => {
-                    return;
-                }
-                Ok(_) => {}
-                Err(error) => {
-                    tracing::error!(%error, "foreign changes to our tables are no longer noticed");
-                    return;
-                }
-            }
-        }
-    })?;
-    Ok(foreign)
 }
 
 /// Clears stale flows behind the engine's back: a walk over a large table must not hold up the next change. What comes
@@ -200,6 +191,7 @@ async fn serve_http(
     config: Config,
     health: Health,
     metrics: Metrics,
+    mode: &'static str,
     stopping: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
     let server = |name, address, router| {
@@ -220,7 +212,7 @@ async fn serve_http(
     };
     tokio::try_join!(
         server("healthz", config.healthz, health_router(&health, &metrics)),
-        server("metrics", config.metrics, metrics_router(&metrics, "nftables")),
+        server("metrics", config.metrics, metrics_router(&metrics, mode)),
     )?;
     Ok(())
 }
@@ -259,11 +251,15 @@ pub fn plan(loaded: Loaded) -> anyhow::Result<(State, BTreeMap<Frontend, PortId>
 /// # Errors
 ///
 /// When something could not be removed.
-pub fn cleanup(_: &KernelArgs, log: &LogArgs) -> anyhow::Result<()> {
+pub fn cleanup(kernel: &KernelArgs, log: &LogArgs) -> anyhow::Result<()> {
     Telemetry::init(log.config())?;
-    let mut plane = Nftables::open(PerFamily { v4: true, v6: true })?;
-    plane.remove()?;
-    tracing::info!("removed the tables ip weir and ip6 weir");
+    let place = Place { bpf_root: kernel.bpf_root.clone(), cgroup_root: PathBuf::new() };
+    let packets = Nftables::open(PerFamily { v4: true, v6: true })?;
+    Stack::new(packets, Retired::new(place)).remove()?;
+    tracing::info!(
+        bpf_root = %kernel.bpf_root.display(),
+        "removed the tables ip weir and ip6 weir, and the kernel programs with their maps"
+    );
     Ok(())
 }
 

@@ -20,7 +20,9 @@ use crate::model::ObjectName;
 pub mod host;
 pub mod kube;
 pub mod manifests;
+mod pods;
 mod status;
+pub use pods::{PodChange, PodObject};
 pub use status::{KindReport, KindStatus, SourceStatus};
 
 /// A Service with this label, whatever its value, is another proxy's (W1).
@@ -39,11 +41,17 @@ pub enum Kind {
     Node,
     /// ServiceCIDRs (W3).
     ServiceCidr,
+    /// The pods of this node.
+    Pod,
+    /// Namespaces, for what they say of their pods.
+    Namespace,
 }
 
 impl Kind {
-    /// Every kind.
+    /// Every kind that Services are made of.
     pub const ALL: [Self; 4] = [Self::Service, Self::EndpointSlice, Self::Node, Self::ServiceCidr];
+    /// The kinds of the stream about pods, which only a cluster has.
+    pub const PODS: [Self; 2] = [Self::Pod, Self::Namespace];
 
     /// The kind as manifests and messages call it.
     #[must_use]
@@ -53,6 +61,8 @@ impl Kind {
             Self::EndpointSlice => "EndpointSlice",
             Self::Node => "Node",
             Self::ServiceCidr => "ServiceCIDR",
+            Self::Pod => "Pod",
+            Self::Namespace => "Namespace",
         }
     }
 }
@@ -112,19 +122,18 @@ impl Object {
     /// The object's namespace and name.
     #[must_use]
     pub fn name(&self) -> ObjectName {
-        let ObjectMeta { namespace, name, .. } = self.metadata();
-        ObjectName::new(namespace.as_deref().unwrap_or_default(), name.as_deref().unwrap_or_default())
+        ObjectName::of(self.metadata())
     }
 }
 
-/// One step of what happened at the origin.
+/// One step of what happened at the origin, on a stream of objects `O`.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Change {
+pub enum Change<O = Object> {
     /// The object is new or has changed.
-    Apply(Object),
+    Apply(O),
     /// The object is gone, or does not concern us any more.
     Delete(Kind, ObjectName),
-    /// Everything of this kind that existed when the source started has been delivered. Sent once for every kind,
-    /// also by sources that have no objects of it.
+    /// Everything of this kind that existed when the source started has been delivered. Sent once for every kind of the
+    /// stream, also by sources that have no objects of it.
     Synced(Kind),
 }

@@ -14,7 +14,7 @@ use super::Kind;
 /// How a source is doing, kind by kind. The source writes it, everybody may read it.
 #[derive(Debug, Default)]
 pub struct SourceStatus {
-    kinds: [KindStatus; Kind::ALL.len()],
+    kinds: [KindStatus; Kind::ALL.len() + Kind::PODS.len()],
 }
 
 impl SourceStatus {
@@ -24,7 +24,8 @@ impl SourceStatus {
         &self.kinds[kind as usize]
     }
 
-    /// A consistent enough copy of everything, in the order of [`Kind::ALL`].
+    /// A consistent enough copy of everything about Services, in the order of [`Kind::ALL`]. What of pods is asked for
+    /// by [`SourceStatus::of`].
     #[must_use]
     pub fn report(&self) -> Vec<KindReport> {
         Kind::ALL.into_iter().map(|kind| self.of(kind).report(kind)).collect()

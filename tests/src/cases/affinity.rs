@@ -54,6 +54,8 @@ pub(super) fn cases() -> Vec<Case> {
         case("A1 A3", "a client is remembered for the timeout after its last new flow", {
             service(four()).sticky(TIMEOUT.as_secs() as i32)
         })
+        // Both kinds of UDP sockets are the same client.
+        .over(&[Transport::Tcp, Transport::Udp])
         .step(Step::Run("keep calling, then wait for the timeout", forget)),
         case("A1", "affinity ends when it is switched off, and starts when it is switched on", {
             service(four()).sticky(hour)

@@ -3,7 +3,7 @@
 use super::*;
 use crate::objects::{Shape, pod, service};
 
-const UDP: Transport = Transport::Udp;
+const UDP: [Transport; 2] = [Transport::Udp, Transport::Datagram];
 const TCP: Transport = Transport::Tcp;
 
 pub(super) fn cases() -> Vec<Case> {
@@ -24,14 +24,14 @@ fn established() -> Vec<Case> {
             .then(everywhere([pod(2, 1)]))
             .check(POD12, CLUSTER, any(&[POD21]))
             .check(OUTSIDE, NODE_PORT, any(&[POD21]))
-            .step(Step::Stays(TCP)),
+            .step(Step::Stays),
         case("R1", "an established TCP flow outlives its Service", everywhere([pod(1, 1)]))
             .over(&[TCP])
             .step(Step::Open(POD12, CLUSTER))
             .step(Step::Open(OUTSIDE, NODE_PORT))
             .step(Step::Vanish)
             .check(POD12, CLUSTER, Expect::Dropped)
-            .step(Step::Stays(TCP)),
+            .step(Step::Stays),
         case(
             "R1",
             "an established TCP flow stays when the Service loses all endpoints",
@@ -42,12 +42,12 @@ fn established() -> Vec<Case> {
         .step(Step::Open(OUTSIDE, EXTERNAL))
         .then(service([]).everywhere())
         .check(POD12, CLUSTER, Expect::Refused)
-        .step(Step::Stays(TCP)),
+        .step(Step::Stays),
     ]
 }
 
 fn opened(case: Case) -> Case {
-    case.over(&[UDP])
+    case.over(&UDP)
         .step(Step::Open(POD12, CLUSTER))
         .step(Step::Open(HOST, CLUSTER))
         .step(Step::Open(OUTSIDE, NODE_PORT))
@@ -61,35 +61,35 @@ fn stale() -> Vec<Case> {
     vec![
         opened(case("K1 K2 K3", "UDP flows move when their endpoint is replaced", one()))
             .then(other())
-            .step(Step::Moves(UDP, POD21)),
+            .step(Step::Moves(POD21)),
         opened(case("K2", "UDP flows stay while their endpoint serves", one()))
             .then(service([pod(1, 1), pod(2, 1)]).everywhere())
-            .step(Step::Stays(UDP))
+            .step(Step::Stays)
             .then(service([pod(1, 1).terminating(), pod(2, 1)]).everywhere())
             .check(POD12, CLUSTER, any(&[POD21]))
-            .step(Step::Stays(UDP))
+            .step(Step::Stays)
             .then(other())
-            .step(Step::Moves(UDP, POD21)),
+            .step(Step::Moves(POD21)),
         opened(case("K4", "UDP flows stay while there is no endpoint to go to", one()))
             .then(service([]).everywhere())
             .check(POD12, CLUSTER, Expect::Refused)
-            .step(Step::Stays(UDP))
+            .step(Step::Stays)
             .then(other())
-            .step(Step::Moves(UDP, POD21)),
+            .step(Step::Moves(POD21)),
         case(
             "K2",
             "UDP flows that began before the Service had the address come to it",
             service([pod(1, 1)]),
         )
-        .over(&[UDP])
+        .over(&UDP)
         .step(Step::Send(POD12, EXTERNAL))
         .step(Step::Send(OUTSIDE, BALANCER))
         .then(other())
-        .step(Step::Moves(UDP, POD21)),
+        .step(Step::Moves(POD21)),
         case("K2", "UDP flows stay under policy Local while a remote endpoint serves them", one())
-            .over(&[UDP])
+            .over(&UDP)
             .step(Step::Open(POD12, CLUSTER))
             .then(service([pod(1, 1), pod(2, 1)]).everywhere().internal_local())
-            .step(Step::Stays(UDP)),
+            .step(Step::Stays),
     ]
 }

@@ -1,23 +1,87 @@
-//! Where a subject is known to differ from the table, and why. Everything else that differs is a failure.
+//! Where weir's eBPF plane differs from the table, and why: rules, each of which holds for whatever it fits. Everything
+//! else that differs is a failure.
+//!
+//! In: a subject, and a client on its way to a target. Out: whether the client's own socket leads it there, and the
+//! [`Difference`]s that hold.
 
-use super::Case;
-use crate::subject::Kind;
+use std::fmt;
+
+use super::{Address, Target};
+use crate::{
+    node::Place,
+    objects::Shape,
+    subject::{Kind, Plane},
+    traffic::Transport,
+};
 
 /// A known difference.
-#[derive(Clone, Copy, Debug)]
-pub struct Difference {
-    /// Whose.
-    pub kind: Kind,
-    /// The name of the case.
-    pub case: &'static str,
-    /// Why it is so.
-    pub reason: &'static str,
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Difference {
+    /// R5 to R7, R9: nobody is masqueraded.
+    OwnAddress,
+    /// R15: NodePorts are on every address by default.
+    EveryAddress,
+    /// R13: NodePorts are on loopback addresses.
+    Loopback,
+    /// K2, K4: connected UDP sockets are closed.
+    Closed,
+    /// K4: unconnected UDP sockets do not stay with an endpoint that is gone.
+    NoneLeft,
+    /// F1: unconnected UDP sockets hear of it from the call itself.
+    AtOnce,
+    /// R3: NodePorts are taken.
+    Taken,
 }
 
-const DIFFERENCES: [Difference; 0] = [];
+impl Difference {
+    /// Whether a subject differs so.
+    #[must_use]
+    pub fn is_of(self, kind: Kind) -> bool {
+        kind == Kind::Weir(Plane::Ebpf)
+    }
+}
 
-/// The known difference of a subject in a case, if there is one.
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::OwnAddress => {
+                "backends see the address of a client on the node or in a pod: its socket leads it to the backend, \
+                 and there is no packet left to masquerade (R5 R6 R7 R9)"
+            }
+            Self::EveryAddress => {
+                "without nodePortAddresses NodePorts answer on every address of the node, as those of kube-proxy's \
+                 default mode do (R15)"
+            }
+            Self::Loopback => {
+                "NodePorts answer the node's processes on its loopback addresses, which sockets can be led away from \
+                 and packets cannot (R13)"
+            }
+            Self::Closed => {
+                "a connected UDP socket whose endpoint is gone is closed: it is connected to the endpoint itself, and \
+                 cannot be moved (K2 K4)"
+            }
+            Self::NoneLeft => {
+                "an unconnected UDP socket whose endpoint is gone is led to another or refused with its next datagram, \
+                 even if there is no other (K4)"
+            }
+            Self::AtOnce => "an unconnected UDP socket is refused by the call itself (F1)",
+            Self::Taken => "nobody on the node can take a port that is a NodePort (R3)",
+        })
+    }
+}
+
+/// Whether a client's socket is led to its backend, so that no packet to the target ever exists. What is not so goes
+/// by packets, as everywhere: other transports, source ranges (F7), and the NodePorts of other nodes.
 #[must_use]
-pub fn known(kind: Kind, case: &Case) -> Option<Difference> {
-    DIFFERENCES.into_iter().find(|difference| difference.kind == kind && difference.case == case.name)
+pub fn at_socket(kind: Kind, shape: &Shape, from: Place, to: Target, transport: Transport) -> bool {
+    let (Place::Host(node) | Place::Pod(node, _)) = from else { return false };
+    let reached = match to.address {
+        Address::Cluster | Address::External => true,
+        Address::Balancer => shape.source_ranges.is_empty(),
+        Address::Node(other) | Address::SecondNode(other) => other == node,
+        Address::Loopback => matches!(from, Place::Host(_)),
+        Address::UnusedCluster => false,
+    };
+    let by_socket = matches!(transport, Transport::Tcp | Transport::Udp | Transport::Datagram);
+    kind == Kind::Weir(Plane::Ebpf) && reached && by_socket
 }

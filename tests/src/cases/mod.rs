@@ -1,8 +1,8 @@
 //! The packet cases: every rule of the behaviour reference that packets can show.
 //!
 //! In: nothing; this is a table. Out: [`Case`]s for [`crate::runner`], each with Services of its own, so that all of
-//! them are loaded at once and run side by side. Every case runs over both families and over TCP and UDP unless it
-//! says otherwise, and is proven right on the real kube-proxy before weir is held to it.
+//! them are loaded at once and run side by side. Every case runs over both families and over TCP, connected
+//! and unconnected UDP unless it says otherwise, and is proven right on the real kube-proxy before weir is held to it.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -10,7 +10,7 @@ use weir::model::Family;
 
 use crate::{
     node::{Place, node_address, second_node_address},
-    objects::{Lot, PORT, Shape, TARGET},
+    objects::{Lot, PORT, ServiceType, Shape, TARGET},
     runner::Scene,
     subject::Settings,
     traffic::Transport,
@@ -24,8 +24,9 @@ mod live;
 mod matrix;
 mod ports;
 mod refuse;
+mod sockets;
 
-pub use differences::{Difference, known};
+pub use differences::{Difference, at_socket};
 
 /// One case.
 #[derive(Clone, Debug)]
@@ -64,10 +65,10 @@ pub enum Step {
     Open(Place, Target),
     /// A flow is opened by sending to where nobody answers yet.
     Send(Place, Target),
-    /// The open flows of this transport are answered by whoever answered first.
-    Stays(Transport),
-    /// The open flows of this transport come to be answered by this place.
-    Moves(Transport, Place),
+    /// The open flows are answered by whoever answered first.
+    Stays,
+    /// The open flows come to be answered by this place.
+    Moves(Place),
     /// Something of its own.
     Run(&'static str, Act),
 }
@@ -128,6 +129,12 @@ impl Target {
         SocketAddr::new(address, port)
     }
 
+    /// Whether it is a ClusterIP, whatever the port.
+    #[must_use]
+    pub fn is_cluster_ip(self) -> bool {
+        self.address == Address::Cluster
+    }
+
     /// The node that handles calls from a place to here.
     #[must_use]
     pub fn handled_by(self, from: Place) -> u8 {
@@ -161,6 +168,15 @@ pub enum Expect {
     Refused,
     /// Nothing at all.
     Dropped,
+    /// The first where there is this difference, and the second elsewhere.
+    Unless(Difference, Box<Expect>, Box<Expect>),
+}
+
+impl Expect {
+    /// Or `other` where there is a difference.
+    fn unless(&self, difference: Difference, other: &Self) -> Self {
+        Self::Unless(difference, Box::new(other.clone()), Box::new(self.clone()))
+    }
 }
 
 use Source::{Kept, Masqueraded};
@@ -191,7 +207,7 @@ fn case(rules: &'static str, name: impl Into<String>, shape: Shape) -> Case {
         settings: Settings::default(),
         shape,
         families: Family::ALL.to_vec(),
-        transports: vec![Transport::Tcp, Transport::Udp],
+        transports: vec![Transport::Tcp, Transport::Udp, Transport::Datagram],
         steps: Vec::new(),
     }
 }
@@ -249,6 +265,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(affinity::cases());
     cases.extend(conntrack::cases());
     cases.extend(live::cases());
+    cases.extend(sockets::cases());
     for (number, case) in (1..).zip(&mut cases) {
         assert!(number <= Lot::LAST, "too many cases for the lots there are");
         case.lot = Lot::new(number);

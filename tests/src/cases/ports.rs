@@ -37,11 +37,10 @@ pub(super) fn cases() -> Vec<Case> {
             NODE_PORT,
             on(8080, &[POD11]),
         ),
-        same_number().over(&[Transport::Udp]).check(POD12, CLUSTER, on(8081, &[POD21])).check(
-            OUTSIDE,
-            NODE_PORT,
-            on(8081, &[POD21]),
-        ),
+        same_number()
+            .over(&[Transport::Udp, Transport::Datagram])
+            .check(POD12, CLUSTER, on(8081, &[POD21]))
+            .check(OUTSIDE, NODE_PORT, on(8081, &[POD21])),
         case("R4", "every backend gets its share", service([pod(1, 1), pod(1, 2), pod(2, 1), pod(2, 2)]))
             .step(Step::Run("share 400 flows among four backends", balance)),
         case("R16", "SCTP is balanced like the others", sctp([pod(1, 1), pod(2, 1)]))

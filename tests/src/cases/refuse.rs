@@ -57,7 +57,7 @@ fn cluster_addresses() -> Vec<Case> {
         case("F4", "a protocol the Service does not have is refused on its ClusterIP", {
             shape().ports(&[("stream", Transport::Tcp, PORT)])
         })
-        .over(&[Transport::Udp])
+        .over(&[Transport::Udp, Transport::Datagram])
         .checks(&[POD12, HOST], &[CLUSTER], &Expect::Refused),
         case("F4", "a ClusterIP refuses ICMP echo", shape()).over(&PING).checks(
             &[POD12, HOST, OUTSIDE],
@@ -113,7 +113,8 @@ fn source_ranges() -> Vec<Case> {
             &any(&[POD11]),
         ),
         case("F7", "source ranges may name pods", ranged(&["10.244.1.12/32", "fd00:10:244:1::12/128"]))
-            .check(POD12, BALANCER, any(&[POD11]))
+            // By packets on every data plane, so R5 holds on every one.
+            .check(POD12, BALANCER, by(&[POD11], Masqueraded))
             .checks(&[POD21, stranger], &[BALANCER], &Expect::Dropped),
         case("F7", "source ranges apply before there is an endpoint to refuse for", {
             service([]).everywhere().only_from(&one)

@@ -176,8 +176,24 @@ impl<'a> Subject<'a> {
             self.start_agent(node)?;
         }
         self.settle()?;
+        if self.kind == Kind::Weir(Plane::Ebpf) {
+            [1, 2].into_iter().try_for_each(|node| self.leads_sockets(node))?;
+        }
         if self.kind == Kind::KubeProxy {
             self.await_service_cidrs()?;
+        }
+        Ok(())
+    }
+
+    /// An agent that cannot lead sockets serves by packets instead: a test would then show the other plane.
+    fn leads_sockets(&self, node: u8) -> Result<()> {
+        let root = self.topology.bpf_root(node)?;
+        let pinned: Vec<_> =
+            std::fs::read_dir(root)?.flatten().map(|entry| entry.file_name().into_string()).collect();
+        let led = pinned.iter().flatten().any(|name| name.starts_with("link-"));
+        if !led {
+            let log = tail(&self.log(node));
+            bail!("node {node} has no programs attached, only {pinned:?}; its agent logged:\n{log}");
         }
         Ok(())
     }
@@ -348,7 +364,9 @@ impl<'a> Subject<'a> {
         if running.is_empty() {
             return Ok(());
         }
-        let markers = state.store.markers_needed();
+        // Within one change a plane of several parts may show the marker before the rest.
+        let parts = self.marked().len();
+        let markers = state.store.markers_needed().max(parts);
         drop(state);
         for _ in 0..markers {
             self.show_marker(&running)?;
@@ -367,14 +385,24 @@ impl<'a> Subject<'a> {
         nodes.iter().try_for_each(|node| self.await_marker(*node, port, target))
     }
 
+    /// By which transports the marker shows everything: sockets lead TCP where they lead anything, packets the rest.
+    fn marked(&self) -> &'static [Transport] {
+        match self.kind {
+            Kind::Weir(Plane::Ebpf) => &[Transport::Tcp, Transport::Sctp],
+            Kind::Weir(Plane::Nftables) | Kind::KubeProxy => &[Transport::Tcp],
+        }
+    }
+
     fn await_marker(&self, node: u8, port: u16, target: u16) -> Result<()> {
         let expected = format!("{}:{target}", Place::Pod(1, 1));
         let deadline = Instant::now() + SETTLE;
-        for family in Family::ALL {
+        let ways =
+            Family::ALL.into_iter().flat_map(|family| self.marked().iter().map(move |way| (family, *way)));
+        for (family, transport) in ways {
             let call = Call {
                 from: node_address(family, node),
                 to: SocketAddr::new(MARKER.cluster_ip(family), port),
-                transport: Transport::Tcp,
+                transport,
                 patience: PATIENCE,
             };
             loop {
@@ -386,7 +414,8 @@ impl<'a> Subject<'a> {
                 if Instant::now() > deadline {
                     let log = tail(&self.log(node));
                     bail!(
-                        "node {node} does not show the latest change over {family}: {outcome}; its agent logged:\n{log}"
+                        "node {node} does not show the latest change over {family} by {transport}: {outcome}; its agent \
+                         logged:\n{log}"
                     );
                 }
                 thread::sleep(Duration::from_millis(5));
@@ -413,12 +442,12 @@ impl<'a> Subject<'a> {
 /// too while the agent does not know its node's zone, which kube-proxy learns at some time after its start (E11).
 fn marker(port: u16, target: u16) -> Shape {
     let serving = |port, endpoints: Vec<Endpoint>| Slice {
-        ports: vec![("marker", Transport::Tcp, port)],
+        ports: vec![("marker", Transport::Tcp, port), ("packets", Transport::Sctp, port)],
         ..slice(endpoints)
     };
     let decoys =
         || [(1, 1), (1, 2), (2, 1), (2, 2)].map(|(node, number)| pod(node, number).zones(&["elsewhere"]));
-    service([]).ports(&[("marker", Transport::Tcp, port)]).slices([
+    service([]).ports(&[("marker", Transport::Tcp, port), ("packets", Transport::Sctp, port)]).slices([
         serving(target, vec![pod(1, 1).zones(&["zone-a", "zone-b"])]),
         serving(8082, decoys().to_vec()),
         serving(9999, decoys().to_vec()),

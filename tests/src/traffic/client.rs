@@ -4,7 +4,7 @@
 
 use std::{
     io::{self, Read as _, Write as _},
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr, UdpSocket},
     sync::atomic::{AtomicU16, Ordering},
     time::Duration,
 };
@@ -19,14 +19,14 @@ use weir::model::Family;
 use super::{Answer, Call, Outcome, Transport, sctp};
 
 /// Makes a socket of the transport.
-pub(super) fn socket(transport: Transport, family: Family) -> io::Result<Socket> {
+fn socket(transport: Transport, family: Family) -> io::Result<Socket> {
     let domain = match family {
         Family::V4 => Domain::IPV4,
         Family::V6 => Domain::IPV6,
     };
     let (kind, protocol) = match (transport, family) {
         (Transport::Tcp, _) => (Type::STREAM, Protocol::TCP),
-        (Transport::Udp, _) => (Type::DGRAM, Protocol::UDP),
+        (Transport::Udp | Transport::Datagram, _) => (Type::DGRAM, Protocol::UDP),
         (Transport::Sctp, _) => (Type::RAW, Protocol::SCTP),
         (Transport::Ping, Family::V4) => (Type::DGRAM, Protocol::ICMPV4),
         (Transport::Ping, Family::V6) => (Type::DGRAM, Protocol::ICMPV6),
@@ -34,11 +34,28 @@ pub(super) fn socket(transport: Transport, family: Family) -> io::Result<Socket>
     Socket::new(domain, kind, Some(protocol))
 }
 
+/// A socket to serve on that never waits.
+///
+/// # Errors
+///
+/// When the address cannot be had.
+pub fn bound(transport: Transport, address: SocketAddr) -> io::Result<Socket> {
+    let family = Family::of(address.ip());
+    let socket = socket(transport, family)?;
+    if family == Family::V6 && transport != Transport::Sctp {
+        socket.set_only_v6(true)?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    Ok(socket)
+}
+
 /// Binds to a source port nobody has used for long: connection tracking remembers datagrams' flows after their sockets
 /// are gone, and the kernel is quick to hand out a port again.
 fn bind(socket: &Socket, call: &Call) -> io::Result<()> {
     static NEXT: AtomicU16 = AtomicU16::new(0);
-    if call.transport != Transport::Udp {
+    if call.transport.protocol() != Transport::Udp.protocol() {
         return socket.bind(&SockAddr::from(SocketAddr::new(call.from, 0)));
     }
     loop {
@@ -47,6 +64,50 @@ fn bind(socket: &Socket, call: &Call) -> io::Result<()> {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
             bound => return bound,
         }
+    }
+}
+
+const QUESTION: &[u8] = b"who\n";
+
+/// The next datagram: who sent it, and what it says.
+fn receive(socket: &UdpSocket) -> io::Result<(SocketAddr, Answer)> {
+    let mut answer = [0; 512];
+    let (length, from) = socket.recv_from(&mut answer)?;
+    Ok((from, serde_json::from_slice(&answer[..length]).map_err(io::Error::other)?))
+}
+
+/// One unconnected socket that asks several at a time.
+#[derive(Debug)]
+pub struct Datagrams(UdpSocket);
+
+impl Datagrams {
+    /// A socket for calls like this one, to anywhere.
+    ///
+    /// # Errors
+    ///
+    /// As the socket calls do.
+    pub fn open(call: &Call) -> io::Result<Self> {
+        let Flow { socket, .. } = Flow::connect(&Call { transport: Transport::Datagram, ..*call })?;
+        socket.set_read_timeout(Some(call.patience))?;
+        Ok(Self(socket.into()))
+    }
+
+    /// Asks, without waiting for the answer.
+    ///
+    /// # Errors
+    ///
+    /// As the socket call does.
+    pub fn ask(&self, to: SocketAddr) -> io::Result<()> {
+        self.0.send_to(QUESTION, to).map(drop)
+    }
+
+    /// The next answer and whom it came from.
+    ///
+    /// # Errors
+    ///
+    /// When there is none.
+    pub fn next(&self) -> io::Result<(SocketAddr, Answer)> {
+        receive(&self.0)
     }
 }
 
@@ -101,7 +162,9 @@ impl Flow {
             // Raw sockets know no ports.
             to.set_port(0);
         }
-        socket.connect_timeout(&to.into(), call.patience)?;
+        if call.transport != Transport::Datagram {
+            socket.connect_timeout(&to.into(), call.patience)?;
+        }
         Ok(Self { socket, transport: call.transport, to: call.to })
     }
 
@@ -123,9 +186,18 @@ impl Flow {
                 let cookie = sctp::exchange(&self.socket, self.to)?;
                 return serde_json::from_slice(&cookie).map_err(io::Error::other);
             }
-            Transport::Tcp | Transport::Udp => {}
+            Transport::Tcp => self.is_peer(self.socket.peer_addr()?.as_socket())?,
+            Transport::Udp => {
+                self.is_peer(self.socket.peer_addr()?.as_socket())?;
+                self.socket.send(QUESTION)?;
+                return self.received();
+            }
+            Transport::Datagram => {
+                self.socket.send_to(QUESTION, &self.to.into())?;
+                return self.received();
+            }
         }
-        socket.write_all(b"who\n")?;
+        socket.write_all(QUESTION)?;
         let mut line = Vec::new();
         let mut chunk = [0; 512];
         while !line.ends_with(b"\n") {
@@ -135,6 +207,20 @@ impl Flow {
             }
         }
         serde_json::from_slice(&line).map_err(io::Error::other)
+    }
+
+    fn received(&self) -> io::Result<Answer> {
+        let (from, answer) = receive(&self.socket.try_clone()?.into())?;
+        self.is_peer(Some(from))?;
+        Ok(answer)
+    }
+
+    /// Whoever asks a Service sees nobody else: neither as peer of a connection nor as sender of an answer.
+    fn is_peer(&self, seen: Option<SocketAddr>) -> io::Result<()> {
+        match seen {
+            Some(seen) if (seen.ip(), seen.port()) == (self.to.ip(), self.to.port()) => Ok(()),
+            other => Err(io::Error::other(format!("the peer of a call to {} is {other:?}", self.to))),
+        }
     }
 
     /// An echo request; the kernel fills in identifier and checksum of such sockets.

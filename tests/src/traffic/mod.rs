@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 use weir::model::Family;
 
@@ -18,7 +19,7 @@ mod load;
 mod sctp;
 mod server;
 
-pub use client::{Flow, ask};
+pub use client::{Datagrams, Flow, ask, bound};
 pub use load::{Load, Tally};
 pub use server::{SERVER_PORTS, Server};
 
@@ -33,12 +34,27 @@ pub const SILENCE: Duration = Duration::from_millis(400);
 pub enum Transport {
     /// TCP.
     Tcp,
-    /// UDP.
+    /// UDP on a connected socket.
     Udp,
+    /// UDP on a socket that is not connected: every datagram says where to.
+    Datagram,
     /// SCTP, as far as the answer to an INIT. Every question is a new flow.
     Sctp,
     /// ICMP echo: no port, and nobody names itself.
     Ping,
+}
+
+impl Transport {
+    /// What Kubernetes calls the protocol.
+    #[must_use]
+    pub fn protocol(self) -> &'static str {
+        match self {
+            Self::Tcp => "TCP",
+            Self::Udp | Self::Datagram => "UDP",
+            Self::Sctp => "SCTP",
+            Self::Ping => "ICMP",
+        }
+    }
 }
 
 impl fmt::Display for Transport {
@@ -46,6 +62,7 @@ impl fmt::Display for Transport {
         f.write_str(match self {
             Self::Tcp => "TCP",
             Self::Udp => "UDP",
+            Self::Datagram => "unconnected UDP",
             Self::Sctp => "SCTP",
             Self::Ping => "ping",
         })
@@ -94,14 +111,23 @@ pub enum Outcome {
     Denied,
     /// Nothing came back.
     Timeout,
+    /// Somebody closed the socket under its owner's feet.
+    Closed,
     /// Anything else, such as a network unreachable.
     Error(String),
 }
 
 impl Outcome {
     fn of(error: &io::Error) -> Self {
-        use io::ErrorKind::{ConnectionRefused, PermissionDenied, TimedOut, WouldBlock};
+        use io::ErrorKind::{
+            ConnectionAborted, ConnectionRefused, NotConnected, PermissionDenied, TimedOut, WouldBlock,
+        };
+        if error.raw_os_error() == Some(Errno::EDESTADDRREQ as i32) {
+            return Self::Closed;
+        }
         match error.kind() {
+            // The first is said once; after it a datagram socket is as if it had never been connected.
+            ConnectionAborted | NotConnected => Self::Closed,
             ConnectionRefused => Self::Refused,
             PermissionDenied => Self::Denied,
             TimedOut | WouldBlock => Self::Timeout,
@@ -117,6 +143,7 @@ impl fmt::Display for Outcome {
             Self::Refused => f.write_str("refused"),
             Self::Denied => f.write_str("not sent: permission denied"),
             Self::Timeout => f.write_str("no answer"),
+            Self::Closed => f.write_str("closed"),
             Self::Error(error) => f.write_str(error),
         }
     }

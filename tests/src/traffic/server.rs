@@ -8,15 +8,13 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use socket2::SockAddr;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
     net::{TcpListener, TcpStream, UdpSocket},
     sync::oneshot,
 };
-use weir::model::Family;
 
-use super::{Answer, Transport, client, sctp};
+use super::{Answer, Transport, client::bound, sctp};
 use crate::netns::Namespace;
 
 /// The ports every server listens on, by TCP, UDP and SCTP.
@@ -86,18 +84,6 @@ fn listen(name: &Arc<str>, addresses: [IpAddr; 2]) -> io::Result<()> {
         tokio::spawn(answer_inits(raw, Arc::clone(name)));
     }
     Ok(())
-}
-
-fn bound(transport: Transport, address: SocketAddr) -> io::Result<socket2::Socket> {
-    let family = Family::of(address.ip());
-    let socket = client::socket(transport, family)?;
-    if family == Family::V6 && transport != Transport::Sctp {
-        socket.set_only_v6(true)?;
-    }
-    socket.set_reuse_address(true)?;
-    socket.set_nonblocking(true)?;
-    socket.bind(&SockAddr::from(address))?;
-    Ok(socket)
 }
 
 fn answer(name: &Arc<str>, client: SocketAddr) -> Vec<u8> {

@@ -20,19 +20,23 @@ use proxy_ebpf::{LAYOUT_VERSION, Settings, system};
 use super::{Dataplane, Error, State};
 use crate::plan::{Delta, NodePlan};
 
+mod bypass;
 mod dump;
 mod element;
 mod found;
 mod numbers;
 mod object;
 mod problem;
+mod retired;
 mod slots;
 mod stage;
 mod whole;
 mod write;
 
+pub use bypass::{Bypass, Census as BypassCensus, Error as BypassError};
 pub use object::Place;
 pub use problem::Problem;
+pub use retired::Retired;
 
 /// The kernel programs and their maps, an ELF object for `aya`, aligned as its reader wants it.
 pub static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/weir-programs"));

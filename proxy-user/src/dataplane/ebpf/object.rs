@@ -326,11 +326,11 @@ impl Object {
     }
 
     pub(super) fn settings(&self) -> Result<Settings, Problem> {
-        self.maps.settings.get(&0, 0).map_err(|error| Problem::map("settings", error))
+        self.maps.settings.get(&Settings::PLANE, 0).map_err(|error| Problem::map("settings", error))
     }
 
     pub(super) fn set_settings(&mut self, settings: Settings) -> Result<(), Problem> {
-        self.maps.settings.set(0, settings, 0).map_err(|error| Problem::map("settings", error))
+        self.maps.settings.set(Settings::PLANE, settings, 0).map_err(|error| Problem::map("settings", error))
     }
 
     /// Takes programs and maps away.

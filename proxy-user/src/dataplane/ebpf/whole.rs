@@ -101,12 +101,6 @@ impl Whole {
         self.node.contains_key(address)
     }
 
-    /// ClusterIPs the host has itself.
-    #[cfg(test)]
-    pub(super) fn at_home(&self) -> &BTreeSet<IpAddr> {
-        &self.at_home
-    }
-
     /// Fails when a ClusterIP moved, so that everything is written anew.
     pub(super) fn settled(&self) -> Result<(), Error> {
         match self.moved {

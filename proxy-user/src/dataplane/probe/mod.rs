@@ -12,8 +12,9 @@ use aya::{
 };
 use serde::Serialize;
 
+use super::{Error, sockets};
+
 mod machine;
-mod sock_diag;
 
 /// What was found out about one feature.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -92,9 +93,6 @@ pub struct Probe {
     /// Whether sockets can be closed from outside (`SOCK_DESTROY`).
     #[serde(skip)]
     pub socket_destroy: bool,
-    /// Whether a list of sockets can show what a map stores with each (`INET_DIAG_SK_BPF_STORAGES`).
-    #[serde(skip)]
-    pub socket_storage: bool,
 }
 
 impl Probe {
@@ -112,7 +110,7 @@ impl Probe {
         }];
         findings.extend(programs(allowed));
         findings.extend(machine::directories(cgroup_root, bpf_root));
-        let [set_retval, namespace_cookie, socket_destroy, socket_storage] = optional(allowed);
+        let [set_retval, namespace_cookie, socket_destroy] = optional(allowed);
         let mut there = |finding: Finding| {
             let there = finding.is_there();
             findings.push(finding);
@@ -123,7 +121,6 @@ impl Probe {
             set_retval: there(set_retval),
             namespace_cookie: there(namespace_cookie),
             socket_destroy: there(socket_destroy),
-            socket_storage: there(socket_storage),
             findings,
         }
     }
@@ -179,7 +176,6 @@ impl Probe {
             set_retval: true,
             namespace_cookie: true,
             socket_destroy: true,
-            socket_storage: true,
         }
     }
 }
@@ -208,14 +204,14 @@ fn programs(allowed: bool) -> Vec<Finding> {
         needed("cgroup sock programs", "4.17", "They keep NodePorts from being taken.", &|| {
             told(is_program_supported(ProgramType::CgroupSock))
         }),
-        needed("socket storage maps", "5.8", "They remember what a socket asked for.", &|| {
+        needed("socket storage maps", "5.3", "They remember what a socket asked for.", &|| {
             both(told(is_map_supported(MapType::SkStorage)), || {
                 helpers(address, &[Helper::BPF_FUNC_sk_storage_get])
             })
         }),
         needed(
             "socket look-up from programs",
-            "4.20",
+            "5.0",
             "It tells sockets of this node that listen themselves.",
             &|| {
                 let them = [
@@ -226,12 +222,12 @@ fn programs(allowed: bool) -> Vec<Finding> {
                 helpers(address, &them)
             },
         ),
-        needed("network namespaces seen by programs", "5.8", "They tell pods from the host.", &|| {
+        needed("network namespaces seen by programs", "5.7", "They tell pods from the host.", &|| {
             both(helpers(address, &[Helper::BPF_FUNC_get_netns_cookie]), || {
                 helpers(ProgramType::CgroupSock, &[Helper::BPF_FUNC_get_netns_cookie])
             })
         }),
-        needed("cgroups seen by programs", "5.8", "Pods that opted out are told by them.", &|| {
+        needed("cgroups seen by programs", "5.7", "Pods that opted out are told by them.", &|| {
             helpers(address, &[Helper::BPF_FUNC_get_current_ancestor_cgroup_id])
         }),
         needed("links of cgroups", "5.7", "Programs stay attached without the agent.", &machine::links),
@@ -239,7 +235,7 @@ fn programs(allowed: bool) -> Vec<Finding> {
 }
 
 /// What the eBPF plane makes use of where it is there, in the order of the fields of [`Probe`].
-fn optional(allowed: bool) -> [Finding; 4] {
+fn optional(allowed: bool) -> [Finding; 3] {
     let set_retval = [BpfHelper::BPF_FUNC_set_retval];
     let optional = |feature: &str, since, purpose, answer| Finding {
         feature: feature.to_owned(),
@@ -252,7 +248,7 @@ fn optional(allowed: bool) -> [Finding; 4] {
     [
         optional(
             "errors chosen by programs (bpf_set_retval)",
-            "5.18",
+            "6.1",
             "Without it refused connections are left to nftables, and taking a NodePort fails with EPERM.",
             if_allowed(&|| {
                 both(helpers(ProgramType::CgroupSockAddr, &set_retval), || {
@@ -267,18 +263,21 @@ fn optional(allowed: bool) -> [Finding; 4] {
             machine::namespace_cookie(),
         ),
         optional(
-            "closing of sockets (CONFIG_INET_DIAG_DESTROY)",
-            "4.5",
+            "closing of sockets (CONFIG_INET_DIAG_DESTROY, BTF)",
+            "5.12",
             "Without it sockets of a removed backend stay open until they notice by themselves.",
-            sock_diag::destroy(),
-        ),
-        optional(
-            "socket storage in socket lists",
-            "5.8",
-            "Without it sockets of a removed backend are known by the backend's address only.",
-            if_allowed(&sock_diag::storage),
+            if_allowed(&closing),
         ),
     ]
+}
+
+/// Whether sockets of removed backends can be found and closed.
+fn closing() -> Answer {
+    match sockets::supported() {
+        Ok(()) => Answer::Yes,
+        Err(Error::Kernel(missing)) => Answer::No(missing),
+        Err(error) => Answer::Unknown(machine::chain(&error)),
+    }
 }
 
 /// Whether programs of a kind can call all of these.

@@ -1,5 +1,6 @@
 //! The model's rules, case by case.
 
 mod node;
+mod pods;
 mod services;
 mod slices;

@@ -8,11 +8,17 @@ use smallvec::SmallVec;
 
 use crate::{
     model::ObjectName,
-    source::{Change, Kind, Object},
+    source::{Change, Kind},
 };
 
 /// What one event amounts to: mostly one change.
-pub(super) type Changes = SmallVec<[Change; 1]>;
+pub(super) type Changes<O> = SmallVec<[Change<O>; 1]>;
+
+/// What a ledger has to know of an object.
+pub(super) trait Named {
+    /// Namespace and name.
+    fn name(&self) -> ObjectName;
+}
 
 /// The names told so far, each with the list that last had it.
 #[derive(Debug)]
@@ -45,12 +51,12 @@ impl Ledger {
     }
 
     /// The change that says that this kind is complete; `None` if that was said before.
-    pub(super) fn sync(&mut self) -> Option<Change> {
+    pub(super) fn sync<O>(&mut self) -> Option<Change<O>> {
         (!std::mem::replace(&mut self.synced, true)).then_some(Change::Synced(self.kind))
     }
 
     /// Takes in one event.
-    pub(super) fn step(&mut self, event: Event<Object>) -> Changes {
+    pub(super) fn step<O: Named>(&mut self, event: Event<O>) -> Changes<O> {
         match event {
             Event::Init => {
                 self.list = self.list.wrapping_add(1);
@@ -69,11 +75,11 @@ impl Ledger {
         }
     }
 
-    fn complete(&mut self) -> Changes {
+    fn complete<O>(&mut self) -> Changes<O> {
         let list = self.list;
         self.listing = false;
         let kind = self.kind;
-        let mut changes: Changes = self
+        let mut changes: Changes<O> = self
             .known
             .extract_if(|_, last| *last != list)
             .map(|(name, _)| Change::Delete(kind, name))
@@ -91,6 +97,7 @@ mod tests {
     use k8s_openapi::api::core::v1::Service;
 
     use super::*;
+    use crate::source::Object;
 
     fn service(name: &str) -> Object {
         let mut service = Service::default();
@@ -172,7 +179,7 @@ mod tests {
     #[test]
     fn a_kind_counted_as_complete_for_want_of_a_list_is_not_synced_again() {
         let mut ledger = Ledger::new(Kind::ServiceCidr);
-        assert_eq!(ledger.sync(), Some(Change::Synced(Kind::ServiceCidr)));
+        assert_eq!(ledger.sync::<Object>(), Some(Change::Synced(Kind::ServiceCidr)));
         assert_eq!(play(&mut ledger, listed(&["a"])), ["+a"]);
     }
 }

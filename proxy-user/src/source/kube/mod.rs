@@ -16,12 +16,13 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc::Sender;
 
-use super::{Change, SourceStatus};
+use super::{Change, PodChange, SourceStatus};
 
 mod connection;
 mod credentials;
 mod ledger;
 mod objects;
+mod pods;
 mod retry;
 mod watch;
 
@@ -42,4 +43,11 @@ pub struct KubeSource {
 /// Watches until the receiver of `changes` is gone. Whatever the API server does or fails to do is retried for ever.
 pub async fn watch(connection: Connection, changes: Sender<Change>, status: Arc<SourceStatus>) {
     watch::every_kind(connection, changes, status).await;
+}
+
+/// Watches this node's pods and the namespaces, beside and independent of [`watch()`], until the receiver of `changes` is
+/// gone. Whatever the API server does or fails to do is retried for ever; where it does not let us see one of the two,
+/// that is said once, and [`Change::Synced`] of that kind waits until it does.
+pub async fn watch_pods(connection: Connection, changes: Sender<PodChange>, status: Arc<SourceStatus>) {
+    pods::both_kinds(connection, changes, status).await;
 }

@@ -16,7 +16,11 @@ use k8s_openapi::{
 use kube::{Resource, runtime::watcher::Config};
 use serde::de::DeserializeOwned;
 
-use crate::source::{HEADLESS_LABEL, Kind, Object, PROXY_NAME_LABEL};
+use super::ledger::Named;
+use crate::{
+    model::ObjectName,
+    source::{HEADLESS_LABEL, Kind, Object, PROXY_NAME_LABEL},
+};
 
 /// The one annotation of others that is read (W10).
 const TRIGGER_TIME_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
@@ -24,21 +28,45 @@ const TRIGGER_TIME_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigg
 /// What annotations of ours begin with.
 const OWN_ANNOTATIONS: &str = "weir.dev/";
 
+/// What follows when the server does not have a kind, or does not let us see it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Absent {
+    /// Nothing works without it: it is asked for again and again.
+    Insist,
+    /// Something less works without it: it is asked for again now and then.
+    Wait,
+    /// The same, and there being none of it is as good an answer as any.
+    Complete,
+}
+
 /// A kind the source watches.
 pub(super) trait Watched:
     Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static
 {
+    /// What objects of the stream are, of which this is one kind.
+    type Object: Named + Send + 'static;
+
     /// Which kind it is.
     const KIND: Kind;
+    /// What follows when it cannot be had.
+    const ABSENT: Absent = Absent::Insist;
 
     /// What to ask the API server for.
     fn selector(node: &str) -> Config;
 
     /// The object without what nobody reads.
-    fn trimmed(self) -> Object;
+    fn trimmed(self) -> Self::Object;
+}
+
+impl Named for Object {
+    fn name(&self) -> ObjectName {
+        self.name()
+    }
 }
 
 impl Watched for Service {
+    type Object = Object;
+
     const KIND: Kind = Kind::Service;
 
     /// W1: neither another proxy's nor headless.
@@ -59,6 +87,8 @@ impl Watched for Service {
 }
 
 impl Watched for EndpointSlice {
+    type Object = Object;
+
     const KIND: Kind = Kind::EndpointSlice;
 
     /// W2: all but those of headless Services.
@@ -76,6 +106,8 @@ impl Watched for EndpointSlice {
 }
 
 impl Watched for Node {
+    type Object = Object;
+
     const KIND: Kind = Kind::Node;
 
     /// W3: this node only.
@@ -93,7 +125,10 @@ impl Watched for Node {
 }
 
 impl Watched for ServiceCIDR {
+    type Object = Object;
+
     const KIND: Kind = Kind::ServiceCidr;
+    const ABSENT: Absent = Absent::Complete;
 
     /// W3: every one.
     fn selector(_node: &str) -> Config {

@@ -25,10 +25,10 @@ use tracing::{debug, warn};
 use super::{
     connection::Connection,
     ledger::Ledger,
-    objects::Watched,
+    objects::{Absent, Watched},
     retry::{Refusal, Retry},
 };
-use crate::source::{Change, Kind, Object, SourceStatus};
+use crate::source::{Change, SourceStatus};
 
 /// A connection that lived this long was a good one, so delays start small again after it.
 const GOOD_CONNECTION: Duration = Duration::from_secs(10);
@@ -48,10 +48,10 @@ pub(super) async fn every_kind(connection: Connection, changes: Sender<Change>, 
     while watches.join_next().await.is_some() {}
 }
 
-struct Watch<K> {
+pub(super) struct Watch<K: Watched> {
     api: Api<K>,
     config: watcher::Config,
-    changes: Sender<Change>,
+    changes: Sender<Change<K::Object>>,
     status: Arc<SourceStatus>,
     ledger: Ledger,
     retry: Retry,
@@ -62,7 +62,11 @@ struct Watch<K> {
 }
 
 impl<K: Watched> Watch<K> {
-    fn new(connection: &Connection, changes: &Sender<Change>, status: &Arc<SourceStatus>) -> Self {
+    pub(super) fn new(
+        connection: &Connection,
+        changes: &Sender<Change<K::Object>>,
+        status: &Arc<SourceStatus>,
+    ) -> Self {
         let observed = Arc::clone(status);
         let client = connection.observed_client(move |success| {
             observed.of(K::KIND).set_connected(success);
@@ -80,7 +84,8 @@ impl<K: Watched> Watch<K> {
         }
     }
 
-    async fn run(mut self) {
+    /// Watches until nobody receives any more.
+    pub(super) async fn run(mut self) {
         // The receiver may go while nothing happens at the server.
         let changes = self.changes.clone();
         tokio::select! {
@@ -142,7 +147,7 @@ impl<K: Watched> Watch<K> {
         Ok(false)
     }
 
-    async fn pass_on(&mut self, event: Event<Object>) -> Result<(), Closed> {
+    async fn pass_on(&mut self, event: Event<K::Object>) -> Result<(), Closed> {
         let about_an_object = !matches!(event, Event::Init | Event::InitDone);
         let changes = self.ledger.step(event);
         if about_an_object || !changes.is_empty() {
@@ -154,7 +159,7 @@ impl<K: Watched> Watch<K> {
         Ok(())
     }
 
-    async fn send(&self, change: Change) -> Result<(), Closed> {
+    async fn send(&self, change: Change<K::Object>) -> Result<(), Closed> {
         if matches!(change, Change::Synced(_)) {
             self.status.of(K::KIND).set_synced();
         }
@@ -198,14 +203,13 @@ impl<K: Watched> Watch<K> {
             self.retry = Retry::new();
         }
         self.complain(error, refusal);
-        let optional = K::KIND == Kind::ServiceCidr;
-        if optional
+        if K::ABSENT == Absent::Complete
             && refusal == Refusal::Absent
             && let Some(synced) = self.ledger.sync()
         {
             self.send(synced).await?;
         }
-        tokio::time::sleep(self.retry.delay(refusal, optional)).await;
+        tokio::time::sleep(self.retry.delay(refusal, K::ABSENT != Absent::Insist)).await;
         self.asked = Instant::now();
         Ok(false)
     }
@@ -218,6 +222,13 @@ impl<K: Watched> Watch<K> {
             return;
         }
         match refusal {
+            Refusal::Absent if K::ABSENT == Absent::Wait => {
+                warn!(
+                    kind = %K::KIND, error = text,
+                    "cannot list; does the role allow list and watch? Services are served all the same, but pods that \
+                     should be left to the packet rules are not noticed"
+                );
+            }
             Refusal::Absent => {
                 warn!(kind = %K::KIND, error = text, "cannot list; does the role allow list and watch?");
             }

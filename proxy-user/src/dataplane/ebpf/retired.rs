@@ -1,0 +1,47 @@
+//! The sockets' plane of an agent that runs without one.
+//!
+//! In: deltas. Out: nothing is left of a plane that was here before, from the moment when the packets' plane serves alone:
+//! programs nobody keeps up would lead to backends that are gone.
+
+use super::Place;
+use crate::{
+    dataplane::{Dataplane, Error, State},
+    plan::Delta,
+};
+
+/// Takes away what another agent's sockets' plane left, once.
+pub struct Retired {
+    place: Place,
+    done: bool,
+}
+
+impl Retired {
+    /// Of a place where there may be something.
+    #[must_use]
+    pub fn new(place: Place) -> Self {
+        Self { place, done: false }
+    }
+}
+
+impl Dataplane for Retired {
+    fn apply(&mut self, delta: &Delta) -> Result<(), Error> {
+        if delta.complete && !self.done {
+            self.remove()?;
+            self.done = true;
+        }
+        Ok(())
+    }
+
+    fn reread(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn dump(&mut self) -> Result<State, Error> {
+        Ok(State::default())
+    }
+
+    fn remove(&mut self) -> Result<(), Error> {
+        let context = || format!("removing kernel programs and maps from {}", self.place.bpf_root.display());
+        self.place.clear().map_err(|source| Error::Io { context: context(), source })
+    }
+}

@@ -1,0 +1,77 @@
+//! Which data planes this agent has, and opening them.
+//!
+//! In: the configuration, and what the machine has. Out: nftables, with the sockets' plane in front where there can be one.
+
+use anyhow::Context as _;
+use tokio::sync::mpsc;
+
+use super::choice::choose;
+use crate::{
+    config::Config,
+    dataplane::{
+        Dataplane, Stack,
+        ebpf::{Ebpf, Place, Retired},
+        nftables::{Nftables, Seen},
+        probe::Probe,
+    },
+};
+
+/// The planes of this agent.
+pub(super) struct Planes {
+    /// What the engine writes to.
+    pub(super) plane: Box<dyn Dataplane>,
+    /// News of foreign changes to our tables.
+    pub(super) foreign: mpsc::Receiver<Seen>,
+    /// Where the sockets' plane is, if there is one, and what it can count on.
+    pub(super) sockets: Option<(Place, Probe)>,
+}
+
+impl Planes {
+    /// Opens what the mode asks for and the machine allows.
+    pub(super) fn open(config: &Config) -> anyhow::Result<Self> {
+        let packets = Nftables::open(config.model.families)
+            .context("opening the nftables data plane, which needs nf_tables and the capability NET_ADMIN")?;
+        let foreign = watch_rule_set(&packets)?;
+        let place = Place { bpf_root: config.bpf_root.clone(), cgroup_root: config.cgroup_root.clone() };
+        let probe = || Probe::of(&place.cgroup_root, &place.bpf_root);
+        let opened = choose(config.mode, probe, |probe| {
+            let sockets = Ebpf::open(place.clone(), probe.set_retval)?;
+            anyhow::Ok((sockets, probe.clone()))
+        })?;
+        Ok(match opened {
+            Some((sockets, probe)) => {
+                Self { plane: Box::new(Stack::new(packets, sockets)), foreign, sockets: Some((place, probe)) }
+            }
+            None => {
+                Self { plane: Box::new(Stack::new(packets, Retired::new(place))), foreign, sockets: None }
+            }
+        })
+    }
+
+    /// The name of what serves, as `/proxyMode` tells it.
+    pub(super) fn mode(&self) -> &'static str {
+        if self.sockets.is_some() { "ebpf" } else { "nftables" }
+    }
+}
+
+/// Tells of foreign changes to our tables. The thread ends with the process, or when nobody listens.
+fn watch_rule_set(plane: &Nftables) -> anyhow::Result<mpsc::Receiver<Seen>> {
+    let mut rule_set = plane.watch()?;
+    let (seen, foreign) = mpsc::channel(1);
+    std::thread::Builder::new().name("rule-set-watch".to_owned()).spawn(move || {
+        loop {
+            match rule_set.wait() {
+                // One that is waiting already says it all.
+                Ok(what) if matches!(seen.try_send(what), Err(mpsc::error::TrySendError::Closed(_))) => {
+                    return;
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::error!(%error, "foreign changes to our tables are no longer noticed");
+                    return;
+                }
+            }
+        }
+    })?;
+    Ok(foreign)
+}

@@ -1,0 +1,88 @@
+//! The watches of this node's pods and of the namespaces.
+//!
+//! In: the API server's lists and watches. Out: [`PodChange`]s on a channel of their own. The model reads an object when
+//! it comes and keeps no more than it needs, so only what is large and of no use to it is taken off here.
+
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::{Namespace, Pod};
+use kube::runtime::watcher::Config;
+use tokio::{sync::mpsc::Sender, task::JoinSet};
+
+use super::{
+    connection::Connection,
+    ledger::Named,
+    objects::{Absent, Watched},
+    watch::Watch,
+};
+use crate::{
+    model::ObjectName,
+    source::{Kind, PodChange, PodObject, SourceStatus},
+};
+
+pub(super) async fn both_kinds(
+    connection: Connection,
+    changes: Sender<PodChange>,
+    status: Arc<SourceStatus>,
+) {
+    let mut watches = JoinSet::new();
+    watches.spawn(Watch::<Namespace>::new(&connection, &changes, &status).run());
+    watches.spawn(Watch::<Pod>::new(&connection, &changes, &status).run());
+    drop(changes);
+    while watches.join_next().await.is_some() {}
+}
+
+impl Named for PodObject {
+    fn name(&self) -> ObjectName {
+        self.name()
+    }
+}
+
+impl Watched for Pod {
+    type Object = PodObject;
+
+    const KIND: Kind = Kind::Pod;
+    const ABSENT: Absent = Absent::Wait;
+
+    /// This node's, those on the host's network included. One that has finished has no processes any more; the server
+    /// tells of it as deleted.
+    fn selector(node: &str) -> Config {
+        let running = "status.phase!=Succeeded,status.phase!=Failed";
+        Config::default().fields(&format!("spec.nodeName={node},{running}"))
+    }
+
+    fn trimmed(mut self) -> PodObject {
+        self.metadata.managed_fields = None;
+        self.status = None;
+        PodObject::Pod(Box::new(self))
+    }
+}
+
+impl Watched for Namespace {
+    type Object = PodObject;
+
+    const KIND: Kind = Kind::Namespace;
+    const ABSENT: Absent = Absent::Wait;
+
+    /// Every one: which of them have pods here changes all the time.
+    fn selector(_node: &str) -> Config {
+        Config::default()
+    }
+
+    fn trimmed(mut self) -> PodObject {
+        self.metadata.managed_fields = None;
+        PodObject::Namespace(Box::new(self))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_unfinished_pods_of_this_node_are_asked_for() {
+        let fields = Pod::selector("n1").field_selector.unwrap();
+        assert_eq!(fields, "spec.nodeName=n1,status.phase!=Succeeded,status.phase!=Failed");
+        assert_eq!(Namespace::selector("n1").field_selector, None);
+    }
+}

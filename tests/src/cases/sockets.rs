@@ -1,0 +1,208 @@
+//! What clients see of it that do more with their sockets than to connect and to ask; and who else may have a
+//! Service's address or its NodePort.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::{self, ErrorKind},
+    net::{SocketAddr, TcpListener, UdpSocket},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::errno::Errno;
+
+use super::*;
+use crate::{
+    objects::{Slice, pod, service, slice},
+    traffic::{Call, Datagrams, Flow, Outcome, PATIENCE, ask, bound},
+};
+
+const INSIDE: [Place; 2] = [POD12, HOST];
+const EVERYWHERE: [Target; 4] = [CLUSTER, NODE_PORT, EXTERNAL, BALANCER];
+
+pub(super) fn cases() -> Vec<Case> {
+    let four = || [pod(1, 1), pod(1, 2), pod(2, 1), pod(2, 2)];
+    let datagram = [Transport::Datagram];
+    let streams_and_datagrams = [Transport::Tcp, Transport::Udp];
+    let taken = "bind addresses with the NodePort's number";
+    vec![
+        case("R1", "IPv6 sockets reach IPv4 Services by mapped addresses", service([pod(1, 1)]).everywhere())
+            .only(Family::V4)
+            .step(Step::Run("ask by mapped addresses", mapped)),
+        case("R1 R4", "an unconnected socket stays with one backend", service(four()).everywhere())
+            .over(&datagram)
+            .step(Step::Run("ask twenty times on each of several sockets", stay)),
+        case("R1", "an unconnected socket speaks to several Services at a time", several())
+            .over(&datagram)
+            .step(Step::Run("ask all, then read all answers", at_a_time))
+            .step(Step::Run("ask every address of a Service in turn", in_turn)),
+        case("R3", "nobody on the node can take a NodePort", service([pod(1, 1)]).of(ServiceType::NodePort))
+            .over(&streams_and_datagrams)
+            .step(Step::Run(taken, |scene| binds(scene, true)))
+            .step(Step::Vanish)
+            .step(Step::Run(taken, |scene| binds(scene, false))),
+        // A packet to an address of its own does not leave a pod.
+        case("R1", "a pod that listens on a Service's address speaks to itself", service([pod(1, 1)]))
+            .over(&streams_and_datagrams)
+            .step(Step::Run("give the pod the address", |scene| own_address(scene, "replace")))
+            .step(Step::Run("listen there and ask", speaks_to_itself))
+            .check(POD21, CLUSTER, any(&[POD11]))
+            .step(Step::Run("take the address away", |scene| own_address(scene, "del")))
+            .check(POD22, CLUSTER, any(&[POD11])),
+    ]
+}
+
+fn mapped(scene: &Scene<'_>) -> Result<()> {
+    let map = |address: IpAddr| match address {
+        IpAddr::V4(address) => IpAddr::V6(address.to_ipv6_mapped()),
+        IpAddr::V6(_) => address,
+    };
+    for (from, to) in INSIDE.into_iter().flat_map(|from| EVERYWHERE.map(|to| (from, to))) {
+        let call = scene.call(from, to);
+        let to = SocketAddr::new(map(call.to.ip()), call.to.port());
+        let call = Call { from: map(call.from), to, ..call };
+        // The flow itself sees to it that its peer has the mapped address of the Service.
+        let outcome = scene.namespace(from).run(|| ask(&call));
+        let served = matches!(&outcome, Outcome::Answer(answer) if answer.backend == "pod-1-1:8080");
+        ensure!(served, "{from} to {to}: {outcome}");
+    }
+    Ok(())
+}
+
+fn stay(scene: &Scene<'_>) -> Result<()> {
+    let mut backends = BTreeSet::new();
+    for (from, to) in [POD12, HOST, OUTSIDE].into_iter().flat_map(|from| EVERYWHERE.map(|to| (from, to))) {
+        let (flow, first) = scene.flow(from, to)?;
+        for number in 2..=20 {
+            let outcome = flow.ask(PATIENCE);
+            let same = matches!(&outcome, Outcome::Answer(answer) if answer.backend == first.backend);
+            ensure!(same, "{from} to {to:?}: {} first, and for datagram {number}: {outcome}", first.backend);
+        }
+        backends.insert(first.backend);
+    }
+    // Twelve sockets have one backend in common once in 4¹¹ times.
+    ensure!(backends.len() > 1, "all sockets have {backends:?}");
+    Ok(())
+}
+
+/// Ports that are each served by one pod, so that the answer tells the port.
+fn several() -> Shape {
+    let ports = [("first", 80, POD11), ("second", 81, POD12), ("third", 82, POD21)];
+    let slices = ports.map(|(name, _, place)| Slice {
+        ports: vec![(name, Transport::Udp, TARGET)],
+        ..slice([crate::objects::at(place)])
+    });
+    service([]).everywhere().ports(&ports.map(|(name, port, _)| (name, Transport::Udp, port))).slices(slices)
+}
+
+const PORTS: [(u16, Place); 3] = [(80, POD11), (81, POD12), (82, POD21)];
+
+fn at_a_time(scene: &Scene<'_>) -> Result<()> {
+    for from in [POD22, HOST] {
+        for to in EVERYWHERE {
+            let socket = scene.datagrams(from, to)?;
+            let targets =
+                PORTS.map(|(port, place)| (scene.address(to.port(port)), format!("{place}:{TARGET}")));
+            for _ in 0..3 {
+                for (target, _) in &targets {
+                    socket.ask(*target)?;
+                }
+                let answers: BTreeMap<SocketAddr, String> =
+                    (0..targets.len()).map(|_| next(&socket)).collect::<Result<_>>()?;
+                ensure!(answers == targets.clone().into(), "{from}: expected {targets:?}, got {answers:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn next(socket: &Datagrams) -> Result<(SocketAddr, String)> {
+    let (from, answer) = socket.next().context("an answer is missing")?;
+    Ok((from, answer.backend))
+}
+
+/// The same backend behind every address: whom an answer is from follows from who was asked last.
+fn in_turn(scene: &Scene<'_>) -> Result<()> {
+    for from in [POD22, HOST] {
+        let socket = scene.datagrams(from, CLUSTER)?;
+        for to in [EVERYWHERE, EVERYWHERE].concat() {
+            let to = scene.address(to);
+            socket.ask(to)?;
+            let answer = next(&socket)?;
+            ensure!(answer == (to, format!("{POD11}:{TARGET}")), "{from} asked {to} and heard {answer:?}");
+        }
+    }
+    Ok(())
+}
+
+/// Binds in the host's namespace and in a pod's, to the number of a NodePort and to another one.
+fn binds(scene: &Scene<'_>, there: bool) -> Result<()> {
+    let node_port = scene.address(NODE_PORT);
+    let other = scene.address(NODE_PORT.port(PORT + 5)).port();
+    let loopback = scene.address(Target { address: Address::Loopback, port: PORT }).ip();
+    let any = match loopback {
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let taken = there && scene.differs(Difference::Taken);
+    for (place, address, port, refused) in [
+        (HOST, any, node_port.port(), taken),
+        (HOST, loopback, node_port.port(), taken),
+        (HOST, node_port.ip(), node_port.port(), taken),
+        (HOST, any, other, false),
+        (POD12, any, node_port.port(), false),
+    ] {
+        let at = SocketAddr::new(address, port);
+        let outcome = scene.namespace(place).run(|| bound(scene.transport(), at)).map(drop);
+        let fits = match &outcome {
+            Ok(()) => !refused,
+            Err(error) => refused && error.raw_os_error() == Some(Errno::EADDRINUSE as i32),
+        };
+        ensure!(fits, "{place} binds {at} by {}: {outcome:?}", scene.transport());
+    }
+    Ok(())
+}
+
+/// Gives the pod the Service's address, or takes it away; the scenes of both transports share it.
+fn own_address(scene: &Scene<'_>, act: &str) -> Result<()> {
+    if scene.transport() == Transport::Tcp {
+        let address = scene.address(CLUSTER).ip();
+        let at_once = if address.is_ipv6() { "nodad" } else { "" };
+        scene.namespace(POD22).ip(&[format!("addr {act} {address} dev lo {at_once}")])?;
+    }
+    Ok(())
+}
+
+fn speaks_to_itself(scene: &Scene<'_>) -> Result<()> {
+    let call = Call { patience: Duration::from_secs(2), ..scene.call(POD22, CLUSTER) };
+    scene.namespace(POD22).run(|| match call.transport {
+        Transport::Tcp => {
+            let listener = bound(call.transport, call.to)?;
+            listener.listen(1)?;
+            let listener = TcpListener::from(listener);
+            let _flow = Flow::connect(&call)?;
+            heard(call.from, || Ok(listener.accept()?.1))
+        }
+        _ => {
+            let server = UdpSocket::from(bound(call.transport, call.to)?);
+            for transport in [Transport::Udp, Transport::Datagram] {
+                let flow = Flow::connect(&Call { transport, ..call })?;
+                // Nobody answers: what is asked here is who was asked.
+                let unanswered = flow.ask(Duration::from_millis(1));
+                ensure!(unanswered == Outcome::Timeout, "{transport}: {unanswered}");
+                heard(call.from, || Ok(server.recv_from(&mut [0; 64])?.1))?;
+            }
+            Ok(())
+        }
+    })
+}
+
+/// What was sent before has arrived: within a namespace nothing takes time.
+fn heard(from: IpAddr, hear: impl FnOnce() -> io::Result<SocketAddr>) -> Result<()> {
+    match hear() {
+        Ok(client) => ensure!(client.ip() == from, "{client} was heard, not {from}"),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => bail!("nobody was heard"),
+        Err(error) => return Err(error.into()),
+    }
+    Ok(())
+}

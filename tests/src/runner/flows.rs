@@ -1,0 +1,87 @@
+//! Flows that a case leaves open: they stay, they move, or, at the socket, they are closed.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, ensure};
+
+use crate::{
+    cases::Difference,
+    node::Place,
+    objects::Shape,
+    traffic::{Flow, Outcome, PATIENCE, Transport},
+};
+
+/// How long flows may take to move (K2).
+const MOVE: Duration = Duration::from_secs(10);
+
+/// A flow and who answered on it first, if anybody.
+pub(super) struct OpenFlow {
+    pub(super) label: String,
+    pub(super) transport: Transport,
+    /// Whether its socket was led to the backend.
+    pub(super) at_socket: bool,
+    pub(super) flow: Flow,
+    pub(super) backend: Option<String>,
+}
+
+impl OpenFlow {
+    /// The flow is answered by whoever answered first; says by which rule it is not.
+    pub(super) fn stays(&self, shape: &Shape) -> Result<Option<Difference>> {
+        let serves = Place::PODS.into_iter().any(|pod| self.is_with(pod) && shape.serves(pod));
+        if self.at_socket && !serves {
+            match self.transport {
+                Transport::Udp => return self.closes(),
+                Transport::Datagram => return self.finds_nobody(),
+                _ => {}
+            }
+        }
+        let outcome = self.flow.ask(PATIENCE);
+        let same =
+            matches!(&outcome, Outcome::Answer(answer) if Some(&answer.backend) == self.backend.as_ref());
+        ensure!(same, "{} did not stay with {:?}: {outcome}", self.label, self.backend);
+        Ok(None)
+    }
+
+    /// The flow comes to be answered by this place; says by which rule it does not.
+    pub(super) fn moves(&self, place: Place) -> Result<Option<Difference>> {
+        if self.at_socket && self.transport == Transport::Udp && self.backend.is_some() {
+            return self.closes();
+        }
+        self.comes_to(&format!("move to {place}"), |outcome| {
+            matches!(outcome, Outcome::Answer(answer) if answer.backend.starts_with(&format!("{place}:")))
+        })?;
+        Ok(None)
+    }
+
+    fn is_with(&self, place: Place) -> bool {
+        self.backend.as_ref().is_some_and(|backend| backend.starts_with(&format!("{place}:")))
+    }
+
+    fn closes(&self) -> Result<Option<Difference>> {
+        self.comes_to("be closed", |outcome| *outcome == Outcome::Closed)?;
+        Ok(Some(Difference::Closed))
+    }
+
+    fn finds_nobody(&self) -> Result<Option<Difference>> {
+        self.comes_to("be refused", |outcome| *outcome == Outcome::Refused)?;
+        Ok(Some(Difference::NoneLeft))
+    }
+
+    /// Asks until it is so. What stands in between is the old state: the old backend, or nobody.
+    fn comes_to(&self, what: &str, is_so: impl Fn(&Outcome) -> bool) -> Result<()> {
+        let deadline = Instant::now() + MOVE;
+        loop {
+            let outcome = self.flow.ask(PATIENCE);
+            if is_so(&outcome) {
+                return Ok(());
+            }
+            let stranger =
+                matches!(&outcome, Outcome::Answer(answer) if Some(&answer.backend) != self.backend.as_ref());
+            ensure!(!stranger && Instant::now() < deadline, "{} did not {what}: {outcome}", self.label);
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}

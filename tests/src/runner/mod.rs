@@ -1,0 +1,220 @@
+//! Runs the cases: one topology, one subject, every case of a setting loaded at once and run side by side.
+//!
+//! In: the table of [`crate::cases`]. Out: a [`Report`] of every step that went wrong, by case.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    fmt::Write as _,
+    panic::resume_unwind,
+    sync::{Mutex, PoisonError},
+    thread,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use weir::model::Family;
+
+use crate::{
+    cases::{self, Case, Difference, Step},
+    node::{Place, Topology},
+    objects::Shape,
+    subject::{Kind, Settings, Subject},
+    traffic::Server,
+};
+
+mod flows;
+mod scene;
+
+use flows::OpenFlow;
+pub use scene::Scene;
+
+/// How many cases run at a time: most of their time is waiting for what must not arrive.
+const AT_ONCE: usize = 4;
+
+/// What a run found.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// How many cases ran.
+    pub cases: usize,
+    /// How many steps they had, counted once for each family and transport.
+    pub steps: usize,
+    /// What went wrong, by case.
+    pub failures: BTreeMap<String, Vec<String>>,
+    /// By how many steps each known difference was seen.
+    pub differences: BTreeMap<Difference, usize>,
+}
+
+impl Report {
+    /// Says what ran, and which known differences showed.
+    #[expect(clippy::print_stdout, reason = "test output")]
+    pub fn print(&self) {
+        println!("{} cases with {} steps, {} failed", self.cases, self.steps, self.failures.len());
+        for (difference, steps) in &self.differences {
+            println!("known difference, in {steps} steps: {difference}");
+        }
+    }
+
+    /// Fails with every failure, if there is any.
+    ///
+    /// # Errors
+    ///
+    /// When a case failed.
+    pub fn verdict(&self) -> Result<()> {
+        let mut text = String::new();
+        for (case, failures) in &self.failures {
+            writeln!(text, "\n{case}")?;
+            for failure in failures {
+                writeln!(text, "    {failure}")?;
+            }
+        }
+        ensure!(text.is_empty(), "{} of {} cases failed:\n{text}", self.failures.len(), self.cases);
+        Ok(())
+    }
+}
+
+/// Runs every case on a subject, in a topology of its own.
+///
+/// # Errors
+///
+/// When the topology or the subject does not come up. Failing cases are in the report.
+pub fn run_cases(kind: Kind) -> Result<Report> {
+    let report = Report::default();
+    let mut by_settings: BTreeMap<Settings, Vec<Case>> = BTreeMap::new();
+    let filter = std::env::var("WEIR_CASES").unwrap_or_default();
+    for case in cases::all() {
+        if title(&case).contains(&filter) {
+            by_settings.entry(case.settings.clone()).or_default().push(case);
+        }
+    }
+    let topology = Topology::new()?;
+    let _servers = serve(&topology)?;
+    let subject = Subject::new(kind, &topology)?;
+    let runner = Runner { topology: &topology, subject: &subject, report: Mutex::new(report) };
+    for (settings, cases) in by_settings {
+        runner.run_group(&settings, cases).with_context(|| format!("with {settings:?}"))?;
+    }
+    Ok(runner.report.into_inner().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// A server in every pod, on both nodes and on the router.
+///
+/// # Errors
+///
+/// When a port cannot be listened on.
+pub fn serve(topology: &Topology) -> Result<Vec<Server>> {
+    let fixed = [Place::Host(1), Place::Host(2), Place::Router];
+    let start = |place: Place| {
+        let addresses = Family::ALL.map(|family| place.server_address(family));
+        Server::start(topology.at(place), &place.to_string(), addresses)
+    };
+    fixed.into_iter().chain(Place::PODS).map(start).collect()
+}
+
+fn title(case: &Case) -> String {
+    format!("[{}] {}", case.rules, case.name)
+}
+
+struct Runner<'a, 'b> {
+    topology: &'a Topology,
+    subject: &'a Subject<'b>,
+    report: Mutex<Report>,
+}
+
+impl Runner<'_, '_> {
+    fn run_group(&self, settings: &Settings, cases: Vec<Case>) -> Result<()> {
+        // Objects first: a start finds everything there, as it does after an upgrade.
+        self.subject.publish_all(cases.iter().map(|case| (case.lot.name(), case.shape.objects(case.lot))))?;
+        self.subject.start(settings)?;
+        let names: Vec<_> = cases.iter().map(|case| case.lot.name()).collect();
+        let queue = Mutex::new(VecDeque::from(cases));
+        thread::scope(|scope| {
+            for _ in 0..AT_ONCE {
+                scope.spawn(|| {
+                    while let Some(case) = next(&queue) {
+                        self.run_case(&case);
+                    }
+                });
+            }
+        });
+        self.subject.stop()?;
+        self.subject.publish_all(names.into_iter().map(|name| (name, Vec::new())))
+    }
+
+    fn run_case(&self, case: &Case) {
+        let mut flows = Vec::new();
+        let mut failures = Vec::new();
+        let mut differences = Vec::new();
+        let mut shape = &case.shape;
+        for (number, step) in case.steps.iter().enumerate() {
+            if let Step::Become(next) = step {
+                shape = next;
+            }
+            match self.run_step(case, shape, step, &mut flows) {
+                Ok(seen) => differences.extend(seen),
+                Err(error) => failures.push(format!("step {}: {error:#}", number + 1)),
+            }
+        }
+        let mut report = self.report.lock().unwrap_or_else(PoisonError::into_inner);
+        report.cases += 1;
+        report.steps += case.steps.len() * case.families.len() * case.transports.len();
+        if !failures.is_empty() {
+            report.failures.insert(title(case), failures);
+        }
+        for difference in differences {
+            *report.differences.entry(difference).or_default() += 1;
+        }
+    }
+
+    /// Takes a step, with the Service as it is then; returns the differences that showed.
+    fn run_step(
+        &self,
+        case: &Case,
+        shape: &Shape,
+        step: &Step,
+        flows: &mut Vec<OpenFlow>,
+    ) -> Result<BTreeSet<Difference>> {
+        match step {
+            Step::Become(shape) => {
+                self.subject.publish(&case.lot.name(), shape.objects(case.lot))?;
+                return Ok(BTreeSet::new());
+            }
+            Step::Vanish => {
+                self.subject.publish(&case.lot.name(), Vec::new())?;
+                return Ok(BTreeSet::new());
+            }
+            Step::Stays => return flows.iter().filter_map(|flow| flow.stays(shape).transpose()).collect(),
+            Step::Moves(place) => {
+                return flows.iter().filter_map(|flow| flow.moves(*place).transpose()).collect();
+            }
+            Step::Check(..) | Step::Open(..) | Step::Send(..) | Step::Run(..) => {}
+        }
+        let scenes = case.families.iter().flat_map(|&family| {
+            let subject = (self.topology, self.subject.kind());
+            case.transports
+                .iter()
+                .map(move |&transport| Scene::new(subject, case, shape, (family, transport)))
+        });
+        let done: Vec<_> = thread::scope(|scope| {
+            let running: Vec<_> = scenes.map(|scene| scope.spawn(move || scene.take(step))).collect();
+            running
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
+                .collect()
+        });
+        let (mut failures, mut differences) = (Vec::new(), BTreeSet::new());
+        for taken in done {
+            match taken {
+                Ok((flow, seen)) => {
+                    flows.extend(flow);
+                    differences.extend(seen);
+                }
+                Err(error) => failures.push(format!("{error:#}")),
+            }
+        }
+        ensure!(failures.is_empty(), "{}", failures.join("\n            "));
+        Ok(differences)
+    }
+}
+
+fn next(queue: &Mutex<VecDeque<Case>>) -> Option<Case> {
+    queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+}
