@@ -226,6 +226,16 @@ pub struct Origin {
     pub zero: u32,
 }
 
+/// What the agent reads of a socket in `origins`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Told {
+    /// The socket's cookie, as sock_diag has it too.
+    pub cookie: u64,
+    /// What it was told.
+    pub origin: Origin,
+}
+
 /// How many Service addresses an unconnected socket can be in conversation with at a time: a power of two.
 pub const FLOWS: usize = 64;
 
@@ -289,6 +299,7 @@ const _: () = {
     assert!(size_of::<Affinity>() == 32);
     assert!(size_of::<Tally>() == 16);
     assert!(size_of::<Origin>() == 56);
+    assert!(size_of::<Told>() == 64);
     assert!(size_of::<Flows>() == 16 + 56 * FLOWS);
     assert!(size_of::<Settings>() == 24);
     assert!(FLOWS.is_power_of_two());
