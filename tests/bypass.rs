@@ -1,12 +1,15 @@
-//! Which cgroups the map of bypassed pods holds: with real cgroups, real maps, and once with a real API server.
+//! Which cgroups the map of bypassed pods holds, and what that does to sockets: with real cgroups, real maps and
+//! programs, and once with a real API server.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by panicking")]
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
+    io::ErrorKind,
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
     os::unix::fs::MetadataExt as _,
-    path::{Path, PathBuf},
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -17,94 +20,97 @@ use kube::{
     Api,
     api::{DeleteParams, Patch, PatchParams, PostParams},
 };
-use nix::mount::{MsFlags, umount};
 use proxy_ebpf::Settings;
 use serde_json::json;
-use tempfile::TempDir;
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
 use weir::{
-    dataplane::ebpf::{Bypass, BypassCensus},
-    model::{Bypassed, BypassedPod, ObjectName, Reason},
+    dataplane::{
+        Dataplane as _,
+        ebpf::{Bypass, BypassCensus, Ebpf, Place},
+    },
+    model::{Bypassed, BypassedPod, Family, ObjectName, PerFamily, Protocol, Reason},
+    plan::{
+        Backend, ClusterIpDelta, Delta, Destination, Frontend, FrontendPlan, NodePlan, NodePortAddresses,
+        PortDelta, PortId, PortPlan, Route, Target, Treatment,
+    },
     run::pods,
     source::{
         SourceStatus,
         kube::{Connection, Credentials, KubeSource},
     },
 };
-use weir_tests::apiserver::ApiServer;
+use weir_tests::{apiserver::ApiServer, bpffs::BpfFs, cgroup::Cgroup, netns};
 
 const PATIENCE: Duration = Duration::from_secs(30);
-const SETTINGS: Settings = Settings { host: 7, layout: 1, bypassed: 0, cgroup: 9 };
 
 /// A part of the cgroup tree, as a node in a container has it; gone when this is dropped.
-struct Tree(PathBuf);
+struct Tree(Cgroup);
 
 impl Tree {
     fn new(name: &str) -> Self {
-        let mounts = fs::read_to_string("/proc/mounts").unwrap();
-        let root = mounts.lines().find_map(|mount| {
-            let mut fields = mount.split(' ').skip(1);
-            let path = fields.next()?;
-            (fields.next()? == "cgroup2").then_some(path)
-        });
-        let root = Path::new(root.expect("a cgroup v2 hierarchy is mounted"));
-        let tree = Self(root.join(format!("weir-test-bypass-{name}-{}", std::process::id())));
-        fs::create_dir(&tree.0).unwrap();
-        tree
+        Self(Cgroup::new(&format!("bypass-{name}")).unwrap())
     }
 
     /// Makes a cgroup with its parents; answers its id.
     fn make(&self, path: &str) -> u64 {
-        let path = self.0.join(path);
+        let path = self.0.path().join(path);
         fs::create_dir_all(&path).unwrap();
         fs::metadata(&path).unwrap().ino()
     }
 
     fn remove(&self, path: &str) {
-        fs::remove_dir(self.0.join(path)).unwrap();
+        fs::remove_dir(self.0.path().join(path)).unwrap();
     }
 }
 
 impl Drop for Tree {
     fn drop(&mut self) {
-        // A second panic would hide the first.
-        let removed = remove(&self.0);
-        assert!(removed.is_ok() || std::thread::panicking(), "{} is left: {removed:?}", self.0.display());
+        // What cannot be removed, the group above complains of.
+        let _ = empty(self.0.path());
     }
 }
 
 /// The files of a cgroup go with it and cannot be removed by themselves.
-fn remove(directory: &Path) -> std::io::Result<()> {
+fn empty(directory: &Path) -> std::io::Result<()> {
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
-            remove(&entry.path())?;
+            empty(&entry.path())?;
+            fs::remove_dir(entry.path())?;
         }
     }
-    fs::remove_dir(directory)
+    Ok(())
 }
 
-/// A bpffs with the two maps, which outlive any one agent.
-struct Pins(TempDir);
+/// The two maps, pinned, so that they outlive any one agent.
+struct Pins {
+    _files: BpfFs,
+    place: Place,
+}
+
+/// What the rest of the data plane keeps there.
+fn settings() -> Settings {
+    Settings { host: 7, layout: 1, cgroup: 9, ..Settings::default() }
+}
 
 impl Pins {
-    fn new(capacity: u32) -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        nix::mount::mount(Some("bpf"), directory.path(), Some("bpf"), MsFlags::empty(), None::<&str>)
-            .unwrap();
-        let pins = Self(directory);
+    fn new(capacity: u32, tree: &Tree) -> Self {
+        let files = BpfFs::new().unwrap();
+        let cgroup_root = tree.0.path().to_owned();
+        let place = Place { bpf_root: files.directory("weir").unwrap(), cgroup_root };
+        fs::create_dir(place.maps()).unwrap();
         let map = HashMap::<MapData, u64, u32>::create(capacity, 0).unwrap();
-        map.pin(pins.0.path().join("bypassed")).unwrap();
-        let mut settings = Array::<MapData, Settings>::create(2, 0).unwrap();
+        map.pin(place.maps().join("bypassed")).unwrap();
+        let mut map = Array::<MapData, Settings>::create(2, 0).unwrap();
         for element in [Settings::PLANE, Settings::PODS] {
-            settings.set(element, SETTINGS, 0).unwrap();
+            map.set(element, settings(), 0).unwrap();
         }
-        settings.pin(pins.0.path().join("settings")).unwrap();
-        pins
+        map.pin(place.maps().join("settings")).unwrap();
+        Self { _files: files, place }
     }
 
     fn data(&self, name: &str) -> MapData {
-        MapData::from_pin(self.0.path().join(name)).unwrap()
+        MapData::from_pin(self.place.maps().join(name)).unwrap()
     }
 
     fn map(&self) -> HashMap<MapData, u64, u32> {
@@ -118,18 +124,11 @@ impl Pins {
     /// The ids in the map, after a look at the settings: the count is right and nothing else has changed.
     fn ids(&self) -> BTreeSet<u64> {
         let ids: BTreeSet<u64> = self.map().keys().collect::<Result<_, _>>().unwrap();
-        let settings: Array<_, Settings> = Map::Array(self.data("settings")).try_into().unwrap();
+        let map: Array<_, Settings> = Map::Array(self.data("settings")).try_into().unwrap();
         let bypassed = u32::try_from(ids.len()).unwrap();
-        assert_eq!(settings.get(&Settings::PODS, 0).unwrap(), Settings { bypassed, ..SETTINGS });
-        assert_eq!(settings.get(&Settings::PLANE, 0).unwrap(), SETTINGS);
+        assert_eq!(map.get(&Settings::PODS, 0).unwrap(), Settings { bypassed, ..settings() });
+        assert_eq!(map.get(&Settings::PLANE, 0).unwrap(), settings());
         ids
-    }
-}
-
-impl Drop for Pins {
-    fn drop(&mut self) {
-        let unmounted = umount(self.0.path());
-        assert!(unmounted.is_ok() || std::thread::panicking(), "{unmounted:?}");
     }
 }
 
@@ -141,8 +140,8 @@ struct Rig {
 }
 
 impl Rig {
-    fn start(pins: &Pins, tree: &Tree) -> Self {
-        let bypass = Bypass::open(pins.0.path(), &tree.0).unwrap();
+    fn start(place: &Place) -> Self {
+        let bypass = Bypass::open(&place.maps(), &place.cgroup_root).unwrap();
         let (wanted, receiver) = watch::channel(Arc::default());
         Self { wanted, census: bypass.census(), task: tokio::spawn(bypass.run(receiver)) }
     }
@@ -180,11 +179,12 @@ async fn reach(
 
 #[tokio::test]
 async fn ids_come_with_the_choice_and_go_with_it_under_either_driver() {
-    let (tree, pins) = (Tree::new("come"), Pins::new(16));
+    let tree = Tree::new("come");
+    let pins = Pins::new(16, &tree);
     let systemd = tree.make("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-poda_1.slice");
     let cgroupfs = tree.make("kubelet/kubepods/podb-2");
     tree.make("kubelet/kubepods/podc-3/container");
-    let mut rig = Rig::start(&pins, &tree);
+    let mut rig = Rig::start(&pins.place);
     rig.want(true, &["a-1", "b-2"]);
     rig.reach(2, 0).await;
     assert_eq!(pins.ids(), BTreeSet::from([systemd, cgroupfs]));
@@ -199,9 +199,10 @@ async fn ids_come_with_the_choice_and_go_with_it_under_either_driver() {
 
 #[tokio::test]
 async fn a_cgroup_that_appears_late_is_in_the_map_at_once_and_one_made_anew_too() {
-    let (tree, pins) = (Tree::new("late"), Pins::new(16));
+    let tree = Tree::new("late");
+    let pins = Pins::new(16, &tree);
     tree.make("kubepods/burstable");
-    let mut rig = Rig::start(&pins, &tree);
+    let mut rig = Rig::start(&pins.place);
     rig.want(true, &["a"]);
     rig.reach(0, 1).await;
     assert_eq!(pins.ids(), BTreeSet::new());
@@ -222,8 +223,9 @@ async fn a_cgroup_that_appears_late_is_in_the_map_at_once_and_one_made_anew_too(
 
 #[tokio::test]
 async fn the_kubelet_s_directories_may_come_later_than_the_agent() {
-    let (tree, pins) = (Tree::new("early"), Pins::new(16));
-    let mut rig = Rig::start(&pins, &tree);
+    let tree = Tree::new("early");
+    let pins = Pins::new(16, &tree);
+    let mut rig = Rig::start(&pins.place);
     rig.want(true, &["a"]);
     rig.reach(0, 1).await;
     let id = tree.make("kubepods.slice/kubepods-poda.slice");
@@ -234,11 +236,12 @@ async fn the_kubelet_s_directories_may_come_later_than_the_agent() {
 
 #[tokio::test]
 async fn after_a_restart_nothing_goes_before_everything_is_known() {
-    let (tree, pins) = (Tree::new("restart"), Pins::new(16));
+    let tree = Tree::new("restart");
+    let pins = Pins::new(16, &tree);
     let [still, no_more] = ["a", "b"].map(|uid| tree.make(&format!("kubepods/pod{uid}")));
     let gone = u64::MAX;
     [still, no_more, gone].into_iter().for_each(|id| pins.put(id));
-    let mut rig = Rig::start(&pins, &tree);
+    let mut rig = Rig::start(&pins.place);
     // The count may have been lost; it is put right before anything is heard.
     assert_eq!(pins.ids(), BTreeSet::from([still, no_more, gone]));
     rig.want(false, &["a"]);
@@ -261,9 +264,10 @@ async fn after_a_restart_nothing_goes_before_everything_is_known() {
 
 #[tokio::test]
 async fn what_does_not_fit_waits_for_room() {
-    let (tree, pins) = (Tree::new("full"), Pins::new(1));
+    let tree = Tree::new("full");
+    let pins = Pins::new(1, &tree);
     let [first, second] = ["a", "b"].map(|uid| tree.make(&format!("kubepods/pod{uid}")));
-    let mut rig = Rig::start(&pins, &tree);
+    let mut rig = Rig::start(&pins.place);
     rig.want(true, &["a"]);
     rig.reach(1, 0).await;
     assert_eq!(pins.ids(), BTreeSet::from([first]));
@@ -275,9 +279,93 @@ async fn what_does_not_fit_waits_for_room() {
     rig.end().await;
 }
 
+/// A Service at `service`:80 with one backend.
+fn web(service: IpAddr, backend: SocketAddr) -> Delta {
+    let frontend = FrontendPlan {
+        frontend: Frontend { destination: Destination::Address(service), protocol: Protocol::Tcp, port: 80 },
+        route: Route::uniform(Treatment { target: Target::Cluster, masquerade: false }),
+        allowed_sources: None,
+    };
+    let family = if service.is_ipv4() { Family::V4 } else { Family::V6 };
+    let port = PortPlan {
+        id: PortId {
+            service: ObjectName::new("shop", "web"),
+            port: "".into(),
+            protocol: Protocol::Tcp,
+            family,
+        },
+        cluster: vec![Backend { address: backend.ip(), port: backend.port(), local: true }],
+        local: Vec::new(),
+        frontends: vec![frontend],
+        affinity: None,
+        serving: Vec::new(),
+    };
+    let node = NodePlan {
+        local_traffic: PerFamily { v4: None, v6: None },
+        node_port_addresses: PerFamily { v4: NodePortAddresses::AnyLocal, v6: NodePortAddresses::AnyLocal },
+        loopback_node_ports: PerFamily { v4: true, v6: true },
+        host_addresses: Vec::new(),
+        masquerade_mark: 0x4000,
+        service_cidrs: Vec::new(),
+    };
+    Delta {
+        node: Some(Arc::new(node)),
+        cluster_ips: vec![ClusterIpDelta::Add(service)],
+        ports: vec![PortDelta { before: None, after: Some(Arc::new(port)) }],
+        complete: true,
+    }
+}
+
+/// Asks for `to` from a new thread in `pod`.
+fn connect(pod: &Cgroup, to: SocketAddr) -> Result<(), ErrorKind> {
+    let asked = || {
+        pod.enter().unwrap();
+        TcpStream::connect(to).map(drop).map_err(|error| error.kind())
+    };
+    std::thread::scope(|scope| scope.spawn(asked).join()).unwrap()
+}
+
+#[test]
+fn sockets_of_a_pod_that_is_off_are_left_alone_and_its_neighbour_s_are_not() {
+    let node = Cgroup::new("bypass-node").unwrap();
+    let class = node.child("kubepods").unwrap().child("burstable").unwrap();
+    let [on, off] = ["poda", "podb"].map(|name| class.child(name).unwrap());
+    // Processes are in a container's group, not in the pod's.
+    let [on, off] = [&on, &off].map(|pod| pod.child("container").unwrap());
+    let here = netns::Namespace::within(&node, "bypass").unwrap();
+    let files = BpfFs::new().unwrap();
+    let place = Place { bpf_root: files.directory("weir").unwrap(), cgroup_root: node.path().to_owned() };
+    here.run(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        for (service, local) in [("10.96.0.10", "127.0.0.1"), ("fd00:10:96::10", "::1")] {
+            let (service, local): (IpAddr, IpAddr) = (service.parse().unwrap(), local.parse().unwrap());
+            let listener = TcpListener::bind((local, 0)).unwrap();
+            let mut plane = Ebpf::open(place.clone(), true).unwrap();
+            plane.reread().unwrap();
+            plane.apply(&web(service, listener.local_addr().unwrap())).unwrap();
+            let to = SocketAddr::new(service, 80);
+            let ask = || [&on, &off].map(|pod| connect(pod, to));
+            assert_eq!(ask(), [Ok(()), Ok(())]);
+            runtime.block_on(async {
+                let mut rig = Rig::start(&place);
+                rig.want(true, &["b"]);
+                rig.reach(1, 0).await;
+                // There is no way to the Service's address here but for sockets that are led to the backend.
+                assert_eq!(ask(), [Ok(()), Err(ErrorKind::NetworkUnreachable)]);
+                rig.want(true, &[]);
+                rig.reach(0, 0).await;
+                assert_eq!(ask(), [Ok(()), Ok(())]);
+                rig.end().await;
+            });
+            plane.remove().unwrap();
+        }
+    });
+}
+
 #[tokio::test]
 async fn what_is_written_in_the_cluster_is_what_the_map_holds() {
-    let (tree, pins) = (Tree::new("cluster"), Pins::new(16));
+    let tree = Tree::new("cluster");
+    let pins = Pins::new(16, &tree);
     tree.make("kubepods/besteffort");
     let options = ["--authorization-mode=AlwaysAllow", "--disable-admission-plugins=ServiceAccount"];
     let server = ApiServer::start(&options).await.unwrap();
@@ -288,7 +376,7 @@ async fn what_is_written_in_the_cluster_is_what_the_map_holds() {
     };
     let connection = Connection::open(settings).await.unwrap();
     let status = Arc::new(SourceStatus::default());
-    let mut census = pods::start(connection, status, pins.0.path(), &tree.0).unwrap();
+    let mut census = pods::start(connection, status, &pins.place.maps(), &pins.place.cgroup_root).unwrap();
 
     let client = server.client().await.unwrap();
     let pods: Api<Pod> = Api::namespaced(client.clone(), "default");

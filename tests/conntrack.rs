@@ -16,7 +16,8 @@ use weir::{
     dataplane::conntrack::{Conntrack, Suspects},
     model::{Family, ObjectName, Protocol},
     plan::{
-        Backend, Destination, Frontend, FrontendPlan, PortDelta, PortId, PortPlan, Route, Target, Treatment,
+        Backend, Destination, Frontend, FrontendPlan, PortDelta, PortId, PortPlan, Removal, Route, Target,
+        Treatment,
     },
 };
 
@@ -66,6 +67,7 @@ fn port(frontends: &[(Destination, u16)], serving: &[&str]) -> PortDelta {
         local: Vec::new(),
         frontends: frontends.iter().map(plan).collect(),
         affinity: None,
+        on_removal: Removal::Reset { after: Duration::ZERO },
         serving,
     };
     PortDelta { before: None, after: Some(Arc::new(after)) }

@@ -16,7 +16,7 @@ use weir::{
     model::{Family, ObjectName, PerFamily, Protocol},
     plan::{
         Backend, ClusterIpDelta, Delta, Destination, Frontend, FrontendPlan, NodePlan, NodePortAddresses,
-        PortDelta, PortId, PortPlan, Route, Target, Treatment,
+        PortDelta, PortId, PortPlan, Removal, Route, Target, Treatment,
     },
 };
 use weir_tests::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace};
@@ -68,6 +68,7 @@ fn port(family: Family, protocol: Protocol, backends: &[SocketAddr]) -> Arc<Port
             frontend(Destination::NodePort(family), 30080),
         ],
         affinity: None,
+        on_removal: Removal::Keep,
         serving: if protocol == Protocol::Udp { cluster } else { Vec::new() },
     })
 }

@@ -13,7 +13,7 @@ use weir::{
     model::{Family, ObjectName, PerFamily, Protocol},
     plan::{
         Backend, ClusterIpDelta, Delta, Destination, Frontend, FrontendPlan, LocalTraffic, NodePlan,
-        NodePortAddresses, PortDelta, PortId, PortPlan, Route, Target, Treatment,
+        NodePortAddresses, PortDelta, PortId, PortPlan, Removal, Route, Target, Treatment,
     },
 };
 
@@ -117,6 +117,7 @@ fn port(family: Family, number: u8, backends: &[u8], affinity: Option<u32>) -> P
             guarded,
         ],
         affinity,
+        on_removal: Removal::Keep,
         serving: Vec::new(),
     }
 }

@@ -109,6 +109,23 @@ pub struct Choice {
     pub verdict: u32,
 }
 
+/// Numbers of a service port's sets in `members`: the port's number times four, and one of these.
+pub mod set {
+    /// Those a client of any address may be sent to.
+    pub const CLUSTER: u32 = 0;
+    /// Those on this node.
+    pub const LOCAL: u32 = 1;
+    /// Those that serve what they have begun, wherever they are (K2).
+    pub const SERVING: u32 = 2;
+
+    /// The number of a set of a port.
+    #[must_use]
+    #[inline(always)]
+    pub const fn number(port: u32, kind: u32) -> u32 {
+        port << 2 | kind
+    }
+}
+
 /// [`Choice::verdict`]: what happens to a new flow.
 pub mod verdict {
     /// Not for sockets: the packets decide.
@@ -209,6 +226,16 @@ pub struct Origin {
     pub zero: u32,
 }
 
+/// What the agent reads of a socket in `origins`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Told {
+    /// The socket's cookie, as sock_diag has it too.
+    pub cookie: u64,
+    /// What it was told.
+    pub origin: Origin,
+}
+
 /// How many Service addresses an unconnected socket can be in conversation with at a time: a power of two.
 pub const FLOWS: usize = 64;
 
@@ -272,6 +299,7 @@ const _: () = {
     assert!(size_of::<Affinity>() == 32);
     assert!(size_of::<Tally>() == 16);
     assert!(size_of::<Origin>() == 56);
+    assert!(size_of::<Told>() == 64);
     assert!(size_of::<Flows>() == 16 + 56 * FLOWS);
     assert!(size_of::<Settings>() == 24);
     assert!(FLOWS.is_power_of_two());

@@ -7,9 +7,10 @@ use crate::{
 };
 use std::{
     ffi::CString,
+    fs::File,
     io,
     os::{
-        fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd},
+        fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
         unix::ffi::OsStrExt as _,
     },
     path::Path,
@@ -29,7 +30,6 @@ pub fn update_link(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
         flags: u32,
         old_program: u32,
     }
-    let number = |fd: libc::c_int| u32::try_from(fd).map_err(|_| io::Error::from_raw_os_error(libc::EBADF));
     let attributes = Attributes {
         link: number(link.as_fd().as_raw_fd())?,
         new_program: number(program.as_fd().as_raw_fd())?,
@@ -42,6 +42,68 @@ pub fn update_link(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
         libc::syscall(libc::SYS_bpf, BPF_LINK_UPDATE, &raw const attributes, size_of::<Attributes>())
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Runs an iterator program over every element of a map (`BPF_LINK_CREATE` with the map, Linux 5.9, and
+/// `BPF_ITER_CREATE`). Whoever reads the file gets what the program writes.
+///
+/// # Errors
+///
+/// What the kernel answers: `EINVAL` when program and map do not fit together.
+pub fn iterate(program: impl AsFd, map: impl AsFd) -> io::Result<File> {
+    const BPF_LINK_CREATE: libc::c_int = 28;
+    const BPF_ITER_CREATE: libc::c_int = 33;
+    const BPF_TRACE_ITER: u32 = 28;
+    #[repr(C)]
+    struct Link {
+        program: u32,
+        target: u32,
+        attach_type: u32,
+        flags: u32,
+        info: u64,
+        info_length: u32,
+        zero: u32,
+    }
+    #[repr(C)]
+    struct Iterator {
+        link: u32,
+        flags: u32,
+    }
+    let map = number(map.as_fd().as_raw_fd())?;
+    let attributes = Link {
+        program: number(program.as_fd().as_raw_fd())?,
+        target: 0,
+        attach_type: BPF_TRACE_ITER,
+        flags: 0,
+        info: (&raw const map).expose_provenance() as u64,
+        info_length: size_of::<u32>() as u32,
+        zero: 0,
+    };
+    // SAFETY: the command reads `attributes` and the `map` it points to, up to the sizes given; both live until the call
+    // returns, and the descriptors are open for as long as their owners are borrowed.
+    let link =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_LINK_CREATE, &raw const attributes, size_of::<Link>()) };
+    let link = owned(link)?;
+    let attributes = Iterator { link: number(link.as_raw_fd())?, flags: 0 };
+    // SAFETY: the command reads `attributes`, which lives until the call returns, up to the size given.
+    let file = unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_ITER_CREATE, &raw const attributes, size_of::<Iterator>())
+    };
+    Ok(owned(file)?.into())
+}
+
+/// The descriptor a system call answered with.
+fn owned(answer: libc::c_long) -> io::Result<OwnedFd> {
+    if answer < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let fd = RawFd::try_from(answer).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
+    // SAFETY: the kernel just made it and nobody else knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn number(fd: RawFd) -> io::Result<u32> {
+    u32::try_from(fd).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))
 }
 
 /// Opens what is pinned at a path (`BPF_OBJ_GET`).

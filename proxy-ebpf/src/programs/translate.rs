@@ -5,7 +5,7 @@
 //! as it is: the packet rules beside these programs have every Service.
 
 use aya_ebpf::{helpers::generated::bpf_set_retval, programs::SockAddrContext};
-use proxy_ebpf::{Endpoint, FLOWS as MOST_FLOWS, Flows, FrontendValue, Origin, trouble, verdict};
+use proxy_ebpf::{Endpoint, FLOWS as MOST_FLOWS, Flows, FrontendValue, Origin, set, trouble, verdict};
 
 use super::{
     ALLOW,
@@ -89,8 +89,8 @@ pub(super) fn send(context: &SockAddrContext, family: Family) -> i32 {
     ALLOW
 }
 
-/// The backend this socket's datagrams to a Service go to: the same one for as long as it is one, as connection tracking
-/// would have it. `None` leaves the datagram as it is.
+/// The backend this socket's datagrams to a Service go to: the same one for as long as it serves, as connection tracking
+/// would have it (K2). `None` leaves the datagram as it is.
 #[inline(always)]
 fn flow(
     context: &SockAddrContext,
@@ -114,7 +114,7 @@ fn flow(
     if socket::same(&known.service, to)
         && now.wrapping_sub(known.since) <= REST
         && resolve::has_members(frontend)
-        && resolve::is_member(choice.set, &backend, known.since)
+        && resolve::is_member(set::number(frontend.port, set::SERVING), &backend, known.since)
     {
         known.since = now;
         return Some(backend);

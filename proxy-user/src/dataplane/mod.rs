@@ -18,6 +18,7 @@ pub mod conntrack;
 pub mod ebpf;
 pub mod nftables;
 pub mod probe;
+pub mod sockets;
 mod stack;
 pub use stack::Stack;
 

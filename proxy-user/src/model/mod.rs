@@ -28,7 +28,7 @@ pub use family::{Family, PerFamily, Protocol};
 pub use node::{LocalTraffic, Node, NodeView};
 pub use pod::{Namespace, Pod, Reason, SOCKET_LB_KEY, SocketLb};
 pub use pods::{Bypassed, BypassedPod, Pods};
-pub use service::{Service, ServicePort};
+pub use service::{Removal, Service, ServicePort};
 pub use settings::{DetectLocal, NodePortSetting, Settings};
 
 /// Namespace and name of an object; the namespace is empty for objects that have none.

@@ -3,15 +3,20 @@
 //! In: the API's Service. Out: a small, canonical [`Service`], so that two objects which mean the same compare equal,
 //! and the [`Problem`]s of whatever could not be understood.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use ipnet::IpNet;
+use jiff::SignedDuration;
 use k8s_openapi::api::core::v1 as api;
+use serde::Serialize;
 
 use super::{Family, ObjectName, PerFamily, Problem, Protocol, Settings, parse_address, parse_network};
 
 /// A Service with this label, whatever its value, is another proxy's (W1).
 const PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
+
+/// The annotation that says what becomes of TCP connections whose backend stopped serving.
+const ON_BACKEND_REMOVAL: &str = "weir.dev/on-backend-removal";
 
 /// How long a client stays with its backend when nobody says how long, in seconds (A1).
 const DEFAULT_AFFINITY: u32 = 10_800;
@@ -41,6 +46,21 @@ pub struct Service {
     pub affinity: Option<u32>,
     /// The healthCheckNodePort, when the Service has one that counts (H1).
     pub health_check_port: Option<u16>,
+    /// What becomes of its clients' TCP connections when their backend stops serving.
+    pub on_removal: Removal,
+}
+
+/// What becomes of sockets that were led to a backend which then stopped serving.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub enum Removal {
+    /// They stay, and notice by themselves.
+    #[default]
+    Keep,
+    /// They are closed, unless the backend serves again by then.
+    Reset {
+        /// How long after their backend stopped serving.
+        after: Duration,
+    },
 }
 
 /// One port of a Service.
@@ -94,6 +114,7 @@ impl Service {
             external_local,
             affinity: read_affinity(spec),
             health_check_port: health_check.then(|| port_number(spec.health_check_node_port)).flatten(),
+            on_removal: read_removal(service, problems),
         })
     }
 
@@ -209,6 +230,30 @@ fn read_affinity(spec: &api::ServiceSpec) -> Option<u32> {
         let seconds = config.and_then(|config| config.timeout_seconds);
         seconds.and_then(|seconds| u32::try_from(seconds).ok()).unwrap_or(DEFAULT_AFFINITY)
     })
+}
+
+/// `keep`, `reset` or `reset-after=` and a duration as Go writes them; without the annotation connections are kept.
+fn read_removal(service: &api::Service, problems: &mut Vec<Problem>) -> Removal {
+    let annotations = service.metadata.annotations.as_ref();
+    let Some(text) = annotations.and_then(|annotations| annotations.get(ON_BACKEND_REMOVAL)) else {
+        return Removal::Keep;
+    };
+    let wanted = match (text.as_str(), text.strip_prefix("reset-after=")) {
+        ("keep", _) => Some(Removal::Keep),
+        ("reset", _) => Some(Removal::Reset { after: Duration::ZERO }),
+        (_, Some(after)) => read_duration(after).map(|after| Removal::Reset { after }),
+        _ => None,
+    };
+    wanted.unwrap_or_else(|| {
+        let field = format!("metadata.annotations[{ON_BACKEND_REMOVAL}]");
+        problems.push(Problem::new(field, text, "not one of keep, reset and reset-after=30s"));
+        Removal::Keep
+    })
+}
+
+fn read_duration(text: &str) -> Option<Duration> {
+    let duration = if text == "0" { SignedDuration::ZERO } else { text.parse().ok()? };
+    Duration::try_from(duration).ok()
 }
 
 fn port_number(number: Option<i32>) -> Option<u16> {

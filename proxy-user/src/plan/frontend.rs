@@ -2,13 +2,13 @@
 //!
 //! In: a Service, its endpoints, this node. Out: a [`ServicePlan`], the same for the same input.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use ipnet::IpNet;
 
 use super::{
-    Backend, Destination, Frontend, FrontendPlan, HealthCheck, PortId, PortPlan, Route, ServicePlan, Target,
-    Treatment,
+    Backend, Destination, Frontend, FrontendPlan, HealthCheck, PortId, PortPlan, Removal, Route, ServicePlan,
+    Target, Treatment,
     topology::{self, Selection, Uses},
 };
 use crate::model::{Candidate, Endpoints, Family, NodeView, Protocol, Service, ServicePort};
@@ -77,9 +77,14 @@ impl<'a> FamilyPlanner<'a> {
         };
         let selection = topology::select(candidates, uses, node);
         let frontends = self.frontends(port, &selection);
-        let serving = match port.protocol {
-            Protocol::Udp => topology::backends(candidates, |candidate| candidate.endpoint.serving),
-            Protocol::Tcp | Protocol::Sctp => Vec::new(),
+        let on_removal = match port.protocol {
+            Protocol::Udp => Removal::Reset { after: Duration::ZERO },
+            Protocol::Tcp => service.on_removal,
+            Protocol::Sctp => Removal::Keep,
+        };
+        let serving = match on_removal {
+            Removal::Reset { .. } => topology::backends(candidates, |candidate| candidate.endpoint.serving),
+            Removal::Keep => Vec::new(),
         };
         PortPlan {
             id: PortId {
@@ -92,6 +97,7 @@ impl<'a> FamilyPlanner<'a> {
             local: selection.local,
             frontends,
             affinity: service.affinity,
+            on_removal,
             serving,
         }
     }

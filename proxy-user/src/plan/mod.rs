@@ -15,8 +15,8 @@ use std::{fmt, net::IpAddr, sync::Arc};
 use ipnet::IpNet;
 use serde::Serialize;
 
-pub use crate::model::LocalTraffic;
 use crate::model::{Family, ObjectName, PerFamily, Protocol};
+pub use crate::model::{LocalTraffic, Removal};
 
 mod claims;
 mod delta;
@@ -182,7 +182,11 @@ pub struct PortPlan {
     pub frontends: Vec<FrontendPlan>,
     /// How long a client stays with its backend, in seconds (A1); `None` without session affinity.
     pub affinity: Option<u32>,
-    /// For UDP, every serving endpoint on any node, sorted: flows to anything else are stale (K2). Empty otherwise.
+    /// What becomes of sockets that were led to a backend which stopped serving. For UDP always a reset at once,
+    /// because its clients would not notice (K2).
+    pub on_removal: Removal,
+    /// Every serving endpoint on any node, sorted: UDP flows and sockets to anything else are stale (K2). Empty where
+    /// [`PortPlan::on_removal`] keeps them, since nobody asks then.
     pub serving: Vec<Backend>,
 }
 

@@ -39,9 +39,11 @@ impl Planes {
             anyhow::Ok((sockets, probe.clone()))
         })?;
         Ok(match opened {
-            Some((sockets, probe)) => {
-                Self { plane: Box::new(Stack::new(packets, sockets)), foreign, sockets: Some((place, probe)) }
-            }
+            Some((sockets, probe)) => Self {
+                plane: Box::new(Stack::new(packets.beside_sockets(), sockets)),
+                foreign,
+                sockets: Some((place, probe)),
+            },
             None => {
                 Self { plane: Box::new(Stack::new(packets, Retired::new(place))), foreign, sockets: None }
             }

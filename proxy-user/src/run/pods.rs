@@ -21,7 +21,7 @@ use crate::{
 /// Changes that may wait between the source and the model.
 const WAITING_CHANGES: usize = 256;
 
-/// Starts to keep the map of bypassed cgroups, pinned in `bpf_root` beside `settings`, at what Pods and Namespaces say.
+/// Starts to keep the map of bypassed cgroups, pinned in the directory `maps` beside `settings`, at what Pods and Namespaces say.
 /// Answers how many pods that concerns. Needs a tokio runtime; goes on until that ends, and what the maps hold stays.
 ///
 /// # Errors
@@ -30,10 +30,10 @@ const WAITING_CHANGES: usize = 256;
 pub fn start(
     connection: Connection,
     status: Arc<SourceStatus>,
-    bpf_root: &Path,
+    maps: &Path,
     cgroup_root: &Path,
 ) -> anyhow::Result<watch::Receiver<BypassCensus>> {
-    let bypass = Bypass::open(bpf_root, cgroup_root).context("opening what lets pods opt out")?;
+    let bypass = Bypass::open(maps, cgroup_root).context("opening what lets pods opt out")?;
     let census = bypass.census();
     let (changes_in, changes) = mpsc::channel(WAITING_CHANGES);
     let (decided, wanted) = watch::channel(Arc::default());

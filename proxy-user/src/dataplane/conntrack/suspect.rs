@@ -121,7 +121,7 @@ mod tests {
     use super::*;
     use crate::{
         model::ObjectName,
-        plan::{PortId, Route, Treatment},
+        plan::{PortId, Removal, Route, Treatment},
     };
 
     const CLUSTER: Target = Target::Cluster;
@@ -172,6 +172,7 @@ mod tests {
             local: Vec::new(),
             frontends,
             affinity: None,
+            on_removal: Removal::Keep,
             serving,
         })
     }

@@ -4,7 +4,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use proxy_ebpf::{Choice, Endpoint, FrontendKey, FrontendValue, MemberKey, flag, verdict};
+use proxy_ebpf::{Choice, Endpoint, FrontendKey, FrontendValue, MemberKey, flag, set, verdict};
 
 use super::slots::Range;
 use crate::{
@@ -32,8 +32,8 @@ impl Set {
     /// The set's number, unique among all ports.
     pub(super) const fn number(self, port: u32) -> u32 {
         match self {
-            Self::Cluster => port * 2,
-            Self::Local => port * 2 + 1,
+            Self::Cluster => set::number(port, set::CLUSTER),
+            Self::Local => set::number(port, set::LOCAL),
         }
     }
 
@@ -82,12 +82,15 @@ pub(super) fn has_members(plan: &PortPlan) -> bool {
     plan.affinity.is_some() || plan.id.protocol == Protocol::Udp
 }
 
-/// Every backend that is to be in `members`.
+/// Every backend that is to be in `members`: of the sets sticky clients stay in, and those that flows without a
+/// connection stay with.
 pub(super) fn members(plan: &PortPlan, port: u32) -> impl Iterator<Item = MemberKey> + '_ {
-    let sets = Set::ALL.into_iter().filter(|_| has_members(plan));
-    sets.flat_map(move |set| {
-        let key = move |backend| MemberKey { set: set.number(port), backend: endpoint(backend) };
-        set.of(plan).iter().map(key)
+    let chosen = Set::ALL.map(|set| (set.number(port), set.of(plan)));
+    let chosen = chosen.into_iter().filter(|_| plan.affinity.is_some());
+    let serving =
+        (plan.id.protocol == Protocol::Udp).then(|| (set::number(port, set::SERVING), &*plan.serving));
+    chosen.chain(serving).flat_map(|(set, backends)| {
+        backends.iter().map(move |backend| MemberKey { set, backend: endpoint(backend) })
     })
 }
 

@@ -12,8 +12,9 @@ use aya::{
 };
 use serde::Serialize;
 
+use super::{Error, sockets};
+
 mod machine;
-mod sock_diag;
 
 /// What was found out about one feature.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -92,9 +93,6 @@ pub struct Probe {
     /// Whether sockets can be closed from outside (`SOCK_DESTROY`).
     #[serde(skip)]
     pub socket_destroy: bool,
-    /// Whether a list of sockets can show what a map stores with each (`INET_DIAG_SK_BPF_STORAGES`).
-    #[serde(skip)]
-    pub socket_storage: bool,
 }
 
 impl Probe {
@@ -112,7 +110,7 @@ impl Probe {
         }];
         findings.extend(programs(allowed));
         findings.extend(machine::directories(cgroup_root, bpf_root));
-        let [set_retval, namespace_cookie, socket_destroy, socket_storage] = optional(allowed);
+        let [set_retval, namespace_cookie, socket_destroy] = optional(allowed);
         let mut there = |finding: Finding| {
             let there = finding.is_there();
             findings.push(finding);
@@ -123,7 +121,6 @@ impl Probe {
             set_retval: there(set_retval),
             namespace_cookie: there(namespace_cookie),
             socket_destroy: there(socket_destroy),
-            socket_storage: there(socket_storage),
             findings,
         }
     }
@@ -179,7 +176,6 @@ impl Probe {
             set_retval: true,
             namespace_cookie: true,
             socket_destroy: true,
-            socket_storage: true,
         }
     }
 }
@@ -239,7 +235,7 @@ fn programs(allowed: bool) -> Vec<Finding> {
 }
 
 /// What the eBPF plane makes use of where it is there, in the order of the fields of [`Probe`].
-fn optional(allowed: bool) -> [Finding; 4] {
+fn optional(allowed: bool) -> [Finding; 3] {
     let set_retval = [BpfHelper::BPF_FUNC_set_retval];
     let optional = |feature: &str, since, purpose, answer| Finding {
         feature: feature.to_owned(),
@@ -267,18 +263,21 @@ fn optional(allowed: bool) -> [Finding; 4] {
             machine::namespace_cookie(),
         ),
         optional(
-            "closing of sockets (CONFIG_INET_DIAG_DESTROY)",
-            "4.5",
+            "closing of sockets (CONFIG_INET_DIAG_DESTROY, BTF)",
+            "5.12",
             "Without it sockets of a removed backend stay open until they notice by themselves.",
-            sock_diag::destroy(),
-        ),
-        optional(
-            "socket storage in socket lists",
-            "5.7",
-            "Without it sockets of a removed backend are known by the backend's address only.",
-            if_allowed(&sock_diag::storage),
+            if_allowed(&closing),
         ),
     ]
+}
+
+/// Whether sockets of removed backends can be found and closed.
+fn closing() -> Answer {
+    match sockets::supported() {
+        Ok(()) => Answer::Yes,
+        Err(Error::Kernel(missing)) => Answer::No(missing),
+        Err(error) => Answer::Unknown(machine::chain(&error)),
+    }
 }
 
 /// Whether programs of a kind can call all of these.

@@ -1,11 +1,11 @@
 //! What becomes of Services (W1, W4, W5, W9, R10, R11, E5, A1, H1) and which changes concern anybody.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, time::Duration};
 
 use serde_json::{Value, json};
 
 use super::super::{
-    Family, Model, PerFamily, Problem, Service, Settings,
+    Family, Model, PerFamily, Problem, Removal, Service, Settings,
     fixture::{full_service, model, named, object, service, settings, slice},
 };
 use crate::source::{Change, Kind};
@@ -229,6 +229,48 @@ fn the_creation_time_is_kept_and_its_absence_is_the_youngest() {
         "spec": { "clusterIP": "10.0.0.1" } });
     assert_eq!(read_with(&settings(), value).0.unwrap().created, 60);
     assert_eq!(read(json!({ "clusterIP": "10.0.0.1" })).created, i64::MAX);
+}
+
+/// A Service with this annotation.
+fn on_removal(text: &str) -> Value {
+    json!({ "metadata": { "namespace": "ns", "name": "web",
+            "annotations": { "weir.dev/on-backend-removal": text, "other.dev/on-backend-removal": "reset" } },
+        "spec": { "clusterIP": "10.0.0.1" } })
+}
+
+#[test]
+fn the_removal_annotation_says_whether_and_when_connections_are_reset() {
+    let reset = |seconds| Removal::Reset { after: Duration::from_secs(seconds) };
+    for (text, expected) in [
+        ("keep", Removal::Keep),
+        ("reset", reset(0)),
+        ("reset-after=30s", reset(30)),
+        ("reset-after=1h30m", reset(5400)),
+        ("reset-after=0", reset(0)),
+    ] {
+        let (service, problems) = read_with(&settings(), on_removal(text));
+        assert_eq!((service.unwrap().on_removal, problems), (expected, vec![]), "{text}");
+    }
+    assert_eq!(read(json!({ "clusterIP": "10.0.0.1" })).on_removal, Removal::Keep);
+}
+
+#[test]
+fn a_removal_annotation_that_is_not_understood_is_told_and_keeps_connections_w9() {
+    for text in ["", "Reset", "reset-after", "reset-after=", "reset-after=30", "reset-after=-5s", "close"] {
+        let (service, problems) = read_with(&settings(), on_removal(text));
+        assert_eq!(service.unwrap().on_removal, Removal::Keep, "{text}");
+        let [Problem { field, value, reason }] = &problems[..] else { panic!("{text}: {problems:?}") };
+        assert_eq!(field, "metadata.annotations[weir.dev/on-backend-removal]");
+        assert_eq!((&**value, *reason), (text, "not one of keep, reset and reset-after=30s"));
+    }
+}
+
+#[test]
+fn another_removal_annotation_makes_the_service_dirty() {
+    let mut model = model(settings(), [full_service(on_removal("keep"))]);
+    assert_eq!(dirty(&mut model), ["ns/web"]);
+    model.apply(full_service(on_removal("reset")));
+    assert_eq!(dirty(&mut model), ["ns/web"]);
 }
 
 fn dirty(model: &mut Model) -> Vec<String> {

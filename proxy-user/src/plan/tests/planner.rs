@@ -10,7 +10,7 @@ use crate::{
         Model, PerFamily,
         fixture::{model, named, service, settings, slice},
     },
-    plan::{Backend, ClusterIpDelta, Delta, Planner, PortDelta, PortId, PortPlan, ServicePlan},
+    plan::{Backend, ClusterIpDelta, Delta, Planner, PortDelta, PortId, PortPlan, Removal, ServicePlan},
     source::{Change, Kind},
 };
 
@@ -232,7 +232,15 @@ fn port_of(cluster: Vec<Backend>) -> PortPlan {
         protocol: crate::model::Protocol::Tcp,
         family: crate::model::Family::V4,
     };
-    PortPlan { id, local: cluster.clone(), cluster, frontends: vec![], affinity: None, serving: vec![] }
+    PortPlan {
+        id,
+        local: cluster.clone(),
+        cluster,
+        frontends: vec![],
+        affinity: None,
+        on_removal: Removal::Keep,
+        serving: vec![],
+    }
 }
 
 proptest::proptest! {

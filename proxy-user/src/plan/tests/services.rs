@@ -1,5 +1,7 @@
 //! Which frontends a Service has, and what else its plan says (W6, R11, R16, A1, F7, H1, H2, K2).
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
 use crate::{
@@ -7,7 +9,7 @@ use crate::{
         Family, Settings,
         fixture::{full_service, full_slice, model, named, node, service, settings, slice},
     },
-    plan::{FrontendPlan, HealthCheck, PortPlan, ServicePlan},
+    plan::{FrontendPlan, HealthCheck, PortPlan, Removal, ServicePlan},
     source::Change,
 };
 
@@ -252,16 +254,24 @@ fn h1_h2_the_health_check_counts_local_ready_endpoints() {
 }
 
 #[test]
-fn k2_k4_udp_ports_list_what_still_serves_whatever_policies_and_hints_say() {
-    for (protocol, expected) in
-        [("UDP", vec!["10.244.0.1:80", "10.244.0.2:80", "10.244.1.1:80"]), ("TCP", vec![]), ("SCTP", vec![])]
-    {
+fn k2_k4_ports_whose_sockets_are_closed_list_what_still_serves_whatever_policies_and_hints_say() {
+    let serving = ["10.244.0.1:80", "10.244.0.2:80", "10.244.1.1:80"];
+    let reset = |seconds| Removal::Reset { after: Duration::from_secs(seconds) };
+    for (protocol, annotation, on_removal) in [
+        ("UDP", "keep", reset(0)),
+        ("UDP", "reset-after=30s", reset(0)),
+        ("TCP", "keep", Removal::Keep),
+        ("TCP", "reset", reset(0)),
+        ("TCP", "reset-after=30s", reset(30)),
+        ("SCTP", "reset", Removal::Keep),
+    ] {
         let plan = plan([
-            service(
-                "web",
-                json!({ "clusterIP": "10.0.0.1", "internalTrafficPolicy": "Local",
-                "ports": [{ "port": 80, "protocol": protocol }] }),
-            ),
+            full_service(json!({
+                "metadata": { "namespace": "ns", "name": "web",
+                    "annotations": { "weir.dev/on-backend-removal": annotation } },
+                "spec": { "clusterIP": "10.0.0.1", "internalTrafficPolicy": "Local",
+                    "ports": [{ "port": 80, "protocol": protocol }] },
+            })),
             slice(
                 "web-1",
                 "web",
@@ -274,8 +284,10 @@ fn k2_k4_udp_ports_list_what_still_serves_whatever_policies_and_hints_say() {
                 ]),
             ),
         ]);
-        let serving: Vec<String> = plan.ports[0].serving.iter().map(ToString::to_string).collect();
-        assert_eq!(serving, expected, "{protocol}");
+        assert_eq!(plan.ports[0].on_removal, on_removal, "{protocol}, {annotation}");
+        let listed: Vec<String> = plan.ports[0].serving.iter().map(ToString::to_string).collect();
+        let expected = if on_removal == Removal::Keep { &[][..] } else { &serving };
+        assert_eq!(listed, expected, "{protocol}, {annotation}");
     }
 }
 

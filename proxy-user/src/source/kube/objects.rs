@@ -22,8 +22,11 @@ use crate::{
     source::{HEADLESS_LABEL, Kind, Object, PROXY_NAME_LABEL},
 };
 
-/// The one annotation that is read (W10).
+/// The one annotation of others that is read (W10).
 const TRIGGER_TIME_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+
+/// What annotations of ours begin with.
+const OWN_ANNOTATIONS: &str = "weir.dev/";
 
 /// What follows when the server does not have a kind, or does not let us see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,7 +76,9 @@ impl Watched for Service {
 
     fn trimmed(mut self) -> Object {
         trim(&mut self.metadata);
-        self.metadata.annotations = None;
+        if let Some(annotations) = &mut self.metadata.annotations {
+            annotations.retain(|key, _| key.starts_with(OWN_ANNOTATIONS));
+        }
         if let Some(status) = &mut self.status {
             status.conditions = None;
         }
@@ -181,6 +186,18 @@ mod tests {
                 "labels": {"kubernetes.io/service-name": "web"},
                 "annotations": {TRIGGER_TIME_ANNOTATION: "2026-01-01T00:00:00Z"},
             })
+        );
+    }
+
+    #[test]
+    fn w10_of_a_services_annotations_ours_stay() {
+        let service: Service = serde_json::from_value(json!({
+            "metadata": {"name": "web", "annotations": {"weir.dev/on-backend-removal": "reset", "note": "long"}},
+        }))
+        .unwrap();
+        assert_eq!(
+            metadata(&service.trimmed()),
+            json!({"name": "web", "annotations": {"weir.dev/on-backend-removal": "reset"}})
         );
     }
 

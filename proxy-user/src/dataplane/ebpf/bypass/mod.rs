@@ -114,15 +114,15 @@ pub struct Bypass {
 }
 
 impl Bypass {
-    /// Opens the maps `bypassed` and `settings` pinned in `bpf_root`. Pods' cgroups are those below `cgroup_root`, a
+    /// Opens the maps `bypassed` and `settings` pinned in the directory `maps`. Pods' cgroups are those below `cgroup_root`, a
     /// cgroup v2 tree.
     ///
     /// # Errors
     ///
     /// When a map is not there, or cannot be read.
-    pub fn open(bpf_root: &Path, cgroup_root: &Path) -> Result<Self, Error> {
+    pub fn open(maps: &Path, cgroup_root: &Path) -> Result<Self, Error> {
         let pinned = |name: &str| {
-            let path = bpf_root.join(name);
+            let path = maps.join(name);
             let data = MapData::from_pin(&path);
             data.map_err(|source| Error::Open { path: path.display().to_string(), source })
         };
