@@ -56,8 +56,8 @@ struct Cluster<'a> {
 }
 
 impl<'a> Cluster<'a> {
-    fn new(topology: &'a Topology) -> Result<Self> {
-        Ok(Self { topology, subject: Subject::of_cluster(Kind::Weir(Plane::Nftables), topology)? })
+    fn new(plane: Plane, topology: &'a Topology) -> Result<Self> {
+        Ok(Self { topology, subject: Subject::of_cluster(Kind::Weir(plane), topology)? })
     }
 
     fn publish(&self, shape: &Shape) -> Result<()> {
@@ -167,11 +167,10 @@ fn without_failure(when: &str, loads: Vec<Load>) -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn w1_e6_what_is_written_to_the_api_is_followed() -> Result<()> {
+fn what_is_written_is_followed(plane: Plane) -> Result<()> {
     let topology = Topology::new()?;
     let _servers = serve(&topology)?;
-    let cluster = Cluster::new(&topology)?;
+    let cluster = Cluster::new(plane, &topology)?;
     cluster.subject.start(&Settings::default())?;
     cluster.leads_nowhere();
     cluster.publish(&web(&[(1, 1)]))?;
@@ -202,10 +201,19 @@ fn w1_e6_what_is_written_to_the_api_is_followed() -> Result<()> {
 }
 
 #[test]
-fn an_outage_of_the_api_server_takes_nothing_away() -> Result<()> {
+fn w1_e6_what_is_written_to_the_api_is_followed() -> Result<()> {
+    what_is_written_is_followed(Plane::Nftables)
+}
+
+#[test]
+fn w1_e6_what_is_written_to_the_api_is_followed_at_sockets() -> Result<()> {
+    what_is_written_is_followed(Plane::Ebpf)
+}
+
+fn an_outage_takes_nothing_away(plane: Plane) -> Result<()> {
     let topology = Topology::new()?;
     let _servers = serve(&topology)?;
-    let cluster = Cluster::new(&topology)?;
+    let cluster = Cluster::new(plane, &topology)?;
     cluster.publish(&web(&[(1, 1), (2, 1)]))?;
     cluster.subject.start(&Settings::default())?;
     let loads = cluster.loads()?;
@@ -241,10 +249,19 @@ fn an_outage_of_the_api_server_takes_nothing_away() -> Result<()> {
 }
 
 #[test]
-fn an_api_server_that_comes_later_than_weir_is_followed() -> Result<()> {
+fn an_outage_of_the_api_server_takes_nothing_away() -> Result<()> {
+    an_outage_takes_nothing_away(Plane::Nftables)
+}
+
+#[test]
+fn an_outage_of_the_api_server_takes_nothing_away_from_sockets() -> Result<()> {
+    an_outage_takes_nothing_away(Plane::Ebpf)
+}
+
+fn one_that_comes_later_is_followed(plane: Plane) -> Result<()> {
     let topology = Topology::new()?;
     let _servers = serve(&topology)?;
-    let cluster = Cluster::new(&topology)?;
+    let cluster = Cluster::new(plane, &topology)?;
     cluster.publish(&web(&[(1, 1), (2, 1)]))?;
     cluster.subject.stop_api_server()?;
     cluster.start_alone(1)?;
@@ -257,4 +274,14 @@ fn an_api_server_that_comes_later_than_weir_is_followed() -> Result<()> {
     cluster.subject.settle()?;
     cluster.leads_to(&[Place::Pod(1, 1), Place::Pod(2, 1)]);
     Ok(())
+}
+
+#[test]
+fn an_api_server_that_comes_later_than_weir_is_followed() -> Result<()> {
+    one_that_comes_later_is_followed(Plane::Nftables)
+}
+
+#[test]
+fn an_api_server_that_comes_later_than_weir_is_followed_at_sockets() -> Result<()> {
+    one_that_comes_later_is_followed(Plane::Ebpf)
 }

@@ -27,7 +27,7 @@ fn calls() -> Vec<(Place, Call)> {
         let cluster = SocketAddr::new(WEB.cluster_ip(family), PORT);
         let node_port = SocketAddr::new(node_address(family, 1), WEB.node_port(PORT));
         let external = SocketAddr::new(WEB.external_ip(family), PORT);
-        for transport in [Transport::Tcp, Transport::Udp] {
+        for transport in [Transport::Tcp, Transport::Udp, Transport::Datagram] {
             for (from, to) in [
                 (Place::Pod(1, 2), cluster),
                 (Place::Host(1), cluster),
@@ -128,17 +128,21 @@ fn weir_killed_and_restarted_under_traffic_fails_no_connection() -> Result<()> {
     killed_and_restarted_under_traffic(Kind::Weir(Plane::Nftables))
 }
 
+#[test]
+fn weir_at_sockets_killed_and_restarted_under_traffic_fails_no_connection() -> Result<()> {
+    killed_and_restarted_under_traffic(Kind::Weir(Plane::Ebpf))
+}
+
 /// The same on the oracle: it proves that the test asks for nothing kube-proxy does not give.
 #[test]
 fn kube_proxy_killed_and_restarted_under_traffic_fails_no_connection() -> Result<()> {
     killed_and_restarted_under_traffic(Kind::KubeProxy)
 }
 
-#[test]
-fn weir_puts_back_what_others_took_away() -> Result<()> {
+fn what_others_took_away_is_put_back(plane: Plane) -> Result<()> {
     let topology = Topology::new()?;
     let _servers = serve(&topology)?;
-    let subject = Subject::new(Kind::Weir(Plane::Nftables), &topology)?;
+    let subject = Subject::new(Kind::Weir(plane), &topology)?;
     subject.publish(&WEB.name(), web().objects(WEB))?;
     subject.start(&Settings::default())?;
     let answered = || {
@@ -166,4 +170,14 @@ fn weir_puts_back_what_others_took_away() -> Result<()> {
         "{outcome}"
     );
     Ok(())
+}
+
+#[test]
+fn weir_puts_back_what_others_took_away() -> Result<()> {
+    what_others_took_away_is_put_back(Plane::Nftables)
+}
+
+#[test]
+fn weir_at_sockets_puts_back_what_others_took_away() -> Result<()> {
+    what_others_took_away_is_put_back(Plane::Ebpf)
 }

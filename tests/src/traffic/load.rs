@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Result, anyhow};
 
-use super::{Call, Outcome, ask};
+use super::{Call, Flow};
 use crate::netns::Namespace;
 
 /// What became of the calls of a [`Load`].
@@ -53,14 +53,16 @@ impl Load {
         let thread = namespace.thread(move || {
             let mut tally = Tally::default();
             while !stopped.load(Ordering::Relaxed) {
-                match ask(&call) {
-                    Outcome::Answer(answer) => {
+                match Flow::open(&call).map(|(flow, answer)| flow.abort(answer)) {
+                    Ok(answer) => {
                         *tally.answers.entry(answer.backend).or_default() += 1;
                         counter.fetch_add(1, Ordering::Relaxed);
                     }
-                    other => *tally.failures.entry(other.to_string()).or_default() += 1,
+                    Err(other) => *tally.failures.entry(other.to_string()).or_default() += 1,
                 }
-                thread::sleep(pause);
+                if pause > Duration::ZERO {
+                    thread::sleep(pause);
+                }
             }
             tally
         })?;

@@ -97,7 +97,11 @@ async fn answer_datagrams(socket: UdpSocket, name: Arc<str>) {
     let mut question = [0; 64];
     loop {
         // An error here is an earlier answer that could not be delivered: the client has gone.
-        if let Ok((_, client)) = socket.recv_from(&mut question).await {
+        if let Ok((length, client)) = socket.recv_from(&mut question).await {
+            // An answer that went astray: two servers would answer each other for ever.
+            if question[..length].starts_with(b"{") {
+                continue;
+            }
             let _ = socket.send_to(&answer(&name, client), client).await;
         }
     }
