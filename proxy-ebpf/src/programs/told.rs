@@ -10,6 +10,7 @@ use super::{
     maps::{FLOWS, ORIGINS},
     search::Search,
     socket::{self, Family},
+    translate,
 };
 
 /// getpeername: only a connected socket has a peer. One that has been connected to something else since has another.
@@ -35,25 +36,25 @@ pub(super) fn receive(context: &SockAddrContext, family: Family) -> i32 {
     let from = socket::address(context, family);
     // SAFETY: as in `peer`.
     let flows = unsafe { FLOWS.get_ptr_mut(context) };
-    if flows.is_null() {
-        return peer(context, family);
-    }
-    // SAFETY: as in `peer`.
-    let flows = unsafe { &mut *flows };
-    let mut search = Search::after(flows, 0);
-    for place in 0..MOST_FLOWS {
-        let flow = search.flow(place);
-        if flow.since == 0 {
-            break;
+    if !flows.is_null() {
+        // SAFETY: as in `peer`.
+        let flows = unsafe { &mut *flows };
+        let mut search = Search::after(flows, 0);
+        for place in 0..MOST_FLOWS {
+            let flow = search.flow(place);
+            if flow.since == 0 {
+                break;
+            }
+            if flow.since > search.since() && socket::same(&flow.backend, &from) {
+                search.take(place);
+            }
         }
-        if flow.since > search.since() && socket::same(&flow.backend, &from) {
-            search.take(place);
+        if search.is_over() {
+            let found = search.found();
+            socket::set_address(context, family, &flows.origins[found].service);
+            return ALLOW;
         }
     }
-    if !search.is_over() {
-        return peer(context, family);
-    }
-    let found = search.found();
-    socket::set_address(context, family, &flows.origins[found].service);
-    ALLOW
+    translate::expect_answer(context, &from);
+    peer(context, family)
 }

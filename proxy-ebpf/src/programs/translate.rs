@@ -75,22 +75,23 @@ pub(super) fn send(context: &SockAddrContext, family: Family) -> i32 {
         Found::UnknownPort => return refuse(),
         Found::Frontend(frontend) => frontend,
     };
-    match resolve::choice(frontend, client).verdict {
-        verdict::SERVE => {}
-        verdict::REFUSE => {
+    let choice = resolve::choice(frontend, client);
+    if choice.verdict == verdict::PASS {
+        return ALLOW;
+    }
+    match flow(context, &to, frontend, client) {
+        Some(backend) => socket::set_address(context, family, &backend),
+        None if !resolve::serves(choice) && (client.host || !socket::is_at_home(context, UDP, &to)) => {
             resolve::refused(frontend);
             return refuse();
         }
-        _ => return ALLOW,
-    }
-    if let Some(backend) = flow(context, &to, frontend, client) {
-        socket::set_address(context, family, &backend);
+        None => {}
     }
     ALLOW
 }
 
 /// The backend this socket's datagrams to a Service go to: the same one for as long as it serves, as connection tracking
-/// would have it (K2). `None` leaves the datagram as it is.
+/// would have it (K2). `None` when there is none, or none can be remembered.
 #[inline(always)]
 fn flow(
     context: &SockAddrContext,
@@ -113,19 +114,47 @@ fn flow(
     let backend = unsafe { socket::read(&raw const known.backend) };
     if socket::same(&known.service, to)
         && now.wrapping_sub(known.since) <= REST
-        && resolve::has_members(frontend)
-        && resolve::is_member(set::number(frontend.port, set::SERVING), &backend, known.since)
+        && (socket::same(&backend, to) || still_serves(frontend, &backend, known.since))
     {
         known.since = now;
         return Some(backend);
     }
-    if !client.host && socket::is_at_home(context, UDP, to) {
+    if !resolve::serves(choice) || (!client.host && socket::is_at_home(context, UDP, to)) {
         return None;
     }
     let backend = resolve::pick(frontend, choice, client, now)?;
     *known = Origin { since: now, service: *to, backend, protocol: UDP, zero: 0 };
     resolve::served(frontend);
     Some(backend)
+}
+
+#[inline(always)]
+fn still_serves(frontend: &FrontendValue, backend: &Endpoint, since: u64) -> bool {
+    let serving = set::number(frontend.port, set::SERVING);
+    resolve::has_members(frontend) && resolve::is_member(serving, backend, since)
+}
+
+/// Somebody sent to this socket from an address and port that are a frontend's too: he has the number of a NodePort for
+/// his own, as a client behind a masquerade or a process that chose it may. What the socket sends there is an answer to
+/// him, so it is to go where it is sent: a flow whose backend is its own Service.
+#[inline(always)]
+pub(super) fn expect_answer(context: &SockAddrContext, from: &Endpoint) {
+    if socket::protocol(context) != UDP {
+        return;
+    }
+    let Some(client) = socket::client(context) else { return };
+    let Found::Frontend(_) = resolve::find(from, UDP, client) else { return };
+    // SAFETY: the socket is the hook's own, which holds its lock.
+    let flows = unsafe { FLOWS.get_or_insert_ptr_mut(context, None) };
+    if flows.is_null() {
+        maps::count(trouble::STORAGE);
+        return;
+    }
+    // SAFETY: not null, of this socket, and nobody else writes it while the socket is locked.
+    let flows = unsafe { &mut *flows };
+    let place = place(flows, from);
+    flows.origins[place] =
+        Origin { since: resolve::now(), service: *from, backend: *from, protocol: UDP, zero: 0 };
 }
 
 /// Where a Service's flow is among a socket's, or is to be: a free place, else the one that rested longest.

@@ -36,7 +36,7 @@ impl Planes {
         let probe = || Probe::of(&place.cgroup_root, &place.bpf_root);
         let sockets = choose(config.mode, probe, |probe| Ebpf::open(place.clone(), probe.set_retval))?;
         let (plane, sockets): (Box<dyn Dataplane>, _) = match sockets {
-            Some(sockets) => (Box::new(Stack::new(packets.beside_sockets(), sockets)), Some(place)),
+            Some(sockets) => (Box::new(Stack::new(packets, sockets)), Some(place)),
             None => (Box::new(Stack::new(packets, Retired::new(place))), None),
         };
         Ok(Self { plane, foreign, sockets })

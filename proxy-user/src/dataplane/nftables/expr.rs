@@ -2,8 +2,6 @@
 //!
 //! In: constants and names. Out: [`Expr`]s. Registers are numbered in words of 4 bytes; [`VERDICT`] is the verdict's.
 
-use std::ops::RangeInclusive;
-
 use std::ffi::CString;
 
 use nftnl::nftnl_sys::{self as sys, libc};
@@ -240,20 +238,6 @@ pub(super) fn masquerade() -> Expr {
         kind: c"masq",
         attributes: vec![(sys::NFTNL_EXPR_MASQ_FLAGS, U32(NF_NAT_RANGE_PROTO_RANDOM_FULLY))],
     }
-}
-
-/// `masquerade to :FIRST-LAST fully-random`.
-pub(super) fn masquerade_to(ports: &RangeInclusive<u16>) -> Vec<Expr> {
-    let mut masquerade = masquerade();
-    masquerade.attributes.extend([
-        (sys::NFTNL_EXPR_MASQ_REG_PROTO_MIN, U32(word(0))),
-        (sys::NFTNL_EXPR_MASQ_REG_PROTO_MAX, U32(word(1))),
-    ]);
-    vec![
-        constant(word(0), &ports.start().to_be_bytes()),
-        constant(word(1), &ports.end().to_be_bytes()),
-        masquerade,
-    ]
 }
 
 const NFT_FIB_RESULT_ADDRTYPE: u32 = 3;

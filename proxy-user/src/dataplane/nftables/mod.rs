@@ -52,18 +52,6 @@ impl Nftables {
         Ok(plane)
     }
 
-    /// Masquerades UDP with source ports that are nobody's NodePort. Beside a sockets' plane this matters: a server that
-    /// answers a masqueraded client sends to one of this node's addresses, and if the client's port were a NodePort, the
-    /// answer would look like a request to it. The ports are those that Linux gives to its own clients, which is disjoint
-    /// from Kubernetes' default range of NodePorts.
-    #[must_use]
-    pub fn beside_sockets(mut self) -> Self {
-        for table in &mut self.tables {
-            table.datagram_ports = Some(32768..=65535);
-        }
-        self
-    }
-
     /// Listens for changes that others make to our tables.
     ///
     /// # Errors

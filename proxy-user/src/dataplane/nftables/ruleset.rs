@@ -3,7 +3,7 @@
 //! In: the family and the [`NodePlan`]. Out: specifications and rules. Nothing here depends on a Service; README.md
 //! beside this file draws how packets meet these chains.
 
-use std::{net::IpAddr, ops::RangeInclusive};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 use nftnl::{ChainType, Hook, nftnl_sys::libc};
@@ -363,12 +363,7 @@ fn to_bucket(map: Map) -> Vec<Expr> {
 }
 
 /// Every base chain, and the chain `remember`.
-pub(super) fn static_chains(
-    family: Family,
-    node: &NodePlan,
-    affinity_in_use: bool,
-    datagram_ports: Option<&RangeInclusive<u16>>,
-) -> Vec<StaticChain> {
+pub(super) fn static_chains(family: Family, node: &NodePlan, affinity_in_use: bool) -> Vec<StaticChain> {
     use Hook::{Forward, In, Out, PostRouting, PreRouting};
     let remember: Vec<Vec<Expr>> = if affinity_in_use {
         vec![[expr::new_flow().to_vec(), expr::translated().to_vec(), vec![expr::jump(REMEMBER)]].concat()]
@@ -396,13 +391,7 @@ pub(super) fn static_chains(
         base("filter-input", filter, In, 0, input_rules(family, node)),
         base("filter-forward", filter, Forward, 0, refuse.clone()),
         base("filter-output", filter, Out, 0, refuse),
-        base(
-            "nat-postrouting",
-            ChainType::Nat,
-            PostRouting,
-            100,
-            masquerade_rules(family, node, datagram_ports),
-        ),
+        base("nat-postrouting", ChainType::Nat, PostRouting, 100, masquerade_rules(family, node)),
     ]
 }
 
@@ -501,25 +490,20 @@ pub(super) fn mark(bit: u32) -> Vec<Expr> {
     ]
 }
 
-/// R8, R9. Where UDP is to come from certain ports, rules for it stand before those for all.
-fn masquerade_rules(
-    family: Family,
-    node: &NodePlan,
-    datagram_ports: Option<&RangeInclusive<u16>>,
-) -> Vec<Vec<Expr>> {
+/// R8, R9.
+fn masquerade_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
     let bit = node.masquerade_mark.to_ne_bytes();
-    let is_marked = vec![
+    let marked = vec![
         expr::mark(expr::word(0)),
         expr::bitwise(expr::word(0), &bit, &[0; 4]),
         expr::compare(expr::word(0), true, &bit),
-    ];
-    let clear = vec![
         expr::mark(expr::word(0)),
         expr::bitwise(expr::word(0), &[255; 4], &bit),
         expr::set_mark(expr::word(0)),
+        expr::masquerade(),
     ];
     let words = expr::address_words(family);
-    let is_hairpin = [
+    let hairpin = [
         expr::translated().to_vec(),
         vec![
             expr::source_address(family, expr::word(0)),
@@ -527,20 +511,10 @@ fn masquerade_rules(
             expr::protocol(expr::word(2 * words)),
             expr::destination_port(expr::word(2 * words + 1)),
             expr::in_set(expr::word(0), Map::Hairpin.name()),
+            expr::masquerade(),
         ],
-    ]
-    .concat();
-    let is_udp =
-        vec![expr::protocol(expr::word(0)), expr::compare(expr::word(0), true, &[Protocol::Udp.number()])];
-    let udp = datagram_ports.map(|ports| (is_udp, expr::masquerade_to(ports)));
-    let kinds = udp.into_iter().chain([(Vec::new(), vec![expr::masquerade()])]);
-    kinds
-        .flat_map(|(is_kind, masquerade)| {
-            let marked = [is_kind.clone(), is_marked.clone(), clear.clone(), masquerade.clone()];
-            let hairpin = [is_kind, is_hairpin.clone(), masquerade];
-            [marked.concat(), hairpin.concat()]
-        })
-        .collect()
+    ];
+    vec![marked, hairpin.concat()]
 }
 
 /// A3: once for each new flow, after translation, when the chosen backend is the packet's destination. `nft` prints

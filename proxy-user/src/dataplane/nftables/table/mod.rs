@@ -6,7 +6,6 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     io,
-    ops::RangeInclusive,
 };
 
 use rustc_hash::FxBuildHasher;
@@ -58,15 +57,9 @@ pub(super) struct Table {
     trash: Vec<Object>,
     /// What the kernel held when it was last read, less what has been asked for since. `None` in normal work.
     pub(super) found: Option<Found>,
-    /// The source ports of masqueraded UDP, if not all will do.
-    pub(super) datagram_ports: Option<RangeInclusive<u16>>,
 }
 
 impl Table {
-    fn static_chains(&self, node: &NodePlan, affinity_in_use: bool) -> Vec<ruleset::StaticChain> {
-        ruleset::static_chains(self.family, node, affinity_in_use, self.datagram_ports.as_ref())
-    }
-
     pub(super) fn new(family: Family) -> Self {
         let (name, protocol) = match family {
             Family::V4 => (c"weir", nftnl::ProtoFamily::Ipv4),
@@ -82,7 +75,6 @@ impl Table {
             vacated: Vacated::default(),
             trash: Vec::new(),
             found: None,
-            datagram_ports: None,
         }
     }
 
@@ -230,7 +222,7 @@ impl Table {
         let taken = self.write_elements(&mut transaction, stage, &made);
         let affinity = self.affinity_after(stage);
         if affinity != self.affinity_in_use {
-            for chain in self.static_chains(node, affinity) {
+            for chain in ruleset::static_chains(self.family, node, affinity) {
                 if chain.spec.name.starts_with("remember-") {
                     transaction.flush_chain(&chain.spec.name);
                     chain.rules.iter().for_each(|rule| transaction.add_rule(&chain.spec.name, rule));

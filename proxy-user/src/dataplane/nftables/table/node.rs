@@ -9,7 +9,7 @@ use crate::{
     dataplane::nftables::{
         adopt::Found,
         netlink::{Bytes, Element, Transaction, Value},
-        ruleset::{Map, address_bytes},
+        ruleset::{self, Map, address_bytes},
         socket::Netlink,
         stage::{DROP_BUCKET, PASS_BUCKET},
     },
@@ -38,7 +38,7 @@ impl Table {
                 transaction.add_set(&map.spec(self.family));
             }
         }
-        let chains = self.static_chains(node, self.affinity_in_use);
+        let chains = ruleset::static_chains(self.family, node, self.affinity_in_use);
         for chain in &chains {
             transaction.add_chain(&chain.spec);
             transaction.flush_chain(&chain.spec.name);
