@@ -194,6 +194,8 @@ pub struct AffinityKey {
 pub struct Affinity {
     /// When the backend was last chosen, in nanoseconds of CLOCK_MONOTONIC.
     pub chosen: u64,
+    /// When the client is forgotten, by the timeout that held then (A5).
+    pub until: u64,
     /// The backend.
     pub backend: Endpoint,
     /// Always zero.
@@ -296,7 +298,7 @@ const _: () = {
     assert!(size_of::<FrontendValue>() == 48);
     assert!(size_of::<MemberKey>() == 24);
     assert!(size_of::<AffinityKey>() == 16);
-    assert!(size_of::<Affinity>() == 32);
+    assert!(size_of::<Affinity>() == 40);
     assert!(size_of::<Tally>() == 16);
     assert!(size_of::<Origin>() == 56);
     assert!(size_of::<Told>() == 64);

@@ -90,22 +90,18 @@ pub(super) fn pick(frontend: &FrontendValue, choice: &Choice, client: Client, no
         return draw(choice);
     }
     let key = AffinityKey { client: client.namespace, port: frontend.port, zero: 0 };
+    let until = now.wrapping_add(u64::from(frontend.affinity) * SECOND);
     if let Some(known) = AFFINITIES.get_ptr_mut(key) {
         // SAFETY: elements of this map are allocated one by one and freed after a grace period. Several processors may
         // write one at a time, and each writes a backend of the set.
         let (known, backend) = unsafe { (&mut *known, socket::read(&raw const (*known).backend)) };
-        let remembered = now.wrapping_sub(known.chosen) <= u64::from(frontend.affinity) * SECOND;
-        if remembered && is_member(choice.set, &backend, known.chosen) {
-            known.chosen = now;
-            return Some(backend);
-        }
-        let backend = draw(choice)?;
-        known.backend = backend;
-        known.chosen = now;
+        let stays = now <= known.until && is_member(choice.set, &backend, known.chosen);
+        let backend = if stays { backend } else { draw(choice)? };
+        *known = Affinity { chosen: now, until, backend, zero: 0 };
         return Some(backend);
     }
     let backend = draw(choice)?;
-    let affinity = Affinity { chosen: now, backend, zero: 0 };
+    let affinity = Affinity { chosen: now, until, backend, zero: 0 };
     if AFFINITIES.insert(key, affinity, BPF_NOEXIST.into()).is_ok() {
         return Some(backend);
     }

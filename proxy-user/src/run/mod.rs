@@ -81,6 +81,7 @@ async fn serve(config: Config, planes: Planes) -> anyhow::Result<()> {
     let closing = match place {
         Some(place) => {
             sockets::watch_troubles(&place.maps(), &metrics)?;
+            sockets::forget_clients(&place.maps())?;
             sockets::close(&place.maps(), &metrics)?
         }
         None => None,

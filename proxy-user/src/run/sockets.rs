@@ -3,6 +3,7 @@
 //! ```text
 //! engine ──Suspects──▶ closing (own thread) ──▶ sockets of backends that serve no longer
 //! programs ──troubles (map)──▶ watching (task) ──▶ log, metrics
+//! affinities (map) ──▶ forgetting (own thread)
 //! pods ──▶ bypass (see `pods`) ──▶ metrics
 //! ```
 
@@ -14,7 +15,7 @@ use tokio::sync::watch;
 
 use crate::{
     dataplane::{
-        ebpf::BypassCensus,
+        ebpf::{BypassCensus, forget_clients as forget},
         sockets::{Sockets, Suspects},
     },
     observe::Metrics,
@@ -25,6 +26,9 @@ const NAMESPACES: &str = "/run/netns";
 
 /// How often the programs' counters are looked at.
 const LOOK: Duration = Duration::from_secs(5);
+
+/// How often sticky clients whose time is over are removed.
+const FORGET: Duration = Duration::from_secs(60);
 
 /// What each of [`proxy_ebpf::trouble`] is called, and what it means.
 const TROUBLES: [(&str, &str); proxy_ebpf::trouble::COUNT as usize] = [
@@ -78,6 +82,21 @@ pub(super) fn watch_troubles(maps: &Path, metrics: &Metrics) -> anyhow::Result<(
             }
         }
     });
+    Ok(())
+}
+
+/// Removes sticky clients whose time is over, so that they do not fill the map.
+pub(super) fn forget_clients(maps: &Path) -> anyhow::Result<()> {
+    let maps = maps.to_owned();
+    std::thread::Builder::new().name("affinity".to_owned()).spawn(move || {
+        loop {
+            std::thread::sleep(FORGET);
+            match forget(&maps) {
+                Ok(clients) => tracing::debug!(clients, "forgot sticky clients whose time is over"),
+                Err(error) => tracing::warn!(%error, "sticky clients whose time is over are not forgotten"),
+            }
+        }
+    })?;
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use proxy_ebpf::{Choice, FrontendKey, FrontendValue, flag, verdict};
 
-use super::{element::unspecified, object::Maps, problem::Problem};
+use super::{element::unspecified, maps::Maps, problem::Problem};
 use crate::{
     dataplane::{Installed, InstalledFrontend, Outcome, State},
     model::{Family, Protocol},
@@ -15,8 +15,8 @@ use crate::{
 
 pub(super) fn read(maps: &Maps) -> Result<State, Problem> {
     let mut state = State::default();
-    for entry in maps.frontends.iter() {
-        let (key, value) = entry.map_err(|error| Problem::map("frontends", error))?;
+    for entry in maps.frontends() {
+        let (key, value) = entry?;
         let address = proxy_ebpf::Endpoint { address: key.address, port: key.port, zero: 0 };
         if key.port == 0 {
             if value.flags & flag::CLUSTER_IP != 0 {
@@ -53,7 +53,7 @@ fn outcome(maps: &Maps, choice: &Choice) -> Result<Installed, Problem> {
         verdict::SERVE => {
             let mut backends = Vec::new();
             for slot in choice.first..choice.first.saturating_add(choice.count) {
-                let slot = maps.slots.get(&slot, 0).map_err(|error| Problem::map("slots", error))?;
+                let slot = maps.slot(slot)?;
                 backends.push(Backend { address: slot.ip(), port: slot.port(), local: false });
             }
             backends.sort_unstable();

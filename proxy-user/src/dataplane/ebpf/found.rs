@@ -7,7 +7,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::{
     element::{self, Set, Site},
-    object::Maps,
+    maps::Maps,
     problem::Problem,
     slots::Range,
 };
@@ -25,17 +25,15 @@ pub(super) struct Found {
 impl Found {
     pub(super) fn read(maps: &Maps) -> Result<Self, Problem> {
         let mut found = Self::default();
-        for entry in maps.frontends.iter() {
-            let (key, value) = entry.map_err(|error| Problem::map("frontends", error))?;
-            found.frontends.insert(key, value);
+        for entry in maps.frontends() {
+            found.frontends.extend([entry?]);
         }
-        for entry in maps.members.iter() {
-            let (key, value) = entry.map_err(|error| Problem::map("members", error))?;
-            found.members.insert(key, value);
+        for entry in maps.members() {
+            found.members.extend([entry?]);
         }
         let end = found.ranges().map(|range| range.first.saturating_add(range.count)).max().unwrap_or(0);
-        for slot in 0..end.min(maps.slots.len()) {
-            found.slots.push(maps.slots.get(&slot, 0).map_err(|error| Problem::map("slots", error))?);
+        for slot in 0..end.min(maps.slots()) {
+            found.slots.push(maps.slot(slot)?);
         }
         Ok(found)
     }

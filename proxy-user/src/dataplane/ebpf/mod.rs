@@ -24,6 +24,7 @@ mod bypass;
 mod dump;
 mod element;
 mod found;
+mod maps;
 mod numbers;
 mod object;
 mod problem;
@@ -34,6 +35,7 @@ mod whole;
 mod write;
 
 pub use bypass::{Bypass, Census as BypassCensus, Error as BypassError};
+pub use maps::{Fault, forget_clients};
 pub use object::Place;
 pub use problem::Problem;
 pub use retired::Retired;
@@ -166,10 +168,13 @@ impl Ebpf {
     ///
     /// When the map cannot be read.
     pub fn tallies(&self) -> Result<Tallies, Problem> {
-        let tally = |site: &element::Site| {
-            self.object.maps.tallies.get(&site.port, 0).map_err(|error| Problem::map("tallies", error))
-        };
-        self.ground.ports.iter().map(|(id, site)| Ok((id.clone(), tally(site)?))).collect()
+        let ports = self.ground.ports.iter();
+        ports.map(|(id, site)| Ok((id.clone(), self.object.maps.tally(site.port)?))).collect()
+    }
+
+    /// Lets some writes to maps fail, to see what becomes of the rest.
+    pub fn fail_writes(&mut self, fault: Option<Fault>) {
+        self.object.maps.fail(fault);
     }
 
     /// How often each of [`proxy_ebpf::trouble`] happened.
@@ -178,11 +183,6 @@ impl Ebpf {
     ///
     /// When the map cannot be read.
     pub fn troubles(&self) -> Result<Vec<u64>, Problem> {
-        let read = |trouble| {
-            let counts = self.object.maps.troubles.get(&trouble, 0);
-            let counts = counts.map_err(|error| Problem::map("troubles", error))?;
-            Ok(counts.iter().sum())
-        };
-        (0..proxy_ebpf::trouble::COUNT).map(read).collect()
+        (0..proxy_ebpf::trouble::COUNT).map(|trouble| self.object.maps.trouble(trouble)).collect()
     }
 }

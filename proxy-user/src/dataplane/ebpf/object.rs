@@ -18,18 +18,19 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray},
+    maps::MapData,
     programs::{
         CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, ProgramError, ProgramFd, links::FdLink,
     },
 };
-use proxy_ebpf::{
-    Affinity, AffinityKey, Endpoint, FrontendKey, FrontendValue, LAYOUT_VERSION, MemberKey, Settings, Tally,
-    system,
-};
+use proxy_ebpf::{LAYOUT_VERSION, Settings, system};
 use tracing::debug;
 
-use super::{PROGRAMS, problem::Problem};
+use super::{
+    PROGRAMS,
+    maps::{Maps, is_missing},
+    problem::Problem,
+};
 
 /// The maps that grow, and how many elements each has room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,36 +78,6 @@ impl Sizes {
 
 /// The maps that never grow: sockets' own storage takes what it needs, the others are small.
 const FIXED: [&str; 5] = ["settings", "troubles", "bypassed", "origins", "flows"];
-
-/// Handles of the maps.
-pub(super) struct Maps {
-    pub(super) frontends: HashMap<MapData, FrontendKey, FrontendValue>,
-    pub(super) slots: Array<MapData, Endpoint>,
-    pub(super) members: HashMap<MapData, MemberKey, u64>,
-    pub(super) affinities: HashMap<MapData, AffinityKey, Affinity>,
-    pub(super) tallies: Array<MapData, Tally>,
-    pub(super) settings: Array<MapData, Settings>,
-    pub(super) troubles: PerCpuArray<MapData, u64>,
-}
-
-impl Maps {
-    fn of(ebpf: &mut Ebpf) -> Result<Self, Problem> {
-        let mut take = |name: &'static str| ebpf.take_map(name).ok_or(Problem::Object(name));
-        Ok(Self {
-            frontends: typed("frontends", take("frontends")?)?,
-            slots: typed("slots", take("slots")?)?,
-            members: typed("members", take("members")?)?,
-            affinities: typed("affinities", take("affinities")?)?,
-            tallies: typed("tallies", take("tallies")?)?,
-            settings: typed("settings", take("settings")?)?,
-            troubles: typed("troubles", take("troubles")?)?,
-        })
-    }
-}
-
-fn typed<M: TryFrom<Map, Error = MapError>>(name: &'static str, map: Map) -> Result<M, Problem> {
-    M::try_from(map).map_err(|error| Problem::map(name, error))
-}
 
 /// Everything of ours in the kernel.
 pub(super) struct Object {
@@ -241,11 +212,13 @@ impl Object {
             discard(&self.place.next_map(name))?;
         }
         let (ebpf, maps) = load(&self.place, &sizes, self.set_retval, &larger)?;
-        let old = std::mem::replace(&mut self.maps, maps);
+        let mut old = std::mem::replace(&mut self.maps, maps);
+        self.maps.inherit(&mut old);
         let old_ebpf = std::mem::replace(&mut self.ebpf, ebpf);
-        let filled = self.fill(&old, &larger, slots_in_use);
+        let filled = larger.iter().try_for_each(|name| self.maps.copy(name, &old, slots_in_use));
         let switched = filled.and_then(|()| if self.attached { self.attach() } else { Ok(()) });
         if let Err(problem) = switched {
+            old.inherit(&mut self.maps);
             (self.maps, self.ebpf) = (old, old_ebpf);
             if self.attached {
                 self.attach()?;
@@ -254,7 +227,7 @@ impl Object {
         }
         if larger.contains(&"affinities") {
             // Clients that came while the programs were switched.
-            self.copy_affinities(&old)?;
+            self.maps.add_affinities(&old)?;
         }
         for name in &larger {
             let (from, to) = (self.place.next_map(name), self.place.map(name));
@@ -262,35 +235,6 @@ impl Object {
         }
         tracing::info!(?sizes, "made maps larger: {}", larger.join(", "));
         self.sizes = sizes;
-        Ok(())
-    }
-
-    fn fill(&mut self, old: &Maps, larger: &[&'static str], slots_in_use: u32) -> Result<(), Problem> {
-        let new = &mut self.maps;
-        for name in larger {
-            let copied = match *name {
-                "frontends" => copy(&old.frontends, &mut new.frontends),
-                "members" => copy(&old.members, &mut new.members),
-                "affinities" => copy(&old.affinities, &mut new.affinities),
-                "slots" => (0..slots_in_use.min(old.slots.len()))
-                    .try_for_each(|slot| new.slots.set(slot, old.slots.get(&slot, 0)?, 0)),
-                _ => (0..old.tallies.len())
-                    .try_for_each(|port| new.tallies.set(port, old.tallies.get(&port, 0)?, 0)),
-            };
-            copied.map_err(|error| Problem::map(name, error))?;
-        }
-        Ok(())
-    }
-
-    fn copy_affinities(&mut self, old: &Maps) -> Result<(), Problem> {
-        const IF_ABSENT: u64 = 1;
-        for entry in old.affinities.iter() {
-            let (client, affinity) = entry.map_err(|error| Problem::map("affinities", error))?;
-            match self.maps.affinities.insert(client, affinity, IF_ABSENT) {
-                Err(error) if !is_present(&error) => return Err(Problem::map("affinities", error)),
-                _ => {}
-            }
-        }
         Ok(())
     }
 
@@ -326,11 +270,11 @@ impl Object {
     }
 
     pub(super) fn settings(&self) -> Result<Settings, Problem> {
-        self.maps.settings.get(&Settings::PLANE, 0).map_err(|error| Problem::map("settings", error))
+        self.maps.settings()
     }
 
     pub(super) fn set_settings(&mut self, settings: Settings) -> Result<(), Problem> {
-        self.maps.settings.set(Settings::PLANE, settings, 0).map_err(|error| Problem::map("settings", error))
+        self.maps.set_settings(settings)
     }
 
     /// Takes programs and maps away.
@@ -382,25 +326,6 @@ fn room(path: &Path) -> Result<Option<u32>, Problem> {
     }
 }
 
-pub(super) fn code(error: &MapError) -> Option<i32> {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(error) = cause {
-        if let Some(io) = error.downcast_ref::<io::Error>() {
-            return io.raw_os_error();
-        }
-        cause = error.source();
-    }
-    None
-}
-
-fn is_missing(error: &MapError) -> bool {
-    matches!(error, MapError::KeyNotFound | MapError::ElementNotFound) || code(error) == Some(libc::ENOENT)
-}
-
-fn is_present(error: &MapError) -> bool {
-    code(error) == Some(libc::EEXIST)
-}
-
 /// Removes a pin that may not be there.
 fn discard(path: &Path) -> Result<(), Problem> {
     match fs::remove_file(path) {
@@ -438,15 +363,5 @@ fn attach(program: &mut Program, cgroup: &File) -> Result<FdLink, ProgramError> 
             program.take_link(link)?.try_into().map_err(|_| ProgramError::NotAttached)?
         }
         _ => return Err(ProgramError::UnexpectedProgramType),
-    })
-}
-
-fn copy<K: aya::Pod, V: aya::Pod>(
-    from: &HashMap<MapData, K, V>,
-    to: &mut HashMap<MapData, K, V>,
-) -> Result<(), MapError> {
-    from.iter().try_for_each(|entry| {
-        let (key, value) = entry?;
-        to.insert(key, value, 0)
     })
 }

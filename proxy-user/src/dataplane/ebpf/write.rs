@@ -4,14 +4,13 @@
 
 use std::time::Instant;
 
-use aya::maps::MapError;
-use nix::time::{ClockId, clock_gettime};
-use proxy_ebpf::{FrontendKey, FrontendValue, MemberKey, Tally, flag};
+use proxy_ebpf::{FrontendKey, FrontendValue, MemberKey, flag};
 use rustc_hash::FxHashSet;
 
 use super::{
     Ebpf,
     element::{self, Set, Site},
+    maps::monotonic,
     object::Sizes,
     problem::Problem,
     stage::Step,
@@ -136,8 +135,7 @@ impl Ebpf {
         site: &Site,
     ) -> Result<(), Problem> {
         if step.is_new {
-            let map = &mut self.object.maps.tallies;
-            map.set(site.port, Tally::default(), 0).map_err(|error| Problem::map("tallies", error))?;
+            self.object.maps.reset_tally(site.port)?;
         }
         let had = step.had_members();
         for member in step.wanted_members().into_iter().filter(|member| !had.contains(member)) {
@@ -145,8 +143,7 @@ impl Ebpf {
             if found.is_some_and(|found| found.members.remove(&member).is_some()) {
                 continue;
             }
-            let map = &mut self.object.maps.members;
-            map.insert(member, joined, 0).map_err(|error| Problem::map("members", error))?;
+            self.object.maps.set_member(&member, joined)?;
             self.used.members += 1;
         }
         step.fresh.iter().try_for_each(|set| self.write_slots(*set, plan, site.range(*set).first))
@@ -154,8 +151,7 @@ impl Ebpf {
 
     fn write_slots(&mut self, set: Set, plan: &PortPlan, first: u32) -> Result<(), Problem> {
         for (slot, backend) in (first..).zip(set.of(plan)) {
-            let map = &mut self.object.maps.slots;
-            map.set(slot, element::endpoint(backend), 0).map_err(|error| Problem::map("slots", error))?;
+            self.object.maps.set_slot(slot, element::endpoint(backend))?;
         }
         Ok(())
     }
@@ -182,9 +178,8 @@ impl Ebpf {
 
     /// Writes a frontend; `new` unless it is known to be there. One that another port is about to give up is there.
     fn insert_frontend(&mut self, key: FrontendKey, value: FrontendValue, new: bool) -> Result<(), Problem> {
-        let map = &mut self.object.maps.frontends;
-        let there = !new || map.get(&key, 0).is_ok();
-        map.insert(key, value, 0).map_err(|error| Problem::map("frontends", error))?;
+        let there = !new || self.object.maps.frontend(&key).is_some();
+        self.object.maps.set_frontend(&key, &value)?;
         self.used.frontends += u32::from(!there);
         Ok(())
     }
@@ -200,10 +195,8 @@ impl Ebpf {
     }
 
     fn remove_frontend(&mut self, key: &FrontendKey) -> Result<(), Problem> {
-        match self.object.maps.frontends.remove(key) {
-            Ok(()) => self.used.frontends = self.used.frontends.saturating_sub(1),
-            Err(error) if is_gone(&error) => {}
-            Err(error) => return Err(Problem::map("frontends", error)),
+        if self.object.maps.remove_frontend(key)? {
+            self.used.frontends = self.used.frontends.saturating_sub(1);
         }
         Ok(())
     }
@@ -223,10 +216,8 @@ impl Ebpf {
         but: &FxHashSet<MemberKey>,
     ) -> Result<(), Problem> {
         for member in members.into_iter().filter(|member| !but.contains(member)) {
-            match self.object.maps.members.remove(&member) {
-                Ok(()) => self.used.members = self.used.members.saturating_sub(1),
-                Err(error) if is_gone(&error) => {}
-                Err(error) => return Err(Problem::map("members", error)),
+            if self.object.maps.remove_member(&member)? {
+                self.used.members = self.used.members.saturating_sub(1);
             }
         }
         Ok(())
@@ -236,10 +227,9 @@ impl Ebpf {
     fn write_addresses(&mut self, delta: &Delta) -> Result<(), Problem> {
         if delta.node.is_some() || delta.complete {
             for ip in self.whole.host().to_vec() {
-                let map = &self.object.maps.frontends;
-                let known = map.get(&FrontendKey::whole(ip), 0);
+                let known = self.object.maps.frontend(&FrontendKey::whole(ip));
                 let in_found = self.ground.found.is_some();
-                if !in_found && known.is_ok_and(|known| known.flags & flag::CLUSTER_IP != 0) {
+                if !in_found && known.is_some_and(|known| known.flags & flag::CLUSTER_IP != 0) {
                     self.whole.came_home(ip);
                 }
             }
@@ -278,16 +268,4 @@ impl Ebpf {
         }
         self.remove_members(found.members.into_keys().collect(), &FxHashSet::default())
     }
-}
-
-fn is_gone(error: &MapError) -> bool {
-    super::object::code(error) == Some(libc::ENOENT) || matches!(error, MapError::KeyNotFound)
-}
-
-/// Now, in nanoseconds of the clock that programs read.
-fn monotonic() -> u64 {
-    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |now| {
-        let (seconds, nanoseconds) = (now.tv_sec().unsigned_abs(), now.tv_nsec().unsigned_abs());
-        seconds * 1_000_000_000 + nanoseconds
-    })
 }

@@ -1,0 +1,235 @@
+//! Handles of the maps: every read and write of them.
+//!
+//! In: keys and values. Out: the kernel's answers, as [`Problem`]s that name the map. A map that is full says so here.
+
+use std::{io, path::Path};
+
+use aya::{
+    Ebpf,
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray},
+};
+use nix::time::{ClockId, clock_gettime};
+use proxy_ebpf::{Affinity, AffinityKey, Endpoint, FrontendKey, FrontendValue, MemberKey, Settings, Tally};
+
+use super::problem::Problem;
+
+/// Decides whether a write to the map of this name fails, for tests.
+pub type Fault = Box<dyn FnMut(&'static str) -> bool + Send>;
+
+const ANY: u64 = 0;
+const IF_ABSENT: u64 = 1;
+
+pub(super) struct Maps {
+    frontends: HashMap<MapData, FrontendKey, FrontendValue>,
+    slots: Array<MapData, Endpoint>,
+    members: HashMap<MapData, MemberKey, u64>,
+    affinities: HashMap<MapData, AffinityKey, Affinity>,
+    tallies: Array<MapData, Tally>,
+    settings: Array<MapData, Settings>,
+    troubles: PerCpuArray<MapData, u64>,
+    fault: Option<Fault>,
+}
+
+impl Maps {
+    /// Takes the maps out of a loaded object.
+    pub(super) fn of(ebpf: &mut Ebpf) -> Result<Self, Problem> {
+        let mut take = |name: &'static str| ebpf.take_map(name).ok_or(Problem::Object(name));
+        Ok(Self {
+            frontends: typed("frontends", take("frontends")?)?,
+            slots: typed("slots", take("slots")?)?,
+            members: typed("members", take("members")?)?,
+            affinities: typed("affinities", take("affinities")?)?,
+            tallies: typed("tallies", take("tallies")?)?,
+            settings: typed("settings", take("settings")?)?,
+            troubles: typed("troubles", take("troubles")?)?,
+            fault: None,
+        })
+    }
+
+    /// Lets writes fail when `fault` says so.
+    pub(super) fn fail(&mut self, fault: Option<Fault>) {
+        self.fault = fault;
+    }
+
+    /// Takes over what is not in the kernel.
+    pub(super) fn inherit(&mut self, from: &mut Self) {
+        self.fault = from.fault.take();
+    }
+
+    fn write(
+        &mut self,
+        name: &'static str,
+        write: impl FnOnce(&mut Self) -> Result<(), MapError>,
+    ) -> Result<(), Problem> {
+        if self.fault.as_mut().is_some_and(|fault| fault(name)) {
+            return Err(Problem::Map { name: name.to_owned(), text: "a fault on purpose".to_owned() });
+        }
+        write(self).map_err(|error| Problem::map(name, error))
+    }
+
+    pub(super) fn frontends(&self) -> impl Iterator<Item = Result<(FrontendKey, FrontendValue), Problem>> {
+        self.frontends.iter().map(|entry| entry.map_err(|error| Problem::map("frontends", error)))
+    }
+
+    pub(super) fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
+        self.frontends.get(key, ANY).ok()
+    }
+
+    pub(super) fn set_frontend(&mut self, key: &FrontendKey, value: &FrontendValue) -> Result<(), Problem> {
+        self.write("frontends", |maps| maps.frontends.insert(key, value, ANY))
+    }
+
+    /// Removes a frontend; false when there was none.
+    pub(super) fn remove_frontend(&mut self, key: &FrontendKey) -> Result<bool, Problem> {
+        removed("frontends", self.frontends.remove(key))
+    }
+
+    pub(super) fn members(&self) -> impl Iterator<Item = Result<(MemberKey, u64), Problem>> {
+        self.members.iter().map(|entry| entry.map_err(|error| Problem::map("members", error)))
+    }
+
+    pub(super) fn set_member(&mut self, member: &MemberKey, joined: u64) -> Result<(), Problem> {
+        self.write("members", |maps| maps.members.insert(member, joined, ANY))
+    }
+
+    /// Removes a member; false when there was none.
+    pub(super) fn remove_member(&mut self, member: &MemberKey) -> Result<bool, Problem> {
+        removed("members", self.members.remove(member))
+    }
+
+    /// How many slots there are.
+    pub(super) fn slots(&self) -> u32 {
+        self.slots.len()
+    }
+
+    pub(super) fn slot(&self, slot: u32) -> Result<Endpoint, Problem> {
+        self.slots.get(&slot, ANY).map_err(|error| Problem::map("slots", error))
+    }
+
+    pub(super) fn set_slot(&mut self, slot: u32, backend: Endpoint) -> Result<(), Problem> {
+        self.write("slots", |maps| maps.slots.set(slot, backend, ANY))
+    }
+
+    pub(super) fn tally(&self, port: u32) -> Result<Tally, Problem> {
+        self.tallies.get(&port, ANY).map_err(|error| Problem::map("tallies", error))
+    }
+
+    pub(super) fn reset_tally(&mut self, port: u32) -> Result<(), Problem> {
+        self.write("tallies", |maps| maps.tallies.set(port, Tally::default(), ANY))
+    }
+
+    pub(super) fn settings(&self) -> Result<Settings, Problem> {
+        self.settings.get(&Settings::PLANE, ANY).map_err(|error| Problem::map("settings", error))
+    }
+
+    pub(super) fn set_settings(&mut self, settings: Settings) -> Result<(), Problem> {
+        let set = self.settings.set(Settings::PLANE, settings, ANY);
+        set.map_err(|error| Problem::map("settings", error))
+    }
+
+    pub(super) fn trouble(&self, trouble: u32) -> Result<u64, Problem> {
+        let counts = self.troubles.get(&trouble, ANY).map_err(|error| Problem::map("troubles", error))?;
+        Ok(counts.iter().sum())
+    }
+
+    /// Copies what the map of a name holds in `old`, of slots those in use.
+    pub(super) fn copy(&mut self, name: &'static str, old: &Self, slots_in_use: u32) -> Result<(), Problem> {
+        self.write(name, |new| match name {
+            "frontends" => copy(&old.frontends, &mut new.frontends),
+            "members" => copy(&old.members, &mut new.members),
+            "affinities" => copy(&old.affinities, &mut new.affinities),
+            "slots" => (0..slots_in_use.min(old.slots.len()))
+                .try_for_each(|slot| new.slots.set(slot, old.slots.get(&slot, ANY)?, ANY)),
+            _ => (0..old.tallies.len())
+                .try_for_each(|port| new.tallies.set(port, old.tallies.get(&port, ANY)?, ANY)),
+        })
+    }
+
+    /// Adds clients that `old` remembers and this does not.
+    pub(super) fn add_affinities(&mut self, old: &Self) -> Result<(), Problem> {
+        for entry in old.affinities.iter() {
+            let (client, affinity) = entry.map_err(|error| Problem::map("affinities", error))?;
+            match self.affinities.insert(client, affinity, IF_ABSENT) {
+                Err(error) if code(&error) != Some(libc::EEXIST) => {
+                    return Err(Problem::map("affinities", error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Removes the clients whose time is over from the map pinned in this directory, which may be another one than the last
+/// time. Returns how many. The programs do not wait for this: to them such a client is a new one.
+///
+/// A client that comes at this very moment may be forgotten with them: he got a backend by chance, and gets one by chance
+/// once more.
+///
+/// # Errors
+///
+/// When the map is not there, or cannot be read.
+pub fn forget_clients(maps: &Path) -> Result<usize, Problem> {
+    let pinned = MapData::from_pin(maps.join("affinities"));
+    let pinned = pinned.map_err(|error| Problem::map("affinities", error))?;
+    let mut map: HashMap<_, AffinityKey, Affinity> = typed("affinities", Map::HashMap(pinned))?;
+    let now = monotonic();
+    let mut over = Vec::new();
+    for entry in map.iter() {
+        let (client, affinity) = entry.map_err(|error| Problem::map("affinities", error))?;
+        if affinity.until < now {
+            over.push(client);
+        }
+    }
+    for client in &over {
+        removed("affinities", map.remove(client))?;
+    }
+    Ok(over.len())
+}
+
+/// Now, in nanoseconds of the clock that programs read.
+pub(super) fn monotonic() -> u64 {
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |now| {
+        let (seconds, nanoseconds) = (now.tv_sec().unsigned_abs(), now.tv_nsec().unsigned_abs());
+        seconds * 1_000_000_000 + nanoseconds
+    })
+}
+
+fn typed<M: TryFrom<Map, Error = MapError>>(name: &'static str, map: Map) -> Result<M, Problem> {
+    M::try_from(map).map_err(|error| Problem::map(name, error))
+}
+
+fn removed(name: &'static str, result: Result<(), MapError>) -> Result<bool, Problem> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(error) if is_missing(&error) => Ok(false),
+        Err(error) => Err(Problem::map(name, error)),
+    }
+}
+
+fn copy<K: aya::Pod, V: aya::Pod>(
+    from: &HashMap<MapData, K, V>,
+    to: &mut HashMap<MapData, K, V>,
+) -> Result<(), MapError> {
+    from.iter().try_for_each(|entry| {
+        let (key, value) = entry?;
+        to.insert(key, value, ANY)
+    })
+}
+
+/// The system's number for what went wrong.
+fn code(error: &MapError) -> Option<i32> {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref::<io::Error>() {
+            return io.raw_os_error();
+        }
+        cause = error.source();
+    }
+    None
+}
+
+/// Whether the error says that there is no such thing.
+pub(super) fn is_missing(error: &MapError) -> bool {
+    matches!(error, MapError::KeyNotFound | MapError::ElementNotFound) || code(error) == Some(libc::ENOENT)
+}
