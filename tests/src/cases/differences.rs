@@ -27,8 +27,6 @@ pub enum Difference {
     Closed,
     /// K4: unconnected UDP sockets do not stay with an endpoint that is gone.
     NoneLeft,
-    /// K2: unconnected UDP sockets leave endpoints that terminate.
-    Leaves,
     /// F1: unconnected UDP sockets hear of it from the call itself.
     AtOnce,
     /// R3: NodePorts are taken.
@@ -65,10 +63,6 @@ impl fmt::Display for Difference {
             Self::NoneLeft => {
                 "an unconnected UDP socket whose endpoint is gone is led to another or refused with its next datagram, \
                  even if there is no other (K4)"
-            }
-            Self::Leaves => {
-                "an unconnected UDP socket leaves an endpoint that new flows no longer get with its next datagram, even \
-                 if it still serves (K2)"
             }
             Self::AtOnce => "an unconnected UDP socket is refused by the call itself (F1)",
             Self::Taken => "nobody on the node can take a port that is a NodePort (R3)",

@@ -3,18 +3,13 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::File,
     io::{self, ErrorKind},
     net::{SocketAddr, TcpListener, UdpSocket},
-    thread,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use nix::{
-    errno::Errno,
-    sched::{CloneFlags, setns},
-};
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::errno::Errno;
 
 use super::*;
 use crate::{
@@ -46,11 +41,6 @@ pub(super) fn cases() -> Vec<Case> {
             .step(Step::Run(taken, |scene| binds(scene, true)))
             .step(Step::Vanish)
             .step(Step::Run(taken, |scene| binds(scene, false))),
-        case("R3", "an answer goes to its client, whatever the number of the client's port", {
-            service([pod(2, 1)]).of(ServiceType::NodePort)
-        })
-        .over(&datagram)
-        .step(Step::Run("ask a pod from a port with the NodePort's number", answered_on_node_port)),
         // A packet to an address of its own does not leave a pod.
         case("R1", "a pod that listens on a Service's address speaks to itself", service([pod(1, 1)]))
             .over(&streams_and_datagrams)
@@ -171,24 +161,6 @@ fn binds(scene: &Scene<'_>, there: bool) -> Result<()> {
         ensure!(fits, "{place} binds {at} by {}: {outcome:?}", scene.transport());
     }
     Ok(())
-}
-
-/// Masquerading gives clients from outside such ports by chance; here it is a process that no group keeps from them.
-fn answered_on_node_port(scene: &Scene<'_>) -> Result<()> {
-    let node_port = scene.address(NODE_PORT);
-    let pod = SocketAddr::new(POD11.server_address(Family::of(node_port.ip())), TARGET);
-    let network = File::open(scene.namespace(HOST).path())?;
-    let outside_groups = || {
-        setns(network, CloneFlags::CLONE_NEWNET)?;
-        let socket = UdpSocket::from(bound(Transport::Udp, node_port)?);
-        socket.set_nonblocking(false)?;
-        socket.set_read_timeout(Some(PATIENCE))?;
-        socket.send_to(b"who\n", pod)?;
-        let from = socket.recv_from(&mut [0; 512]).context("no answer")?.1;
-        ensure!(from == pod, "{from} answered, not {pod}");
-        Ok(())
-    };
-    thread::scope(|scope| scope.spawn(outside_groups).join()).map_err(|_| anyhow!("the client died"))?
 }
 
 /// Gives the pod the Service's address, or takes it away; the scenes of both transports share it.

@@ -38,10 +38,6 @@ impl OpenFlow {
                 _ => {}
             }
         }
-        let preferred = Place::PODS.into_iter().any(|pod| self.is_with(pod) && shape.prefers(pod));
-        if self.at_socket && self.transport == Transport::Datagram && !preferred {
-            return self.leaves();
-        }
         let outcome = self.flow.ask(PATIENCE);
         let same =
             matches!(&outcome, Outcome::Answer(answer) if Some(&answer.backend) == self.backend.as_ref());
@@ -67,14 +63,6 @@ impl OpenFlow {
     fn closes(&self) -> Result<Option<Difference>> {
         self.comes_to("be closed", |outcome| *outcome == Outcome::Closed)?;
         Ok(Some(Difference::Closed))
-    }
-
-    fn leaves(&self) -> Result<Option<Difference>> {
-        let outcome = self.flow.ask(PATIENCE);
-        let left =
-            matches!(&outcome, Outcome::Answer(answer) if Some(&answer.backend) != self.backend.as_ref());
-        ensure!(left, "{} did not leave {:?}: {outcome}", self.label, self.backend);
-        Ok(Some(Difference::Leaves))
     }
 
     fn finds_nobody(&self) -> Result<Option<Difference>> {

@@ -4,6 +4,7 @@ use std::{
     collections::BTreeSet,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    ops::RangeInclusive,
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -17,7 +18,7 @@ use crate::{
     netns::Namespace,
     node::{Place, Topology, node_address, node_addresses},
     objects::Shape,
-    subject::Kind,
+    subject::{Kind, Plane},
     traffic::{Answer, Call, Datagrams, Flow, Outcome, PATIENCE, SILENCE, Transport, ask},
 };
 
@@ -25,6 +26,8 @@ use crate::{
 const CALLS: usize = 16;
 /// How often at most until every one of several backends has been seen.
 const CALLS_FOR_ALL: usize = 200;
+/// Where Kubernetes takes NodePorts from.
+const NODE_PORTS: RangeInclusive<u16> = 30_000..=32_767;
 /// What a call that asks nobody may take, on a busy machine.
 const AT_ONCE: Duration = Duration::from_millis(200);
 
@@ -266,6 +269,12 @@ impl<'a> Scene<'a> {
             Source::Masqueraded => !kept && node_addresses(self.family, node).contains(&client),
         };
         ensure!(fits, "expected the source {source:?}, {} saw {client}", answer.backend);
+        // The answer to a client with a NodePort's number would look like a request to it, where sockets are led.
+        let taken = self.kind == Kind::Weir(Plane::Ebpf)
+            && source == Source::Masqueraded
+            && self.transport.protocol() == Transport::Udp.protocol()
+            && NODE_PORTS.contains(&answer.client.port());
+        ensure!(!taken, "{} saw port {}, which may be a NodePort", answer.backend, answer.client.port());
         Ok(())
     }
 }
