@@ -298,6 +298,7 @@ fn web(service: IpAddr, backend: SocketAddr) -> Delta {
         local: Vec::new(),
         frontends: vec![frontend],
         affinity: None,
+        on_removal: weir::plan::Removal::Keep,
         serving: Vec::new(),
     };
     let node = NodePlan {

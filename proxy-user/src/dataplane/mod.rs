@@ -56,6 +56,22 @@ pub trait Dataplane: Send {
     ///
     /// When something of ours could not be removed.
     fn remove(&mut self) -> Result<(), Error>;
+
+    /// How full everything is that has a size; empty where nothing has.
+    fn fill(&self) -> Vec<Fill> {
+        Vec::new()
+    }
+}
+
+/// How full a kernel map is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fill {
+    /// The map's name.
+    pub map: &'static str,
+    /// Elements in it.
+    pub elements: u32,
+    /// Elements it has room for before it has to grow.
+    pub room: u32,
 }
 
 /// Where new flows of one source class go.

@@ -8,7 +8,7 @@
 //! traffic from outside, SCTP, pings, pods that opted out. So the packets come first, and a sockets' plane that fails
 //! altogether is no outage.
 
-use super::{Dataplane, Error, State};
+use super::{Dataplane, Error, Fill, State};
 use crate::plan::{Delta, PortId};
 
 /// A sockets' plane in front of a packets' plane.
@@ -66,5 +66,9 @@ impl<P: Dataplane, S: Dataplane> Dataplane for Stack<P, S> {
     fn remove(&mut self) -> Result<(), Error> {
         self.sockets.remove()?;
         self.packets.remove()
+    }
+
+    fn fill(&self) -> Vec<Fill> {
+        [self.packets.fill(), self.sockets.fill()].concat()
     }
 }

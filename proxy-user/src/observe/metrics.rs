@@ -3,7 +3,7 @@
 //! In: calls of the loop that programs and of the servers. Out: Prometheus' text format on `/metrics`, and on the same
 //! port what kube-proxy has there (P5, P6).
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use axum::{Router, http::header, routing::any};
 use jiff::Timestamp;
@@ -20,10 +20,10 @@ use prometheus_client::{
 };
 use std::sync::atomic::AtomicU64;
 
-use super::process::Process;
+use super::{process::Process, sockets::SocketMetrics};
 use crate::model::Family;
 
-type Label = [(&'static str, &'static str); 1];
+pub(super) type Label = [(&'static str, &'static str); 1];
 type Seconds = Gauge<f64, AtomicU64>;
 type Timings = Labelled<Label, Histogram, fn() -> Histogram>;
 
@@ -45,6 +45,7 @@ struct Inner {
     registry: Registry,
     kube_proxy: KubeProxy,
     weir: Weir,
+    sockets: SocketMetrics,
 }
 
 #[derive(Debug)]
@@ -107,7 +108,7 @@ fn code_label(ok: bool) -> Label {
 }
 
 /// Registers under a name and gives back the handle. Counters go without the `_total` that is put behind their names.
-fn put<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metric: M) -> M {
+pub(super) fn put<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metric: M) -> M {
     registry.register(name, help, metric.clone());
     metric
 }
@@ -248,8 +249,9 @@ impl Metrics {
         let mut registry = Registry::default();
         let kube_proxy = KubeProxy::register(&mut registry);
         let weir = Weir::register(&mut registry);
+        let sockets = SocketMetrics::register(&mut registry);
         registry.register_collector(Box::new(Process));
-        let metrics = Self(Arc::new(Inner { registry, kube_proxy, weir }));
+        let metrics = Self(Arc::new(Inner { registry, kube_proxy, weir, sockets }));
         for family in Family::ALL {
             let of = &metrics.0.kube_proxy;
             drop(of.sync_failures.get_or_create(&family_label(family)));
@@ -341,6 +343,27 @@ impl Metrics {
         of.services.set(whole(services));
         of.frontends.set(whole(frontends));
         of.backends.set(whole(backends));
+    }
+
+    /// How full one of the sockets' plane's maps is.
+    pub fn set_fill(&self, map: &'static str, elements: u32, room: u32) {
+        self.0.sockets.set_fill(map, elements, room);
+    }
+
+    /// The kernel programs could not do something, this many times more.
+    pub fn count_trouble(&self, trouble: &'static str, more: u64) {
+        self.0.sockets.count_trouble(trouble, more);
+    }
+
+    /// Sockets were closed because their backend serves no longer.
+    pub fn count_closed(&self, protocol: &'static str, more: u64) {
+        self.0.sockets.count_closed(protocol, more);
+    }
+
+    /// How many pods' sockets are left alone, by reason, and how many should be and are not yet.
+    pub fn set_bypassed(&self, pods: BTreeMap<&'static str, usize>, waiting: usize) {
+        let pods = pods.into_iter().map(|(reason, count)| (reason, whole(count)));
+        self.0.sockets.set_bypassed(pods, whole(waiting));
     }
 
     /// So many service ports could not be programmed and are not as they should be.

@@ -10,6 +10,7 @@ mod health_check;
 mod metrics;
 mod process;
 mod server;
+mod sockets;
 mod telemetry;
 
 pub use events::{Events, Trouble};

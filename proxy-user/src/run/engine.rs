@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::{Addresses, census::Census, served};
 use crate::{
-    dataplane::{Dataplane, Error, conntrack::Suspects, nftables::Seen},
+    dataplane::{Dataplane, Error, Fill, conntrack::Suspects, nftables::Seen, sockets},
     model::{Family, Model, ObjectName, Settings},
     observe::{Events, Health, HealthCheckState, HealthChecks, Metrics, Trouble},
     plan::{Delta, NodePortAddresses, Planner, PortId},
@@ -45,6 +45,7 @@ pub(super) struct Engine {
     planner: Planner,
     plane: Box<dyn Dataplane>,
     conntrack: Option<mpsc::UnboundedSender<Suspects>>,
+    sockets: Option<std::sync::mpsc::Sender<sockets::Suspects>>,
     health_checks: Option<HealthChecks>,
     events: Events,
     metrics: Metrics,
@@ -82,6 +83,7 @@ impl Engine {
             planner: Planner::default(),
             plane,
             conntrack: None,
+            sockets: None,
             health_checks: None,
             events: Events::logged(),
             metrics,
@@ -125,6 +127,11 @@ impl Engine {
     /// Sends suspects there once what they follow from is in force.
     pub(super) fn with_conntrack(self, conntrack: mpsc::UnboundedSender<Suspects>) -> Self {
         Self { conntrack: Some(conntrack), ..self }
+    }
+
+    /// Tells there which backends serve no longer once that is in force.
+    pub(super) fn with_sockets(self, sockets: Option<std::sync::mpsc::Sender<sockets::Suspects>>) -> Self {
+        Self { sockets, ..self }
     }
 
     /// Works until the source ends or stopping is asked for.
@@ -259,6 +266,16 @@ impl Engine {
                 tracing::error!("the conntrack thread is gone, stale UDP flows stay");
                 self.conntrack = None;
             }
+        }
+        if let Some(sockets) = &self.sockets {
+            let suspects = sockets::Suspects::of(delta);
+            if !suspects.is_empty() && sockets.send(suspects).is_err() {
+                tracing::error!("the thread that closes sockets is gone, sockets stay with dead backends");
+                self.sockets = None;
+            }
+        }
+        for Fill { map, elements, room } in self.plane.fill() {
+            self.metrics.set_fill(map, elements, room);
         }
         let was = self.reconcile.take();
         if !refused.is_empty() {

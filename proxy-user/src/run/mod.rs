@@ -34,6 +34,7 @@ mod choice;
 mod engine;
 mod planes;
 pub mod pods;
+mod sockets;
 
 pub use choice::choose;
 
@@ -75,8 +76,15 @@ async fn serve(config: Config, planes: Planes) -> anyhow::Result<()> {
     let (addresses_in, addresses) = watch::channel(Vec::new());
     let mode = planes.mode();
     let Planes { plane, foreign, sockets } = planes;
-    let place = sockets.as_ref().map(|(place, _)| place);
-    let events = start_source(&config, changes_in, place).await?;
+    let place = sockets.as_ref();
+    let events = start_source(&config, changes_in, place, &metrics).await?;
+    let closing = match place {
+        Some(place) => {
+            sockets::watch_troubles(&place.maps(), &metrics)?;
+            sockets::close(&place.maps(), &metrics)?
+        }
+        None => None,
+    };
     tokio::spawn(host::watch(addresses_in));
 
     let engine = Engine::new(config.model.clone(), plane, metrics.clone(), health.clone())
@@ -84,7 +92,8 @@ async fn serve(config: Config, planes: Planes) -> anyhow::Result<()> {
         .with_health_checks(HealthChecks::start(health.clone(), events.clone(), stopping.clone()))
         .with_events(events)
         .with_optional_node(matches!(config.source, SourceConfig::Manifests { .. }))
-        .with_conntrack(clean_conntrack(metrics.clone())?);
+        .with_conntrack(clean_conntrack(metrics.clone())?)
+        .with_sockets(closing);
     let inputs = Inputs { changes, addresses, foreign, stopping: stopping.clone() };
     let engine = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -117,6 +126,7 @@ async fn start_source(
     config: &Config,
     changes: mpsc::Sender<Change>,
     sockets: Option<&Place>,
+    metrics: &Metrics,
 ) -> anyhow::Result<Events> {
     let status = Arc::new(SourceStatus::default());
     Ok(match &config.source {
@@ -132,7 +142,8 @@ async fn start_source(
             let events = Events::start(connection.client(), &config.model.node_name);
             if let Some(place) = sockets {
                 let status = Arc::new(SourceStatus::default());
-                pods::start(connection.clone(), status, &place.maps(), &place.cgroup_root)?;
+                let census = pods::start(connection.clone(), status, &place.maps(), &place.cgroup_root)?;
+                sockets::watch_bypassed(census, metrics);
             }
             tokio::spawn(kube::watch(connection, changes, status));
             events

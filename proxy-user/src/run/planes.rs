@@ -22,8 +22,8 @@ pub(super) struct Planes {
     pub(super) plane: Box<dyn Dataplane>,
     /// News of foreign changes to our tables.
     pub(super) foreign: mpsc::Receiver<Seen>,
-    /// Where the sockets' plane is, if there is one, and what it can count on.
-    pub(super) sockets: Option<(Place, Probe)>,
+    /// Where the sockets' plane is, if there is one.
+    pub(super) sockets: Option<Place>,
 }
 
 impl Planes {
@@ -34,20 +34,12 @@ impl Planes {
         let foreign = watch_rule_set(&packets)?;
         let place = Place { bpf_root: config.bpf_root.clone(), cgroup_root: config.cgroup_root.clone() };
         let probe = || Probe::of(&place.cgroup_root, &place.bpf_root);
-        let opened = choose(config.mode, probe, |probe| {
-            let sockets = Ebpf::open(place.clone(), probe.set_retval)?;
-            anyhow::Ok((sockets, probe.clone()))
-        })?;
-        Ok(match opened {
-            Some((sockets, probe)) => Self {
-                plane: Box::new(Stack::new(packets.beside_sockets(), sockets)),
-                foreign,
-                sockets: Some((place, probe)),
-            },
-            None => {
-                Self { plane: Box::new(Stack::new(packets, Retired::new(place))), foreign, sockets: None }
-            }
-        })
+        let sockets = choose(config.mode, probe, |probe| Ebpf::open(place.clone(), probe.set_retval))?;
+        let (plane, sockets): (Box<dyn Dataplane>, _) = match sockets {
+            Some(sockets) => (Box::new(Stack::new(packets.beside_sockets(), sockets)), Some(place)),
+            None => (Box::new(Stack::new(packets, Retired::new(place))), None),
+        };
+        Ok(Self { plane, foreign, sockets })
     }
 
     /// The name of what serves, as `/proxyMode` tells it.

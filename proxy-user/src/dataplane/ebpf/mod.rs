@@ -17,7 +17,7 @@ use std::{collections::BTreeMap, net::UdpSocket, sync::Arc, time::Instant};
 
 use proxy_ebpf::{LAYOUT_VERSION, Settings, system};
 
-use super::{Dataplane, Error, State};
+use super::{Dataplane, Error, Fill, State};
 use crate::plan::{Delta, NodePlan};
 
 mod bypass;
@@ -50,17 +50,6 @@ pub struct Ebpf {
     used: Used,
 }
 
-/// How full a map is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fill {
-    /// The map's name.
-    pub map: &'static str,
-    /// Elements in it.
-    pub used: u32,
-    /// Elements it has room for.
-    pub size: u32,
-}
-
 /// How many elements maps hold that do not say it themselves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Used {
@@ -89,19 +78,6 @@ impl Ebpf {
         };
         plane.read()?;
         Ok(plane)
-    }
-
-    /// How full each map is that grows with the Services.
-    #[must_use]
-    pub fn fill(&self) -> [Fill; 4] {
-        let sizes = &self.object.sizes;
-        let fill = |map, used, size| Fill { map, used, size };
-        [
-            fill("frontends", self.used.frontends, sizes.frontends),
-            fill("slots", self.ground.slots.end(), sizes.slots),
-            fill("members", self.used.members, sizes.members),
-            fill("tallies", self.ground.numbers.end(), sizes.tallies),
-        ]
     }
 
     fn read(&mut self) -> Result<(), Problem> {
@@ -156,6 +132,17 @@ impl Dataplane for Ebpf {
 
     fn reread(&mut self) -> Result<(), Error> {
         Ok(self.read()?)
+    }
+
+    fn fill(&self) -> Vec<Fill> {
+        let sizes = &self.object.sizes;
+        let fill = |map, elements, room| Fill { map, elements, room };
+        vec![
+            fill("frontends", self.used.frontends, sizes.frontends),
+            fill("slots", self.ground.slots.end(), sizes.slots),
+            fill("members", self.used.members, sizes.members),
+            fill("tallies", self.ground.numbers.end(), sizes.tallies),
+        ]
     }
 
     fn dump(&mut self) -> Result<State, Error> {

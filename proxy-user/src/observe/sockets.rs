@@ -1,0 +1,73 @@
+//! Metrics of the sockets' plane.
+//!
+//! In: how full its maps are, what went wrong in its programs, what became of pods and sockets. Out: `weir_*` metrics that
+//! stay empty where there is no such plane.
+
+use prometheus_client::{
+    metrics::{counter::Counter, family::Family as Labelled, gauge::Gauge},
+    registry::Registry,
+};
+
+use super::metrics::{Label, put};
+
+/// The handles.
+#[derive(Debug)]
+pub(super) struct SocketMetrics {
+    elements: Labelled<Label, Gauge>,
+    room: Labelled<Label, Gauge>,
+    troubles: Labelled<Label, Counter>,
+    closed: Labelled<Label, Counter>,
+    bypassed: Labelled<Label, Gauge>,
+    waiting: Gauge,
+}
+
+impl SocketMetrics {
+    pub(super) fn register(registry: &mut Registry) -> Self {
+        let r = registry.sub_registry_with_prefix("weir");
+        Self {
+            elements: put(r, "map_elements", "Elements in a map of the kernel programs", Labelled::default()),
+            room: put(r, "map_max_elements", "Elements it has room for before it grows", Labelled::default()),
+            troubles: put(
+                r,
+                "program_troubles",
+                "Things the kernel programs could not do",
+                Labelled::default(),
+            ),
+            closed: put(
+                r,
+                "sockets_closed",
+                "Sockets closed because their backend serves no longer",
+                Labelled::default(),
+            ),
+            bypassed: put(r, "bypassed_pods", "Pods whose sockets are left alone", Labelled::default()),
+            waiting: put(
+                r,
+                "bypassed_pods_waiting",
+                "Pods that should be left alone and are not yet",
+                Gauge::default(),
+            ),
+        }
+    }
+
+    pub(super) fn set_fill(&self, map: &'static str, elements: u32, room: u32) {
+        self.elements.get_or_create(&[("map", map)]).set(elements.into());
+        self.room.get_or_create(&[("map", map)]).set(room.into());
+    }
+
+    pub(super) fn count_trouble(&self, trouble: &'static str, more: u64) {
+        self.troubles.get_or_create(&[("trouble", trouble)]).inc_by(more);
+    }
+
+    pub(super) fn count_closed(&self, protocol: &'static str, more: u64) {
+        self.closed.get_or_create(&[("protocol", protocol)]).inc_by(more);
+    }
+
+    /// Replaces what was there: a reason without pods is not shown.
+    pub(super) fn set_bypassed(&self, pods: impl Iterator<Item = (&'static str, i64)>, waiting: i64) {
+        self.bypassed.clear();
+        for (reason, count) in pods {
+            self.bypassed.get_or_create(&[("reason", reason)]).set(count);
+        }
+        self.waiting.set(waiting);
+    }
+}

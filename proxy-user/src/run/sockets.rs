@@ -1,0 +1,93 @@
+//! What runs beside a sockets' plane, each for itself: Services wait for none of it.
+//!
+//! ```text
+//! engine ──Suspects──▶ closing (own thread) ──▶ sockets of backends that serve no longer
+//! programs ──troubles (map)──▶ watching (task) ──▶ log, metrics
+//! pods ──▶ bypass (see `pods`) ──▶ metrics
+//! ```
+
+use std::{path::Path, sync::mpsc, time::Duration};
+
+use anyhow::Context as _;
+use aya::maps::{Map, MapData, PerCpuArray};
+use tokio::sync::watch;
+
+use crate::{
+    dataplane::{
+        ebpf::BypassCensus,
+        sockets::{Sockets, Suspects},
+    },
+    observe::Metrics,
+};
+
+/// Where network namespaces of pods have names, if their runtime gives them some.
+const NAMESPACES: &str = "/run/netns";
+
+/// How often the programs' counters are looked at.
+const LOOK: Duration = Duration::from_secs(5);
+
+/// What each of [`proxy_ebpf::trouble`] is called, and what it means.
+const TROUBLES: [(&str, &str); proxy_ebpf::trouble::COUNT as usize] = [
+    ("affinity-full", "clients of Services with session affinity could not be remembered"),
+    ("socket-storage", "sockets could not be remembered; their packets are led to backends instead"),
+    ("flows-full", "sockets without a connection spoke to more Services at a time than are remembered"),
+    ("slots", "the map of backends was not as it should be; were our maps changed by others?"),
+];
+
+/// Closes sockets whose backend serves no longer, behind the engine's back. Where that is not possible, one warning says
+/// so and nothing is closed.
+pub(super) fn close(maps: &Path, metrics: &Metrics) -> anyhow::Result<Option<mpsc::Sender<Suspects>>> {
+    let sockets = match Sockets::open(&maps.join("origins"), NAMESPACES) {
+        Ok(sockets) => sockets,
+        Err(error) => {
+            tracing::warn!(%error, "sockets whose backend is gone are not closed");
+            return Ok(None);
+        }
+    };
+    let (sender, suspects) = mpsc::channel();
+    let metrics = metrics.clone();
+    std::thread::Builder::new().name("sockets".to_owned()).spawn(move || {
+        sockets.run(&suspects, |closed| {
+            metrics.count_closed("TCP", closed.tcp);
+            metrics.count_closed("UDP", closed.udp);
+        });
+    })?;
+    Ok(Some(sender))
+}
+
+/// Says what goes wrong inside the programs.
+pub(super) fn watch_troubles(maps: &Path, metrics: &Metrics) -> anyhow::Result<()> {
+    let path = maps.join("troubles");
+    let map = MapData::from_pin(&path).with_context(|| format!("opening {}", path.display()))?;
+    let map = PerCpuArray::<_, u64>::try_from(Map::PerCpuArray(map))?;
+    let metrics = metrics.clone();
+    tokio::spawn(async move {
+        let mut known = [None; TROUBLES.len()];
+        let mut interval = tokio::time::interval(LOOK);
+        loop {
+            interval.tick().await;
+            for ((element, (name, meaning)), known) in (0..).zip(TROUBLES).zip(&mut known) {
+                let Ok(counts) = map.get(&element, 0) else { continue };
+                let count: u64 = counts.iter().sum();
+                // What was counted before this agent started has been told by another.
+                let more = count.saturating_sub(known.replace(count).unwrap_or(count));
+                if more > 0 {
+                    tracing::warn!(trouble = name, times = more, "{meaning}");
+                    metrics.count_trouble(name, more);
+                }
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Keeps the metrics at how many pods are left alone.
+pub(super) fn watch_bypassed(mut census: watch::Receiver<BypassCensus>, metrics: &Metrics) {
+    let metrics = metrics.clone();
+    tokio::spawn(async move {
+        while census.changed().await.is_ok() {
+            let BypassCensus { pods, waiting } = census.borrow_and_update().clone();
+            metrics.set_bypassed(pods, waiting);
+        }
+    });
+}
