@@ -236,15 +236,12 @@ pub(super) fn dnat(family: Family) -> Expr {
 
 /// `masquerade fully-random` (R8).
 pub(super) fn masquerade() -> Expr {
-    Expr {
-        kind: c"masq",
-        attributes: vec![(sys::NFTNL_EXPR_MASQ_FLAGS, U32(NF_NAT_RANGE_PROTO_RANDOM_FULLY))],
-    }
+    masquerade_with(NF_NAT_RANGE_PROTO_RANDOM_FULLY)
 }
 
-/// `masquerade to :FIRST-LAST fully-random`.
+/// `masquerade to :FIRST-LAST fully-random`. The kernel goes by the flag: without it the ports are not looked at.
 pub(super) fn masquerade_to(ports: &RangeInclusive<u16>) -> Vec<Expr> {
-    let mut masquerade = masquerade();
+    let mut masquerade = masquerade_with(NF_NAT_RANGE_PROTO_RANDOM_FULLY | NF_NAT_RANGE_PROTO_SPECIFIED);
     masquerade.attributes.extend([
         (sys::NFTNL_EXPR_MASQ_REG_PROTO_MIN, U32(word(0))),
         (sys::NFTNL_EXPR_MASQ_REG_PROTO_MAX, U32(word(1))),
@@ -254,6 +251,10 @@ pub(super) fn masquerade_to(ports: &RangeInclusive<u16>) -> Vec<Expr> {
         constant(word(1), &ports.end().to_be_bytes()),
         masquerade,
     ]
+}
+
+fn masquerade_with(flags: u32) -> Expr {
+    Expr { kind: c"masq", attributes: vec![(sys::NFTNL_EXPR_MASQ_FLAGS, U32(flags))] }
 }
 
 const NFT_FIB_RESULT_ADDRTYPE: u32 = 3;
