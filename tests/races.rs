@@ -103,14 +103,14 @@ fn flip<D: Dataplane>(agent: &mut Agent<D>, stop: &AtomicBool) -> Result<u64> {
     Ok(0)
 }
 
-fn loads(topology: &Topology) -> Result<Vec<Load>> {
+fn loads(topology: &Topology) -> Result<Vec<(String, Load)>> {
     let mut loads = Vec::new();
     for family in Family::ALL {
         for from in [Place::Pod(1, 1), Place::Pod(1, 2), Place::Host(1)] {
             let to = SocketAddr::new(WEB.cluster_ip(family), PORT);
             // A busy machine may answer late; what is asked here is whether it answers at all.
             let call = Call { patience: Duration::from_secs(5), ..Call::new(from, to, Transport::Tcp) };
-            loads.push(Load::start(topology.at(from), call, Duration::ZERO)?);
+            loads.push((format!("{from} to {to}"), Load::start(topology.at(from), call, Duration::ZERO)?));
         }
     }
     Ok(loads)
@@ -133,14 +133,15 @@ fn goes_to_old_or_new<D: Dataplane + 'static>(
         stop.store(true, Ordering::Relaxed);
         flipping.join().map_err(|_| anyhow!("the agent died"))?
     })?;
-    let tallies: Vec<Tally> = loads.into_iter().map(Load::stop).collect::<Result<_>>()?;
-    let connects: u64 = tallies.iter().map(Tally::answered).sum();
+    let stop = |(label, load): (String, Load)| Ok((label, load.stop()?));
+    let tallies: Vec<(String, Tally)> = loads.into_iter().map(stop).collect::<Result<_>>()?;
+    let connects: u64 = tallies.iter().map(|(_, tally)| tally.answered()).sum();
     let rate = connects as f64 / start.elapsed().as_secs_f64() / 1000.0;
     println!("{connects} connects, {rate:.1} in a millisecond, over {flips} changes");
-    for tally in tallies {
-        ensure!(tally.failures.is_empty(), "{tally:?}");
+    for (label, tally) in tallies {
+        ensure!(tally.failures.is_empty(), "{label}: {tally:?}");
         let seen: BTreeSet<String> = tally.answers.into_keys().collect();
-        ensure!(seen == backends(), "expected each of {:?}, got {seen:?}", backends());
+        ensure!(seen == backends(), "{label}: expected each of {:?}, got {seen:?}", backends());
     }
     ensure!(flips > 100, "only {flips} changes");
     Ok(())

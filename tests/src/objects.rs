@@ -339,14 +339,6 @@ impl Shape {
         self
     }
 
-    /// Whether new flows may go to an endpoint at a place: it is ready, or none is (E6).
-    #[must_use]
-    pub fn prefers(&self, place: Place) -> bool {
-        let ready = |endpoint: &&Endpoint| endpoint.conditions[0] != Some(false);
-        let mut all = self.slices.iter().flat_map(|slice| &slice.endpoints).filter(ready).peekable();
-        all.peek().is_none() || all.any(|endpoint| endpoint.place == place)
-    }
-
     /// Whether it has no endpoints, in whatever state.
     #[must_use]
     pub fn is_empty(&self) -> bool {

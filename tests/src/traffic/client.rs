@@ -3,9 +3,10 @@
 //! Everything here uses the network namespace of the calling thread.
 
 use std::{
+    collections::BTreeMap,
     io::{self, Read as _, Write as _},
     net::{IpAddr, SocketAddr, UdpSocket},
-    sync::atomic::{AtomicU16, Ordering},
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
@@ -51,16 +52,21 @@ pub fn bound(transport: Transport, address: SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Binds to a source port nobody has used for long: connection tracking remembers datagrams' flows after their sockets
-/// are gone, and the kernel is quick to hand out a port again.
+/// Binds to a source port that nobody with this address has used for long: connection tracking remembers flows after
+/// their sockets are gone, and the kernel is quick to hand out a port again.
 fn bind(socket: &Socket, call: &Call) -> io::Result<()> {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    if call.transport.protocol() != Transport::Udp.protocol() {
+    static NEXT: Mutex<BTreeMap<IpAddr, u16>> = Mutex::new(BTreeMap::new());
+    if matches!(call.transport, Transport::Sctp | Transport::Ping) {
         return socket.bind(&SockAddr::from(SocketAddr::new(call.from, 0)));
     }
     loop {
-        let port = 10_000 + NEXT.fetch_add(1, Ordering::Relaxed) % 55_000;
-        match socket.bind(&SockAddr::from(SocketAddr::new(call.from, port))) {
+        let number = {
+            let mut next = NEXT.lock().unwrap_or_else(PoisonError::into_inner);
+            let number = next.entry(call.from).or_default();
+            *number = (*number + 1) % 55_000;
+            *number
+        };
+        match socket.bind(&SockAddr::from(SocketAddr::new(call.from, 10_000 + number))) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
             bound => return bound,
         }

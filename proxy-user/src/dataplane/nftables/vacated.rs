@@ -1,8 +1,10 @@
-//! Slots that no frontend's count reaches any more, and that stay for one more change.
+//! Slots that no frontend's count reaches any more and local backends that no port has any more, which stay for one more
+//! change.
 //!
 //! In: slots that a transaction leaves behind. Out: the elements to delete, one change later. A packet looks its frontend
 //! up first and the slot last; when a transaction comes into force in between, it holds the old count and must still
-//! find the slot that the count allows, or it would go on untranslated.
+//! find the slot that the count allows, or it would go on untranslated. And a pod that got itself as backend must still
+//! be masqueraded (R9).
 
 use std::collections::HashSet;
 
@@ -30,7 +32,7 @@ impl Vacated {
 
     /// Whether the kernel still has a vacated slot under this key.
     pub(super) fn holds(&self, map: Map, key: &Bytes) -> bool {
-        Self::concerns(map) && self.0.contains(&(map, key.clone()))
+        (Self::concerns(map) || map == Map::Hairpin) && self.0.contains(&(map, key.clone()))
     }
 
     /// Takes over what `others` left behind.

@@ -168,7 +168,7 @@ impl Table {
             return Ok(());
         }
         let vacated = std::mem::take(&mut self.vacated);
-        for map in [Map::Backends, Map::NodePortBackends] {
+        for map in [Map::Backends, Map::NodePortBackends, Map::Hairpin] {
             let slots = vacated.elements(map);
             for (gone, _) in chunks(&slots, &[]) {
                 let mut transaction = Transaction::new(&self.raw);
@@ -316,10 +316,12 @@ impl Table {
             (was != is).then(|| (member(key.clone()), is))
         });
         for (element, is) in hairpins {
+            // One that goes stays for one more change.
             if is {
+                if self.vacated.holds(Map::Hairpin, &element.key) {
+                    gone.entry(Map::Hairpin).or_default().push(element.clone());
+                }
                 come.entry(Map::Hairpin).or_default().push(element);
-            } else {
-                gone.entry(Map::Hairpin).or_default().push(element);
             }
         }
         for (map, elements) in &stage.come {
@@ -376,10 +378,12 @@ impl Table {
         }
         for (key, change) in &stage.hairpins {
             let uses = i64::from(self.hairpins.get(key).copied().unwrap_or_default()) + change;
-            match u32::try_from(uses) {
-                Ok(uses @ 1..) => self.hairpins.insert(key.clone(), uses),
-                _ => self.hairpins.remove(key),
-            };
+            if let Ok(uses @ 1..) = u32::try_from(uses) {
+                self.hairpins.insert(key.clone(), uses);
+                self.vacated.forget(Map::Hairpin, key);
+            } else if self.hairpins.remove(key).is_some() {
+                self.vacated.add(Map::Hairpin, key.clone());
+            }
         }
     }
 
