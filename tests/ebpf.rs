@@ -2,15 +2,21 @@
 
 use std::{
     io::{self, Read as _, Write as _},
+    iter,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    thread,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow, bail};
+use aya::maps::HashMap;
 use weir::{
     dataplane::{
-        Dataplane as _,
+        Dataplane as _, Error,
         ebpf::{Ebpf, Place},
     },
     model::{Family, ObjectName, PerFamily, Protocol},
@@ -114,14 +120,206 @@ fn the_programs_serve_the_sockets_of_their_cgroup_and_no_others() -> Result<()> 
                 Err(io::ErrorKind::ConnectionRefused),
                 "F4"
             );
-            for bound in [IpAddr::from(loopback(family))] {
-                let taken = TcpListener::bind((bound, 30080)).map(drop).map_err(|error| error.kind());
-                assert_eq!(taken, Err(io::ErrorKind::AddrInUse));
-            }
+            let taken = TcpListener::bind((loopback(family), 30080)).map(drop);
+            assert_eq!(taken.map_err(|error| error.kind()), Err(io::ErrorKind::AddrInUse));
             let apart = elsewhere.run(|| TcpStream::connect((service_ip(family), 80)).map(drop));
             assert!(apart.is_err(), "a process outside is none of the hooks' business");
         }
         assert_eq!(plane.troubles()?, vec![0; 4]);
+        plane.remove()?;
+        Ok(())
+    })
+}
+
+/// A number of Services that nobody asks for, numbered from `first` on.
+fn crowd(first: u32, count: u32) -> impl Iterator<Item = Arc<PortPlan>> {
+    (first..first + count).map(|number| {
+        let backend = Backend { address: Ipv4Addr::from(0x0af4_0000 + number).into(), port: 80, local: false };
+        Arc::new(PortPlan {
+            id: PortId {
+                service: ObjectName::new("crowd", &format!("service-{number:06}")),
+                port: "".into(),
+                protocol: Protocol::Tcp,
+                family: Family::V4,
+            },
+            cluster: vec![backend],
+            local: Vec::new(),
+            frontends: vec![FrontendPlan {
+                frontend: Frontend {
+                    destination: Destination::Address(Ipv4Addr::from(0x0a61_0000 + number).into()),
+                    protocol: Protocol::Tcp,
+                    port: 80,
+                },
+                route: Route::uniform(Treatment { target: Target::Cluster, masquerade: false }),
+                allowed_sources: None,
+            }],
+            affinity: None,
+            on_removal: Removal::Keep,
+            serving: Vec::new(),
+        })
+    })
+}
+
+fn come(ports: impl Iterator<Item = Arc<PortPlan>>) -> Delta {
+    let ports = ports.map(|port| PortDelta { before: None, after: Some(port) });
+    Delta { ports: ports.collect(), ..Delta::default() }
+}
+
+/// A plane whose programs serve the sockets of a namespace, and what they need.
+struct Rig {
+    inside: Namespace,
+    place: Place,
+    _cgroup: Cgroup,
+    _files: BpfFs,
+}
+
+impl Rig {
+    fn new() -> Result<Self> {
+        let cgroup = Cgroup::new("rig")?;
+        let files = BpfFs::new()?;
+        let place = Place { bpf_root: files.directory("weir")?, cgroup_root: cgroup.path().to_owned() };
+        Ok(Self { inside: Namespace::within(&cgroup, "rig")?, place, _cgroup: cgroup, _files: files })
+    }
+}
+
+#[test]
+fn maps_grow_while_sockets_go_on_being_served() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.inside.run(|| -> Result<()> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let server = listener.local_addr()?;
+        let mut plane = Ebpf::open(rig.place.clone(), true)?;
+        plane.apply(&complete(vec![sticky(port(Family::V4, Protocol::Tcp, &[server]))]))?;
+        let room = |plane: &Ebpf| plane.fill().iter().map(|fill| (fill.map, fill.room)).collect::<Vec<_>>();
+        let before = room(&plane);
+        let stop = AtomicBool::new(false);
+        thread::scope(|scope| -> Result<()> {
+            let accepting = scope.spawn(|| {
+                let mut accepted = 0;
+                while !stop.load(Relaxed) {
+                    accepted += u64::from(listener.accept().is_ok());
+                }
+                accepted
+            });
+            let connecting = scope.spawn(|| -> io::Result<u64> {
+                rig.inside.run(|| {
+                    let mut connected = 0;
+                    while !stop.load(Relaxed) {
+                        TcpStream::connect((service_ip(Family::V4), 80))?;
+                        connected += 1;
+                    }
+                    Ok(connected)
+                })
+            });
+            let mut grown = Ok(());
+            for step in 0..8 {
+                grown = grown.and_then(|()| plane.apply(&come(crowd(step * 1000, 1000))));
+            }
+            stop.store(true, Relaxed);
+            let connected = connecting.join().map_err(|_| anyhow!("the client died"))?;
+            TcpStream::connect(server)?;
+            let accepted = accepting.join().map_err(|_| anyhow!("the server died"))?;
+            grown?;
+            println!("{} connects while maps grew, {accepted} accepted", connected?);
+            Ok(())
+        })?;
+        for ((map, before), (_, after)) in before.into_iter().zip(room(&plane)) {
+            assert!(map == "members" || after > before, "{map} had room for {before} and has for {after}");
+        }
+        let state = plane.dump()?;
+        assert_eq!(state.frontends.len(), 8002);
+        // Another agent finds the large maps, and everything in them.
+        drop(plane);
+        let mut heir = Ebpf::open(rig.place.clone(), true)?;
+        assert_eq!(heir.dump()?, state);
+        let ports = iter::once(sticky(port(Family::V4, Protocol::Tcp, &[server]))).chain(crowd(0, 8000));
+        heir.apply(&complete(ports.collect()))?;
+        assert_eq!(heir.dump()?, state);
+        heir.remove()?;
+        Ok(())
+    })
+}
+
+fn sticky(port: Arc<PortPlan>) -> Arc<PortPlan> {
+    Arc::new(PortPlan { affinity: Some(3600), ..PortPlan::clone(&port) })
+}
+
+#[test]
+fn a_port_that_does_not_fit_is_named_and_the_others_are_served() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.inside.run(|| -> Result<()> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let mut plane = Ebpf::open(rig.place.clone(), true)?;
+        plane.apply(&complete(crowd(0, 10).collect()))?;
+        let mut writes = 0;
+        plane.fail_writes(Some(Box::new(move |map| {
+            writes += u32::from(map == "frontends");
+            map == "frontends" && writes == 2
+        })));
+        let before = plane.dump()?;
+        let served = port(Family::V4, Protocol::Tcp, &[listener.local_addr()?]);
+        let delta = come(crowd(10, 3).chain([served]));
+        let Err(Error::Ports(failed)) = plane.apply(&delta) else { bail!("nothing failed") };
+        let names: Vec<String> = failed.iter().map(|(id, _)| id.service.to_string()).collect();
+        assert_eq!(names, ["crowd/service-000011"]);
+        let frontends = plane.dump()?.frontends;
+        assert_eq!(frontends.len(), before.frontends.len() + 4);
+        TcpStream::connect((service_ip(Family::V4), 80)).context("the port that fits is served")?;
+        // And as soon as it fits it is there.
+        plane.fail_writes(None);
+        plane.apply(&come(crowd(11, 1)))?;
+        assert_eq!(plane.dump()?.frontends.len(), before.frontends.len() + 5);
+        plane.remove()?;
+        Ok(())
+    })
+}
+
+#[test]
+fn maps_of_another_layout_are_left_behind_once_the_new_ones_serve() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.inside.run(|| -> Result<()> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let foreign = rig.place.bpf_root.join("v4000000");
+        std::fs::create_dir(&foreign)?;
+        let map = HashMap::<_, u32, u32>::create(1, 0)?;
+        map.pin(foreign.join("frontends"))?;
+        let mut plane = Ebpf::open(rig.place.clone(), true)?;
+        assert!(foreign.exists(), "programs of that layout may still use it");
+        plane.apply(&complete(vec![port(Family::V4, Protocol::Tcp, &[listener.local_addr()?])]))?;
+        assert!(!foreign.exists());
+        TcpStream::connect((service_ip(Family::V4), 80))?;
+        plane.remove()?;
+        assert!(TcpStream::connect((service_ip(Family::V4), 80)).is_err(), "nothing serves any more");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_cluster_ip_that_the_host_has_is_left_to_packets_until_it_leaves() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.inside.run(|| -> Result<()> {
+        let backend = TcpListener::bind("127.0.0.1:0")?;
+        let ip = service_ip(Family::V4);
+        let port = port(Family::V4, Protocol::Tcp, &[backend.local_addr()?]);
+        let mut plane = Ebpf::open(rig.place.clone(), true)?;
+        plane.apply(&complete(vec![Arc::clone(&port)]))?;
+        // A DNS cache, say, that answers on the Service's address on every node.
+        rig.inside.ip(&[format!("addr add {ip} dev lo")])?;
+        let cache = TcpListener::bind((ip, 80))?;
+        let with = |addresses: Vec<IpAddr>| Arc::new(NodePlan { host_addresses: addresses, ..NodePlan::clone(&node()) });
+        let told = plane.apply(&Delta { node: Some(with(vec![ip])), ..Delta::default() });
+        assert!(told.is_err_and(|error| error.to_string().contains("10.96.0.10")));
+        let anew = |addresses| Delta { node: Some(with(addresses)), ..complete(vec![Arc::clone(&port)]) };
+        plane.reread()?;
+        plane.apply(&anew(vec![ip]))?;
+        let reached = TcpStream::connect((ip, 80))?;
+        assert_eq!(cache.accept()?.1, reached.local_addr()?);
+        let told = plane.apply(&Delta { node: Some(with(Vec::new())), ..Delta::default() });
+        assert!(told.is_err(), "its frontends have to be written again");
+        plane.reread()?;
+        plane.apply(&anew(Vec::new()))?;
+        let reached = TcpStream::connect((ip, 80))?;
+        assert_eq!(backend.accept()?.1, reached.local_addr()?);
         plane.remove()?;
         Ok(())
     })
