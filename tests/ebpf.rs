@@ -134,7 +134,8 @@ fn the_programs_serve_the_sockets_of_their_cgroup_and_no_others() -> Result<()> 
 /// A number of Services that nobody asks for, numbered from `first` on.
 fn crowd(first: u32, count: u32) -> impl Iterator<Item = Arc<PortPlan>> {
     (first..first + count).map(|number| {
-        let backend = Backend { address: Ipv4Addr::from(0x0af4_0000 + number).into(), port: 80, local: false };
+        let backend =
+            Backend { address: Ipv4Addr::from(0x0af4_0000 + number).into(), port: 80, local: false };
         Arc::new(PortPlan {
             id: PortId {
                 service: ObjectName::new("crowd", &format!("service-{number:06}")),
@@ -306,7 +307,9 @@ fn a_cluster_ip_that_the_host_has_is_left_to_packets_until_it_leaves() -> Result
         // A DNS cache, say, that answers on the Service's address on every node.
         rig.inside.ip(&[format!("addr add {ip} dev lo")])?;
         let cache = TcpListener::bind((ip, 80))?;
-        let with = |addresses: Vec<IpAddr>| Arc::new(NodePlan { host_addresses: addresses, ..NodePlan::clone(&node()) });
+        let with = |addresses: Vec<IpAddr>| {
+            Arc::new(NodePlan { host_addresses: addresses, ..NodePlan::clone(&node()) })
+        };
         let told = plane.apply(&Delta { node: Some(with(vec![ip])), ..Delta::default() });
         assert!(told.is_err_and(|error| error.to_string().contains("10.96.0.10")));
         let anew = |addresses| Delta { node: Some(with(addresses)), ..complete(vec![Arc::clone(&port)]) };

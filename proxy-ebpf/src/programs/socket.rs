@@ -166,19 +166,18 @@ fn is_bypassed() -> bool {
 /// leave that namespace, so no proxy on the node would see it.
 #[inline(always)]
 pub(super) fn is_at_home(context: &SockAddrContext, protocol: u32, to: &Endpoint) -> bool {
-    // SAFETY: integers only, for which zero is a value.
-    let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
-    let v4 = is_v4(&to.address);
-    let size = if v4 {
-        tuple.__bindgen_anon_1.ipv4 = Ipv4Tuple { saddr: 0, daddr: to.address[3], sport: 0, dport: to.port };
-        size_of::<Ipv4Tuple>() as u32
+    // Nothing is zeroed, because that becomes a call of `memset`, byte by byte. The source is nobody's: no socket is
+    // connected to port 0, and listening ones are found without it.
+    let (v4, v6);
+    let (tuple, size): (*const u32, usize) = if is_v4(&to.address) {
+        v4 = Ipv4Tuple { saddr: 0, daddr: to.address[3], sport: 0, dport: to.port };
+        ((&raw const v4).cast(), size_of::<Ipv4Tuple>())
     } else {
-        tuple.__bindgen_anon_1.ipv6 =
-            Ipv6Tuple { saddr: [0; 4], daddr: to.address, sport: 0, dport: to.port };
-        size_of::<Ipv6Tuple>() as u32
+        v6 = Ipv6Tuple { saddr: to.address, daddr: to.address, sport: 0, dport: to.port };
+        ((&raw const v6).cast(), size_of::<Ipv6Tuple>())
     };
     const OWN_NAMESPACE: u64 = u64::MAX;
-    let (context, tuple) = (context.as_ptr(), &raw mut tuple);
+    let (context, tuple, size) = (context.as_ptr(), tuple.cast_mut().cast::<bpf_sock_tuple>(), size as u32);
     // SAFETY: the context is the hook's, the tuple is as long as is said, and a socket that is found is given back below.
     unsafe {
         let found = match protocol {
@@ -189,7 +188,7 @@ pub(super) fn is_at_home(context: &SockAddrContext, protocol: u32, to: &Endpoint
             return false;
         }
         // Volatile, because the verifier accepts single words of a socket's address only.
-        let bound = if v4 {
+        let bound = if is_v4(&to.address) {
             (&raw const (*found).src_ip4).read_volatile() == to.address[3]
         } else {
             (&raw const (*found).src_ip6[0]).read_volatile() == to.address[0]
