@@ -296,6 +296,17 @@ fn maps_of_another_layout_are_left_behind_once_the_new_ones_serve() -> Result<()
 }
 
 #[test]
+fn a_map_of_another_layout_under_our_name_is_refused_by_name() -> Result<()> {
+    let rig = Rig::new()?;
+    std::fs::create_dir(rig.place.maps())?;
+    HashMap::<_, u32, u32>::create(1, 0)?.pin(rig.place.maps().join("frontends"))?;
+    let Err(problem) = Ebpf::open(rig.place.clone(), true) else { bail!("it was opened") };
+    let text = problem.to_string();
+    assert!(text.contains("v1/frontends is of another layout"), "{text}");
+    Ok(())
+}
+
+#[test]
 fn a_cluster_ip_that_the_host_has_is_left_to_packets_until_it_leaves() -> Result<()> {
     let rig = Rig::new()?;
     rig.inside.run(|| -> Result<()> {

@@ -18,12 +18,15 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::MapData,
+    maps::{MapData, MapInfo},
     programs::{
         CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, ProgramError, ProgramFd, links::FdLink,
     },
 };
-use proxy_ebpf::{LAYOUT_VERSION, Settings, system};
+use proxy_ebpf::{
+    Affinity, AffinityKey, Endpoint, Flows, FrontendKey, FrontendValue, LAYOUT_VERSION, MemberKey, Origin,
+    Settings, Tally, system,
+};
 use tracing::debug;
 
 use super::{
@@ -191,6 +194,7 @@ impl Object {
                 *size = found;
             }
         }
+        check_layout(&place)?;
         let (ebpf, maps) = load(&place, &sizes, set_retval, &[])?;
         Ok(Self { place, ebpf, maps, sizes, set_retval, attached: false })
     }
@@ -316,15 +320,46 @@ fn load(
 
 /// How many elements the map pinned at a path has room for, if there is one.
 fn room(path: &Path) -> Result<Option<u32>, Problem> {
+    Ok(pinned(path)?.map(|info| info.max_entries()))
+}
+
+fn pinned(path: &Path) -> Result<Option<MapInfo>, Problem> {
+    let failed = |error| Problem::file("opening the map pinned at", path, io::Error::other(error));
     match MapData::from_pin(path) {
-        Ok(map) => {
-            let info = map.info().map_err(|error| Problem::map("pinned", error))?;
-            Ok(Some(info.max_entries()))
-        }
+        Ok(map) => map.info().map(Some).map_err(failed),
         Err(error) if is_missing(&error) => Ok(None),
-        Err(error) => Err(Problem::map("pinned", error)),
+        Err(error) => Err(failed(error)),
     }
 }
+
+/// Refuses maps that are not as this layout has them: somebody else's, or those of a version that forgot to say that its
+/// layout is another.
+fn check_layout(place: &Place) -> Result<(), Problem> {
+    for (name, key, value) in SHAPES {
+        let path = place.map(name);
+        let Some(info) = pinned(&path)? else { continue };
+        let found = [info.key_size(), info.value_size()];
+        let expected = [key, value].map(|size| u32::try_from(size).unwrap_or(u32::MAX));
+        if found != expected {
+            return Err(Problem::Layout { path, found, expected });
+        }
+    }
+    Ok(())
+}
+
+/// Bytes of every map's keys and values.
+const SHAPES: [(&str, usize, usize); 10] = [
+    ("frontends", size_of::<FrontendKey>(), size_of::<FrontendValue>()),
+    ("slots", size_of::<u32>(), size_of::<Endpoint>()),
+    ("members", size_of::<MemberKey>(), size_of::<u64>()),
+    ("affinities", size_of::<AffinityKey>(), size_of::<Affinity>()),
+    ("tallies", size_of::<u32>(), size_of::<Tally>()),
+    ("settings", size_of::<u32>(), size_of::<Settings>()),
+    ("troubles", size_of::<u32>(), size_of::<u64>()),
+    ("bypassed", size_of::<u64>(), size_of::<u32>()),
+    ("origins", size_of::<u32>(), size_of::<Origin>()),
+    ("flows", size_of::<u32>(), size_of::<Flows>()),
+];
 
 /// Removes a pin that may not be there.
 fn discard(path: &Path) -> Result<(), Problem> {

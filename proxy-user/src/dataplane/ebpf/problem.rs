@@ -35,6 +35,19 @@ pub enum Problem {
         /// Why.
         text: String,
     },
+    /// A pinned map is of another layout.
+    #[error(
+        "the map pinned at {} is of another layout: keys and values of {found:?} bytes, not {expected:?}; `weir cleanup` removes it",
+        .path.display()
+    )]
+    Layout {
+        /// The pin.
+        path: PathBuf,
+        /// Bytes of its keys and values.
+        found: [u32; 2],
+        /// What they should be.
+        expected: [u32; 2],
+    },
     /// A file cannot be used.
     #[error("{doing} {}: {error}", .path.display())]
     File {
