@@ -8,7 +8,7 @@
 
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, sync::Arc};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use tokio::sync::{mpsc, watch};
 
 use crate::{
@@ -106,6 +106,9 @@ async fn serve(config: Config, planes: Planes) -> anyhow::Result<()> {
     tokio::select! {
         name = signalled() => tracing::info!(signal = name?, "stopping; what is programmed stays in the kernel"),
         ended = servers => ended??,
+        () = sockets::removed(sockets) => {
+            bail!("somebody removed our kernel programs or their maps from the BPF file system; start the agent again")
+        }
     }
     stop.send_replace(true);
     let ended = tokio::task::spawn_blocking(move || engine.join()).await?;
@@ -161,7 +164,7 @@ async fn start_source(
 
 fn manifest_source(config: &Config) -> anyhow::Result<ManifestSource> {
     let SourceConfig::Manifests { dir, service_ranges, status_file } = &config.source else {
-        anyhow::bail!("this needs `--source manifests:DIR`");
+        bail!("this needs `--source manifests:DIR`");
     };
     let mut source = ManifestSource::new(dir, &config.model.node_name);
     if !service_ranges.is_empty() {

@@ -15,7 +15,7 @@ use tokio::sync::watch;
 
 use crate::{
     dataplane::{
-        ebpf::{BypassCensus, forget_clients as forget},
+        ebpf::{BypassCensus, Place, forget_clients as forget},
         sockets::{Sockets, Suspects},
     },
     observe::Metrics,
@@ -83,6 +83,23 @@ pub(super) fn watch_troubles(maps: &Path, metrics: &Metrics) -> anyhow::Result<(
         }
     });
     Ok(())
+}
+
+/// Ends when somebody has removed the pins of programs or maps that were there, as `weir cleanup` does. Without its links a
+/// program is detached, and everything beside the plane holds maps that no program reads; packets serve meanwhile, and
+/// whoever starts the agent again gets new ones.
+pub(super) async fn removed(place: Option<Place>) {
+    let Some(place) = place else { return std::future::pending().await };
+    let mut interval = tokio::time::interval(LOOK);
+    let mut was_in_use = false;
+    loop {
+        interval.tick().await;
+        let in_use = place.is_in_use();
+        if was_in_use && !in_use {
+            return;
+        }
+        was_in_use = in_use;
+    }
 }
 
 /// Removes sticky clients whose time is over, so that they do not fill the map.

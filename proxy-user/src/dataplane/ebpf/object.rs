@@ -121,6 +121,12 @@ impl Place {
         self.bpf_root.join(format!("link-{program}"))
     }
 
+    /// Whether there are links of programs, and the maps of this layout.
+    #[must_use]
+    pub fn is_in_use(&self) -> bool {
+        self.link("connect4").exists() && self.map("frontends").exists()
+    }
+
     /// Takes the programs away, then the maps. Nothing there is fine.
     ///
     /// # Errors
