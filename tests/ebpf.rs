@@ -122,6 +122,13 @@ fn the_programs_serve_the_sockets_of_their_cgroup_and_no_others() -> Result<()> 
             );
             let taken = TcpListener::bind((loopback(family), 30080)).map(drop);
             assert_eq!(taken.map_err(|error| error.kind()), Err(io::ErrorKind::AddrInUse));
+            let tallies = plane.tallies()?;
+            let counted = |protocol| {
+                let mut ports = tallies.iter().filter(|(id, _)| (id.family, id.protocol) == (family, protocol));
+                ports.next().map(|(_, tally)| (tally.served, tally.refused))
+            };
+            assert_eq!(counted(Protocol::Tcp), Some((2, 0)), "two connections");
+            assert_eq!(counted(Protocol::Udp), Some((4, 0)), "two flows and two connected sockets");
             let apart = elsewhere.run(|| TcpStream::connect((service_ip(family), 80)).map(drop));
             assert!(apart.is_err(), "a process outside is none of the hooks' business");
         }
