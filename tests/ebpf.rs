@@ -17,7 +17,8 @@ use aya::maps::HashMap;
 use weir::{
     dataplane::{
         Dataplane as _, Error,
-        ebpf::{Ebpf, Place},
+        ebpf::{Ebpf, Place, Problem},
+        probe::Probe,
     },
     model::{Family, ObjectName, PerFamily, Protocol},
     plan::{
@@ -96,7 +97,7 @@ fn the_programs_serve_the_sockets_of_their_cgroup_and_no_others() -> Result<()> 
     let files = BpfFs::new()?;
     let place = Place { bpf_root: files.directory("weir")?, cgroup_root: inside.path().to_owned() };
     here.run(|| -> Result<()> {
-        let mut plane = Ebpf::open(place, true)?;
+        let mut plane = open(&place)?;
         for family in Family::ALL {
             let listener = TcpListener::bind((loopback(family), 0))?;
             let datagrams = UdpSocket::bind((loopback(family), 0))?;
@@ -173,6 +174,12 @@ fn come(ports: impl Iterator<Item = Arc<PortPlan>>) -> Delta {
     Delta { ports: ports.collect(), ..Delta::default() }
 }
 
+/// The plane as an agent opens it on this kernel.
+fn open(place: &Place) -> Result<Ebpf, Problem> {
+    let probe = Probe::of(&place.cgroup_root, &place.bpf_root);
+    Ebpf::open(place.clone(), probe.set_retval)
+}
+
 /// A plane whose programs serve the sockets of a namespace, and what they need.
 struct Rig {
     inside: Namespace,
@@ -196,7 +203,7 @@ fn maps_grow_while_sockets_go_on_being_served() -> Result<()> {
     rig.inside.run(|| -> Result<()> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let server = listener.local_addr()?;
-        let mut plane = Ebpf::open(rig.place.clone(), true)?;
+        let mut plane = open(&rig.place)?;
         plane.apply(&complete(vec![sticky(port(Family::V4, Protocol::Tcp, &[server]))]))?;
         let room = |plane: &Ebpf| plane.fill().iter().map(|fill| (fill.map, fill.room)).collect::<Vec<_>>();
         let before = room(&plane);
@@ -238,7 +245,7 @@ fn maps_grow_while_sockets_go_on_being_served() -> Result<()> {
         assert_eq!(state.frontends.len(), 8002);
         // Another agent finds the large maps, and everything in them.
         drop(plane);
-        let mut heir = Ebpf::open(rig.place.clone(), true)?;
+        let mut heir = open(&rig.place)?;
         assert_eq!(heir.dump()?, state);
         let ports = iter::once(sticky(port(Family::V4, Protocol::Tcp, &[server]))).chain(crowd(0, 8000));
         heir.apply(&complete(ports.collect()))?;
@@ -257,7 +264,7 @@ fn a_port_that_does_not_fit_is_named_and_the_others_are_served() -> Result<()> {
     let rig = Rig::new()?;
     rig.inside.run(|| -> Result<()> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
-        let mut plane = Ebpf::open(rig.place.clone(), true)?;
+        let mut plane = open(&rig.place)?;
         plane.apply(&complete(crowd(0, 10).collect()))?;
         let mut writes = 0;
         plane.fail_writes(Some(Box::new(move |map| {
@@ -291,7 +298,7 @@ fn maps_of_another_layout_are_left_behind_once_the_new_ones_serve() -> Result<()
         std::fs::create_dir(&foreign)?;
         let map = HashMap::<_, u32, u32>::create(1, 0)?;
         map.pin(foreign.join("frontends"))?;
-        let mut plane = Ebpf::open(rig.place.clone(), true)?;
+        let mut plane = open(&rig.place)?;
         assert!(foreign.exists(), "programs of that layout may still use it");
         plane.apply(&complete(vec![port(Family::V4, Protocol::Tcp, &[listener.local_addr()?])]))?;
         assert!(!foreign.exists());
@@ -307,7 +314,7 @@ fn a_map_of_another_layout_under_our_name_is_refused_by_name() -> Result<()> {
     let rig = Rig::new()?;
     std::fs::create_dir(rig.place.maps())?;
     HashMap::<_, u32, u32>::create(1, 0)?.pin(rig.place.maps().join("frontends"))?;
-    let Err(problem) = Ebpf::open(rig.place.clone(), true) else { bail!("it was opened") };
+    let Err(problem) = open(&rig.place) else { bail!("it was opened") };
     let text = problem.to_string();
     assert!(text.contains("v1/frontends is of another layout"), "{text}");
     Ok(())
@@ -320,7 +327,7 @@ fn a_cluster_ip_that_the_host_has_is_left_to_packets_until_it_leaves() -> Result
         let backend = TcpListener::bind("127.0.0.1:0")?;
         let ip = service_ip(Family::V4);
         let port = port(Family::V4, Protocol::Tcp, &[backend.local_addr()?]);
-        let mut plane = Ebpf::open(rig.place.clone(), true)?;
+        let mut plane = open(&rig.place)?;
         plane.apply(&complete(vec![Arc::clone(&port)]))?;
         // A DNS cache, say, that answers on the Service's address on every node.
         rig.inside.ip(&[format!("addr add {ip} dev lo")])?;
