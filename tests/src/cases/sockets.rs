@@ -200,7 +200,8 @@ fn own_address(scene: &Scene<'_>, own: bool) -> Result<()> {
         let act = if own { "replace" } else { "del" };
         pod.ip(&[format!("addr {act} {address} dev lo {at_once}")])?;
         // The kernel makes the route of an IPv6 address a moment after the address: until then it is spoken to outside.
-        let is_own = || pod.stdout("ip", &["route", "get", &address.to_string()]).map(|to| to.contains("local "));
+        let is_own =
+            || pod.stdout("ip", &["route", "get", &address.to_string()]).map(|to| to.contains("local "));
         await_that("the pod has the route to its address", || is_own().is_ok_and(|is| is == own));
     }
     Ok(())
