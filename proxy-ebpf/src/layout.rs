@@ -124,6 +124,13 @@ pub mod set {
     pub const fn number(port: u32, kind: u32) -> u32 {
         port << 2 | kind
     }
+
+    /// The port of a set's number.
+    #[must_use]
+    #[inline(always)]
+    pub const fn port(set: u32) -> u32 {
+        set >> 2
+    }
 }
 
 /// [`Choice::verdict`]: what happens to a new flow.

@@ -44,6 +44,26 @@ impl<D: Dataplane> Agent<D> {
         self.from_scratch = true;
     }
 
+    /// Starts over with the data plane as it is, like a new process that knows nothing yet.
+    ///
+    /// # Errors
+    ///
+    /// When the data plane cannot be read.
+    pub fn forget(&mut self, settings: Settings) -> Result<(), Error> {
+        (self.model, self.planner) = (Model::new(settings), Planner::default());
+        self.reread()
+    }
+
+    /// Has the data plane read, and everything compared with it next time.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be read.
+    pub fn reread(&mut self) -> Result<(), Error> {
+        self.from_scratch = true;
+        self.plane.reread()
+    }
+
     /// Tries once to make the data plane hold what is known.
     ///
     /// # Errors
@@ -65,10 +85,14 @@ impl<D: Dataplane> Agent<D> {
             _ => false,
         };
         if !repairable {
-            self.plane.reread()?;
-            self.from_scratch = true;
+            self.reread()?;
         }
         Err(error)
+    }
+
+    /// Whether nothing is left to be told since it was last asked for.
+    pub fn is_up_to_date(&mut self) -> bool {
+        !self.from_scratch && self.planner.take_delta().is_empty()
     }
 
     /// The data plane.

@@ -20,6 +20,7 @@ use super::*;
 use crate::{
     objects::{Slice, pod, service, slice},
     traffic::{Call, Datagrams, Flow, Outcome, PATIENCE, ask, bound},
+    wait::await_that,
 };
 
 const INSIDE: [Place; 2] = [POD12, HOST];
@@ -54,10 +55,10 @@ pub(super) fn cases() -> Vec<Case> {
         // A packet to an address of its own does not leave a pod.
         case("R1", "a pod that listens on a Service's address speaks to itself", service([pod(1, 1)]))
             .over(&streams_and_datagrams)
-            .step(Step::Run("give the pod the address", |scene| own_address(scene, "replace")))
+            .step(Step::Run("give the pod the address", |scene| own_address(scene, true)))
             .step(Step::Run("listen there and ask", speaks_to_itself))
             .check(POD21, CLUSTER, any(&[POD11]))
-            .step(Step::Run("take the address away", |scene| own_address(scene, "del")))
+            .step(Step::Run("take the address away", |scene| own_address(scene, false)))
             .check(POD22, CLUSTER, any(&[POD11])),
     ]
 }
@@ -192,11 +193,16 @@ fn answered_on_node_port(scene: &Scene<'_>) -> Result<()> {
 }
 
 /// Gives the pod the Service's address, or takes it away; the scenes of both transports share it.
-fn own_address(scene: &Scene<'_>, act: &str) -> Result<()> {
+fn own_address(scene: &Scene<'_>, own: bool) -> Result<()> {
     if scene.transport() == Transport::Tcp {
-        let address = scene.address(CLUSTER).ip();
+        let (address, pod) = (scene.address(CLUSTER).ip(), scene.namespace(POD22));
         let at_once = if address.is_ipv6() { "nodad" } else { "" };
-        scene.namespace(POD22).ip(&[format!("addr {act} {address} dev lo {at_once}")])?;
+        let act = if own { "replace" } else { "del" };
+        pod.ip(&[format!("addr {act} {address} dev lo {at_once}")])?;
+        // The kernel makes the route of an IPv6 address a moment after the address: until then it is spoken to outside.
+        let is_own =
+            || pod.stdout("ip", &["route", "get", &address.to_string()]).map(|to| to.contains("local "));
+        await_that("the pod has the route to its address", || is_own().is_ok_and(|is| is == own));
     }
     Ok(())
 }

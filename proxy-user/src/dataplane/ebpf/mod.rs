@@ -133,6 +133,8 @@ impl Dataplane for Ebpf {
     }
 
     fn reread(&mut self) -> Result<(), Error> {
+        // What rested is forgotten, and free.
+        stage::settle();
         Ok(self.read()?)
     }
 

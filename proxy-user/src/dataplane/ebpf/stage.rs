@@ -11,7 +11,7 @@ use super::{
     element::{self, Set, Site},
     found::Found,
     numbers::Numbers,
-    slots::{Range, Slots},
+    slots::Slots,
 };
 use crate::plan::{PortDelta, PortId, PortPlan};
 
@@ -39,11 +39,10 @@ pub(super) struct Ground {
 impl Ground {
     /// As the maps are.
     pub(super) fn of(found: Found) -> Self {
-        let ranges = apart(found.ranges().collect());
         Self {
             ports: FxHashMap::default(),
-            numbers: Numbers::with_taken(found.ports()),
-            slots: Slots::with_taken(ranges),
+            numbers: Numbers::with_taken(found.unclaimed_numbers().into_iter()),
+            slots: Slots::with_taken(found.taken()),
             found: Some(found),
         }
     }
@@ -57,7 +56,7 @@ impl Ground {
             return Some(Step { id, before, after: None, fresh: Vec::new(), is_new: false });
         };
         let adopted =
-            if known.is_none() { self.found.as_mut().and_then(|found| found.site(&plan)) } else { None };
+            if known.is_none() { self.found.as_mut().and_then(|found| found.claim(&plan)) } else { None };
         let sticky = plan.affinity.is_some();
         let is_new = known.is_none() && adopted.is_none();
         let had = known.or(adopted);
@@ -111,46 +110,17 @@ impl Ground {
     /// Gives back what nobody claimed of what was found. Returns it, to be deleted.
     pub(super) fn leftovers(&mut self, now: Instant) -> Option<Found> {
         let found = self.found.take()?;
-        let kept: FxHashSet<u32> = self
-            .ports
-            .values()
-            .flat_map(|site| Set::ALL.map(|set| site.range(set)))
-            .filter(|range| range.count > 0)
-            .map(|range| range.first)
-            .collect();
-        let free = apart(found.ranges().collect());
-        free.into_iter()
-            .filter(|range| !kept.contains(&range.first))
-            .for_each(|range| self.slots.give_back(range, now));
-        let used: FxHashSet<u32> = self.ports.values().map(|site| site.port).collect();
-        let mut numbers: Vec<u32> = found.ports().filter(|port| !used.contains(port)).collect();
-        numbers.sort_unstable();
-        numbers.dedup();
-        numbers.into_iter().for_each(|number| self.numbers.give_back(number));
+        found.unclaimed_ranges().into_iter().for_each(|range| self.slots.give_back(range, now));
+        found.unclaimed_numbers().into_iter().for_each(|number| self.numbers.give_back(number));
         Some(found)
     }
 }
 
 /// Waits for the programs that run. Where the kernel cannot, the time a range rested has to do.
-fn settle() {
+pub(super) fn settle() {
     if let Err(error) = system::wait_for_programs() {
         tracing::debug!(%error, "cannot wait for programs");
     }
-}
-
-/// The ranges, each once. Of ranges that overlap, which nobody of us writes, the later ones are left out for good.
-fn apart(mut ranges: Vec<Range>) -> Vec<Range> {
-    ranges.retain(|range| range.count > 0);
-    ranges.sort_unstable_by_key(|range| (range.first, range.count));
-    let mut end = 0;
-    ranges.retain(|range| {
-        let fits = range.first >= end;
-        if fits {
-            end = range.first.saturating_add(range.count);
-        }
-        fits
-    });
-    ranges
 }
 
 impl Step {

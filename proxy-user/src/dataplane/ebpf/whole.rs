@@ -32,6 +32,8 @@ pub(super) struct Whole {
     moved: Option<IpAddr>,
     /// Addresses of the node that serve no longer.
     gone: Vec<IpAddr>,
+    /// ClusterIPs that are not written, because a frontend there could not be.
+    withheld: BTreeSet<IpAddr>,
     host: Vec<IpAddr>,
 }
 
@@ -58,7 +60,8 @@ impl Whole {
             }
         }
         let left = self.at_home.iter().find(|ip| self.host.binary_search(ip).is_err()).copied();
-        self.moved = self.moved.or(left);
+        let came = self.withheld.iter().find(|ip| self.host.binary_search(ip).is_ok()).copied();
+        self.moved = self.moved.or(left).or(came);
         self.at_home_on_wire = self.at_home.iter().map(|ip| wire(*ip)).collect();
     }
 
@@ -96,9 +99,24 @@ impl Whole {
         apart.then(|| entry(ip, flag::CLUSTER_IP | self.node.get(&ip).copied().unwrap_or(0)))
     }
 
-    /// Whether an address is one that serves NodePorts.
-    pub(super) fn is_node(&self, address: &IpAddr) -> bool {
-        self.node.contains_key(address)
+    /// What is written for an address if it is one of the node's that serve NodePorts.
+    pub(super) fn of_node_address(&self, address: &IpAddr) -> Option<(FrontendKey, FrontendValue)> {
+        self.node.get(address).map(|flags| entry(*address, *flags))
+    }
+
+    /// Tells that a ClusterIP is not written for now.
+    pub(super) fn withhold(&mut self, ip: IpAddr) {
+        self.withheld.insert(ip);
+    }
+
+    /// Tells that an address is no ClusterIP, written or not.
+    pub(super) fn unhold(&mut self, ip: &IpAddr) {
+        self.withheld.remove(ip);
+    }
+
+    /// ClusterIPs that are yet to be written.
+    pub(super) fn take_withheld(&mut self) -> BTreeSet<IpAddr> {
+        std::mem::take(&mut self.withheld)
     }
 
     /// Fails when a ClusterIP moved, so that everything is written anew.

@@ -2,9 +2,9 @@
 //!
 //! In: [`Step`]s. Out: maps that say so, or as they were for the ports that failed.
 
-use std::time::Instant;
+use std::{net::IpAddr, time::Instant};
 
-use proxy_ebpf::{FrontendKey, FrontendValue, MemberKey, flag};
+use proxy_ebpf::{Address, Endpoint, FrontendKey, FrontendValue, MemberKey, flag};
 use rustc_hash::FxHashSet;
 
 use super::{
@@ -20,8 +20,14 @@ use crate::plan::{ClusterIpDelta, Delta, PortId, PortPlan};
 /// What each sticky service port has room for: the clients are the pods of this node, and its host.
 const CLIENTS: u32 = 512;
 
-/// Frontends as they were before a step, to go back to.
-type Undo = Vec<(FrontendKey, Option<FrontendValue>)>;
+/// What a step changed, to go back.
+#[derive(Default)]
+struct Undo {
+    /// Frontends as they were.
+    frontends: Vec<(FrontendKey, Option<FrontendValue>)>,
+    /// Members that came.
+    members: Vec<MemberKey>,
+}
 
 impl Ebpf {
     /// Makes the maps large enough. If the kernel has no memory for that, what does not fit fails by itself.
@@ -78,22 +84,26 @@ impl Ebpf {
             moved.extend(taken.filter_map(|(key, _)| released.take(&key)));
         }
         let joined = monotonic();
-        let mut failed = Vec::new();
+        let (mut failed, mut lacking) = (Vec::new(), FxHashSet::default());
         let mut done = Vec::with_capacity(steps.len());
         for step in steps {
-            let Err(problem) = self.publish(step, joined, &is_theirs) else {
+            let Some(problem) = self.publish(step, joined, &is_theirs)? else {
                 done.push(step);
                 continue;
             };
             self.ground.undo(step, now);
             failed.push((step.id.clone(), problem.to_string()));
+            let wanted = || step.wanted(&is_theirs).map(|(key, _)| key);
             // What the port has it keeps; what it should have had from another port nobody has.
-            released.extend(step.wanted(&is_theirs).map(|(key, _)| key).filter(|key| moved.contains(key)));
-            for (key, _) in step.had(&is_theirs) {
-                released.remove(&key);
+            released.extend(wanted().filter(|key| moved.contains(key)));
+            let had: FxHashSet<FrontendKey> = step.had(&is_theirs).map(|(key, _)| key).collect();
+            released.retain(|key| !had.contains(key));
+            lacking.extend(wanted().filter(|key| !had.contains(key)).map(|key| key.address));
+            if let (Some(found), Some((_, site))) = (&mut self.ground.found, &step.after) {
+                found.spare(wanted(), site.port);
             }
         }
-        self.write_addresses(delta)?;
+        self.write_addresses(delta, &lacking)?;
         for key in released {
             self.remove_frontend(&key)?;
         }
@@ -104,25 +114,24 @@ impl Ebpf {
         Ok(failed)
     }
 
-    /// Members, slots, then frontends.
+    /// Members, slots, then frontends. Returns why it failed; then the port is as it was. After an error it may not be.
     fn publish(
         &mut self,
         step: &Step,
         joined: u64,
         is_theirs: &dyn Fn(&FrontendKey) -> bool,
-    ) -> Result<(), Problem> {
-        let Some((plan, site)) = &step.after else { return Ok(()) };
-        let mut undo = Undo::new();
-        let published = self.publish_backends(step, joined, plan, site);
+    ) -> Result<Option<Problem>, Problem> {
+        let Some((plan, site)) = &step.after else { return Ok(None) };
+        let mut undo = Undo::default();
+        let published = self.publish_backends(step, joined, (plan, site), &mut undo);
         match published.and_then(|()| self.write_frontends(step, is_theirs, &mut undo)) {
             Ok(()) => {
                 self.used.sticky += u32::from(site.sticky);
-                Ok(())
+                Ok(None)
             }
             Err(problem) => {
                 self.take_back(undo)?;
-                self.remove_members(step.wanted_members(), &step.had_members())?;
-                Err(problem)
+                Ok(Some(problem))
             }
         }
     }
@@ -131,8 +140,8 @@ impl Ebpf {
         &mut self,
         step: &Step,
         joined: u64,
-        plan: &PortPlan,
-        site: &Site,
+        (plan, site): (&PortPlan, &Site),
+        undo: &mut Undo,
     ) -> Result<(), Problem> {
         if step.is_new {
             self.object.maps.reset_tally(site.port)?;
@@ -145,6 +154,7 @@ impl Ebpf {
             }
             self.object.maps.set_member(&member, joined)?;
             self.used.members += 1;
+            undo.members.push(member);
         }
         step.fresh.iter().try_for_each(|set| self.write_slots(*set, plan, site.range(*set).first))
     }
@@ -170,7 +180,7 @@ impl Ebpf {
             };
             if known != Some(value) {
                 self.insert_frontend(key, value, known.is_none())?;
-                undo.push((key, known));
+                undo.frontends.push((key, known));
             }
         }
         Ok(())
@@ -185,13 +195,13 @@ impl Ebpf {
     }
 
     fn take_back(&mut self, undo: Undo) -> Result<(), Problem> {
-        for (key, known) in undo.into_iter().rev() {
+        for (key, known) in undo.frontends.into_iter().rev() {
             match known {
                 Some(value) => self.insert_frontend(key, value, false)?,
                 None => self.remove_frontend(&key)?,
             }
         }
-        Ok(())
+        self.remove_members(undo.members)
     }
 
     fn remove_frontend(&mut self, key: &FrontendKey) -> Result<(), Problem> {
@@ -203,19 +213,16 @@ impl Ebpf {
 
     /// Takes away what nobody is led to any more.
     fn retire(&mut self, step: &Step) -> Result<(), Problem> {
-        self.remove_members(step.had_members(), &step.wanted_members())?;
+        let wanted = step.wanted_members();
+        self.remove_members(step.had_members().into_iter().filter(|member| !wanted.contains(member)))?;
         if let Some((_, site)) = &step.before {
             self.used.sticky = self.used.sticky.saturating_sub(u32::from(site.sticky));
         }
         Ok(())
     }
 
-    fn remove_members(
-        &mut self,
-        members: FxHashSet<MemberKey>,
-        but: &FxHashSet<MemberKey>,
-    ) -> Result<(), Problem> {
-        for member in members.into_iter().filter(|member| !but.contains(member)) {
+    fn remove_members(&mut self, members: impl IntoIterator<Item = MemberKey>) -> Result<(), Problem> {
+        for member in members {
             if self.object.maps.remove_member(&member)? {
                 self.used.members = self.used.members.saturating_sub(1);
             }
@@ -224,7 +231,9 @@ impl Ebpf {
     }
 
     /// ClusterIPs and the node's addresses as a whole: after the frontends of those that come, before those that go.
-    fn write_addresses(&mut self, delta: &Delta) -> Result<(), Problem> {
+    /// An address that is `lacking` frontends is left to the packets for now, or else sockets would refuse what the
+    /// packets serve.
+    fn write_addresses(&mut self, delta: &Delta, lacking: &FxHashSet<Address>) -> Result<(), Problem> {
         if delta.node.is_some() || delta.complete {
             for ip in self.whole.host().to_vec() {
                 let known = self.object.maps.frontend(&FrontendKey::whole(ip));
@@ -241,18 +250,44 @@ impl Ebpf {
                 self.remove_frontend(&FrontendKey::whole(address))?;
             }
         }
+        for ip in self.whole.take_withheld() {
+            self.write_cluster_ip(ip, lacking)?;
+        }
+        for address in lacking {
+            let ip = Endpoint { address: *address, ..Endpoint::default() }.ip();
+            let known = self.object.maps.frontend(&FrontendKey::whole(ip));
+            if known.is_some_and(|known| known.flags & flag::CLUSTER_IP != 0) {
+                self.write_cluster_ip(ip, lacking)?;
+            }
+        }
         for change in &delta.cluster_ips {
             match *change {
-                ClusterIpDelta::Add(ip) => {
-                    if let Some((key, value)) = self.whole.of_cluster_ip(ip) {
-                        self.write_whole(key, value)?;
-                    }
-                }
-                ClusterIpDelta::Remove(ip) if self.whole.is_node(&ip) => {}
-                ClusterIpDelta::Remove(ip) => self.remove_frontend(&FrontendKey::whole(ip))?,
+                ClusterIpDelta::Add(ip) => self.write_cluster_ip(ip, lacking)?,
+                ClusterIpDelta::Remove(ip) => self.remove_cluster_ip(ip)?,
             }
         }
         Ok(())
+    }
+
+    fn write_cluster_ip(&mut self, ip: IpAddr, lacking: &FxHashSet<Address>) -> Result<(), Problem> {
+        match self.whole.of_cluster_ip(ip) {
+            Some((key, _)) if lacking.contains(&key.address) => {
+                self.remove_cluster_ip(ip)?;
+                self.whole.withhold(ip);
+                Ok(())
+            }
+            Some((key, value)) => self.write_whole(key, value),
+            None => Ok(()),
+        }
+    }
+
+    fn remove_cluster_ip(&mut self, ip: IpAddr) -> Result<(), Problem> {
+        self.whole.unhold(&ip);
+        let key = FrontendKey::whole(ip);
+        match self.whole.of_node_address(&ip) {
+            Some((_, value)) => self.write_whole(key, value),
+            None => self.remove_frontend(&key),
+        }
     }
 
     fn write_whole(&mut self, key: FrontendKey, value: FrontendValue) -> Result<(), Problem> {
@@ -263,9 +298,8 @@ impl Ebpf {
     /// Removes what a complete delta did not name.
     pub(super) fn remove_leftovers(&mut self, now: Instant) -> Result<(), Problem> {
         let Some(found) = self.ground.leftovers(now) else { return Ok(()) };
-        for key in found.frontends.keys() {
-            self.remove_frontend(key)?;
-        }
-        self.remove_members(found.members.into_keys().collect(), &FxHashSet::default())
+        let (frontends, members) = found.unclaimed();
+        frontends.iter().try_for_each(|key| self.remove_frontend(key))?;
+        self.remove_members(members)
     }
 }

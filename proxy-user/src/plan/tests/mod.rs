@@ -1,8 +1,7 @@
-//! The plan's rules, case by case, and what must hold for any history.
+//! The plan's rules, case by case.
 
 mod conflicts;
 mod endpoints;
-mod histories;
 mod matrix;
 mod node;
 mod planner;

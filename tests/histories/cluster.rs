@@ -1,24 +1,29 @@
-//! Random histories of a cluster, played to nftables and to memory: what the kernel holds is what was said, step by
-//! step, after a restart, after failures, and when everything is gone.
+//! What may happen to a cluster.
+//!
+//! In: chance. Out: steps, each of which is a change of one object or of the host's addresses. Names, addresses and ports
+//! come from few, so that they meet.
+
+use std::net::IpAddr;
 
 use proptest::prelude::*;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use weir::{
-    dataplane::{Dataplane, Faulty, Memory, State, nftables::Nftables},
-    model::{DetectLocal, NodePortSetting, ObjectName, PerFamily, Settings},
+    dataplane::Dataplane,
+    model::{DetectLocal, NodePortSetting, ObjectName, Settings},
     source::{Change, Kind, Object},
 };
-use weir_tests::{agent::Agent, netns::Namespace};
+use weir_tests::agent::Agent;
 
-/// One thing that happens. Names, addresses and ports come from few, so that they meet.
+/// One thing that happens.
 #[derive(Clone, Debug)]
-enum Step {
+pub(super) enum Step {
     Service { name: u8, created: u8, shape: u16 },
     NoService(u8),
     Slice { name: u8, service: u8, v6: bool, endpoints: Vec<u16> },
     NoSlice(u8),
     Node(u8),
+    Host(u8),
 }
 
 const SERVICES: u8 = 4;
@@ -33,12 +38,64 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(name, service, v6, endpoints)| Step::Slice { name, service, v6, endpoints }),
         1 => (0..SLICES).prop_map(Step::NoSlice),
         1 => (0..8_u8).prop_map(Step::Node),
+        1 => (0..8_u8).prop_map(Step::Host),
     ]
 }
 
 /// Steps, each with whether the data planes are told right after it.
-fn history() -> impl Strategy<Value = Vec<(Step, bool)>> {
+pub(super) fn history() -> impl Strategy<Value = Vec<(Step, bool)>> {
     proptest::collection::vec((step(), any::<bool>()), 1..40)
+}
+
+/// Pods are told by the Node's own networks, so that there is a way to tell them in some states and none in others.
+pub(super) fn settings() -> Settings {
+    Settings {
+        node_name: "node-a".to_owned(),
+        detect_local: DetectLocal::NodeCidr,
+        node_port_addresses: NodePortSetting::Primary,
+        ..Settings::default()
+    }
+}
+
+/// What is left of a history in the end, in another order.
+pub(super) fn summary(history: &[(Step, bool)]) -> Vec<&Step> {
+    let mut left: Vec<&Step> = Vec::new();
+    for (step, _) in history.iter().rev() {
+        if !left.iter().any(|later| later.about() == step.about()) {
+            left.push(step);
+        }
+    }
+    left
+}
+
+/// Takes every Service and every slice away.
+pub(super) fn delete_everything<D: Dataplane>(agent: &mut Agent<D>) {
+    (0..SERVICES).for_each(|name| Step::NoService(name).happen(agent));
+    (0..SLICES).for_each(|name| Step::NoSlice(name).happen(agent));
+}
+
+impl Step {
+    /// Tells an agent.
+    pub(super) fn happen<D: Dataplane>(&self, agent: &mut Agent<D>) {
+        agent.take_in(match self {
+            Self::Service { name, created, shape } => service(*name, *created, *shape),
+            Self::NoService(name) => delete(Kind::Service, &format!("s{name}")),
+            Self::Slice { name, service, v6, endpoints } => slice(*name, *service, *v6, endpoints),
+            Self::NoSlice(name) => delete(Kind::EndpointSlice, &format!("e{name}")),
+            Self::Node(shape) => node((*shape).into()),
+            Self::Host(shape) => return agent.model().set_host_addresses(host((*shape).into())),
+        });
+    }
+
+    /// The object.
+    fn about(&self) -> (u8, u8) {
+        match self {
+            Self::Service { name, .. } | Self::NoService(name) => (0, *name),
+            Self::Slice { name, .. } | Self::NoSlice(name) => (1, *name),
+            Self::Node(_) => (2, 0),
+            Self::Host(_) => (3, 0),
+        }
+    }
 }
 
 fn bit(shape: u16, number: u8) -> bool {
@@ -117,99 +174,13 @@ fn node(shape: u16) -> Change {
     Change::Apply(Object::Node(object(node)))
 }
 
+/// A ClusterIP among the host's own addresses is somebody's who answers there, as a DNS cache does.
+fn host(shape: u16) -> Vec<IpAddr> {
+    let addresses = [(0, "203.0.113.7"), (1, "10.96.0.1"), (2, "fd00:10:96::1")];
+    let addresses = addresses.into_iter().filter(|(number, _)| bit(shape, *number));
+    addresses.map(|(_, address)| address.parse().expect("not an address")).collect()
+}
+
 fn delete(kind: Kind, name: &str) -> Change {
     Change::Delete(kind, ObjectName::new("ns", name))
-}
-
-impl Step {
-    fn change(&self) -> Change {
-        match self {
-            Self::Service { name, created, shape } => service(*name, *created, *shape),
-            Self::NoService(name) => delete(Kind::Service, &format!("s{name}")),
-            Self::Slice { name, service, v6, endpoints } => slice(*name, *service, *v6, endpoints),
-            Self::NoSlice(name) => delete(Kind::EndpointSlice, &format!("e{name}")),
-            Self::Node(shape) => node((*shape).into()),
-        }
-    }
-}
-
-/// Pods are told by the Node's own networks, so that there is a way to tell them in some states and none in others.
-fn settings() -> Settings {
-    Settings {
-        node_name: "node-a".to_owned(),
-        detect_local: DetectLocal::NodeCidr,
-        node_port_addresses: NodePortSetting::Primary,
-        ..Settings::default()
-    }
-}
-
-fn open() -> Nftables {
-    Nftables::open(PerFamily { v4: true, v6: true }).expect("these tests need root")
-}
-
-fn delete_everything<D: Dataplane>(agent: &mut Agent<D>) {
-    (0..SERVICES).for_each(|name| agent.take_in(Step::NoService(name).change()));
-    (0..SLICES).for_each(|name| agent.take_in(Step::NoSlice(name).change()));
-}
-
-/// Tries until the data plane holds what is known.
-fn settle<D: Dataplane>(agent: &mut Agent<D>) -> Result<(), TestCaseError> {
-    for _ in 0..500 {
-        if agent.bring_up_to_date().is_ok() {
-            return Ok(());
-        }
-    }
-    Err(TestCaseError::fail("it never got there"))
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
-
-    #[test]
-    fn the_kernel_holds_what_memory_holds(history in history()) {
-        Namespace::new("histories").unwrap().run(|| {
-            let (mut kernel, mut memory) =
-                (Agent::new(settings(), open()), Agent::new(settings(), Memory::default()));
-            for (step, tell) in &history {
-                kernel.take_in(step.change());
-                memory.take_in(step.change());
-                if *tell {
-                    kernel.bring_up_to_date().map_err(|error| TestCaseError::fail(error.to_string()))?;
-                    memory.bring_up_to_date().unwrap();
-                    prop_assert_eq!(kernel.dump().unwrap(), memory.dump().unwrap(), "after {:?}", step);
-                }
-            }
-            memory.bring_up_to_date().unwrap();
-            kernel.restart(open());
-            kernel.bring_up_to_date().map_err(|error| TestCaseError::fail(error.to_string()))?;
-            prop_assert_eq!(kernel.dump().unwrap(), memory.dump().unwrap(), "after a restart");
-            delete_everything(&mut kernel);
-            kernel.bring_up_to_date().map_err(|error| TestCaseError::fail(error.to_string()))?;
-            prop_assert_eq!(kernel.dump().unwrap(), State::default());
-            Ok(())
-        })?;
-    }
-
-    #[test]
-    fn a_kernel_that_keeps_failing_gets_there(history in history(), seed: u64) {
-        Namespace::new("faults").unwrap().run(|| {
-            let mut kernel = Agent::new(settings(), Faulty::new(open(), seed, 10, 5));
-            let mut memory = Agent::new(settings(), Memory::default());
-            for (step, tell) in &history {
-                kernel.take_in(step.change());
-                memory.take_in(step.change());
-                if *tell {
-                    // A try that fails leaves the rest to the next one.
-                    let _ = kernel.bring_up_to_date();
-                }
-            }
-            settle(&mut kernel)?;
-            memory.bring_up_to_date().unwrap();
-            prop_assert_eq!(kernel.dump().unwrap(), memory.dump().unwrap());
-            delete_everything(&mut kernel);
-            settle(&mut kernel)?;
-            prop_assert_eq!(kernel.dump().unwrap(), State::default());
-            Ok(())
-        })?;
-    }
 }

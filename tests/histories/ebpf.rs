@@ -1,0 +1,275 @@
+//! What must hold for the maps that sockets are served by: they hold what was said, nothing else and nothing twice, a
+//! restart moves nothing, and while writes fail every frontend leads where it led or where it is to lead.
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use proptest::{prelude::*, test_runner::TestRunner};
+use weir::{
+    dataplane::{
+        Memory, State,
+        ebpf::{Ebpf, Fault, Place},
+    },
+    model::{NodePortSetting, Settings},
+    plan::{Destination, Frontend, PortId, PortPlan},
+};
+use weir_tests::{agent::Agent, bpffs::BpfFs, cgroup::Cgroup, maps::Maps};
+
+use super::{
+    cluster::{Step, delete_everything, history, summary},
+    settle,
+};
+
+/// With every address of the host for NodePorts, so that they come and go.
+fn settings() -> Settings {
+    Settings { node_port_addresses: NodePortSetting::All, ..super::cluster::settings() }
+}
+
+/// A plane in its own place, to which one history after another is played: what one leaves the next finds.
+struct Kernel {
+    agent: Agent<Ebpf>,
+    place: Place,
+    restarts: u32,
+}
+
+impl Kernel {
+    fn new(files: &BpfFs, cgroup: &Cgroup, name: &str) -> Self {
+        let place = Place { bpf_root: files.directory(name).unwrap(), cgroup_root: cgroup.path().to_owned() };
+        Self { agent: Agent::new(settings(), open(&place)), place, restarts: 0 }
+    }
+
+    /// Begins another history, with nothing.
+    fn begin(&mut self) {
+        self.agent.plane().fail_writes(None);
+        self.agent.forget(settings()).unwrap();
+        self.agent.bring_up_to_date().unwrap();
+        assert_eq!(self.agent.dump().unwrap(), State::default());
+    }
+
+    fn maps(&self) -> Maps {
+        Maps::read(&self.place).unwrap()
+    }
+
+    /// Opens the maps once more. Every now and then by a new plane, which takes long.
+    fn restart(&mut self) {
+        self.restarts += 1;
+        if self.restarts.is_multiple_of(8) {
+            self.agent.restart(open(&self.place));
+        } else {
+            self.agent.reread().unwrap();
+        }
+    }
+
+    /// Brings both up to date. A ClusterIP that moves to the host or away has everything written anew.
+    fn tell(&mut self, memory: &mut Agent<Memory>) -> Result<(), TestCaseError> {
+        memory.bring_up_to_date().unwrap();
+        let told = self.agent.bring_up_to_date().or_else(|_| self.agent.bring_up_to_date());
+        told.map_err(|error| TestCaseError::fail(error.to_string()))
+    }
+
+    /// What a plane holds that is told everything at once about the objects that are left.
+    fn rebuild(&mut self, steps: Vec<&Step>) -> Maps {
+        self.begin();
+        self.agent.forget(settings()).unwrap();
+        steps.into_iter().for_each(|step| step.happen(&mut self.agent));
+        self.agent.bring_up_to_date().unwrap();
+        self.maps()
+    }
+}
+
+fn open(place: &Place) -> Ebpf {
+    Ebpf::open(place.clone(), true).expect("these tests need root")
+}
+
+/// Plays histories to a plane, beside another one that is built fresh.
+fn play<S: Strategy>(
+    histories: S,
+    test: impl Fn(&mut Kernel, &mut Kernel, S::Value) -> Result<(), TestCaseError>,
+) {
+    let (cgroup, files) = (Cgroup::new("histories").unwrap(), BpfFs::new().unwrap());
+    let kernel = |name| RefCell::new(Kernel::new(&files, &cgroup, name));
+    let (kernel, fresh) = (kernel("history"), kernel("fresh"));
+    let config = ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() };
+    let played = TestRunner::new(config).run(&histories, |history| {
+        let (mut kernel, mut fresh) = (kernel.borrow_mut(), fresh.borrow_mut());
+        kernel.begin();
+        test(&mut kernel, &mut fresh, history)
+    });
+    played.unwrap_or_else(|error| panic!("{error}"));
+}
+
+/// What the maps should hold when `memory` holds what it does: ClusterIPs that the host has itself are the packets'.
+fn expected(memory: &mut Agent<Memory>) -> State {
+    let mut state = memory.dump().unwrap().for_sockets();
+    let node = memory.plane().node().cloned();
+    let host = node.map(|node| node.host_addresses).unwrap_or_default();
+    let (at_home, apart) = state.cluster_ips.into_iter().partition::<Vec<_>, _>(|ip| host.contains(ip));
+    state.cluster_ips = apart;
+    for (frontend, installed) in &mut state.frontends {
+        if matches!(frontend.destination, Destination::Address(address) if at_home.contains(&address)) {
+            installed.pod.clone_from(&installed.outside);
+            installed.host.clone_from(&installed.outside);
+            installed.affinity = None;
+        }
+    }
+    state
+}
+
+fn owners(memory: &mut Agent<Memory>) -> BTreeMap<Frontend, PortId> {
+    let ports = memory.plane().ports();
+    let owned = |port: &Arc<PortPlan>| {
+        port.frontends.iter().map(|planned| (planned.frontend, port.id.clone())).collect::<Vec<_>>()
+    };
+    ports.flat_map(owned).collect()
+}
+
+/// Writes that fail by a xorshift generator: always the same ones for the same seed.
+fn failing(seed: u64, per_cent: u64) -> Fault {
+    let mut random = seed.max(1);
+    Box::new(move |_| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        (random >> 32) % 100 < per_cent
+    })
+}
+
+/// What sockets see after a try that failed.
+#[derive(Default)]
+struct Between {
+    before: State,
+    /// Frontends that went from one port to another since a try last did not fail.
+    moved: BTreeSet<Frontend>,
+    owners: BTreeMap<Frontend, PortId>,
+}
+
+impl Between {
+    fn told(&mut self, memory: &mut Agent<Memory>) {
+        let owners = owners(memory);
+        let moved = owners
+            .iter()
+            .filter(|(frontend, id)| self.owners.get(frontend).is_some_and(|before| before != *id));
+        self.moved.extend(moved.map(|(frontend, _)| *frontend));
+        self.owners = owners;
+    }
+
+    /// Each frontend is as before or as it is to be, where it did not change hands: as `wanted`, or `away` as long as it
+    /// is not known whether its address is the host's own. No address refuses others before its frontends are there.
+    fn holds(&mut self, now: State, wanted: &State, away: &State) -> Result<(), TestCaseError> {
+        let known: BTreeSet<&Frontend> =
+            [&self.before, &now, wanted].into_iter().flat_map(|state| state.frontends.keys()).collect();
+        for frontend in known {
+            let there = now.frontends.get(frontend);
+            let fits =
+                [&self.before, wanted, away].iter().any(|state| there == state.frontends.get(frontend));
+            let vacant = there.is_none() && self.moved.contains(frontend);
+            prop_assert!(
+                fits || vacant,
+                "{}: {:?}, not {:?}",
+                frontend,
+                there,
+                wanted.frontends.get(frontend)
+            );
+            let Destination::Address(address) = frontend.destination else { continue };
+            let refused = |state: &State| {
+                !state.frontends.contains_key(frontend) && state.cluster_ips.contains(&address)
+            };
+            let fits = !wanted.frontends.contains_key(frontend) || !refused(&now) || refused(&self.before);
+            prop_assert!(fits, "sockets refuse {} to the packets", frontend);
+        }
+        self.before = now;
+        Ok(())
+    }
+}
+
+#[test]
+fn maps_after_a_history_are_maps_built_fresh() {
+    play(history(), |kernel, fresh, history| {
+        let mut memory = Agent::new(settings(), Memory::default());
+        for (step, told) in &history {
+            step.happen(&mut kernel.agent);
+            step.happen(&mut memory);
+            if *told {
+                kernel.tell(&mut memory)?;
+                prop_assert_eq!(kernel.agent.dump().unwrap(), expected(&mut memory), "after {:?}", step);
+            }
+        }
+        kernel.tell(&mut memory)?;
+        let maps = kernel.maps();
+        prop_assert_eq!(maps.groups(), fresh.rebuild(summary(&history)).groups());
+        kernel.restart();
+        kernel.tell(&mut memory)?;
+        let found = kernel.maps();
+        prop_assert_eq!(found.frontends, maps.frontends, "a restart that changes nothing");
+        prop_assert_eq!(found.slots, maps.slots);
+        delete_everything(&mut kernel.agent);
+        delete_everything(&mut memory);
+        kernel.tell(&mut memory)?;
+        let left = kernel.maps();
+        prop_assert!(left.frontends.keys().all(|key| key.port == 0), "left: {:?}", left.frontends);
+        prop_assert!(left.members.is_empty(), "left: {:?}", left.members);
+        Ok(())
+    });
+}
+
+/// What changed while no agent ran is put right by the next one; a frontend that its port kept has its number still.
+#[test]
+fn a_new_agent_finds_the_numbers_of_the_old_one() {
+    play((history(), history()), |kernel, _, (before, meanwhile)| {
+        let mut memory = Agent::new(settings(), Memory::default());
+        for (step, _) in &before {
+            step.happen(&mut kernel.agent);
+            step.happen(&mut memory);
+        }
+        kernel.tell(&mut memory)?;
+        let (maps, owned) = (kernel.maps(), owners(&mut memory));
+        for (step, _) in &meanwhile {
+            step.happen(&mut kernel.agent);
+            step.happen(&mut memory);
+        }
+        kernel.restart();
+        kernel.tell(&mut memory)?;
+        prop_assert_eq!(kernel.agent.dump().unwrap(), expected(&mut memory));
+        let now = owners(&mut memory);
+        // A port that gets another's frontend may get the other's number with it.
+        if now.iter().all(|(frontend, id)| owned.get(frontend).is_none_or(|before| before == id)) {
+            for (key, value) in kernel.maps().frontends.iter().filter(|(key, _)| key.port != 0) {
+                let number = maps.frontends.get(key).map_or(value.port, |was| was.port);
+                prop_assert_eq!(number, value.port, "the number of {:?}", key);
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn maps_that_keep_failing_get_there() {
+    play((history(), any::<u64>()), |kernel, fresh, (history, seed)| {
+        let mut memory = Agent::new(settings(), Memory::default());
+        kernel.agent.plane().fail_writes(Some(failing(seed, 10)));
+        let mut between = Between::default();
+        for (step, told) in &history {
+            step.happen(&mut kernel.agent);
+            step.happen(&mut memory);
+            if *told {
+                memory.bring_up_to_date().unwrap();
+                between.told(&mut memory);
+                let done = kernel.agent.bring_up_to_date().is_ok();
+                let (now, wanted) = (kernel.agent.dump().unwrap(), expected(&mut memory));
+                if done {
+                    prop_assert_eq!(&now, &wanted, "after {:?}", step);
+                    between.moved.clear();
+                }
+                between.holds(now, &wanted, &memory.dump().unwrap().for_sockets())?;
+            }
+        }
+        memory.bring_up_to_date().unwrap();
+        settle(&mut kernel.agent)?;
+        prop_assert_eq!(kernel.agent.dump().unwrap(), expected(&mut memory));
+        prop_assert_eq!(kernel.maps().groups(), fresh.rebuild(summary(&history)).groups());
+        Ok(())
+    });
+}
