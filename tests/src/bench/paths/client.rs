@@ -7,19 +7,18 @@ use std::{
     io::{self, Read as _, Write as _},
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket},
     sync::mpsc::{Sender, channel},
-    thread::{self, available_parallelism},
+    thread::available_parallelism,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
 use nix::{
     sched::{CpuSet, sched_setaffinity},
-    sys::socket::{setsockopt, sockopt},
     unistd::Pid,
 };
 use serde::{Deserialize, Serialize};
 
-use super::MESSAGE;
+use super::{CLOSE, KEEP, MESSAGE};
 use crate::netns::Namespace;
 
 /// The longest that an answer is waited for.
@@ -71,6 +70,8 @@ impl Crew {
             pod.thread(move || {
                 if number == 0 {
                     stay();
+                } else {
+                    spread(number);
                 }
                 todo.into_iter().for_each(|job| job());
             })?;
@@ -121,23 +122,39 @@ impl Crew {
 
 /// Keeps the calling thread on the last core, which is not where interrupts go first.
 pub(super) fn stay() {
+    keep_on(cores() - 1);
+}
+
+/// Keeps the calling thread on a core, one number after the other on the next.
+pub(super) fn spread(number: usize) {
+    keep_on(number % cores());
+}
+
+fn cores() -> usize {
+    available_parallelism().map_or(1, usize::from)
+}
+
+fn keep_on(core: usize) {
     let mut cores = CpuSet::new();
-    let last = available_parallelism().map_or(1, usize::from) - 1;
     // Where that is not allowed, it is only a less quiet measurement.
-    let _ = cores.set(last).and_then(|()| sched_setaffinity(Pid::from_raw(0), &cores));
-    thread::yield_now();
+    let _ = cores.set(core).and_then(|()| sched_setaffinity(Pid::from_raw(0), &cores));
 }
 
 /// Requests a second of one client, after a warm-up of a tenth of the time.
 fn drive(traffic: Traffic, to: &[SocketAddr], slot: Duration) -> Result<f64> {
     let first = *to.first().context("nobody to ask")?;
-    let mut message = [0x57; MESSAGE];
+    let mut message = [KEEP; MESSAGE];
     match traffic {
         Traffic::Connect => timed(to, slot, |to| {
-            let stream = connect(to)?;
-            // Closed with a reset, or connections in TIME_WAIT would eat the port range.
-            setsockopt(&stream, sockopt::Linger, &nix::libc::linger { l_onoff: 1, l_linger: 0 })?;
-            ask(&stream, &mut message)
+            let mut stream = connect(to)?;
+            message[0] = CLOSE;
+            ask(&stream, &mut message)?;
+            // Who closes first has the connection in TIME_WAIT. At the client, that would be in the way of its next ones,
+            // and more so with one destination for all of them than with an endpoint's own for each.
+            match stream.read(&mut message)? {
+                0 => Ok(()),
+                _ => Err(io::Error::other("more than was asked for")),
+            }
         }),
         Traffic::Request => {
             let stream = connect(first)?;

@@ -37,6 +37,10 @@ pub(super) use self::table::table;
 
 /// Bytes of a request, and of its answer.
 const MESSAGE: usize = 64;
+/// First byte of a request that is the connection's only one.
+const CLOSE: u8 = 1;
+/// First byte of any other.
+const KEEP: u8 = 2;
 /// The longest that a subject is waited for.
 const PATIENCE: Duration = Duration::from_secs(600);
 /// kube-proxy is not loaded with more Services than this here unless it is asked for: that alone would take minutes.
@@ -83,6 +87,11 @@ impl Load {
         Self::alone(Traffic::Datagram, false),
         Self::alone(Traffic::Datagram, true),
     ];
+
+    /// How long a turn is. Many clients are at the scheduler's mercy, which evens out only with time.
+    fn slot(self, one: Duration) -> Duration {
+        if self.clients > 1 { one * 4 } else { one }
+    }
 
     fn family(self) -> Family {
         if self.v6 { Family::V6 } else { Family::V4 }
@@ -313,7 +322,7 @@ fn rounds(plan: &Plan, services: u32, lanes: &[&Lane], samples: &mut Vec<Sample>
                 turns.reverse();
             }
             for (lane, way) in turns {
-                let rate = lane.rate(load, *way, plan.slot)?;
+                let rate = lane.rate(load, *way, load.slot(plan.slot))?;
                 samples.push(Sample { services, load, round, subject: lane.subject, way: *way, rate });
             }
         }

@@ -1,7 +1,7 @@
 //! The servers of one topology: they send back what they get, a message at a time.
 //!
 //! In: a pod. Out: threads that live as long as the process. A lone client's servers all run on that client's core, one
-//! thread each; many clients share [`WORKERS`] threads that run wherever the kernel wants.
+//! thread each; many clients share [`WORKERS`] threads, spread over all cores as the clients are.
 
 use std::{
     io::{Read as _, Write as _},
@@ -13,8 +13,8 @@ use socket2::{Domain, Socket, Type};
 use weir::model::Family;
 
 use super::{
-    MESSAGE,
-    client::stay,
+    CLOSE, MESSAGE,
+    client::{spread, stay},
     topology::{LONE, SHARED, server_addresses},
 };
 use crate::netns::Namespace;
@@ -44,9 +44,12 @@ pub(super) fn start(pod: &Namespace) -> anyhow::Result<()> {
         })?;
     }
     let listener = Arc::new(listen(pod, Family::V4, SHARED)?);
-    for _ in 0..WORKERS {
+    for worker in 0..WORKERS {
         let listener = Arc::clone(&listener);
-        pod.thread(move || echo(&listener))?;
+        pod.thread(move || {
+            spread(worker);
+            echo(&listener);
+        })?;
     }
     Ok(())
 }
@@ -66,13 +69,17 @@ fn listen(pod: &Namespace, family: Family, port: u16) -> anyhow::Result<TcpListe
     Ok(socket.into())
 }
 
-/// One connection after the other, each to its end.
+/// One connection after the other, each to its end, which the server makes if the client asked for that.
 fn echo(listener: &TcpListener) {
     let mut message = [0; MESSAGE];
     for stream in listener.incoming() {
         // One that was reset meanwhile is the client's to count.
         let Ok(mut stream) = stream else { continue };
-        while stream.read_exact(&mut message).and_then(|()| stream.write_all(&message)).is_ok() {}
+        while stream.read_exact(&mut message).and_then(|()| stream.write_all(&message)).is_ok() {
+            if message[0] == CLOSE {
+                break;
+            }
+        }
     }
 }
 

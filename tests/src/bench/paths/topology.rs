@@ -86,6 +86,7 @@ impl Topology {
 fn wire_pod(pod: &Namespace, addresses: &[IpAddr]) -> anyhow::Result<()> {
     // A connection that is over must not get in the way of one of the next thousands.
     pod.sysctl("net/ipv4/ip_local_port_range", "1024 65535")?;
+    pod.sysctl("net/ipv4/tcp_max_tw_buckets", "1000000")?;
     let mut lines = vec!["link set eth0 up".to_owned()];
     lines.extend(addresses.iter().map(|address| format!("addr add {address} dev eth0 nodad")));
     for family in Family::ALL {
