@@ -34,10 +34,13 @@ const WRITERS: usize = 32;
 pub(super) const ENDPOINTS: u32 = 5;
 /// The name of the node that subjects say they run on.
 pub(super) const NODE: &str = "bench";
-/// Clients in here are pods, and so are all endpoints.
+/// Endpoints, and clients that are pods, are in here.
 pub(super) const POD_CIDR: &str = "10.128.0.0/10";
+/// The same for both families, as kube-proxy's `clusterCIDR` wants it.
+pub(super) const CLUSTER_CIDRS: &str = "10.128.0.0/10,fd00:190::/32";
 /// Where ClusterIPs come from.
 pub(super) const SERVICE_CIDR: &str = "10.96.0.0/12";
+const SERVICE_CIDR_V6: &str = "fd00:10:96::/112";
 
 /// A Service of the benchmark, by number.
 #[derive(Clone, Copy, Debug)]
@@ -65,14 +68,24 @@ impl Numbered {
             .collect()
     }
 
-    fn service(self) -> anyhow::Result<Service> {
+    /// The Service itself.
+    ///
+    /// # Errors
+    ///
+    /// When it is not what Kubernetes takes for one.
+    pub(super) fn service(self) -> anyhow::Result<Service> {
         Ok(from_value(json!({
             "metadata": { "name": self.name() },
             "spec": { "clusterIP": self.cluster_ip().ip(), "ports": [{ "port": 80, "targetPort": BACKEND_PORT }] },
         }))?)
     }
 
-    fn slice(self, endpoints: &[SocketAddrV4]) -> anyhow::Result<EndpointSlice> {
+    /// The slice of a Service that has these endpoints.
+    ///
+    /// # Errors
+    ///
+    /// When it is not what Kubernetes takes for one.
+    pub(super) fn slice(self, endpoints: &[SocketAddrV4]) -> anyhow::Result<EndpointSlice> {
         let endpoint = |at: &SocketAddrV4| {
             json!({
                 "addresses": [at.ip()],
@@ -104,7 +117,7 @@ impl Cluster {
     ///
     /// When it does not come up.
     pub(super) async fn start() -> anyhow::Result<Self> {
-        let cidr = format!("--service-cluster-ip-range={SERVICE_CIDR}");
+        let cidr = format!("--service-cluster-ip-range={SERVICE_CIDR},{SERVICE_CIDR_V6}");
         // What is measured is not how the API server shares itself out.
         let unlimited = ["--max-requests-inflight=1000", "--max-mutating-requests-inflight=1000"];
         let server = ApiServer::start_at(API_SERVER.into(), &[&cidr, unlimited[0], unlimited[1]]).await?;
@@ -143,6 +156,19 @@ impl Cluster {
         }
         while let Some(writer) = writers.join_next().await {
             writer??;
+        }
+        Ok(())
+    }
+
+    /// Creates a Service with slices of any kind.
+    ///
+    /// # Errors
+    ///
+    /// When the API server refuses one.
+    pub(super) async fn create(&self, service: &Service, slices: &[EndpointSlice]) -> anyhow::Result<()> {
+        self.services.create(&PostParams::default(), service).await?;
+        for slice in slices {
+            self.slices.create(&PostParams::default(), slice).await?;
         }
         Ok(())
     }
@@ -187,13 +213,21 @@ impl Cluster {
     }
 }
 
-async fn create_node(client: &Client) -> anyhow::Result<()> {
+/// The Node that subjects run on.
+///
+/// # Errors
+///
+/// When it is not what Kubernetes takes for one.
+pub(super) fn node() -> anyhow::Result<Node> {
     let addresses = json!([{ "type": "InternalIP", "address": NODE_ADDRESS }]);
     let labels = BTreeMap::from([("kubernetes.io/hostname", NODE)]);
-    let node: Node = from_value(
+    Ok(from_value(
         json!({ "metadata": { "name": NODE, "labels": labels }, "status": { "addresses": addresses } }),
-    )?;
-    let created = Api::<Node>::all(client.clone()).create(&PostParams::default(), &node).await;
+    )?)
+}
+
+async fn create_node(client: &Client) -> anyhow::Result<()> {
+    let created = Api::<Node>::all(client.clone()).create(&PostParams::default(), &node()?).await;
     created.context("creating the Node")?;
     Ok(())
 }

@@ -1,13 +1,15 @@
-//! The benchmark: weir and kube-proxy on the same API server, with the same Services, in turn.
+//! The benchmark: weir's two data planes and kube-proxy with the same Services, in turn.
 //!
-//! In: [`Options`]. Out: a table, and every sample in a JSON file. For each number of Services, and several rounds of
-//! it, each subject is started in a fresh network namespace and measured from there:
+//! In: [`Options`]. Out: tables, and every sample in a JSON file. There are three parts ([`Part`]):
 //!
-//! 1. until every Service works (`start`), with CPU time and memory,
-//! 2. for single changes: a Service with endpoints is added, then loses an endpoint,
-//! 3. connecting through ClusterIPs, in turn with connecting directly.
+//! - `maps`: the eBPF plane's maps by themselves,
+//! - `programming`: for each number of Services, and several rounds of it, each subject is started on the same API server
+//!   in a fresh network namespace, and measured until every Service works (`start`), then for single changes (a Service
+//!   with endpoints is added, then loses an endpoint), then for connecting through ClusterIPs, in turn with connecting
+//!   directly,
+//! - `paths`: traffic through a Service beside the same traffic straight to its endpoints.
 //!
-//! Rounds alternate between the subjects, so that whatever else the machine does meets both.
+//! Rounds alternate between the subjects, so that whatever else the machine does meets all.
 
 use std::{
     collections::BTreeSet,
@@ -29,17 +31,22 @@ use self::{
     process::Process,
     report::{Change, Machine, Report, Run, say},
     rig::Node,
+    subject::Feed,
 };
 use crate::netns::Namespace;
 
 pub use self::subject::Subject;
 
 mod cluster;
+pub mod hooks;
+pub mod maps;
 mod metrics;
+pub mod paths;
 pub mod probe;
 pub mod process;
 pub mod report;
 mod rig;
+mod statistics;
 mod subject;
 
 /// The longest that anything is waited for.
@@ -51,32 +58,58 @@ const KUBE_PROXY_UP_TO: u32 = 10_000;
 /// Numbers of Services that come and go start here.
 const CHANGING: u32 = 400_000;
 
-/// Measures how fast Services are programmed and reached, weir beside kube-proxy (both with nftables).
+/// A part of the benchmark.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Part {
+    /// The maps of the eBPF plane by themselves: filling, changes, memory.
+    Maps,
+    /// How fast Services of an API server are programmed.
+    Programming,
+    /// Traffic through a Service beside traffic straight to its endpoints, and what the socket programs take.
+    Paths,
+}
+
+/// Measures how fast Services are programmed and reached: weir's data planes beside kube-proxy with nftables.
 ///
 /// KUBEBUILDER_ASSETS names a directory with etcd and kube-apiserver; kube-proxy is there or in PATH. WEIR_BIN names a
 /// release build of weir. `cargo xtask bench` sees to all that.
 #[derive(Clone, Debug, Parser)]
 #[command(version)]
 pub struct Options {
-    /// What to measure; without this both, kube-proxy with at most 10,000 Services.
+    /// What to measure; without this all, kube-proxy only where it gets through in bounded time.
     #[arg(long = "subject", value_enum)]
     subjects: Vec<Subject>,
-    /// Numbers of Services to measure with.
+    /// Parts to measure; without this all.
+    #[arg(long = "part", value_enum)]
+    parts: Vec<Part>,
+    /// Programming: numbers of Services.
     #[arg(long, value_delimiter = ',', default_values_t = [10, 100, 1000, 10_000])]
     services: Vec<u32>,
-    /// Also measure with 50,000 Services.
+    /// Programming: also with 50,000 Services.
     #[arg(long)]
     large: bool,
-    /// How often each subject is started for each number of Services.
+    /// Programming and maps: how often each subject is started for each number of Services.
     #[arg(long, default_value_t = 3)]
     rounds: u32,
-    /// Changes measured after each start.
+    /// Programming: changes measured after each start.
     #[arg(long, default_value_t = 7)]
     changes: u32,
-    /// Connections compared after each start.
+    /// Programming: connections compared after each start.
     #[arg(long, default_value_t = 2000)]
     connects: usize,
-    /// A first impression: one round, few changes, at most 1000 Services.
+    /// Maps: the number of Services.
+    #[arg(long, default_value_t = 50_000)]
+    map_services: u32,
+    /// Paths: numbers of Services.
+    #[arg(long, value_delimiter = ',', default_values_t = [10, 1000, 50_000])]
+    path_services: Vec<u32>,
+    /// Paths: how often each way takes its turn for each kind of traffic.
+    #[arg(long, default_value_t = 40)]
+    path_rounds: u32,
+    /// Paths: how long a turn is, in milliseconds.
+    #[arg(long, default_value_t = 60)]
+    path_slot: u64,
+    /// A first impression: one round, few changes, at most 1000 Services to program, paths beside 10.
     #[arg(long)]
     quick: bool,
     /// Where the samples go.
@@ -92,49 +125,104 @@ impl Options {
         }
         services.sort_unstable();
         services.dedup();
-        let settled = Self { services, ..self.clone() };
+        let mut path_services = self.path_services.clone();
+        path_services.sort_unstable();
+        path_services.dedup();
+        let settled = Self { services, path_services, ..self.clone() };
         if !self.quick {
             return settled;
         }
         let services = settled.services.into_iter().filter(|count| *count <= 1000).collect();
-        Self { services, rounds: 1, changes: self.changes.min(3), connects: 500, ..settled }
+        Self {
+            services,
+            rounds: 1,
+            changes: self.changes.min(3),
+            connects: 500,
+            path_services: vec![10],
+            path_rounds: self.path_rounds.min(8),
+            ..settled
+        }
+    }
+
+    /// Changes to measure are cheap without an API server.
+    fn map_changes(&self) -> u32 {
+        self.changes * 100
+    }
+
+    fn has(&self, part: Part) -> bool {
+        self.parts.is_empty() || self.parts.contains(&part)
+    }
+
+    fn paths(&self) -> paths::Plan {
+        paths::Plan {
+            services: self.path_services.clone(),
+            subjects: self.subjects.clone(),
+            rounds: self.path_rounds,
+            slot: Duration::from_millis(self.path_slot),
+        }
     }
 
     /// What is measured with so many Services.
     fn subjects(&self, services: u32) -> Vec<Subject> {
         match &self.subjects[..] {
-            [] if services > KUBE_PROXY_UP_TO => vec![Subject::Weir],
-            [] => vec![Subject::Weir, Subject::KubeProxy],
+            [] if services > KUBE_PROXY_UP_TO => vec![Subject::WeirEbpf, Subject::WeirNftables],
+            [] => Subject::ALL.to_vec(),
             some => some.to_vec(),
         }
     }
 }
 
-/// Measures, reporting progress on standard error and the table on standard output.
+/// Measures, reporting progress on standard error and the tables on standard output.
 ///
 /// # Errors
 ///
 /// When something needed is missing, or a subject never gets where it should.
 pub fn run(options: &Options) -> anyhow::Result<()> {
+    use std::io::Write as _;
     let options = options.settled();
-    let subjects: BTreeSet<_> = options.services.iter().flat_map(|count| options.subjects(*count)).collect();
+    let subjects: BTreeSet<_> =
+        if options.subjects.is_empty() { &Subject::ALL[..] } else { &options.subjects }
+            .iter()
+            .copied()
+            .collect();
     let versions = subjects.into_iter().map(|subject| Ok((subject.name().to_owned(), subject.version()?)));
     let mut report = Report {
         machine: Machine::this()?,
         versions: versions.collect::<anyhow::Result<_>>()?,
         endpoints: ENDPOINTS,
+        maps: Vec::new(),
         runs: Vec::new(),
+        paths: Vec::new(),
+        hooks: Vec::new(),
     };
+    if options.has(Part::Maps) {
+        report.maps = maps::measure(options.map_services, options.rounds, options.map_changes())?;
+        report.save(&options.output)?;
+    }
+    if options.has(Part::Programming) {
+        programming(&options, &mut report)?;
+    }
+    if options.has(Part::Paths) {
+        paths::measure(&options.paths(), |measured| {
+            report.paths.clone_from(&measured.samples);
+            report.hooks.clone_from(&measured.costs);
+            report.save(&options.output)
+        })?;
+    }
+    for table in report.tables() {
+        writeln!(std::io::stdout(), "{table}")?;
+    }
+    Ok(())
+}
+
+fn programming(options: &Options, report: &mut Report) -> anyhow::Result<()> {
     let control_plane = rig::control_plane()?;
     // All threads of the runtime are in the namespace of the one that makes it.
     control_plane.run(|| {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let cluster = runtime.block_on(Cluster::start())?;
-        Bench { cluster, runtime, control_plane: &control_plane, options }.measure(&mut report)
-    })?;
-    use std::io::Write as _;
-    writeln!(std::io::stdout(), "{}", report.table())?;
-    Ok(())
+        Bench { cluster, runtime, control_plane: &control_plane, options: options.clone() }.measure(report)
+    })
 }
 
 struct Bench<'a> {
@@ -176,8 +264,8 @@ impl Bench<'_> {
         let directory = tempfile::tempdir()?;
         let node = Node::new(self.control_plane)?;
         let begin = Instant::now();
-        let kubeconfig = self.cluster.kubeconfig();
-        let mut process = subject.start(kubeconfig, &node.namespace, directory.path())?;
+        let feed = Feed::ApiServer(self.cluster.kubeconfig());
+        let mut process = subject.start(feed, &node.namespace, &node.roots, directory.path())?;
         let label = format!("{services} Services, round {}: {}", round + 1, subject.name());
 
         let ready = all_work(&node.namespace, services, &mut process)?;

@@ -67,6 +67,12 @@ impl Process {
         Ok(Self { child, name, log, stop, peak, sampler: Some(sampler) })
     }
 
+    /// Its process id.
+    #[must_use]
+    pub(super) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Fails with the end of the program's log when it has ended.
     ///
     /// # Errors

@@ -6,7 +6,15 @@ use anyhow::Context as _;
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 use serde::{Deserialize, Serialize};
 
-use super::{probe::ConnectTimes, process::Memory, subject::Subject};
+use super::{
+    hooks::{self, Cost},
+    maps,
+    paths::{self, Sample},
+    probe::ConnectTimes,
+    process::Memory,
+    statistics::quantile,
+    subject::Subject,
+};
 
 /// One line of progress.
 pub(super) fn say(line: fmt::Arguments<'_>) {
@@ -23,8 +31,14 @@ pub struct Report {
     pub versions: BTreeMap<String, String>,
     /// Endpoints of each Service.
     pub endpoints: u32,
+    /// What the maps of the eBPF plane cost, programmed by themselves.
+    pub maps: Vec<maps::Run>,
     /// Each start of a subject, in the order they were made.
     pub runs: Vec<Run>,
+    /// Rates of traffic, in the order they were measured.
+    pub paths: Vec<Sample>,
+    /// What the socket programs took.
+    pub hooks: Vec<Cost>,
 }
 
 /// The machine measured on.
@@ -34,6 +48,8 @@ pub struct Machine {
     processor: String,
     processors: usize,
     memory_bytes: u64,
+    /// Of the last minute, when the benchmark began: what else there was to do.
+    load: f64,
 }
 
 /// One start of one subject.
@@ -95,6 +111,7 @@ impl Machine {
             kernel: field("/proc/sys/kernel/osrelease", "")?,
             processor: field("/proc/cpuinfo", "model name")?,
             processors: std::thread::available_parallelism()?.get(),
+            load: field("/proc/loadavg", "")?.split(' ').next().unwrap_or_default().parse()?,
             memory_bytes: memory.split_whitespace().next().unwrap_or("0").parse::<u64>()? * 1024,
         })
     }
@@ -111,9 +128,21 @@ impl Report {
             .with_context(|| format!("writing {}", path.display()))
     }
 
-    /// The table: one row for each number of Services and subject.
+    /// A table for each part that was measured.
     #[must_use]
-    pub(super) fn table(&self) -> Table {
+    pub(super) fn tables(&self) -> Vec<Table> {
+        let tables = [
+            (self.maps.is_empty(), maps::table(&self.maps)),
+            (self.runs.is_empty(), self.programming()),
+            (self.paths.is_empty(), paths::table(&self.paths)),
+            (self.hooks.is_empty(), hooks::table(&self.hooks)),
+        ];
+        tables.into_iter().filter(|(empty, _)| !empty).map(|(_, table)| table).collect()
+    }
+
+    /// How Services are programmed: one row for each number of Services and subject.
+    #[must_use]
+    fn programming(&self) -> Table {
         let mut groups: BTreeMap<(u32, Subject), Vec<&Run>> = BTreeMap::new();
         for run in &self.runs {
             groups.entry((run.services, run.subject)).or_default().push(run);
@@ -187,16 +216,11 @@ fn connect(runs: &[&Run], times: fn(&ConnectTimes) -> &Vec<u64>) -> f64 {
     quantile(runs.iter().flat_map(|run| times(&run.connects)).map(|ns| *ns as f64).collect(), 0.5)
 }
 
-/// The value that this part of the samples does not exceed; not a number when there are none.
-fn quantile(mut samples: Vec<f64>, part: f64) -> f64 {
-    samples.sort_by(f64::total_cmp);
-    let index = (samples.len() as f64 * part).ceil() as usize;
-    samples.get(index.saturating_sub(1)).copied().unwrap_or(f64::NAN)
-}
-
-fn time(seconds: f64) -> String {
+/// A time with a fitting unit.
+pub(super) fn time(seconds: f64) -> String {
     match seconds {
         s if s.is_nan() => "-".to_owned(),
+        s if s < 1e-6 => format!("{:.0} ns", s * 1e9),
         s if s < 1e-3 => format!("{:.0} µs", s * 1e6),
         s if s < 0.1 => format!("{:.1} ms", s * 1e3),
         s if s < 1.0 => format!("{:.0} ms", s * 1e3),
@@ -213,17 +237,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn quantiles_are_samples() {
-        let samples = || (1..=100).rev().map(f64::from).collect::<Vec<_>>();
-        assert_eq!(quantile(samples(), 0.5), 50.0);
-        assert_eq!(quantile(samples(), 0.99), 99.0);
-        assert_eq!(quantile(vec![7.0], 0.99), 7.0);
-        assert!(quantile(Vec::new(), 0.5).is_nan());
-    }
-
-    #[test]
     fn times_have_a_fitting_unit() {
-        let texts = [0.000_04, 0.004_21, 0.42, 13.37, f64::NAN].map(time);
-        assert_eq!(texts, ["40 µs", "4.2 ms", "420 ms", "13.4 s", "-"]);
+        let texts = [0.000_000_2, 0.000_04, 0.004_21, 0.42, 13.37, f64::NAN].map(time);
+        assert_eq!(texts, ["200 ns", "40 µs", "4.2 ms", "420 ms", "13.4 s", "-"]);
     }
 }

@@ -16,8 +16,11 @@ use std::{
 
 use anyhow::Context as _;
 
-use super::cluster::{POD_CIDR, SERVICE_CIDR};
-use crate::netns::Namespace;
+use super::{
+    cluster::{POD_CIDR, SERVICE_CIDR},
+    subject::Roots,
+};
+use crate::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace};
 
 /// Where the API server is, for everybody.
 pub(super) const API_SERVER: Ipv4Addr = Ipv4Addr::new(10, 255, 0, 1);
@@ -48,6 +51,10 @@ pub(super) fn control_plane() -> anyhow::Result<Namespace> {
 pub(super) struct Node<'a> {
     /// Its namespace.
     pub(super) namespace: Namespace,
+    /// Where socket programs go.
+    pub(super) roots: Roots,
+    _cgroup: Cgroup,
+    _bpffs: BpfFs,
     control_plane: &'a Namespace,
 }
 
@@ -58,13 +65,15 @@ impl<'a> Node<'a> {
     ///
     /// When something cannot be set up.
     pub(super) fn new(control_plane: &'a Namespace) -> anyhow::Result<Self> {
-        let namespace = Namespace::new("node")?;
+        let (cgroup, bpffs) = (Cgroup::new("node")?, BpfFs::new()?);
+        let namespace = Namespace::within(&cgroup, "node")?;
         control_plane.ip(&[
             format!("link add {LINK} type veth peer name eth0 netns {}", namespace.path()),
             format!("addr add {CONTROL_ADDRESS}/30 dev {LINK}"),
             format!("link set {LINK} up"),
         ])?;
-        let node = Self { namespace, control_plane };
+        let roots = Roots { cgroup: cgroup.path().to_owned(), bpf: bpffs.directory("weir")? };
+        let node = Self { namespace, roots, _cgroup: cgroup, _bpffs: bpffs, control_plane };
         node.namespace.ip(&[
             format!("addr add {NODE_ADDRESS}/30 dev eth0"),
             "link set eth0 up".to_owned(),

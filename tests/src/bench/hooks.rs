@@ -1,0 +1,163 @@
+//! What the socket programs take, by the kernel's own clock.
+//!
+//! In: an agent, clients in its topology. Out: [`Cost`]s. The kernel counts runs and their time only while somebody asks
+//! it to (`BPF_ENABLE_STATS`), and stops by itself when that one is gone; reading the clock twice is in each figure.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::{SocketAddr, UdpSocket},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use aya::{
+    programs::loaded_programs,
+    sys::{Stats, enable_stats},
+};
+use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
+use nix::sys::socket::{setsockopt, sockopt};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    paths::client::{Crew, connect, datagrams},
+    statistics::quantile,
+};
+
+/// How often a case is repeated for one figure.
+const REPEATS: u32 = 2000;
+/// Figures for each case.
+const ROUNDS: usize = 9;
+
+/// What one program took in one case.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Cost {
+    /// Services there were.
+    pub services: u32,
+    /// The program.
+    pub program: String,
+    /// What clients did.
+    pub case: String,
+    /// Nanoseconds of one run, one figure for each round.
+    pub nanoseconds: Vec<f64>,
+}
+
+/// What clients do, which program that runs, and with whom.
+type Case = (&'static str, &'static str, fn(SocketAddr) -> Result<()>, SocketAddr);
+
+/// Measures all cases: `service` and `pod` are addresses of both families.
+///
+/// # Errors
+///
+/// When the kernel does not count, or a client fails.
+pub(super) fn measure(
+    services: u32,
+    agent: u32,
+    crew: &Crew,
+    service: [SocketAddr; 2],
+    pod: [SocketAddr; 2],
+) -> Result<Vec<Cost>> {
+    let _counting = enable_stats(Stats::RunTime).context("making the kernel count what programs take")?;
+    let names = names()?;
+    let mut costs = Vec::new();
+    for (program, case, client, to) in cases(service, pod) {
+        let mut nanoseconds = Vec::new();
+        for _ in 0..ROUNDS {
+            let before = counted(agent, &names, program)?;
+            crew.alone(move || client(to))?;
+            let after = counted(agent, &names, program)?;
+            let runs = after.1.saturating_sub(before.1);
+            ensure!(runs > 0, "{program} does not run for {case}");
+            nanoseconds.push(after.0.saturating_sub(before.0) as f64 / runs as f64);
+        }
+        costs.push(Cost { services, program: program.to_owned(), case: case.to_owned(), nanoseconds });
+    }
+    Ok(costs)
+}
+
+fn cases([service, service6]: [SocketAddr; 2], [pod, pod6]: [SocketAddr; 2]) -> [Case; 11] {
+    [
+        ("connect4", "TCP to a ClusterIP", stream, service),
+        ("connect4", "TCP to a pod", stream, pod),
+        ("connect6", "TCP to a ClusterIP", stream, service6),
+        ("connect6", "TCP to a pod", stream, pod6),
+        ("connect4", "UDP to a ClusterIP", connected, service),
+        ("sendmsg4", "first datagram to a ClusterIP", first_datagram, service),
+        ("sendmsg4", "next datagrams to a ClusterIP", next_datagrams, service),
+        ("sendmsg4", "datagrams to a pod", next_datagrams, pod),
+        ("sendmsg6", "next datagrams to a ClusterIP", next_datagrams, service6),
+        ("recvmsg4", "answers from a ClusterIP", next_datagrams, service),
+        ("recvmsg4", "answers from a pod", next_datagrams, pod),
+    ]
+}
+
+fn stream(to: SocketAddr) -> Result<()> {
+    (0..REPEATS).try_for_each(|_| {
+        let stream = connect(to)?;
+        Ok(setsockopt(&stream, sockopt::Linger, &nix::libc::linger { l_onoff: 1, l_linger: 0 })?)
+    })
+}
+
+fn connected(to: SocketAddr) -> Result<()> {
+    (0..REPEATS).try_for_each(|_| Ok(datagrams(to)?.connect(to)?))
+}
+
+fn first_datagram(to: SocketAddr) -> Result<()> {
+    (0..REPEATS).try_for_each(|_| exchange(&datagrams(to)?, to))
+}
+
+fn next_datagrams(to: SocketAddr) -> Result<()> {
+    let socket = datagrams(to)?;
+    (0..REPEATS).try_for_each(|_| exchange(&socket, to))
+}
+
+fn exchange(socket: &UdpSocket, to: SocketAddr) -> Result<()> {
+    let mut message = [0; 64];
+    socket.send_to(&message, to)?;
+    socket.recv_from(&mut message)?;
+    Ok(())
+}
+
+/// The names of all programs, by their numbers.
+fn names() -> Result<BTreeMap<u64, String>> {
+    // A program of somebody else's may go while they are read.
+    let known = loaded_programs().filter_map(Result::ok);
+    Ok(known
+        .map(|program| (program.id().into(), program.name_as_str().unwrap_or_default().to_owned()))
+        .collect())
+}
+
+/// Nanoseconds and runs of one of the agent's programs so far.
+fn counted(agent: u32, names: &BTreeMap<u64, String>, program: &str) -> Result<(u64, u64)> {
+    for entry in fs::read_dir(format!("/proc/{agent}/fdinfo"))? {
+        let Ok(text) = fs::read_to_string(entry?.path()) else { continue };
+        let field = |name: &str| -> Option<u64> {
+            text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
+        };
+        if let Some(id) = field("prog_id:")
+            && names.get(&id).is_some_and(|name| name == program)
+        {
+            return field("run_time_ns:").zip(field("run_cnt:")).context("this kernel does not count runs");
+        }
+    }
+    bail!("the agent has no program {program}")
+}
+
+/// One row for each program and case.
+#[must_use]
+pub(super) fn table(costs: &[Cost]) -> Table {
+    let mut table = Table::new();
+    table.load_style(UTF8_FULL_CONDENSED).set_header(["Services", "program", "case", "ns a run", "least"]);
+    for cost in costs {
+        table.add_row([
+            cost.services.to_string(),
+            cost.program.clone(),
+            cost.case.clone(),
+            format!("{:.0}", quantile(cost.nanoseconds.clone(), 0.5)),
+            format!("{:.0}", quantile(cost.nanoseconds.clone(), 0.0)),
+        ]);
+    }
+    for column in table.column_iter_mut().filter(|column| ![1, 2].contains(&column.index)) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
