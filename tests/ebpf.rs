@@ -125,7 +125,8 @@ fn the_programs_serve_the_sockets_of_their_cgroup_and_no_others() -> Result<()> 
             assert_eq!(taken.map_err(|error| error.kind()), Err(io::ErrorKind::AddrInUse));
             let tallies = plane.tallies()?;
             let counted = |protocol| {
-                let mut ports = tallies.iter().filter(|(id, _)| (id.family, id.protocol) == (family, protocol));
+                let mut ports =
+                    tallies.iter().filter(|(id, _)| (id.family, id.protocol) == (family, protocol));
                 ports.next().map(|(_, tally)| (tally.served, tally.refused))
             };
             assert_eq!(counted(Protocol::Tcp), Some((2, 0)), "two connections");

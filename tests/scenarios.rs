@@ -1,35 +1,46 @@
-//! Every file of `tests/scenarios`, played to the memory data plane and to nftables: both hold what the file says.
+//! Every file of `tests/scenarios`, played to every data plane. Memory and nftables hold what the file says; the sockets'
+//! plane holds of it what is for sockets, and its maps hold what the file says where it writes them out.
 //!
-//! `WEIR_BLESS=1` writes what memory holds into the files.
+//! `WEIR_BLESS=1` writes what memory and the maps hold into the files.
 
-use std::{fs, net::IpAddr, path::PathBuf, process::Command};
+use std::{collections::VecDeque, fs, net::IpAddr, path::PathBuf, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
+use proxy_ebpf::{Endpoint, FrontendKey, flag};
 use similar::TextDiff;
 use weir::{
-    dataplane::{Dataplane, Memory, State, nftables::Nftables},
+    dataplane::{
+        Dataplane, Memory, State,
+        ebpf::{Ebpf, Place},
+        nftables::Nftables,
+    },
     model::{Family, ObjectName, PerFamily},
     plan::NodePortAddresses,
     source::{Change, Kind, Object},
 };
 use weir_tests::{
     agent::Agent,
+    bpffs::BpfFs,
+    cgroup::Cgroup,
+    maps::Maps,
     netns::Namespace,
     scenario::{Action, Scenario, render},
 };
 
-/// A data plane that can be opened anew and says where NodePorts answer, which no [`State`] has.
+/// A data plane that can be opened anew and says what no [`State`] has.
 trait Plane: Dataplane + Sized {
-    fn open(families: PerFamily<bool>) -> Result<Self>;
-    fn node_ips(&mut self) -> Result<Vec<IpAddr>>;
+    /// A new one that finds what others left in the place.
+    fn open(families: PerFamily<bool>, place: &Place) -> Result<Self>;
+    /// Where NodePorts answer.
+    fn node_ips(&mut self, place: &Place) -> Result<Vec<IpAddr>>;
 }
 
 impl Plane for Memory {
-    fn open(_: PerFamily<bool>) -> Result<Self> {
+    fn open(_: PerFamily<bool>, _: &Place) -> Result<Self> {
         Ok(Self::default())
     }
 
-    fn node_ips(&mut self) -> Result<Vec<IpAddr>> {
+    fn node_ips(&mut self, _: &Place) -> Result<Vec<IpAddr>> {
         let node = self.node().context("no node was planned")?;
         let of = |family| match node.node_port_addresses.get(family) {
             NodePortAddresses::AnyLocal => &node.host_addresses,
@@ -43,11 +54,11 @@ impl Plane for Memory {
 }
 
 impl Plane for Nftables {
-    fn open(families: PerFamily<bool>) -> Result<Self> {
+    fn open(families: PerFamily<bool>, _: &Place) -> Result<Self> {
         Ok(Nftables::open(families)?)
     }
 
-    fn node_ips(&mut self) -> Result<Vec<IpAddr>> {
+    fn node_ips(&mut self, _: &Place) -> Result<Vec<IpAddr>> {
         let mut all = Vec::new();
         for family in ["ip", "ip6"] {
             let listed =
@@ -68,10 +79,36 @@ impl Plane for Nftables {
     }
 }
 
-/// Plays a scenario; what is there at each expectation. Then everything is deleted, and nothing must be left.
-fn play<P: Plane>(scenario: &Scenario) -> Result<Vec<String>> {
-    let families = scenario.settings.families;
-    let mut agent = Agent::new(scenario.settings.clone(), P::open(families)?);
+impl Plane for Ebpf {
+    fn open(_: PerFamily<bool>, place: &Place) -> Result<Self> {
+        Ok(Ebpf::open(place.clone(), true)?)
+    }
+
+    fn node_ips(&mut self, place: &Place) -> Result<Vec<IpAddr>> {
+        let frontends = Maps::read(place)?.frontends;
+        let nodes =
+            frontends.iter().filter(|(_, value)| value.flags & (flag::NODE | flag::LOOPBACK) == flag::NODE);
+        let address = |key: &FrontendKey| Endpoint { address: key.address, ..Endpoint::default() }.ip();
+        let mut all: Vec<IpAddr> = nodes.map(|(key, _)| address(key)).collect();
+        all.sort_unstable();
+        Ok(all)
+    }
+}
+
+/// What is there at an expectation.
+struct Seen {
+    state: State,
+    node_ips: Vec<IpAddr>,
+}
+
+/// Plays a scenario. Then everything is deleted, and nothing must be left. `see` looks at each expectation.
+fn play<P: Plane>(
+    scenario: &Scenario,
+    place: &Place,
+    mut see: impl FnMut(&Action, Seen) -> Result<Option<String>>,
+) -> Result<Vec<Option<String>>> {
+    let open = || P::open(scenario.settings.families, place);
+    let mut agent = Agent::new(scenario.settings.clone(), open()?);
     let mut objects: Vec<(Kind, ObjectName)> = Vec::new();
     let mut seen = Vec::new();
     let mut running = true;
@@ -86,12 +123,12 @@ fn play<P: Plane>(scenario: &Scenario) -> Result<Vec<String>> {
             Action::Host(addresses) => agent.model().set_host_addresses(addresses.clone()),
             Action::Stop => running = false,
             Action::Restart => {
-                agent.restart(P::open(families)?);
+                agent.restart(open()?);
                 running = true;
             }
-            Action::Expect => {
-                let node_ips = agent.plane().node_ips()?;
-                seen.push(render(&agent.dump()?, &node_ips));
+            Action::Expect | Action::Maps => {
+                let there = Seen { node_ips: agent.plane().node_ips(place)?, state: agent.dump()? };
+                seen.push(see(&step.action, there)?);
                 continue;
             }
         }
@@ -108,6 +145,28 @@ fn play<P: Plane>(scenario: &Scenario) -> Result<Vec<String>> {
     Ok(seen)
 }
 
+/// Plays a scenario to a plane that holds everything: what it holds at each expectation.
+fn whole<P: Plane>(scenario: &Scenario, place: &Place) -> Result<Vec<Option<String>>> {
+    play::<P>(scenario, place, |action, Seen { state, node_ips }| {
+        Ok(matches!(action, Action::Expect).then(|| render(&state, &node_ips)))
+    })
+}
+
+/// Plays a scenario to memory and to the sockets' plane, which holds the sockets' part of the same. What its maps hold
+/// where that is written out.
+fn at_sockets(scenario: &Scenario, place: &Place) -> Result<Vec<Option<String>>> {
+    let mut wanted = VecDeque::new();
+    play::<Memory>(scenario, place, |_, Seen { state, node_ips }| {
+        wanted.push_back(render(&state.for_sockets(), &node_ips));
+        Ok(None)
+    })?;
+    play::<Ebpf>(scenario, place, |action, Seen { state, node_ips }| {
+        let (wanted, seen) = (wanted.pop_front().unwrap_or_default(), render(&state, &node_ips));
+        ensure!(wanted == seen, "\n{}", TextDiff::from_lines(&wanted, &seen).unified_diff());
+        matches!(action, Action::Maps).then(|| Ok(Maps::read(place)?.to_string())).transpose()
+    })
+}
+
 fn applied(change: &Change) -> Option<(Kind, ObjectName)> {
     match change {
         Change::Apply(object) => Some((object.kind(), Object::name(object))),
@@ -116,17 +175,17 @@ fn applied(change: &Change) -> Option<(Kind, ObjectName)> {
 }
 
 /// What went wrong in one scenario, by line.
-fn differences(file: &str, scenario: &Scenario, seen: &[String]) -> String {
-    let expectations = scenario.steps.iter().filter(|step| matches!(step.action, Action::Expect));
+fn differences(file: &str, scenario: &Scenario, seen: &[Option<String>]) -> String {
     let mut text = String::new();
-    for (step, seen) in expectations.zip(seen).filter(|(step, seen)| step.body != **seen) {
+    for (step, seen) in scenario.expectations().zip(seen) {
+        let Some(seen) = seen.as_ref().filter(|seen| step.body != **seen) else { continue };
         let diff = TextDiff::from_lines(step.body.as_str(), seen);
         text += &format!("\n{file}:{}: {}\n{}", step.line, step.title, diff.unified_diff());
     }
     text
 }
 
-fn run(play: impl Fn(&Scenario) -> Result<Vec<String>>, bless: bool) -> Result<()> {
+fn run(play: impl Fn(&Scenario) -> Result<Vec<Option<String>>>, bless: bool) -> Result<()> {
     let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("scenarios");
     let files = fs::read_dir(&directory)?.map(|entry| Ok(entry?.path()));
     let mut files: Vec<_> = files.collect::<Result<_>>()?;
@@ -140,7 +199,7 @@ fn run(play: impl Fn(&Scenario) -> Result<Vec<String>>, bless: bool) -> Result<(
             Err(error) => failures += &format!("\n{file}: {error:#}\n"),
             Ok(seen) if bless => fs::write(&path, scenario.rewritten(&seen))?,
             Ok(seen) => {
-                expectations += seen.len();
+                expectations += seen.iter().flatten().count();
                 failures += &differences(&file, &scenario, &seen);
             }
         }
@@ -150,13 +209,34 @@ fn run(play: impl Fn(&Scenario) -> Result<Vec<String>>, bless: bool) -> Result<(
     Ok(())
 }
 
+/// For planes that need no place.
+fn nowhere() -> Place {
+    Place { bpf_root: PathBuf::new(), cgroup_root: PathBuf::new() }
+}
+
+fn bless() -> bool {
+    std::env::var_os("WEIR_BLESS").is_some()
+}
+
 #[test]
 fn memory_holds_what_scenarios_expect() {
-    run(play::<Memory>, std::env::var_os("WEIR_BLESS").is_some()).unwrap_or_else(|error| panic!("{error:#}"));
+    run(|scenario| whole::<Memory>(scenario, &nowhere()), bless())
+        .unwrap_or_else(|error| panic!("{error:#}"));
 }
 
 #[test]
 fn nftables_holds_what_scenarios_expect() {
-    run(|scenario| Namespace::new("scenario")?.run(|| play::<Nftables>(scenario)), false)
+    run(|scenario| Namespace::new("scenario")?.run(|| whole::<Nftables>(scenario, &nowhere())), false)
         .unwrap_or_else(|error| panic!("{error:#}"));
+}
+
+#[test]
+fn the_maps_hold_what_scenarios_expect_of_sockets() {
+    let cgroup = Cgroup::new("scenarios").unwrap();
+    let play = |scenario: &Scenario| {
+        let files = BpfFs::new()?;
+        let place = Place { bpf_root: files.directory("weir")?, cgroup_root: cgroup.path().to_owned() };
+        at_sockets(scenario, &place)
+    };
+    run(play, bless()).unwrap_or_else(|error| panic!("{error:#}"));
 }

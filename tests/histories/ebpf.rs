@@ -7,11 +7,12 @@ use std::{
     sync::Arc,
 };
 
+use anyhow::anyhow;
 use proptest::{prelude::*, test_runner::TestRunner};
 use weir::{
     dataplane::{
         Memory, State,
-        ebpf::{Ebpf, Fault, Place},
+        ebpf::{Ebpf, Fault, Place, Problem},
     },
     model::{NodePortSetting, Settings},
     plan::{Destination, Frontend, PortId, PortPlan},
@@ -36,74 +37,75 @@ struct Kernel {
 }
 
 impl Kernel {
-    fn new(files: &BpfFs, cgroup: &Cgroup, name: &str) -> Self {
-        let place = Place { bpf_root: files.directory(name).unwrap(), cgroup_root: cgroup.path().to_owned() };
-        Self { agent: Agent::new(settings(), open(&place)), place, restarts: 0 }
+    fn new(files: &BpfFs, cgroup: &Cgroup, name: &str) -> anyhow::Result<Self> {
+        let place = Place { bpf_root: files.directory(name)?, cgroup_root: cgroup.path().to_owned() };
+        Ok(Self { agent: Agent::new(settings(), open(&place)?), place, restarts: 0 })
     }
 
     /// Begins another history, with nothing.
-    fn begin(&mut self) {
+    fn begin(&mut self) -> Result<(), TestCaseError> {
         self.agent.plane().fail_writes(None);
-        self.agent.forget(settings()).unwrap();
-        self.agent.bring_up_to_date().unwrap();
-        assert_eq!(self.agent.dump().unwrap(), State::default());
+        self.agent.forget(settings())?;
+        self.agent.bring_up_to_date()?;
+        prop_assert_eq!(self.agent.dump()?, State::default());
+        Ok(())
     }
 
-    fn maps(&self) -> Maps {
-        Maps::read(&self.place).unwrap()
+    fn maps(&self) -> Result<Maps, TestCaseError> {
+        Maps::read(&self.place).map_err(|error| TestCaseError::fail(format!("{error:#}")))
     }
 
     /// Opens the maps once more. Every now and then by a new plane, which takes long.
-    fn restart(&mut self) {
+    fn restart(&mut self) -> Result<(), TestCaseError> {
         self.restarts += 1;
         if self.restarts.is_multiple_of(8) {
-            self.agent.restart(open(&self.place));
+            self.agent.restart(open(&self.place)?);
         } else {
-            self.agent.reread().unwrap();
+            self.agent.reread()?;
         }
+        Ok(())
     }
 
     /// Brings both up to date. A ClusterIP that moves to the host or away has everything written anew.
     fn tell(&mut self, memory: &mut Agent<Memory>) -> Result<(), TestCaseError> {
-        memory.bring_up_to_date().unwrap();
-        let told = self.agent.bring_up_to_date().or_else(|_| self.agent.bring_up_to_date());
-        told.map_err(|error| TestCaseError::fail(error.to_string()))
+        memory.bring_up_to_date()?;
+        Ok(self.agent.bring_up_to_date().or_else(|_| self.agent.bring_up_to_date())?)
     }
 
     /// What a plane holds that is told everything at once about the objects that are left.
-    fn rebuild(&mut self, steps: Vec<&Step>) -> Maps {
-        self.begin();
-        self.agent.forget(settings()).unwrap();
+    fn rebuild(&mut self, steps: Vec<&Step>) -> Result<Maps, TestCaseError> {
+        self.begin()?;
+        self.agent.forget(settings())?;
         steps.into_iter().for_each(|step| step.happen(&mut self.agent));
-        self.agent.bring_up_to_date().unwrap();
+        self.agent.bring_up_to_date()?;
         self.maps()
     }
 }
 
-fn open(place: &Place) -> Ebpf {
-    Ebpf::open(place.clone(), true).expect("these tests need root")
+fn open(place: &Place) -> Result<Ebpf, Problem> {
+    Ebpf::open(place.clone(), true)
 }
 
 /// Plays histories to a plane, beside another one that is built fresh.
 fn play<S: Strategy>(
     histories: S,
     test: impl Fn(&mut Kernel, &mut Kernel, S::Value) -> Result<(), TestCaseError>,
-) {
-    let (cgroup, files) = (Cgroup::new("histories").unwrap(), BpfFs::new().unwrap());
-    let kernel = |name| RefCell::new(Kernel::new(&files, &cgroup, name));
-    let (kernel, fresh) = (kernel("history"), kernel("fresh"));
+) -> anyhow::Result<()> {
+    let (cgroup, files) = (Cgroup::new("histories")?, BpfFs::new()?);
+    let kernel = |name| Kernel::new(&files, &cgroup, name).map(RefCell::new);
+    let (kernel, fresh) = (kernel("history")?, kernel("fresh")?);
     let config = ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() };
     let played = TestRunner::new(config).run(&histories, |history| {
         let (mut kernel, mut fresh) = (kernel.borrow_mut(), fresh.borrow_mut());
-        kernel.begin();
+        kernel.begin()?;
         test(&mut kernel, &mut fresh, history)
     });
-    played.unwrap_or_else(|error| panic!("{error}"));
+    played.map_err(|error| anyhow!("{error}"))
 }
 
 /// What the maps should hold when `memory` holds what it does: ClusterIPs that the host has itself are the packets'.
-fn expected(memory: &mut Agent<Memory>) -> State {
-    let mut state = memory.dump().unwrap().for_sockets();
+fn expected(memory: &mut Agent<Memory>) -> Result<State, TestCaseError> {
+    let mut state = memory.dump()?.for_sockets();
     let node = memory.plane().node().cloned();
     let host = node.map(|node| node.host_addresses).unwrap_or_default();
     let (at_home, apart) = state.cluster_ips.into_iter().partition::<Vec<_>, _>(|ip| host.contains(ip));
@@ -115,7 +117,7 @@ fn expected(memory: &mut Agent<Memory>) -> State {
             installed.affinity = None;
         }
     }
-    state
+    Ok(state)
 }
 
 fn owners(memory: &mut Agent<Memory>) -> BTreeMap<Frontend, PortId> {
@@ -143,6 +145,7 @@ struct Between {
     before: State,
     /// Frontends that went from one port to another since a try last did not fail.
     moved: BTreeSet<Frontend>,
+    /// Whose each frontend was last.
     owners: BTreeMap<Frontend, PortId>,
 }
 
@@ -153,7 +156,13 @@ impl Between {
             .iter()
             .filter(|(frontend, id)| self.owners.get(frontend).is_some_and(|before| before != *id));
         self.moved.extend(moved.map(|(frontend, _)| *frontend));
-        self.owners = owners;
+        self.owners.extend(owners);
+    }
+
+    /// A try has not failed.
+    fn done(&mut self, memory: &mut Agent<Memory>) {
+        self.moved.clear();
+        self.owners = owners(memory);
     }
 
     /// Each frontend is as before or as it is to be, where it did not change hands: as `wanted`, or `away` as long as it
@@ -186,7 +195,7 @@ impl Between {
 }
 
 #[test]
-fn maps_after_a_history_are_maps_built_fresh() {
+fn maps_after_a_history_are_maps_built_fresh() -> anyhow::Result<()> {
     play(history(), |kernel, fresh, history| {
         let mut memory = Agent::new(settings(), Memory::default());
         for (step, told) in &history {
@@ -194,30 +203,30 @@ fn maps_after_a_history_are_maps_built_fresh() {
             step.happen(&mut memory);
             if *told {
                 kernel.tell(&mut memory)?;
-                prop_assert_eq!(kernel.agent.dump().unwrap(), expected(&mut memory), "after {:?}", step);
+                prop_assert_eq!(kernel.agent.dump()?, expected(&mut memory)?, "after {:?}", step);
             }
         }
         kernel.tell(&mut memory)?;
-        let maps = kernel.maps();
-        prop_assert_eq!(maps.groups(), fresh.rebuild(summary(&history)).groups());
-        kernel.restart();
+        let maps = kernel.maps()?;
+        prop_assert_eq!(maps.groups(), fresh.rebuild(summary(&history))?.groups());
+        kernel.restart()?;
         kernel.tell(&mut memory)?;
-        let found = kernel.maps();
+        let found = kernel.maps()?;
         prop_assert_eq!(found.frontends, maps.frontends, "a restart that changes nothing");
         prop_assert_eq!(found.slots, maps.slots);
         delete_everything(&mut kernel.agent);
         delete_everything(&mut memory);
         kernel.tell(&mut memory)?;
-        let left = kernel.maps();
+        let left = kernel.maps()?;
         prop_assert!(left.frontends.keys().all(|key| key.port == 0), "left: {:?}", left.frontends);
         prop_assert!(left.members.is_empty(), "left: {:?}", left.members);
         Ok(())
-    });
+    })
 }
 
 /// What changed while no agent ran is put right by the next one; a frontend that its port kept has its number still.
 #[test]
-fn a_new_agent_finds_the_numbers_of_the_old_one() {
+fn a_new_agent_finds_the_numbers_of_the_old_one() -> anyhow::Result<()> {
     play((history(), history()), |kernel, _, (before, meanwhile)| {
         let mut memory = Agent::new(settings(), Memory::default());
         for (step, _) in &before {
@@ -225,28 +234,28 @@ fn a_new_agent_finds_the_numbers_of_the_old_one() {
             step.happen(&mut memory);
         }
         kernel.tell(&mut memory)?;
-        let (maps, owned) = (kernel.maps(), owners(&mut memory));
+        let (maps, owned) = (kernel.maps()?, owners(&mut memory));
         for (step, _) in &meanwhile {
             step.happen(&mut kernel.agent);
             step.happen(&mut memory);
         }
-        kernel.restart();
+        kernel.restart()?;
         kernel.tell(&mut memory)?;
-        prop_assert_eq!(kernel.agent.dump().unwrap(), expected(&mut memory));
+        prop_assert_eq!(kernel.agent.dump()?, expected(&mut memory)?);
         let now = owners(&mut memory);
         // A port that gets another's frontend may get the other's number with it.
         if now.iter().all(|(frontend, id)| owned.get(frontend).is_none_or(|before| before == id)) {
-            for (key, value) in kernel.maps().frontends.iter().filter(|(key, _)| key.port != 0) {
+            for (key, value) in kernel.maps()?.frontends.iter().filter(|(key, _)| key.port != 0) {
                 let number = maps.frontends.get(key).map_or(value.port, |was| was.port);
                 prop_assert_eq!(number, value.port, "the number of {:?}", key);
             }
         }
         Ok(())
-    });
+    })
 }
 
 #[test]
-fn maps_that_keep_failing_get_there() {
+fn maps_that_keep_failing_get_there() -> anyhow::Result<()> {
     play((history(), any::<u64>()), |kernel, fresh, (history, seed)| {
         let mut memory = Agent::new(settings(), Memory::default());
         kernel.agent.plane().fail_writes(Some(failing(seed, 10)));
@@ -255,21 +264,21 @@ fn maps_that_keep_failing_get_there() {
             step.happen(&mut kernel.agent);
             step.happen(&mut memory);
             if *told {
-                memory.bring_up_to_date().unwrap();
+                memory.bring_up_to_date()?;
                 between.told(&mut memory);
                 let done = kernel.agent.bring_up_to_date().is_ok();
-                let (now, wanted) = (kernel.agent.dump().unwrap(), expected(&mut memory));
+                let (now, wanted) = (kernel.agent.dump()?, expected(&mut memory)?);
                 if done {
                     prop_assert_eq!(&now, &wanted, "after {:?}", step);
-                    between.moved.clear();
+                    between.done(&mut memory);
                 }
-                between.holds(now, &wanted, &memory.dump().unwrap().for_sockets())?;
+                between.holds(now, &wanted, &memory.dump()?.for_sockets())?;
             }
         }
-        memory.bring_up_to_date().unwrap();
+        memory.bring_up_to_date()?;
         settle(&mut kernel.agent)?;
-        prop_assert_eq!(kernel.agent.dump().unwrap(), expected(&mut memory));
-        prop_assert_eq!(kernel.maps().groups(), fresh.rebuild(summary(&history)).groups());
+        prop_assert_eq!(kernel.agent.dump()?, expected(&mut memory)?);
+        prop_assert_eq!(kernel.maps()?.groups(), fresh.rebuild(summary(&history))?.groups());
         Ok(())
-    });
+    })
 }

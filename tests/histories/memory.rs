@@ -3,7 +3,7 @@
 
 use proptest::prelude::*;
 use weir::{
-    dataplane::{Dataplane as _, Faulty, Memory, State},
+    dataplane::{Dataplane as _, Error, Faulty, Memory, State},
     plan::{NodePlan, PortPlan},
 };
 use weir_tests::agent::Agent;
@@ -14,16 +14,16 @@ use super::{
 };
 
 /// What a data plane holds that is told everything at once about the objects that are left.
-fn rebuilt(history: &[(Step, bool)]) -> Held {
+fn rebuilt(history: &[(Step, bool)]) -> Result<Held, Error> {
     let mut agent = Agent::new(settings(), Memory::default());
     summary(history).into_iter().for_each(|step| step.happen(&mut agent));
-    agent.bring_up_to_date().unwrap();
+    agent.bring_up_to_date()?;
     held(agent.plane())
 }
 
 type Held = (State, Option<NodePlan>, Vec<PortPlan>);
 
-fn held(memory: &mut Memory) -> Held {
+fn held(memory: &mut Memory) -> Result<Held, Error> {
     let ports = memory.ports().map(|port| {
         let mut port = PortPlan::clone(port);
         port.cluster.sort_unstable();
@@ -31,7 +31,7 @@ fn held(memory: &mut Memory) -> Held {
         port
     });
     let ports = ports.collect();
-    (memory.dump().unwrap(), memory.node().cloned(), ports)
+    Ok((memory.dump()?, memory.node().cloned(), ports))
 }
 
 proptest! {
@@ -49,7 +49,7 @@ proptest! {
             }
         }
         agent.bring_up_to_date().unwrap();
-        prop_assert_eq!(held(agent.plane()), rebuilt(&history));
+        prop_assert_eq!(held(agent.plane())?, rebuilt(&history)?);
         prop_assert!(agent.is_up_to_date());
     }
 
@@ -61,7 +61,7 @@ proptest! {
         let mut agent = Agent::new(settings(), std::mem::take(old.plane()));
         after.iter().for_each(|(step, _)| step.happen(&mut agent));
         agent.bring_up_to_date().unwrap();
-        prop_assert_eq!(held(agent.plane()), rebuilt(&after));
+        prop_assert_eq!(held(agent.plane())?, rebuilt(&after)?);
     }
 
     #[test]
@@ -75,6 +75,6 @@ proptest! {
             }
         }
         settle(&mut agent)?;
-        prop_assert_eq!(held(agent.plane().inner()), rebuilt(&history));
+        prop_assert_eq!(held(agent.plane().inner())?, rebuilt(&history)?);
     }
 }

@@ -13,6 +13,8 @@
 //! == expect why                           and what is there then:
 //! cluster-ips 10.96.0.10
 //! 10.96.0.10:80/TCP pod=10.244.0.2:8080* host,outside=10.244.0.2:8080*(masquerade)
+//! == maps                                 what the maps of the sockets' plane hold then; see `Maps`
+//! frontend 10.96.0.10 cluster-ip
 //! ```
 //!
 //! A `*` marks endpoints of this node.
@@ -65,6 +67,8 @@ pub enum Action {
     Restart,
     /// The data plane holds what the body says.
     Expect,
+    /// The maps hold what the body says.
+    Maps,
 }
 
 impl Scenario {
@@ -92,17 +96,22 @@ impl Scenario {
         Ok(Self { settings, preamble, steps })
     }
 
-    /// The file's text, with what `expected` says in place of the expectations.
+    /// The steps that say what is there.
+    pub fn expectations(&self) -> impl Iterator<Item = &Step> {
+        self.steps.iter().filter(|step| matches!(step.action, Action::Expect | Action::Maps))
+    }
+
+    /// The file's text, with what is `seen` in place of the expectations; those of which nothing was seen stay.
     #[must_use]
-    pub fn rewritten(&self, expected: &[String]) -> String {
-        let mut expected = expected.iter();
+    pub fn rewritten(&self, seen: &[Option<String>]) -> String {
+        let mut seen = seen.iter();
         let mut text = self.preamble.clone();
         for step in &self.steps {
             let body = match step.action {
-                Action::Expect => expected.next().unwrap_or(&step.body),
-                _ => &step.body,
+                Action::Expect | Action::Maps => seen.next().and_then(Option::as_ref),
+                _ => None,
             };
-            text.extend([step.title.as_str(), "\n", body.as_str()]);
+            text.extend([step.title.as_str(), "\n", body.unwrap_or(&step.body)]);
         }
         text
     }
@@ -153,6 +162,7 @@ fn action(title: &str, body: &str) -> Result<Action> {
         Some("stop") => Action::Stop,
         Some("restart") => Action::Restart,
         Some("expect") => Action::Expect,
+        Some("maps") => Action::Maps,
         _ => bail!("no such step"),
     })
 }

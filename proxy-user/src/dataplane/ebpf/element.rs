@@ -140,3 +140,87 @@ fn serve(site: &Site, set: Set) -> Choice {
     let Range { first, count } = site.range(set);
     Choice { first, count, set: set.number(site.port), verdict: verdict::SERVE }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dataplane::ebpf::fixture::{address, backend, port};
+
+    fn site() -> Site {
+        let mut site = Site::new(3, false);
+        site.set_range(Set::Cluster, Range { first: 10, count: 2 });
+        site.set_range(Set::Local, Range { first: 20, count: 1 });
+        site
+    }
+
+    fn value_of(plan: &PortPlan, theirs: bool) -> FrontendValue {
+        value(plan, &plan.frontends[0], &site(), theirs)
+    }
+
+    #[test]
+    fn pods_and_the_host_each_get_what_their_route_says() {
+        let cluster = Choice { first: 10, count: 2, set: 12, verdict: verdict::SERVE };
+        let local = Choice { first: 20, count: 1, set: 13, verdict: verdict::SERVE };
+        let refuse = Choice { verdict: verdict::REFUSE, ..Choice::default() };
+        let all = [
+            (Target::Cluster, cluster),
+            (Target::Local, local),
+            (Target::Reject, refuse),
+            // F2: a socket cannot be left waiting, so its packets are dropped.
+            (Target::Drop, Choice::default()),
+        ];
+        for ((pod, for_pod), (host, for_host)) in all.into_iter().flat_map(|pod| all.map(|host| (pod, host)))
+        {
+            let plan = port("web", &[]).at(address("10.96.0.1"), 80, [pod, host]);
+            let value = value_of(&plan, false);
+            assert_eq!((value.port, value.pod, value.host), (3, for_pod, for_host), "{pod:?} and {host:?}");
+        }
+    }
+
+    #[test]
+    fn what_only_packets_can_decide_is_left_to_them() {
+        let plan =
+            port("web", &["10.244.0.1"]).at(address("198.51.100.1"), 80, [Target::Cluster, Target::Reject]);
+        let pass = Choice::default();
+        assert_eq!(pass.verdict, verdict::PASS);
+        let value = value_of(&plan, true);
+        assert_eq!((value.pod, value.host), (pass, pass), "an address of the host's own");
+        let value = value_of(&plan.guarded("203.0.113.0/24"), false);
+        assert_eq!((value.pod, value.host), (pass, pass), "F7");
+    }
+
+    #[test]
+    fn only_what_is_remembered_has_members() {
+        let mut plan = port("web", &["10.244.0.1", "10.244.0.2"]).at_ip("10.96.0.1");
+        plan.local = vec![backend("10.244.0.2")];
+        plan.serving = vec![backend("10.244.0.3")];
+        let sets = |plan: &PortPlan| {
+            let of = |member: MemberKey| (member.set, member.backend.ip().to_string());
+            members(plan, 3).map(of).collect::<Vec<_>>()
+        };
+        let entry = |set, ip: &str| (set, ip.to_owned());
+        assert_eq!((sets(&plan), value_of(&plan, false).flags), (vec![], 0));
+
+        plan.affinity = Some(60);
+        let sticky = [entry(12, "10.244.0.1"), entry(12, "10.244.0.2"), entry(13, "10.244.0.2")];
+        assert_eq!(sets(&plan), sticky, "A1");
+        let value = value_of(&plan, false);
+        assert_eq!((value.flags, value.affinity), (flag::MEMBERS, 60));
+
+        plan.id.protocol = Protocol::Udp;
+        assert_eq!(sets(&plan), [&sticky[..], &[entry(14, "10.244.0.3")]].concat());
+        plan.affinity = None;
+        assert_eq!(sets(&plan), [entry(14, "10.244.0.3")], "K2");
+        assert_eq!(value_of(&plan, false).flags, flag::MEMBERS);
+    }
+
+    #[test]
+    fn a_node_port_has_the_unspecified_address_of_its_family() {
+        for (family, unspecified) in [(Family::V4, "0.0.0.0"), (Family::V6, "::")] {
+            let destination = Destination::NodePort(family);
+            let found = key(&Frontend { destination, protocol: Protocol::Udp, port: 30080 });
+            assert_eq!(found, FrontendKey::new(unspecified.parse().unwrap(), 30080, 17));
+        }
+        assert!(!is_for_sockets(Protocol::Sctp));
+    }
+}

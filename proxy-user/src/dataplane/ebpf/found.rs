@@ -38,7 +38,7 @@ impl Found {
         Ok(found)
     }
 
-    fn of(
+    pub(super) fn of(
         frontends: FxHashMap<FrontendKey, FrontendValue>,
         members: FxHashMap<MemberKey, u64>,
         slots: Vec<Endpoint>,

@@ -23,6 +23,8 @@ use crate::plan::{Delta, NodePlan};
 mod bypass;
 mod dump;
 mod element;
+#[cfg(test)]
+mod fixture;
 mod found;
 mod maps;
 mod numbers;

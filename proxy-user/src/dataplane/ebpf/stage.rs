@@ -166,3 +166,149 @@ fn frontends<'a>(
         })
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::dataplane::ebpf::{
+        fixture::{backend, port},
+        slots::{REST, Range},
+    };
+
+    fn change(before: Option<&PortPlan>, after: Option<&PortPlan>) -> PortDelta {
+        PortDelta { before: before.cloned().map(Arc::new), after: after.cloned().map(Arc::new) }
+    }
+
+    fn site(step: &Step) -> Site {
+        step.after.as_ref().unwrap().1
+    }
+
+    /// What the maps hold after a complete delta with these ports.
+    fn found(plans: &[PortPlan]) -> (Ground, Found) {
+        let (mut ground, now) = (Ground::default(), Instant::now());
+        let steps: Vec<Step> =
+            plans.iter().filter_map(|plan| ground.step(&change(None, Some(plan)), now)).collect();
+        let (mut frontends, mut slots) = (FxHashMap::default(), Vec::new());
+        for step in &steps {
+            frontends.extend(step.wanted(&|_| false));
+            for set in &step.fresh {
+                let range = site(step).range(*set);
+                slots.resize(slots.len().max((range.first + range.count) as usize), Default::default());
+                let backends = set.of(&step.after.as_ref().unwrap().0);
+                (range.first as usize..).zip(backends).for_each(|(slot, backend)| {
+                    slots[slot] = element::endpoint(backend);
+                });
+            }
+            ground.done(step, now);
+        }
+        (ground, Found::of(frontends, FxHashMap::default(), slots))
+    }
+
+    #[test]
+    fn a_port_keeps_its_number_and_the_slots_of_the_same_backends_in_any_order() {
+        let [a, b] = ["10.244.0.1", "10.244.0.2"];
+        let (web, dns) = (port("web", &[a, b]).at_ip("10.96.0.1"), port("dns", &[b]).at_ip("10.96.0.2"));
+        let (old, found) = found(&[web.clone(), dns.clone()]);
+        let (mut ground, now) = (Ground::of(found), Instant::now());
+        let turned = port("web", &[b, a]).at_ip("10.96.0.1");
+        let step = ground.step(&change(None, Some(&turned)), now).unwrap();
+        assert_eq!((site(&step), &step.fresh[..], step.is_new), (old.ports[&web.id], &[][..], false));
+
+        let grown = port("dns", &[a, b]).at_ip("10.96.0.2");
+        let step = ground.step(&change(None, Some(&grown)), now).unwrap();
+        let was = old.ports[&dns.id];
+        assert_eq!((site(&step).port, &step.fresh[..], step.is_new), (was.port, &[Set::Cluster][..], false));
+        assert_eq!(site(&step).range(Set::Cluster), Range { first: 3, count: 2 }, "beside what is in use");
+        ground.done(&step, now);
+        let left = ground.leftovers(now).unwrap();
+        assert_eq!(left.unclaimed_ranges(), [was.range(Set::Cluster)]);
+        assert!(left.unclaimed_numbers().is_empty());
+    }
+
+    #[test]
+    fn of_two_ports_that_find_one_number_the_first_has_it() {
+        let both = port("old", &["10.244.0.1"]).at_ip("10.96.0.1").at_ip("10.96.0.2");
+        let (_, found) = found(std::slice::from_ref(&both));
+        let (mut ground, now) = (Ground::of(found), Instant::now());
+        let mut step = |name, ip| {
+            let plan = port(name, &["10.244.0.1"]).at_ip(ip);
+            ground.step(&change(None, Some(&plan)), now).unwrap()
+        };
+        let (first, second) = (step("first", "10.96.0.1"), step("second", "10.96.0.2"));
+        assert_eq!((site(&first).port, first.is_new, first.fresh.len()), (0, false, 0));
+        assert_eq!((site(&second).port, second.is_new), (1, true));
+        assert_eq!(site(&second).range(Set::Cluster), Range { first: 1, count: 1 });
+    }
+
+    #[test]
+    fn ranges_that_overlap_are_nobodys_after_the_first() {
+        let [a, b, c] = ["10.244.0.1", "10.244.0.2", "10.244.0.3"].map(|ip| element::endpoint(&backend(ip)));
+        let plans = [
+            port("web", &["10.244.0.1", "10.244.0.2"]).at_ip("10.96.0.1"),
+            port("dns", &["10.244.0.2", "10.244.0.3"]).at_ip("10.96.0.2"),
+        ];
+        let sites = [0, 1].map(|number| {
+            let mut site = Site::new(number, false);
+            site.set_range(Set::Cluster, Range { first: number, count: 2 });
+            site
+        });
+        let frontends = plans.iter().zip(&sites).map(|(plan, site)| {
+            let planned = &plan.frontends[0];
+            (element::key(&planned.frontend), element::value(plan, planned, site, false))
+        });
+        let found = Found::of(frontends.collect(), FxHashMap::default(), vec![a, b, c]);
+        let (mut ground, now) = (Ground::of(found), Instant::now());
+        let steps = plans.map(|plan| ground.step(&change(None, Some(&plan)), now).unwrap());
+        assert_eq!(steps.each_ref().map(|step| site(step).port), [0, 1]);
+        let ranges = steps.each_ref().map(|step| site(step).range(Set::Cluster));
+        assert_eq!(ranges, [Range { first: 0, count: 2 }, Range { first: 3, count: 2 }]);
+    }
+
+    #[test]
+    fn what_nobody_claims_is_given_to_others_after_a_rest() {
+        let (_, found) = found(&[port("old", &["10.244.0.1"]).at_ip("10.96.0.1")]);
+        let (mut ground, now) = (Ground::of(found), Instant::now());
+        assert_eq!(ground.leftovers(now).unwrap().unclaimed_numbers(), [0]);
+        let plan = port("new", &["10.244.0.1"]).at_ip("10.96.0.2");
+        let step = ground.step(&change(None, Some(&plan)), now).unwrap();
+        assert_eq!((site(&step).port, site(&step).range(Set::Cluster).first), (0, 1));
+    }
+
+    proptest! {
+        /// Whatever becomes of each step: no slot is two ports' at a time, and neither slots nor numbers are lost.
+        #[test]
+        fn no_slot_is_two_ports_and_none_is_lost(
+            changes in proptest::collection::vec((0..8_u8, 0..24_u8, 0..8_u8), 1..20),
+        ) {
+            let (mut ground, mut now) = (Ground::default(), Instant::now());
+            let mut there: FxHashMap<u8, PortPlan> = FxHashMap::default();
+            let backends: Vec<String> = (0..24).map(|number| format!("10.244.0.{number}")).collect();
+            // The same again and again, so that what is lost adds up.
+            for (name, count, fate) in (0..100).flat_map(|_| changes.iter().copied()) {
+                now += REST + Duration::from_secs(1);
+                let backends: Vec<&str> = backends.iter().take(count.into()).map(|ip| &**ip).collect();
+                let wanted = (count > 0).then(|| port(&format!("s{name}"), &backends));
+                let delta = change(there.get(&name), wanted.as_ref());
+                let Some(step) = ground.step(&delta, now) else { continue };
+                if fate == 0 {
+                    ground.undo(&step, now);
+                    continue;
+                }
+                ground.done(&step, now);
+                match wanted {
+                    Some(plan) => there.insert(name, plan),
+                    None => there.remove(&name),
+                };
+                let mut ranges: Vec<Range> = ground.ports.values().map(|site| site.range(Set::Cluster)).collect();
+                ranges.sort_unstable_by_key(|range| range.first);
+                prop_assert!(ranges.windows(2).all(|two| two[0].first + two[0].count <= two[1].first));
+            }
+            prop_assert!(ground.numbers.end() <= 9, "{} numbers", ground.numbers.end());
+            prop_assert!(ground.slots.end() <= 4096 + 1024, "{} slots", ground.slots.end());
+        }
+    }
+}

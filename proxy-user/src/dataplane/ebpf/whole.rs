@@ -155,3 +155,98 @@ fn serving(node: &NodePlan) -> BTreeMap<IpAddr, u32> {
     }
     serving
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::PerFamily;
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    /// A host with these addresses, all of which serve NodePorts.
+    fn node(host: &[&str]) -> NodePlan {
+        let mut host_addresses: Vec<IpAddr> = host.iter().map(|address| ip(address)).collect();
+        host_addresses.sort_unstable();
+        NodePlan {
+            local_traffic: PerFamily { v4: None, v6: None },
+            node_port_addresses: PerFamily {
+                v4: NodePortAddresses::AnyLocal,
+                v6: NodePortAddresses::AnyLocal,
+            },
+            loopback_node_ports: PerFamily { v4: false, v6: false },
+            host_addresses,
+            masquerade_mark: 0x4000,
+            service_cidrs: Vec::new(),
+        }
+    }
+
+    fn of_node(whole: &Whole) -> Vec<(IpAddr, u32)> {
+        let address = |key: FrontendKey| proxy_ebpf::Endpoint { address: key.address, port: 0, zero: 0 }.ip();
+        whole.of_node().map(|(key, value)| (address(key), value.flags)).collect()
+    }
+
+    #[test]
+    fn node_ports_are_at_the_addresses_of_the_node_and_for_the_host_at_loopback() {
+        let mut whole = Whole::default();
+        let mut node = node(&["192.0.2.1", "192.0.2.2", "2001:db8::1"]);
+        node.loopback_node_ports.v4 = true;
+        whole.expect(&node, &[], true);
+        let loopback = (ip("127.0.0.1"), flag::NODE | flag::LOOPBACK);
+        let v6 = (ip("2001:db8::1"), flag::NODE);
+        let all = [loopback, (ip("192.0.2.1"), flag::NODE), (ip("192.0.2.2"), flag::NODE), v6];
+        assert_eq!(of_node(&whole), all, "R13");
+        assert!(whole.take_gone().is_empty());
+
+        node.node_port_addresses.v4 = NodePortAddresses::Only(vec![ip("192.0.2.2")]);
+        node.loopback_node_ports.v4 = false;
+        whole.expect(&node, &[], false);
+        assert_eq!(of_node(&whole), [(ip("192.0.2.2"), flag::NODE), v6], "R14");
+        assert_eq!(whole.take_gone(), [ip("127.0.0.1"), ip("192.0.2.1")]);
+        assert!(whole.take_gone().is_empty());
+    }
+
+    #[test]
+    fn a_cluster_ip_of_the_hosts_own_is_left_to_packets_until_it_leaves() {
+        let (dns, web) = (ip("10.96.0.10"), ip("10.96.0.11"));
+        let known = [ClusterIpDelta::Add(dns), ClusterIpDelta::Add(web)];
+        let theirs = |whole: &Whole, ip| whole.is_theirs()(&FrontendKey::new(ip, 53, 17));
+        let mut whole = Whole::default();
+        whole.expect(&node(&["10.96.0.10"]), &known, true);
+        assert!(theirs(&whole, dns) && !theirs(&whole, web));
+        assert_eq!(whole.of_cluster_ip(dns), None);
+        assert_eq!(whole.of_cluster_ip(web).map(|(_, value)| value.flags), Some(flag::CLUSTER_IP));
+        assert!(whole.settled().is_ok());
+
+        whole.expect(&node(&[]), &[], false);
+        assert!(whole.settled().is_err_and(|error| error.to_string().contains("10.96.0.10")));
+        whole.expect(&node(&[]), &known, true);
+        assert!(!theirs(&whole, dns) && whole.of_cluster_ip(dns).is_some() && whole.settled().is_ok());
+
+        whole.came_home(dns);
+        assert!(whole.settled().is_err());
+        whole.expect(&node(&["10.96.0.10"]), &known, true);
+        whole.came_home(dns);
+        assert!(theirs(&whole, dns) && whole.settled().is_ok(), "everything is written accordingly");
+    }
+
+    #[test]
+    fn a_cluster_ip_that_is_deleted_while_the_host_has_it_moves_nothing() {
+        let dns = ip("10.96.0.10");
+        let mut whole = Whole::default();
+        whole.expect(&node(&["10.96.0.10"]), &[ClusterIpDelta::Add(dns)], true);
+        whole.expect(&node(&[]), &[ClusterIpDelta::Remove(dns)], false);
+        assert!(whole.settled().is_ok());
+    }
+
+    #[test]
+    fn a_cluster_ip_that_is_not_written_yet_moves_too() {
+        let dns = ip("10.96.0.10");
+        let mut whole = Whole::default();
+        whole.expect(&node(&[]), &[ClusterIpDelta::Add(dns)], false);
+        whole.withhold(dns);
+        whole.expect(&node(&["10.96.0.10"]), &[], false);
+        assert!(whole.settled().is_err());
+    }
+}

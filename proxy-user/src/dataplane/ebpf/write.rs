@@ -174,21 +174,26 @@ impl Ebpf {
     ) -> Result<(), Problem> {
         let had: Vec<(FrontendKey, FrontendValue)> = step.had(is_theirs).collect();
         for (key, value) in step.wanted(is_theirs) {
-            let known = match self.ground.found.as_mut().and_then(|found| found.frontends.remove(&key)) {
-                Some(found) => Some(found),
-                None => had.iter().find(|(old, _)| *old == key).map(|(_, old)| *old),
-            };
+            let found = self.ground.found.as_mut().and_then(|found| found.frontends.remove(&key));
+            let known = found
+                .or_else(|| had.iter().find(|(old, _)| *old == key).map(|(_, old)| *old))
+                // One that another port is about to give up.
+                .or_else(|| self.object.maps.frontend(&key));
             if known != Some(value) {
-                self.insert_frontend(key, value, known.is_none())?;
+                self.insert_frontend(key, value, known.is_some())?;
                 undo.frontends.push((key, known));
             }
         }
         Ok(())
     }
 
-    /// Writes a frontend; `new` unless it is known to be there. One that another port is about to give up is there.
-    fn insert_frontend(&mut self, key: FrontendKey, value: FrontendValue, new: bool) -> Result<(), Problem> {
-        let there = !new || self.object.maps.frontend(&key).is_some();
+    /// Writes a frontend; `there` if there is one already.
+    fn insert_frontend(
+        &mut self,
+        key: FrontendKey,
+        value: FrontendValue,
+        there: bool,
+    ) -> Result<(), Problem> {
         self.object.maps.set_frontend(&key, &value)?;
         self.used.frontends += u32::from(!there);
         Ok(())
@@ -197,7 +202,7 @@ impl Ebpf {
     fn take_back(&mut self, undo: Undo) -> Result<(), Problem> {
         for (key, known) in undo.frontends.into_iter().rev() {
             match known {
-                Some(value) => self.insert_frontend(key, value, false)?,
+                Some(value) => self.insert_frontend(key, value, true)?,
                 None => self.remove_frontend(&key)?,
             }
         }
@@ -292,7 +297,8 @@ impl Ebpf {
 
     fn write_whole(&mut self, key: FrontendKey, value: FrontendValue) -> Result<(), Problem> {
         let found = self.ground.found.as_mut().and_then(|found| found.frontends.remove(&key));
-        if found == Some(value) { Ok(()) } else { self.insert_frontend(key, value, found.is_none()) }
+        let known = found.or_else(|| self.object.maps.frontend(&key));
+        if known == Some(value) { Ok(()) } else { self.insert_frontend(key, value, known.is_some()) }
     }
 
     /// Removes what a complete delta did not name.
