@@ -15,11 +15,10 @@ use aya::{
     sys::{Stats, enable_stats},
 };
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
-use nix::sys::socket::{setsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    paths::client::{Crew, connect, datagrams},
+    paths::client::{Crew, connect, datagrams, reset},
     statistics::quantile,
 };
 
@@ -91,10 +90,7 @@ fn cases([service, service6]: [SocketAddr; 2], [pod, pod6]: [SocketAddr; 2]) -> 
 }
 
 fn stream(to: SocketAddr) -> Result<()> {
-    (0..REPEATS).try_for_each(|_| {
-        let stream = connect(to)?;
-        Ok(setsockopt(&stream, sockopt::Linger, &nix::libc::linger { l_onoff: 1, l_linger: 0 })?)
-    })
+    (0..REPEATS).try_for_each(|_| Ok(reset(&connect(to)?)?))
 }
 
 fn connected(to: SocketAddr) -> Result<()> {

@@ -14,11 +14,12 @@ use std::{
 use anyhow::{Context as _, Result};
 use nix::{
     sched::{CpuSet, sched_setaffinity},
+    sys::socket::{setsockopt, sockopt},
     unistd::Pid,
 };
 use serde::{Deserialize, Serialize};
 
-use super::{CLOSE, KEEP, MESSAGE};
+use super::MESSAGE;
 use crate::netns::Namespace;
 
 /// The longest that an answer is waited for.
@@ -143,18 +144,12 @@ fn keep_on(core: usize) {
 /// Requests a second of one client, after a warm-up of a tenth of the time.
 fn drive(traffic: Traffic, to: &[SocketAddr], slot: Duration) -> Result<f64> {
     let first = *to.first().context("nobody to ask")?;
-    let mut message = [KEEP; MESSAGE];
+    let mut message = [0x57; MESSAGE];
     match traffic {
         Traffic::Connect => timed(to, slot, |to| {
-            let mut stream = connect(to)?;
-            message[0] = CLOSE;
+            let stream = connect(to)?;
             ask(&stream, &mut message)?;
-            // Who closes first has the connection in TIME_WAIT. At the client, that would be in the way of its next ones,
-            // and more so with one destination for all of them than with an endpoint's own for each.
-            match stream.read(&mut message)? {
-                0 => Ok(()),
-                _ => Err(io::Error::other("more than was asked for")),
-            }
+            reset(&stream)
         }),
         Traffic::Request => {
             let stream = connect(first)?;
@@ -206,6 +201,13 @@ pub(in crate::bench) fn connect(to: SocketAddr) -> io::Result<TcpStream> {
     let stream = TcpStream::connect(to)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     Ok(stream)
+}
+
+/// Has a connection closed with a reset. With thousands in TIME_WAIT, connections with translated destinations meet those
+/// that had the same port before and are refused for their timestamps (`PAWSTimewait`): seconds that have nothing to do
+/// with what is measured.
+pub(in crate::bench) fn reset(stream: &TcpStream) -> io::Result<()> {
+    Ok(setsockopt(stream, sockopt::Linger, &nix::libc::linger { l_onoff: 1, l_linger: 0 })?)
 }
 
 /// A socket of the family of `to`, with bounded patience for answers.

@@ -15,7 +15,7 @@ use weir::model::Family;
 use self::{
     client::{Crew, Traffic},
     server::WORKERS,
-    topology::{LONE, SHARED, Topology, server_addresses},
+    topology::{LONE, SHARED, STRAIGHT, Topology, server_addresses},
 };
 use super::{
     cluster::Cluster,
@@ -37,10 +37,6 @@ pub(super) use self::table::table;
 
 /// Bytes of a request, and of its answer.
 const MESSAGE: usize = 64;
-/// First byte of a request that is the connection's only one.
-const CLOSE: u8 = 1;
-/// First byte of any other.
-const KEEP: u8 = 2;
 /// The longest that a subject is waited for.
 const PATIENCE: Duration = Duration::from_secs(600);
 /// kube-proxy is not loaded with more Services than this here unless it is asked for: that alone would take minutes.
@@ -251,7 +247,7 @@ impl<'a> Paths<'a> {
 
 fn lone_target(family: Family, way: Way) -> SocketAddr {
     match way {
-        Way::Straight => SocketAddr::new(server_addresses(family)[0], LONE),
+        Way::Straight => SocketAddr::new(server_addresses(family)[0], LONE + STRAIGHT),
         Way::Service => target::service_address(family, LONE),
     }
 }
@@ -286,10 +282,8 @@ impl Lane {
         };
         let mut process = subject.start(feed, &self.topology.node, &self.topology.roots, directory.path())?;
         process.settle(PATIENCE)?;
-        // conntrack is there once somebody's rules want it.
-        for timeout in ["close", "time_wait"] {
-            self.topology.node.sysctl(&format!("net/netfilter/nf_conntrack_tcp_timeout_{timeout}"), "1")?;
-        }
+        // Connection tracking is there once somebody's rules want it.
+        self.topology.node.sysctl("net/netfilter/nf_conntrack_tcp_timeout_close", "1")?;
         for load in Load::ALL {
             self.rate(load, Way::Service, Duration::from_millis(10))
                 .with_context(|| format!("{} with {services} Services", subject.name()))?;

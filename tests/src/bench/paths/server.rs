@@ -13,9 +13,9 @@ use socket2::{Domain, Socket, Type};
 use weir::model::Family;
 
 use super::{
-    CLOSE, MESSAGE,
+    MESSAGE,
     client::{spread, stay},
-    topology::{LONE, SHARED, server_addresses},
+    topology::{LONE, SHARED, STRAIGHT, server_addresses},
 };
 use crate::netns::Namespace;
 
@@ -28,22 +28,31 @@ pub(super) const WORKERS: usize = 16;
 ///
 /// When something cannot be listened on.
 pub(super) fn start(pod: &Namespace) -> anyhow::Result<()> {
-    for family in Family::ALL {
-        // Without a connection the answer has to come from the address that was asked.
-        for address in server_addresses(family) {
-            let socket = pod.run(|| UdpSocket::bind((address, LONE)))?;
-            pod.thread(move || {
-                stay();
-                echo_datagrams(&socket);
-            })?;
-        }
-        let listener = listen(pod, family, LONE)?;
+    for port in [LONE, LONE + STRAIGHT] {
+        Family::ALL.into_iter().try_for_each(|family| start_lone(pod, family, port))?;
+    }
+    [SHARED, SHARED + STRAIGHT].into_iter().try_for_each(|port| start_shared(pod, port))
+}
+
+fn start_lone(pod: &Namespace, family: Family, port: u16) -> anyhow::Result<()> {
+    // Without a connection the answer has to come from the address that was asked.
+    for address in server_addresses(family) {
+        let socket = pod.run(|| UdpSocket::bind((address, port)))?;
         pod.thread(move || {
             stay();
-            echo(&listener);
+            echo_datagrams(&socket);
         })?;
     }
-    let listener = Arc::new(listen(pod, Family::V4, SHARED)?);
+    let listener = listen(pod, family, port)?;
+    pod.thread(move || {
+        stay();
+        echo(&listener);
+    })?;
+    Ok(())
+}
+
+fn start_shared(pod: &Namespace, port: u16) -> anyhow::Result<()> {
+    let listener = Arc::new(listen(pod, Family::V4, port)?);
     for worker in 0..WORKERS {
         let listener = Arc::clone(&listener);
         pod.thread(move || {
@@ -69,17 +78,13 @@ fn listen(pod: &Namespace, family: Family, port: u16) -> anyhow::Result<TcpListe
     Ok(socket.into())
 }
 
-/// One connection after the other, each to its end, which the server makes if the client asked for that.
+/// One connection after the other, each to its end.
 fn echo(listener: &TcpListener) {
     let mut message = [0; MESSAGE];
     for stream in listener.incoming() {
         // One that was reset meanwhile is the client's to count.
         let Ok(mut stream) = stream else { continue };
-        while stream.read_exact(&mut message).and_then(|()| stream.write_all(&message)).is_ok() {
-            if message[0] == CLOSE {
-                break;
-            }
-        }
+        while stream.read_exact(&mut message).and_then(|()| stream.write_all(&message)).is_ok() {}
     }
 }
 

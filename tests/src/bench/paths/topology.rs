@@ -15,10 +15,13 @@ use weir::model::Family;
 use super::super::{cluster::ENDPOINTS, subject::Roots};
 use crate::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace};
 
-/// What a lone client's server listens on.
+/// What a lone client's server listens on, for those who come by the Service.
 pub(super) const LONE: u16 = 8080;
-/// What the server of many clients listens on.
+/// What the server of many clients listens on, for those who come by the Service.
 pub(super) const SHARED: u16 = 8081;
+/// So much higher is the port of those who come straight: a connection one way has nothing in common with one the other
+/// way, least of all an entry in connection tracking that would be its predecessor's.
+pub(super) const STRAIGHT: u16 = 10;
 
 /// A node with two pods.
 pub(super) struct Topology {
@@ -86,7 +89,6 @@ impl Topology {
 fn wire_pod(pod: &Namespace, addresses: &[IpAddr]) -> anyhow::Result<()> {
     // A connection that is over must not get in the way of one of the next thousands.
     pod.sysctl("net/ipv4/ip_local_port_range", "1024 65535")?;
-    pod.sysctl("net/ipv4/tcp_max_tw_buckets", "1000000")?;
     let mut lines = vec!["link set eth0 up".to_owned()];
     lines.extend(addresses.iter().map(|address| format!("addr add {address} dev eth0 nodad")));
     for family in Family::ALL {
