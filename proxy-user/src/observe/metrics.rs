@@ -519,6 +519,7 @@ mod tests {
             weir_unprogrammed_ports gauge
             weir_changes_applied_total counter
             weir_reconciles_total counter
+            weir_bypassed_pods_waiting gauge
         ");
         assert!(!text.contains("# EOF") && !text.contains("# UNIT"));
     }

@@ -13,10 +13,13 @@ use crate::bench::{
 /// The samples of one way, by round.
 type Rates<'a> = BTreeMap<u32, &'a Sample>;
 
+/// The samples of each way, with and without a subject.
+type Ways<'a> = BTreeMap<(Option<Subject>, Way), Rates<'a>>;
+
 /// One row for each number of Services, kind of traffic and subject.
 #[must_use]
 pub(in crate::bench) fn table(samples: &[Sample]) -> Table {
-    let mut groups: BTreeMap<(u32, Load), BTreeMap<(Option<Subject>, Way), Rates<'_>>> = BTreeMap::new();
+    let mut groups: BTreeMap<(u32, Load), Ways<'_>> = BTreeMap::new();
     for sample in samples {
         let ways = groups.entry((sample.services, sample.load)).or_default();
         ways.entry((sample.subject, sample.way)).or_default().insert(sample.round, sample);
