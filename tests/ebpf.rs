@@ -1,13 +1,21 @@
 //! The kernel programs that weir carries load into this kernel and do their work there.
 
 use std::{
+    collections::BTreeMap,
+    fs,
     io::{self, Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    sync::Arc,
+    os::fd::AsRawFd as _,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
+    thread,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
+use proxy_ebpf::system;
 use weir::{
     dataplane::{
         Dataplane as _,
@@ -19,7 +27,7 @@ use weir::{
         PortDelta, PortId, PortPlan, Removal, Route, Target, Treatment,
     },
 };
-use weir_tests::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace};
+use weir_tests::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace, wait::await_that};
 
 fn node() -> Arc<NodePlan> {
     Arc::new(NodePlan {
@@ -144,4 +152,87 @@ fn exchange(family: Family, to: SocketAddr, server: &UdpSocket) -> Result<()> {
     server.send_to(b"four", from)?;
     assert_eq!(connected.recv_from(&mut buffer)?, (4, to));
     Ok(())
+}
+
+/// The link and the program behind each pinned link.
+fn links(place: &Place) -> Result<BTreeMap<String, [u32; 2]>> {
+    let mut links = BTreeMap::new();
+    for entry in fs::read_dir(&place.bpf_root)? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if name.starts_with("link-") {
+            let link = system::open_pinned(&place.bpf_root.join(&name))?;
+            let told = fs::read_to_string(format!("/proc/self/fdinfo/{}", link.as_raw_fd()))?;
+            let field = |name: &str| {
+                let line = told.lines().find_map(|line| line.strip_prefix(name));
+                Ok::<_, anyhow::Error>(line.with_context(|| format!("no {name} in {told}"))?.trim().parse()?)
+            };
+            links.insert(name, [field("link_id:")?, field("prog_id:")?]);
+        }
+    }
+    Ok(links)
+}
+
+#[test]
+fn other_programs_take_the_place_of_those_attached_without_a_gap() -> Result<()> {
+    let group = Cgroup::new("upgrade")?;
+    let here = Namespace::within(&group, "upgrade")?;
+    let files = BpfFs::new()?;
+    let place = Place { bpf_root: files.directory("weir")?, cgroup_root: group.path().to_owned() };
+    here.run(|| -> Result<()> {
+        let listener = TcpListener::bind((loopback(Family::V4), 0))?;
+        let plan = port(Family::V4, Protocol::Tcp, &[listener.local_addr()?]);
+        let mut old = Ebpf::open(place.clone(), true)?;
+        old.apply(&complete(vec![Arc::clone(&plan)]))?;
+        let before = links(&place)?;
+        let (stop, connects) = (AtomicBool::new(false), AtomicU32::new(0));
+        let client = || -> Result<Vec<io::Error>> {
+            group.enter()?;
+            let mut failures = Vec::new();
+            while !stop.load(Ordering::Relaxed) {
+                failures.extend(TcpStream::connect((service_ip(Family::V4), 80)).err());
+                connects.fetch_add(1, Ordering::Relaxed);
+                // No faster, so that there are ports enough.
+                thread::sleep(Duration::from_millis(1));
+            }
+            Ok(failures)
+        };
+        thread::scope(|scope| -> Result<()> {
+            scope.spawn(|| listener.incoming().take_while(|_| !stop.load(Ordering::Relaxed)).for_each(drop));
+            let client = scope.spawn(client);
+            let upgraded = upgrade(old, &place, &plan, &connects);
+            stop.store(true, Ordering::Relaxed);
+            let failures = client.join().map_err(|_| anyhow!("the client died"))??;
+            assert!(failures.is_empty(), "of {} connections: {failures:?}", connects.load(Ordering::Relaxed));
+            // The listener waits for one more.
+            TcpStream::connect(listener.local_addr()?)?;
+            let after = upgraded?;
+            assert!(before.keys().eq(after.keys()), "{before:?}, then {after:?}");
+            for (name, [link, program]) in &after {
+                let [link_before, program_before] = before[name];
+                assert_eq!(*link, link_before, "{name} is another link");
+                assert_ne!(*program, program_before, "{name} has the old program");
+            }
+            Ok(())
+        })?;
+        place.clear()?;
+        Ok(())
+    })
+}
+
+/// Opens planes one after another, each with other code than the one before, while connections are made.
+fn upgrade(
+    old: Ebpf,
+    place: &Place,
+    plan: &Arc<PortPlan>,
+    connects: &AtomicU32,
+) -> Result<BTreeMap<String, [u32; 2]>> {
+    drop(old);
+    for set_retval in [false, true, false] {
+        let more = connects.load(Ordering::Relaxed) + 20;
+        await_that("clients connect before the switch", || connects.load(Ordering::Relaxed) >= more);
+        Ebpf::open(place.clone(), set_retval)?.apply(&complete(vec![Arc::clone(plan)]))?;
+        let more = connects.load(Ordering::Relaxed) + 20;
+        await_that("clients connect after it", || connects.load(Ordering::Relaxed) >= more);
+    }
+    links(place)
 }
