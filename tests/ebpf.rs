@@ -1,12 +1,15 @@
 //! The kernel programs that weir carries load into this kernel and do their work there.
 
 use std::{
+    collections::BTreeMap,
+    fs,
     io::{self, Read as _, Write as _},
     iter,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsRawFd as _,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU32, Ordering::Relaxed},
     },
     thread,
     time::Duration,
@@ -14,6 +17,7 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::maps::HashMap;
+use proxy_ebpf::system;
 use weir::{
     dataplane::{
         Dataplane as _, Error,
@@ -26,7 +30,7 @@ use weir::{
         PortDelta, PortId, PortPlan, Removal, Route, Target, Treatment,
     },
 };
-use weir_tests::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace};
+use weir_tests::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace, wait::await_that};
 
 fn node() -> Arc<NodePlan> {
     Arc::new(NodePlan {
@@ -296,7 +300,7 @@ fn maps_of_another_layout_are_left_behind_once_the_new_ones_serve() -> Result<()
     rig.inside.run(|| -> Result<()> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let foreign = rig.place.bpf_root.join("v4000000");
-        std::fs::create_dir(&foreign)?;
+        fs::create_dir(&foreign)?;
         let map = HashMap::<_, u32, u32>::create(1, 0)?;
         map.pin(foreign.join("frontends"))?;
         let mut plane = open(&rig.place)?;
@@ -313,7 +317,7 @@ fn maps_of_another_layout_are_left_behind_once_the_new_ones_serve() -> Result<()
 #[test]
 fn a_map_of_another_layout_under_our_name_is_refused_by_name() -> Result<()> {
     let rig = Rig::new()?;
-    std::fs::create_dir(rig.place.maps())?;
+    fs::create_dir(rig.place.maps())?;
     HashMap::<_, u32, u32>::create(1, 0)?.pin(rig.place.maps().join("frontends"))?;
     let Err(problem) = open(&rig.place) else { bail!("it was opened") };
     let text = problem.to_string();
@@ -373,4 +377,87 @@ fn exchange(family: Family, to: SocketAddr, server: &UdpSocket) -> Result<()> {
     server.send_to(b"four", from)?;
     assert_eq!(connected.recv_from(&mut buffer)?, (4, to));
     Ok(())
+}
+
+/// The link and the program behind each pinned link.
+fn links(place: &Place) -> Result<BTreeMap<String, [u32; 2]>> {
+    let mut links = BTreeMap::new();
+    for entry in fs::read_dir(&place.bpf_root)? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if name.starts_with("link-") {
+            let link = system::open_pinned(&place.bpf_root.join(&name))?;
+            let told = fs::read_to_string(format!("/proc/self/fdinfo/{}", link.as_raw_fd()))?;
+            let field = |name: &str| {
+                let line = told.lines().find_map(|line| line.strip_prefix(name));
+                Ok::<_, anyhow::Error>(line.with_context(|| format!("no {name} in {told}"))?.trim().parse()?)
+            };
+            links.insert(name, [field("link_id:")?, field("prog_id:")?]);
+        }
+    }
+    Ok(links)
+}
+
+#[test]
+fn other_programs_take_the_place_of_those_attached_without_a_gap() -> Result<()> {
+    let group = Cgroup::new("upgrade")?;
+    let here = Namespace::within(&group, "upgrade")?;
+    let files = BpfFs::new()?;
+    let place = Place { bpf_root: files.directory("weir")?, cgroup_root: group.path().to_owned() };
+    here.run(|| -> Result<()> {
+        let listener = TcpListener::bind((loopback(Family::V4), 0))?;
+        let plan = port(Family::V4, Protocol::Tcp, &[listener.local_addr()?]);
+        let mut old = Ebpf::open(place.clone(), true)?;
+        old.apply(&complete(vec![Arc::clone(&plan)]))?;
+        let before = links(&place)?;
+        let (stop, connects) = (AtomicBool::new(false), AtomicU32::new(0));
+        let client = || -> Result<Vec<io::Error>> {
+            group.enter()?;
+            let mut failures = Vec::new();
+            while !stop.load(Relaxed) {
+                failures.extend(TcpStream::connect((service_ip(Family::V4), 80)).err());
+                connects.fetch_add(1, Relaxed);
+                // No faster, so that there are ports enough.
+                thread::sleep(Duration::from_millis(1));
+            }
+            Ok(failures)
+        };
+        thread::scope(|scope| -> Result<()> {
+            scope.spawn(|| listener.incoming().take_while(|_| !stop.load(Relaxed)).for_each(drop));
+            let client = scope.spawn(client);
+            let upgraded = upgrade(old, &place, &plan, &connects);
+            stop.store(true, Relaxed);
+            let failures = client.join().map_err(|_| anyhow!("the client died"))??;
+            assert!(failures.is_empty(), "of {} connections: {failures:?}", connects.load(Relaxed));
+            // The listener waits for one more.
+            TcpStream::connect(listener.local_addr()?)?;
+            let after = upgraded?;
+            assert!(before.keys().eq(after.keys()), "{before:?}, then {after:?}");
+            for (name, [link, program]) in &after {
+                let [link_before, program_before] = before[name];
+                assert_eq!(*link, link_before, "{name} is another link");
+                assert_ne!(*program, program_before, "{name} has the old program");
+            }
+            Ok(())
+        })?;
+        place.clear()?;
+        Ok(())
+    })
+}
+
+/// Opens planes one after another, each with other code than the one before, while connections are made.
+fn upgrade(
+    old: Ebpf,
+    place: &Place,
+    plan: &Arc<PortPlan>,
+    connects: &AtomicU32,
+) -> Result<BTreeMap<String, [u32; 2]>> {
+    drop(old);
+    for set_retval in [false, true, false] {
+        let more = connects.load(Relaxed) + 20;
+        await_that("clients connect before the switch", || connects.load(Relaxed) >= more);
+        Ebpf::open(place.clone(), set_retval)?.apply(&complete(vec![Arc::clone(plan)]))?;
+        let more = connects.load(Relaxed) + 20;
+        await_that("clients connect after it", || connects.load(Relaxed) >= more);
+    }
+    links(place)
 }

@@ -52,16 +52,18 @@ fn answered_more(loads: &[Load], more: u64) {
     });
 }
 
+/// Who remembers is for clients outside the packets' plane, and for those on a node the sockets' where there is one.
 fn sticky_backends(topology: &Topology) -> Result<Vec<String>> {
-    let ask = |client| {
-        let from = Place::Outside(client);
+    let inside = [Place::Host(1), Place::Host(2)].into_iter().chain(Place::PODS);
+    let clients = (0..OUTSIDE_CLIENTS).map(Place::Outside).chain(inside);
+    let ask = |from| {
         let call = Call::new(from, SocketAddr::new(STICKY.cluster_ip(Family::V4), PORT), Transport::Tcp);
         match topology.at(from).run(|| ask(&call)) {
             Outcome::Answer(answer) => Ok(answer.backend),
             other => bail!("{from}: {other}"),
         }
     };
-    (0..OUTSIDE_CLIENTS).map(ask).collect()
+    clients.map(ask).collect()
 }
 
 fn killed_and_restarted_under_traffic(kind: Kind) -> Result<()> {

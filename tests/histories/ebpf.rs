@@ -4,6 +4,7 @@
 use std::{
     cell::RefCell,
     collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
     sync::Arc,
 };
 
@@ -20,7 +21,7 @@ use weir::{
 use weir_tests::{agent::Agent, bpffs::BpfFs, cgroup::Cgroup, maps::Maps};
 
 use super::{
-    cluster::{Step, delete_everything, history, summary},
+    cluster::{Step, delete_everything, history, host, summary},
     settle,
 };
 
@@ -103,11 +104,15 @@ fn play<S: Strategy>(
     played.map_err(|error| anyhow!("{error}"))
 }
 
-/// What the maps should hold when `memory` holds what it does: ClusterIPs that the host has itself are the packets'.
+/// What the maps should hold when `memory` holds what it does.
 fn expected(memory: &mut Agent<Memory>) -> Result<State, TestCaseError> {
-    let mut state = memory.dump()?.for_sockets();
     let node = memory.plane().node().cloned();
-    let host = node.map(|node| node.host_addresses).unwrap_or_default();
+    expected_with(memory, &node.map(|node| node.host_addresses).unwrap_or_default())
+}
+
+/// The same on a host with these addresses: ClusterIPs that it has itself are the packets'.
+fn expected_with(memory: &mut Agent<Memory>, host: &[IpAddr]) -> Result<State, TestCaseError> {
+    let mut state = memory.dump()?.for_sockets();
     let (at_home, apart) = state.cluster_ips.into_iter().partition::<Vec<_>, _>(|ip| host.contains(ip));
     state.cluster_ips = apart;
     for (frontend, installed) in &mut state.frontends {
@@ -165,15 +170,18 @@ impl Between {
         self.owners = owners(memory);
     }
 
-    /// Each frontend is as before or as it is to be, where it did not change hands: as `wanted`, or `away` as long as it
-    /// is not known whether its address is the host's own. No address refuses others before its frontends are there.
-    fn holds(&mut self, now: State, wanted: &State, away: &State) -> Result<(), TestCaseError> {
+    /// Each frontend is as before or as it is to be, where it did not change hands: as `wanted`, or as `others` have it
+    /// while it is not known whether its address is the host's own. No address refuses others before its frontends are
+    /// there.
+    fn holds(&mut self, now: State, wanted: &State, others: [&State; 2]) -> Result<(), TestCaseError> {
         let known: BTreeSet<&Frontend> =
             [&self.before, &now, wanted].into_iter().flat_map(|state| state.frontends.keys()).collect();
         for frontend in known {
             let there = now.frontends.get(frontend);
-            let fits =
-                [&self.before, wanted, away].iter().any(|state| there == state.frontends.get(frontend));
+            let fits = [&self.before, wanted]
+                .into_iter()
+                .chain(others)
+                .any(|state| there == state.frontends.get(frontend));
             let vacant = there.is_none() && self.moved.contains(frontend);
             prop_assert!(
                 fits || vacant,
@@ -272,7 +280,9 @@ fn maps_that_keep_failing_get_there() -> anyhow::Result<()> {
                     prop_assert_eq!(&now, &wanted, "after {:?}", step);
                     between.done(&mut memory);
                 }
-                between.holds(now, &wanted, &memory.dump()?.for_sockets())?;
+                let (home, away) =
+                    (expected_with(&mut memory, &host(u16::MAX))?, expected_with(&mut memory, &[])?);
+                between.holds(now, &wanted, [&home, &away])?;
             }
         }
         memory.bring_up_to_date()?;
