@@ -138,7 +138,7 @@ fn the_programs_serve_the_sockets_of_their_cgroup_and_no_others() -> Result<()> 
             let apart = elsewhere.run(|| TcpStream::connect((service_ip(family), 80)).map(drop));
             assert!(apart.is_err(), "a process outside is none of the hooks' business");
         }
-        assert_eq!(plane.troubles()?, vec![0; 4]);
+        assert_eq!(plane.troubles()?.iter().sum::<u64>(), 0);
         plane.remove()?;
         Ok(())
     })

@@ -294,8 +294,10 @@ pub mod trouble {
     pub const FLOWS: u32 = 2;
     /// A slot was out of range or empty: a map was changed by others.
     pub const SLOT: u32 = 3;
+    /// A pod that listens on a Service's address itself could not be remembered; it is led to the Service.
+    pub const HOMES: u32 = 4;
     /// How many there are.
-    pub const COUNT: u32 = 4;
+    pub const COUNT: u32 = 5;
 }
 
 const _: () = {

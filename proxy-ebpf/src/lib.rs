@@ -13,6 +13,7 @@
 //! origins    socket → which Service address it asked for and which backend it got (connected sockets)
 //! flows      socket → the same for each Service an unconnected socket sent to
 //! bypassed   cgroup → not to be touched
+//! homes      network namespace → somebody in it is bound to a Service's address
 //! ```
 
 #![no_std]

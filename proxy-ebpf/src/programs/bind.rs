@@ -1,17 +1,18 @@
 //! NodePorts cannot be taken: a process in the host's network namespace that binds one would wait for connections which
-//! the frontend gets.
+//! the frontend gets. And a pod that binds a Service's address is remembered.
 //!
-//! In: a socket that has just been bound. Out: a refusal, if this address and port is a NodePort's.
+//! In: a socket that has just been bound. Out: a refusal, if this address and port is a NodePort's; or an element of `homes`.
 
 use aya_ebpf::{
     EbpfContext as _,
     helpers::generated::{bpf_get_netns_cookie, bpf_set_retval},
     programs::SockContext,
 };
-use proxy_ebpf::{Address, FrontendKey, Settings, flag};
+use proxy_ebpf::{Address, FrontendKey, Settings, flag, trouble};
 
 use super::{
-    ALLOW, maps,
+    ALLOW,
+    maps::{self, HOMES},
     resolve::{self, node_port},
     socket::{self, Family, MAPPED, TCP, UDP},
 };
@@ -30,9 +31,7 @@ pub(super) fn bound(context: &SockContext, family: Family) -> i32 {
         return ALLOW;
     }
     // SAFETY: the context is valid, and the helper only reads it.
-    if unsafe { bpf_get_netns_cookie(context.as_ptr()) } != socket::host(settings.host) {
-        return ALLOW;
-    }
+    let namespace = unsafe { bpf_get_netns_cookie(context.as_ptr()) };
     let address = match family {
         Family::V4 => [0, 0, MAPPED, socket.src_ip4],
         // Volatile, because the verifier accepts single words of a socket's address only.
@@ -48,7 +47,20 @@ pub(super) fn bound(context: &SockContext, family: Family) -> i32 {
     };
     // A port in the host's order, unlike everywhere else.
     let port = (socket.src_port as u16).to_be();
+    if namespace != socket::host(settings.host) {
+        note_home(namespace, &address, port, protocol);
+        return ALLOW;
+    }
     if is_taken(&address, port, protocol) { refuse() } else { ALLOW }
+}
+
+/// A pod that binds a Service's own address answers there itself, to whoever asks in the same pod.
+#[inline(always)]
+fn note_home(namespace: u64, address: &Address, port: u16, protocol: u32) {
+    let frontend = FrontendKey { address: *address, port, protocol: protocol as u8, zero: 0 };
+    if resolve::get(frontend).is_some() && HOMES.insert(namespace, 1_u32, 0).is_err() {
+        maps::count(trouble::HOMES);
+    }
 }
 
 #[inline(always)]

@@ -34,6 +34,9 @@ pub(super) static TALLIES: Array<Tally> = Array::with_max_entries(1, 0);
 #[map(name = "bypassed")]
 pub(super) static BYPASSED: HashMap<u64, u32> = HashMap::with_max_entries(8192, BPF_F_NO_PREALLOC);
 
+#[map(name = "homes")]
+pub(super) static HOMES: HashMap<u64, u32> = HashMap::with_max_entries(8192, BPF_F_NO_PREALLOC);
+
 #[map(name = "settings")]
 pub(super) static SETTINGS: Array<Settings> = Array::with_max_entries(2, 0);
 

@@ -16,7 +16,7 @@ use aya_ebpf::{
 };
 use proxy_ebpf::{Address, Endpoint, Settings};
 
-use super::maps::{BYPASSED, SETTINGS};
+use super::maps::{BYPASSED, HOMES, SETTINGS};
 
 pub(super) const TCP: u32 = 6;
 pub(super) const UDP: u32 = 17;
@@ -162,10 +162,15 @@ fn is_bypassed() -> bool {
     false
 }
 
-/// Whether some socket in the client's own network namespace is bound to exactly this address. A packet to it would not
-/// leave that namespace, so no proxy on the node would see it.
+/// Whether some socket in the client's own network namespace, a pod's, is bound to exactly this address. A packet to it
+/// would not leave that namespace, so no proxy on the node would see it. Only asked where somebody in the namespace has
+/// bound a Service's address, because to look for a socket costs as much as all the rest.
 #[inline(always)]
-pub(super) fn is_at_home(context: &SockAddrContext, protocol: u32, to: &Endpoint) -> bool {
+pub(super) fn is_at_home(context: &SockAddrContext, client: Client, protocol: u32, to: &Endpoint) -> bool {
+    // SAFETY: elements of this map are allocated one by one, so none turns into another while it is looked at.
+    if client.host || unsafe { HOMES.get(client.namespace) }.is_none() {
+        return false;
+    }
     // Nothing is zeroed, because that becomes a call of `memset`, byte by byte. The source is nobody's: no socket is
     // connected to port 0, and listening ones are found without it.
     let (v4, v6);

@@ -37,7 +37,7 @@ pub(super) fn connect(context: &SockAddrContext, family: Family) -> i32 {
         Found::Frontend(frontend) => frontend,
     };
     let choice = resolve::choice(frontend, client);
-    if choice.verdict == verdict::PASS || (!client.host && socket::is_at_home(context, protocol, &to)) {
+    if choice.verdict == verdict::PASS || socket::is_at_home(context, client, protocol, &to) {
         return ALLOW;
     }
     if !resolve::serves(choice) {
@@ -81,7 +81,7 @@ pub(super) fn send(context: &SockAddrContext, family: Family) -> i32 {
     }
     match flow(context, &to, frontend, client) {
         Some(backend) => socket::set_address(context, family, &backend),
-        None if !resolve::serves(choice) && (client.host || !socket::is_at_home(context, UDP, &to)) => {
+        None if !resolve::serves(choice) && !socket::is_at_home(context, client, UDP, &to) => {
             resolve::refused(frontend);
             return refuse();
         }
@@ -119,7 +119,7 @@ fn flow(
         known.since = now;
         return Some(backend);
     }
-    if !resolve::serves(choice) || (!client.host && socket::is_at_home(context, UDP, to)) {
+    if !resolve::serves(choice) || socket::is_at_home(context, client, UDP, to) {
         return None;
     }
     let backend = resolve::pick(frontend, choice, client, now)?;

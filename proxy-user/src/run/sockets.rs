@@ -36,6 +36,7 @@ const TROUBLES: [(&str, &str); proxy_ebpf::trouble::COUNT as usize] = [
     ("socket-storage", "sockets could not be remembered; their packets are led to backends instead"),
     ("flows-full", "sockets without a connection spoke to more Services at a time than are remembered"),
     ("slots", "the map of backends was not as it should be; were our maps changed by others?"),
+    ("homes-full", "pods that listen on a Service's address themselves are led to the Service all the same"),
 ];
 
 /// Closes sockets whose backend serves no longer, behind the engine's back. Where that is not possible, one warning says

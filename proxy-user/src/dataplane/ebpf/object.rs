@@ -80,7 +80,7 @@ impl Sizes {
 }
 
 /// The maps that never grow: sockets' own storage takes what it needs, the others are small.
-const FIXED: [&str; 5] = ["settings", "troubles", "bypassed", "origins", "flows"];
+const FIXED: [&str; 6] = ["settings", "troubles", "bypassed", "homes", "origins", "flows"];
 
 /// Everything of ours in the kernel.
 pub(super) struct Object {
@@ -303,7 +303,8 @@ fn load(
 ) -> Result<(Ebpf, Maps), Problem> {
     let set_retval = u32::from(set_retval);
     let mut loader = EbpfLoader::new();
-    loader.override_global("SET_RETVAL", &set_retval, true);
+    // The programs look into no structures of the kernel's own, so its types, megabytes of them, need not be read.
+    loader.btf(None).override_global("SET_RETVAL", &set_retval, true);
     for (name, size) in sizes.named() {
         let path = if next.contains(&name) { place.next_map(name) } else { place.map(name) };
         loader.map_pin_path(name, path).map_max_entries(name, size);
@@ -354,7 +355,7 @@ fn check_layout(place: &Place) -> Result<(), Problem> {
 }
 
 /// Bytes of every map's keys and values.
-const SHAPES: [(&str, usize, usize); 10] = [
+const SHAPES: [(&str, usize, usize); 11] = [
     ("frontends", size_of::<FrontendKey>(), size_of::<FrontendValue>()),
     ("slots", size_of::<u32>(), size_of::<Endpoint>()),
     ("members", size_of::<MemberKey>(), size_of::<u64>()),
@@ -363,6 +364,7 @@ const SHAPES: [(&str, usize, usize); 10] = [
     ("settings", size_of::<u32>(), size_of::<Settings>()),
     ("troubles", size_of::<u32>(), size_of::<u64>()),
     ("bypassed", size_of::<u64>(), size_of::<u32>()),
+    ("homes", size_of::<u64>(), size_of::<u32>()),
     ("origins", size_of::<u32>(), size_of::<Origin>()),
     ("flows", size_of::<u32>(), size_of::<Flows>()),
 ];
