@@ -19,6 +19,9 @@ use crate::plan::{ClusterIpDelta, Delta, PortId, PortPlan};
 
 /// What each sticky service port has room for: the clients are the pods of this node, and its host.
 const CLIENTS: u32 = 512;
+/// What all of them together have room for, and twice that with the room to grow: each costs a bucket of 16 bytes. Not
+/// every pod speaks to every sticky Service; if they do, `weir_program_troubles_total` counts who was not remembered.
+const MOST_CLIENTS: u32 = 1 << 19;
 
 /// What a step changed, to go back.
 #[derive(Default)]
@@ -61,7 +64,7 @@ impl Ebpf {
             frontends: self.used.frontends.saturating_add(count(frontends + whole)),
             slots: self.ground.slots.end(),
             members: self.used.members.saturating_add(count(members)),
-            affinities: sticky.saturating_mul(CLIENTS),
+            affinities: sticky.saturating_mul(CLIENTS).min(MOST_CLIENTS),
             tallies: self.ground.numbers.end(),
         }
     }
