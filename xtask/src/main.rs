@@ -1,4 +1,4 @@
-//! The one entry point for working on weir: `cargo xtask setup`, `demo`, `test`, `check`, `bench`, `generate`.
+//! The one entry point for working on weir: `cargo xtask setup`, `demo`, `test`, `check`, `bench`, `image`, `generate`.
 //!
 //! It compiles without anything `setup` installs, so it is the first command on a fresh machine; weir itself and its
 //! tests run as child processes.
@@ -20,6 +20,7 @@ mod bench;
 mod check;
 mod demo;
 mod generate;
+mod image;
 mod machine;
 mod process;
 mod setup;
@@ -57,6 +58,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<std::ffi::OsString>,
     },
+    /// Make the container image, without Docker
+    Image(image::Options),
     /// Write what is generated from the code: the command line reference
     Generate {
         /// Write nothing; fail when a file is not what it should be
@@ -87,6 +90,7 @@ fn perform(machine: &Machine, task: Task) -> Result<()> {
         Task::Test(options) => suites::run(machine, &options),
         Task::Check => check::run(machine),
         Task::Bench { args } => bench::run(machine, &args),
+        Task::Image(options) => image::run(machine, &options),
         Task::Generate { check } => generate::run(machine, check),
     }
 }
