@@ -22,10 +22,10 @@ fn main() -> ExitCode {
 
 fn execute(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Run(args) if args.cleanup => run::cleanup(&args.config.kernel, &args.config.log),
+        Command::Run(args) if args.cleanup => run::cleanup(&args.config.kernel, &args.config.log, false),
         Command::Run(args) => {
             let loaded = config::load(&args.config, &Host::this())?;
-            if args.init_only { Ok(()) } else { run::run(loaded) }
+            if args.init_only { run::prepare(loaded) } else { run::run(loaded) }
         }
         Command::Plan(args) => {
             let (state, owners) = run::plan(config::load(&args.config, &Host::this())?)?;
@@ -37,6 +37,6 @@ fn execute(command: Command) -> anyhow::Result<()> {
             let probe = Probe::of(&kernel.cgroup_root(&Host::this()), &kernel.bpf_root);
             Ok(std::io::stdout().write_all(ProbeView::new(probe).render(args.output, None)?.as_bytes())?)
         }
-        Command::Cleanup(args) => run::cleanup(&args.kernel, &args.log),
+        Command::Cleanup(args) => run::cleanup(&args.kernel, &args.log, args.stay),
     }
 }

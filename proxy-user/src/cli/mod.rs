@@ -44,7 +44,7 @@ pub struct RunArgs {
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
           action = clap::ArgAction::Set, hide_possible_values = true, hide_default_value = true, value_name = "BOOL")]
     pub cleanup: bool,
-    /// Check the configuration and end. weir needs no privileged preparation
+    /// Check the configuration, mount a bpffs where eBPF needs one and none is, and end
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
           action = clap::ArgAction::Set, hide_possible_values = true, hide_default_value = true, value_name = "BOOL")]
     pub init_only: bool,
@@ -81,6 +81,9 @@ pub struct ProbeArgs {
 /// `weir cleanup`.
 #[derive(Args, Debug)]
 pub struct CleanupArgs {
+    /// Stay until told to end, so that a DaemonSet can do it on every node
+    #[arg(long)]
+    pub stay: bool,
     /// Where the kernel's objects are.
     #[command(flatten)]
     pub kernel: KernelArgs,

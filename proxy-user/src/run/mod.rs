@@ -34,6 +34,7 @@ mod choice;
 mod engine;
 mod planes;
 pub mod pods;
+mod prepare;
 mod sockets;
 
 pub use choice::choose;
@@ -261,12 +262,26 @@ pub fn plan(loaded: Loaded) -> anyhow::Result<(State, BTreeMap<Frontend, PortId>
     Ok((memory.dump()?, owners))
 }
 
-/// Takes everything of ours out of the kernel.
+/// Does what `--init-only` is for: what takes more rights than the agent itself needs.
+///
+/// # Errors
+///
+/// When something without which the agent would not start cannot be done.
+pub fn prepare(loaded: Loaded) -> anyhow::Result<()> {
+    let Loaded { config, warnings } = loaded;
+    Telemetry::init(config.log)?;
+    for warning in warnings {
+        tracing::warn!("{warning}");
+    }
+    prepare::bpffs(&config)
+}
+
+/// Takes everything of ours out of the kernel, and with `stay` lives on until told to end, as pods have to.
 ///
 /// # Errors
 ///
 /// When something could not be removed.
-pub fn cleanup(kernel: &KernelArgs, log: &LogArgs) -> anyhow::Result<()> {
+pub fn cleanup(kernel: &KernelArgs, log: &LogArgs, stay: bool) -> anyhow::Result<()> {
     Telemetry::init(log.config())?;
     let place = Place { bpf_root: kernel.bpf_root.clone(), cgroup_root: PathBuf::new() };
     let packets = Nftables::open(PerFamily { v4: true, v6: true })?;
@@ -275,6 +290,14 @@ pub fn cleanup(kernel: &KernelArgs, log: &LogArgs) -> anyhow::Result<()> {
         bpf_root = %kernel.bpf_root.display(),
         "removed the tables ip weir and ip6 weir, and the kernel programs with their maps"
     );
+    if stay { ended() } else { Ok(()) }
+}
+
+/// Waits until told to end.
+fn ended() -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let name = runtime.block_on(signalled())?;
+    tracing::info!(signal = name, "stopping");
     Ok(())
 }
 

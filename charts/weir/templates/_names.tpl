@@ -1,0 +1,39 @@
+{{- define "weir.selector" -}}
+app.kubernetes.io/name: weir
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "weir.labels" -}}
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version | replace "+" "_" }}
+{{ include "weir.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- end }}
+
+{{- define "weir.serviceAccount" -}}
+{{ .Values.serviceAccount.name | default .Release.Name }}
+{{- end }}
+
+{{- define "weir.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end }}
+
+{{- /* Whether the eBPF data plane may serve; nothing that only it needs is asked for otherwise. */ -}}
+{{- define "weir.ebpf" -}}
+{{ if ne .Values.proxyMode "nftables" }}true{{ end }}
+{{- end }}
+
+{{- /* The port of an address as kube-proxy's configuration has it. In: list of address and default port. */ -}}
+{{- define "weir.port" -}}
+{{ regexFind "[0-9]+$" (regexFind ":[0-9]+$" (index . 0)) | default (index . 1) }}
+{{- end }}
+
+{{- /* Whom the kubelet asks about health: this node's address, or the one that health is bound to. */ -}}
+{{- define "weir.probe" -}}
+{{- $address := .Values.config.healthzBindAddress | default "" -}}
+{{- $host := regexReplaceAll ":[0-9]+$" $address "" | trimPrefix "[" | trimSuffix "]" -}}
+{{- if and $host (ne $host "0.0.0.0") (ne $host "::") }}
+host: {{ $host | quote }}
+{{- end }}
+port: {{ include "weir.port" (list $address 10256) }}
+{{- end }}
