@@ -1,4 +1,4 @@
-//! The one entry point for working on weir: `cargo xtask setup`, `demo`, `test`, `check`, `bench`, `image`, `generate`.
+//! The one entry point for working on weir: `cargo xtask setup`, `demo`, `test`, `check`, `bench`, `image`, `kind`, `generate`.
 //!
 //! It compiles without anything `setup` installs, so it is the first command on a fresh machine; weir itself and its
 //! tests run as child processes.
@@ -17,10 +17,12 @@ use clap::{Parser, Subcommand};
 use machine::Machine;
 
 mod bench;
+mod chart;
 mod check;
 mod demo;
 mod generate;
 mod image;
+mod kind;
 mod machine;
 mod process;
 mod setup;
@@ -60,7 +62,9 @@ enum Task {
     },
     /// Make the container image, without Docker
     Image(image::Options),
-    /// Write what is generated from the code: the command line reference
+    /// Try weir in a real cluster that kind makes (needs Docker, kind and kubectl)
+    Kind(kind::Options),
+    /// Write what is generated: the command line reference, the chart's README
     Generate {
         /// Write nothing; fail when a file is not what it should be
         #[arg(long)]
@@ -91,6 +95,7 @@ fn perform(machine: &Machine, task: Task) -> Result<()> {
         Task::Check => check::run(machine),
         Task::Bench { args } => bench::run(machine, &args),
         Task::Image(options) => image::run(machine, &options),
+        Task::Kind(options) => kind::run(machine, &options),
         Task::Generate { check } => generate::run(machine, check),
     }
 }

@@ -23,6 +23,18 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{ if ne .Values.proxyMode "nftables" }}true{{ end }}
 {{- end }}
 
+{{- /*
+nftables, connection tracking and their socket buffers ask for NET_ADMIN. BPF and PERFMON load the kernel programs; SYS_ADMIN
+enters pods' network namespaces to close sockets whose backend is gone.
+*/ -}}
+{{- define "weir.capabilities" -}}
+{{- $default := list "NET_ADMIN" }}
+{{- if include "weir.ebpf" . }}
+{{- $default = list "NET_ADMIN" "BPF" "PERFMON" "SYS_ADMIN" }}
+{{- end }}
+{{- .Values.capabilities | default $default | toJson }}
+{{- end }}
+
 {{- /* The port of an address as kube-proxy's configuration has it. In: list of address and default port. */ -}}
 {{- define "weir.port" -}}
 {{ regexFind "[0-9]+$" (regexFind ":[0-9]+$" (index . 0)) | default (index . 1) }}

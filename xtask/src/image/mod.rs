@@ -4,7 +4,10 @@
 //! `docker load`, `podman load`, `ctr images import` and `kind load image-archive` take, or with `--root` the image's
 //! files in a directory, which is what the Dockerfile copies. The same programs make the same archive, byte for byte.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
@@ -49,34 +52,49 @@ pub(crate) struct Options {
 ///
 /// When weir cannot be built, a program is none that Linux runs, a library is missing, or nothing can be written.
 pub(crate) fn run(machine: &Machine, options: &Options) -> Result<()> {
-    let binaries = match &*options.binaries {
-        [] => vec![release_build(machine)?],
-        given => given.to_vec(),
-    };
-    let mut images = Vec::new();
-    for binary in &binaries {
-        let program =
-            Program::read(&fs::read(binary).with_context(|| format!("reading {}", binary.display()))?)
-                .with_context(|| format!("{}", binary.display()))?;
-        let root = Root::assemble(machine, binary, &program, &options.sysroot)?;
-        images.push((program.architecture, root));
-    }
-    if let Some(directory) = &options.root {
-        let [(_, root)] = &*images else { bail!("--root takes one program, because it is one root") };
+    let Options { binaries, tag, output, sysroot, root } = options;
+    let roots = roots(machine, binaries, sysroot)?;
+    if let Some(directory) = root {
+        let [(_, root)] = &*roots else { bail!("--root takes one program, because it is one root") };
         root.write(directory)?;
         println!("wrote {}: {:.1} MB", directory.display(), megabytes(root.size()));
         return Ok(());
     }
-    let tag = options.tag.clone().unwrap_or_else(|| format!("weir:{}", env!("CARGO_PKG_VERSION")));
-    write_archive(machine, options, &tag, images)
+    let tag = tag.clone().unwrap_or_else(|| format!("weir:{}", env!("CARGO_PKG_VERSION")));
+    write_archive(&machine.workspace.join(output), &tag, roots)
 }
 
-fn write_archive(
-    machine: &Machine,
-    options: &Options,
-    tag: &str,
-    roots: Vec<(Architecture, Root)>,
-) -> Result<()> {
+/// Writes an archive called `tag` of the program at `binary`, or of a release build.
+///
+/// # Errors
+///
+/// As [`run`].
+pub(crate) fn archive(machine: &Machine, binary: Option<&Path>, tag: &str, output: &Path) -> Result<()> {
+    let given = binary.map(Path::to_owned).into_iter().collect::<Vec<_>>();
+    write_archive(output, tag, roots(machine, &given, Path::new("/"))?)
+}
+
+/// The files of an image for each of the programs, or for a release build.
+fn roots(machine: &Machine, binaries: &[PathBuf], sysroot: &Path) -> Result<Vec<(Architecture, Root)>> {
+    let built;
+    let binaries = match binaries {
+        [] => {
+            built = [release_build(machine)?];
+            &built
+        }
+        given => given,
+    };
+    let mut roots = Vec::new();
+    for binary in binaries {
+        let binary = machine.workspace.join(binary);
+        let bytes = fs::read(&binary).with_context(|| format!("reading {}", binary.display()))?;
+        let program = Program::read(&bytes).with_context(|| binary.display().to_string())?;
+        roots.push((program.architecture, Root::assemble(machine, &binary, &program, sysroot)?));
+    }
+    Ok(roots)
+}
+
+fn write_archive(output: &Path, tag: &str, roots: Vec<(Architecture, Root)>) -> Result<()> {
     let mut images: Vec<Image> = Vec::new();
     for (architecture, root) in roots {
         let twice = images.iter().any(|image| image.architecture == architecture);
@@ -84,12 +102,11 @@ fn write_archive(
         println!("{tag} for {architecture}: {:.1} MB of files", megabytes(root.size()));
         images.push(Image::new(architecture, &root)?);
     }
-    let output = machine.workspace.join(&options.output);
     let bytes = archive::pack(tag, &images)?;
     if let Some(parent) = output.parent() {
         fs::create_dir_all(parent).with_context(|| format!("making {}", parent.display()))?;
     }
-    fs::write(&output, &bytes).with_context(|| format!("writing {}", output.display()))?;
+    fs::write(output, &bytes).with_context(|| format!("writing {}", output.display()))?;
     println!("wrote {}: {:.1} MB", output.display(), megabytes(bytes.len()));
     Ok(())
 }

@@ -145,8 +145,7 @@ fn stripped(machine: &Machine, binary: &Path, program: &Program) -> Result<Vec<u
     let strip = if machine.find(&cross).is_some() { &*cross } else { "strip" };
     let draft = tempfile::tempdir()?;
     let file = draft.path().join("weir");
-    let binary = machine.workspace.join(binary);
-    process::read(machine.command(strip).args(["--strip-debug", "-o"]).arg(&file).arg(&binary))?;
+    process::read(machine.command(strip).args(["--strip-debug", "-o"]).arg(&file).arg(binary))?;
     Ok(fs::read(&file)?)
 }
 
