@@ -15,7 +15,8 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "weir: {error:#}");
-            ExitCode::FAILURE
+            // As for a wrong flag: trying again is no use before somebody has changed something.
+            if error.is::<config::Error>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
 }
@@ -25,7 +26,10 @@ fn execute(command: Command) -> anyhow::Result<()> {
         Command::Run(args) if args.cleanup => run::cleanup(&args.config.kernel, &args.config.log),
         Command::Run(args) => {
             let loaded = config::load(&args.config, &Host::this())?;
-            if args.init_only { Ok(()) } else { run::run(loaded) }
+            if let Some(path) = &args.write_config_to {
+                return run::write_config(&loaded, path);
+            }
+            if args.init_only { run::init_only(&loaded) } else { run::run(loaded) }
         }
         Command::Plan(args) => {
             let (state, owners) = run::plan(config::load(&args.config, &Host::this())?)?;

@@ -6,7 +6,12 @@
 //! rule set watch (own thread) ──┘  ▼ kernel
 //! ```
 
-use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use anyhow::{Context as _, bail};
 use tokio::sync::{mpsc, watch};
@@ -32,6 +37,7 @@ use crate::{
 mod census;
 mod choice;
 mod engine;
+mod machine;
 mod planes;
 pub mod pods;
 mod sockets;
@@ -51,11 +57,12 @@ const WAITING_CHANGES: usize = 4096;
 /// When the kernel refuses what the data plane needs, the source's credentials are unusable, or a server that must
 /// listen cannot.
 pub fn run(loaded: Loaded) -> anyhow::Result<()> {
-    let Loaded { config, warnings } = loaded;
+    let Loaded { config, warnings, document: _ } = loaded;
     Telemetry::init(config.log)?;
     for warning in warnings {
         tracing::warn!("{warning}");
     }
+    machine::prepare(&config.conntrack, config.oom_score_adj);
     let planes = Planes::open(&config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -238,7 +245,7 @@ async fn serve_http(
 ///
 /// When the source is not a directory, or something in it is wrong.
 pub fn plan(loaded: Loaded) -> anyhow::Result<(State, BTreeMap<Frontend, PortId>)> {
-    let Loaded { config, warnings } = loaded;
+    let Loaded { config, warnings, document: _ } = loaded;
     Telemetry::init(config.log)?;
     for warning in warnings {
         tracing::warn!("{warning}");
@@ -259,6 +266,31 @@ pub fn plan(loaded: Loaded) -> anyhow::Result<(State, BTreeMap<Frontend, PortId>
         owners.extend(port.frontends.iter().map(|planned| (planned.frontend, port.id.clone())));
     }
     Ok((memory.dump()?, owners))
+}
+
+/// Sets what needs privileges the agent can do without afterwards: connection tracking. Nothing is programmed.
+///
+/// # Errors
+///
+/// When logging cannot be set up.
+pub fn init_only(loaded: &Loaded) -> anyhow::Result<()> {
+    let Loaded { config, warnings, document: _ } = loaded;
+    Telemetry::init(config.log)?;
+    for warning in warnings {
+        tracing::warn!("{warning}");
+    }
+    machine::prepare(&config.conntrack, config.oom_score_adj);
+    Ok(())
+}
+
+/// Writes the whole configuration, defaults and all, to a file.
+///
+/// # Errors
+///
+/// When the file cannot be written.
+pub fn write_config(loaded: &Loaded, path: &Path) -> anyhow::Result<()> {
+    let text = serde_yaml_ng::to_string(&loaded.document)?;
+    std::fs::write(path, text).with_context(|| format!("cannot write `{}`", path.display()))
 }
 
 /// Takes everything of ours out of the kernel.
