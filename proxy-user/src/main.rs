@@ -1,6 +1,6 @@
 //! The `weir` binary: reads the command line, sets logging up, and hands over to the library.
 
-use std::{io::Write as _, process::ExitCode};
+use std::{io::Write as _, process::ExitCode, sync::Arc};
 
 use weir::{
     cli::{Cli, Command, PlanView, ProbeView},
@@ -25,11 +25,12 @@ fn execute(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Run(args) if args.cleanup => run::cleanup(&args.config.kernel, &args.config.log),
         Command::Run(args) => {
+            let args = *args;
             let loaded = config::load(&args.config, &Host::this())?;
             if let Some(path) = &args.write_config_to {
                 return run::write_config(&loaded, path);
             }
-            if args.init_only { run::init_only(&loaded) } else { run::run(loaded) }
+            if args.init_only { run::init_only(&loaded) } else { start(loaded, args.config) }
         }
         Command::Plan(args) => {
             let (state, owners) = run::plan(config::load(&args.config, &Host::this())?)?;
@@ -43,4 +44,8 @@ fn execute(command: Command) -> anyhow::Result<()> {
         }
         Command::Cleanup(args) => run::cleanup(&args.kernel, &args.log),
     }
+}
+
+fn start(loaded: config::Loaded, args: config::ConfigArgs) -> anyhow::Result<()> {
+    run::run(loaded, Arc::new(move || config::load(&args, &Host::this())))
 }

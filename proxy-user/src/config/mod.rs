@@ -130,6 +130,8 @@ pub struct Config {
     pub request_limit: Option<RequestLimit>,
     /// Logging.
     pub log: LogConfig,
+    /// The configuration file, if this comes from one.
+    pub file: Option<PathBuf>,
     /// The directory of our pinned BPF objects, on a bpffs.
     pub bpf_root: PathBuf,
     /// The root of the cgroup v2 tree, whose sockets the eBPF plane serves.

@@ -606,7 +606,7 @@ fn a_document_that_is_written_loads_as_what_it_was_written_of() {
     write!(file, "{text}").unwrap();
     let read = flags(&format!("--config {}", file.path().display())).unwrap();
     // What kube-proxy has by default is a wish once it is written down.
-    let config = Config { oom_score_adj: None, request_limit: None, ..read.config };
+    let config = Config { oom_score_adj: None, request_limit: None, file: None, ..read.config };
     assert_eq!(config, written.config);
     assert_eq!(read.warnings, [""; 0]);
 }
