@@ -3,11 +3,10 @@
 use std::{io::Write as _, time::Duration};
 
 use clap::Parser;
-use serde_json::json;
 use tempfile::NamedTempFile;
 
 use super::{
-    Config, Conntrack, DetectLocal, Error, Host, Loaded, LogConfig, NodePortSetting, ProxyMode, RequestLimit,
+    Conntrack, DetectLocal, Error, Host, Loaded, LogConfig, NodePortSetting, ProxyMode, RequestLimit,
     SourceConfig, flags::ConfigArgs, load,
 };
 use crate::model::PerFamily;
@@ -25,13 +24,13 @@ fn host() -> Host {
 }
 
 /// Loads flags, one a word.
-fn flags(line: &str) -> Result<Loaded, Error> {
+pub(super) fn flags(line: &str) -> Result<Loaded, Error> {
     let words = ["weir"].into_iter().chain(line.split_ascii_whitespace());
     load(&Line::try_parse_from(words).unwrap().args, &host())
 }
 
 /// Loads a file with these fields, beside these flags. The file goes by the name `FILE` in what comes back.
-fn file_with(fields: &str, line: &str) -> Result<Loaded, String> {
+pub(super) fn file_with(fields: &str, line: &str) -> Result<Loaded, String> {
     let mut file = NamedTempFile::new().unwrap();
     let head = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
     write!(file, "{head}{fields}").unwrap();
@@ -42,7 +41,7 @@ fn file_with(fields: &str, line: &str) -> Result<Loaded, String> {
     Ok(loaded)
 }
 
-fn file(fields: &str) -> Loaded {
+pub(super) fn file(fields: &str) -> Loaded {
     file_with(fields, "").unwrap()
 }
 
@@ -543,70 +542,4 @@ fn the_request_limit_is_there_when_somebody_sets_one() {
 fn the_oom_score_is_the_files_or_the_flags() {
     assert_eq!(file("oomScoreAdj: 0").config.oom_score_adj, Some(0));
     assert_eq!(flags("--oom-score-adj -500").unwrap().config.oom_score_adj, Some(-500));
-}
-
-/// What kube-proxy v1.36.3 writes for this file, as far as its mode's block and those without a mode are concerned.
-#[test]
-fn p7_the_document_is_whole_and_written_as_kube_proxy_writes_it() {
-    let loaded = file(
-        "bindAddress: '::'\nhealthzBindAddress: 192.0.2.1\niptables: {syncPeriod: 90s, minSyncPeriod: 1500ms, \
-         localhostNodePorts: false, masqueradeBit: 0}\nconntrack: {maxPerCore: 0, tcpEstablishedTimeout: 0s, min: null}\n\
-         logging: {verbosity: 3, format: json}\nfeatureGates: {AllowServiceExternalIPs: true}\nunheardOf: {a: 1}\n\
-         portRange: 1-2\nnodePortAddresses: [10.0.0.0/8]\nclientConnection: {qps: 0, kubeconfig: /k}",
-    );
-    let document = &loaded.document;
-    for (field, expected) in [
-        ("/apiVersion", json!("kubeproxy.config.k8s.io/v1alpha1")),
-        ("/bindAddress", json!("::")),
-        ("/healthzBindAddress", json!("192.0.2.1:10256")),
-        ("/metricsBindAddress", json!("[::1]:10249")),
-        ("/iptables/syncPeriod", json!("1m30s")),
-        ("/iptables/minSyncPeriod", json!("1.5s")),
-        ("/iptables/masqueradeBit", json!(0)),
-        ("/iptables/localhostNodePorts", json!(false)),
-        ("/nftables/masqueradeBit", json!(14)),
-        ("/conntrack/maxPerCore", json!(0)),
-        ("/conntrack/min", json!(131_072)),
-        ("/conntrack/tcpEstablishedTimeout", json!("0s")),
-        ("/conntrack/tcpCloseWaitTimeout", json!("1h0m0s")),
-        ("/logging/verbosity", json!(3)),
-        ("/logging/format", json!("json")),
-        ("/featureGates", json!({"AllowServiceExternalIPs": true})),
-        ("/portRange", json!("1-2")),
-        ("/nodePortAddresses", json!(["10.0.0.0/8"])),
-        ("/clientConnection/qps", json!(5)),
-        ("/clientConnection/kubeconfig", json!("/k")),
-        ("/mode", json!("auto")),
-        ("/oomScoreAdj", json!(-999)),
-    ] {
-        assert_eq!(document.pointer(field), Some(&expected), "{field}");
-    }
-    assert_eq!(document.get("unheardOf"), None);
-
-    let given = file_with(
-        "mode: ipvs\nhostnameOverride: filed",
-        "--proxy-mode ebpf --hostname-override flagged -v 4",
-    );
-    let document = given.unwrap().document;
-    assert_eq!((&document["mode"], &document["hostnameOverride"]), (&json!("ebpf"), &json!("flagged")));
-    assert_eq!(document["logging"]["verbosity"], json!(4));
-
-    let line = "--cluster-cidr 10.0.0.0/8 --conntrack-min 0 --healthz-port 0 --oom-score-adj 1";
-    let document = flags(line).unwrap().document;
-    assert_eq!((&document["clusterCIDR"], &document["oomScoreAdj"]), (&json!("10.0.0.0/8"), &json!(1)));
-    assert_eq!((&document["conntrack"]["min"], &document["healthzBindAddress"]), (&json!(0), &json!("")));
-}
-
-#[test]
-fn a_document_that_is_written_loads_as_what_it_was_written_of() {
-    let line = "--cluster-cidr 10.0.0.0/8 --proxy-mode nftables --iptables-sync-period 5s --conntrack-min 7";
-    let written = flags(line).unwrap();
-    let text = serde_yaml_ng::to_string(&written.document).unwrap();
-    let mut file = NamedTempFile::new().unwrap();
-    write!(file, "{text}").unwrap();
-    let read = flags(&format!("--config {}", file.path().display())).unwrap();
-    // What kube-proxy has by default is a wish once it is written down.
-    let config = Config { oom_score_adj: None, request_limit: None, file: None, ..read.config };
-    assert_eq!(config, written.config);
-    assert_eq!(read.warnings, [""; 0]);
 }

@@ -23,6 +23,7 @@ use super::{
     requests::RequestMetrics,
     services::{PortCount, Services},
     sockets::SocketMetrics,
+    text_format,
 };
 use crate::model::Family;
 
@@ -404,7 +405,7 @@ impl Metrics {
     pub fn render(&self) -> String {
         let mut text = String::new();
         match encode_registry(&mut text, &self.0.registry) {
-            Ok(()) => plain_text(&text),
+            Ok(()) => text_format::plain(&text),
             // Writing into a string does not fail.
             Err(std::fmt::Error) => String::new(),
         }
@@ -417,43 +418,6 @@ fn whole(number: usize) -> i64 {
 
 fn seconds_now() -> f64 {
     Timestamp::now().as_duration().as_secs_f64()
-}
-
-/// From OpenMetrics, which names counters without `_total` and writes `1.0` for a bucket of 1, to the older format that
-/// kube-proxy serves, so that names and bounds are the same to the last character.
-fn plain_text(open_metrics: &str) -> String {
-    let mut text = String::with_capacity(open_metrics.len());
-    let mut help = None;
-    for line in open_metrics.lines() {
-        if let Some(rest) = line.strip_prefix("# HELP ") {
-            help = rest.split_once(' ');
-        } else if let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' '))
-        {
-            let (suffix, kind) = match kind {
-                "counter" => ("_total", kind),
-                "info" => ("_info", "gauge"),
-                "unknown" => ("", "untyped"),
-                _ => ("", kind),
-            };
-            if let Some((_, words)) = help.take() {
-                text += &format!("# HELP {name}{suffix} {words}\n");
-            }
-            text += &format!("# TYPE {name}{suffix} {kind}\n");
-        } else if !line.starts_with('#') {
-            text += &bound_without_fraction(line);
-            text.push('\n');
-        }
-    }
-    text
-}
-
-fn bound_without_fraction(line: &str) -> std::borrow::Cow<'_, str> {
-    match line.split_once("le=\"").and_then(|(before, rest)| Some((before, rest.split_once(".0\"")?))) {
-        Some((before, (bound, after))) if !bound.contains('"') => {
-            format!("{before}le=\"{bound}\"{after}").into()
-        }
-        _ => line.into(),
-    }
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ mod server;
 mod services;
 mod sockets;
 mod telemetry;
+mod text_format;
 
 pub use admin::{About, admin_router};
 pub use events::{Events, Trouble};

@@ -14,6 +14,7 @@ use crate::config::Conntrack;
 
 /// No more connections than this are made room for, whatever the number of CPUs.
 const MOST_CONNECTIONS: u64 = 1 << 20;
+const MAX: &str = "proc/sys/net/netfilter/nf_conntrack_max";
 /// The kernel's default is 0; kube-proxy, and weir, go among the last.
 const OOM_SCORE: i32 = -999;
 
@@ -59,7 +60,13 @@ fn limit(conntrack: &Conntrack, cpus: u64, root: &Path) {
         set(&path, wanted).err().map(|(found, source)| NotSet { path, wanted, found, source })
     }) {
         let cause = std::error::Error::source(&problem).map(ToString::to_string);
-        tracing::warn!(cause, "{problem}");
+        // More room than asked for harms nobody.
+        if problem.path.ends_with(MAX) && problem.found.parse().is_ok_and(|found: u64| found > problem.wanted)
+        {
+            tracing::debug!(cause, "{problem}");
+        } else {
+            tracing::warn!(cause, "{problem}");
+        }
     }
     if let Err(error) = widen(conntrack, cpus, root) {
         tracing::warn!(%error, "the hash table of connection tracking is too small for its limit");
@@ -79,7 +86,7 @@ fn limits(conntrack: &Conntrack, cpus: u64) -> Vec<(&'static str, u64)> {
     } = *conntrack;
     let seconds = |timeout: Option<Duration>| timeout.map(|timeout| timeout.as_secs());
     [
-        ("proc/sys/net/netfilter/nf_conntrack_max", most_connections(conntrack, cpus)),
+        (MAX, most_connections(conntrack, cpus)),
         ("proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established", seconds(tcp_established_timeout)),
         ("proc/sys/net/netfilter/nf_conntrack_tcp_timeout_close_wait", seconds(tcp_close_wait_timeout)),
         ("proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal", tcp_be_liberal.then_some(1)),
@@ -99,7 +106,7 @@ fn most_connections(conntrack: &Conntrack, cpus: u64) -> Option<u64> {
 /// Gives connection tracking a hash table that suits its limit. The table is one for the whole machine.
 fn widen(conntrack: &Conntrack, cpus: u64, root: &Path) -> io::Result<()> {
     let Some(most) = most_connections(conntrack, cpus) else { return Ok(()) };
-    let limit = fs::read_to_string(root.join("proc/sys/net/netfilter/nf_conntrack_max"))?;
+    let limit = fs::read_to_string(root.join(MAX))?;
     if limit.trim().parse() != Ok(most) {
         return Ok(());
     }
@@ -127,7 +134,6 @@ fn set(path: &Path, wanted: u64) -> Result<(), (String, io::Error)> {
 mod tests {
     use super::*;
 
-    const MAX: &str = "proc/sys/net/netfilter/nf_conntrack_max";
     const ESTABLISHED: &str = "proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established";
     const HASH: &str = "sys/module/nf_conntrack/parameters/hashsize";
 
