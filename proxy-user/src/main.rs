@@ -1,6 +1,6 @@
 //! The `weir` binary: reads the command line, sets logging up, and hands over to the library.
 
-use std::{io::Write as _, process::ExitCode};
+use std::{io::Write as _, process::ExitCode, sync::Arc};
 
 use weir::{
     cli::{Cli, Command, PlanView, ProbeView},
@@ -15,7 +15,8 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "weir: {error:#}");
-            ExitCode::FAILURE
+            // As for a wrong flag: trying again is no use before somebody has changed something.
+            if error.is::<config::Error>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
 }
@@ -24,8 +25,12 @@ fn execute(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Run(args) if args.cleanup => run::cleanup(&args.config.kernel, &args.config.log, false),
         Command::Run(args) => {
+            let args = *args;
             let loaded = config::load(&args.config, &Host::this())?;
-            if args.init_only { run::prepare(loaded) } else { run::run(loaded) }
+            if let Some(path) = &args.write_config_to {
+                return run::write_config(&loaded, path);
+            }
+            if args.init_only { run::init_only(&loaded) } else { start(loaded, args.config) }
         }
         Command::Plan(args) => {
             let (state, owners) = run::plan(config::load(&args.config, &Host::this())?)?;
@@ -39,4 +44,8 @@ fn execute(command: Command) -> anyhow::Result<()> {
         }
         Command::Cleanup(args) => run::cleanup(&args.kernel, &args.log, args.stay),
     }
+}
+
+fn start(loaded: config::Loaded, args: config::ConfigArgs) -> anyhow::Result<()> {
+    run::run(loaded, Arc::new(move || config::load(&args, &Host::this())))
 }

@@ -124,7 +124,7 @@ mod tests {
     use super::*;
     use crate::{
         model::Family,
-        observe::{Health, Metrics, health_router, metrics_router},
+        observe::{About, Health, Metrics, admin_router, health_router},
     };
 
     const LOCAL: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
@@ -134,6 +134,15 @@ mod tests {
         address: SocketAddr,
         stop: watch::Sender<bool>,
         task: tokio::task::JoinHandle<io::Result<()>>,
+    }
+
+    fn about() -> About {
+        let configuration = serde_json::json!({"mode": "auto"});
+        About {
+            proxy_mode: "nftables",
+            configuration,
+            words: vec!["run".to_owned(), "--profiling".to_owned()],
+        }
     }
 
     async fn start(router: Router) -> Running {
@@ -191,7 +200,7 @@ mod tests {
 
     #[tokio::test]
     async fn p5_p6_p7_metrics_over_http() {
-        let server = start(metrics_router(&Metrics::new(), "nftables")).await;
+        let server = start(admin_router(&Metrics::new(), about())).await;
         assert_eq!(body(&get(server.address, "/healthz").await.unwrap()), "ok");
         let mode = get(server.address, "/proxyMode").await.unwrap();
         assert_eq!(body(&mode), "nftables");
@@ -200,6 +209,13 @@ mod tests {
         let metrics = get(server.address, "/metrics").await.unwrap();
         assert_eq!(header(&metrics, "content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
         assert!(body(&metrics).contains("kubeproxy_sync_proxy_rules_service_changes_total 0\n"));
+        let configuration = get(server.address, "/configz").await.unwrap();
+        assert_eq!(header(&configuration, "content-type"), Some("application/json"));
+        assert_eq!(body(&configuration), r#"{"kubeproxy.config.k8s.io":{"mode":"auto"}}"#);
+        let flags = get(server.address, "/flagz").await.unwrap();
+        assert_eq!(header(&flags, "content-type"), Some("text/plain"));
+        assert!(body(&flags).ends_with("\n\nprofiling=true\n"), "{flags}");
+        assert!(body(&get(server.address, "/statusz").await.unwrap()).contains("\nStarted: "));
     }
 
     #[tokio::test]
@@ -218,7 +234,7 @@ mod tests {
         let (stop, stopping) = watch::channel(false);
         let retry = Duration::from_millis(5);
         let server = Server { retry, ..Server::new("healthz", address, false) };
-        let task = tokio::spawn(server.run(metrics_router(&Metrics::new(), "nftables"), stopping));
+        let task = tokio::spawn(server.run(admin_router(&Metrics::new(), about()), stopping));
         // There is one thread, so the server makes its first attempt now, and fails.
         tokio::task::yield_now().await;
         drop(taken);

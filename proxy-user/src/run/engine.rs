@@ -66,6 +66,10 @@ pub(super) struct Engine {
     replanned: Vec<ObjectName>,
     /// The Services that have a health check now.
     checked: HashMap<ObjectName, HealthCheckState>,
+    /// How many changes of Services and of slices are taken in and not yet in force.
+    pending: (usize, usize),
+    /// Whether everything that can be has been in force since the start.
+    served: bool,
     /// Slices taken in and not yet in force: their family and when the endpoints changed.
     triggers: Vec<(Family, Timestamp)>,
 }
@@ -100,6 +104,8 @@ impl Engine {
             repairs_in_a_row: 0,
             replanned: Vec::new(),
             checked: HashMap::new(),
+            pending: (0, 0),
+            served: false,
             triggers: Vec::new(),
         }
     }
@@ -164,9 +170,11 @@ impl Engine {
             for change in taken.drain(..) {
                 self.take_in(change);
             }
-            let unknown = self.node_is_optional && !self.model.knows_node();
-            self.health.set_eligible(unknown || self.model.node_eligible());
             self.bring_up_to_date();
+            self.metrics.set_pending(self.pending.0, self.pending.1);
+            // A node whose Services are not programmed yet is none to send traffic to (P3), whatever its Node says.
+            let unknown = self.node_is_optional && !self.model.knows_node();
+            self.health.set_eligible(self.served && (unknown || self.model.node_eligible()));
         }
     }
 
@@ -187,9 +195,13 @@ impl Engine {
 
     fn take_in(&mut self, change: Change) {
         match &change {
-            Change::Apply(Object::Service(_)) => self.metrics.service_changed(),
+            Change::Apply(Object::Service(_)) => {
+                self.metrics.service_changed();
+                self.pending.0 += 1;
+            }
             Change::Apply(Object::EndpointSlice(slice)) => {
                 self.metrics.endpoints_changed();
+                self.pending.1 += 1;
                 self.triggers.extend(trigger(slice).filter(|(_, at)| *at > self.started));
             }
             Change::Apply(_) | Change::Delete(..) | Change::Synced(_) => {}
@@ -220,6 +232,7 @@ impl Engine {
         };
         if delta.is_empty() {
             self.metrics.set_unprogrammed(0);
+            self.pending = (0, 0);
             return self.tell_health_checks();
         }
         for family in &self.families {
@@ -253,6 +266,7 @@ impl Engine {
             }
         };
         self.metrics.set_unprogrammed(refused.len());
+        self.served = true;
         let in_force = || delta.ports.iter().filter(|port| port.id().is_some_and(|id| !refused.contains(id)));
         if delta.complete {
             self.census = Census::default();
@@ -330,6 +344,7 @@ impl Engine {
             self.health.updated(*family);
             self.metrics.synced(*family, delta.complete, started.elapsed());
         }
+        self.pending = (0, 0);
         let now = Timestamp::now();
         for (family, at) in self.triggers.drain(..) {
             self.metrics.network_programmed(family, now.duration_since(at).unsigned_abs());

@@ -1,4 +1,4 @@
-//! What `--init-only` does before the agent starts with fewer rights: a bpffs where eBPF will want one.
+//! A bpffs where eBPF will want one, made by `--init-only` before the agent starts with fewer rights.
 //!
 //! In: the [`Config`]. Out: a mount, which a container with mount propagation has made for the host.
 
@@ -17,7 +17,7 @@ use crate::config::{Config, ProxyMode};
 /// # Errors
 ///
 /// When it cannot be mounted and no other data plane would do.
-pub(super) fn bpffs(config: &Config) -> anyhow::Result<()> {
+pub(super) fn ensure(config: &Config) -> anyhow::Result<()> {
     if config.mode == ProxyMode::Nftables {
         return Ok(());
     }
