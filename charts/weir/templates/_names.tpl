@@ -35,6 +35,13 @@ enters pods' network namespaces to close sockets whose backend is gone.
 {{- .Values.capabilities | default $default | toJson }}
 {{- end }}
 
+{{- define "weir.security" -}}
+capabilities: {drop: [ALL], add: {{ include "weir.capabilities" . }}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
 {{- /* The port of an address as kube-proxy's configuration has it. In: list of address and default port. */ -}}
 {{- define "weir.port" -}}
 {{ regexFind "[0-9]+$" (regexFind ":[0-9]+$" (index . 0)) | default (index . 1) }}

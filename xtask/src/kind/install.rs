@@ -89,12 +89,34 @@ pub(super) fn chart(machine: &Machine, cluster: &Cluster<'_>, proxy_mode: &str) 
         "kube-proxy's DaemonSet has weir's image; run `kind test` or `kind down`"
     );
     let helm = helm(machine)?;
-    println!("installing the chart");
-    release(cluster, &helm, machine, &settings(cluster, proxy_mode)?)?;
+    let settings = settings(cluster, proxy_mode)?;
+    // Its rules stay and serve until weir's do.
     println!("taking kube-proxy off the nodes");
     patch(cluster, "merge", NOWHERE)?;
     cluster.rolled_out(SYSTEM, KUBE_PROXY)?;
-    cluster.rolled_out(SYSTEM, WEIR)
+    println!("installing the chart");
+    release(cluster, &helm, machine, &settings)
+}
+
+/// The data plane that each node says it has.
+pub(super) fn data_planes(cluster: &Cluster<'_>) -> Result<Vec<(String, String)>> {
+    let ask = ["curl", "-sS", "--max-time", "5", "http://127.0.0.1:10249/proxyMode"];
+    cluster.nodes()?.into_iter().map(|node| cluster.on_node(&node, &ask).map(|mode| (node, mode))).collect()
+}
+
+/// That nothing of weir's is left on any node.
+///
+/// # Errors
+///
+/// Naming what is left where.
+pub(super) fn nothing_left(cluster: &Cluster<'_>) -> Result<()> {
+    for node in cluster.nodes()? {
+        let tables = cluster.on_node(&node, &["nft", "list", "tables"])?;
+        ensure!(!tables.contains(" weir"), "{node} still has weir's tables:\n{tables}");
+        let pins = cluster.on_node(&node, &["sh", "-c", "ls -A /sys/fs/bpf/weir 2>/dev/null || true"])?;
+        ensure!(pins.is_empty(), "{node} still has weir's pins: {pins}");
+    }
+    Ok(())
 }
 
 /// The chart's values for this cluster.
@@ -175,7 +197,13 @@ pub(super) fn exercise_swap(cluster: &Cluster<'_>, load: &mut Load<'_>) -> Resul
         cluster.kubectl(&["-n", SYSTEM, "rollout", "undo", KUBE_PROXY, &format!("--to-revision={proxy}")])?;
         cluster.rolled_out(SYSTEM, KUBE_PROXY)
     })?;
-    Ok(())
+    load.during("weir's rules removed", || {
+        let cleanup = include_str!("../../../packaging/kubeadm/cleanup.yaml").replace("WEIR_IMAGE", TAGS[0]);
+        cluster.kubectl_file("apply", &cleanup)?;
+        cluster.rolled_out(SYSTEM, "ds/weir-cleanup")?;
+        cluster.kubectl_file("delete", &cleanup)
+    })?;
+    load.during("new servers, for kube-proxy", || renew_servers(cluster))
 }
 
 /// The newest revision of kube-proxy's DaemonSet that has kube-proxy's own image.

@@ -125,6 +125,9 @@ fn test(machine: &Machine, cluster: &Cluster<'_>, image: &str) -> Result<()> {
     let Some(mode) = install::installed(cluster)? else {
         bail!("weir serves no node of {}: run `cargo xtask kind up` first", cluster.name());
     };
+    for (node, plane) in install::data_planes(cluster)? {
+        println!("{node} is served by {plane}");
+    }
     println!("starting servers and clients");
     checks::deploy(cluster, image)?;
     println!("Services of every type");
@@ -135,6 +138,7 @@ fn test(machine: &Machine, cluster: &Cluster<'_>, image: &str) -> Result<()> {
         Mode::Chart => install::exercise_chart(machine, cluster, &mut load)?,
     }
     drop(load);
+    install::nothing_left(cluster)?;
     println!("Services of every type, by kube-proxy again");
     checks::run(cluster)?;
     checks::remove(cluster)?;
