@@ -148,6 +148,9 @@ pub(super) fn document(
     document["metricsBindAddress"] = address(config.metrics).into();
     document["hostnameOverride"] = name.unwrap_or(&configuration.hostname_override).as_str().into();
     document["mode"] = <&str>::from(mode).into();
+    if config.model.node_port_addresses == NodePortSetting::Primary {
+        document["nodePortAddresses"] = ["primary"].into();
+    }
     document["logging"]["verbosity"] = config.log.verbosity.into();
     document["logging"]["format"] = if config.log.json { "json" } else { "text" }.into();
     document
