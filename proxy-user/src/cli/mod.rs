@@ -87,6 +87,9 @@ pub struct ProbeArgs {
 /// `weir cleanup`.
 #[derive(Args, Debug)]
 pub struct CleanupArgs {
+    /// Take out what kube-proxy left instead; weir's own stays
+    #[arg(long)]
+    pub kube_proxy: bool,
     /// Where the kernel's objects are.
     #[command(flatten)]
     pub kernel: KernelArgs,

@@ -123,6 +123,7 @@ pub(super) fn resolve(
         oom_score_adj: check.oom_score_adj(configuration.oom_score_adj),
         request_limit: check.request_limit(configuration),
         log: check.log(args, configuration),
+        take_over: args.take_over,
         file: args.file.clone(),
         bpf_root: args.kernel.bpf_root.clone(),
         cgroup_root: args.kernel.cgroup_root(host),
