@@ -89,8 +89,11 @@ pub struct ProbeArgs {
 #[derive(Args, Debug)]
 pub struct CleanupArgs {
     /// Stay until told to end, so that a DaemonSet can do it on every node
-    #[arg(long)]
+    #[arg(long, conflicts_with = "kube_proxy")]
     pub stay: bool,
+    /// Take out what kube-proxy left instead; weir's own stays
+    #[arg(long)]
+    pub kube_proxy: bool,
     /// Where the kernel's objects are.
     #[command(flatten)]
     pub kernel: KernelArgs,

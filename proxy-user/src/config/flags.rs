@@ -39,6 +39,10 @@ pub struct ConfigArgs {
     /// API servers to use instead of the kubeconfig's, separated by commas
     #[arg(long, value_name = "URL", value_delimiter = ',')]
     pub(super) master: Vec<String>,
+    /// Remove what kube-proxy left in the kernel once everything is programmed
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true",
+          action = ArgAction::Set, hide_possible_values = true, value_name = "BOOL")]
+    pub(super) take_over: bool,
     /// Where the kernel's objects are.
     #[command(flatten)]
     pub kernel: KernelArgs,

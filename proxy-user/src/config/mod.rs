@@ -130,6 +130,8 @@ pub struct Config {
     pub request_limit: Option<RequestLimit>,
     /// Logging.
     pub log: LogConfig,
+    /// Whether kube-proxy's rules are removed once ours are in force.
+    pub take_over: bool,
     /// The configuration file, if this comes from one.
     pub file: Option<PathBuf>,
     /// The directory of our pinned BPF objects, on a bpffs.

@@ -123,6 +123,7 @@ pub(super) fn resolve(
         oom_score_adj: check.oom_score_adj(configuration.oom_score_adj),
         request_limit: check.request_limit(configuration),
         log: check.log(args, configuration),
+        take_over: args.take_over,
         file: args.file.clone(),
         bpf_root: args.kernel.bpf_root.clone(),
         cgroup_root: args.kernel.cgroup_root(host),
@@ -148,6 +149,9 @@ pub(super) fn document(
     document["metricsBindAddress"] = address(config.metrics).into();
     document["hostnameOverride"] = name.unwrap_or(&configuration.hostname_override).as_str().into();
     document["mode"] = <&str>::from(mode).into();
+    if config.model.node_port_addresses == NodePortSetting::Primary {
+        document["nodePortAddresses"] = ["primary"].into();
+    }
     document["logging"]["verbosity"] = config.log.verbosity.into();
     document["logging"]["format"] = if config.log.json { "json" } else { "text" }.into();
     document

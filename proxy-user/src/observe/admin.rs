@@ -16,7 +16,6 @@ use serde_json::{Value, json};
 use super::Metrics;
 
 const TEXT: (HeaderName, &str) = (header::CONTENT_TYPE, "text/plain; charset=utf-8");
-const PLAIN: (HeaderName, &str) = (header::CONTENT_TYPE, "text/plain");
 const JSON: (HeaderName, &str) = (header::CONTENT_TYPE, "application/json");
 const METRICS: (HeaderName, &str) = (header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8");
 const NOSNIFF: (HeaderName, &str) = (header::X_CONTENT_TYPE_OPTIONS, "nosniff");
@@ -45,9 +44,9 @@ pub fn admin_router(metrics: &Metrics, about: About) -> Router {
         .route("/metrics", any(move || rendered(metrics.clone())))
         .route("/proxyMode", any(move || std::future::ready(([TEXT, NOSNIFF], proxy_mode))))
         .route("/healthz", any(|| std::future::ready(([TEXT, NOSNIFF], "ok"))))
-        .route("/configz", any(move || shared(JSON, &configuration)))
-        .route("/flagz", any(move || shared(PLAIN, &flags)))
-        .route("/statusz", any(move || std::future::ready(([PLAIN], status(started.0, started.1)))))
+        .route("/configz", any(move || shared([JSON, NOSNIFF], &configuration)))
+        .route("/flagz", any(move || shared([TEXT], &flags)))
+        .route("/statusz", any(move || std::future::ready(([TEXT], status(started.0, started.1)))))
 }
 
 /// Away from the threads that answer: counters of many Services are read from the kernel one by one.
@@ -56,11 +55,11 @@ async fn rendered(metrics: Metrics) -> ([(HeaderName, &'static str); 1], String)
     ([METRICS], text.unwrap_or_default())
 }
 
-fn shared(
-    kind: (HeaderName, &'static str),
+fn shared<const N: usize>(
+    headers: [(HeaderName, &'static str); N],
     text: &Arc<str>,
-) -> std::future::Ready<([(HeaderName, &'static str); 1], String)> {
-    std::future::ready(([kind], text.to_string()))
+) -> std::future::Ready<([(HeaderName, &'static str); N], String)> {
+    std::future::ready((headers, text.to_string()))
 }
 
 fn heading(page: &str, text: &str) -> String {

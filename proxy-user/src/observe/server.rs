@@ -5,6 +5,7 @@
 use std::{io, net::SocketAddr, time::Duration};
 
 use axum::Router;
+use socket2::{Domain, Socket, Type};
 use tokio::{net::TcpListener, sync::watch};
 use tracing::{error, info};
 
@@ -35,13 +36,21 @@ pub struct Server {
     pub hard_fail: bool,
     /// How long to wait before trying again.
     pub retry: Duration,
+    /// Whether `[::]` leaves IPv4 to another server on the same port.
+    pub v6_only: bool,
 }
 
 impl Server {
     /// A server that tries again every 5 seconds, unless `hard_fail`.
     #[must_use]
     pub const fn new(name: &'static str, address: SocketAddr, hard_fail: bool) -> Self {
-        Self { name, address, hard_fail, retry: Duration::from_secs(5) }
+        Self { name, address, hard_fail, retry: Duration::from_secs(5), v6_only: false }
+    }
+
+    /// One that leaves the other family's addresses to another server.
+    #[must_use]
+    pub const fn of_one_family(self) -> Self {
+        Self { v6_only: true, ..self }
     }
 
     /// Serves `router` until `stop` becomes true or its sender is gone; then finishes what is under way.
@@ -84,9 +93,23 @@ impl Server {
     }
 
     async fn attempt(&self, router: Router, stop: watch::Receiver<bool>) -> io::Result<()> {
-        let listener = TcpListener::bind(self.address).await?;
+        let listener = self.listen().await?;
         info!(server = self.name, address = %listener.local_addr()?, "serving");
         serve(listener, router, stop).await
+    }
+}
+
+impl Server {
+    async fn listen(&self) -> io::Result<TcpListener> {
+        if !(self.v6_only && self.address.is_ipv6()) {
+            return TcpListener::bind(self.address).await;
+        }
+        let socket = Socket::new(Domain::IPV6, Type::STREAM.nonblocking(), None)?;
+        socket.set_only_v6(true)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&self.address.into())?;
+        socket.listen(1024)?;
+        TcpListener::from_std(socket.into())
     }
 }
 
@@ -213,7 +236,7 @@ mod tests {
         assert_eq!(header(&configuration, "content-type"), Some("application/json"));
         assert_eq!(body(&configuration), r#"{"kubeproxy.config.k8s.io":{"mode":"auto"}}"#);
         let flags = get(server.address, "/flagz").await.unwrap();
-        assert_eq!(header(&flags, "content-type"), Some("text/plain"));
+        assert_eq!(header(&flags, "content-type"), Some("text/plain; charset=utf-8"));
         assert!(body(&flags).ends_with("\n\nprofiling=true\n"), "{flags}");
         assert!(body(&get(server.address, "/statusz").await.unwrap()).contains("\nStarted: "));
     }
@@ -249,6 +272,18 @@ mod tests {
         assert_eq!(body(&answer.await.unwrap()), "ok");
         stop.send(true).unwrap();
         timeout(LONG, task).await.unwrap().unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn h3_two_families_have_a_server_each_on_one_port() {
+        let v6 =
+            |port| Server::new("v6", (std::net::Ipv6Addr::UNSPECIFIED, port).into(), true).of_one_family();
+        let first = v6(0).listen().await.unwrap();
+        let port = first.local_addr().unwrap().port();
+        let second = Server::new("v4", (Ipv4Addr::UNSPECIFIED, port).into(), true).listen().await.unwrap();
+        drop(first);
+        v6(port).listen().await.unwrap();
+        drop(second);
     }
 
     #[tokio::test]

@@ -12,7 +12,7 @@ use std::{
 };
 
 use k8s_openapi::jiff::Timestamp;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{Addresses, census::Census, served};
 use crate::{
@@ -68,6 +68,8 @@ pub(super) struct Engine {
     checked: HashMap<ObjectName, HealthCheckState>,
     /// How many changes of Services and of slices are taken in and not yet in force.
     pending: (usize, usize),
+    /// Who waits for everything to be in force.
+    first: Option<oneshot::Sender<()>>,
     /// Whether everything that can be has been in force since the start.
     served: bool,
     /// Slices taken in and not yet in force: their family and when the endpoints changed.
@@ -105,6 +107,7 @@ impl Engine {
             replanned: Vec::new(),
             checked: HashMap::new(),
             pending: (0, 0),
+            first: None,
             served: false,
             triggers: Vec::new(),
         }
@@ -118,6 +121,11 @@ impl Engine {
     /// Tells there of service ports that cannot be programmed.
     pub(super) fn with_events(self, events: Events) -> Self {
         Self { events, ..self }
+    }
+
+    /// Tells there once everything is in force.
+    pub(super) fn with_first(self, first: Option<oneshot::Sender<()>>) -> Self {
+        Self { first, ..self }
     }
 
     /// Whether a source without this node's Node is no reason to keep load balancers away.
@@ -345,6 +353,10 @@ impl Engine {
             self.metrics.synced(*family, delta.complete, started.elapsed());
         }
         self.pending = (0, 0);
+        if let Some(first) = self.first.take() {
+            // Whoever waited may have given up.
+            let _ = first.send(());
+        }
         let now = Timestamp::now();
         for (family, at) in self.triggers.drain(..) {
             self.metrics.network_programmed(family, now.duration_since(at).unsigned_abs());

@@ -22,6 +22,7 @@ use crate::{
         Dataplane as _, Memory, Stack, State,
         conntrack::{Conntrack, Suspects},
         ebpf::{Place, Retired},
+        kube_proxy,
         nftables::Nftables,
     },
     model::{Family, Model, PerFamily},
@@ -43,6 +44,7 @@ mod planes;
 pub mod pods;
 mod reload;
 mod sockets;
+mod takeover;
 
 pub use choice::choose;
 pub use reload::Again;
@@ -129,7 +131,8 @@ async fn serve(
         .with_events(events)
         .with_optional_node(matches!(config.source, SourceConfig::Manifests { .. }))
         .with_conntrack(clean_conntrack(metrics.clone())?)
-        .with_sockets(closing);
+        .with_sockets(closing)
+        .with_first(config.take_over.then(takeover::start));
     let inputs = Inputs { changes, addresses, foreign, stopping: stopping.clone() };
     let engine = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -337,6 +340,18 @@ pub fn init_only(loaded: &Loaded) -> anyhow::Result<()> {
 pub fn write_config(loaded: &Loaded, path: &Path) -> anyhow::Result<()> {
     let text = serde_yaml_ng::to_string(&loaded.document)?;
     std::fs::write(path, text).with_context(|| format!("cannot write `{}`", path.display()))
+}
+
+/// Takes what kube-proxy left out of the kernel.
+///
+/// # Errors
+///
+/// When something could not be removed.
+pub fn cleanup_kube_proxy(log: &LogArgs) -> anyhow::Result<()> {
+    Telemetry::init(log.config())?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    takeover::tell(runtime.block_on(kube_proxy::remove())?);
+    Ok(())
 }
 
 /// Takes everything of ours out of the kernel, and with `stay` lives on until told to end, as pods have to.
