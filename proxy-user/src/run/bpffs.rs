@@ -1,6 +1,7 @@
 //! A bpffs where eBPF will want one, made by `--init-only` before the agent starts with fewer rights.
 //!
-//! In: the [`Config`]. Out: a mount, which a container with mount propagation has made for the host.
+//! In: the [`Config`]. Out: a mount, which a container with mount propagation has made for the host; or, for nftables
+//! alone, a bpffs with nothing of ours.
 
 use std::{fs, path::Path};
 
@@ -10,16 +11,21 @@ use nix::{
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 
-use crate::config::{Config, ProxyMode};
+use crate::{
+    config::{Config, ProxyMode},
+    dataplane::ebpf::Place,
+};
 
-/// Mounts a bpffs where the directory of our pins is to be, if none is there and eBPF may serve.
+/// Mounts a bpffs where the directory of our pins is to be, if none is there and eBPF may serve. Where it may not, what
+/// an agent with eBPF left goes: the one with nftables alone may not have the right to.
 ///
 /// # Errors
 ///
-/// When it cannot be mounted and no other data plane would do.
+/// When it cannot be mounted and no other data plane would do, or something is left.
 pub(super) fn ensure(config: &Config) -> anyhow::Result<()> {
     if config.mode == ProxyMode::Nftables {
-        return Ok(());
+        let place = Place { bpf_root: config.bpf_root.clone(), cgroup_root: config.cgroup_root.clone() };
+        return place.clear().with_context(|| format!("clearing {}", config.bpf_root.display()));
     }
     match (made(&config.bpf_root), config.mode) {
         (Err(error), ProxyMode::Ebpf) => Err(error),
