@@ -3,7 +3,8 @@
 
 use std::{
     fs::{self, File},
-    net::SocketAddr,
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::Child,
     time::Duration,
@@ -152,6 +153,21 @@ impl<'a> Cluster<'a> {
         Ok(agent)
     }
 
+    /// How many connections to the Service's port sockets were led to, as the metrics of a node's agent tell it.
+    fn counted(&self, node: u8) -> Result<u64> {
+        let page = self.host(node).run(|| -> Result<String> {
+            let mut stream = TcpStream::connect(("127.0.0.1", 10249))?;
+            write!(stream, "GET /metrics HTTP/1.0\r\n\r\n")?;
+            let mut page = String::new();
+            stream.read_to_string(&mut page)?;
+            Ok(page)
+        })?;
+        let name = format!("service=\"{}\"", WEB.name());
+        let lines = page.lines().filter(|line| line.starts_with("weir_service_connections_total{"));
+        let counts = lines.filter(|line| line.contains(&name) && line.contains("protocol=\"TCP\""));
+        Ok(counts.filter_map(|line| line.rsplit_once(' ')?.1.parse::<u64>().ok()).sum())
+    }
+
     fn clean_up(&self, node: u8) -> Result<()> {
         let root = format!("--bpf-root={}", self.topology.bpf_root(node)?.display());
         let output = self.host(node).output(&assets::weir()?.display().to_string(), &["cleanup", &root])?;
@@ -240,6 +256,11 @@ fn there_and_back(mode: Mode, plane: Plane) -> Result<()> {
     let ruleset = cluster.ruleset(1);
     for left in ["kube-proxy", "chain KUBE-S", "KUBE-POSTROUTING", "KUBE-NODEPORTS", "KUBE-FORWARD"] {
         ensure!(!ruleset.contains(left), "{left} is left in\n{ruleset}");
+    }
+    if plane == Plane::Ebpf {
+        let before = cluster.counted(1)?;
+        ensure!(reaches("pod-"), "a socket is not led");
+        ensure!(cluster.counted(1)? > before, "a connection is not counted");
     }
     // Only weir is there to follow this.
     publish(3)?;
