@@ -69,13 +69,11 @@ impl Services {
 impl Collector for Services {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let counts = self.counts();
-        let metrics: [(&str, &str, fn(&(u64, u64)) -> u64); 2] = [
-            ("weir_service_connections", "New flows led to a backend at the socket", |count| count.0),
-            ("weir_service_refusals", "New flows refused at the socket for want of endpoints", |count| {
-                count.1
-            }),
+        let names = [
+            ("weir_service_connections", "New flows led to a backend at the socket"),
+            ("weir_service_refusals", "New flows refused at the socket for want of endpoints"),
         ];
-        for (name, help, value) in metrics {
+        for (index, (name, help)) in names.into_iter().enumerate() {
             let kind = ConstCounter::new(0_u64).metric_type();
             let mut metric = encoder.encode_descriptor(name, help, None, kind)?;
             for ([namespace, service, port, protocol], count) in &counts {
