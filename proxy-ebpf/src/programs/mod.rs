@@ -56,6 +56,12 @@ fn post_bind6(context: SockContext) -> i32 {
     bind::bound(&context, Family::V6)
 }
 
+/// The hook `sock_release`.
+#[cgroup_sock(sock_release)]
+fn sock_release(context: SockContext) -> i32 {
+    told::forget(&context)
+}
+
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     loop {}

@@ -49,14 +49,11 @@ pub(super) fn connect(context: &SockAddrContext, family: Family) -> i32 {
     }
     let now = resolve::now();
     let Some(backend) = resolve::pick(frontend, choice, client, now) else { return ALLOW };
-    // SAFETY: the socket is the hook's own, which holds its lock.
-    let origin = unsafe { ORIGINS.get_or_insert_ptr_mut(context, None) };
-    if origin.is_null() {
-        maps::count(trouble::STORAGE);
+    let origin = Origin { since: now, service: to, backend, protocol, zero: 0 };
+    if ORIGINS.insert(socket::cookie(context), origin, 0).is_err() {
+        maps::count(trouble::ORIGINS);
         return ALLOW;
     }
-    // SAFETY: not null, of this socket, and nobody else writes it while the socket is locked.
-    unsafe { *origin = Origin { since: now, service: to, backend, protocol, zero: 0 } };
     socket::set_address(context, family, &backend);
     resolve::served(frontend);
     ALLOW

@@ -3,7 +3,7 @@
 //! In: how large the maps have to be. Out: maps to write, and programs that read them, attached to a cgroup.
 //!
 //! ```text
-//! <bpf-root>/v1/frontends, …   the maps of layout 1: whoever starts next finds them as they are
+//! <bpf-root>/v2/frontends, …   the maps of layout 2: whoever starts next finds them as they are
 //! <bpf-root>/link-connect4, …  the links: programs stay attached while nobody runs
 //! ```
 //! To make a map larger is the same as to upgrade: new maps are filled, new programs that use them are loaded, and each
@@ -79,7 +79,7 @@ impl Sizes {
     }
 }
 
-/// The maps that never grow: sockets' own storage takes what it needs, the others are small.
+/// The maps that never grow.
 const FIXED: [&str; 6] = ["settings", "troubles", "bypassed", "homes", "origins", "flows"];
 
 /// Everything of ours in the kernel.
@@ -261,7 +261,10 @@ impl Object {
             cgroup.metadata().map_err(|error| Problem::file("opening the cgroup", root, error))?.ino();
         let mut settings = self.settings()?;
         let moved = settings.cgroup != number;
-        for (name, program) in self.ebpf.programs_mut() {
+        let mut programs: Vec<_> = self.ebpf.programs_mut().collect();
+        // Before any socket is remembered there has to be one that forgets it.
+        programs.sort_by_key(|(name, _)| (*name != "sock_release", *name));
+        for (name, program) in programs {
             let link = self.place.link(name);
             if !moved && switch(&link, program.fd().map_err(|error| Problem::program(name, error))?)? {
                 continue;
@@ -365,7 +368,7 @@ const SHAPES: [(&str, usize, usize); 11] = [
     ("troubles", size_of::<u32>(), size_of::<u64>()),
     ("bypassed", size_of::<u64>(), size_of::<u32>()),
     ("homes", size_of::<u64>(), size_of::<u32>()),
-    ("origins", size_of::<u32>(), size_of::<Origin>()),
+    ("origins", size_of::<u64>(), size_of::<Origin>()),
     ("flows", size_of::<u32>(), size_of::<Flows>()),
 ];
 
