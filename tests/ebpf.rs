@@ -8,7 +8,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsRawFd as _,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicU32, Ordering::Relaxed},
     },
     thread,
@@ -352,6 +352,57 @@ fn sockets_are_remembered_until_they_are_closed_and_one_too_many_is_left_alone()
         }
         plane.remove()?;
         Ok(())
+    })
+}
+
+/// What is logged.
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().map_err(|_| io::ErrorKind::Other)?.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Lines {
+    fn contain(&self, text: &str) -> bool {
+        self.0.lock().is_ok_and(|lines| String::from_utf8_lossy(&lines).contains(text))
+    }
+}
+
+#[test]
+fn programs_say_what_they_do_at_the_level_trace_also_after_growing() -> Result<()> {
+    let rig = Rig::new()?;
+    let lines = Lines::default();
+    let writer = lines.clone();
+    let log = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::TRACE)
+        .with_ansi(false)
+        .with_writer(move || writer.clone())
+        .finish();
+    rig.inside.run(|| -> Result<()> {
+        tracing::subscriber::with_default(log, || -> Result<()> {
+            let listener = TcpListener::bind("127.0.0.1:0")?;
+            let server = listener.local_addr()?;
+            let mut plane = open(&rig.place)?;
+            plane.apply(&complete(vec![port(Family::V4, Protocol::Tcp, &[server])]))?;
+            TcpStream::connect((service_ip(Family::V4), 80))?;
+            let led = format!(
+                "TRACE weir::programs: ::ffff:10.96.0.10 port 80 leads to ::ffff:127.0.0.1 port {}",
+                server.port()
+            );
+            await_that("the connection is told of", || lines.contain(&led));
+            plane.apply(&come(crowd(0, 5000)))?;
+            assert!(TcpStream::connect((service_ip(Family::V4), 81)).is_err(), "F4");
+            await_that("the refusal is told of", || lines.contain("::ffff:10.96.0.10 port 81 refuses"));
+            plane.remove()?;
+            Ok(())
+        })
     })
 }
 

@@ -13,6 +13,7 @@ mod maps;
 mod resolve;
 mod search;
 mod socket;
+mod tell;
 mod told;
 mod translate;
 

@@ -33,6 +33,7 @@ use super::{
     PROGRAMS,
     maps::{Maps, is_missing},
     problem::Problem,
+    said::{self, Listener},
 };
 
 /// The maps that grow, and how many elements each has room for.
@@ -90,6 +91,8 @@ pub(super) struct Object {
     pub(super) sizes: Sizes,
     set_retval: bool,
     attached: bool,
+    /// Logs what the programs say, where somebody wants to know.
+    listener: Option<Listener>,
 }
 
 /// Where things are.
@@ -201,8 +204,8 @@ impl Object {
             }
         }
         check_layout(&place)?;
-        let (ebpf, maps) = load(&place, &sizes, set_retval, &[])?;
-        Ok(Self { place, ebpf, maps, sizes, set_retval, attached: false })
+        let (ebpf, maps, listener) = load(&place, &sizes, set_retval, &[])?;
+        Ok(Self { place, ebpf, maps, sizes, set_retval, attached: false, listener })
     }
 
     /// Makes maps larger, keeping what they hold.
@@ -221,7 +224,7 @@ impl Object {
         for name in &larger {
             discard(&self.place.next_map(name))?;
         }
-        let (ebpf, maps) = load(&self.place, &sizes, self.set_retval, &larger)?;
+        let (ebpf, maps, listener) = load(&self.place, &sizes, self.set_retval, &larger)?;
         let mut old = std::mem::replace(&mut self.maps, maps);
         self.maps.inherit(&mut old);
         let old_ebpf = std::mem::replace(&mut self.ebpf, ebpf);
@@ -244,7 +247,7 @@ impl Object {
             fs::rename(&from, &to).map_err(|error| Problem::file("renaming", &from, error))?;
         }
         tracing::info!(?sizes, "made maps larger: {}", larger.join(", "));
-        self.sizes = sizes;
+        (self.sizes, self.listener) = (sizes, listener);
         Ok(())
     }
 
@@ -303,11 +306,13 @@ fn load(
     sizes: &Sizes,
     set_retval: bool,
     next: &[&'static str],
-) -> Result<(Ebpf, Maps), Problem> {
+) -> Result<(Ebpf, Maps, Option<Listener>), Problem> {
     let set_retval = u32::from(set_retval);
     let mut loader = EbpfLoader::new();
     // The programs look into no structures of the kernel's own, so its types, megabytes of them, need not be read.
     loader.btf(None).override_global("SET_RETVAL", &set_retval, true);
+    let level = if said::is_wanted() { aya_log::Level::Trace as u8 } else { 0 };
+    loader.override_global(said::LEVEL, &level, true);
     for (name, size) in sizes.named() {
         let path = if next.contains(&name) { place.next_map(name) } else { place.map(name) };
         loader.map_pin_path(name, path).map_max_entries(name, size);
@@ -324,8 +329,9 @@ fn load(
         };
         loaded.map_err(|error| Problem::program(name, error))?;
     }
+    let listener = if level == 0 { None } else { Some(Listener::to(&mut ebpf)?) };
     let maps = Maps::of(&mut ebpf)?;
-    Ok((ebpf, maps))
+    Ok((ebpf, maps, listener))
 }
 
 /// How many elements the map pinned at a path has room for, if there is one.
