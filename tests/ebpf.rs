@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya::maps::{HashMap, Map, MapData};
 use proxy_ebpf::{Endpoint, Origin, system, trouble};
 use socket2::SockRef;
@@ -105,7 +105,7 @@ fn the_programs_serve_the_sockets_of_their_cgroup_and_no_others() -> Result<()> 
     let files = BpfFs::new()?;
     let place = Place { bpf_root: files.directory("weir")?, cgroup_root: inside.path().to_owned() };
     here.run(|| -> Result<()> {
-        let mut plane = open(&place)?;
+        let mut plane = open_on_host(&place)?;
         for family in Family::ALL {
             let listener = TcpListener::bind((loopback(family), 0))?;
             let datagrams = UdpSocket::bind((loopback(family), 0))?;
@@ -187,6 +187,13 @@ fn come(ports: impl Iterator<Item = Arc<PortPlan>>) -> Delta {
 fn open(place: &Place) -> Result<Ebpf, Problem> {
     let probe = Probe::of(&place.cgroup_root, &place.bpf_root);
     Ebpf::open(place.clone(), probe.set_retval)
+}
+
+/// The plane in a namespace that it takes for the host's, which not every kernel can tell.
+fn open_on_host(place: &Place) -> Result<Ebpf> {
+    let probe = Probe::of(&place.cgroup_root, &place.bpf_root);
+    ensure!(probe.namespace_cookie, "this kernel lacks SO_NETNS_COOKIE (Linux 5.14), which this test needs");
+    Ok(open(place)?)
 }
 
 /// A plane whose programs serve the sockets of a namespace, and what they need.
@@ -370,8 +377,8 @@ impl io::Write for Lines {
 }
 
 impl Lines {
-    fn contain(&self, text: &str) -> bool {
-        self.0.lock().is_ok_and(|lines| String::from_utf8_lossy(&lines).contains(text))
+    fn count(&self, text: &str) -> usize {
+        self.0.lock().map_or(0, |lines| String::from_utf8_lossy(&lines).matches(text).count())
     }
 }
 
@@ -392,14 +399,11 @@ fn programs_say_what_they_do_at_the_level_trace_also_after_growing() -> Result<(
             let mut plane = open(&rig.place)?;
             plane.apply(&complete(vec![port(Family::V4, Protocol::Tcp, &[server])]))?;
             TcpStream::connect((service_ip(Family::V4), 80))?;
-            let led = format!(
-                "TRACE weir::programs: ::ffff:10.96.0.10 port 80 leads to ::ffff:127.0.0.1 port {}",
-                server.port()
-            );
-            await_that("the connection is told of", || lines.contain(&led));
+            let led = "TRACE weir::programs: ::ffff:10.96.0.10 port 80 leads to ::ffff:127.0.0.1 port";
+            await_that("the connection is told of", || lines.count(led) == 1);
             plane.apply(&come(crowd(0, 5000)))?;
-            assert!(TcpStream::connect((service_ip(Family::V4), 81)).is_err(), "F4");
-            await_that("the refusal is told of", || lines.contain("::ffff:10.96.0.10 port 81 refuses"));
+            TcpStream::connect((service_ip(Family::V4), 80))?;
+            await_that("the next is told of too", || lines.count(led) == 2);
             plane.remove()?;
             Ok(())
         })
@@ -424,7 +428,7 @@ fn a_cluster_ip_that_the_host_has_is_left_to_packets_until_it_leaves() -> Result
         let backend = TcpListener::bind("127.0.0.1:0")?;
         let ip = service_ip(Family::V4);
         let port = port(Family::V4, Protocol::Tcp, &[backend.local_addr()?]);
-        let mut plane = open(&rig.place)?;
+        let mut plane = open_on_host(&rig.place)?;
         plane.apply(&complete(vec![Arc::clone(&port)]))?;
         // A DNS cache, say, that answers on the Service's address on every node.
         rig.inside.ip(&[format!("addr add {ip} dev lo")])?;
@@ -498,7 +502,7 @@ fn other_programs_take_the_place_of_those_attached_without_a_gap() -> Result<()>
     here.run(|| -> Result<()> {
         let listener = TcpListener::bind((loopback(Family::V4), 0))?;
         let plan = port(Family::V4, Protocol::Tcp, &[listener.local_addr()?]);
-        let mut old = Ebpf::open(place.clone(), true)?;
+        let mut old = open(&place)?;
         old.apply(&complete(vec![Arc::clone(&plan)]))?;
         let before = links(&place)?;
         let (stop, connects) = (AtomicBool::new(false), AtomicU32::new(0));
@@ -544,7 +548,8 @@ fn upgrade(
     connects: &AtomicU32,
 ) -> Result<BTreeMap<String, [u32; 2]>> {
     drop(old);
-    for set_retval in [false, true, false] {
+    let can_refuse = Probe::of(&place.cgroup_root, &place.bpf_root).set_retval;
+    for set_retval in [false, can_refuse, false] {
         let more = connects.load(Relaxed) + 20;
         await_that("clients connect before the switch", || connects.load(Relaxed) >= more);
         Ebpf::open(place.clone(), set_retval)?.apply(&complete(vec![Arc::clone(plan)]))?;

@@ -112,6 +112,15 @@ impl Cli {
     }
 }
 
+/// Makes a table at most `width` columns wide, or as wide as the terminal. A serial console says that it has none.
+fn fit(table: &mut comfy_table::Table, width: Option<u16>) {
+    const LEAST: u16 = 60;
+    let narrow = table.width().is_some_and(|terminal| terminal < LEAST);
+    if let Some(width) = width.or(narrow.then_some(LEAST)) {
+        table.set_width(width);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
