@@ -15,10 +15,11 @@ use tokio::sync::watch;
 
 use crate::{
     dataplane::{
-        ebpf::{BypassCensus, Place, forget_clients as forget},
+        ebpf::{BypassCensus, Counted, Place, forget_clients as forget},
         sockets::{Sockets, Suspects},
     },
-    observe::Metrics,
+    observe::{Metrics, PortCount},
+    plan::PortId,
 };
 
 /// Where network namespaces of pods have names, if their runtime gives them some.
@@ -64,12 +65,30 @@ pub(super) fn close(maps: &Path, metrics: &Metrics) -> anyhow::Result<Option<mps
     Ok(Some(sender))
 }
 
+/// What was counted for each service port; nothing where that cannot be read.
+pub(super) fn counts(counted: &Counted) -> Vec<PortCount> {
+    let tallies = counted.read().unwrap_or_else(|error| {
+        tracing::debug!(%error, "cannot read what the programs counted");
+        Default::default()
+    });
+    let count = |(id, tally): (PortId, proxy_ebpf::Tally)| PortCount {
+        namespace: id.service.namespace().to_owned(),
+        service: id.service.name().to_owned(),
+        port: id.port.to_string(),
+        protocol: id.protocol.to_string(),
+        served: tally.served,
+        refused: tally.refused,
+    };
+    tallies.into_iter().map(count).collect()
+}
+
 /// Says what goes wrong inside the programs.
 pub(super) fn watch_troubles(maps: &Path, metrics: &Metrics) -> anyhow::Result<()> {
     let path = maps.join("troubles");
     let map = MapData::from_pin(&path).with_context(|| format!("opening {}", path.display()))?;
     let map = PerCpuArray::<_, u64>::try_from(Map::PerCpuArray(map))?;
     let metrics = metrics.clone();
+    TROUBLES.iter().for_each(|(name, _)| metrics.count_trouble(name, 0));
     tokio::spawn(async move {
         let mut known = [None; TROUBLES.len()];
         let mut interval = tokio::time::interval(LOOK);

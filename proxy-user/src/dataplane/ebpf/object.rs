@@ -208,6 +208,11 @@ impl Object {
         Ok(Self { place, ebpf, maps, sizes, set_retval, attached: false, listener })
     }
 
+    /// Where it all is.
+    pub(super) fn place(&self) -> &Place {
+        &self.place
+    }
+
     /// Makes maps larger, keeping what they hold.
     pub(super) fn grow(&mut self, sizes: Sizes, slots_in_use: u32) -> Result<(), Problem> {
         let larger: Vec<&'static str> = self
