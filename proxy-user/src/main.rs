@@ -23,7 +23,7 @@ fn main() -> ExitCode {
 
 fn execute(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Run(args) if args.cleanup => run::cleanup(&args.config.kernel, &args.config.log),
+        Command::Run(args) if args.cleanup => run::cleanup(&args.config.kernel, &args.config.log, false),
         Command::Run(args) => {
             let args = *args;
             let loaded = config::load(&args.config, &Host::this())?;
@@ -43,7 +43,7 @@ fn execute(command: Command) -> anyhow::Result<()> {
             Ok(std::io::stdout().write_all(ProbeView::new(probe).render(args.output, None)?.as_bytes())?)
         }
         Command::Cleanup(args) if args.kube_proxy => run::cleanup_kube_proxy(&args.log),
-        Command::Cleanup(args) => run::cleanup(&args.kernel, &args.log),
+        Command::Cleanup(args) => run::cleanup(&args.kernel, &args.log, args.stay),
     }
 }
 

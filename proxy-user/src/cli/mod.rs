@@ -47,7 +47,8 @@ pub struct RunArgs {
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
           action = clap::ArgAction::Set, hide_possible_values = true, hide_default_value = true, value_name = "BOOL")]
     pub cleanup: bool,
-    /// Check the configuration, set the sysctls of connection tracking, and end
+    /// Check the configuration, do what takes more rights than serving does, and end: set the sysctls of connection
+    /// tracking, and mount a bpffs where eBPF needs one and none is
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
           action = clap::ArgAction::Set, hide_possible_values = true, hide_default_value = true, value_name = "BOOL")]
     pub init_only: bool,
@@ -87,6 +88,9 @@ pub struct ProbeArgs {
 /// `weir cleanup`.
 #[derive(Args, Debug)]
 pub struct CleanupArgs {
+    /// Stay until told to end, so that a DaemonSet can do it on every node
+    #[arg(long, conflicts_with = "kube_proxy")]
+    pub stay: bool,
     /// Take out what kube-proxy left instead; weir's own stays
     #[arg(long)]
     pub kube_proxy: bool,
@@ -119,6 +123,15 @@ impl Cli {
             words.insert(1, "run".into());
         }
         Self::try_parse_from(words)
+    }
+}
+
+/// Makes a table at most `width` columns wide, or as wide as the terminal. A serial console says that it has none.
+fn fit(table: &mut comfy_table::Table, width: Option<u16>) {
+    const LEAST: u16 = 60;
+    let narrow = table.width().is_some_and(|terminal| terminal < LEAST);
+    if let Some(width) = width.or(narrow.then_some(LEAST)) {
+        table.set_width(width);
     }
 }
 

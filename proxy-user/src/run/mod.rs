@@ -37,6 +37,7 @@ use crate::{
     },
 };
 
+mod bpffs;
 mod census;
 mod choice;
 mod engine;
@@ -331,11 +332,11 @@ pub fn plan(loaded: Loaded) -> anyhow::Result<(State, BTreeMap<Frontend, PortId>
     Ok((memory.dump()?, owners))
 }
 
-/// Sets what needs privileges the agent can do without afterwards: connection tracking. Nothing is programmed.
+/// Does what needs privileges the agent can do without afterwards: connection tracking, and a bpffs. Nothing is programmed.
 ///
 /// # Errors
 ///
-/// When logging cannot be set up.
+/// When logging cannot be set up, or something without which the agent would not start cannot be done.
 pub fn init_only(loaded: &Loaded) -> anyhow::Result<()> {
     let Loaded { config, warnings, document: _ } = loaded;
     Telemetry::init(config.log)?;
@@ -343,7 +344,7 @@ pub fn init_only(loaded: &Loaded) -> anyhow::Result<()> {
         tracing::warn!("{warning}");
     }
     machine::prepare(&config.conntrack, config.oom_score_adj);
-    Ok(())
+    bpffs::ensure(config)
 }
 
 /// Writes the whole configuration, defaults and all, to a file.
@@ -368,12 +369,12 @@ pub fn cleanup_kube_proxy(log: &LogArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Takes everything of ours out of the kernel.
+/// Takes everything of ours out of the kernel, and with `stay` lives on until told to end, as pods have to.
 ///
 /// # Errors
 ///
 /// When something could not be removed.
-pub fn cleanup(kernel: &KernelArgs, log: &LogArgs) -> anyhow::Result<()> {
+pub fn cleanup(kernel: &KernelArgs, log: &LogArgs, stay: bool) -> anyhow::Result<()> {
     Telemetry::init(log.config())?;
     let place = Place { bpf_root: kernel.bpf_root.clone(), cgroup_root: PathBuf::new() };
     let packets = Nftables::open(PerFamily { v4: true, v6: true })?;
@@ -382,6 +383,14 @@ pub fn cleanup(kernel: &KernelArgs, log: &LogArgs) -> anyhow::Result<()> {
         bpf_root = %kernel.bpf_root.display(),
         "removed the tables ip weir and ip6 weir, and the kernel programs with their maps"
     );
+    if stay { ended() } else { Ok(()) }
+}
+
+/// Waits until told to end.
+fn ended() -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let name = runtime.block_on(signalled())?;
+    tracing::info!(signal = name, "stopping");
     Ok(())
 }
 
