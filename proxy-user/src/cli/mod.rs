@@ -126,6 +126,15 @@ impl Cli {
     }
 }
 
+/// Makes a table at most `width` columns wide, or as wide as the terminal. A serial console says that it has none.
+fn fit(table: &mut comfy_table::Table, width: Option<u16>) {
+    const LEAST: u16 = 60;
+    let narrow = table.width().is_some_and(|terminal| terminal < LEAST);
+    if let Some(width) = width.or(narrow.then_some(LEAST)) {
+        table.set_width(width);
+    }
+}
+
 /// Gives the name of a flag dashes for underscores, between which kube-proxy makes no difference.
 fn dashed(word: &mut OsString) {
     let Some(flag) = word.to_str().filter(|word| word.starts_with("--")) else { return };

@@ -34,10 +34,14 @@ const FORGET: Duration = Duration::from_secs(60);
 /// What each of [`proxy_ebpf::trouble`] is called, and what it means.
 const TROUBLES: [(&str, &str); proxy_ebpf::trouble::COUNT as usize] = [
     ("affinity-full", "clients of Services with session affinity could not be remembered"),
-    ("socket-storage", "sockets could not be remembered; their packets are led to backends instead"),
+    (
+        "socket-storage",
+        "unconnected sockets could not be remembered; their packets are led to backends instead",
+    ),
     ("flows-full", "sockets without a connection spoke to more Services at a time than are remembered"),
     ("slots", "the map of backends was not as it should be; were our maps changed by others?"),
     ("homes-full", "pods that listen on a Service's address themselves are led to the Service all the same"),
+    ("origins-full", "connected sockets could not be remembered; their packets are led to backends instead"),
 ];
 
 /// Closes sockets whose backend serves no longer, behind the engine's back. Where that is not possible, one warning says

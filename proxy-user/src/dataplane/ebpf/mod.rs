@@ -32,6 +32,7 @@ mod numbers;
 mod object;
 mod problem;
 mod retired;
+mod said;
 mod slots;
 mod stage;
 mod whole;
