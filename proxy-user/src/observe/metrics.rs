@@ -266,6 +266,7 @@ impl Metrics {
             drop(of.sync_failures.get_or_create(&family_label(family)));
             drop(of.cleanup_failures.get_or_create(&family_label(family)));
             drop(of.conntrack_deleted.get_or_create(&family_label(family)));
+            drop(of.conntrack.get_or_create(&family_label(family)));
             metrics.no_local_endpoints(family, TrafficPolicy::Internal, 0);
             metrics.no_local_endpoints(family, TrafficPolicy::External, 0);
         }

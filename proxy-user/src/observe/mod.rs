@@ -18,7 +18,7 @@ mod telemetry;
 mod text_format;
 
 pub use admin::{About, admin_router};
-pub use events::{Events, Trouble};
+pub use events::{Events, Subject, Trouble};
 pub use health::{Answer, Health, Moment, ProxyHealth, health_router};
 pub use health_check::{HealthCheckState, HealthChecks};
 pub use metrics::{Metrics, TrafficPolicy};

@@ -27,6 +27,7 @@ mod planner;
 mod tests;
 mod topology;
 
+pub use claims::Conflict;
 pub use frontend::plan_service;
 pub use planner::{NoLocalEndpoints, Planner};
 

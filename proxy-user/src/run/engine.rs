@@ -19,7 +19,7 @@ use crate::{
     dataplane::{Dataplane, Error, Fill, conntrack::Suspects, nftables::Seen, sockets},
     model::{Family, Model, ObjectName, Settings},
     observe::{Events, Health, HealthCheckState, HealthChecks, Metrics, Trouble},
-    plan::{Delta, NodePortAddresses, Planner, PortId},
+    plan::{Conflict, Delta, NodePortAddresses, Planner, PortId},
     source::{Change, Object},
 };
 
@@ -226,6 +226,7 @@ impl Engine {
             self.planner.update(&name, self.model.plan(&name));
             self.replanned.push(name);
         }
+        self.tell_of_conflicts();
         self.planner.update_node(self.model.node_plan());
         // A failure that is not due again yet must not be made worse by every new change.
         let waiting = self.retry_at.is_some_and(|at| at > tokio::time::Instant::now());
@@ -311,6 +312,15 @@ impl Engine {
         self.in_force(delta, was, started);
     }
 
+    /// Logs each frontend that two Services claim, and makes an event for the one that does not get it (R12).
+    fn tell_of_conflicts(&mut self) {
+        for Conflict { frontend, owner, service } in self.planner.take_conflicts() {
+            tracing::warn!(%frontend, %owner, %service, "two Services claim one frontend: the older one has it");
+            let note = format!("{frontend} belongs to the older Service {owner}");
+            self.events.tell(Trouble::of_service(service, "FrontendTaken", "Program", note));
+        }
+    }
+
     /// Logs each port that could not be programmed, and makes one event for each Service.
     fn tell_of_unprogrammed(&self, ports: &[(PortId, String)]) {
         let mut notes: BTreeMap<&ObjectName, Vec<String>> = BTreeMap::new();
@@ -319,8 +329,8 @@ impl Engine {
             notes.entry(&port.service).or_default().push(format!("{port}: {problem}"));
         }
         for (service, notes) in notes {
-            let (service, note) = (service.clone(), notes.join("; "));
-            self.events.tell(Trouble { service, reason: "FailedToProgram", action: "Program", note });
+            let note = notes.join("; ");
+            self.events.tell(Trouble::of_service(service.clone(), "FailedToProgram", "Program", note));
         }
     }
 
@@ -437,6 +447,32 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn r12_who_does_not_get_a_frontend_hears_of_it() {
+        let (events, mut troubles) = Events::channel();
+        let plane = Box::new(Memory::default());
+        let engine = Engine::new(settings(), plane, Metrics::new(), Health::new(Duration::from_secs(30)))
+            .with_events(events);
+        let (change, changes) = mpsc::channel(16);
+        let (_foreign, foreign) = mpsc::channel(1);
+        let (_stop, stopping) = watch::channel(false);
+        let (addresses_in, addresses) = watch::channel(Vec::new());
+        addresses_in.send_replace(vec!["192.0.2.1".parse().unwrap()]);
+        let engine = tokio::spawn(engine.run(Inputs { changes, addresses, foreign, stopping }));
+        for (name, ip) in [("api", "10.0.0.1"), ("web", "10.0.0.2")] {
+            let spec = json!({ "clusterIP": ip, "ports": [{ "port": 80 }], "externalIPs": ["198.51.100.1"] });
+            change.send(service(name, spec)).await.unwrap();
+        }
+        for kind in Kind::ALL {
+            change.send(Change::Synced(kind)).await.unwrap();
+        }
+        let trouble = tokio::time::timeout(Duration::from_secs(20), troubles.recv()).await.unwrap().unwrap();
+        let note = "198.51.100.1:80/TCP belongs to the older Service ns/api".to_owned();
+        assert_eq!(trouble, Trouble::of_service(named("web"), "FrontendTaken", "Program", note));
+        drop(change);
+        engine.await.unwrap();
+    }
+
+    #[tokio::test]
     async fn ports_that_cannot_be_programmed_are_told_of_by_service_and_counted() {
         let (metrics, (events, mut troubles)) = (Metrics::new(), Events::channel());
         let plane = Box::new(Faulty::new(Memory::default(), 1, 100, 0));
@@ -458,12 +494,12 @@ mod tests {
         let why = "a fault on purpose";
         assert_eq!(
             trouble,
-            Trouble {
-                service: named("web"),
-                reason: "FailedToProgram",
-                action: "Program",
-                note: format!("ns/web:a/TCP (IPv4): {why}; ns/web:b/TCP (IPv4): {why}"),
-            }
+            Trouble::of_service(
+                named("web"),
+                "FailedToProgram",
+                "Program",
+                format!("ns/web:a/TCP (IPv4): {why}; ns/web:b/TCP (IPv4): {why}"),
+            )
         );
         until(|| metric(&metrics, "weir_unprogrammed_ports").as_deref() == Some("2")).await;
         change.send(Change::Delete(Kind::Service, named("web"))).await.unwrap();

@@ -26,7 +26,9 @@ use crate::{
         nftables::Nftables,
     },
     model::{Family, Model, PerFamily},
-    observe::{About, Events, Health, HealthChecks, Metrics, Server, Telemetry, admin_router, health_router},
+    observe::{
+        About, Events, Health, HealthChecks, Metrics, Server, Telemetry, Trouble, admin_router, health_router,
+    },
     plan::{Frontend, Planner, PortId},
     source::{
         Change, SourceStatus, host,
@@ -115,6 +117,7 @@ async fn serve(
     }
     let place = sockets.as_ref();
     let events = start_source(&config, changes_in, place, &metrics).await?;
+    let told = events.clone();
     let closing = match place {
         Some(place) => {
             sockets::watch_troubles(&place.maps(), &metrics)?;
@@ -139,7 +142,8 @@ async fn serve(
         runtime.block_on(engine.run(inputs));
         anyhow::Ok(())
     })?;
-    let servers = tokio::spawn(serve_http(config, health, metrics, about, stopping));
+    told.tell(Trouble::starting());
+    let servers = tokio::spawn(serve_http(config, health, metrics, about, told, stopping));
 
     let ended = tokio::select! {
         name = signalled() => {
@@ -263,14 +267,20 @@ async fn serve_http(
     health: Health,
     metrics: Metrics,
     about: About,
+    events: Events,
     stopping: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
-    let server = |name, address, router| {
-        let stopping = stopping.clone();
+    let server = |name, reason, address, router| {
+        let (stopping, events) = (stopping.clone(), events.clone());
         async move {
             match address {
                 Some(address) => {
-                    Server::new(name, address, config.bind_hard_fail).run(router, stopping).await
+                    let tell = move |error: &std::io::Error| {
+                        let note = format!("{name} cannot be served at {address}: {error}");
+                        events.tell(Trouble::of_node(reason, "StartKubeProxy", note));
+                    };
+                    let server = Server::new(name, address, config.bind_hard_fail);
+                    server.run_and_tell(router, stopping, tell).await
                 }
                 None => {
                     let mut stopping = stopping;
@@ -282,8 +292,13 @@ async fn serve_http(
         }
     };
     tokio::try_join!(
-        server("healthz", config.healthz, health_router(&health, &metrics)),
-        server("metrics", config.metrics, admin_router(&metrics, about)),
+        server(
+            "healthz",
+            "FailedToStartProxierHealthcheck",
+            config.healthz,
+            health_router(&health, &metrics)
+        ),
+        server("metrics", "FailedToStartMetricServer", config.metrics, admin_router(&metrics, about)),
     )?;
     Ok(())
 }
