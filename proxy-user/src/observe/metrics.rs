@@ -568,6 +568,18 @@ mod tests {
     }
 
     #[test]
+    fn the_dashboard_asks_for_metrics_that_there_are() {
+        let (text, dashboard) = (used(), include_str!("../../../charts/weir/dashboards/weir.json"));
+        let words = dashboard.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        let asked =
+            words.filter(|word| ["kubeproxy_", "weir_", "process_"].iter().any(|it| word.starts_with(it)));
+        let unknown: Vec<&str> = asked
+            .filter(|name| !text.contains(&format!("# TYPE {} ", name.trim_end_matches("_bucket"))))
+            .collect();
+        assert!(dashboard.contains("weir_") && unknown.is_empty(), "{unknown:?}");
+    }
+
+    #[test]
     fn the_process_is_described() {
         let text = used();
         let value = |name: &str| {
