@@ -20,8 +20,9 @@ use tokio::{
 
 use crate::bench::{cluster::Objects, workload::Workload};
 
-/// So many writes may be under way; beyond that the API server is slower than the pace.
-const UNDER_WAY: usize = 64;
+/// So many writes may be under way, and no two of the same slice, which would have to be written again and again; beyond
+/// that the API server is slower than the pace.
+const UNDER_WAY: u32 = 32;
 
 /// Writes going on.
 pub(super) struct Churn {
@@ -69,7 +70,7 @@ async fn write(objects: Objects, workload: Workload, pace: Duration, stop: Arc<A
             break;
         }
         ticks.tick().await;
-        while under_way.len() >= UNDER_WAY {
+        while under_way.len() >= UNDER_WAY.min(workload.slices()) as usize {
             finish(&mut under_way, &mut writes).await?;
         }
         let less = usize::from(short.insert(number));
