@@ -42,7 +42,8 @@ fn programming_is_measured_in_all_its_phases() -> Result<()> {
     )?;
     assert!(subjects.iter().all(|subject| table.contains(subject.name())), "{table}");
     assert!(report.versions["weir eBPF"].starts_with("weir "), "{:?}", report.versions);
-    let workloads: Vec<_> = report.programming.iter().map(|run| (run.workload.to_string(), run.subject)).collect();
+    let workloads: Vec<_> =
+        report.programming.iter().map(|run| (run.workload.to_string(), run.subject)).collect();
     let expected = ["1x150", "10x5"].map(|workload| subjects.map(|subject| (workload.to_owned(), subject)));
     assert_eq!(workloads, expected.concat());
     report.programming.iter().for_each(was_programmed);
@@ -142,7 +143,8 @@ fn kube_proxy_is_fed_by_the_same_api_server() -> Result<()> {
 #[test]
 fn maps_are_measured_without_an_agent() -> Result<()> {
     let directory = tempfile::tempdir()?;
-    let (table, report) = measured("--only maps --map-services 300 --rounds 1 --changes 1", directory.path())?;
+    let (table, report) =
+        measured("--only maps --map-services 300 --rounds 1 --changes 1", directory.path())?;
     assert!(table.contains("bytes a Service"), "{table}");
     assert_eq!(report.maps.len(), 3, "TCP, with affinity, UDP");
     for run in &report.maps {
@@ -165,9 +167,13 @@ fn the_page_is_what_its_samples_say() -> Result<()> {
     std::fs::copy(docs.join("benchmarks/notes.md"), below.join("notes.md"))?;
     bench(&format!("--render {}", docs.join("benchmarks/samples.json").display()), directory.path())?;
     for file in ["benchmarks.md", "benchmarks/paths-connect.svg"] {
-        let [ours, theirs] = [&docs, &directory.path().join("docs")].map(|docs| std::fs::read_to_string(docs.join(file)));
-        assert!(ours? == theirs?, "docs/{file} is not what samples.json says: `cargo xtask bench --render \
-                docs/benchmarks/samples.json` writes it");
+        let [ours, theirs] =
+            [&docs, &directory.path().join("docs")].map(|docs| std::fs::read_to_string(docs.join(file)));
+        assert!(
+            ours? == theirs?,
+            "docs/{file} is not what samples.json says: `cargo xtask bench --render \
+                docs/benchmarks/samples.json` writes it"
+        );
     }
     Ok(())
 }

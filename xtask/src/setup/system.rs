@@ -42,6 +42,9 @@ const PACKAGES: &[Package] = &[
     // The real kube-proxy, our oracle, runs these two.
     package("nftables", Level::Test, Probe::Program("nft")),
     package("conntrack", Level::Test, Probe::Program("conntrack")),
+    // The benchmark: one of kube-proxy's modes, and the load that is not our own.
+    package("iptables", Level::Test, Probe::Program("iptables")),
+    package("iperf3", Level::Test, Probe::Program("iperf3")),
     package("debian-archive-keyring", Level::Test, Probe::File(DEBIAN_KEYRING)),
 ];
 

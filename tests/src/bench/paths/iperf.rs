@@ -23,6 +23,8 @@ const BYTES: u128 = 3 << 20;
 const PACKETS: u128 = 250;
 /// Bytes of a small packet.
 const PACKET: u16 = 64;
+/// How often a turn is tried.
+const ATTEMPTS: u32 = 6;
 /// The longest that a server is waited for.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -80,8 +82,20 @@ pub(super) struct Flood {
 ///
 /// # Errors
 ///
-/// When iperf3 fails; the message is its own.
+/// When iperf3 fails several times in a row; the message is its own.
 pub(super) fn flood(clients: &Namespace, traffic: Traffic, to: SocketAddr, slot: Duration) -> Result<Flood> {
+    let mut attempt = 1;
+    loop {
+        match once(clients, traffic, to, slot) {
+            // The server takes one client at a time, and may not have done with the last one.
+            Err(_) if attempt < ATTEMPTS => thread::sleep(Duration::from_millis(50) * attempt),
+            result => return result,
+        }
+        attempt += 1;
+    }
+}
+
+fn once(clients: &Namespace, traffic: Traffic, to: SocketAddr, slot: Duration) -> Result<Flood> {
     let milliseconds = slot.as_millis().max(1);
     let (address, port) = (to.ip().to_string(), to.port().to_string());
     let mut arguments = vec!["--client", &address, "--port", &port, "--json", "--connect-timeout", "2000"];

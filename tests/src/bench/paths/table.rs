@@ -1,6 +1,6 @@
 //! Series as tables.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use comfy_table::Table;
 
@@ -64,6 +64,7 @@ fn ratio_text(of: &Series, to: Option<&Series>) -> String {
 fn rate(series: &Series) -> String {
     let rate = quantile(series.rates.clone(), 0.5);
     match series.load.traffic {
+        _ if rate.is_nan() => "-".to_owned(),
         // KiB to what network people count in.
         Traffic::Bulk => format!("{:.1} Gbit", rate * 1024.0 * 8.0 / 1e9),
         _ => format!("{rate:.0}"),
@@ -73,6 +74,26 @@ fn rate(series: &Series) -> String {
 fn cpu(series: &Series) -> String {
     let nanoseconds = quantile(series.cpu_nanoseconds.clone(), 0.5);
     if nanoseconds.is_nan() { "-".to_owned() } else { format!("{:.2} µs", nanoseconds / 1e3) }
+}
+
+/// One row for each case, with the ratio to the limit for each subject.
+#[must_use]
+pub(in crate::bench) fn ratio_table(all: &[Series]) -> Table {
+    let subjects: BTreeSet<Subject> = all.iter().filter_map(|series| series.subject).collect();
+    let mut header = vec!["Services", "route", "traffic", "straight, no proxy"];
+    header.extend(subjects.iter().map(|subject| subject.name()));
+    let mut table = grid(&header, &[1, 2]);
+    for ((services, route, load), case) in cases(all) {
+        let limit = case.limit();
+        let mut row = vec![services.to_string(), route.name().to_owned(), load.to_string()];
+        row.push(limit.map_or_else(|| "-".to_owned(), |limit| format!("{}/s", rate(limit))));
+        row.extend(subjects.iter().map(|subject| {
+            let own = case.subjects().find(|(one, _)| one == subject);
+            own.map_or_else(|| "not loaded".to_owned(), |(_, series)| ratio_text(series, limit))
+        }));
+        table.add_row(row);
+    }
+    table
 }
 
 /// One row for each case and subject; the limit's own figures are in the row.
@@ -181,6 +202,9 @@ mod tests {
         assert!(row("weir eBPF").contains("0.900 (0.900 to 0.900)"), "{text}");
         assert!(row("weir eBPF").contains("12.34 µs"), "{text}");
         assert!(row("kube-proxy").contains("failed"), "{text}");
+        let matrix = ratio_table(&all).to_string();
+        let row = matrix.lines().find(|line| line.contains("connect/IPv4")).unwrap();
+        assert!(row.contains("1000/s") && row.contains("0.450") && row.contains("failed"), "{matrix}");
         let latencies = latency_table(&all).to_string();
         assert!(latencies.contains("50 µs") && latencies.contains("straight, no proxy"), "{latencies}");
     }

@@ -83,6 +83,7 @@ fn parts(report: &Report) -> Vec<(&'static str, &'static str, Vec<(&'static str,
             some(
                 !series.is_empty(),
                 vec![
+                    ("Part of straight, no proxy (95 %)", paths::ratio_table(series)),
                     ("Rates, CPU time, ratios", paths::rate_table(series)),
                     ("Latencies, one client, IPv4", paths::latency_table(series)),
                 ],
