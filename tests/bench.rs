@@ -3,7 +3,7 @@
 
 use std::{path::Path, process::Command};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use weir_tests::{
     assets,
     bench::{
@@ -46,11 +46,10 @@ fn programming_is_measured_in_all_its_phases() -> Result<()> {
         report.programming.iter().map(|run| (run.workload.to_string(), run.subject)).collect();
     let expected = ["1x150", "10x5"].map(|workload| subjects.map(|subject| (workload.to_owned(), subject)));
     assert_eq!(workloads, expected.concat());
-    report.programming.iter().for_each(was_programmed);
-    Ok(())
+    report.programming.iter().try_for_each(was_programmed)
 }
 
-fn was_programmed(run: &Run) {
+fn was_programmed(run: &Run) -> Result<()> {
     assert_eq!(run.unfinished, None, "{run:?}");
     let kinds: Vec<_> = run.idle.iter().map(|change| change.kind).collect();
     assert_eq!(kinds, Kind::ALL);
@@ -58,13 +57,14 @@ fn was_programmed(run: &Run) {
     let counted = |value: Option<f64>| value.is_some_and(|value| value > 0.0);
     let all_count = run.idle.iter().all(|change| counted(change.sync_seconds) && counted(change.cpu_seconds));
     assert!(all_count, "{:?}", run.idle);
-    let busy = run.busy.as_ref().unwrap();
+    let busy = run.busy.as_ref().context("not measured among others")?;
     assert!(busy.changes.len() == 6 && busy.writes > 0 && busy.traffic.received > 0, "{busy:?}");
-    let restart = run.restart.as_ref().unwrap();
+    let restart = run.restart.as_ref().context("not restarted")?;
     assert!(restart.connects > 0 && restart.traffic.received > 0, "{restart:?}");
     assert_eq!(restart.failed, 0, "connections to a Service of before failed: {restart:?}");
-    let kernel = run.kernel.unwrap();
+    let kernel = run.kernel.context("no kernel memory")?;
     assert_eq!(kernel.maps > 0, run.subject == Subject::WeirEbpf, "{kernel:?}");
+    Ok(())
 }
 
 #[test]

@@ -112,9 +112,9 @@ impl Options {
             settled.services.retain(|services| *services <= 1000);
             settled.wide = 0;
             settled.rounds = 1;
-            settled.changes = settled.changes.min(2);
+            settled.changes = settled.changes.min(1);
             settled.busy_changes = settled.busy_changes.min(3);
-            settled.bound = settled.bound.min(20);
+            settled.bound = settled.bound.min(15);
             settled.map_services = settled.map_services.min(5000);
             settled.path_services = vec![100];
             settled.path_all = 100;

@@ -1,4 +1,4 @@
-//! Single changes, from the API server's answer until clients meet them.
+//! Single changes, from the write until clients meet them.
 
 use std::{
     net::SocketAddrV4,
@@ -101,7 +101,9 @@ impl Programming<'_> {
             self.runtime.block_on(self.cluster.objects.leave(service, &service.endpoints()[..1]))?;
             self.gone(trial, service, deadline)?;
         }
-        let before = quiet.then(|| at_rest(trial)).transpose()?;
+        // A removal comes right after a change that was waited for.
+        let rested = kind == Kind::EndpointRemoved;
+        let before = quiet.then(|| at_rest(trial, rested)).transpose()?;
         // Answering that is no part of what is measured.
         let cpu = trial.process()?.cpu()?;
         let is_written = Arc::new(AtomicBool::new(false));
@@ -144,9 +146,11 @@ impl Programming<'_> {
     }
 }
 
-/// What the subject has counted once it has come to rest.
-fn at_rest(trial: &mut Trial<'_>) -> Result<f64> {
-    trial.process()?.settle(Deadline::after(PATIENCE))?;
+/// What the subject has counted once it has come to rest, unless it has.
+fn at_rest(trial: &mut Trial<'_>, rested: bool) -> Result<f64> {
+    if !rested {
+        trial.process()?.settle(Deadline::after(PATIENCE))?;
+    }
     metrics::sync_seconds(&trial.node.namespace)
 }
 
@@ -171,7 +175,7 @@ fn watch(
 
 fn summary(changes: &[Change]) -> String {
     let of = |kind| {
-        let times = changes.iter().filter(|change| change.kind == kind).map(|change| change.seconds);
+        let times = changes.iter().filter(|change| change.kind == kind).map(Change::total);
         crate::bench::statistics::quantile(times.collect(), 0.5)
     };
     let texts = Kind::ALL.map(|kind| format!("{} {}", kind.name(), time(of(kind))));

@@ -123,14 +123,14 @@ impl Programming<'_> {
             directory: tempfile::tempdir()?,
             run: Run::new(subject, workload, round, self.plan.bound),
         };
-        let phases: [(Phase, fn(&Self, &mut Trial<'_>) -> Result<()>); 4] = [
-            (Phase::Start, Self::start),
-            (Phase::Idle, Self::idle),
-            (Phase::Busy, Self::busy),
-            (Phase::Restart, Self::restart),
-        ];
-        for (phase, work) in phases {
-            if in_time(work(self, &mut trial))?.is_none() {
+        for phase in [Phase::Start, Phase::Idle, Phase::Busy, Phase::Restart] {
+            let done = match phase {
+                Phase::Start => self.start(&mut trial),
+                Phase::Idle => self.idle(&mut trial),
+                Phase::Busy => self.busy(&mut trial),
+                Phase::Restart => self.restart(&mut trial),
+            };
+            if in_time(done)?.is_none() {
                 say(format_args!("{} did not end {phase:?} within {:?}", trial.label(), self.plan.bound));
                 trial.run.unfinished = Some(phase);
                 break;

@@ -94,21 +94,29 @@ impl Kind {
     }
 }
 
-/// One change. Latencies count from the API server's answer.
+/// One change.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Change {
     /// Of what.
     pub kind: Kind,
-    /// How long the API server took to accept it, in seconds.
+    /// From the request until the API server's answer, in seconds.
     pub write_seconds: f64,
-    /// From there until clients met it, in seconds; none when they did before the answer had come back.
+    /// From its answer until clients met it, in seconds; 0 when they did before the answer had come back.
     pub seconds: f64,
     /// Seconds that the subject was programming the kernel for it, by its own count; several syncs add up. Where nothing
     /// else happened.
     pub sync_seconds: Option<f64>,
     /// CPU seconds that it took the subject. Where nothing else happened.
     pub cpu_seconds: Option<f64>,
+}
+
+impl Change {
+    /// From the request until clients met it, in seconds: the answer is one of the things that may come late.
+    #[must_use]
+    pub fn total(&self) -> f64 {
+        self.write_seconds + self.seconds
+    }
 }
 
 /// Changes while others go on.

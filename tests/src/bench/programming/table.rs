@@ -107,9 +107,10 @@ pub(in crate::bench) fn kinds_table(runs: &[Run]) -> Table {
             "Services x endpoints",
             "subject",
             "change",
-            "write",
+            "of it the API server",
             "idle p50",
             "p99",
+            "after its answer",
             "n",
             "sync",
             "CPU",
@@ -137,11 +138,12 @@ pub(in crate::bench) fn kinds_table(runs: &[Run]) -> Table {
 fn idle_cells(runs: &[&Run], kind: Kind) -> Vec<String> {
     let of_kind = || runs.iter().flat_map(|run| &run.idle).filter(move |change| change.kind == kind);
     let all = |value: fn(&Change) -> Option<f64>| of_kind().filter_map(value).collect::<Vec<f64>>();
-    let seconds = all(|change| Some(change.seconds));
+    let seconds = all(|change| Some(change.total()));
     vec![
         time(quantile(all(|change| Some(change.write_seconds)), 0.5)),
         seconds_or_bound(runs, Phase::Idle, quantile(seconds.clone(), 0.5)),
         time(quantile(seconds.clone(), 0.99)),
+        time(quantile(all(|change| Some(change.seconds)), 0.5)),
         seconds.len().to_string(),
         time(quantile(all(|change| change.sync_seconds), 0.5)),
         time(quantile(all(|change| change.cpu_seconds), 0.5)),
@@ -151,7 +153,7 @@ fn idle_cells(runs: &[&Run], kind: Kind) -> Vec<String> {
 fn busy_cells(runs: &[&Run], kind: Kind) -> Vec<String> {
     let busy = || runs.iter().filter_map(|run| run.busy.as_ref());
     let changes = busy().flat_map(|busy| &busy.changes).filter(|change| change.kind == kind);
-    let seconds: Vec<f64> = changes.map(|change| change.seconds).collect();
+    let seconds: Vec<f64> = changes.map(Change::total).collect();
     let pace = busy().map(|busy| f64::from(busy.writes) / busy.seconds).collect();
     let cpu = busy().map(|busy| busy.cpu_seconds / f64::from(busy.writes.max(1))).collect();
     let pace = quantile(pace, 0.5);

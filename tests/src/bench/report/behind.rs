@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use super::{Report, bytes, time};
 use crate::bench::{
     paths::{cases, ratio},
-    programming::{Kind, Run},
+    programming::{Change, Kind, Run},
     statistics::quantile,
     subject::Subject,
     workload::Workload,
@@ -93,6 +93,6 @@ fn in_programming(report: &Report) -> Vec<String> {
 
 fn new_service(run: &Run) -> Option<f64> {
     let changes = run.idle.iter().filter(|change| change.kind == Kind::ServiceAdded);
-    let median = quantile(changes.map(|change| change.seconds).collect(), 0.5);
+    let median = quantile(changes.map(Change::total).collect(), 0.5);
     median.is_finite().then_some(median)
 }

@@ -9,7 +9,7 @@ use comfy_table::Table;
 use super::{Report, bytes, grid, time};
 use crate::bench::{
     paths::{cases, ratio},
-    programming::{Kind, Run},
+    programming::{Change, Kind, Run},
     statistics::quantile,
     subject::Subject,
     workload::Workload,
@@ -94,7 +94,7 @@ fn of(runs: &[&Run]) -> Figures {
         |value: fn(&Run) -> Option<f64>| quantile(runs.iter().filter_map(|run| value(run)).collect(), 0.5);
     let changes = |kind| {
         let all = runs.iter().flat_map(|run| &run.idle).filter(move |change| change.kind == kind);
-        quantile(all.map(|change| change.seconds).collect(), 0.5)
+        quantile(all.map(Change::total).collect(), 0.5)
     };
     let mut figures: Figures = vec![
         ("start", over(|run| run.start.as_ref().map(|start| start.seconds)), time),

@@ -208,6 +208,7 @@ pub(super) fn grid(header: &[&str], words: &[usize]) -> Table {
 pub(super) fn time(seconds: f64) -> String {
     match seconds {
         s if s.is_nan() => "-".to_owned(),
+        0.0 => "0".to_owned(),
         s if s < 1e-6 => format!("{:.0} ns", s * 1e9),
         s if s < 1e-4 => format!("{:.1} µs", s * 1e6),
         s if s < 1e-3 => format!("{:.0} µs", s * 1e6),
@@ -235,8 +236,8 @@ mod tests {
 
     #[test]
     fn figures_have_a_fitting_unit() {
-        let texts = [0.000_000_2, 0.000_04, 0.004_21, 0.42, 13.37, f64::NAN].map(time);
-        assert_eq!(texts, ["200 ns", "40.0 µs", "4.2 ms", "420 ms", "13.4 s", "-"]);
+        let texts = [0.0, 0.000_000_2, 0.000_04, 0.004_21, 0.42, 13.37, f64::NAN].map(time);
+        assert_eq!(texts, ["0", "200 ns", "40.0 µs", "4.2 ms", "420 ms", "13.4 s", "-"]);
         let texts = [2048.0, 3_250_000.0, 1e8, f64::NAN].map(bytes);
         assert_eq!(texts, ["2 KiB", "3.1 MiB", "95 MiB", "-"]);
     }

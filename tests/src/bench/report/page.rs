@@ -14,7 +14,7 @@ use super::{
 };
 use crate::bench::{
     paths::{Load, Route, Series, Traffic, cases, ratio},
-    programming::{Kind, Run},
+    programming::{Change, Kind, Run},
     statistics::{PARTS, estimate, quantile},
     subject::Subject,
     workload::Workload,
@@ -72,9 +72,12 @@ fn text(report: &Report, drawn: &[Drawn], notes: &str) -> String {
     page
 }
 
+/// Tables with their titles.
+type Titled = Vec<(&'static str, Table)>;
+
 /// Titles, what the names of plots begin with, and tables.
-fn parts(report: &Report) -> Vec<(&'static str, &'static str, Vec<(&'static str, Table)>)> {
-    let some = |there: bool, tables: Vec<(&'static str, Table)>| if there { tables } else { Vec::new() };
+fn parts(report: &Report) -> Vec<(&'static str, &'static str, Titled)> {
+    let some = |there: bool, tables: Titled| if there { tables } else { Vec::new() };
     let (series, runs) = (&report.paths, &report.programming);
     vec![
         (
@@ -172,8 +175,9 @@ The first packet's latency is that of a TCP connect. The other node has no proxy
 asked for at that node, and what goes on to the other one passes it in both directions, with and without a proxy.
 
 **Programming.** One subject at a time, in a fresh network namespace, beside the API server: *start* is from the start of the
-process until a connection to every Service worked; *from API server* is bytes of IP. Changes count from the API server's answer until a client meets
-them: a new Service's first connection, an added second endpoint's first, a removed endpoint's last. *Busy* is the same while 100
+process until a connection to every Service worked; *from API server* is bytes of IP. Changes count from the moment a request leaves for the API server until a client meets
+them: a new Service's first connection, an added second endpoint's first, a removed endpoint's last; what the API server itself takes
+to answer is in it and beside it, and *after its answer* is 0 where clients were served before the answer was there. *Busy* is the same while 100
 other slices a second change. *Restart* is a kill, one more Service while nobody runs, and the time from the start until that
 one works; *failed meanwhile* counts connections to a Service of before, from the kill on. Whoever does not end in the time
 that each part has is shown with `>` and that time, and goes no further. Memory of *maps* is their own account; of *rules*, what the kernel
@@ -403,7 +407,7 @@ const SERVICES: Axis = Axis { name: "Services", log: true, text: |count| format!
 
 fn new_service(run: &Run) -> Option<f64> {
     let changes = run.idle.iter().filter(|change| change.kind == Kind::ServiceAdded);
-    let median = quantile(changes.map(|change| change.seconds).collect(), 0.5);
+    let median = quantile(changes.map(Change::total).collect(), 0.5);
     median.is_finite().then_some(median)
 }
 

@@ -7,7 +7,7 @@ use comfy_table::Table;
 use super::{Report, bytes, grid, time};
 use crate::bench::{
     paths::{Load, Route, Traffic, cases, ratio},
-    programming::{Kind, Run},
+    programming::{Change, Kind, Run},
     statistics::{Estimate, quantile},
     subject::Subject,
     workload::Workload,
@@ -119,6 +119,6 @@ fn programming_rows(report: &Report) -> Vec<Row> {
 /// The median of new Services in one run.
 fn changed(run: &Run) -> Option<f64> {
     let of_kind = run.idle.iter().filter(|change| change.kind == Kind::ServiceAdded);
-    let seconds: Vec<f64> = of_kind.map(|change| change.seconds).collect();
+    let seconds: Vec<f64> = of_kind.map(Change::total).collect();
     (!seconds.is_empty()).then(|| quantile(seconds, 0.5))
 }
