@@ -129,7 +129,9 @@ fn read(end: &Value, traffic: Traffic) -> Option<Flood> {
     let rate = number(&received["bytes"])? / unit / number(&received["seconds"])?;
     let cpu = &end["cpu_utilization_percent"];
     let percent = number(&cpu["host_total"])? + number(&cpu["remote_total"])?;
-    Some(Flood { rate, cpu_nanoseconds: percent / 100.0 * 1e9 / rate })
+    // On a machine that is busy enough not one packet may arrive in so short a turn: that is no rate.
+    let arrived = rate.is_finite() && rate > 0.0;
+    arrived.then(|| Flood { rate, cpu_nanoseconds: percent / 100.0 * 1e9 / rate })
 }
 
 #[cfg(test)]
@@ -144,12 +146,15 @@ mod tests {
         let end = json!({
             "sum_received": { "bytes": 2_048_000.0, "seconds": 2.0 },
             "sum": { "packets": 90_000, "seconds": 0.5 },
-            "cpu_utilization_percent": cpu,
+            "cpu_utilization_percent": cpu.clone(),
         });
         let bulk = read(&end, Traffic::Bulk).unwrap();
         assert_eq!((bulk.rate, bulk.cpu_nanoseconds), (1000.0, 2e6));
         let packets = read(&end, Traffic::Packets).unwrap();
         assert_eq!((packets.rate, packets.cpu_nanoseconds), (16_000.0, 125e3));
         assert!(read(&json!({}), Traffic::Bulk).is_none());
+        let nothing =
+            json!({ "sum_received": { "bytes": 0, "seconds": 0.5 }, "cpu_utilization_percent": cpu });
+        assert!(read(&nothing, Traffic::Packets).is_none());
     }
 }

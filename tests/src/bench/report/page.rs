@@ -9,7 +9,7 @@ use comfy_table::{Table, presets::ASCII_MARKDOWN};
 
 use super::{
     Report, behind, bytes, hooks, maps, paths,
-    plots::{self, Axis, Curve, Group},
+    plots::{self, Axis, Curve, Group, Scale},
     programming, targets, time,
 };
 use crate::bench::{
@@ -20,6 +20,8 @@ use crate::bench::{
     workload::Workload,
 };
 
+/// So many times the largest median is still drawn.
+const TAIL: f64 = 2.0;
 /// What is written below the directory of plots.
 const SAMPLES: &str = "samples.json";
 
@@ -174,22 +176,23 @@ without a connection of its own through the Service.
 The first packet's latency is that of a TCP connect. The other node has no proxy, so that one node's work is measured; NodePorts are
 asked for at that node, and what goes on to the other one passes it in both directions, with and without a proxy.
 
-**Programming.** One subject at a time, in a fresh network namespace, beside the API server: *start* is from the start of the
-process until a connection to every Service worked; *from API server* is bytes of IP. Changes count from the moment a request leaves for the API server until a client meets
-them: a new Service's first connection, an added second endpoint's first, a removed endpoint's last; what the API server itself takes
-to answer is in it and beside it, and *after its answer* is 0 where clients were served before the answer was there. *Busy* is the same while 100
-other slices a second change. *Restart* is a kill, one more Service while nobody runs, and the time from the start until that
-one works; *failed meanwhile* counts connections to a Service of before, from the kill on. Whoever does not end in the time
-that each part has is shown with `>` and that time, and goes no further. Memory of *maps* is their own account; of *rules*, what the kernel
-gave back when they were flushed, which is a difference on a living machine and can be off by a megabyte.
+**Programming.** One subject at a time, in a fresh network namespace, beside the API server. *Start* is from the start of the
+process until a connection to every Service worked; *from API server* is bytes of IP. A change counts from the moment its request
+leaves for the API server until a client meets it: the first connection to a new Service, the first that an added second endpoint
+answers, the last that a removed one does. What the API server itself takes to answer is in that, and beside it; *after its answer*
+is 0 where clients were served before the answer was there. *Busy* is the same while 100 other slices a second change. *Restart* is
+a kill, one more Service while nobody runs, and then the time from the start until that one works; *failed meanwhile* counts
+connections to a Service of before, from the kill on. Whoever does not end in the time that each part has is shown with `>` and that
+time, and goes no further. Memory of *maps* is their own account; memory of *rules* is what the kernel gave back when they were
+flushed: a difference on a living machine, which can be off by a megabyte.
 
 ## What to keep in mind
 
-The API server, etcd, the clients, the servers and the subject share the cores named above. kube-proxy's syncs compete with the
-API server's work for the same change, so its figures would be somewhat better on a machine with more cores; so would weir's. Latencies of
-single changes under 1 ms are near what connecting and waking up take by themselves. Rates of one machine say nothing about
-another's: compare ratios. veth has no offload of checksums to get wrong, no wire and no interrupts, so a real network adds the same to all, and
-differences shrink.
+The API server, etcd, the clients, the servers and the subject share the cores named above. A subject's work competes with the API
+server's for the same change, so everybody's figures would be better with more cores, and most so for whoever needs most CPU time.
+Latencies of single changes under 1 ms are near what connecting and waking up take by themselves. Rates of one machine say nothing
+about another's: compare ratios. There is no wire and no network card here; both would add the same to all, and make differences
+smaller.
 
 ## How to measure again
 
@@ -344,12 +347,29 @@ fn latencies(report: &Report, into: &Path) -> Result<Vec<Drawn>> {
         if curves.is_empty() {
             continue;
         }
-        let across = Axis { name: "latency", log: true, text: time };
-        let up = Axis { name: "part that took no longer", log: false, text: |part| format!("{part:.1}") };
+        let curves = without_tails(curves);
+        let across = Axis { name: "latency", scale: Scale::FromLeast, text: time };
+        let up = Axis {
+            name: "part that took no longer",
+            scale: Scale::FromZero,
+            text: |part| format!("{part:.1}"),
+        };
         plots::curves(&into.join(file), title, across, up, &curves)?;
         drawn.push((file.to_owned(), title));
     }
     Ok(drawn)
+}
+
+/// What is far beyond all medians would leave no room for the rest; it is in the table.
+fn without_tails(curves: Vec<Curve>) -> Vec<Curve> {
+    let median =
+        |curve: &Curve| curve.points.iter().find(|(_, part)| *part >= 0.5).map_or(0.0, |(at, _)| *at);
+    let far = curves.iter().map(median).fold(0.0, f64::max) * TAIL;
+    let near = |curve: Curve| Curve {
+        points: curve.points.into_iter().filter(|(at, _)| *at < far).collect(),
+        ..curve
+    };
+    curves.into_iter().map(near).collect()
 }
 
 type Cost = (&'static str, &'static str, fn(&Run) -> Option<f64>, fn(f64) -> String);
@@ -389,21 +409,21 @@ fn costs(report: &Report, into: &Path) -> Result<Vec<Drawn>> {
         if curves.is_empty() {
             continue;
         }
-        let up = Axis { name: title, log: true, text };
+        let up = Axis { name: title, scale: Scale::Powers, text };
         plots::curves(&into.join(file), title, SERVICES, up, &curves)?;
         drawn.push((file.to_owned(), title));
     }
     let curves = connects(&report.paths);
     if !curves.is_empty() {
         let (file, title) = ("paths-services.svg", "Pod to ClusterIP: connects, as a part of straight");
-        let up = Axis { name: title, log: false, text: |ratio| format!("{ratio:.2}") };
+        let up = Axis { name: title, scale: Scale::FromZero, text: |ratio| format!("{ratio:.2}") };
         plots::curves(&into.join(file), title, SERVICES, up, &curves)?;
         drawn.push((file.to_owned(), title));
     }
     Ok(drawn)
 }
 
-const SERVICES: Axis = Axis { name: "Services", log: true, text: |count| format!("{count:.0}") };
+const SERVICES: Axis = Axis { name: "Services", scale: Scale::Powers, text: |count| format!("{count:.0}") };
 
 fn new_service(run: &Run) -> Option<f64> {
     let changes = run.idle.iter().filter(|change| change.kind == Kind::ServiceAdded);

@@ -2,7 +2,7 @@
 //!
 //! In: names and numbers. Out: files. Axes that span several orders of magnitude are logarithmic.
 
-use std::path::Path;
+use std::{collections::BTreeSet, ops::Range, path::Path};
 
 use anyhow::Result;
 use plotters::prelude::*;
@@ -38,6 +38,8 @@ pub(super) struct Group {
 
 /// Room for the names of groups, in units of the axis.
 const NAMES: f64 = 0.75;
+/// Room for title and legend, in pixels.
+const HEAD: u32 = 55;
 /// The height of a bar, in pixels.
 const BAR: u32 = 14;
 
@@ -48,12 +50,13 @@ const BAR: u32 = 14;
 /// When the file cannot be written.
 pub(super) fn bars(path: &Path, title: &str, groups: &[Group]) -> Result<()> {
     let rows: usize = groups.iter().map(|group| group.bars.len() + 1).sum();
-    let height = 110 + BAR * u32::try_from(rows)?;
+    let height = 140 + BAR * u32::try_from(rows)?;
     let highest = groups.iter().flat_map(|group| &group.bars).map(|(_, bar)| bar.high).fold(1.1, f64::max);
     let root = SVGBackend::new(path, (900, height)).into_drawing_area();
     root.fill(&WHITE)?;
-    let mut chart = ChartBuilder::on(&root)
-        .caption(title, ("sans-serif", 18))
+    let subjects = groups.iter().flat_map(|group| group.bars.iter().map(|(subject, _)| Some(*subject)));
+    let body = headed(&root, title, subjects)?;
+    let mut chart = ChartBuilder::on(&body)
         .margin(10)
         .x_label_area_size(35)
         .build_cartesian_2d(-NAMES..highest.min(2.0), 0.0..rows as f64 + 1.0)?;
@@ -61,6 +64,7 @@ pub(super) fn bars(path: &Path, title: &str, groups: &[Group]) -> Result<()> {
     chart
         .configure_mesh()
         .disable_y_mesh()
+        .max_light_lines(1)
         .x_labels(20)
         .x_label_formatter(&label)
         .x_desc("part of straight, no proxy (95 % intervals)")
@@ -91,58 +95,74 @@ pub(super) fn bars(path: &Path, title: &str, groups: &[Group]) -> Result<()> {
         }
         y -= 1.0;
     }
-    legend(&root, groups.iter().flat_map(|group| group.bars.iter().map(|(subject, _)| Some(*subject))))?;
     root.present()?;
     Ok(())
 }
 
-fn legend(
-    root: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>,
+type Area<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
+
+/// Writes title and legend, and leaves what is below them.
+fn headed<'a>(
+    root: &Area<'a>,
+    title: &str,
     subjects: impl Iterator<Item = Option<Subject>>,
-) -> Result<()> {
-    let all: std::collections::BTreeSet<Option<Subject>> = subjects.collect();
+) -> Result<Area<'a>> {
+    let (head, body) = root.split_vertically(HEAD);
+    head.draw(&Text::new(title, (12, 8), ("sans-serif", 18)))?;
+    let all: BTreeSet<Option<Subject>> = subjects.collect();
     for (number, subject) in (0..).zip(all) {
-        let (x, y) = (12 + number * 165, 32);
-        root.draw(&Rectangle::new([(x, y), (x + 12, y + 10)], colour(subject).filled()))?;
-        root.draw(&Text::new(name(subject), (x + 17, y), ("sans-serif", 13)))?;
+        let (x, y) = (12 + number * 165, 36);
+        head.draw(&Rectangle::new([(x, y), (x + 12, y + 10)], colour(subject).filled()))?;
+        head.draw(&Text::new(name(subject), (x + 17, y), ("sans-serif", 13)))?;
     }
-    Ok(())
+    Ok(body)
 }
 
 /// How an axis counts.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Scale {
+    /// By powers of ten.
+    Powers,
+    /// From nothing.
+    FromZero,
+    /// From the least that there is.
+    FromLeast,
+}
+
+/// An axis.
 #[derive(Clone, Copy)]
 pub(super) struct Axis {
     /// What it says.
     pub(super) name: &'static str,
-    /// By powers of ten.
-    pub(super) log: bool,
+    /// How it counts.
+    pub(super) scale: Scale,
     /// A number as it is written.
     pub(super) text: fn(f64) -> String,
 }
 
 impl Axis {
     fn place(self, value: f64) -> f64 {
-        if self.log { value.max(1e-9).log10() } else { value }
+        if self.scale == Scale::Powers { value.max(1e-9).log10() } else { value }
     }
 
     /// From where to where; whole powers of ten where it counts by those.
-    fn range(self, values: impl Iterator<Item = f64>) -> std::ops::Range<f64> {
+    fn range(self, values: impl Iterator<Item = f64>) -> Range<f64> {
         let places = values.map(|value| self.place(value));
         let (low, high) =
             places.fold((f64::MAX, f64::MIN), |(low, high), place| (low.min(place), high.max(place)));
-        if self.log {
-            low.floor()..(high.ceil()).max(low.floor() + 1.0)
-        } else {
-            low.min(0.0)..high.max(low + f64::EPSILON)
+        match self.scale {
+            Scale::Powers => low.floor()..high.ceil().max(low.floor() + 1.0),
+            Scale::FromZero => low.min(0.0)..high.max(f64::EPSILON),
+            Scale::FromLeast => low..high.max(low * 1.01 + f64::EPSILON),
         }
     }
 
-    fn labels(self, range: &std::ops::Range<f64>) -> usize {
-        if self.log { (range.end - range.start) as usize + 1 } else { 10 }
+    fn labels(self, range: &Range<f64>) -> usize {
+        if self.scale == Scale::Powers { (range.end - range.start) as usize + 1 } else { 10 }
     }
 
     fn label(self, place: f64) -> String {
-        (self.text)(if self.log { 10_f64.powf(place) } else { place })
+        (self.text)(if self.scale == Scale::Powers { 10_f64.powf(place) } else { place })
     }
 }
 
@@ -163,10 +183,10 @@ pub(super) fn curves(path: &Path, title: &str, x: Axis, y: Axis, curves: &[Curve
     let points = || curves.iter().flat_map(|curve| &curve.points);
     let (across, up) = (x.range(points().map(|point| point.0)), y.range(points().map(|point| point.1)));
     let (x_labels, y_labels) = (x.labels(&across), y.labels(&up));
-    let root = SVGBackend::new(path, (900, 420)).into_drawing_area();
+    let root = SVGBackend::new(path, (900, 440)).into_drawing_area();
     root.fill(&WHITE)?;
-    let mut chart = ChartBuilder::on(&root)
-        .caption(title, ("sans-serif", 18))
+    let body = headed(&root, title, curves.iter().map(|curve| curve.subject))?;
+    let mut chart = ChartBuilder::on(&body)
         .margin(10)
         .margin_right(30)
         .x_label_area_size(40)
@@ -174,6 +194,7 @@ pub(super) fn curves(path: &Path, title: &str, x: Axis, y: Axis, curves: &[Curve
         .build_cartesian_2d(across, up)?;
     chart
         .configure_mesh()
+        .max_light_lines(1)
         .x_labels(x_labels)
         .y_labels(y_labels)
         .x_label_formatter(&|place| x.label(*place))
@@ -188,7 +209,6 @@ pub(super) fn curves(path: &Path, title: &str, x: Axis, y: Axis, curves: &[Curve
         chart.draw_series(LineSeries::new(places.iter().copied(), colour.stroke_width(2)))?;
         chart.draw_series(places.into_iter().map(|place| Circle::new(place, 3, colour.filled())))?;
     }
-    legend(&root, curves.iter().map(|curve| curve.subject))?;
     root.present()?;
     Ok(())
 }
@@ -208,7 +228,7 @@ mod tests {
         let text = std::fs::read_to_string(&path).unwrap();
         assert!(["a route", "weir eBPF", "Ratios"].iter().all(|word| text.contains(word)), "{text}");
 
-        let axis = |name| Axis { name, log: true, text: time };
+        let axis = |name| Axis { name, scale: Scale::Powers, text: time };
         let curve = Curve { subject: None, points: vec![(100.0, 0.01), (1000.0, 0.02)] };
         curves(&path, "Costs", axis("across"), axis("up"), &[curve]).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
