@@ -21,7 +21,7 @@ use crate::bench::{
 };
 
 /// So many times the largest median is still drawn.
-const TAIL: f64 = 2.0;
+const TAIL: f64 = 1.5;
 /// What is written below the directory of plots.
 const SAMPLES: &str = "samples.json";
 
