@@ -39,11 +39,11 @@ const PACKAGES: &[Package] = &[
     package("libmnl-dev", Level::Build, Probe::Library("libmnl")),
     package("iproute2", Level::Demo, Probe::Program("ip")),
     package("procps", Level::Demo, Probe::Program("sysctl")),
-    // The real kube-proxy, our oracle, runs these two.
+    // The real kube-proxy, our oracle, runs these.
+    package("iptables", Level::Test, Probe::Program("iptables-nft")),
     package("nftables", Level::Test, Probe::Program("nft")),
     package("conntrack", Level::Test, Probe::Program("conntrack")),
-    // The benchmark: one of kube-proxy's modes, and the load that is not our own.
-    package("iptables", Level::Test, Probe::Program("iptables")),
+    // The benchmark's load that is not our own.
     package("iperf3", Level::Test, Probe::Program("iperf3")),
     package("debian-archive-keyring", Level::Test, Probe::File(DEBIAN_KEYRING)),
 ];
