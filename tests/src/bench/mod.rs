@@ -17,7 +17,7 @@ use std::{
     time::Instant,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use tokio::runtime::Runtime;
 
 use self::{
@@ -62,6 +62,7 @@ pub fn run(options: &Options) -> Result<()> {
     let mut out = std::io::stdout();
     if let [before, after] = &options.compare[..] {
         let tables = report::compare::tables(&Report::load(before)?, &Report::load(after)?);
+        ensure!(!tables.is_empty(), "the two have no case in common");
         return tables.into_iter().try_for_each(|table| Ok(writeln!(out, "{table}")?));
     }
     if let Some(samples) = &options.render {

@@ -51,7 +51,8 @@ pub struct Options {
     /// Programming: how many others in a second.
     #[arg(long, default_value_t = 100)]
     pub(super) churn: u32,
-    /// Programming: seconds that a subject has for the start, the changes, those among others, and the restart, each.
+    /// Programming: seconds that a subject has for the start, for each change, and for the restart; no further change is
+    /// begun after so many either.
     #[arg(long, default_value_t = 120)]
     pub(super) bound: u64,
     /// Maps: the number of Services.

@@ -58,12 +58,13 @@ impl Programming<'_> {
         measured
     }
 
-    /// So many changes of each kind, or as many as there is time for.
+    /// So many changes of each kind, or as many as there is time for. Each may take as long as all: who is slow has a figure
+    /// then, and not only a bound.
     fn series(&self, trial: &mut Trial<'_>, count: u32, quiet: bool, into: &mut Vec<Change>) -> Result<()> {
-        let deadline = self.deadline();
+        let end = self.deadline();
         for _ in 0..count {
-            self.changes(trial, deadline, quiet, into)?;
-            if deadline.is_over() {
+            self.changes(trial, quiet, into)?;
+            if end.is_over() {
                 break;
             }
         }
@@ -71,16 +72,10 @@ impl Programming<'_> {
     }
 
     /// One change of each kind to a Service that nobody had before.
-    fn changes(
-        &self,
-        trial: &mut Trial<'_>,
-        deadline: Deadline,
-        quiet: bool,
-        into: &mut Vec<Change>,
-    ) -> Result<()> {
+    fn changes(&self, trial: &mut Trial<'_>, quiet: bool, into: &mut Vec<Change>) -> Result<()> {
         let service = self.fresh();
         let made = Kind::ALL.into_iter().try_for_each(|kind| {
-            into.push(self.change(trial, service, kind, deadline, quiet)?);
+            into.push(self.change(trial, service, kind, quiet)?);
             Ok(())
         });
         // Whatever came of it: the next subject must not find it.
@@ -88,18 +83,11 @@ impl Programming<'_> {
         made
     }
 
-    fn change(
-        &self,
-        trial: &mut Trial<'_>,
-        service: Numbered,
-        kind: Kind,
-        deadline: Deadline,
-        quiet: bool,
-    ) -> Result<Change> {
+    fn change(&self, trial: &mut Trial<'_>, service: Numbered, kind: Kind, quiet: bool) -> Result<Change> {
         if kind == Kind::EndpointAdded {
             // One endpoint first, so that the second is met at once.
             self.runtime.block_on(self.cluster.objects.leave(service, &service.endpoints()[..1]))?;
-            self.gone(trial, service, deadline)?;
+            self.gone(trial, service, self.deadline())?;
         }
         // A removal comes right after a change that was waited for.
         let rested = kind == Kind::EndpointRemoved;
@@ -107,7 +95,7 @@ impl Programming<'_> {
         // Answering that is no part of what is measured.
         let cpu = trial.process()?.cpu()?;
         let is_written = Arc::new(AtomicBool::new(false));
-        let probe = watch(trial, service, kind, &is_written, deadline)?;
+        let probe = watch(trial, service, kind, &is_written, self.deadline())?;
         let written = self.write(service, kind);
         is_written.store(true, Ordering::Release);
         let (met, written) = (join(probe, None), written?);

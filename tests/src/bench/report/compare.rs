@@ -15,10 +15,11 @@ use crate::bench::{
     workload::Workload,
 };
 
-/// One table for paths, one for programming.
+/// One table for paths, one for programming, where both have something of it.
 #[must_use]
 pub(in crate::bench) fn tables(before: &Report, after: &Report) -> Vec<Table> {
-    vec![paths(before, after), programming(before, after)]
+    let tables = [paths(before, after), programming(before, after)];
+    tables.into_iter().filter(|table| !table.is_empty()).collect()
 }
 
 /// Ratios to the limit: absolute rates differ with the machine and its mood.
