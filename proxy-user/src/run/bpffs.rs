@@ -2,7 +2,7 @@
 //!
 //! In: the [`Config`]. Out: a mount, which a container with mount propagation has made for the host.
 
-use std::path::Path;
+use std::{fs, path::Path};
 
 use anyhow::Context as _;
 use nix::{
@@ -21,7 +21,7 @@ pub(super) fn ensure(config: &Config) -> anyhow::Result<()> {
     if config.mode == ProxyMode::Nftables {
         return Ok(());
     }
-    match (mounted(&config.bpf_root), config.mode) {
+    match (made(&config.bpf_root), config.mode) {
         (Err(error), ProxyMode::Ebpf) => Err(error),
         (Err(error), _) => {
             tracing::warn!(error = format!("{error:#}"), "there is no bpffs, so nftables will serve alone");
@@ -31,8 +31,14 @@ pub(super) fn ensure(config: &Config) -> anyhow::Result<()> {
     }
 }
 
+/// A bpffs with our directory in it, so that the agent can be given that and nothing else of the file system.
+fn made(bpf_root: &Path) -> anyhow::Result<()> {
+    mounted(bpf_root)?;
+    fs::create_dir_all(bpf_root).with_context(|| format!("making {}", bpf_root.display()))
+}
+
 fn mounted(bpf_root: &Path) -> anyhow::Result<()> {
-    // Our own directory is made by whoever pins; the one above is the kernel's `/sys/fs/bpf`, or one somebody chose.
+    // The directory above ours is the kernel's `/sys/fs/bpf`, or one that somebody chose.
     let existing = if bpf_root.exists() { bpf_root } else { bpf_root.parent().unwrap_or(bpf_root) };
     let kind = statfs(existing).with_context(|| format!("looking at {}", existing.display()))?;
     if kind.filesystem_type() == BPF_FS_MAGIC {
