@@ -66,6 +66,11 @@ pub(super) fn destination_address(family: Family, dreg: u32) -> Expr {
     payload(libc::NFT_PAYLOAD_NETWORK_HEADER, offset, address_len(family), dreg)
 }
 
+/// `th sport`.
+pub(super) fn source_port(dreg: u32) -> Expr {
+    payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2, dreg)
+}
+
 /// `th dport`.
 pub(super) fn destination_port(dreg: u32) -> Expr {
     payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, dreg)
@@ -180,6 +185,16 @@ fn verdict(code: i32) -> Expr {
             (sys::NFTNL_EXPR_IMM_VERDICT, U32(code as u32)),
         ],
     }
+}
+
+/// `accept`: the end of this chain.
+pub(super) fn accept() -> Expr {
+    verdict(libc::NF_ACCEPT)
+}
+
+/// `notrack`.
+pub(super) fn untracked() -> Expr {
+    Expr { kind: c"notrack", attributes: Vec::new() }
 }
 
 /// `drop`.

@@ -1,0 +1,27 @@
+//! Node-local answers for the cluster's names.
+//!
+//! In: [`crate::model::Names`], kept by the engine from the same watch as everything else, and queries. Out: answers.
+//!
+//! ```text
+//! server (UDP, TCP) ──query──▶ limits ──▶ answer (pure: names → records) ──▶ reply
+//!                                            └─ not of the cluster ──▶ forward (upstream, bounded cache)
+//! ```
+
+mod answer;
+mod counters;
+mod endpoints;
+mod forward;
+mod limits;
+mod question;
+mod reply;
+mod server;
+#[cfg(test)]
+mod tests;
+
+pub use answer::{Answer, Query, Resolution, Zone, answer};
+pub use counters::{Counters, Outcome};
+pub use forward::Forwarder;
+pub use limits::{Admission, Clients, Limits};
+pub use question::{Part, Question};
+pub use reply::{Pending, Replier, Reply, SharedNames};
+pub use server::{Responder, connections, datagrams};
