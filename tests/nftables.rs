@@ -90,7 +90,8 @@ fn port(family: Family, number: u8, backends: &[u8], affinity: Option<u32>) -> P
     let cluster: Vec<_> = backends.iter().map(|&number| backend(family, number, number % 2 == 0)).collect();
     let local: Vec<_> = cluster.iter().copied().filter(|backend| backend.local).collect();
     let frontend = |destination, port| Frontend { destination, protocol: Protocol::Tcp, port };
-    let plan = |frontend, route| FrontendPlan { frontend, route, allowed_sources: None, answered_here: false };
+    let plan =
+        |frontend, route| FrontendPlan { frontend, route, allowed_sources: None, answered_here: false };
     let external = match (local.is_empty(), cluster.is_empty()) {
         (false, _) => local_route(),
         (true, false) => Route { outside: treatment(Target::Drop, false), ..local_route() },

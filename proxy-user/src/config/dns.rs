@@ -100,7 +100,8 @@ impl DnsArgs {
         if domain.is_empty() || hickory_proto::rr::Name::from_ascii(format!("{domain}.")).is_err() {
             reject("--dns-domain", format!("`{dns_domain}` is not a domain such as cluster.local"));
         }
-        let service = dns_service.split_once('/').filter(|(namespace, name)| !namespace.is_empty() && !name.is_empty());
+        let service =
+            dns_service.split_once('/').filter(|(namespace, name)| !namespace.is_empty() && !name.is_empty());
         if service.is_none() {
             reject("--dns-service", format!("`{dns_service}` is not NAMESPACE/NAME"));
         }
@@ -115,7 +116,9 @@ impl DnsArgs {
         for text in given(dns_upstream) {
             match server(&text) {
                 Some(server) => upstream.push(server),
-                None => reject("--dns-upstream", format!("`{text}` is not an IP address with or without a port")),
+                None => {
+                    reject("--dns-upstream", format!("`{text}` is not an IP address with or without a port"))
+                }
             }
         }
         let mut clients = Vec::new();
@@ -182,17 +185,20 @@ mod tests {
     fn everything_has_a_default() {
         let (config, problems) = read("--dns");
         assert_eq!(problems, Vec::<String>::new());
-        assert_eq!(config.unwrap(), DnsConfig {
-            domain: "cluster.local".to_owned(),
-            service: ObjectName::new("kube-system", "kube-dns"),
-            address: "169.254.20.53".parse().unwrap(),
-            upstream: vec![],
-            clients: vec![],
-            rate: NonZeroU32::new(20_000).unwrap(),
-            ttl: 5,
-            pods: true,
-            topology: false,
-        });
+        assert_eq!(
+            config.unwrap(),
+            DnsConfig {
+                domain: "cluster.local".to_owned(),
+                service: ObjectName::new("kube-system", "kube-dns"),
+                address: "169.254.20.53".parse().unwrap(),
+                upstream: vec![],
+                clients: vec![],
+                rate: NonZeroU32::new(20_000).unwrap(),
+                ttl: 5,
+                pods: true,
+                topology: false,
+            }
+        );
     }
 
     #[test]
@@ -202,7 +208,10 @@ mod tests {
              --dns-clients 192.0.2.0/24 --dns-ttl 30 --dns-pods=false --dns-topology",
         );
         let config = config.unwrap();
-        assert_eq!((config.domain.as_str(), config.service.to_string().as_str()), ("corp.example", "dns/coredns"));
+        assert_eq!(
+            (config.domain.as_str(), config.service.to_string().as_str()),
+            ("corp.example", "dns/coredns")
+        );
         let upstream: Vec<String> = config.upstream.iter().map(ToString::to_string).collect();
         assert_eq!(upstream, ["192.0.2.1:53", "[2001:db8::1]:5353"]);
         assert_eq!((config.ttl, config.pods, config.topology, config.clients.len()), (30, false, true, 1));

@@ -60,6 +60,8 @@ pub struct Limits {
     each: DefaultKeyedRateLimiter<IpAddr>,
     strangers: DefaultDirectRateLimiter,
     queries: AtomicU32,
+    /// Whence we ask ourselves.
+    own: Option<IpAddr>,
     /// Whether there are more clients than can be told apart.
     crowded: AtomicBool,
 }
@@ -73,8 +75,15 @@ impl Limits {
             each: DefaultKeyedRateLimiter::keyed(Quota::per_second(rate)),
             strangers: DefaultDirectRateLimiter::direct(Quota::per_second(rate)),
             queries: AtomicU32::new(0),
+            own: None,
             crowded: AtomicBool::new(false),
         }
+    }
+
+    /// Always answers this address, from which only the host can ask.
+    #[must_use]
+    pub fn with_own(self, own: IpAddr) -> Self {
+        Self { own: Some(own), ..self }
     }
 
     /// Says who is answered from now on.
@@ -84,6 +93,9 @@ impl Limits {
 
     /// What to do about a query from this address.
     pub fn admit(&self, from: IpAddr) -> Admission {
+        if self.own == Some(from) {
+            return Admission::Answer;
+        }
         if self.queries.fetch_add(1, Ordering::Relaxed).is_multiple_of(BETWEEN_LOOKS) {
             self.each.retain_recent();
             self.crowded.store(self.each.len() > MOST_CLIENTS, Ordering::Relaxed);

@@ -9,19 +9,25 @@
 
 mod answer;
 mod counters;
+mod device;
 mod endpoints;
 mod forward;
 mod limits;
+mod listen;
 mod question;
 mod reply;
 mod server;
 #[cfg(test)]
 mod tests;
+mod watchdog;
 
 pub use answer::{Answer, Query, Resolution, Zone, answer};
 pub use counters::{Counters, Outcome};
+pub use device::DeviceError;
 pub use forward::Forwarder;
 pub use limits::{Admission, Clients, Limits};
+pub use listen::Sockets;
 pub use question::{Part, Question};
 pub use reply::{Pending, Replier, Reply, SharedNames};
 pub use server::{Responder, connections, datagrams};
+pub use watchdog::{Standing, Wanted, Watchdog};

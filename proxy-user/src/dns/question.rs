@@ -168,7 +168,6 @@ mod tests {
             "web.ns.pod.cluster.local.",
             "10-0-0.ns.pod.cluster.local.",
             "x.10-0-0-1.ns.pod.cluster.local.",
-            "\\001.web.ns.svc.x.cluster.local.",
             "1.dns-version.cluster.local.",
         ] {
             with(name, |question| assert_eq!(question, Question::Nothing, "{name}"));

@@ -20,7 +20,7 @@ use prometheus_client::{
 };
 use std::sync::atomic::AtomicU64;
 
-use super::{process::Process, sockets::SocketMetrics};
+use super::{names::NameMetrics, process::Process, sockets::SocketMetrics};
 use crate::model::Family;
 
 pub(super) type Label = [(&'static str, &'static str); 1];
@@ -46,6 +46,7 @@ struct Inner {
     kube_proxy: KubeProxy,
     weir: Weir,
     sockets: SocketMetrics,
+    names: NameMetrics,
 }
 
 #[derive(Debug)]
@@ -250,8 +251,9 @@ impl Metrics {
         let kube_proxy = KubeProxy::register(&mut registry);
         let weir = Weir::register(&mut registry);
         let sockets = SocketMetrics::register(&mut registry);
+        let names = NameMetrics::register(&mut registry);
         registry.register_collector(Box::new(Process));
-        let metrics = Self(Arc::new(Inner { registry, kube_proxy, weir, sockets }));
+        let metrics = Self(Arc::new(Inner { registry, kube_proxy, weir, sockets, names }));
         for family in Family::ALL {
             let of = &metrics.0.kube_proxy;
             drop(of.sync_failures.get_or_create(&family_label(family)));
@@ -343,6 +345,10 @@ impl Metrics {
         of.services.set(whole(services));
         of.frontends.set(whole(frontends));
         of.backends.set(whole(backends));
+    }
+
+    pub(super) fn names(&self) -> &NameMetrics {
+        &self.0.names
     }
 
     /// How full one of the sockets' plane's maps is.

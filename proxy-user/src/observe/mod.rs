@@ -8,6 +8,7 @@ mod events;
 mod health;
 mod health_check;
 mod metrics;
+mod names;
 mod process;
 mod server;
 mod sockets;

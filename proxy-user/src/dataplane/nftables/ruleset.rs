@@ -376,7 +376,8 @@ pub(super) fn static_chains(family: Family, node: &NodePlan, affinity_in_use: bo
     };
     let guard = vec![guard_rule(family)];
     let refuse = refuse_rules(family, node);
-    let untracked = |coming_in| if node.answers_names { untracked_rules(family, coming_in) } else { Vec::new() };
+    let untracked =
+        |coming_in| if node.answers_names { untracked_rules(family, coming_in) } else { Vec::new() };
     let base = |name: &str, kind, hook, priority, rules| StaticChain {
         spec: ChainSpec { name: name.to_owned(), hook: Some((kind, hook, priority)) },
         rules,
@@ -440,7 +441,8 @@ fn to_answered(family: Family) -> Vec<Expr> {
 /// Datagrams that are answered here, and their answers, are not tracked: then each one, whatever its socket did before,
 /// goes where it should go now. TCP is, because a connection belongs to who accepted it.
 fn untracked_rules(family: Family, coming_in: bool) -> Vec<Vec<Expr>> {
-    let udp = || vec![expr::protocol(expr::word(0)), expr::compare(expr::word(0), true, &[Protocol::Udp.number()])];
+    let udp =
+        || vec![expr::protocol(expr::word(0)), expr::compare(expr::word(0), true, &[Protocol::Udp.number()])];
     let local = expr::destination_is_local().to_vec();
     let to = [to_answered(family), udp(), local, vec![expr::untracked()]].concat();
     let next = expr::address_words(family);

@@ -3,12 +3,17 @@
 //! In: the same [`Change`]s that the model takes in, headless Services, ExternalNames and those of other proxies with
 //! them. Out: look-ups by name and by address. Only kept where the node answers DNS; nothing of it is needed to route.
 
-use std::{borrow::Borrow, net::IpAddr};
+use std::{
+    borrow::Borrow,
+    net::{IpAddr, SocketAddr},
+};
 
+use ipnet::IpNet;
+use k8s_openapi::api::core::v1::Node;
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
 
-use super::{ObjectName, node::ZONE};
+use super::{ObjectName, Protocol, node::ZONE, parse_network};
 use crate::source::{Change, Kind, Object};
 
 mod read;
@@ -61,6 +66,7 @@ pub struct Names {
     /// The number of this node's zone.
     zone: Option<u16>,
     zones: Vec<Box<str>>,
+    pod_networks: Vec<IpNet>,
     services: FxHashMap<ObjectName, Named>,
     /// Which Service each slice belongs to.
     slices: FxHashMap<ObjectName, ObjectName>,
@@ -93,6 +99,7 @@ impl Names {
             Change::Apply(Object::Node(node)) => {
                 if node.metadata.name.as_deref() == Some(self.node_name.as_str()) {
                     let zone = node.metadata.labels.as_ref().and_then(|labels| labels.get(ZONE));
+                    self.pod_networks = pod_networks(node);
                     self.zone = zone.map(|zone| number(&mut self.zones, Some(zone.as_str())));
                 }
             }
@@ -109,6 +116,12 @@ impl Names {
     #[must_use]
     pub fn is_synced(&self) -> bool {
         self.synced == [true; 2]
+    }
+
+    /// The networks that this node's pods are in, as its Node says.
+    #[must_use]
+    pub fn pod_networks(&self) -> &[IpNet] {
+        &self.pod_networks
     }
 
     /// How many changes were taken in: the zone's serial number.
@@ -133,6 +146,28 @@ impl Names {
     #[must_use]
     pub fn owners(&self, address: IpAddr) -> &[ObjectName] {
         self.owners.get(&address).map_or(&[], |owners| owners)
+    }
+
+    /// The ready endpoints of a Service's UDP port, address and port of each, sorted.
+    #[must_use]
+    pub fn endpoints(&self, service: &ObjectName, port: u16) -> Vec<SocketAddr> {
+        let Some((named, of)) =
+            self.get(&service.to_string()).and_then(|named| Some((named, named.service()?)))
+        else {
+            return Vec::new();
+        };
+        let mut ports = of.ports.iter().filter(|known| known.port == port && known.protocol == Protocol::Udp);
+        let Some(port) = ports.next() else { return Vec::new() };
+        let mut found = Vec::new();
+        for slice in named.slices() {
+            let same = |known: &&NamedPort| known.name == port.name && known.protocol == port.protocol;
+            let Some(port) = slice.ports.iter().find(same) else { continue };
+            let ready = slice.endpoints.iter().filter(|endpoint| endpoint.ready);
+            found.extend(ready.map(|endpoint| SocketAddr::new(endpoint.address, port.port)));
+        }
+        found.sort_unstable();
+        found.dedup();
+        found
     }
 
     /// Whether an endpoint is in this node's zone.
@@ -222,6 +257,11 @@ impl Names {
             self.owners.remove(&ip);
         }
     }
+}
+
+fn pod_networks(node: &Node) -> Vec<IpNet> {
+    let networks = node.spec.as_ref().and_then(|spec| spec.pod_cidrs.as_deref()).unwrap_or_default();
+    networks.iter().filter_map(|network| parse_network(network)).collect()
 }
 
 fn addresses<'a>(slices: impl Iterator<Item = &'a NamedSlice>) -> Vec<IpAddr> {
