@@ -526,6 +526,7 @@ mod tests {
             weir_changes_applied_total counter
             weir_reconciles_total counter
             weir_bypassed_pods_waiting gauge
+            weir_dns_answered_addresses gauge
         ");
         assert!(!text.contains("# EOF") && !text.contains("# UNIT"));
     }

@@ -495,19 +495,29 @@ fn input_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
         load_node_port(),
         vec![expr::in_set(expr::word(0), Map::RefusedNodePorts.name()), expr::reject(family)],
     ];
-    left_alone(family, node).into_iter().chain([node_port.concat(), refused(family)]).collect()
+    let mut rules: Vec<Vec<Expr>> = left_alone(family, node).into_iter().collect();
+    if node.answers_names {
+        // F4 where a ClusterIP is this host's own: whatever else listens here is not what was asked for.
+        rules.push(unknown_port(family));
+    }
+    rules.extend([node_port.concat(), refused(family)]);
+    rules
 }
 
-/// F1, F4, F5.
-fn refuse_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
-    let unknown_port = [
+fn unknown_port(family: Family) -> Vec<Expr> {
+    [
         expr::new_flow().to_vec(),
         vec![
             expr::destination_address(family, expr::word(0)),
             expr::in_set(expr::word(0), Map::ClusterIps.name()),
             expr::reject(family),
         ],
-    ];
+    ]
+    .concat()
+}
+
+/// F1, F4, F5.
+fn refuse_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
     let unallocated = node.service_cidrs.iter().filter(|net| Family::of(net.addr()) == family).map(|net| {
         let (mask, network) = mask_and_network(*net);
         [
@@ -521,7 +531,7 @@ fn refuse_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
         ]
         .concat()
     });
-    let refused = [refused(family), unknown_port.concat()];
+    let refused = [refused(family), unknown_port(family)];
     left_alone(family, node).into_iter().chain(refused).chain(unallocated).collect()
 }
 
