@@ -49,12 +49,8 @@ pub(super) const KUBE_PROXY: Program = Program {
     package: "k8s.io/kubernetes/cmd/kube-proxy",
 };
 
-pub(super) const COREDNS: Program = Program {
-    name: "coredns",
-    takes: "half a minute",
-    module: "tests/coredns",
-    package: ".",
-};
+pub(super) const COREDNS: Program =
+    Program { name: "coredns", takes: "half a minute", module: "tests/coredns", package: "." };
 
 /// From this version on, Go fetches by itself the toolchain that a module asks for.
 const GO_THAT_FETCHES: [u32; 2] = [1, 21];
