@@ -70,7 +70,7 @@ fn objects() -> Vec<Object> {
         service(
             "web",
             dual(
-                ["10.96.1.1", "fd00:10:96::1:1"],
+                ["10.96.1.1", "fd00:10:96::101"],
                 json!([
                     { "name": "http", "port": 80 }, { "name": "metrics", "port": 9090 }, { "name": "dns", "port": 53, "protocol": "UDP" },
                 ]),

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::Result;
-use hickory_proto::op::Message;
+use hickory_proto::op::{Message, ResponseCode};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -36,6 +36,18 @@ fn all_answered_by(rig: &Rig<'_>, askers: &[(String, Asker)], wanted: Who) {
     for (label, asker) in askers {
         await_that(&format!("{label} is answered by {wanted}\n{}", rig.say_log()), || who(asker) == wanted);
         assert_eq!(who(asker), wanted, "{label} stays there");
+    }
+}
+
+/// The kernel may let a connected socket of the host keep the way it has, which leads to CoreDNS; all others come back.
+fn back_at_weir(rig: &Rig<'_>, askers: &[(String, Asker)]) {
+    let (may_stay, come): (Vec<_>, Vec<_>) =
+        askers.iter().partition(|(label, _)| label.starts_with("node-1") && label.ends_with("true"));
+    for (label, asker) in come {
+        await_that(&format!("{label} is answered by weir\n{}", rig.say_log()), || who(asker) == Who::Weir);
+    }
+    for (label, asker) in may_stay {
+        assert_ne!(who(asker), Who::Nobody, "{label} has somebody");
     }
 }
 
@@ -94,7 +106,7 @@ fn queries_come_back_to_coredns(plane: Plane) -> Result<()> {
 
     let weir = rig.weir()?;
     rig.await_answers_of(Who::Weir);
-    all_answered_by(&rig, &askers, Who::Weir);
+    back_at_weir(&rig, &askers);
     assert_eq!(connection.who(), Who::CoreDns, "a connection stays with whoever accepted it");
     assert_eq!(
         ask_by_tcp(client, dns_ip(Family::V6), WEB, RecordType::A)?.addresses(),
@@ -137,10 +149,9 @@ fn names_without_coredns(plane: Plane) -> Result<()> {
 
     drop(coredns);
     rig.write("cluster", &cluster(false))?;
-    await_that("the endpoints are gone", || {
-        rig.logged("servers=[]")
-            || rig.ask("x.example.", RecordType::A).code != hickory_proto::op::ResponseCode::NXDomain
-    });
+    // Whom else to ask, the node's own resolv.conf says; there is nobody.
+    let code = ask_by_tcp(client, dns_ip(Family::V4), "x.example.", RecordType::A)?.code;
+    assert!(matches!(code, ResponseCode::ServFail | ResponseCode::Refused), "{code}");
     for family in Family::ALL {
         assert_eq!(libc_resolves(client, dns_ip(family), "web")?, ["10.96.1.1".parse::<IpAddr>()?]);
         let by_tcp = ask_by_tcp(client, dns_ip(family), WEB, RecordType::A)?;
@@ -182,7 +193,8 @@ fn a_weir_that_does_not_answer_gives_the_queries_back() -> Result<()> {
     all_answered_by(&rig, &askers, Who::CoreDns);
     assert!(rig.logged("the cluster's DNS Service has its address back"), "{}", rig.say_log());
     node.stdout("nft", &["delete table ip deaf"])?;
-    all_answered_by(&rig, &askers, Who::Weir);
+    rig.await_answers_of(Who::Weir);
+    back_at_weir(&rig, &askers);
     // Somebody deletes the device.
     node.stdout("ip", &["link", "del", "weir-dns"])?;
     await_that("it is noticed", || rig.logged("somebody deleted the device"));
@@ -196,7 +208,7 @@ fn an_address_that_somebody_on_the_node_has_already_is_left_to_him() -> Result<(
     let rig = Rig::new(&topology, Plane::Nftables)?;
     let node = topology.at(Place::Host(1));
     // As NodeLocal DNSCache does it.
-    node.ip(&["link add nodelocaldns type dummy".into(), "addr add 10.96.0.10/32 dev nodelocaldns".into()])?;
+    node.ip(&["addr add 10.96.0.10/32 dev lo".into()])?;
     let cache = CoreDns::start(node, &format!("    bind 10.96.0.10\n{HOSTS}"))?;
     let _weir = rig.weir()?;
     await_that("weir says whom it leaves it to", || rig.logged("left to"));
@@ -223,11 +235,7 @@ fn f4_and_strangers_get_nothing_from_an_address_that_is_the_nodes() -> Result<()
     let outside = topology.at(Place::Outside(0));
     for family in Family::ALL {
         let said = weir_tests::names::ask(outside, dns_ip(family), WEB, RecordType::A)?;
-        assert_eq!(
-            (said.code, said.answers.len()),
-            (hickory_proto::op::ResponseCode::Refused, 0),
-            "{family}"
-        );
+        assert_eq!((said.code, said.answers.len()), (ResponseCode::Refused, 0), "{family}");
     }
     // A process of the host that listens everywhere is not to be had at a ClusterIP.
     let anywhere = topology.at(Place::Host(1)).run(|| std::net::TcpListener::bind("0.0.0.0:2222"))?;

@@ -73,6 +73,7 @@ pub(super) fn start(
         counted: BTreeMap::new(),
         open: BTreeMap::new(),
         complained: BTreeSet::new(),
+        taken: BTreeSet::new(),
         warned: false,
     };
     std::thread::Builder::new().name("dns".to_owned()).spawn(move || {
@@ -150,6 +151,8 @@ struct Supervisor {
     open: BTreeMap<IpAddr, JoinSet<()>>,
     /// Addresses that could not be listened at, and were told of.
     complained: BTreeSet<IpAddr>,
+    /// Addresses of the Service that are somebody else's here.
+    taken: BTreeSet<IpAddr>,
     warned: bool,
 }
 
@@ -180,9 +183,10 @@ impl Supervisor {
             let known = self.known();
             let host = addresses.borrow_and_update().clone();
             self.metrics.set_answered_addresses(standing.borrow_and_update().len());
+            let free = self.leave_alone(&known, &host);
             self.say_who_is_answered(&known, host);
             self.say_who_is_upstream(&known);
-            self.listen(&known);
+            self.listen(&free, known.synced);
         }
     }
 
@@ -241,16 +245,27 @@ impl Supervisor {
         }
     }
 
+    /// The Service's addresses, but those that this host has by other means: a cache on the node, as NodeLocal DNSCache is,
+    /// answers there.
+    fn leave_alone(&mut self, known: &Known, host: &[IpAddr]) -> BTreeSet<IpAddr> {
+        let (taken, free): (BTreeSet<_>, BTreeSet<_>) =
+            known.addresses.iter().copied().partition(|address| host.contains(address));
+        for address in taken.difference(&self.taken) {
+            tracing::warn!(%address, "the DNS Service's address is one of this host's own; it is left to whoever answers there");
+        }
+        self.taken = taken;
+        free
+    }
+
     /// Has sockets at every address that names are to be answered at, and says at which there are.
-    fn listen(&mut self, known: &Known) {
-        let all: BTreeSet<IpAddr> = known.addresses.iter().copied().chain([self.config.address]).collect();
+    fn listen(&mut self, wanted: &BTreeSet<IpAddr>, synced: bool) {
+        let all: BTreeSet<IpAddr> = wanted.iter().copied().chain([self.config.address]).collect();
         for address in &all {
             if !self.open.contains_key(address) {
                 self.open_at(*address);
             }
         }
-        let ready =
-            known.addresses.iter().copied().filter(|address| known.synced && self.open.contains_key(address));
+        let ready = wanted.iter().copied().filter(|address| synced && self.open.contains_key(address));
         let addresses: BTreeSet<IpAddr> = ready.collect();
         self.wanted.send_if_modified(|wanted| {
             let changed = wanted.addresses != addresses;

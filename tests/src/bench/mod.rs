@@ -7,7 +7,8 @@
 //!   in a fresh network namespace, and measured until every Service works (`start`), then for single changes (a Service
 //!   with endpoints is added, then loses an endpoint), then for connecting through ClusterIPs, in turn with connecting
 //!   directly,
-//! - `paths`: traffic through a Service beside the same traffic straight to its endpoints.
+//! - `paths`: traffic through a Service beside the same traffic straight to its endpoints,
+//! - `dns`: names answered on the node beside a real CoreDNS's answers.
 //!
 //! Rounds alternate between the subjects, so that whatever else the machine does meets all.
 
@@ -38,6 +39,7 @@ use crate::netns::Namespace;
 pub use self::subject::Subject;
 
 mod cluster;
+pub mod dns;
 pub mod hooks;
 pub mod maps;
 mod metrics;
@@ -67,6 +69,8 @@ pub enum Part {
     Programming,
     /// Traffic through a Service beside traffic straight to its endpoints, and what the socket programs take.
     Paths,
+    /// Names: answers on the node beside CoreDNS's.
+    Dns,
 }
 
 /// Measures how fast Services are programmed and reached: weir's data planes beside kube-proxy with nftables.
@@ -153,6 +157,10 @@ impl Options {
         self.parts.is_empty() || self.parts.contains(&part)
     }
 
+    fn names(&self) -> dns::Plan {
+        dns::Plan { rounds: self.rounds, turn: Duration::from_millis(self.path_slot * 50), changes: self.changes * 3 }
+    }
+
     fn paths(&self) -> paths::Plan {
         paths::Plan {
             services: self.path_services.clone(),
@@ -208,6 +216,9 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
             report.hooks.clone_from(&measured.costs);
             report.save(&options.output)
         })?;
+    }
+    if options.has(Part::Dns) {
+        dns::run(&options.names(), &options.output)?;
     }
     for table in report.tables() {
         writeln!(std::io::stdout(), "{table}")?;

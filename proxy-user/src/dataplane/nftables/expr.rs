@@ -282,6 +282,11 @@ pub(super) fn destination_is_local() -> [Expr; 2] {
     fib_local(NFTA_FIB_F_DADDR, true)
 }
 
+/// `oif lo`: the loopback device is the first of every network namespace.
+pub(super) fn through_loopback() -> [Expr; 2] {
+    [meta(libc::NFT_META_OIF, word(0)), compare(word(0), true, &1_u32.to_ne_bytes())]
+}
+
 fn ct(key: i32, dreg: u32) -> Expr {
     Expr {
         kind: c"ct",

@@ -397,8 +397,14 @@ pub(super) fn static_chains(family: Family, node: &NodePlan, affinity_in_use: bo
         base("remember-prerouting", filter, PreRouting, -99, remember.clone()),
         base("remember-output", filter, Out, -99, remember),
         base("filter-input", filter, In, 0, input_rules(family, node)),
-        base("filter-forward", filter, Forward, 0, refuse.clone()),
-        base("filter-output", filter, Out, 0, refuse),
+        base(
+            "filter-output",
+            filter,
+            Out,
+            0,
+            left_alone(family, node, false).into_iter().chain(refuse.clone()).collect(),
+        ),
+        base("filter-forward", filter, Forward, 0, refuse),
         base("nat-postrouting", ChainType::Nat, PostRouting, 100, masquerade_rules(family, node)),
     ]
 }
@@ -424,14 +430,20 @@ fn dispatch_rules(family: Family, node: &NodePlan, coming_in: bool) -> Vec<Vec<E
         (false, node_ports(Map::NodePorts)),
     ];
     let rules = rules.into_iter().filter(|(only_in, _)| coming_in || !only_in).map(|(_, rule)| rule);
-    left_alone(family, node).into_iter().chain(rules).collect()
+    left_alone(family, node, coming_in).into_iter().chain(rules).collect()
 }
 
-/// Ends a chain for what is answered here. That somebody is there to answer, the address says: it is this host's for as
-/// long as a device exists that the kernel takes away when the process that answers ends, however it ends.
-fn left_alone(family: Family, node: &NodePlan) -> Option<Vec<Expr>> {
-    let rule = || [to_answered(family), expr::destination_is_local().to_vec(), vec![expr::accept()]].concat();
+/// Ends a chain for what is answered here.
+fn left_alone(family: Family, node: &NodePlan, coming_in: bool) -> Option<Vec<Expr>> {
+    let rule = || [to_answered(family), to_this_host(coming_in), vec![expr::accept()]].concat();
     node.answers_names.then(rule)
+}
+
+/// Matches packets that will be delivered here. That somebody is there to answer, their address says: it is this host's
+/// for as long as a device exists that the kernel takes away when the process that answers ends, however it ends. What
+/// the host itself sends has its route already, which may be an older one.
+fn to_this_host(coming_in: bool) -> Vec<Expr> {
+    if coming_in { expr::destination_is_local().to_vec() } else { expr::through_loopback().to_vec() }
 }
 
 fn to_answered(family: Family) -> Vec<Expr> {
@@ -443,7 +455,7 @@ fn to_answered(family: Family) -> Vec<Expr> {
 fn untracked_rules(family: Family, coming_in: bool) -> Vec<Vec<Expr>> {
     let udp =
         || vec![expr::protocol(expr::word(0)), expr::compare(expr::word(0), true, &[Protocol::Udp.number()])];
-    let local = expr::destination_is_local().to_vec();
+    let local = to_this_host(coming_in);
     let to = [to_answered(family), udp(), local, vec![expr::untracked()]].concat();
     let next = expr::address_words(family);
     let from = [
@@ -495,7 +507,7 @@ fn input_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
         load_node_port(),
         vec![expr::in_set(expr::word(0), Map::RefusedNodePorts.name()), expr::reject(family)],
     ];
-    let mut rules: Vec<Vec<Expr>> = left_alone(family, node).into_iter().collect();
+    let mut rules: Vec<Vec<Expr>> = left_alone(family, node, true).into_iter().collect();
     if node.answers_names {
         // F4 where a ClusterIP is this host's own: whatever else listens here is not what was asked for.
         rules.push(unknown_port(family));
@@ -531,8 +543,7 @@ fn refuse_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
         ]
         .concat()
     });
-    let refused = [refused(family), unknown_port(family)];
-    left_alone(family, node).into_iter().chain(refused).chain(unallocated).collect()
+    [refused(family), unknown_port(family)].into_iter().chain(unallocated).collect()
 }
 
 /// Sets one bit of the packet mark.
