@@ -8,10 +8,7 @@
 use std::{
     io,
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
-    os::{
-        fd::{AsFd as _, OwnedFd},
-        unix::fs::symlink,
-    },
+    os::unix::fs::symlink,
     path::Path,
     sync::{Arc, mpsc},
     thread,
@@ -20,7 +17,7 @@ use std::{
 
 use aya::{
     EbpfLoader,
-    maps::{Map, MapData, SkStorage},
+    maps::{HashMap, Map, MapData},
 };
 use nix::{
     mount::{MsFlags, mount},
@@ -166,7 +163,7 @@ impl Client<'_> {
             protocol: self.protocol.number().into(),
             zero: 0,
         };
-        origins.0.insert(&self.socket, origin, 0).unwrap();
+        origins.0.insert(self.socket.cookie().unwrap(), origin, 0).unwrap();
         self
     }
 
@@ -202,14 +199,19 @@ fn aborted<T>(result: io::Result<T>) -> bool {
 }
 
 /// The map of the kernel programs.
-struct Origins(SkStorage<MapData, Origin>);
+struct Origins(HashMap<MapData, u64, Origin>);
 
 impl Origins {
-    fn new() -> (Self, OwnedFd) {
-        let mut ebpf = EbpfLoader::new().load(PROGRAMS).unwrap();
-        let Some(Map::SkStorage(map)) = ebpf.take_map("origins") else { panic!("there is no such map") };
-        let fd = map.fd().as_fd().try_clone_to_owned().unwrap();
-        (Self(Map::SkStorage(map).try_into().unwrap()), fd)
+    /// The map twice: for the test, and for who closes sockets.
+    fn new() -> (Self, MapData) {
+        Self::with_room(1 << 10)
+    }
+
+    fn with_room(elements: u32) -> (Self, MapData) {
+        let mut ebpf = EbpfLoader::new().map_max_entries("origins", elements).load(PROGRAMS).unwrap();
+        let Some(Map::HashMap(map)) = ebpf.take_map("origins") else { panic!("there is no such map") };
+        let again = MapData::from_id(map.info().unwrap().id()).unwrap();
+        (Self(Map::HashMap(map).try_into().unwrap()), again)
     }
 }
 
@@ -336,8 +338,9 @@ fn a_connect_that_was_under_way_is_found_a_second_later() {
     sockets.take_in(in_force(false, [(Some(lost.0), Some(lost.1))]));
     assert_eq!(host.namespace.run(|| sockets.sweep()), Closed::default());
     let client = client.led(&mut origins, VIP);
-    let origin = origins.0.get(&client.socket, 0).unwrap();
-    origins.0.insert(&client.socket, Origin { since: late.since, ..origin }, 0).unwrap();
+    let key = client.socket.cookie().unwrap();
+    let origin = origins.0.get(&key, 0).unwrap();
+    origins.0.insert(key, Origin { since: late.since, ..origin }, 0).unwrap();
     await_that("the late one is closed", || {
         host.namespace.run(|| sockets.sweep()) == Closed { tcp: 1, udp: 0 }
     });
@@ -407,6 +410,31 @@ fn namespaces_without_a_name_are_found_by_their_processes_and_come_and_go() {
     drop(pod);
     sockets.take_in(in_force(true, []));
     assert_eq!(host.namespace.run(|| sockets.sweep()), Closed::default());
+}
+
+#[test]
+fn sockets_that_went_without_a_word_are_forgotten_when_the_map_fills_up() {
+    const ROOM: u32 = 8;
+    let (host, pod) = (Place::new("host"), Place::new("pod"));
+    let (mut origins, map) = Origins::with_room(ROOM);
+    let names = named(&[&pod]);
+    let mut sockets = host.namespace.run(|| Sockets::new(map, names.path()).unwrap());
+    let open = [host.client(Tcp, A, false), host.client(Udp, A6, false), pod.client(Tcp, A, true)];
+    let cookies = open.each_ref().map(|client| client.socket.cookie().unwrap());
+    let old = Origin { since: 1, protocol: 6, ..Origin::default() };
+    for cookie in cookies.into_iter().chain([u64::MAX]) {
+        origins.0.insert(cookie, old, 0).unwrap();
+    }
+    assert_eq!(host.namespace.run(|| sockets.tidy()), 0, "half full is not full");
+
+    let young = Origin { since: now(), ..old };
+    origins.0.insert(u64::MAX - 1, young, 0).unwrap();
+    assert_eq!(host.namespace.run(|| sockets.tidy()), 1);
+    let mut left: Vec<u64> = origins.0.keys().map(Result::unwrap).collect();
+    left.sort_unstable();
+    let mut expected = [&cookies[..], &[u64::MAX - 1]].concat();
+    expected.sort_unstable();
+    assert_eq!(left, expected);
 }
 
 #[test]

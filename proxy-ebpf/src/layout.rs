@@ -219,7 +219,8 @@ pub struct Tally {
     pub refused: u64,
 }
 
-/// What a socket was told: it asked for `service` and got `backend`.
+/// Value of `origins`, whose keys are sockets' cookies, and part of [`Flows`]. What a socket was told: it asked for
+/// `service` and got `backend`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Origin {
@@ -233,16 +234,6 @@ pub struct Origin {
     pub protocol: u32,
     /// Always zero.
     pub zero: u32,
-}
-
-/// What the agent reads of a socket in `origins`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Told {
-    /// The socket's cookie, as sock_diag has it too.
-    pub cookie: u64,
-    /// What it was told.
-    pub origin: Origin,
 }
 
 /// How many Service addresses an unconnected socket can be in conversation with at a time: a power of two.
@@ -287,7 +278,7 @@ impl Settings {
 pub mod trouble {
     /// A new client of a Service with session affinity could not be remembered.
     pub const AFFINITY_FULL: u32 = 0;
-    /// A socket could not be remembered, so it was not led to a backend; its packets are.
+    /// An unconnected socket could not be remembered, so it was not led to a backend; its packets are.
     pub const STORAGE: u32 = 1;
     /// An unconnected socket spoke to more than [`super::FLOWS`] Service addresses at a time; the one it had not sent
     /// to for longest was forgotten.
@@ -296,8 +287,10 @@ pub mod trouble {
     pub const SLOT: u32 = 3;
     /// A pod that listens on a Service's address itself could not be remembered; it is led to the Service.
     pub const HOMES: u32 = 4;
+    /// A connected socket could not be remembered, so it was not led to a backend; its packets are.
+    pub const ORIGINS: u32 = 5;
     /// How many there are.
-    pub const COUNT: u32 = 5;
+    pub const COUNT: u32 = 6;
 }
 
 const _: () = {
@@ -310,7 +303,6 @@ const _: () = {
     assert!(size_of::<Affinity>() == 40);
     assert!(size_of::<Tally>() == 16);
     assert!(size_of::<Origin>() == 56);
-    assert!(size_of::<Told>() == 64);
     assert!(size_of::<Flows>() == 16 + 56 * FLOWS);
     assert!(size_of::<Settings>() == 24);
     assert!(FLOWS.is_power_of_two());

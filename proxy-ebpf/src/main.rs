@@ -8,6 +8,7 @@
 //! recvmsg4/6      ─┬─ told ◀────────┘
 //! getpeername4/6  ─┘
 //! post_bind4/6    ──▶ frontends
+//! sock_release    ──▶ origins: forgets the socket
 //! ```
 
 #![cfg_attr(target_arch = "bpf", no_std)]

@@ -7,13 +7,14 @@ use crate::{
 };
 use std::{
     ffi::CString,
-    fs::File,
     io,
     os::{
         fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
         unix::ffi::OsStrExt as _,
     },
     path::Path,
+    vec,
+    vec::Vec,
 };
 
 /// Replaces the program behind a link at one instant (`BPF_LINK_UPDATE`, Linux 5.7).
@@ -42,64 +43,6 @@ pub fn update_link(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
         libc::syscall(libc::SYS_bpf, BPF_LINK_UPDATE, &raw const attributes, size_of::<Attributes>())
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
-/// Runs an iterator program over every element of a map (`BPF_LINK_CREATE` with the map, Linux 5.9, and
-/// `BPF_ITER_CREATE`). Whoever reads the file gets what the program writes.
-///
-/// # Errors
-///
-/// What the kernel answers: `EINVAL` when program and map do not fit together.
-pub fn iterate(program: impl AsFd, map: impl AsFd) -> io::Result<File> {
-    const BPF_LINK_CREATE: libc::c_int = 28;
-    const BPF_ITER_CREATE: libc::c_int = 33;
-    const BPF_TRACE_ITER: u32 = 28;
-    #[repr(C)]
-    struct Link {
-        program: u32,
-        target: u32,
-        attach_type: u32,
-        flags: u32,
-        info: u64,
-        info_length: u32,
-        zero: u32,
-    }
-    #[repr(C)]
-    struct Iterator {
-        link: u32,
-        flags: u32,
-    }
-    let map = number(map.as_fd().as_raw_fd())?;
-    let attributes = Link {
-        program: number(program.as_fd().as_raw_fd())?,
-        target: 0,
-        attach_type: BPF_TRACE_ITER,
-        flags: 0,
-        info: (&raw const map).expose_provenance() as u64,
-        info_length: size_of::<u32>() as u32,
-        zero: 0,
-    };
-    // SAFETY: the command reads `attributes` and the `map` it points to, up to the sizes given; both live until the call
-    // returns, and the descriptors are open for as long as their owners are borrowed.
-    let link =
-        unsafe { libc::syscall(libc::SYS_bpf, BPF_LINK_CREATE, &raw const attributes, size_of::<Link>()) };
-    let link = owned(link)?;
-    let attributes = Iterator { link: number(link.as_raw_fd())?, flags: 0 };
-    // SAFETY: the command reads `attributes`, which lives until the call returns, up to the size given.
-    let file = unsafe {
-        libc::syscall(libc::SYS_bpf, BPF_ITER_CREATE, &raw const attributes, size_of::<Iterator>())
-    };
-    Ok(owned(file)?.into())
-}
-
-/// The descriptor a system call answered with.
-fn owned(answer: libc::c_long) -> io::Result<OwnedFd> {
-    if answer < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let fd = RawFd::try_from(answer).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
-    // SAFETY: the kernel just made it and nobody else knows of it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 fn number(fd: RawFd) -> io::Result<u32> {
@@ -131,6 +74,92 @@ pub fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
     }
     // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// `struct` of `BPF_MAP_LOOKUP_BATCH` and `BPF_MAP_UPDATE_BATCH`.
+#[repr(C)]
+#[derive(Default)]
+struct Batch {
+    /// Where to go on; 0 for the beginning.
+    in_batch: u64,
+    /// Where the kernel writes where to go on.
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    /// How many elements there is room for; the kernel writes how many it took.
+    count: u32,
+    map: u32,
+    element_flags: u64,
+    flags: u64,
+}
+
+impl Batch {
+    /// # Safety
+    ///
+    /// The pointers are to memory that is as large as `count` and the map's keys and values say and may be written.
+    unsafe fn call(&mut self, command: libc::c_int) -> io::Result<()> {
+        // SAFETY: the command reads and writes this, up to the size given, and what the caller answers for.
+        let result =
+            unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(self), size_of::<Self>()) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+}
+
+/// Writes elements of `slots` that follow each other, with one call (`BPF_MAP_UPDATE_BATCH`, Linux 5.6): with one for
+/// each, most of the time that filling 250,000 takes goes into entering the kernel.
+///
+/// # Errors
+///
+/// What the kernel answers: `E2BIG` when there are not so many.
+pub fn write_slots(map: impl AsFd, first: u32, backends: &[Endpoint]) -> io::Result<()> {
+    const BPF_MAP_UPDATE_BATCH: libc::c_int = 26;
+    let keys: Vec<u32> = (first..).take(backends.len()).collect();
+    let mut batch = Batch {
+        keys: keys.as_ptr().expose_provenance() as u64,
+        values: backends.as_ptr().expose_provenance() as u64,
+        count: u32::try_from(backends.len()).map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?,
+        map: number(map.as_fd().as_raw_fd())?,
+        ..Batch::default()
+    };
+    // SAFETY: this command only reads keys and values, of which there are `count`, of the sizes the map has; they live
+    // until the call returns, and the descriptor is open for as long as its owner is borrowed.
+    unsafe { batch.call(BPF_MAP_UPDATE_BATCH) }
+}
+
+/// Reads the map `origins`, many elements with one call (`BPF_MAP_LOOKUP_BATCH`, Linux 5.6). An element that is there
+/// all the time is handed to `visit` once; to ask for one key after the other would begin anew with every socket that
+/// is closed meanwhile.
+///
+/// # Errors
+///
+/// What the kernel answers.
+pub fn read_origins(map: impl AsFd, mut visit: impl FnMut(u64, Origin)) -> io::Result<()> {
+    const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
+    /// More than a chain of the hash ever holds.
+    const ROOM: usize = 4096;
+    let map = number(map.as_fd().as_raw_fd())?;
+    let (mut keys, mut values) = (vec![0_u64; ROOM], vec![Origin::default(); ROOM]);
+    let mut next = 0_u32;
+    let place = (&raw mut next).expose_provenance() as u64;
+    let mut batch = Batch { out_batch: place, map, ..Batch::default() };
+    loop {
+        batch.keys = keys.as_mut_ptr().expose_provenance() as u64;
+        batch.values = values.as_mut_ptr().expose_provenance() as u64;
+        batch.count = ROOM as u32;
+        // SAFETY: `keys` and `values` have room for `count` elements of the sizes this map has, `next` for the place a
+        // hash goes on from; all of them live until the call returns, and the map is borrowed.
+        let result = unsafe { batch.call(BPF_MAP_LOOKUP_BATCH) };
+        let over = match result {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            other => other.map(|()| false)?,
+        };
+        let read = keys.iter().zip(&values).take(batch.count as usize);
+        read.for_each(|(cookie, origin)| visit(*cookie, *origin));
+        if over {
+            return Ok(());
+        }
+        batch.in_batch = place;
+    }
 }
 
 /// Waits until every program that runs now has ended (`membarrier`, whose global form waits for an RCU grace period).

@@ -1,6 +1,6 @@
 //! The `weir` binary: reads the command line, sets logging up, and hands over to the library.
 
-use std::{io::Write as _, process::ExitCode};
+use std::{io::Write as _, process::ExitCode, sync::Arc};
 
 use weir::{
     cli::{Cli, Command, PlanView, ProbeView},
@@ -15,17 +15,22 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "weir: {error:#}");
-            ExitCode::FAILURE
+            // As for a wrong flag: trying again is no use before somebody has changed something.
+            if error.is::<config::Error>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
 }
 
 fn execute(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Run(args) if args.cleanup => run::cleanup(&args.config.kernel, &args.config.log),
+        Command::Run(args) if args.cleanup => run::cleanup(&args.config.kernel, &args.config.log, false),
         Command::Run(args) => {
+            let args = *args;
             let loaded = config::load(&args.config, &Host::this())?;
-            if args.init_only { Ok(()) } else { run::run(loaded) }
+            if let Some(path) = &args.write_config_to {
+                return run::write_config(&loaded, path);
+            }
+            if args.init_only { run::init_only(&loaded) } else { start(loaded, args.config) }
         }
         Command::Plan(args) => {
             let (state, owners) = run::plan(config::load(&args.config, &Host::this())?)?;
@@ -37,6 +42,11 @@ fn execute(command: Command) -> anyhow::Result<()> {
             let probe = Probe::of(&kernel.cgroup_root(&Host::this()), &kernel.bpf_root);
             Ok(std::io::stdout().write_all(ProbeView::new(probe).render(args.output, None)?.as_bytes())?)
         }
-        Command::Cleanup(args) => run::cleanup(&args.kernel, &args.log),
+        Command::Cleanup(args) if args.kube_proxy => run::cleanup_kube_proxy(&args.log),
+        Command::Cleanup(args) => run::cleanup(&args.kernel, &args.log, args.stay),
     }
+}
+
+fn start(loaded: config::Loaded, args: config::ConfigArgs) -> anyhow::Result<()> {
+    run::run(loaded, Arc::new(move || config::load(&args, &Host::this())))
 }

@@ -5,7 +5,7 @@ use std::{process::Command, time::Instant};
 use anyhow::{Result, bail};
 
 use crate::{
-    generate,
+    chart, generate,
     machine::Machine,
     process,
     setup::{self, Level},
@@ -27,6 +27,11 @@ pub(crate) fn run(machine: &Machine) -> Result<()> {
             failed.push(name);
         }
         println!("{name}: {:.1} s", start.elapsed().as_secs_f32());
+    }
+    println!("\n==== chart");
+    if let Err(error) = chart::check(machine) {
+        println!("{error:#}");
+        failed.push("chart");
     }
     println!("\n==== generated files");
     if let Err(error) = generate::run(machine, true) {

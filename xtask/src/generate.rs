@@ -2,9 +2,10 @@
 
 use std::fs;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::{
+    chart,
     machine::Machine,
     process,
     setup::{self, Level},
@@ -27,18 +28,22 @@ pub(crate) fn run(machine: &Machine, check: bool) -> Result<()> {
             machine.command(&weir).args(path).arg("--help").env("COLUMNS", "100").env("NO_COLOR", "1"),
         )
     };
-    let text = reference(help)?;
-    let file = machine.workspace.join(REFERENCE);
-    let written = fs::read_to_string(&file).unwrap_or_default();
-    match (written == text, check) {
-        (true, _) => {}
-        (false, true) => bail!("{REFERENCE} is out of date: run `cargo xtask generate`"),
-        (false, false) => {
-            fs::create_dir_all(machine.workspace.join("docs"))?;
-            fs::write(&file, text).with_context(|| format!("writing {REFERENCE}"))?;
-            println!("wrote {REFERENCE}");
+    let files = [(REFERENCE, reference(help)?), (chart::README, chart::readme(machine)?)];
+    let mut stale = Vec::new();
+    for (name, text) in files {
+        let file = machine.workspace.join(name);
+        if fs::read_to_string(&file).unwrap_or_default() == text {
+            continue;
         }
+        if check {
+            stale.push(name);
+            continue;
+        }
+        fs::create_dir_all(file.parent().context("a generated file is in a directory")?)?;
+        fs::write(&file, text).with_context(|| format!("writing {name}"))?;
+        println!("wrote {name}");
     }
+    ensure!(stale.is_empty(), "{}: out of date; run `cargo xtask generate`", stale.join(", "));
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! The one entry point for working on weir: `cargo xtask setup`, `demo`, `test`, `check`, `bench`, `generate`.
+//! The one entry point for working on weir: `cargo xtask setup`, `demo`, `test`, `check`, `bench`, `image`, `kind`, `generate`.
 //!
 //! It compiles without anything `setup` installs, so it is the first command on a fresh machine; weir itself and its
 //! tests run as child processes.
@@ -17,9 +17,12 @@ use clap::{Parser, Subcommand};
 use machine::Machine;
 
 mod bench;
+mod chart;
 mod check;
 mod demo;
 mod generate;
+mod image;
+mod kind;
 mod machine;
 mod process;
 mod setup;
@@ -57,7 +60,11 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<std::ffi::OsString>,
     },
-    /// Write what is generated from the code: the command line reference
+    /// Make the container image, without Docker
+    Image(image::Options),
+    /// Try weir in a real cluster that kind makes (needs Docker, kind and kubectl)
+    Kind(kind::Options),
+    /// Write what is generated: the command line reference, the chart's README
     Generate {
         /// Write nothing; fail when a file is not what it should be
         #[arg(long)]
@@ -87,6 +94,8 @@ fn perform(machine: &Machine, task: Task) -> Result<()> {
         Task::Test(options) => suites::run(machine, &options),
         Task::Check => check::run(machine),
         Task::Bench { args } => bench::run(machine, &args),
+        Task::Image(options) => image::run(machine, &options),
+        Task::Kind(options) => kind::run(machine, &options),
         Task::Generate { check } => generate::run(machine, check),
     }
 }

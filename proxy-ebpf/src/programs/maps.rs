@@ -43,8 +43,9 @@ pub(super) static SETTINGS: Array<Settings> = Array::with_max_entries(2, 0);
 #[map(name = "troubles")]
 pub(super) static TROUBLES: PerCpuArray<u64> = PerCpuArray::with_max_entries(trouble::COUNT, 0);
 
-#[btf_map(name = "origins")]
-pub(super) static ORIGINS: SkStorage<Origin> = SkStorage::new();
+/// As many connections as connection tracking has room for by default, which all of these would be in without us.
+#[map(name = "origins")]
+pub(super) static ORIGINS: HashMap<u64, Origin> = HashMap::with_max_entries(1 << 18, BPF_F_NO_PREALLOC);
 
 #[btf_map(name = "flows")]
 pub(super) static FLOWS: SkStorage<Flows> = SkStorage::new();

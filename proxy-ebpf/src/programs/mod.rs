@@ -13,6 +13,7 @@ mod maps;
 mod resolve;
 mod search;
 mod socket;
+mod tell;
 mod told;
 mod translate;
 
@@ -54,6 +55,12 @@ fn post_bind4(context: SockContext) -> i32 {
 #[cgroup_sock(post_bind6)]
 fn post_bind6(context: SockContext) -> i32 {
     bind::bound(&context, Family::V6)
+}
+
+/// The hook `sock_release`.
+#[cgroup_sock(sock_release)]
+fn sock_release(context: SockContext) -> i32 {
+    told::forget(&context)
 }
 
 #[panic_handler]

@@ -3,14 +3,14 @@
 //! In: a hook's context. Out: addresses in the form the maps have, and who the client is.
 
 use aya_ebpf::{
-    EbpfContext as _,
+    EbpfContext,
     bindings::{
         bpf_sock_addr, bpf_sock_tuple, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 as Ipv4Tuple,
         bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 as Ipv6Tuple,
     },
     helpers::generated::{
-        bpf_get_current_ancestor_cgroup_id, bpf_get_netns_cookie, bpf_sk_lookup_tcp, bpf_sk_lookup_udp,
-        bpf_sk_release,
+        bpf_get_current_ancestor_cgroup_id, bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sk_lookup_tcp,
+        bpf_sk_lookup_udp, bpf_sk_release,
     },
     programs::SockAddrContext,
 };
@@ -101,6 +101,13 @@ pub(super) fn set_address(context: &SockAddrContext, family: Family, to: &Endpoi
         }
         (&raw mut (*user).user_port).write_volatile(to.port.into());
     }
+}
+
+/// The number a socket has for as long as the machine runs.
+#[inline(always)]
+pub(super) fn cookie(context: &impl EbpfContext) -> u64 {
+    // SAFETY: the context is valid, and the helper only reads it.
+    unsafe { bpf_get_socket_cookie(context.as_ptr()) }
 }
 
 /// The protocol of the socket.

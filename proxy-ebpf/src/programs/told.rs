@@ -2,7 +2,7 @@
 //!
 //! In: an address the kernel is about to hand out. Out: the Service's in its place, if this socket asked for that.
 
-use aya_ebpf::programs::SockAddrContext;
+use aya_ebpf::programs::{SockAddrContext, SockContext};
 use proxy_ebpf::FLOWS as MOST_FLOWS;
 
 use super::{
@@ -16,16 +16,20 @@ use super::{
 /// getpeername: only a connected socket has a peer. One that has been connected to something else since has another.
 #[inline(always)]
 pub(super) fn peer(context: &SockAddrContext, family: Family) -> i32 {
-    // SAFETY: the socket is the hook's own, which holds its lock.
-    let origin = unsafe { ORIGINS.get_ptr_mut(context) };
-    if origin.is_null() {
-        return ALLOW;
-    }
-    // SAFETY: not null, of this socket, and nobody else writes it while the socket is locked.
-    let origin = unsafe { &*origin };
+    // SAFETY: elements of this map are allocated one by one and freed after a grace period, which a program's run is
+    // within; a socket that connects again gets another.
+    let Some(origin) = (unsafe { ORIGINS.get(socket::cookie(context)) }) else { return ALLOW };
     if socket::same(&origin.backend, &socket::address(context, family)) {
         socket::set_address(context, family, &origin.service);
     }
+    ALLOW
+}
+
+/// A socket is closed: what it was told is forgotten.
+#[inline(always)]
+pub(super) fn forget(context: &SockContext) -> i32 {
+    // Most sockets were told nothing.
+    let _ = ORIGINS.remove(socket::cookie(context));
     ALLOW
 }
 
@@ -34,10 +38,10 @@ pub(super) fn peer(context: &SockAddrContext, family: Family) -> i32 {
 #[inline(always)]
 pub(super) fn receive(context: &SockAddrContext, family: Family) -> i32 {
     let from = socket::address(context, family);
-    // SAFETY: as in `peer`.
+    // SAFETY: the socket is the hook's own, which holds its lock.
     let flows = unsafe { FLOWS.get_ptr_mut(context) };
     if !flows.is_null() {
-        // SAFETY: as in `peer`.
+        // SAFETY: not null, of this socket, and nobody else writes it while the socket is locked.
         let flows = unsafe { &mut *flows };
         let mut search = Search::after(flows, 0);
         for place in 0..MOST_FLOWS {

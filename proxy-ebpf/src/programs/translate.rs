@@ -13,6 +13,7 @@ use super::{
     resolve::{self, Found},
     search::Search,
     socket::{self, Client, Family, TCP, UDP},
+    tell,
 };
 
 const REFUSE: i32 = 0;
@@ -32,7 +33,7 @@ pub(super) fn connect(context: &SockAddrContext, family: Family) -> i32 {
     let frontend = match resolve::find(&to, protocol, client) {
         Found::Nothing => return ALLOW,
         // A UDP socket may live to see the Service come: its packets are refused instead.
-        Found::UnknownPort if protocol == TCP => return refuse(),
+        Found::UnknownPort if protocol == TCP => return refuse(context, &to),
         Found::UnknownPort => return ALLOW,
         Found::Frontend(frontend) => frontend,
     };
@@ -45,20 +46,18 @@ pub(super) fn connect(context: &SockAddrContext, family: Family) -> i32 {
             return ALLOW;
         }
         resolve::refused(frontend);
-        return refuse();
+        return refuse(context, &to);
     }
     let now = resolve::now();
     let Some(backend) = resolve::pick(frontend, choice, client, now) else { return ALLOW };
-    // SAFETY: the socket is the hook's own, which holds its lock.
-    let origin = unsafe { ORIGINS.get_or_insert_ptr_mut(context, None) };
-    if origin.is_null() {
-        maps::count(trouble::STORAGE);
+    let origin = Origin { since: now, service: to, backend, protocol, zero: 0 };
+    if ORIGINS.insert(socket::cookie(context), origin, 0).is_err() {
+        maps::count(trouble::ORIGINS);
         return ALLOW;
     }
-    // SAFETY: not null, of this socket, and nobody else writes it while the socket is locked.
-    unsafe { *origin = Origin { since: now, service: to, backend, protocol, zero: 0 } };
     socket::set_address(context, family, &backend);
     resolve::served(frontend);
+    tell::led(context, &to, &backend);
     ALLOW
 }
 
@@ -72,7 +71,7 @@ pub(super) fn send(context: &SockAddrContext, family: Family) -> i32 {
     let Some(client) = socket::client(context) else { return ALLOW };
     let frontend = match resolve::find(&to, UDP, client) {
         Found::Nothing => return ALLOW,
-        Found::UnknownPort => return refuse(),
+        Found::UnknownPort => return refuse(context, &to),
         Found::Frontend(frontend) => frontend,
     };
     let choice = resolve::choice(frontend, client);
@@ -83,7 +82,7 @@ pub(super) fn send(context: &SockAddrContext, family: Family) -> i32 {
         Some(backend) => socket::set_address(context, family, &backend),
         None if !resolve::serves(choice) && !socket::is_at_home(context, client, UDP, &to) => {
             resolve::refused(frontend);
-            return refuse();
+            return refuse(context, &to);
         }
         None => {}
     }
@@ -125,6 +124,7 @@ fn flow(
     let backend = resolve::pick(frontend, choice, client, now)?;
     *known = Origin { since: now, service: *to, backend, protocol: UDP, zero: 0 };
     resolve::served(frontend);
+    tell::led(context, to, &backend);
     Some(backend)
 }
 
@@ -177,10 +177,11 @@ fn place(flows: &mut Flows, to: &Endpoint) -> usize {
 
 /// Refuses, and says so to the process; where the kernel cannot, the packets are refused instead.
 #[inline(always)]
-fn refuse() -> i32 {
+fn refuse(context: &SockAddrContext, to: &Endpoint) -> i32 {
     if !maps::can_refuse() {
         return ALLOW;
     }
+    tell::refused(context, to);
     // SAFETY: sets what the system call is to return, nothing else.
     unsafe { bpf_set_retval(-ECONNREFUSED) };
     REFUSE

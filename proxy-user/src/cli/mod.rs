@@ -3,7 +3,10 @@
 //! In: the words of a command line. Out: a [`Command`] for `main` to dispatch. Called as `kube-proxy`, all words are
 //! flags of `run`, so that the program can stand in for kube-proxy where only the image is changed.
 
-use std::{ffi::OsString, path::Path};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+};
 
 use clap::{Args, Parser, Subcommand};
 
@@ -44,10 +47,14 @@ pub struct RunArgs {
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
           action = clap::ArgAction::Set, hide_possible_values = true, hide_default_value = true, value_name = "BOOL")]
     pub cleanup: bool,
-    /// Check the configuration and end. weir needs no privileged preparation
+    /// Check the configuration, do what takes more rights than serving does, and end: set the sysctls of connection
+    /// tracking, and mount a bpffs where eBPF needs one and none is
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
           action = clap::ArgAction::Set, hide_possible_values = true, hide_default_value = true, value_name = "BOOL")]
     pub init_only: bool,
+    /// Write the configuration with all defaults to a file, and end
+    #[arg(long, value_name = "FILE")]
+    pub write_config_to: Option<PathBuf>,
     /// The configuration.
     #[command(flatten)]
     pub config: ConfigArgs,
@@ -81,6 +88,12 @@ pub struct ProbeArgs {
 /// `weir cleanup`.
 #[derive(Args, Debug)]
 pub struct CleanupArgs {
+    /// Stay until told to end, so that a DaemonSet can do it on every node
+    #[arg(long, conflicts_with = "kube_proxy")]
+    pub stay: bool,
+    /// Take out what kube-proxy left instead; weir's own stays
+    #[arg(long)]
+    pub kube_proxy: bool,
     /// Where the kernel's objects are.
     #[command(flatten)]
     pub kernel: KernelArgs,
@@ -106,10 +119,27 @@ impl Cli {
         let mut words: Vec<OsString> = words.into_iter().collect();
         let program = words.first().map(Path::new).and_then(Path::file_name);
         if program.is_some_and(|name| name == "kube-proxy") {
+            words.iter_mut().skip(1).for_each(dashed);
             words.insert(1, "run".into());
         }
         Self::try_parse_from(words)
     }
+}
+
+/// Makes a table at most `width` columns wide, or as wide as the terminal. A serial console says that it has none.
+fn fit(table: &mut comfy_table::Table, width: Option<u16>) {
+    const LEAST: u16 = 60;
+    let narrow = table.width().is_some_and(|terminal| terminal < LEAST);
+    if let Some(width) = width.or(narrow.then_some(LEAST)) {
+        table.set_width(width);
+    }
+}
+
+/// Gives the name of a flag dashes for underscores, between which kube-proxy makes no difference.
+fn dashed(word: &mut OsString) {
+    let Some(flag) = word.to_str().filter(|word| word.starts_with("--")) else { return };
+    let (name, value) = flag.split_at(flag.find('=').unwrap_or(flag.len()));
+    *word = (name.replace('_', "-") + value).into();
 }
 
 #[cfg(test)]
@@ -131,6 +161,14 @@ mod tests {
         let line =
             "/usr/local/bin/kube-proxy --config=/var/lib/kube-proxy/config.conf --hostname-override=n1";
         assert!(matches!(read(line).unwrap().command, Command::Run(args) if !args.cleanup));
+    }
+
+    #[test]
+    fn underscores_in_kube_proxys_flags_are_as_good_as_dashes() {
+        let line = "kube-proxy --write_config_to=/a_b --hostname_override n_1";
+        let Command::Run(args) = read(line).unwrap().command else { panic!("{line} is not `run`") };
+        assert_eq!(args.write_config_to.unwrap().to_str(), Some("/a_b"));
+        assert!(read("weir run --write_config_to=/a").is_err());
     }
 
     #[test]

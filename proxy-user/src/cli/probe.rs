@@ -59,9 +59,7 @@ impl ProbeView {
     fn table(&self, width: Option<u16>) -> Table {
         let mut table = Table::new();
         table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
-        if let Some(width) = width {
-            table.set_width(width);
-        }
+        super::fit(&mut table, width);
         table.set_header(["Feature", "Since", "Needed", "Found", "Purpose"]);
         for finding in &self.probe.findings {
             table.add_row(cells(finding));

@@ -5,14 +5,14 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{Error, GoDuration, Problem, tree};
 
 /// The fields that are honoured. Missing, null and the type's zero value all mean "not set", as for kube-proxy.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(default, rename_all = "camelCase", expecting = "a mapping of fields to values")]
 pub(super) struct Configuration {
     pub(super) api_version: String,
     pub(super) kind: String,
@@ -34,6 +34,7 @@ pub(super) struct Configuration {
     pub(super) cluster_cidr: String,
     pub(super) node_port_addresses: Vec<String>,
     pub(super) conntrack: Conntrack,
+    pub(super) oom_score_adj: Option<i32>,
     /// Only flags can turn a server off: in the file an empty address is the default one.
     #[serde(skip)]
     pub(super) healthz_off: bool,
@@ -41,22 +42,25 @@ pub(super) struct Configuration {
     pub(super) metrics_off: bool,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(default, expecting = "a mapping of fields to values")]
 pub(super) struct ClientConnection {
     pub(super) kubeconfig: String,
+    /// Requests a second, and how many at once. 0 is not set; less than 0 is without limit.
+    pub(super) qps: f64,
+    pub(super) burst: i32,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(default, expecting = "a mapping of fields to values")]
 pub(super) struct Logging {
     pub(super) format: String,
     pub(super) verbosity: u8,
 }
 
 /// The iptables block: the settings of [`Rules`], and one more.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(default, rename_all = "camelCase", expecting = "a mapping of fields to values")]
 pub(super) struct Iptables {
     /// Not set means yes.
     pub(super) localhost_node_ports: Option<bool>,
@@ -67,6 +71,11 @@ pub(super) struct Iptables {
 }
 
 impl Iptables {
+    pub(super) fn new(localhost_node_ports: Option<bool>, rules: &Rules) -> Self {
+        let Rules { masquerade_bit, masquerade_all, sync_period, min_sync_period } = *rules;
+        Self { localhost_node_ports, masquerade_bit, masquerade_all, sync_period, min_sync_period }
+    }
+
     /// What the block shares with the nftables one.
     pub(super) fn rules(&self) -> Rules {
         let Self { masquerade_bit, masquerade_all, sync_period, min_sync_period, .. } = *self;
@@ -75,8 +84,8 @@ impl Iptables {
 }
 
 /// The settings that the iptables and nftables blocks share.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(default, rename_all = "camelCase", expecting = "a mapping of fields to values")]
 pub(super) struct Rules {
     pub(super) masquerade_bit: Option<i32>,
     pub(super) masquerade_all: bool,
@@ -84,22 +93,22 @@ pub(super) struct Rules {
     pub(super) min_sync_period: GoDuration,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(default, rename_all = "camelCase", expecting = "a mapping of fields to values")]
 pub(super) struct Ipvs {
     pub(super) sync_period: GoDuration,
     pub(super) min_sync_period: GoDuration,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(default, rename_all = "camelCase", expecting = "a mapping of fields to values")]
 pub(super) struct Detectors {
     pub(super) bridge_interface: String,
     pub(super) interface_name_prefix: String,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(default, rename_all = "camelCase", expecting = "a mapping of fields to values")]
 pub(super) struct Conntrack {
     pub(super) max_per_core: Option<i32>,
     pub(super) min: Option<i32>,
@@ -119,8 +128,8 @@ pub(super) struct UnknownWord {
 }
 
 /// `mode` and `--proxy-mode`: kube-proxy's modes and our own.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "&'static str")]
 pub(super) enum Mode {
     #[default]
     Unset,
@@ -129,6 +138,19 @@ pub(super) enum Mode {
     Nftables,
     Iptables,
     Ipvs,
+}
+
+impl From<Mode> for &'static str {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Unset => "",
+            Mode::Auto => "auto",
+            Mode::Ebpf => "ebpf",
+            Mode::Nftables => "nftables",
+            Mode::Iptables => "iptables",
+            Mode::Ipvs => "ipvs",
+        }
+    }
 }
 
 impl TryFrom<String> for Mode {
@@ -153,14 +175,25 @@ impl TryFrom<String> for Mode {
 }
 
 /// `detectLocalMode`; not set means the cluster's networks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "&'static str")]
 pub(super) enum DetectLocalMode {
     #[default]
     ClusterCidr,
     NodeCidr,
     BridgeInterface,
     InterfaceNamePrefix,
+}
+
+impl From<DetectLocalMode> for &'static str {
+    fn from(mode: DetectLocalMode) -> Self {
+        match mode {
+            DetectLocalMode::ClusterCidr => "ClusterCIDR",
+            DetectLocalMode::NodeCidr => "NodeCIDR",
+            DetectLocalMode::BridgeInterface => "BridgeInterface",
+            DetectLocalMode::InterfaceNamePrefix => "InterfaceNamePrefix",
+        }
+    }
 }
 
 impl TryFrom<String> for DetectLocalMode {
@@ -181,11 +214,9 @@ impl TryFrom<String> for DetectLocalMode {
 }
 
 /// kube-proxy's fields that mean nothing here, each with its default, which is worth no warning.
-const WITHOUT_EFFECT: [(&str, &str); 18] = [
+const WITHOUT_EFFECT: [(&str, &str); 17] = [
     ("clientConnection.acceptContentTypes", ""),
     ("clientConnection.contentType", "application/vnd.kubernetes.protobuf"),
-    ("clientConnection.qps", "5"),
-    ("clientConnection.burst", "10"),
     ("configSyncPeriod", "15m0s"),
     ("enableProfiling", "false"),
     ("ipvs.excludeCIDRs", ""),
@@ -194,21 +225,25 @@ const WITHOUT_EFFECT: [(&str, &str); 18] = [
     ("ipvs.tcpFinTimeout", "0s"),
     ("ipvs.tcpTimeout", "0s"),
     ("ipvs.udpTimeout", "0s"),
-    ("oomScoreAdj", "-999"),
     ("portRange", ""),
     ("showHiddenMetricsForVersion", ""),
     ("winkernel", ""),
     ("windowsRunAsService", "false"),
-    // Its defaults are spread over several fields, none of which changes what is logged.
-    ("logging", ""),
+    ("logging.flushFrequency", "5s"),
+    ("logging.options", ""),
+    ("logging.vmodule", ""),
 ];
 
-/// Reads the file's text. Fields that are not known, given twice or without effect make a warning.
+/// Reads the file's text, into what is honoured and all that is given. Fields that are not known, given twice or without effect make a warning.
 ///
 /// # Errors
 ///
 /// When the text is no YAML, is something else than a KubeProxyConfiguration v1alpha1, or a field has the wrong type.
-pub(super) fn parse(file: &Path, text: &str, warnings: &mut Vec<String>) -> Result<Configuration, Error> {
+pub(super) fn parse(
+    file: &Path,
+    text: &str,
+    warnings: &mut Vec<String>,
+) -> Result<(Configuration, Value), Error> {
     let (tree, twice) = tree::read(text)
         .map_err(|error| Error::Syntax { file: file.to_owned(), message: error.to_string() })?;
     let name = file.display();
@@ -234,7 +269,7 @@ pub(super) fn parse(file: &Path, text: &str, warnings: &mut Vec<String>) -> Resu
     warnings.extend(
         unread.iter().filter_map(|field| unread_warning(&tree, field)).map(|it| format!("{name}: {it}")),
     );
-    Ok(configuration)
+    Ok((configuration, tree))
 }
 
 fn problem(file: &Path, field: &str, complaint: String) -> Error {
@@ -264,12 +299,12 @@ fn unread_warning(tree: &Value, field: &str) -> Option<String> {
     };
     let value = tree.pointer(&format!("/{}", field.replace('.', "/")))?;
     let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-    let usual = is_zero(value) || text == *default || field.starts_with("logging");
+    let usual = is_zero(value) || text == *default;
     (!usual).then(|| format!("{field} has no effect here (it is set to {text})"))
 }
 
 /// Whether kube-proxy takes the value for "not set"; kubeadm writes such values for everything.
-fn is_zero(value: &Value) -> bool {
+pub(super) fn is_zero(value: &Value) -> bool {
     match value {
         Value::Null => true,
         Value::Bool(it) => !it,

@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::{
     DnsArgs, GoDuration, Host, LogConfig,
     file::{
-        ClientConnection, Configuration, DetectLocalMode, Detectors, Iptables, Ipvs, Logging, Mode, Rules,
+        ClientConnection, Configuration, Conntrack, DetectLocalMode, Detectors, Iptables, Ipvs, Mode, Rules,
     },
 };
 
@@ -39,6 +39,10 @@ pub struct ConfigArgs {
     /// API servers to use instead of the kubeconfig's, separated by commas
     #[arg(long, value_name = "URL", value_delimiter = ',')]
     pub(super) master: Vec<String>,
+    /// Remove what kube-proxy left in the kernel once everything is programmed
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true",
+          action = ArgAction::Set, hide_possible_values = true, value_name = "BOOL")]
+    pub(super) take_over: bool,
     /// Where the kernel's objects are.
     #[command(flatten)]
     pub kernel: KernelArgs,
@@ -158,6 +162,49 @@ pub struct ReplacedByFile {
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
     #[serde(serialize_with = "is_given")]
     iptables_min_sync_period: Option<GoDuration>,
+    /// The same in the mode ipvs
+    #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
+    #[serde(serialize_with = "is_given")]
+    ipvs_sync_period: Option<GoDuration>,
+    /// Accepted, as --iptables-min-sync-period
+    #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
+    #[serde(serialize_with = "is_given")]
+    ipvs_min_sync_period: Option<GoDuration>,
+    /// Connections to track for each CPU; 0 leaves the kernel's limit alone [default: 32768]
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    conntrack_max_per_core: Option<i32>,
+    /// Connections to track at least, whatever the number of CPUs [default: 131072]
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    conntrack_min: Option<i32>,
+    /// How long an idle established TCP connection is tracked; 0 leaves it alone [default: 24h]
+    #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
+    #[serde(serialize_with = "is_given")]
+    conntrack_tcp_timeout_established: Option<GoDuration>,
+    /// How long a TCP connection in CLOSE_WAIT is tracked; 0 leaves it alone [default: 1h]
+    #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
+    #[serde(serialize_with = "is_given")]
+    conntrack_tcp_timeout_close_wait: Option<GoDuration>,
+    /// Track TCP connections also where packets are out of their window
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL",
+          hide_possible_values = true)]
+    conntrack_tcp_be_liberal: Option<bool>,
+    /// How long a UDP flow without an answer is tracked; 0 leaves it alone
+    #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
+    #[serde(serialize_with = "is_given")]
+    conntrack_udp_timeout: Option<GoDuration>,
+    /// How long a UDP flow with answers is tracked; 0 leaves it alone
+    #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
+    #[serde(serialize_with = "is_given")]
+    conntrack_udp_timeout_stream: Option<GoDuration>,
+    /// How ready the kernel is to kill the agent when memory runs out, -1000 to 1000 [default: -999]
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    oom_score_adj: Option<i32>,
+    /// Requests a second to the API server [default: no limit]
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    kube_api_qps: Option<f64>,
+    /// Requests at once, with --kube-api-qps [default: 10]
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    kube_api_burst: Option<i32>,
     /// Feature gates as NAME=BOOL; only AllowServiceExternalIPs has an effect
     #[arg(long, value_name = "NAME=BOOL,…", value_delimiter = ',', value_parser = feature_gate)]
     feature_gates: Option<Vec<(String, bool)>>,
@@ -203,113 +250,94 @@ impl ReplacedByFile {
 
     /// What a file with the same settings would hold.
     pub(super) fn to_configuration(&self) -> Configuration {
-        let Self {
-            kubeconfig,
-            cluster_cidr,
-            detect_local_mode,
-            pod_bridge_interface,
-            pod_interface_name_prefix,
-            nodeport_addresses,
-            iptables_localhost_nodeports,
-            masquerade_all,
-            iptables_masquerade_bit,
-            bind_address,
-            healthz_bind_address,
-            metrics_bind_address,
-            healthz_port,
-            metrics_port,
-            bind_address_hard_fail,
-            iptables_sync_period,
-            iptables_min_sync_period,
-            feature_gates,
-        } = self.clone();
-        // The flags are named after iptables and mean whatever mode is chosen.
+        // The flags are named after iptables and mean the mode nftables too.
         let rules = Rules {
-            masquerade_bit: iptables_masquerade_bit,
-            masquerade_all: masquerade_all.unwrap_or_default(),
-            sync_period: iptables_sync_period.unwrap_or_default(),
-            min_sync_period: iptables_min_sync_period.unwrap_or_default(),
+            masquerade_bit: self.iptables_masquerade_bit,
+            masquerade_all: self.masquerade_all.unwrap_or_default(),
+            sync_period: self.iptables_sync_period.unwrap_or_default(),
+            min_sync_period: self.iptables_min_sync_period.unwrap_or_default(),
         };
+        let ipvs = Ipvs {
+            sync_period: self.ipvs_sync_period.unwrap_or_default(),
+            min_sync_period: self.ipvs_min_sync_period.unwrap_or_default(),
+        };
+        let detect_local = Detectors {
+            bridge_interface: self.pod_bridge_interface.clone().unwrap_or_default(),
+            interface_name_prefix: self.pod_interface_name_prefix.clone().unwrap_or_default(),
+        };
+        let client_connection = ClientConnection {
+            kubeconfig: self.kubeconfig.clone().unwrap_or_default(),
+            qps: self.kube_api_qps.unwrap_or_default(),
+            burst: self.kube_api_burst.unwrap_or_default(),
+        };
+        let gates = self.feature_gates.iter().flatten().filter(|(name, _)| !name.is_empty()).cloned();
+        let addresses = self.nodeport_addresses.iter().flatten().filter(|it| !it.is_empty()).cloned();
         let off = |address: &Option<String>, port| port == Some(0) || address.as_deref() == Some("");
         Configuration {
-            feature_gates: feature_gates.into_iter().flatten().filter(|(name, _)| !name.is_empty()).collect(),
-            client_connection: ClientConnection { kubeconfig: kubeconfig.unwrap_or_default() },
-            logging: Logging::default(),
-            bind_address: bind_address.unwrap_or_default(),
-            healthz_off: off(&healthz_bind_address, healthz_port),
-            metrics_off: off(&metrics_bind_address, metrics_port),
-            healthz_bind_address: listen(healthz_bind_address, healthz_port, "0.0.0.0"),
-            metrics_bind_address: listen(metrics_bind_address, metrics_port, "127.0.0.1"),
-            bind_address_hard_fail: bind_address_hard_fail.unwrap_or_default(),
-            ipvs: Ipvs { sync_period: rules.sync_period, min_sync_period: rules.min_sync_period },
-            iptables: Iptables {
-                localhost_node_ports: iptables_localhost_nodeports,
-                masquerade_bit: rules.masquerade_bit,
-                masquerade_all: rules.masquerade_all,
-                sync_period: rules.sync_period,
-                min_sync_period: rules.min_sync_period,
-            },
+            feature_gates: gates.collect(),
+            client_connection,
+            bind_address: self.bind_address.clone().unwrap_or_default(),
+            healthz_off: off(&self.healthz_bind_address, self.healthz_port),
+            metrics_off: off(&self.metrics_bind_address, self.metrics_port),
+            healthz_bind_address: listen(&self.healthz_bind_address, self.healthz_port, "0.0.0.0"),
+            metrics_bind_address: listen(&self.metrics_bind_address, self.metrics_port, "127.0.0.1"),
+            bind_address_hard_fail: self.bind_address_hard_fail.unwrap_or_default(),
+            ipvs,
+            iptables: Iptables::new(self.iptables_localhost_nodeports, &rules),
             nftables: rules,
-            detect_local_mode: detect_local_mode.unwrap_or_default(),
-            detect_local: Detectors {
-                bridge_interface: pod_bridge_interface.unwrap_or_default(),
-                interface_name_prefix: pod_interface_name_prefix.unwrap_or_default(),
-            },
-            cluster_cidr: cluster_cidr.unwrap_or_default(),
-            node_port_addresses: nodeport_addresses
-                .into_iter()
-                .flatten()
-                .filter(|it| !it.is_empty())
-                .collect(),
+            detect_local_mode: self.detect_local_mode.unwrap_or_default(),
+            detect_local,
+            cluster_cidr: self.cluster_cidr.clone().unwrap_or_default(),
+            node_port_addresses: addresses.collect(),
+            conntrack: self.conntrack(),
+            oom_score_adj: self.oom_score_adj,
             ..Configuration::default()
+        }
+    }
+
+    fn conntrack(&self) -> Conntrack {
+        Conntrack {
+            max_per_core: self.conntrack_max_per_core,
+            min: self.conntrack_min,
+            tcp_established_timeout: self.conntrack_tcp_timeout_established,
+            tcp_close_wait_timeout: self.conntrack_tcp_timeout_close_wait,
+            tcp_be_liberal: self.conntrack_tcp_be_liberal.unwrap_or_default(),
+            udp_timeout: self.conntrack_udp_timeout.unwrap_or_default(),
+            udp_stream_timeout: self.conntrack_udp_timeout_stream.unwrap_or_default(),
         }
     }
 }
 
 /// The address of a server from its flag and the deprecated one for the port alone.
-fn listen(address: Option<String>, port: Option<u16>, default: &str) -> String {
+fn listen(address: &Option<String>, port: Option<u16>, default: &str) -> String {
     match (address, port) {
-        (address, None) => address.unwrap_or_default(),
+        (address, None) => address.clone().unwrap_or_default(),
         (None, Some(port)) => format!("{default}:{port}"),
         (Some(address), Some(port)) => match address.parse() {
             Ok(ip) => std::net::SocketAddr::new(ip, port).to_string(),
-            Err(_) => address,
+            Err(_) => address.clone(),
         },
     }
 }
 
 /// kube-proxy's switches that have no effect here.
-const IGNORED_SWITCHES: [&str; 5] = [
-    "conntrack-tcp-be-liberal",
-    "ipvs-strict-arp",
-    "log-json-split-stream",
-    "log-text-split-stream",
-    "profiling",
-];
+const IGNORED_SWITCHES: [&str; 4] =
+    ["ipvs-strict-arp", "log-json-split-stream", "log-text-split-stream", "profiling"];
 
 /// kube-proxy's flags with a value that have no effect here.
-const IGNORED_VALUES: [&str; 23] = [
+const IGNORED_VALUES: [&str; 14] = [
+    "boot-id-file",
     "config-sync-period",
-    "conntrack-max-per-core",
-    "conntrack-min",
-    "conntrack-tcp-timeout-close-wait",
-    "conntrack-tcp-timeout-established",
-    "conntrack-udp-timeout",
-    "conntrack-udp-timeout-stream",
     "ipvs-exclude-cidrs",
-    "ipvs-min-sync-period",
     "ipvs-scheduler",
-    "ipvs-sync-period",
     "ipvs-tcp-timeout",
     "ipvs-tcpfin-timeout",
     "ipvs-udp-timeout",
-    "kube-api-burst",
     "kube-api-content-type",
-    "kube-api-qps",
     "log-flush-frequency",
     "log-json-info-buffer-size",
     "log-text-info-buffer-size",
-    "oom-score-adj",
+    "machine-id-file",
     "show-hidden-metrics-for-version",
     "vmodule",
 ];

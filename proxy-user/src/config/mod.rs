@@ -15,6 +15,7 @@ use ipnet::IpNet;
 pub use crate::model::{DetectLocal, NodePortSetting, Settings};
 
 mod dns;
+mod document;
 mod duration;
 mod file;
 mod flags;
@@ -72,13 +73,13 @@ pub struct LogConfig {
     pub json: bool,
 }
 
-/// Connection tracking limits of the file; `None` leaves the kernel's value alone. A timeout or limit of 0 does too.
+/// What is set of connection tracking, as kube-proxy sets it; `None` leaves the kernel's value alone.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Conntrack {
-    /// Connections to track for each CPU.
+    /// Connections to track for each CPU. Without it there is no limit to set.
     pub max_per_core: Option<u32>,
     /// Connections to track at least, whatever the number of CPUs.
-    pub min: Option<u32>,
+    pub min: u32,
     /// How long an idle established TCP connection is kept.
     pub tcp_established_timeout: Option<Duration>,
     /// How long a TCP connection in CLOSE_WAIT is kept.
@@ -89,6 +90,15 @@ pub struct Conntrack {
     pub udp_timeout: Option<Duration>,
     /// How long a UDP flow with answers is kept.
     pub udp_stream_timeout: Option<Duration>,
+}
+
+/// How often the API server is asked at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RequestLimit {
+    /// So many requests,
+    pub requests: u64,
+    /// in each stretch of time as long as this.
+    pub window: Duration,
 }
 
 /// Everything the agent is told, checked.
@@ -118,8 +128,16 @@ pub struct Config {
     pub min_sync_period: Duration,
     /// Connection tracking settings.
     pub conntrack: Conntrack,
+    /// How ready the kernel is to kill the agent when memory runs out; `None` is the default, whose failure is no news.
+    pub oom_score_adj: Option<i32>,
+    /// The limit of requests to the API server, if there is one.
+    pub request_limit: Option<RequestLimit>,
     /// Logging.
     pub log: LogConfig,
+    /// Whether kube-proxy's rules are removed once ours are in force.
+    pub take_over: bool,
+    /// The configuration file, if this comes from one.
+    pub file: Option<PathBuf>,
     /// The directory of our pinned BPF objects, on a bpffs.
     pub bpf_root: PathBuf,
     /// The root of the cgroup v2 tree, whose sockets the eBPF plane serves.
@@ -133,6 +151,8 @@ pub struct Loaded {
     pub config: Config,
     /// One sentence for each thing that was ignored or read differently than kube-proxy would.
     pub warnings: Vec<String>,
+    /// The whole of it in kube-proxy's format, defaults filled in (P7).
+    pub document: serde_json::Value,
 }
 
 /// One field that cannot be used.
@@ -178,7 +198,7 @@ pub enum Error {
 /// When the file cannot be read, or a field or flag has a value that cannot be used.
 pub fn load(args: &ConfigArgs, host: &Host) -> Result<Loaded, Error> {
     let mut warnings = args.ignored.warnings();
-    let (configuration, origin) = match &args.file {
+    let (configuration, tree, origin) = match &args.file {
         Some(path) => {
             let replaced = args.replaced.given();
             if !replaced.is_empty() {
@@ -189,10 +209,16 @@ pub fn load(args: &ConfigArgs, host: &Host) -> Result<Loaded, Error> {
             }
             let text =
                 std::fs::read_to_string(path).map_err(|source| Error::Read { file: path.clone(), source })?;
-            let configuration = file::parse(path, &text, &mut warnings)?;
-            (configuration, resolve::Origin::File(path.clone()))
+            let (configuration, tree) = file::parse(path, &text, &mut warnings)?;
+            (configuration, tree, resolve::Origin::File(path.clone()))
         }
-        None => (args.replaced.to_configuration(), resolve::Origin::Flags),
+        None => {
+            let configuration = args.replaced.to_configuration();
+            let tree = serde_json::to_value(&configuration).unwrap_or_default();
+            (configuration, tree, resolve::Origin::Flags)
+        }
     };
-    resolve::resolve(configuration, args, &origin, host, warnings)
+    let (config, warnings) = resolve::resolve(&configuration, args, &origin, host, warnings)?;
+    let document = resolve::document(&tree, &configuration, args, &config);
+    Ok(Loaded { config, warnings, document })
 }

@@ -1,6 +1,6 @@
 //! From fields as written to a checked [`Config`].
 //!
-//! In: a [`Configuration`] from file or flags, the flags that win over it, the host. Out: a [`Loaded`], or every
+//! In: a [`Configuration`] from file or flags, the flags that win over it, the host. Out: a [`Config`], or every
 //! [`Problem`] found, each under the name its author used: a field of the file or a flag.
 //!
 //! `mode` says which kube-proxy mode is imitated: its block supplies sync periods and masquerade settings (nftables
@@ -16,10 +16,11 @@ use std::{
 };
 
 use ipnet::IpNet;
+use serde_json::Value;
 
 use super::{
-    Config, ConfigArgs, Conntrack, DetectLocal, Error, GoDuration, Host, Loaded, LogConfig, NodePortSetting,
-    Problem, ProxyMode, Settings, SourceConfig,
+    Config, ConfigArgs, Conntrack, DetectLocal, Error, GoDuration, Host, LogConfig, NodePortSetting, Problem,
+    ProxyMode, RequestLimit, Settings, SourceConfig, document,
     file::{self, Configuration, DetectLocalMode, Mode, Rules},
 };
 use crate::model::{Family, PerFamily};
@@ -52,10 +53,19 @@ fn flag_of(field: &str) -> &str {
         "detectLocal.interfaceNamePrefix" => "--pod-interface-name-prefix",
         "healthzBindAddress" => "--healthz-bind-address",
         "iptables.masqueradeBit" | "nftables.masqueradeBit" => "--iptables-masquerade-bit",
-        "iptables.minSyncPeriod" | "ipvs.minSyncPeriod" | "nftables.minSyncPeriod" => {
-            "--iptables-min-sync-period"
-        }
-        "iptables.syncPeriod" | "ipvs.syncPeriod" | "nftables.syncPeriod" => "--iptables-sync-period",
+        "iptables.minSyncPeriod" | "nftables.minSyncPeriod" => "--iptables-min-sync-period",
+        "iptables.syncPeriod" | "nftables.syncPeriod" => "--iptables-sync-period",
+        "ipvs.minSyncPeriod" => "--ipvs-min-sync-period",
+        "ipvs.syncPeriod" => "--ipvs-sync-period",
+        "conntrack.maxPerCore" => "--conntrack-max-per-core",
+        "conntrack.min" => "--conntrack-min",
+        "conntrack.tcpEstablishedTimeout" => "--conntrack-tcp-timeout-established",
+        "conntrack.tcpCloseWaitTimeout" => "--conntrack-tcp-timeout-close-wait",
+        "conntrack.udpTimeout" => "--conntrack-udp-timeout",
+        "conntrack.udpStreamTimeout" => "--conntrack-udp-timeout-stream",
+        "oomScoreAdj" => "--oom-score-adj",
+        "clientConnection.qps" => "--kube-api-qps",
+        "clientConnection.burst" => "--kube-api-burst",
         "metricsBindAddress" => "--metrics-bind-address",
         "mode" => "--proxy-mode",
         "nodePortAddresses" => "--nodeport-addresses",
@@ -65,18 +75,18 @@ fn flag_of(field: &str) -> &str {
 
 /// Checks everything, and puts it together.
 pub(super) fn resolve(
-    configuration: Configuration,
+    configuration: &Configuration,
     args: &ConfigArgs,
     origin: &Origin,
     host: &Host,
     warnings: Vec<String>,
-) -> Result<Loaded, Error> {
+) -> Result<(Config, Vec<String>), Error> {
     let mut check = Check { origin, problems: Vec::new(), warnings };
     let imitated = match origin {
         Origin::File(_) => configuration.mode,
         Origin::Flags => args.proxy_mode.unwrap_or_default(),
     };
-    let rules = check.rules(&configuration, imitated);
+    let rules = check.rules(configuration, imitated);
     let bind_address = check.bind_address(&configuration.bind_address);
     let wildcard_family = bind_address.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
     let (any, loopback) = match wildcard_family {
@@ -91,37 +101,63 @@ pub(super) fn resolve(
     let node_port_addresses = check.node_ports(&configuration.node_port_addresses, imitated);
     let dns = args.dns.resolve(&mut check.problems);
     let model = Settings {
-        node_name: check.node_name(args, &configuration, host),
-        detect_local: check.detect_local(&configuration),
+        node_name: check.node_name(args, configuration, host),
+        detect_local: check.detect_local(configuration),
         masquerade_all: rules.masquerade_all,
         masquerade_bit: rules.masquerade_bit,
-        loopback_node_ports: loopback_node_ports(&configuration, &node_port_addresses),
+        loopback_node_ports: loopback_node_ports(configuration, &node_port_addresses),
         node_port_addresses,
-        external_ips: check.external_ips(&configuration),
+        external_ips: check.external_ips(configuration),
         bind_address: bind_address.filter(|address| !address.is_unspecified()),
         families: host.families,
         dns_service: dns.as_ref().map(|dns| dns.service.clone()),
     };
     let config = Config {
         model,
-        source: check.source(args, &configuration),
+        source: check.source(args, configuration),
         dns,
-        mode: check.mode(args, &configuration),
+        mode: check.mode(args, configuration),
         healthz: healthz.flatten(),
         metrics: metrics.flatten(),
         bind_hard_fail: configuration.bind_address_hard_fail,
         sync_period: rules.sync_period,
         min_sync_period: rules.min_sync_period,
         conntrack: check.conntrack(&configuration.conntrack),
-        log: check.log(args, &configuration),
+        oom_score_adj: check.oom_score_adj(configuration.oom_score_adj),
+        request_limit: check.request_limit(configuration),
+        log: check.log(args, configuration),
+        take_over: args.take_over,
+        file: args.file.clone(),
         bpf_root: args.kernel.bpf_root.clone(),
         cgroup_root: args.kernel.cgroup_root(host),
     };
-    if check.problems.is_empty() {
-        Ok(Loaded { config, warnings: check.warnings })
-    } else {
-        Err(Error::Invalid(check.problems))
+    if check.problems.is_empty() { Ok((config, check.warnings)) } else { Err(Error::Invalid(check.problems)) }
+}
+
+/// The whole of it in kube-proxy's format: the fields as given, what wins over them, and defaults.
+pub(super) fn document(
+    tree: &Value,
+    configuration: &Configuration,
+    args: &ConfigArgs,
+    config: &Config,
+) -> Value {
+    let mut document = document::whole(tree);
+    let address = |address: Option<SocketAddr>| address.map(|it| it.to_string()).unwrap_or_default();
+    let name = args.hostname_override.as_ref().filter(|name| !name.is_empty());
+    let mode = match args.proxy_mode.unwrap_or(configuration.mode) {
+        Mode::Unset => Mode::Auto,
+        mode => mode,
+    };
+    document["healthzBindAddress"] = address(config.healthz).into();
+    document["metricsBindAddress"] = address(config.metrics).into();
+    document["hostnameOverride"] = name.unwrap_or(&configuration.hostname_override).as_str().into();
+    document["mode"] = <&str>::from(mode).into();
+    if config.model.node_port_addresses == NodePortSetting::Primary {
+        document["nodePortAddresses"] = ["primary"].into();
     }
+    document["logging"]["verbosity"] = config.log.verbosity.into();
+    document["logging"]["format"] = if config.log.json { "json" } else { "text" }.into();
+    document
 }
 
 /// Whether NodePorts answer on the loopback address of a family: as in kube-proxy's iptables mode (R13), unless that is
@@ -165,10 +201,6 @@ struct Check<'a> {
 impl Check<'_> {
     fn reject(&mut self, field: &str, complaint: impl Display) {
         self.problems.push(Problem { place: self.origin.place(field), complaint: complaint.to_string() });
-    }
-
-    fn warn(&mut self, field: &str, what: impl Display) {
-        self.warnings.push(format!("{}: {what}", self.origin.place(field)));
     }
 
     fn node_name(&mut self, args: &ConfigArgs, configuration: &Configuration, host: &Host) -> String {
@@ -375,46 +407,66 @@ impl Check<'_> {
         address
     }
 
+    /// What of connection tracking is to be set. 0 leaves the kernel's value alone; what is not given has kube-proxy's
+    /// default.
     fn conntrack(&mut self, given: &file::Conntrack) -> Conntrack {
-        let timeout = |check: &mut Self, field: &str, given: GoDuration| {
+        let mut limit = |field: &str, given: Option<i32>, default: u32| {
+            let Some(given) = given else { return default };
+            u32::try_from(given).unwrap_or_else(|_| {
+                self.reject(&format!("conntrack.{field}"), format_args!("{given} is less than 0"));
+                default
+            })
+        };
+        let max_per_core = Some(limit("maxPerCore", given.max_per_core, 32 << 10)).filter(|it| *it > 0);
+        let min = limit("min", given.min, 128 << 10);
+        let mut timeout = |field: &str, given: Option<GoDuration>, default: u64| {
+            let given = given.unwrap_or_else(|| Duration::from_secs(default).into());
             let kept = given.positive();
             if kept.is_none() {
-                check.reject(&format!("conntrack.{field}"), format_args!("{given} is less than 0"));
+                self.reject(&format!("conntrack.{field}"), format_args!("{given} is less than 0"));
             }
-            kept.filter(|timeout| !timeout.is_zero())
+            // Whole seconds, which is what the kernel takes.
+            kept.filter(|timeout| timeout.as_secs() > 0)
         };
-        let limit = |check: &mut Self, field: &str, given: i32| {
-            let kept = u32::try_from(given).ok();
-            if kept.is_none() {
-                check.reject(&format!("conntrack.{field}"), format_args!("{given} is less than 0"));
-            }
-            kept
-        };
-        let kept = Conntrack {
-            max_per_core: given.max_per_core.and_then(|it| limit(self, "maxPerCore", it)),
-            min: given.min.and_then(|it| limit(self, "min", it)),
-            tcp_established_timeout: given
-                .tcp_established_timeout
-                .and_then(|it| timeout(self, "tcpEstablishedTimeout", it)),
-            tcp_close_wait_timeout: given
-                .tcp_close_wait_timeout
-                .and_then(|it| timeout(self, "tcpCloseWaitTimeout", it)),
+        let tcp_established_timeout =
+            timeout("tcpEstablishedTimeout", given.tcp_established_timeout, 24 * 3600);
+        let tcp_close_wait_timeout = timeout("tcpCloseWaitTimeout", given.tcp_close_wait_timeout, 3600);
+        let udp_timeout = timeout("udpTimeout", Some(given.udp_timeout), 0);
+        let udp_stream_timeout = timeout("udpStreamTimeout", Some(given.udp_stream_timeout), 0);
+        Conntrack {
+            max_per_core,
+            min,
+            tcp_established_timeout,
+            tcp_close_wait_timeout,
             tcp_be_liberal: given.tcp_be_liberal,
-            udp_timeout: timeout(self, "udpTimeout", given.udp_timeout),
-            udp_stream_timeout: timeout(self, "udpStreamTimeout", given.udp_stream_timeout),
-        };
-        // Neither "leave it alone", which is what happens anyway, nor kube-proxy's own defaults are somebody's wish.
-        let wished = Conntrack {
-            max_per_core: kept.max_per_core.filter(|it| ![0, 32 << 10].contains(it)),
-            min: kept.min.filter(|it| ![0, 128 << 10].contains(it)),
-            tcp_established_timeout: kept.tcp_established_timeout.filter(|it| it.as_secs() != 24 * 3600),
-            tcp_close_wait_timeout: kept.tcp_close_wait_timeout.filter(|it| it.as_secs() != 3600),
-            ..kept
-        };
-        if wished != Conntrack::default() {
-            self.warn("conntrack", "connection tracking settings are not applied by this version");
+            udp_timeout,
+            udp_stream_timeout,
         }
-        kept
+    }
+
+    fn oom_score_adj(&mut self, given: Option<i32>) -> Option<i32> {
+        if let Some(score) = given.filter(|score| !(-1000..=1000).contains(score)) {
+            self.reject("oomScoreAdj", format_args!("{score} is not from -1000 to 1000"));
+        }
+        given
+    }
+
+    fn request_limit(&mut self, configuration: &Configuration) -> Option<RequestLimit> {
+        let file::ClientConnection { qps, burst, .. } = configuration.client_connection;
+        let burst = match burst {
+            0 => 10,
+            burst => u64::try_from(burst).unwrap_or_else(|_| {
+                self.reject("clientConnection.burst", format_args!("{burst} is less than 0"));
+                1
+            }),
+        };
+        // A limit of less than a request an hour is a slip, and no agent could work with it.
+        if qps > 0.0 && qps < 1.0 / 3600.0 {
+            self.reject("clientConnection.qps", format_args!("{qps} is next to nothing"));
+            return None;
+        }
+        let window = (qps > 0.0).then(|| Duration::try_from_secs_f64(burst as f64 / qps).ok()).flatten();
+        window.map(|window| RequestLimit { requests: burst, window })
     }
 
     fn log(&mut self, args: &ConfigArgs, configuration: &Configuration) -> LogConfig {

@@ -6,8 +6,8 @@ use clap::Parser;
 use tempfile::NamedTempFile;
 
 use super::{
-    Conntrack, DetectLocal, Error, Host, Loaded, LogConfig, NodePortSetting, ProxyMode, SourceConfig,
-    flags::ConfigArgs, load,
+    Conntrack, DetectLocal, Error, Host, Loaded, LogConfig, NodePortSetting, ProxyMode, RequestLimit,
+    SourceConfig, flags::ConfigArgs, load,
 };
 use crate::model::PerFamily;
 
@@ -24,13 +24,13 @@ fn host() -> Host {
 }
 
 /// Loads flags, one a word.
-fn flags(line: &str) -> Result<Loaded, Error> {
+pub(super) fn flags(line: &str) -> Result<Loaded, Error> {
     let words = ["weir"].into_iter().chain(line.split_ascii_whitespace());
     load(&Line::try_parse_from(words).unwrap().args, &host())
 }
 
 /// Loads a file with these fields, beside these flags. The file goes by the name `FILE` in what comes back.
-fn file_with(fields: &str, line: &str) -> Result<Loaded, String> {
+pub(super) fn file_with(fields: &str, line: &str) -> Result<Loaded, String> {
     let mut file = NamedTempFile::new().unwrap();
     let head = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
     write!(file, "{head}{fields}").unwrap();
@@ -41,7 +41,7 @@ fn file_with(fields: &str, line: &str) -> Result<Loaded, String> {
     Ok(loaded)
 }
 
-fn file(fields: &str) -> Loaded {
+pub(super) fn file(fields: &str) -> Loaded {
     file_with(fields, "").unwrap()
 }
 
@@ -77,7 +77,7 @@ winkernel: {enableDSR: false, forwardHealthCheckVip: false, networkName: "", roo
 
 #[test]
 fn kubeadms_file_loads_as_kube_proxy_reads_it() {
-    let Loaded { config, warnings } = file_with(KUBEADM, "--hostname-override=Node-1").unwrap();
+    let Loaded { config, warnings, document: _ } = file_with(KUBEADM, "--hostname-override=Node-1").unwrap();
     assert_eq!(config.model.node_name, "node-1");
     assert_eq!(
         config.source,
@@ -99,7 +99,15 @@ fn kubeadms_file_loads_as_kube_proxy_reads_it() {
         (config.sync_period, config.min_sync_period),
         (Duration::from_secs(30), Duration::from_secs(1))
     );
-    assert_eq!(config.conntrack, Conntrack::default());
+    let conntrack = Conntrack {
+        max_per_core: Some(32 << 10),
+        min: 128 << 10,
+        tcp_established_timeout: Some(Duration::from_secs(24 * 3600)),
+        tcp_close_wait_timeout: Some(Duration::from_secs(3600)),
+        ..Conntrack::default()
+    };
+    assert_eq!(config.conntrack, conntrack, "kube-proxy's defaults");
+    assert_eq!((config.oom_score_adj, config.request_limit), (None, None));
     assert_eq!(config.log, LogConfig::default());
     insta::assert_snapshot!(warnings.join("\n"), @r"
         FILE: mode: no mode means auto here; only the eBPF plane serves NodePorts on 127.0.0.1 as kube-proxy may do
@@ -158,7 +166,7 @@ fn wrong_types_name_the_field_and_the_value() {
         FILE: nodePortAddresses: invalid type: string "10.0.0.0/8", expected a sequence
         FILE: nodePortAddresses[1]: invalid type: integer `7`, expected a string
         FILE: featureGates.AllowServiceExternalIPs: invalid type: string "perhaps", expected a boolean
-        FILE: conntrack: invalid type: integer `5`, expected struct Conntrack
+        FILE: conntrack: invalid type: integer `5`, expected a mapping of fields to values
     "#);
 }
 
@@ -182,6 +190,9 @@ fn wrong_values_name_the_field_and_the_value() {
         "conntrack: {min: -1, udpTimeout: -1s}",
         "hostnameOverride: ' '",
         "logging: {format: xml}",
+        "oomScoreAdj: 1001",
+        "clientConnection: {burst: -1}",
+        "clientConnection: {qps: 0.0001}",
     ];
     insta::assert_snapshot!(fields.map(complaint).join("\n"), @r"
         FILE: clusterCIDR: `10.244.0.0` is not a network such as 10.0.0.0/16 or fd00::/64
@@ -202,6 +213,9 @@ fn wrong_values_name_the_field_and_the_value() {
         FILE: conntrack.udpTimeout: -1s is less than 0
         FILE: hostnameOverride: a node's name cannot be empty
         FILE: logging.format: `xml` is neither text nor json
+        FILE: oomScoreAdj: 1001 is not from -1000 to 1000
+        FILE: clientConnection.burst: -1 is less than 0
+        FILE: clientConnection.qps: 0.0001 is next to nothing
     ");
 }
 
@@ -215,6 +229,9 @@ fn a_wrong_flag_is_called_by_its_name() {
         "--iptables-sync-period 1s --iptables-min-sync-period 2s",
         "--detect-local-mode BridgeInterface",
         "--source manifests:/d --service-cidr 10.96.0.0",
+        "--conntrack-tcp-timeout-established -1s --conntrack-max-per-core -2",
+        "--proxy-mode ipvs --ipvs-sync-period 1s --ipvs-min-sync-period 2s",
+        "--oom-score-adj 5000",
     ];
     insta::assert_snapshot!(lines.map(|line| flags(line).unwrap_err().to_string()).join("\n"), @r"
         --cluster-cidr: `10.0.0.0/8,10.1.0.0/16` has more than one network of a family
@@ -224,6 +241,10 @@ fn a_wrong_flag_is_called_by_its_name() {
         --iptables-sync-period: 1s is less than minSyncPeriod, which is 2s
         --pod-bridge-interface: the chosen way to tell local pods needs a name here
         --service-cidr: `10.96.0.0` is not a network such as 10.0.0.0/16 or fd00::/64
+        --conntrack-max-per-core: -2 is less than 0
+        --conntrack-tcp-timeout-established: -1s is less than 0
+        --ipvs-sync-period: 1s is less than minSyncPeriod, which is 2s
+        --oom-score-adj: 5000 is not from -1000 to 1000
     ");
 }
 
@@ -236,16 +257,15 @@ fn fields_that_mean_nothing_are_warned_of_by_path() {
          logging: {flushFrequency: 5s, vmodule: [{filePattern: a, verbosity: 1}]}",
     );
     assert_eq!(loaded.config.model.node_name, "b", "the last one counts");
-    insta::assert_snapshot!(loaded.warnings.join("\n"), @r"
+    insta::assert_snapshot!(loaded.warnings.join("\n"), @r#"
         FILE: hostnameOverride is given twice; the last one counts
         FILE: enableProfiling has no effect here (it is set to true)
         FILE: hostnameOverwrite is not a known field
         FILE: ipvs.scheduler has no effect here (it is set to lc)
+        FILE: logging.vmodule has no effect here (it is set to [{"filePattern":"a","verbosity":1}])
         FILE: nftables.masqueradeBits is not a known field
-        FILE: oomScoreAdj has no effect here (it is set to -500)
         these feature gates have no effect here: Other
-        FILE: conntrack: connection tracking settings are not applied by this version
-    ");
+    "#);
 }
 
 #[test]
@@ -474,10 +494,52 @@ fn r10_external_ips_follow_their_gate() {
 }
 
 #[test]
-fn conntrack_settings_are_kept_and_kube_proxys_defaults_are_no_news() {
+fn conntrack_settings_have_kube_proxys_defaults_and_zero_leaves_things_alone() {
     let defaults = "conntrack: {maxPerCore: 32768, min: 131072, tcpEstablishedTimeout: 24h, tcpCloseWaitTimeout: 1h0m0s}";
     let loaded = file(&format!("mode: nftables\n{defaults}"));
-    assert_eq!(loaded.config.conntrack.max_per_core, Some(32768));
-    assert_eq!(loaded.config.conntrack.tcp_close_wait_timeout, Some(Duration::from_secs(3600)));
+    assert_eq!(loaded.config.conntrack, flags("").unwrap().config.conntrack);
     assert_eq!(loaded.warnings, [""; 0]);
+
+    let zeros = "conntrack: {maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}";
+    assert_eq!(file(zeros).config.conntrack, Conntrack::default());
+
+    let seconds = |seconds| Some(Duration::from_secs(seconds));
+    let other = Conntrack {
+        max_per_core: Some(1),
+        min: 2,
+        tcp_established_timeout: seconds(3),
+        tcp_close_wait_timeout: seconds(4),
+        tcp_be_liberal: true,
+        udp_timeout: seconds(5),
+        udp_stream_timeout: seconds(6),
+    };
+    let fields = "conntrack: {maxPerCore: 1, min: 2, tcpEstablishedTimeout: 3s, tcpCloseWaitTimeout: 4s, \
+                  tcpBeLiberal: true, udpTimeout: 5s, udpStreamTimeout: 6s}";
+    assert_eq!(file(fields).config.conntrack, other);
+    let line = "--conntrack-max-per-core 1 --conntrack-min 2 --conntrack-tcp-timeout-established 3s \
+                --conntrack-tcp-timeout-close-wait 4s --conntrack-tcp-be-liberal --conntrack-udp-timeout 5s \
+                --conntrack-udp-timeout-stream 6s";
+    assert_eq!(flags(line).unwrap().config.conntrack, other);
+}
+
+#[test]
+fn the_request_limit_is_there_when_somebody_sets_one() {
+    let limit = |requests, millis| Some(RequestLimit { requests, window: Duration::from_millis(millis) });
+    for (fields, expected) in [
+        ("clientConnection: {qps: 0, burst: 0}", None),
+        ("clientConnection: {burst: 100}", None),
+        ("clientConnection: {qps: -1, burst: 100}", None),
+        ("clientConnection: {qps: 5, burst: 0}", limit(10, 2000)),
+        ("clientConnection: {qps: 2.5, burst: 5}", limit(5, 2000)),
+    ] {
+        assert_eq!(file(fields).config.request_limit, expected, "{fields}");
+    }
+    let config = flags("--kube-api-qps=50 --kube-api-burst=100").unwrap().config;
+    assert_eq!(config.request_limit, limit(100, 2000));
+}
+
+#[test]
+fn the_oom_score_is_the_files_or_the_flags() {
+    assert_eq!(file("oomScoreAdj: 0").config.oom_score_adj, Some(0));
+    assert_eq!(flags("--oom-score-adj -500").unwrap().config.oom_score_adj, Some(-500));
 }

@@ -16,6 +16,7 @@ mod memory;
 pub use memory::{Faulty, Memory};
 pub mod conntrack;
 pub mod ebpf;
+pub mod kube_proxy;
 pub mod nftables;
 pub mod probe;
 pub mod sockets;

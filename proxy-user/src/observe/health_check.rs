@@ -108,7 +108,8 @@ fn change(
         health: health.clone(),
     };
     for address in &addresses {
-        let server = Server::new("healthCheckNodePort", SocketAddr::new(*address, port), false);
+        let server =
+            Server::new("healthCheckNodePort", SocketAddr::new(*address, port), false).of_one_family();
         let tell = unable_to_listen(events.clone(), service.clone(), server.address);
         tokio::spawn(server.run_and_tell(router(answer.clone()), stopped.clone(), tell));
     }

@@ -1,11 +1,9 @@
 //! The metrics: kube-proxy's under their own names (section 4), ours as `weir_*`, the process's.
 //!
-//! In: calls of the loop that programs and of the servers. Out: Prometheus' text format on `/metrics`, and on the same
-//! port what kube-proxy has there (P5, P6).
+//! In: calls of the loop that programs and of the servers. Out: Prometheus' text format, for `/metrics`.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use axum::{Router, http::header, routing::any};
 use jiff::Timestamp;
 use prometheus_client::{
     encoding::text::encode_registry,
@@ -20,7 +18,14 @@ use prometheus_client::{
 };
 use std::sync::atomic::AtomicU64;
 
-use super::{names::NameMetrics, process::Process, sockets::SocketMetrics};
+use super::{
+    names::NameMetrics,
+    process::Process,
+    requests::RequestMetrics,
+    services::{PortCount, Services},
+    sockets::SocketMetrics,
+    text_format,
+};
 use crate::model::Family;
 
 pub(super) type Label = [(&'static str, &'static str); 1];
@@ -47,6 +52,8 @@ struct Inner {
     weir: Weir,
     sockets: SocketMetrics,
     names: NameMetrics,
+    requests: RequestMetrics,
+    services: Services,
 }
 
 #[derive(Debug)]
@@ -252,8 +259,12 @@ impl Metrics {
         let weir = Weir::register(&mut registry);
         let sockets = SocketMetrics::register(&mut registry);
         let names = NameMetrics::register(&mut registry);
+        let requests = RequestMetrics::register(&mut registry);
+        let services = Services::default();
+        registry.register_collector(Box::new(services.clone()));
         registry.register_collector(Box::new(Process));
-        let metrics = Self(Arc::new(Inner { registry, kube_proxy, weir, sockets, names }));
+        let metrics =
+            Self(Arc::new(Inner { registry, kube_proxy, weir, sockets, names, requests, services }));
         for family in Family::ALL {
             let of = &metrics.0.kube_proxy;
             drop(of.sync_failures.get_or_create(&family_label(family)));
@@ -351,6 +362,16 @@ impl Metrics {
         &self.0.names
     }
 
+    /// The API server was asked, by this HTTP method, and answered with this code or not at all.
+    pub fn asked(&self, method: &str, host: &str, code: Option<u16>, took: Duration) {
+        self.0.requests.asked(method, host, code, took);
+    }
+
+    /// Shows what `read` finds counted for each service port. It is called at each scrape.
+    pub fn count_services(&self, read: impl Fn() -> Vec<PortCount> + Send + Sync + 'static) {
+        self.0.services.read_with(Box::new(read));
+    }
+
     /// How full one of the sockets' plane's maps is.
     pub fn set_fill(&self, map: &'static str, elements: u32, room: u32) {
         self.0.sockets.set_fill(map, elements, room);
@@ -392,7 +413,7 @@ impl Metrics {
     pub fn render(&self) -> String {
         let mut text = String::new();
         match encode_registry(&mut text, &self.0.registry) {
-            Ok(()) => plain_text(&text),
+            Ok(()) => text_format::plain(&text),
             // Writing into a string does not fail.
             Err(std::fmt::Error) => String::new(),
         }
@@ -405,56 +426,6 @@ fn whole(number: usize) -> i64 {
 
 fn seconds_now() -> f64 {
     Timestamp::now().as_duration().as_secs_f64()
-}
-
-/// From OpenMetrics, which names counters without `_total` and writes `1.0` for a bucket of 1, to the older format that
-/// kube-proxy serves, so that names and bounds are the same to the last character.
-fn plain_text(open_metrics: &str) -> String {
-    let mut text = String::with_capacity(open_metrics.len());
-    let mut help = None;
-    for line in open_metrics.lines() {
-        if let Some(rest) = line.strip_prefix("# HELP ") {
-            help = rest.split_once(' ');
-        } else if let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' '))
-        {
-            let (suffix, kind) = match kind {
-                "counter" => ("_total", kind),
-                "info" => ("_info", "gauge"),
-                "unknown" => ("", "untyped"),
-                _ => ("", kind),
-            };
-            if let Some((_, words)) = help.take() {
-                text += &format!("# HELP {name}{suffix} {words}\n");
-            }
-            text += &format!("# TYPE {name}{suffix} {kind}\n");
-        } else if !line.starts_with('#') {
-            text += &bound_without_fraction(line);
-            text.push('\n');
-        }
-    }
-    text
-}
-
-fn bound_without_fraction(line: &str) -> std::borrow::Cow<'_, str> {
-    match line.split_once("le=\"").and_then(|(before, rest)| Some((before, rest.split_once(".0\"")?))) {
-        Some((before, (bound, after))) if !bound.contains('"') => {
-            format!("{before}le=\"{bound}\"{after}").into()
-        }
-        _ => line.into(),
-    }
-}
-
-/// `/metrics`, `/proxyMode` with the data plane's name, and `/healthz`, which always says ok (P5 to P7).
-pub fn metrics_router(metrics: &Metrics, proxy_mode: &'static str) -> Router {
-    const TEXT: (header::HeaderName, &str) = (header::CONTENT_TYPE, "text/plain; charset=utf-8");
-    const METRICS: (header::HeaderName, &str) =
-        (header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8");
-    const NOSNIFF: (header::HeaderName, &str) = (header::X_CONTENT_TYPE_OPTIONS, "nosniff");
-    let metrics = metrics.clone();
-    Router::new()
-        .route("/metrics", any(move || std::future::ready(([METRICS], metrics.render()))))
-        .route("/proxyMode", any(move || std::future::ready(([TEXT, NOSNIFF], proxy_mode))))
-        .route("/healthz", any(|| std::future::ready(([TEXT, NOSNIFF], "ok"))))
 }
 
 #[cfg(test)]
@@ -478,6 +449,20 @@ mod tests {
         }
         metrics.healthz_answered(false);
         metrics.livez_answered(true);
+        metrics.asked("GET", "192.0.2.1:6443", Some(200), Duration::from_millis(3));
+        metrics.asked("GET", "192.0.2.1:6443", None, Duration::from_millis(3));
+        let count = |port: &str, served, refused| PortCount {
+            namespace: "shop".to_owned(),
+            service: "cart".to_owned(),
+            port: port.to_owned(),
+            protocol: "TCP".to_owned(),
+            served,
+            refused,
+        };
+        // The first port in two families, the last one used by nobody.
+        metrics.count_services(move || {
+            vec![count("http", 2, 0), count("http", 3, 1), count("", 0, 4), count("grpc", 0, 0)]
+        });
         metrics.set_size(1, 2, 3);
         metrics.changes_applied(7);
         metrics.reconciled("start");
@@ -496,11 +481,16 @@ mod tests {
         let text = used();
         let types: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();
         insta::assert_snapshot!(types.join("\n"), @r"
+            rest_client_requests_total counter
+            rest_client_request_duration_seconds histogram
+            weir_service_connections_total counter
+            weir_service_refusals_total counter
             process_cpu_seconds_total counter
             process_start_time_seconds gauge
             process_resident_memory_bytes gauge
             process_virtual_memory_bytes gauge
             process_open_fds gauge
+            process_max_fds gauge
             kubeproxy_sync_proxy_rules_duration_seconds histogram
             kubeproxy_sync_full_proxy_rules_duration_seconds histogram
             kubeproxy_sync_partial_proxy_rules_duration_seconds histogram
@@ -549,9 +539,20 @@ mod tests {
             "kubeproxy_proxy_livez_total{code=\"200\"} 1",
             "weir_reconciles_total{reason=\"start\"} 1",
             "weir_changes_applied_total 7",
+            "rest_client_requests_total{code=\"200\",host=\"192.0.2.1:6443\",method=\"GET\"} 1",
+            "rest_client_requests_total{code=\"<error>\",host=\"192.0.2.1:6443\",method=\"GET\"} 1",
+            "rest_client_request_duration_seconds_bucket{le=\"0.005\",host=\"192.0.2.1:6443\",verb=\"GET\"} 2",
+            "weir_service_connections_total{namespace=\"shop\",port=\"http\",protocol=\"TCP\",service=\"cart\"} 5",
+            "weir_service_refusals_total{namespace=\"shop\",port=\"http\",protocol=\"TCP\",service=\"cart\"} 1",
+            "weir_service_refusals_total{namespace=\"shop\",port=\"\",protocol=\"TCP\",service=\"cart\"} 4",
         ] {
             assert!(text.lines().any(|it| it == line), "{line} is missing from\n{text}");
         }
+    }
+
+    #[test]
+    fn what_nobody_used_makes_no_series() {
+        assert!(!used().contains("port=\"grpc\""));
     }
 
     #[test]

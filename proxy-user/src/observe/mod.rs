@@ -4,19 +4,25 @@
 //! endpoints that kube-proxy has, and event objects. Of Services nothing here knows more than their names, of the
 //! kernel nothing at all.
 
+mod admin;
 mod events;
 mod health;
 mod health_check;
 mod metrics;
 mod names;
 mod process;
+mod requests;
 mod server;
+mod services;
 mod sockets;
 mod telemetry;
+mod text_format;
 
+pub use admin::{About, admin_router};
 pub use events::{Events, Trouble};
 pub use health::{Answer, Health, Moment, ProxyHealth, health_router};
 pub use health_check::{HealthCheckState, HealthChecks};
-pub use metrics::{Metrics, TrafficPolicy, metrics_router};
+pub use metrics::{Metrics, TrafficPolicy};
 pub use server::{Server, ServerError};
+pub use services::PortCount;
 pub use telemetry::{Telemetry, TelemetryError};

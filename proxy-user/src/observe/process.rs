@@ -23,6 +23,7 @@ struct Usage {
     resident_bytes: u64,
     virtual_bytes: u64,
     open_fds: u64,
+    max_fds: u64,
 }
 
 impl Usage {
@@ -33,12 +34,14 @@ impl Usage {
         let ticks = |index: usize| fields.get(index)?.parse::<f64>().ok();
         let status = fs::read_to_string("/proc/self/status").ok()?;
         let boot = fs::read_to_string("/proc/stat").ok()?;
+        let limits = fs::read_to_string("/proc/self/limits").ok()?;
         Some(Self {
             cpu_seconds: (ticks(11)? + ticks(12)?) / TICKS,
             start_seconds: number(&boot, "btime ")? as f64 + ticks(19)? / TICKS,
             resident_bytes: number(&status, "VmRSS:")? * 1024,
             virtual_bytes: number(&status, "VmSize:")? * 1024,
             open_fds: fs::read_dir("/proc/self/fd").ok()?.count() as u64,
+            max_fds: number(&limits, "Max open files").unwrap_or(u64::MAX),
         })
     }
 }
@@ -51,7 +54,7 @@ fn number(text: &str, label: &str) -> Option<u64> {
 impl Collector for Process {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
         let Some(usage) = Usage::read() else { return Ok(()) };
-        let Usage { cpu_seconds, start_seconds, resident_bytes, virtual_bytes, open_fds } = usage;
+        let Usage { cpu_seconds, start_seconds, resident_bytes, virtual_bytes, open_fds, max_fds } = usage;
         let mut metric = |name, help, value: &dyn EncodeMetric| {
             value.encode(encoder.encode_descriptor(name, help, None, value.metric_type())?)
         };
@@ -69,6 +72,7 @@ impl Collector for Process {
         metric("process_resident_memory_bytes", "Resident memory size in bytes", &bytes)?;
         let bytes = ConstGauge::new(virtual_bytes);
         metric("process_virtual_memory_bytes", "Virtual memory size in bytes", &bytes)?;
-        metric("process_open_fds", "Number of open file descriptors", &ConstGauge::new(open_fds))
+        metric("process_open_fds", "Number of open file descriptors", &ConstGauge::new(open_fds))?;
+        metric("process_max_fds", "Maximum number of open file descriptors", &ConstGauge::new(max_fds))
     }
 }

@@ -5,6 +5,7 @@
 use std::{io, net::SocketAddr, time::Duration};
 
 use axum::Router;
+use socket2::{Domain, Socket, Type};
 use tokio::{net::TcpListener, sync::watch};
 use tracing::{error, info};
 
@@ -35,13 +36,21 @@ pub struct Server {
     pub hard_fail: bool,
     /// How long to wait before trying again.
     pub retry: Duration,
+    /// Whether `[::]` leaves IPv4 to another server on the same port.
+    pub v6_only: bool,
 }
 
 impl Server {
     /// A server that tries again every 5 seconds, unless `hard_fail`.
     #[must_use]
     pub const fn new(name: &'static str, address: SocketAddr, hard_fail: bool) -> Self {
-        Self { name, address, hard_fail, retry: Duration::from_secs(5) }
+        Self { name, address, hard_fail, retry: Duration::from_secs(5), v6_only: false }
+    }
+
+    /// One that leaves the other family's addresses to another server.
+    #[must_use]
+    pub const fn of_one_family(self) -> Self {
+        Self { v6_only: true, ..self }
     }
 
     /// Serves `router` until `stop` becomes true or its sender is gone; then finishes what is under way.
@@ -84,9 +93,23 @@ impl Server {
     }
 
     async fn attempt(&self, router: Router, stop: watch::Receiver<bool>) -> io::Result<()> {
-        let listener = TcpListener::bind(self.address).await?;
+        let listener = self.listen().await?;
         info!(server = self.name, address = %listener.local_addr()?, "serving");
         serve(listener, router, stop).await
+    }
+}
+
+impl Server {
+    async fn listen(&self) -> io::Result<TcpListener> {
+        if !(self.v6_only && self.address.is_ipv6()) {
+            return TcpListener::bind(self.address).await;
+        }
+        let socket = Socket::new(Domain::IPV6, Type::STREAM.nonblocking(), None)?;
+        socket.set_only_v6(true)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&self.address.into())?;
+        socket.listen(1024)?;
+        TcpListener::from_std(socket.into())
     }
 }
 
@@ -124,7 +147,7 @@ mod tests {
     use super::*;
     use crate::{
         model::Family,
-        observe::{Health, Metrics, health_router, metrics_router},
+        observe::{About, Health, Metrics, admin_router, health_router},
     };
 
     const LOCAL: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
@@ -134,6 +157,15 @@ mod tests {
         address: SocketAddr,
         stop: watch::Sender<bool>,
         task: tokio::task::JoinHandle<io::Result<()>>,
+    }
+
+    fn about() -> About {
+        let configuration = serde_json::json!({"mode": "auto"});
+        About {
+            proxy_mode: "nftables",
+            configuration,
+            words: vec!["run".to_owned(), "--profiling".to_owned()],
+        }
     }
 
     async fn start(router: Router) -> Running {
@@ -191,7 +223,7 @@ mod tests {
 
     #[tokio::test]
     async fn p5_p6_p7_metrics_over_http() {
-        let server = start(metrics_router(&Metrics::new(), "nftables")).await;
+        let server = start(admin_router(&Metrics::new(), about())).await;
         assert_eq!(body(&get(server.address, "/healthz").await.unwrap()), "ok");
         let mode = get(server.address, "/proxyMode").await.unwrap();
         assert_eq!(body(&mode), "nftables");
@@ -200,6 +232,13 @@ mod tests {
         let metrics = get(server.address, "/metrics").await.unwrap();
         assert_eq!(header(&metrics, "content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
         assert!(body(&metrics).contains("kubeproxy_sync_proxy_rules_service_changes_total 0\n"));
+        let configuration = get(server.address, "/configz").await.unwrap();
+        assert_eq!(header(&configuration, "content-type"), Some("application/json"));
+        assert_eq!(body(&configuration), r#"{"kubeproxy.config.k8s.io":{"mode":"auto"}}"#);
+        let flags = get(server.address, "/flagz").await.unwrap();
+        assert_eq!(header(&flags, "content-type"), Some("text/plain; charset=utf-8"));
+        assert!(body(&flags).ends_with("\n\nprofiling=true\n"), "{flags}");
+        assert!(body(&get(server.address, "/statusz").await.unwrap()).contains("\nStarted: "));
     }
 
     #[tokio::test]
@@ -218,7 +257,7 @@ mod tests {
         let (stop, stopping) = watch::channel(false);
         let retry = Duration::from_millis(5);
         let server = Server { retry, ..Server::new("healthz", address, false) };
-        let task = tokio::spawn(server.run(metrics_router(&Metrics::new(), "nftables"), stopping));
+        let task = tokio::spawn(server.run(admin_router(&Metrics::new(), about()), stopping));
         // There is one thread, so the server makes its first attempt now, and fails.
         tokio::task::yield_now().await;
         drop(taken);
@@ -233,6 +272,18 @@ mod tests {
         assert_eq!(body(&answer.await.unwrap()), "ok");
         stop.send(true).unwrap();
         timeout(LONG, task).await.unwrap().unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn h3_two_families_have_a_server_each_on_one_port() {
+        let v6 =
+            |port| Server::new("v6", (std::net::Ipv6Addr::UNSPECIFIED, port).into(), true).of_one_family();
+        let first = v6(0).listen().await.unwrap();
+        let port = first.local_addr().unwrap().port();
+        let second = Server::new("v4", (Ipv4Addr::UNSPECIFIED, port).into(), true).listen().await.unwrap();
+        drop(first);
+        v6(port).listen().await.unwrap();
+        drop(second);
     }
 
     #[tokio::test]

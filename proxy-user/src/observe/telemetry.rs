@@ -1,18 +1,25 @@
 //! Sets logging up: text or JSON lines on standard error.
 //!
-//! In: the format and kube-proxy's `-v`. Out: a handle that changes the filter while the agent runs.
+//! In: the format and kube-proxy's `-v`. Out: a handle that changes both while the agent runs.
 
 use std::io::IsTerminal as _;
 
 use crate::config::LogConfig;
 use tracing_subscriber::{
-    EnvFilter, Layer as _, Registry, fmt, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _,
+    EnvFilter, Layer, Registry, fmt,
+    layer::{Layered, SubscriberExt as _},
+    reload,
+    util::SubscriberInitExt as _,
 };
 
-/// Changes what is logged; dropping it changes nothing.
-#[derive(Clone, Debug)]
+type Filtered = Layered<reload::Layer<EnvFilter, Registry>, Registry>;
+type Lines = Box<dyn Layer<Filtered> + Send + Sync>;
+
+/// Changes what is logged, and how; dropping it changes nothing.
+#[derive(Clone)]
 pub struct Telemetry {
     filter: reload::Handle<EnvFilter, Registry>,
+    lines: reload::Handle<Lines, Filtered>,
 }
 
 /// Why logging is not as asked for.
@@ -52,26 +59,34 @@ impl Telemetry {
     ///
     /// When `WEIR_LOG` is no filter, or logging is set up already.
     pub fn init(config: LogConfig) -> Result<Self, TelemetryError> {
-        let LogConfig { verbosity, json } = config;
-        let chosen = std::env::var("WEIR_LOG").ok().filter(|filter| !filter.is_empty());
-        let (filter, handle) = reload::Layer::new(parse(chosen.as_deref().unwrap_or(directives(verbosity)))?);
-        let lines = fmt::layer().with_writer(std::io::stderr);
-        let lines = if json {
-            lines.json().flatten_event(true).boxed()
-        } else {
-            lines.with_ansi(std::io::stderr().is_terminal()).boxed()
-        };
+        let (filter, filter_handle) = reload::Layer::new(filter(config)?);
+        let (lines, lines_handle) = reload::Layer::new(lines(config));
         tracing_subscriber::registry().with(filter).with(lines).try_init()?;
-        Ok(Self { filter: handle })
+        Ok(Self { filter: filter_handle, lines: lines_handle })
     }
 
-    /// Changes what is logged from now on, in the syntax of `tracing_subscriber::EnvFilter`.
+    /// Logs from now on as [`Telemetry::init`] would with these settings.
     ///
     /// # Errors
     ///
-    /// When `directives` is no filter.
-    pub fn set_filter(&self, directives: &str) -> Result<(), TelemetryError> {
-        Ok(self.filter.reload(parse(directives)?)?)
+    /// When `WEIR_LOG` is no filter.
+    pub fn set(&self, config: LogConfig) -> Result<(), TelemetryError> {
+        self.filter.reload(filter(config)?)?;
+        Ok(self.lines.reload(lines(config))?)
+    }
+}
+
+fn filter(config: LogConfig) -> Result<EnvFilter, TelemetryError> {
+    let chosen = std::env::var("WEIR_LOG").ok().filter(|filter| !filter.is_empty());
+    parse(chosen.as_deref().unwrap_or(directives(config.verbosity)))
+}
+
+fn lines(config: LogConfig) -> Lines {
+    let lines = fmt::layer().with_writer(std::io::stderr);
+    if config.json {
+        lines.json().flatten_event(true).boxed()
+    } else {
+        lines.with_ansi(std::io::stderr().is_terminal()).boxed()
     }
 }
 

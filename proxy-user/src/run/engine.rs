@@ -13,7 +13,7 @@ use std::{
 };
 
 use k8s_openapi::jiff::Timestamp;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{Addresses, census::Census, served};
 use crate::{
@@ -72,6 +72,12 @@ pub(super) struct Engine {
     replanned: Vec<ObjectName>,
     /// The Services that have a health check now.
     checked: HashMap<ObjectName, HealthCheckState>,
+    /// How many changes of Services and of slices are taken in and not yet in force.
+    pending: (usize, usize),
+    /// Who waits for everything to be in force.
+    first: Option<oneshot::Sender<()>>,
+    /// Whether everything that can be has been in force since the start.
+    served: bool,
     /// Slices taken in and not yet in force: their family and when the endpoints changed.
     triggers: Vec<(Family, Timestamp)>,
 }
@@ -107,6 +113,9 @@ impl Engine {
             repairs_in_a_row: 0,
             replanned: Vec::new(),
             checked: HashMap::new(),
+            pending: (0, 0),
+            first: None,
+            served: false,
             triggers: Vec::new(),
         }
     }
@@ -124,6 +133,11 @@ impl Engine {
     /// Tells there of service ports that cannot be programmed.
     pub(super) fn with_events(self, events: Events) -> Self {
         Self { events, ..self }
+    }
+
+    /// Tells there once everything is in force.
+    pub(super) fn with_first(self, first: Option<oneshot::Sender<()>>) -> Self {
+        Self { first, ..self }
     }
 
     /// Whether a source without this node's Node is no reason to keep load balancers away.
@@ -177,9 +191,11 @@ impl Engine {
             for change in taken.drain(..) {
                 self.take_in(change);
             }
-            let unknown = self.node_is_optional && !self.model.knows_node();
-            self.health.set_eligible(unknown || self.model.node_eligible());
             self.bring_up_to_date();
+            self.metrics.set_pending(self.pending.0, self.pending.1);
+            // A node whose Services are not programmed yet is none to send traffic to (P3), whatever its Node says.
+            let unknown = self.node_is_optional && !self.model.knows_node();
+            self.health.set_eligible(self.served && (unknown || self.model.node_eligible()));
         }
     }
 
@@ -210,9 +226,13 @@ impl Engine {
 
     fn take_in(&mut self, change: Change) {
         match &change {
-            Change::Apply(Object::Service(_)) => self.metrics.service_changed(),
+            Change::Apply(Object::Service(_)) => {
+                self.metrics.service_changed();
+                self.pending.0 += 1;
+            }
             Change::Apply(Object::EndpointSlice(slice)) => {
                 self.metrics.endpoints_changed();
+                self.pending.1 += 1;
                 self.triggers.extend(trigger(slice).filter(|(_, at)| *at > self.started));
             }
             Change::Apply(_) | Change::Delete(..) | Change::Synced(_) => {}
@@ -243,6 +263,7 @@ impl Engine {
         };
         if delta.is_empty() {
             self.metrics.set_unprogrammed(0);
+            self.pending = (0, 0);
             return self.tell_health_checks();
         }
         for family in &self.families {
@@ -276,6 +297,7 @@ impl Engine {
             }
         };
         self.metrics.set_unprogrammed(refused.len());
+        self.served = true;
         let in_force = || delta.ports.iter().filter(|port| port.id().is_some_and(|id| !refused.contains(id)));
         if delta.complete {
             self.census = Census::default();
@@ -352,6 +374,11 @@ impl Engine {
         for family in &self.families {
             self.health.updated(*family);
             self.metrics.synced(*family, delta.complete, started.elapsed());
+        }
+        self.pending = (0, 0);
+        if let Some(first) = self.first.take() {
+            // Whoever waited may have given up.
+            let _ = first.send(());
         }
         let now = Timestamp::now();
         for (family, at) in self.triggers.drain(..) {

@@ -6,38 +6,49 @@
 //! rule set watch (own thread) ──┘  ▼ kernel
 //! ```
 
-use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use anyhow::{Context as _, bail};
 use tokio::sync::{mpsc, watch};
 
 use crate::{
-    config::{Config, KernelArgs, Loaded, LogArgs, SourceConfig},
+    config::{Config, KernelArgs, Loaded, LogArgs, RequestLimit, SourceConfig},
     dataplane::{
         Dataplane as _, Memory, Stack, State,
         conntrack::{Conntrack, Suspects},
         ebpf::{Place, Retired},
+        kube_proxy,
         nftables::Nftables,
     },
     model::{Family, Model, PerFamily},
-    observe::{Events, Health, HealthChecks, Metrics, Server, Telemetry, health_router, metrics_router},
+    observe::{About, Events, Health, HealthChecks, Metrics, Server, Telemetry, admin_router, health_router},
     plan::{Frontend, Planner, PortId},
     source::{
         Change, SourceStatus, host,
-        kube::{self, Connection, Credentials, KubeSource},
+        kube::{self, Asked, Connection, Credentials, KubeSource, Manner},
         manifests::{self, ManifestSource, ManifestStatus},
     },
 };
 
+mod bpffs;
 mod census;
 mod choice;
 mod dns;
 mod engine;
+mod machine;
 mod planes;
 pub mod pods;
+mod reload;
 mod sockets;
+mod takeover;
 
 pub use choice::choose;
+pub use reload::Again;
 
 use engine::{Engine, Inputs};
 use planes::Planes;
@@ -45,38 +56,64 @@ use planes::Planes;
 /// Changes that may wait between a source and the engine; a source that is further ahead waits itself.
 const WAITING_CHANGES: usize = 4096;
 
-/// Programs this node until told to stop. What is programmed stays when this ends.
+/// Programs this node until told to stop, or until the configuration file changes: then this program starts anew. What
+/// is programmed stays when this ends. `again` reads the configuration once more.
 ///
 /// # Errors
 ///
 /// When the kernel refuses what the data plane needs, the source's credentials are unusable, or a server that must
 /// listen cannot.
-pub fn run(loaded: Loaded) -> anyhow::Result<()> {
-    let Loaded { config, warnings } = loaded;
-    Telemetry::init(config.log)?;
-    for warning in warnings {
+pub fn run(loaded: Loaded, again: Again) -> anyhow::Result<()> {
+    let telemetry = Telemetry::init(loaded.config.log)?;
+    for warning in &loaded.warnings {
         tracing::warn!("{warning}");
     }
-    let planes = Planes::open(&config)?;
+    machine::prepare(&loaded.config.conntrack, loaded.config.oom_score_adj);
+    let planes = Planes::open(&loaded.config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .context("starting the runtime")?;
-    let result = runtime.block_on(serve(config, planes));
+    let result = runtime.block_on(async {
+        tokio::spawn(reload::follow_hangups(Arc::clone(&again), telemetry));
+        let file = loaded.config.file.clone();
+        let about = About {
+            proxy_mode: planes.mode(),
+            configuration: loaded.document.clone(),
+            words: std::env::args().skip(1).collect(),
+        };
+        serve(loaded.config.clone(), about, planes, reload::changed(file, loaded, again, reload::LOOK)).await
+    });
     // A watch thread may be waiting in the kernel; it holds nothing that needs an orderly end.
     runtime.shutdown_background();
-    result
+    match result? {
+        Ended::Told => Ok(()),
+        Ended::Changed => Err(reload::start_anew()),
+    }
 }
 
-async fn serve(config: Config, planes: Planes) -> anyhow::Result<()> {
+/// Why the agent ends without an error.
+enum Ended {
+    Told,
+    Changed,
+}
+
+async fn serve(
+    config: Config,
+    about: About,
+    planes: Planes,
+    changed: impl Future<Output = ()>,
+) -> anyhow::Result<Ended> {
     let (stop, stopping) = watch::channel(false);
     let metrics = Metrics::new();
     let health = Health::new(config.sync_period);
     let (changes_in, changes) = mpsc::channel(WAITING_CHANGES);
     let (addresses_in, addresses) = watch::channel(Vec::new());
-    let mode = planes.mode();
-    let Planes { plane, foreign, sockets } = planes;
+    let Planes { plane, foreign, sockets, counted } = planes;
+    if let Some(counted) = counted {
+        metrics.count_services(move || sockets::counts(&counted));
+    }
     let place = sockets.as_ref();
     let events = start_source(&config, changes_in, place, &metrics).await?;
     let closing = match place {
@@ -100,25 +137,34 @@ async fn serve(config: Config, planes: Planes) -> anyhow::Result<()> {
         .with_names(names)
         .with_optional_node(matches!(config.source, SourceConfig::Manifests { .. }))
         .with_conntrack(clean_conntrack(metrics.clone())?)
-        .with_sockets(closing);
+        .with_sockets(closing)
+        .with_first(config.take_over.then(takeover::start));
     let inputs = Inputs { changes, addresses, foreign, stopping: stopping.clone() };
     let engine = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(engine.run(inputs));
         anyhow::Ok(())
     })?;
-    let servers = tokio::spawn(serve_http(config, health, metrics, mode, stopping));
+    let servers = tokio::spawn(serve_http(config, health, metrics, about, stopping));
 
-    tokio::select! {
-        name = signalled() => tracing::info!(signal = name?, "stopping; what is programmed stays in the kernel"),
-        ended = servers => ended??,
+    let ended = tokio::select! {
+        name = signalled() => {
+            tracing::info!(signal = name?, "stopping; what is programmed stays in the kernel");
+            Ended::Told
+        }
+        () = changed => Ended::Changed,
+        ended = servers => {
+            ended??;
+            Ended::Told
+        }
         () = sockets::removed(sockets) => {
             bail!("somebody removed our kernel programs or their maps from the BPF file system; start the agent again")
         }
-    }
+    };
     stop.send_replace(true);
-    let ended = tokio::task::spawn_blocking(move || engine.join()).await?;
-    ended.map_err(|_| anyhow::anyhow!("the engine panicked"))?
+    let engine = tokio::task::spawn_blocking(move || engine.join()).await?;
+    engine.map_err(|_| anyhow::anyhow!("the engine panicked"))??;
+    Ok(ended)
 }
 
 /// Waits for a signal that asks to end.
@@ -147,7 +193,7 @@ async fn start_source(
             });
             let servers = servers.collect::<anyhow::Result<_>>()?;
             let source = KubeSource { credentials, servers, node: config.model.node_name.clone() };
-            let connection = Connection::open(source).await?;
+            let connection = Connection::open_with(source, manner(config, metrics)).await?;
             tracing::info!(node = config.model.node_name, server = %connection.server(), "watching the API server");
             let events = Events::start(connection.client(), &config.model.node_name);
             if let Some(place) = sockets {
@@ -169,6 +215,16 @@ async fn start_source(
             Events::logged()
         }
     })
+}
+
+/// How the API server is asked; every request is counted.
+fn manner(config: &Config, metrics: &Metrics) -> Manner {
+    let limit = config.request_limit.map(|RequestLimit { requests, window }| (requests, window));
+    let metrics = metrics.clone();
+    let tell = move |asked: &Asked<'_>| {
+        metrics.asked(asked.method.as_str(), asked.host, asked.code, asked.took);
+    };
+    Manner { limit, tell: Some(Arc::new(tell)) }
 }
 
 fn manifest_source(config: &Config) -> anyhow::Result<ManifestSource> {
@@ -216,7 +272,7 @@ async fn serve_http(
     config: Config,
     health: Health,
     metrics: Metrics,
-    mode: &'static str,
+    about: About,
     stopping: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
     let server = |name, address, router| {
@@ -237,7 +293,7 @@ async fn serve_http(
     };
     tokio::try_join!(
         server("healthz", config.healthz, health_router(&health, &metrics)),
-        server("metrics", config.metrics, metrics_router(&metrics, mode)),
+        server("metrics", config.metrics, admin_router(&metrics, about)),
     )?;
     Ok(())
 }
@@ -248,7 +304,7 @@ async fn serve_http(
 ///
 /// When the source is not a directory, or something in it is wrong.
 pub fn plan(loaded: Loaded) -> anyhow::Result<(State, BTreeMap<Frontend, PortId>)> {
-    let Loaded { config, warnings } = loaded;
+    let Loaded { config, warnings, document: _ } = loaded;
     Telemetry::init(config.log)?;
     for warning in warnings {
         tracing::warn!("{warning}");
@@ -271,12 +327,49 @@ pub fn plan(loaded: Loaded) -> anyhow::Result<(State, BTreeMap<Frontend, PortId>
     Ok((memory.dump()?, owners))
 }
 
-/// Takes everything of ours out of the kernel.
+/// Does what needs privileges the agent can do without afterwards: connection tracking, and a bpffs. Nothing is programmed.
+///
+/// # Errors
+///
+/// When logging cannot be set up, or something without which the agent would not start cannot be done.
+pub fn init_only(loaded: &Loaded) -> anyhow::Result<()> {
+    let Loaded { config, warnings, document: _ } = loaded;
+    Telemetry::init(config.log)?;
+    for warning in warnings {
+        tracing::warn!("{warning}");
+    }
+    machine::prepare(&config.conntrack, config.oom_score_adj);
+    bpffs::ensure(config)
+}
+
+/// Writes the whole configuration, defaults and all, to a file.
+///
+/// # Errors
+///
+/// When the file cannot be written.
+pub fn write_config(loaded: &Loaded, path: &Path) -> anyhow::Result<()> {
+    let text = serde_yaml_ng::to_string(&loaded.document)?;
+    std::fs::write(path, text).with_context(|| format!("cannot write `{}`", path.display()))
+}
+
+/// Takes what kube-proxy left out of the kernel.
 ///
 /// # Errors
 ///
 /// When something could not be removed.
-pub fn cleanup(kernel: &KernelArgs, log: &LogArgs) -> anyhow::Result<()> {
+pub fn cleanup_kube_proxy(log: &LogArgs) -> anyhow::Result<()> {
+    Telemetry::init(log.config())?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    takeover::tell(runtime.block_on(kube_proxy::remove())?);
+    Ok(())
+}
+
+/// Takes everything of ours out of the kernel, and with `stay` lives on until told to end, as pods have to.
+///
+/// # Errors
+///
+/// When something could not be removed.
+pub fn cleanup(kernel: &KernelArgs, log: &LogArgs, stay: bool) -> anyhow::Result<()> {
     Telemetry::init(log.config())?;
     let place = Place { bpf_root: kernel.bpf_root.clone(), cgroup_root: PathBuf::new() };
     let packets = Nftables::open(PerFamily { v4: true, v6: true })?;
@@ -285,6 +378,14 @@ pub fn cleanup(kernel: &KernelArgs, log: &LogArgs) -> anyhow::Result<()> {
         bpf_root = %kernel.bpf_root.display(),
         "removed the tables ip weir and ip6 weir, and the kernel programs with their maps"
     );
+    if stay { ended() } else { Ok(()) }
+}
+
+/// Waits until told to end.
+fn ended() -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let name = runtime.block_on(signalled())?;
+    tracing::info!(signal = name, "stopping");
     Ok(())
 }
 

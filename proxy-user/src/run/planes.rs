@@ -10,7 +10,7 @@ use crate::{
     config::Config,
     dataplane::{
         Dataplane, Stack,
-        ebpf::{Ebpf, Place, Retired},
+        ebpf::{Counted, Ebpf, Place, Retired},
         nftables::{Nftables, Seen},
         probe::Probe,
     },
@@ -24,6 +24,8 @@ pub(super) struct Planes {
     pub(super) foreign: mpsc::Receiver<Seen>,
     /// Where the sockets' plane is, if there is one.
     pub(super) sockets: Option<Place>,
+    /// What the sockets' plane counts.
+    pub(super) counted: Option<Counted>,
 }
 
 impl Planes {
@@ -35,11 +37,12 @@ impl Planes {
         let place = Place { bpf_root: config.bpf_root.clone(), cgroup_root: config.cgroup_root.clone() };
         let probe = || Probe::of(&place.cgroup_root, &place.bpf_root);
         let sockets = choose(config.mode, probe, |probe| Ebpf::open(place.clone(), probe.set_retval))?;
+        let counted = sockets.as_ref().map(Ebpf::counted);
         let (plane, sockets): (Box<dyn Dataplane>, _) = match sockets {
             Some(sockets) => (Box::new(Stack::new(packets, sockets)), Some(place)),
             None => (Box::new(Stack::new(packets, Retired::new(place))), None),
         };
-        Ok(Self { plane, foreign, sockets })
+        Ok(Self { plane, foreign, sockets, counted })
     }
 
     /// The name of what serves, as `/proxyMode` tells it.

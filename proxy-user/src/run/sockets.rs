@@ -15,10 +15,11 @@ use tokio::sync::watch;
 
 use crate::{
     dataplane::{
-        ebpf::{BypassCensus, Place, forget_clients as forget},
+        ebpf::{BypassCensus, Counted, Place, forget_clients as forget},
         sockets::{Sockets, Suspects},
     },
-    observe::Metrics,
+    observe::{Metrics, PortCount},
+    plan::PortId,
 };
 
 /// Where network namespaces of pods have names, if their runtime gives them some.
@@ -33,10 +34,14 @@ const FORGET: Duration = Duration::from_secs(60);
 /// What each of [`proxy_ebpf::trouble`] is called, and what it means.
 const TROUBLES: [(&str, &str); proxy_ebpf::trouble::COUNT as usize] = [
     ("affinity-full", "clients of Services with session affinity could not be remembered"),
-    ("socket-storage", "sockets could not be remembered; their packets are led to backends instead"),
+    (
+        "socket-storage",
+        "unconnected sockets could not be remembered; their packets are led to backends instead",
+    ),
     ("flows-full", "sockets without a connection spoke to more Services at a time than are remembered"),
     ("slots", "the map of backends was not as it should be; were our maps changed by others?"),
     ("homes-full", "pods that listen on a Service's address themselves are led to the Service all the same"),
+    ("origins-full", "connected sockets could not be remembered; their packets are led to backends instead"),
 ];
 
 /// Closes sockets whose backend serves no longer, behind the engine's back. Where that is not possible, one warning says
@@ -60,12 +65,30 @@ pub(super) fn close(maps: &Path, metrics: &Metrics) -> anyhow::Result<Option<mps
     Ok(Some(sender))
 }
 
+/// What was counted for each service port; nothing where that cannot be read.
+pub(super) fn counts(counted: &Counted) -> Vec<PortCount> {
+    let tallies = counted.read().unwrap_or_else(|error| {
+        tracing::debug!(%error, "cannot read what the programs counted");
+        Default::default()
+    });
+    let count = |(id, tally): (PortId, proxy_ebpf::Tally)| PortCount {
+        namespace: id.service.namespace().to_owned(),
+        service: id.service.name().to_owned(),
+        port: id.port.to_string(),
+        protocol: id.protocol.to_string(),
+        served: tally.served,
+        refused: tally.refused,
+    };
+    tallies.into_iter().map(count).collect()
+}
+
 /// Says what goes wrong inside the programs.
 pub(super) fn watch_troubles(maps: &Path, metrics: &Metrics) -> anyhow::Result<()> {
     let path = maps.join("troubles");
     let map = MapData::from_pin(&path).with_context(|| format!("opening {}", path.display()))?;
     let map = PerCpuArray::<_, u64>::try_from(Map::PerCpuArray(map))?;
     let metrics = metrics.clone();
+    TROUBLES.iter().for_each(|(name, _)| metrics.count_trouble(name, 0));
     tokio::spawn(async move {
         let mut known = [None; TROUBLES.len()];
         let mut interval = tokio::time::interval(LOOK);

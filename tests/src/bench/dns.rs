@@ -128,7 +128,9 @@ fn read<T: serde::de::DeserializeOwned + Default>(value: &Value) -> T {
 /// A Service with a ClusterIP and a headless one with three endpoints.
 fn objects(number: u8) -> [Object; 3] {
     let ports = json!([{ "name": "http", "port": 80 }]);
-    let endpoints = (1..4).map(|last| json!({ "addresses": [format!("10.244.{number}.{last}")], "hostname": format!("e{last}") }));
+    let endpoints = (1..4).map(
+        |last| json!({ "addresses": [format!("10.244.{number}.{last}")], "hostname": format!("e{last}") }),
+    );
     let (web, db) = (format!("web-{number}"), format!("db-{number}"));
     [
         service(&web, &json!({ "clusterIP": format!("10.96.8.{number}"), "ports": ports.clone() })),
@@ -150,7 +152,9 @@ fn start(namespace: &Namespace, cluster: &ControlPlane<'_>, directory: &Path) ->
     std::fs::write(&corefile, block)?;
     let coredns = vec!["-conf".to_owned(), corefile.display().to_string()];
     let mut weir: Vec<String> =
-        ["run", "--dns", "--proxy-mode=nftables", "--hostname-override=n", "--dns-rate=100000000"].map(str::to_owned).into();
+        ["run", "--dns", "--proxy-mode=nftables", "--hostname-override=n", "--dns-rate=100000000"]
+            .map(str::to_owned)
+            .into();
     weir.push(format!("--kubeconfig={}", kubeconfig.display()));
     let launch = |name, program: &Path, arguments: &[String], address: &str| -> Result<Server> {
         let process = Process::start(namespace, program, arguments, directory)?;
@@ -246,7 +250,11 @@ fn first_answers(
 ) -> Result<()> {
     let endpoint = format!("new-{number}");
     let name = format!("{endpoint}.db-0.default.svc.cluster.local.");
-    let more = slice(&endpoint, "db-0", &json!([{ "addresses": [format!("10.245.0.{}", number + 1)], "hostname": endpoint }]));
+    let more = slice(
+        &endpoint,
+        "db-0",
+        &json!([{ "addresses": [format!("10.245.0.{}", number + 1)], "hostname": endpoint }]),
+    );
     let stop = Arc::new(AtomicBool::new(false));
     let threads = servers.iter().map(|server| {
         let (address, name, stop) = (server.address, name.clone(), Arc::clone(&stop));
@@ -255,8 +263,10 @@ fn first_answers(
     let threads = threads.collect::<Result<Vec<_>>>()?;
     cluster.apply(&[&more])?;
     let written = Instant::now();
-    await_that("both answer with the change", || Ok(threads.iter().all(std::thread::JoinHandle::is_finished)))
-        .inspect_err(|_| stop.store(true, Ordering::Relaxed))?;
+    await_that("both answer with the change", || {
+        Ok(threads.iter().all(std::thread::JoinHandle::is_finished))
+    })
+    .inspect_err(|_| stop.store(true, Ordering::Relaxed))?;
     for (thread, seen) in threads.into_iter().zip(seen) {
         let Ok(Some(at)) = thread.join() else { bail!("a change was not seen") };
         seen.change.push(at.saturating_duration_since(written).as_secs_f64());
@@ -307,7 +317,16 @@ fn endpoints(
 fn table(seen: &[Seen]) -> Table {
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED);
-    table.set_header(["names", "queries/s", "queries/CPU s", "p50", "p99", "after a change, p50", "p99", "10,000 endpoints"]);
+    table.set_header([
+        "names",
+        "queries/s",
+        "queries/CPU s",
+        "p50",
+        "p99",
+        "after a change, p50",
+        "p99",
+        "10,000 endpoints",
+    ]);
     let median = |samples: &[f64]| quantile(samples.to_vec(), 0.5);
     let micro = |samples: &[f64], part| format!("{:.0} µs", quantile(samples.to_vec(), part) * 1e6);
     let milli = |samples: &[f64], part| format!("{:.1} ms", quantile(samples.to_vec(), part) * 1e3);
@@ -325,7 +344,8 @@ fn table(seen: &[Seen]) -> Table {
         ]);
     }
     if let [weir, coredns] = seen {
-        let ratio = |of: fn(&Seen) -> &[f64]| format!("{:.1}x", median(of(weir)) / median(of(coredns)).max(1e-12));
+        let ratio =
+            |of: fn(&Seen) -> &[f64]| format!("{:.1}x", median(of(weir)) / median(of(coredns)).max(1e-12));
         let empty = String::new;
         table.add_row([
             "ratio".to_owned(),

@@ -73,12 +73,14 @@ pub(super) fn measure(
     Ok(costs)
 }
 
-fn cases([service, service6]: [SocketAddr; 2], [pod, pod6]: [SocketAddr; 2]) -> [Case; 11] {
+fn cases([service, service6]: [SocketAddr; 2], [pod, pod6]: [SocketAddr; 2]) -> [Case; 13] {
     [
         ("connect4", "TCP to a ClusterIP", stream, service),
         ("connect4", "TCP to a pod", stream, pod),
         ("connect6", "TCP to a ClusterIP", stream, service6),
         ("connect6", "TCP to a pod", stream, pod6),
+        ("sock_release", "TCP to a ClusterIP", stream, service),
+        ("sock_release", "TCP to a pod", stream, pod),
         ("connect4", "UDP to a ClusterIP", connected, service),
         ("sendmsg4", "first datagram to a ClusterIP", first_datagram, service),
         ("sendmsg4", "next datagrams to a ClusterIP", next_datagrams, service),

@@ -15,6 +15,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use aya::maps::MapData;
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
+use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use weir::{
     dataplane::{
@@ -77,8 +78,12 @@ pub struct Run {
     pub endpoints: u32,
     /// Opening the plane and filling empty maps, in seconds.
     pub filled_seconds: f64,
+    /// CPU seconds of that: what it is on a machine with nothing else to do.
+    pub filled_cpu_seconds: f64,
     /// Opening the plane again and finding everything there, in seconds.
     pub adopted_seconds: f64,
+    /// CPU seconds of that.
+    pub adopted_cpu_seconds: f64,
     /// One endpoint more or less of one Service, in seconds.
     pub changed_seconds: Vec<f64>,
     /// A Service more or less, in seconds.
@@ -127,15 +132,15 @@ fn one(shape: Shape, services: u32, changes: u32, cgroup: &Path) -> Result<Run> 
     let place = Place { bpf_root: files.directory("weir")?, cgroup_root: cgroup.to_owned() };
     let ports: Vec<_> = (0..services).map(|number| port(shape, number, ENDPOINTS)).collect();
     let all = complete(&ports);
-    let open = || -> Result<(Ebpf, f64)> {
-        let begin = Instant::now();
+    let open = || -> Result<(Ebpf, f64, f64)> {
+        let (begin, cpu) = (Instant::now(), cpu_seconds()?);
         let mut plane = Ebpf::open(place.clone(), true)?;
         plane.apply(&all)?;
-        Ok((plane, begin.elapsed().as_secs_f64()))
+        Ok((plane, begin.elapsed().as_secs_f64(), cpu_seconds()? - cpu))
     };
-    let (first, filled_seconds) = open()?;
+    let (first, filled_seconds, filled_cpu_seconds) = open()?;
     drop(first);
-    let (mut plane, adopted_seconds) = open()?;
+    let (mut plane, adopted_seconds, adopted_cpu_seconds) = open()?;
     let changed_seconds = changed(&mut plane, shape, &ports, changes)?;
     let came_seconds = came(&mut plane, shape, services, changes)?;
     let maps = maps(&place.maps())?;
@@ -145,11 +150,19 @@ fn one(shape: Shape, services: u32, changes: u32, cgroup: &Path) -> Result<Run> 
         services,
         endpoints: ENDPOINTS,
         filled_seconds,
+        filled_cpu_seconds,
         adopted_seconds,
+        adopted_cpu_seconds,
         changed_seconds,
         came_seconds,
         maps,
     })
+}
+
+/// CPU time of this thread so far.
+fn cpu_seconds() -> Result<f64> {
+    let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?;
+    Ok(time.tv_sec() as f64 + time.tv_nsec() as f64 / 1e9)
 }
 
 /// Takes an endpoint from Services here and there, and gives it back.
@@ -268,8 +281,8 @@ pub(super) fn table(runs: &[Run]) -> Table {
     table.load_style(UTF8_FULL_CONDENSED).set_header([
         "Services",
         "of",
-        "filled",
-        "adopted",
+        "filled (CPU)",
+        "adopted (CPU)",
         "endpoint more or less p50 / p99",
         "Service more or less p50 / p99",
         "bytes a Service",
@@ -289,8 +302,8 @@ pub(super) fn table(runs: &[Run]) -> Table {
         table.add_row([
             run.services.to_string(),
             shape.name().to_owned(),
-            over(|run| run.filled_seconds),
-            over(|run| run.adopted_seconds),
+            format!("{} ({})", over(|run| run.filled_seconds), over(|run| run.filled_cpu_seconds)),
+            format!("{} ({})", over(|run| run.adopted_seconds), over(|run| run.adopted_cpu_seconds)),
             both(|run| &run.changed_seconds),
             both(|run| &run.came_seconds),
             format!("{:.0}", run.bytes(&["frontends", "tallies"]) / services),

@@ -158,7 +158,11 @@ impl Options {
     }
 
     fn names(&self) -> dns::Plan {
-        dns::Plan { rounds: self.rounds, turn: Duration::from_millis(self.path_slot * 50), changes: self.changes * 3 }
+        dns::Plan {
+            rounds: self.rounds,
+            turn: Duration::from_millis(self.path_slot * 50),
+            changes: self.changes * 3,
+        }
     }
 
     fn paths(&self) -> paths::Plan {

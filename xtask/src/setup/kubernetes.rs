@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// The version `tests/kubernetes/go.mod` pins.
-const KUBERNETES: &str = "1.36.3";
+pub(super) const KUBERNETES: &str = "1.36.3";
 /// One that is built, and about how long that takes with nothing cached.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Program {
@@ -118,23 +118,45 @@ pub(super) fn missing_program(machine: &Machine, program: &Program) -> Result<Op
 }
 
 pub(super) fn build_program(machine: &Machine, program: &Program) -> Result<()> {
-    let module = machine.workspace.join(program.module);
-    let wanted = go_directive(&fs::read_to_string(module.join("go.mod"))?)
-        .with_context(|| format!("{}/go.mod does not say which Go it needs", program.module))?;
-    let (go, version) = go(machine).context("there is no Go")?;
+    let Program { name, module, package, .. } = program;
+    build(machine, module, package, &cached(machine).join(name), &linker_flags())
+}
+
+/// Builds the main package `package`, in the version that the module in the directory `module` pins, as `target`.
+pub(super) fn build(
+    machine: &Machine,
+    module: &str,
+    package: &str,
+    target: &Path,
+    flags: &str,
+) -> Result<()> {
     let draft = tempfile::tempdir()?;
+    let program = draft.path().join("program");
+    let mut command = go_command(machine, module)?;
+    command.args(["build", "-trimpath", "-ldflags", flags, "-o"]).arg(&program);
+    process::read(command.arg(package))?;
+    put(&program, target)
+}
+
+/// The directory of the sources of the module `path`, in the version that the module in the directory `module` pins.
+pub(super) fn sources(machine: &Machine, module: &str, path: &str) -> Result<PathBuf> {
+    let said = process::read(go_command(machine, module)?.args(["mod", "download", "-json", path]))?;
+    let said: serde_json::Value = serde_json::from_str(&said).context("reading what go wrote")?;
+    Ok(said["Dir"].as_str().with_context(|| format!("go does not say where {path} is"))?.into())
+}
+
+/// Go, in the directory `module`.
+fn go_command(machine: &Machine, module: &str) -> Result<Command> {
+    let directory = machine.workspace.join(module);
+    let wanted = go_directive(&fs::read_to_string(directory.join("go.mod"))?)
+        .with_context(|| format!("{module}/go.mod does not say which Go it needs"))?;
+    let (go, version) = go(machine).context("there is no Go")?;
     let mut command = machine.command(&go);
-    command.current_dir(&module).env("CGO_ENABLED", "0").env_remove("GOROOT");
+    command.current_dir(&directory).env("CGO_ENABLED", "0").env_remove("GOROOT");
     if version < wanted {
         command.env("GOTOOLCHAIN", "auto");
     }
-    command
-        .args(["build", "-trimpath", "-ldflags"])
-        .arg(linker_flags())
-        .arg("-o")
-        .arg(draft.path().join(program.name));
-    process::read(command.arg(program.package))?;
-    put(&draft.path().join(program.name), &cached(machine).join(program.name))
+    Ok(command)
 }
 
 /// Without debug information, and with the version that a plain build leaves open.
@@ -181,13 +203,14 @@ fn go_directive(module: &str) -> Option<[u32; 2]> {
     go_version(module.lines().find_map(|line| line.strip_prefix("go "))?.trim())
 }
 
-pub(super) fn missing_go(machine: &Machine, _: Level) -> Result<Option<String>> {
+pub(super) fn missing_go(machine: &Machine, level: Level) -> Result<Option<String>> {
     let assets = Assets::of(machine);
-    let builds = [ETCD, API_SERVER, KUBE_PROXY, COREDNS].iter().any(|program| assets.lacks(program));
+    let mut builds = [ETCD, API_SERVER, KUBE_PROXY, COREDNS].iter().any(|program| assets.lacks(program));
+    builds |= level >= Level::Check && super::chart::lacks_any(machine);
     if !builds || go(machine).is_some() {
         return Ok(None);
     }
-    Ok(Some("Go 1.24 (of Debian trixie, to build etcd, kube-apiserver, kube-proxy and CoreDNS)".to_owned()))
+    Ok(Some("Go 1.24 (of Debian trixie, to build what tests and checks need of Kubernetes)".to_owned()))
 }
 
 pub(super) fn install_go(machine: &Machine, _: Level) -> Result<()> {

@@ -11,11 +11,13 @@ use clap::ValueEnum;
 use crate::machine::Machine;
 
 mod archive;
+mod chart;
 mod compiler;
 mod kubernetes;
 mod nft;
 mod system;
 
+pub(crate) use chart::{schemas as chart_schemas, tools as chart_tools};
 pub(crate) use kubernetes::assets as kubernetes_assets;
 pub(crate) use nft::readers as nft_readers;
 
@@ -77,6 +79,17 @@ const STEPS: &[Step] = &[
         missing: compiler::missing_cargo_deny,
         install: compiler::install_cargo_deny,
     },
+    Step {
+        level: Level::Check,
+        missing: |machine, _| Ok(chart::missing_program(machine, &chart::HELM)),
+        install: |machine, _| chart::build_program(machine, &chart::HELM),
+    },
+    Step {
+        level: Level::Check,
+        missing: |machine, _| Ok(chart::missing_program(machine, &chart::KUBECONFORM)),
+        install: |machine, _| chart::build_program(machine, &chart::KUBECONFORM),
+    },
+    Step { level: Level::Check, missing: chart::missing_schemas, install: chart::install_schemas },
 ];
 
 /// Makes the machine ready for `level`. Returns how many steps had something to do.

@@ -39,7 +39,8 @@ const PACKAGES: &[Package] = &[
     package("libmnl-dev", Level::Build, Probe::Library("libmnl")),
     package("iproute2", Level::Demo, Probe::Program("ip")),
     package("procps", Level::Demo, Probe::Program("sysctl")),
-    // The real kube-proxy, our oracle, runs these two.
+    // The real kube-proxy, our oracle, runs these.
+    package("iptables", Level::Test, Probe::Program("iptables-nft")),
     package("nftables", Level::Test, Probe::Program("nft")),
     package("conntrack", Level::Test, Probe::Program("conntrack")),
     package("debian-archive-keyring", Level::Test, Probe::File(DEBIAN_KEYRING)),

@@ -6,10 +6,12 @@ use std::{io, path::Path};
 
 use aya::{
     Ebpf,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray},
+    maps::{Array, HashMap, IterableMap as _, Map, MapData, MapError, PerCpuArray},
 };
 use nix::time::{ClockId, clock_gettime};
-use proxy_ebpf::{Affinity, AffinityKey, Endpoint, FrontendKey, FrontendValue, MemberKey, Settings, Tally};
+use proxy_ebpf::{
+    Affinity, AffinityKey, Endpoint, FrontendKey, FrontendValue, MemberKey, Settings, Tally, system,
+};
 
 use super::problem::Problem;
 
@@ -106,8 +108,12 @@ impl Maps {
         self.slots.get(&slot, ANY).map_err(|error| Problem::map("slots", error))
     }
 
-    pub(super) fn set_slot(&mut self, slot: u32, backend: Endpoint) -> Result<(), Problem> {
-        self.write("slots", |maps| maps.slots.set(slot, backend, ANY))
+    /// Writes slots that follow each other.
+    pub(super) fn set_slots(&mut self, first: u32, backends: &[Endpoint]) -> Result<(), Problem> {
+        if backends.is_empty() {
+            return Ok(());
+        }
+        self.write("slots", |maps| Ok(system::write_slots(maps.slots.map().fd(), first, backends)?))
     }
 
     pub(super) fn tally(&self, port: u32) -> Result<Tally, Problem> {

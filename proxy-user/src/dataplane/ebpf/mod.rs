@@ -21,6 +21,7 @@ use super::{Dataplane, Error, Fill, State};
 use crate::plan::{Delta, NodePlan};
 
 mod bypass;
+mod counted;
 mod dump;
 mod element;
 #[cfg(test)]
@@ -31,12 +32,14 @@ mod numbers;
 mod object;
 mod problem;
 mod retired;
+mod said;
 mod slots;
 mod stage;
 mod whole;
 mod write;
 
 pub use bypass::{Bypass, Census as BypassCensus, Error as BypassError};
+pub use counted::Counted;
 pub use maps::{Fault, forget_clients};
 pub use object::Place;
 pub use problem::Problem;
@@ -52,6 +55,7 @@ pub struct Ebpf {
     whole: whole::Whole,
     node: Option<Arc<NodePlan>>,
     used: Used,
+    numbered: counted::Numbered,
 }
 
 /// How many elements maps hold that do not say it themselves.
@@ -79,6 +83,7 @@ impl Ebpf {
             whole: whole::Whole::default(),
             node: None,
             used: Used::default(),
+            numbered: counted::Numbered::default(),
         };
         plane.read()?;
         Ok(plane)
@@ -91,7 +96,14 @@ impl Ebpf {
             Used { frontends: count(found.frontends.len()), members: count(found.members.len()), sticky: 0 };
         self.ground = stage::Ground::of(found);
         self.whole = whole::Whole::default();
+        self.numbered.clear();
         Ok(())
+    }
+
+    /// A way to read what is counted while this works.
+    #[must_use]
+    pub fn counted(&self) -> Counted {
+        Counted::new(self.numbered.clone(), self.object.place().maps().join("tallies"))
     }
 }
 
@@ -124,6 +136,9 @@ impl Dataplane for Ebpf {
             .collect();
         self.make_room(&steps, delta);
         let failed = self.write(&steps, delta, now)?;
+        for step in &steps {
+            self.numbered.set(&step.id, self.ground.ports.get(&step.id).map(|site| site.port));
+        }
         if delta.complete {
             self.remove_leftovers(now)?;
             if !self.object.is_attached() {

@@ -3,7 +3,7 @@
 //! In: how large the maps have to be. Out: maps to write, and programs that read them, attached to a cgroup.
 //!
 //! ```text
-//! <bpf-root>/v1/frontends, …   the maps of layout 1: whoever starts next finds them as they are
+//! <bpf-root>/v2/frontends, …   the maps of layout 2: whoever starts next finds them as they are
 //! <bpf-root>/link-connect4, …  the links: programs stay attached while nobody runs
 //! ```
 //! To make a map larger is the same as to upgrade: new maps are filled, new programs that use them are loaded, and each
@@ -33,6 +33,7 @@ use super::{
     PROGRAMS,
     maps::{Maps, is_missing},
     problem::Problem,
+    said::{self, Listener},
 };
 
 /// The maps that grow, and how many elements each has room for.
@@ -79,7 +80,7 @@ impl Sizes {
     }
 }
 
-/// The maps that never grow: sockets' own storage takes what it needs, the others are small.
+/// The maps that never grow.
 const FIXED: [&str; 6] = ["settings", "troubles", "bypassed", "homes", "origins", "flows"];
 
 /// Everything of ours in the kernel.
@@ -90,6 +91,8 @@ pub(super) struct Object {
     pub(super) sizes: Sizes,
     set_retval: bool,
     attached: bool,
+    /// Logs what the programs say, where somebody wants to know.
+    listener: Option<Listener>,
 }
 
 /// Where things are.
@@ -201,8 +204,13 @@ impl Object {
             }
         }
         check_layout(&place)?;
-        let (ebpf, maps) = load(&place, &sizes, set_retval, &[])?;
-        Ok(Self { place, ebpf, maps, sizes, set_retval, attached: false })
+        let (ebpf, maps, listener) = load(&place, &sizes, set_retval, &[])?;
+        Ok(Self { place, ebpf, maps, sizes, set_retval, attached: false, listener })
+    }
+
+    /// Where it all is.
+    pub(super) fn place(&self) -> &Place {
+        &self.place
     }
 
     /// Makes maps larger, keeping what they hold.
@@ -221,7 +229,7 @@ impl Object {
         for name in &larger {
             discard(&self.place.next_map(name))?;
         }
-        let (ebpf, maps) = load(&self.place, &sizes, self.set_retval, &larger)?;
+        let (ebpf, maps, listener) = load(&self.place, &sizes, self.set_retval, &larger)?;
         let mut old = std::mem::replace(&mut self.maps, maps);
         self.maps.inherit(&mut old);
         let old_ebpf = std::mem::replace(&mut self.ebpf, ebpf);
@@ -244,7 +252,7 @@ impl Object {
             fs::rename(&from, &to).map_err(|error| Problem::file("renaming", &from, error))?;
         }
         tracing::info!(?sizes, "made maps larger: {}", larger.join(", "));
-        self.sizes = sizes;
+        (self.sizes, self.listener) = (sizes, listener);
         Ok(())
     }
 
@@ -261,7 +269,10 @@ impl Object {
             cgroup.metadata().map_err(|error| Problem::file("opening the cgroup", root, error))?.ino();
         let mut settings = self.settings()?;
         let moved = settings.cgroup != number;
-        for (name, program) in self.ebpf.programs_mut() {
+        let mut programs: Vec<_> = self.ebpf.programs_mut().collect();
+        // Before any socket is remembered there has to be one that forgets it.
+        programs.sort_by_key(|(name, _)| (*name != "sock_release", *name));
+        for (name, program) in programs {
             let link = self.place.link(name);
             if !moved && switch(&link, program.fd().map_err(|error| Problem::program(name, error))?)? {
                 continue;
@@ -300,11 +311,13 @@ fn load(
     sizes: &Sizes,
     set_retval: bool,
     next: &[&'static str],
-) -> Result<(Ebpf, Maps), Problem> {
+) -> Result<(Ebpf, Maps, Option<Listener>), Problem> {
     let set_retval = u32::from(set_retval);
     let mut loader = EbpfLoader::new();
     // The programs look into no structures of the kernel's own, so its types, megabytes of them, need not be read.
     loader.btf(None).override_global("SET_RETVAL", &set_retval, true);
+    let level = if said::is_wanted() { aya_log::Level::Trace as u8 } else { 0 };
+    loader.override_global(said::LEVEL, &level, true);
     for (name, size) in sizes.named() {
         let path = if next.contains(&name) { place.next_map(name) } else { place.map(name) };
         loader.map_pin_path(name, path).map_max_entries(name, size);
@@ -321,8 +334,9 @@ fn load(
         };
         loaded.map_err(|error| Problem::program(name, error))?;
     }
+    let listener = if level == 0 { None } else { Some(Listener::to(&mut ebpf)?) };
     let maps = Maps::of(&mut ebpf)?;
-    Ok((ebpf, maps))
+    Ok((ebpf, maps, listener))
 }
 
 /// How many elements the map pinned at a path has room for, if there is one.
@@ -365,7 +379,7 @@ const SHAPES: [(&str, usize, usize); 11] = [
     ("troubles", size_of::<u32>(), size_of::<u64>()),
     ("bypassed", size_of::<u64>(), size_of::<u32>()),
     ("homes", size_of::<u64>(), size_of::<u32>()),
-    ("origins", size_of::<u32>(), size_of::<Origin>()),
+    ("origins", size_of::<u64>(), size_of::<Origin>()),
     ("flows", size_of::<u32>(), size_of::<Flows>()),
 ];
 

@@ -163,10 +163,8 @@ impl Ebpf {
     }
 
     fn write_slots(&mut self, set: Set, plan: &PortPlan, first: u32) -> Result<(), Problem> {
-        for (slot, backend) in (first..).zip(set.of(plan)) {
-            self.object.maps.set_slot(slot, element::endpoint(backend))?;
-        }
-        Ok(())
+        let backends: Vec<_> = set.of(plan).iter().map(element::endpoint).collect();
+        self.object.maps.set_slots(first, &backends)
     }
 
     fn write_frontends(

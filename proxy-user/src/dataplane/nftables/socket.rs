@@ -44,6 +44,7 @@ impl Netlink {
     /// When the kernel has no nf_tables or this process may not use it.
     pub(super) fn open() -> io::Result<Self> {
         let socket = Socket::new(Bus::Netfilter)?;
+        close_on_exec(&socket)?;
         Ok(Self { socket: OwnSocket(socket), buffer: vec![0; BUFFER], sequence: 0 })
     }
 
@@ -125,6 +126,13 @@ impl Netlink {
     }
 }
 
+/// libmnl opens sockets that the next program would inherit, and the agent may start anew in its own place.
+fn close_on_exec(socket: &Socket) -> io::Result<()> {
+    use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+    fcntl(super::netlink::borrow(socket), FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    Ok(())
+}
+
 /// Makes room for a batch in the send buffer and for its reports in the receive buffer. The kernel takes a message
 /// only whole.
 fn grow(socket: &Socket, batch: usize) -> io::Result<()> {
@@ -167,6 +175,7 @@ impl Watch {
         use nix::sys::socket::{setsockopt, sockopt};
         const NFNLGRP_NFTABLES: u32 = 7;
         let socket = Socket::open(Bus::Netfilter)?;
+        close_on_exec(&socket)?;
         socket.bind(1 << (NFNLGRP_NFTABLES - 1), mnl::mnl_sys::MNL_SOCKET_AUTOPID)?;
         setsockopt(&super::netlink::borrow(&socket), sockopt::RcvBufForce, &(8 << 20))?;
         super::netlink::ignore_sender(&socket, ours)?;

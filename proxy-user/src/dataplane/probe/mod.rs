@@ -204,10 +204,13 @@ fn programs(allowed: bool) -> Vec<Finding> {
         needed("cgroup sock programs", "4.17", "They keep NodePorts from being taken.", &|| {
             told(is_program_supported(ProgramType::CgroupSock))
         }),
-        needed("socket storage maps", "5.3", "They remember what a socket asked for.", &|| {
+        needed("socket storage maps", "5.3", "They remember what an unconnected socket asked for.", &|| {
             both(told(is_map_supported(MapType::SkStorage)), || {
                 helpers(address, &[Helper::BPF_FUNC_sk_storage_get])
             })
+        }),
+        needed("programs at the release of sockets", "5.9", "They forget what a socket asked for.", &|| {
+            helpers(ProgramType::CgroupSock, &[Helper::BPF_FUNC_get_socket_cookie])
         }),
         needed(
             "socket look-up from programs",
@@ -263,8 +266,8 @@ fn optional(allowed: bool) -> [Finding; 3] {
             machine::namespace_cookie(),
         ),
         optional(
-            "closing of sockets (CONFIG_INET_DIAG_DESTROY, BTF)",
-            "5.12",
+            "closing of sockets (CONFIG_INET_DIAG_DESTROY)",
+            "5.10",
             "Without it sockets of a removed backend stay open until they notice by themselves.",
             if_allowed(&closing),
         ),

@@ -18,15 +18,14 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
-    os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
     sync::mpsc::{Receiver, RecvTimeoutError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use aya::maps::MapData;
 use nix::time::{ClockId, clock_gettime};
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 use socket2::Socket;
 
 use self::{
@@ -50,6 +49,9 @@ pub use suspect::Suspects;
 
 /// After a sweep the room rests this many times as long as it took, so that it never takes more than a quarter of a CPU.
 const REST: u32 = 3;
+
+/// How often the map is looked at for elements that nobody removes.
+const TIDY: Duration = Duration::from_secs(60);
 
 /// How many sockets were closed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -78,8 +80,7 @@ impl Sockets {
     pub fn open(origins: &Path, names: impl Into<PathBuf>) -> Result<Self, Error> {
         let map = MapData::from_pin(origins)
             .map_err(|error| Error::Kernel(format!("opening the map {}: {error}", origins.display())))?;
-        let map = map.fd().as_fd().try_clone_to_owned();
-        Self::new(map.map_err(failed("duplicating a map's descriptor"))?, names)
+        Self::new(map, names)
     }
 
     /// The same with the map itself.
@@ -87,7 +88,7 @@ impl Sockets {
     /// # Errors
     ///
     /// As [`Sockets::open`].
-    pub fn new(origins: OwnedFd, names: impl Into<PathBuf>) -> Result<Self, Error> {
+    pub fn new(origins: MapData, names: impl Into<PathBuf>) -> Result<Self, Error> {
         supported()?;
         let origins = Origins::new(origins)?;
         let namespaces = Namespaces { names: names.into(), processes: "/proc".into() };
@@ -97,12 +98,11 @@ impl Sockets {
     /// Closes sockets as `suspects` arrive and their times come, until nobody can send any more. `report` is told what
     /// was closed. To be run on a thread of its own, because the thread enters other network namespaces.
     pub fn run(mut self, suspects: &Receiver<Suspects>, mut report: impl FnMut(Closed)) {
+        let mut tidied = Instant::now();
         loop {
-            let first = match self.wait() {
-                None => suspects.recv().map_err(|_| RecvTimeoutError::Disconnected),
-                Some(wait) => suspects.recv_timeout(wait),
-            };
-            match first {
+            let until_tidy = TIDY.saturating_sub(tidied.elapsed());
+            let wait = self.wait().map_or(until_tidy, |wait| wait.min(until_tidy));
+            match suspects.recv_timeout(wait) {
                 Ok(first) => {
                     self.take_in(first);
                     suspects.try_iter().for_each(|later| self.take_in(later));
@@ -110,7 +110,12 @@ impl Sockets {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
-            let started = std::time::Instant::now();
+            let started = Instant::now();
+            if tidied.elapsed() >= TIDY {
+                let lost = self.tidy();
+                tracing::debug!(lost, "forgot sockets of the kernel that are gone");
+                tidied = Instant::now();
+            }
             let closed = self.sweep();
             if closed != Closed::default() {
                 tracing::info!(tcp = closed.tcp, udp = closed.udp, "closed sockets whose backend is gone");
@@ -175,6 +180,47 @@ impl Sockets {
         visited.map_err(failed("going through the network namespaces"))
     }
 
+    /// Forgets what sockets of the kernel were told that are gone, once the map is half full. Says of how many.
+    pub fn tidy(&mut self) -> usize {
+        match self.origins.old(clock()).and_then(|old| self.without_socket(old)) {
+            Ok(lost) => {
+                self.origins.forget(&lost);
+                lost.len()
+            }
+            Err(error) => {
+                self.complain(&error.to_string());
+                0
+            }
+        }
+    }
+
+    /// Those of these cookies that no connected socket has; none where not every namespace can be seen.
+    fn without_socket(&self, mut cookies: FxHashSet<u64>) -> Result<FxHashSet<u64>, Error> {
+        if cookies.is_empty() {
+            return Ok(cookies);
+        }
+        let visited = self.namespaces.each(|| {
+            let mut channel = Channel::open()?;
+            for (protocol, family) in [Protocol::Tcp, Protocol::Udp]
+                .into_iter()
+                .flat_map(|protocol| Family::ALL.map(|family| (protocol, family)))
+            {
+                channel.walk(protocol, family, |found| {
+                    cookies.remove(&found.cookie);
+                })?;
+            }
+            Ok(())
+        });
+        let failures = visited.map_err(failed("going through the network namespaces"))?;
+        match failures.first {
+            None => Ok(cookies),
+            Some(source) => Err(Error::Io {
+                context: "looking for sockets in every network namespace".to_owned(),
+                source,
+            }),
+        }
+    }
+
     fn complain(&mut self, problem: &str) {
         if self.complaint.as_deref() != Some(problem) {
             tracing::warn!(
@@ -207,7 +253,7 @@ fn destroy(
     channel.destroy(&names)
 }
 
-/// Whether sockets can be closed here: closes two of its own, and loads the program that reads the map.
+/// Whether sockets can be closed here: closes two of its own.
 ///
 /// # Errors
 ///
@@ -232,7 +278,7 @@ pub fn supported() -> Result<(), Error> {
             }
         }
     }
-    told::load().map(|_| ()).map_err(Error::Kernel)
+    Ok(())
 }
 
 /// CLOCK_MONOTONIC in nanoseconds, as the kernel programs read it.

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use http::{Request, Response, StatusCode, Uri};
+use http::{Method, Request, Response, StatusCode, Uri};
 use hyper_util::{
     client::legacy::{Client as HttpClient, connect::HttpConnector},
     rt::TokioExecutor,
@@ -20,7 +20,7 @@ use kube::{
     Client,
     client::{Body, ConfigExt},
 };
-use tower::{BoxError, ServiceBuilder};
+use tower::{BoxError, ServiceBuilder, limit::RateLimitLayer};
 use tracing::{info, warn};
 
 use super::{ConnectError, KubeSource};
@@ -38,8 +38,31 @@ const KEEPALIVE: Duration = Duration::from_secs(15);
 #[derive(Clone)]
 pub struct Connection(Arc<Shared>);
 
+/// How the API server is asked, and who hears of the answers.
+#[derive(Clone, Default)]
+pub struct Manner {
+    /// At most so many requests in each stretch of time as long as this.
+    pub limit: Option<(u64, Duration)>,
+    /// Is told of every request once its answer begins, or there will be none.
+    pub tell: Option<Arc<dyn Fn(&Asked<'_>) + Send + Sync>>,
+}
+
+/// A request, and what became of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Asked<'a> {
+    /// The method.
+    pub method: &'a Method,
+    /// The API server's host and port.
+    pub host: &'a str,
+    /// The answer's status code; `None` where none came.
+    pub code: Option<u16>,
+    /// How long that took.
+    pub took: Duration,
+}
+
 struct Shared {
     settings: KubeSource,
+    manner: Manner,
     route: RwLock<Arc<Route>>,
     /// Held while a route is made, so that many failing watches make one.
     making: tokio::sync::Mutex<()>,
@@ -62,13 +85,23 @@ impl Connection {
     ///
     /// When the credentials cannot be read or are malformed.
     pub async fn open(settings: KubeSource) -> Result<Self, ConnectError> {
+        Self::open_with(settings, Manner::default()).await
+    }
+
+    /// The same in this manner.
+    ///
+    /// # Errors
+    ///
+    /// When the credentials cannot be read or are malformed.
+    pub async fn open_with(settings: KubeSource, manner: Manner) -> Result<Self, ConnectError> {
         if rustls::crypto::CryptoProvider::get_default().is_none() {
             // The only failure is that somebody else was faster, and then there is one.
             let _ = rustls::crypto::ring::default_provider().install_default();
         }
-        let route = Route::make(&settings, 0).await?;
+        let route = Route::make(&settings, &manner, 0).await?;
         Ok(Self(Arc::new(Shared {
             settings,
+            manner,
             route: RwLock::new(Arc::new(route)),
             making: tokio::sync::Mutex::default(),
             outage: std::sync::Mutex::default(),
@@ -114,7 +147,13 @@ impl Shared {
 
     async fn send(&self, request: Request<Body>) -> Result<Response<Body>, BoxError> {
         let route = self.usable_route().await;
+        let (method, asked) = (request.method().clone(), Instant::now());
         let answer = tokio::time::timeout(ANSWER_TIMEOUT, route.client.send(request)).await;
+        if let Some(tell) = &self.manner.tell {
+            let code = answer.as_ref().ok().and_then(|answer| Some(answer.as_ref().ok()?.status().as_u16()));
+            let host = route.server.authority().map_or("", http::uri::Authority::as_str);
+            tell(&Asked { method: &method, host, code, took: asked.elapsed() });
+        }
         match answer {
             Ok(Ok(answer)) => {
                 self.answered(&route, answer.status());
@@ -166,7 +205,7 @@ impl Shared {
             return route;
         }
         let unreachable = !route.rejected.load(Relaxed);
-        match Route::make(&self.settings, route.index + usize::from(unreachable)).await {
+        match Route::make(&self.settings, &self.manner, route.index + usize::from(unreachable)).await {
             Ok(next) => {
                 if next.server != route.server {
                     info!(from = %route.server, to = %next.server, "trying another API server");
@@ -185,15 +224,15 @@ impl Shared {
 }
 
 impl Route {
-    async fn make(settings: &KubeSource, index: usize) -> Result<Self, ConnectError> {
+    async fn make(settings: &KubeSource, manner: &Manner, index: usize) -> Result<Self, ConnectError> {
         let mut config = settings.credentials.load().await?;
         let index = index.checked_rem(settings.servers.len()).unwrap_or(0);
         if let Some(server) = settings.servers.get(index) {
             config.cluster_url = server.clone();
         }
         let from = settings.credentials.origin();
-        let client =
-            client(&config).map_err(|source| ConnectError::Client { from, source: Box::new(source) })?;
+        let client = client(&config, manner)
+            .map_err(|source| ConnectError::Client { from, source: Box::new(source) })?;
         let server = config.cluster_url;
         Ok(Self { client, index, server, failures: AtomicU32::new(0), rejected: AtomicBool::new(false) })
     }
@@ -209,7 +248,7 @@ impl Route {
 }
 
 /// A client without retries, whose connections notice within a minute that the peer has gone without a word.
-fn client(config: &kube::Config) -> Result<Client, kube::Error> {
+fn client(config: &kube::Config, manner: &Manner) -> Result<Client, kube::Error> {
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
     tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
@@ -218,7 +257,9 @@ fn client(config: &kube::Config) -> Result<Client, kube::Error> {
     tcp.set_keepalive_retries(Some(3));
     tcp.set_tcp_user_timeout(Some(2 * KEEPALIVE));
     let tls = config.rustls_https_connector_with_connector(tcp)?;
+    let limit = manner.limit.map(|(requests, window)| RateLimitLayer::new(requests, window));
     let service = ServiceBuilder::new()
+        .option_layer(limit)
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer()?)
         .map_err(BoxError::from)

@@ -26,7 +26,7 @@ mod pods;
 mod retry;
 mod watch;
 
-pub use connection::Connection;
+pub use connection::{Asked, Connection, Manner};
 pub use credentials::{ConnectError, Credentials};
 
 /// Which API server to watch, as whom, for which node.

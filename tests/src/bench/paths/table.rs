@@ -1,6 +1,6 @@
 //! Rates as a table.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 
@@ -36,10 +36,12 @@ pub(in crate::bench) fn table(samples: &[Sample]) -> Table {
         "to straight (95 %)",
         "to straight without any proxy (95 %)",
     ]);
+    let subjects: BTreeSet<Option<Subject>> = samples.iter().map(|sample| sample.subject).collect();
     for ((services, load), ways) in &groups {
         let bare = ways.get(&(None, Way::Straight));
-        for ((subject, _), service) in ways.iter().filter(|((_, way), _)| *way == Way::Service) {
-            let straight = ways.get(&(*subject, Way::Straight));
+        for subject in subjects.iter().filter(|subject| subject.is_some()) {
+            let (straight, service) =
+                (ways.get(&(*subject, Way::Straight)), ways.get(&(*subject, Way::Service)));
             table.add_row([
                 services.to_string(),
                 load.traffic.name().to_owned(),
@@ -47,7 +49,7 @@ pub(in crate::bench) fn table(samples: &[Sample]) -> Table {
                 if load.v6 { "IPv6" } else { "IPv4" }.to_owned(),
                 subject.map_or("", Subject::name).to_owned(),
                 rate(straight),
-                rate(Some(service)),
+                rate(service),
                 ratio(service, straight),
                 ratio(service, bare),
             ]);
@@ -59,14 +61,49 @@ pub(in crate::bench) fn table(samples: &[Sample]) -> Table {
     table
 }
 
+/// The median; subjects that were not loaded with so many Services have none.
 fn rate(samples: Option<&Rates<'_>>) -> String {
-    let rates = samples.into_iter().flat_map(BTreeMap::values).map(|sample| sample.rate);
-    format!("{:.0}", quantile(rates.collect(), 0.5))
+    let Some(samples) = samples else { return "not loaded".to_owned() };
+    format!("{:.0}", quantile(samples.values().map(|sample| sample.rate).collect(), 0.5))
 }
 
-fn ratio(of: &Rates<'_>, to: Option<&Rates<'_>>) -> String {
-    let Some(to) = to else { return "-".to_owned() };
+fn ratio(of: Option<&Rates<'_>>, to: Option<&Rates<'_>>) -> String {
+    let Some((of, to)) = of.zip(to) else { return "-".to_owned() };
     let ratios = of.iter().filter_map(|(round, sample)| Some(sample.rate / to.get(round)?.rate));
     let Estimate { point, low, high } = estimate(&ratios.collect::<Vec<_>>());
     format!("{point:.3} ({low:.3} to {high:.3})")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{Load, client::Traffic},
+        *,
+    };
+
+    fn sample(services: u32, round: u32, subject: Option<Subject>, way: Way, rate: f64) -> Sample {
+        let load = Load { traffic: Traffic::Connect, clients: 1, v6: false };
+        Sample { services, load, round, subject, way, rate }
+    }
+
+    #[test]
+    fn ratios_are_of_one_round_and_who_was_not_loaded_is_shown_so() {
+        let (weir, peer) = (Some(Subject::WeirEbpf), Some(Subject::KubeProxy));
+        let mut samples = Vec::new();
+        for (round, speed) in [(0, 1000.0), (1, 500.0)] {
+            samples.push(sample(10, round, weir, Way::Straight, speed));
+            samples.push(sample(10, round, weir, Way::Service, 0.9 * speed));
+            samples.push(sample(10, round, None, Way::Straight, 2.0 * speed));
+        }
+        samples.push(sample(5, 0, peer, Way::Straight, 1.0));
+        samples.push(sample(5, 0, peer, Way::Service, 1.0));
+        let text = table(&samples).to_string();
+        let row = |services: &str, name: &str| {
+            let found = text.lines().find(|line| line.contains(services) && line.contains(name));
+            found.unwrap_or_else(|| panic!("no {name} in {text}")).to_owned()
+        };
+        let ours = row(" 10 ", "weir ebpf");
+        assert!(ours.contains("0.900 (0.900 to 0.900)") && ours.contains("0.450 (0.450 to 0.450)"), "{ours}");
+        assert!(row(" 10 ", "kube-proxy").contains("not loaded"));
+    }
 }

@@ -1,0 +1,58 @@
+{{- define "weir.selector" -}}
+app.kubernetes.io/name: weir
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "weir.labels" -}}
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version | replace "+" "_" }}
+{{ include "weir.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- end }}
+
+{{- define "weir.serviceAccount" -}}
+{{ .Values.serviceAccount.name | default .Release.Name }}
+{{- end }}
+
+{{- define "weir.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end }}
+
+{{- /* Whether the eBPF data plane may serve; nothing that only it needs is asked for otherwise. */ -}}
+{{- define "weir.ebpf" -}}
+{{ if ne .Values.proxyMode "nftables" }}true{{ end }}
+{{- end }}
+
+{{- /*
+nftables, connection tracking and their socket buffers ask for NET_ADMIN. BPF and PERFMON load the kernel programs; SYS_ADMIN
+enters pods' network namespaces to close sockets whose backend is gone.
+*/ -}}
+{{- define "weir.capabilities" -}}
+{{- $default := list "NET_ADMIN" }}
+{{- if include "weir.ebpf" . }}
+{{- $default = list "NET_ADMIN" "BPF" "PERFMON" "SYS_ADMIN" }}
+{{- end }}
+{{- .Values.capabilities | default $default | toJson }}
+{{- end }}
+
+{{- define "weir.security" -}}
+capabilities: {drop: [ALL], add: {{ include "weir.capabilities" . }}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{- /* The port of an address as kube-proxy's configuration has it. In: list of address and default port. */ -}}
+{{- define "weir.port" -}}
+{{ regexFind "[0-9]+$" (regexFind ":[0-9]+$" (index . 0)) | default (index . 1) }}
+{{- end }}
+
+{{- /* Whom the kubelet asks about health: this node's address, or the one that health is bound to. */ -}}
+{{- define "weir.probe" -}}
+{{- $address := .Values.config.healthzBindAddress | default "" -}}
+{{- $host := regexReplaceAll ":[0-9]+$" $address "" | trimPrefix "[" | trimSuffix "]" -}}
+{{- if and $host (ne $host "0.0.0.0") (ne $host "::") }}
+host: {{ $host | quote }}
+{{- end }}
+port: {{ include "weir.port" (list $address 10256) }}
+{{- end }}

@@ -1,0 +1,176 @@
+//! What makes the agent read its configuration again: a changed file, and SIGHUP.
+//!
+//! In: the file, the signal. Out: for SIGHUP other log settings; for a changed file the end of this program and a start
+//! of the same one in its place, as a new agent finds everything a restart finds. A file that cannot be used changes
+//! nothing: the error names the field, and the agent goes on as it is.
+
+use std::{
+    os::unix::process::CommandExt as _,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{
+    config::{Error, Loaded},
+    observe::Telemetry,
+};
+
+/// How often the file is looked at. A look costs microseconds, and unlike a watch it finds whatever was swapped on the
+/// way to the file: a ConfigMap's links, a mount.
+pub(super) const LOOK: Duration = Duration::from_secs(1);
+
+/// Reads the configuration as the start did, from the same file and flags.
+pub type Again = Arc<dyn Fn() -> Result<Loaded, Error> + Send + Sync>;
+
+/// Follows SIGHUP for as long as it runs: the log settings of the file, where no flag wins over them, are in force
+/// from then on.
+pub(super) async fn follow_hangups(again: Again, telemetry: Telemetry) -> anyhow::Result<()> {
+    let mut hangups = signal(SignalKind::hangup())?;
+    while hangups.recv().await.is_some() {
+        let log = match again() {
+            Ok(loaded) => loaded.config.log,
+            Err(error) => {
+                tracing::error!(%error, "the log settings stay as they are");
+                continue;
+            }
+        };
+        match telemetry.set(log) {
+            Ok(()) => tracing::info!(verbosity = log.verbosity, json = log.json, "logging set anew"),
+            Err(error) => tracing::error!(%error, "the log settings stay as they are"),
+        }
+    }
+    Ok(())
+}
+
+/// Looks at `file` every so often, and ends once it holds a configuration that can be used and means something else than
+/// `running`.
+pub(super) async fn changed(file: Option<PathBuf>, running: Loaded, again: Again, every: Duration) {
+    let Some(file) = file else { return std::future::pending().await };
+    let mut looks = tokio::time::interval(every);
+    looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let (mut before, mut judged) = (read(&file), None);
+    loop {
+        looks.tick().await;
+        let now = read(&file);
+        // What changed since the last look may still be being written.
+        let at_rest = now.is_some() && now == before;
+        before.clone_from(&now);
+        if !at_rest || now == judged {
+            continue;
+        }
+        judged = now;
+        match again() {
+            Ok(loaded) if loaded == running => {}
+            Ok(_) => {
+                tracing::info!(file = %file.display(), "the configuration has changed, starting anew with it");
+                return;
+            }
+            Err(error) => {
+                tracing::error!(%error, "the configuration has changed and cannot be used; the one before stays");
+            }
+        }
+    }
+}
+
+fn read(file: &Path) -> Option<Vec<u8>> {
+    std::fs::read(file).ok()
+}
+
+/// Becomes this program once more, with the same words. Comes back only to say why not.
+pub(super) fn start_anew() -> anyhow::Error {
+    // Where the file was replaced, the link leads to the one that runs, which is not by chance another version.
+    let program = std::env::current_exe().ok().filter(|path| path.exists());
+    let program = program.unwrap_or_else(|| "/proc/self/exe".into());
+    let mut words = std::env::args_os();
+    let mut command = Command::new(&program);
+    if let Some(name) = words.next() {
+        command.arg0(name);
+    }
+    let error = command.args(words).exec();
+    anyhow::Error::from(error).context(format!("starting `{}` anew", program.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+    use clap::Parser as _;
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::{
+        cli::{Cli, Command},
+        config::{self, Host},
+    };
+
+    const OFTEN: Duration = Duration::from_millis(20);
+    const LONG: Duration = Duration::from_secs(20);
+    const HEAD: &str = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
+
+    /// A file, how often it was read as a configuration, and what reads it.
+    fn reader(file: &Path) -> (Arc<AtomicUsize>, Again) {
+        let words = ["weir", "run", "--hostname-override=n", "--config", file.to_str().unwrap()];
+        let Command::Run(args) = Cli::try_parse_from(words).unwrap().command else { panic!("not run") };
+        let reads = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&reads);
+        let again = Arc::new(move || {
+            counted.fetch_add(1, Relaxed);
+            config::load(&args.config, &Host::this())
+        });
+        (reads, again)
+    }
+
+    async fn read_once_more(reads: &AtomicUsize) {
+        let before = reads.load(Relaxed);
+        while reads.load(Relaxed) == before {
+            tokio::time::sleep(OFTEN / 4).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn only_another_meaning_that_can_be_used_ends_the_agent() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("config.conf");
+        std::fs::write(&file, format!("{HEAD}mode: nftables\n")).unwrap();
+        let (reads, again) = reader(&file);
+        let running = again().unwrap();
+        let changed = tokio::spawn(changed(Some(file.clone()), running, again, OFTEN));
+        read_once_more(&reads).await;
+        for harmless in [format!("{HEAD}# said differently\nmode: nftables\n"), format!("{HEAD}mode: none\n")]
+        {
+            std::fs::write(&file, harmless).unwrap();
+            read_once_more(&reads).await;
+        }
+        std::fs::remove_file(&file).unwrap();
+        tokio::time::sleep(OFTEN * 4).await;
+        assert!(!changed.is_finished());
+
+        // As a ConfigMap changes: a link is renamed.
+        std::fs::write(
+            directory.path().join("data"),
+            format!("{HEAD}mode: nftables\nclusterCIDR: 10.0.0.0/8"),
+        )
+        .unwrap();
+        std::os::unix::fs::symlink("data", directory.path().join("draft")).unwrap();
+        std::fs::rename(directory.path().join("draft"), &file).unwrap();
+        timeout(LONG, changed).await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn without_a_file_nothing_changes() {
+        let (_, again) = reader(Path::new("/nowhere"));
+        let running = Loaded { warnings: Vec::new(), ..loaded_of_flags() };
+        assert!(timeout(OFTEN * 4, changed(None, running, again, OFTEN)).await.is_err());
+    }
+
+    fn loaded_of_flags() -> Loaded {
+        let Command::Run(args) = Cli::try_parse_from(["weir", "run"]).unwrap().command else {
+            panic!("not run")
+        };
+        config::load(&args.config, &Host::this()).unwrap()
+    }
+}

@@ -1,0 +1,324 @@
+//! From kube-proxy to weir and back on running nodes, as a DaemonSet's image is changed: no new connection fails, and
+//! neither leaves its rules to the other for longer than that takes.
+
+use std::{
+    fs::{self, File},
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::Child,
+    time::Duration,
+};
+
+use anyhow::{Result, bail, ensure};
+use serde_json::json;
+use weir::{model::Family, source::Object};
+use weir_tests::{
+    assets,
+    control_plane::ControlPlane,
+    keeper::{end, tail},
+    netns::Namespace,
+    node::{CLUSTER_CIDRS, Place, Topology, node_address, node_name},
+    objects::{Lot, PORT, node, pod, service},
+    runner::serve,
+    subject::Plane,
+    traffic::{Call, Load, Outcome, Transport, ask},
+    wait::{await_that, await_within},
+};
+
+const WEB: Lot = Lot::new(1).named("web");
+/// kube-proxy's first start waits for its informers, and iptables is slow on a busy machine.
+const LONG: Duration = Duration::from_secs(120);
+
+/// How kube-proxy is run before and after.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Nftables,
+    Iptables,
+}
+
+impl Mode {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Nftables => "nftables",
+            Self::Iptables => "iptables",
+        }
+    }
+
+    /// Whether a listed rule set holds what kube-proxy made of the Service in both families.
+    fn serves(self, ruleset: &str) -> bool {
+        match self {
+            Self::Nftables => Family::ALL.iter().all(|family| {
+                let table = ruleset.split("table ").find(|table| table.starts_with(self.table(*family)));
+                table.is_some_and(|table| table.contains(&WEB.cluster_ip(*family).to_string()))
+            }),
+            Self::Iptables => Family::ALL.iter().all(|family| {
+                let table = ruleset.split("table ").find(|table| table.starts_with(self.table(*family)));
+                table.is_some_and(|table| table.contains("chain KUBE-SEP-"))
+            }),
+        }
+    }
+
+    fn table(self, family: Family) -> &'static str {
+        match (self, family) {
+            (Self::Nftables, Family::V4) => "ip kube-proxy ",
+            (Self::Nftables, Family::V6) => "ip6 kube-proxy ",
+            (Self::Iptables, Family::V4) => "ip nat ",
+            (Self::Iptables, Family::V6) => "ip6 nat ",
+        }
+    }
+}
+
+struct Agent(Child);
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        end(&mut self.0);
+    }
+}
+
+struct Cluster<'a> {
+    topology: &'a Topology,
+    plane: ControlPlane<'a>,
+    directory: tempfile::TempDir,
+    mode: Mode,
+}
+
+impl<'a> Cluster<'a> {
+    fn new(topology: &'a Topology, mode: Mode) -> Result<Self> {
+        let plane = ControlPlane::start(&topology.router, Place::Router.client_address(Family::V4))?;
+        let directory = tempfile::Builder::new().prefix("weir-takeover-").tempdir()?;
+        plane.apply(&[&node(1), &node(2)])?;
+        let configuration = json!({
+            "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+            "kind": "KubeProxyConfiguration",
+            "mode": mode.name(),
+            "clientConnection": {"kubeconfig": plane.kubeconfig()?, "qps": 1000, "burst": 1000},
+            "clusterCIDR": CLUSTER_CIDRS.join(","),
+            "nftables": {"minSyncPeriod": "10ms"},
+            "iptables": {"minSyncPeriod": "10ms"},
+            // A network namespace other than the first may not change these.
+            "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
+        });
+        fs::write(directory.path().join("config.conf"), configuration.to_string())?;
+        Ok(Self { topology, plane, directory, mode })
+    }
+
+    fn log(&self, node: u8) -> PathBuf {
+        self.directory.path().join(format!("agent-{node}.log"))
+    }
+
+    fn host(&self, node: u8) -> &Namespace {
+        self.topology.at(Place::Host(node))
+    }
+
+    fn start(&self, node: u8, program: &Path, words: &[String]) -> Result<Agent> {
+        let log = File::options().create(true).append(true).open(self.log(node))?;
+        let errors = log.try_clone()?;
+        let config = format!("--config={}", self.directory.path().join("config.conf").display());
+        let name = format!("--hostname-override={}", node_name(node));
+        let child = self.host(node).spawn(program, |command| {
+            command.args(words).args([config, name]).stdout(log).stderr(errors);
+        })?;
+        Ok(Agent(child))
+    }
+
+    fn ruleset(&self, node: u8) -> String {
+        self.host(node).stdout("nft", &["list", "ruleset"]).unwrap_or_default()
+    }
+
+    fn start_kube_proxy(&self, node: u8) -> Result<Agent> {
+        let agent = self.start(node, &assets::kubernetes("kube-proxy")?, &["--v=2".to_owned()])?;
+        await_within(LONG, "kube-proxy has programmed the node", || self.mode.serves(&self.ruleset(node)));
+        Ok(agent)
+    }
+
+    fn start_weir(&self, node: u8, plane: Plane) -> Result<Agent> {
+        let mode = match plane {
+            Plane::Nftables => "nftables",
+            Plane::Ebpf => "ebpf",
+        };
+        let words = [
+            "run".to_owned(),
+            format!("--proxy-mode={mode}"),
+            format!("--cgroup-root={}", self.topology.cgroup_root(node).display()),
+            format!("--bpf-root={}", self.topology.bpf_root(node)?.display()),
+        ];
+        let before = fs::read_to_string(self.log(node)).unwrap_or_default().len();
+        let agent = self.start(node, &assets::weir()?, &words)?;
+        await_that("weir has taken over", || {
+            fs::read_to_string(self.log(node))
+                .is_ok_and(|log| log[before..].contains("took over from kube-proxy"))
+        });
+        Ok(agent)
+    }
+
+    fn clean_up(&self, node: u8) -> Result<()> {
+        let root = format!("--bpf-root={}", self.topology.bpf_root(node)?.display());
+        let output = self.host(node).output(&assets::weir()?.display().to_string(), &["cleanup", &root])?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    }
+
+    fn publish(&self, objects: &[Object]) -> Result<()> {
+        self.plane.apply(&objects.iter().collect::<Vec<_>>())
+    }
+}
+
+/// Every way to the Service, from and through the first node.
+fn calls() -> Vec<(Place, Call)> {
+    let mut calls = Vec::new();
+    for family in Family::ALL {
+        let cluster = SocketAddr::new(WEB.cluster_ip(family), PORT);
+        let node_port = SocketAddr::new(node_address(family, 1), WEB.node_port(PORT));
+        let external = SocketAddr::new(WEB.external_ip(family), PORT);
+        for transport in [Transport::Tcp, Transport::Udp] {
+            for (from, to) in [
+                (Place::Pod(1, 2), cluster),
+                (Place::Host(1), cluster),
+                (Place::Outside(0), node_port),
+                (Place::Outside(0), external),
+            ] {
+                // A busy machine may answer late; what is asked here is whether it answers at all.
+                let call = Call { patience: Duration::from_secs(5), ..Call::new(from, to, transport) };
+                calls.push((from, call));
+            }
+        }
+    }
+    calls
+}
+
+fn answered_more(loads: &[Load]) {
+    let before: Vec<u64> = loads.iter().map(Load::answered).collect();
+    await_that("every load is answered twenty times more", || {
+        loads.iter().zip(&before).all(|(load, before)| load.answered() >= before + 20)
+    });
+}
+
+fn there_and_back(mode: Mode, plane: Plane) -> Result<()> {
+    let topology = Topology::new()?;
+    let _servers = serve(&topology)?;
+    let cluster = Cluster::new(&topology, mode)?;
+    let web = |endpoints: &[(u8, u8)]| {
+        let endpoints: Vec<_> = endpoints.iter().map(|(node, number)| pod(*node, *number)).collect();
+        service(endpoints).everywhere().objects(WEB)
+    };
+    cluster.publish(&web(&[(1, 1), (2, 1)]))?;
+    let mut agent = cluster.start_kube_proxy(1)?;
+    let _other = cluster.start_kube_proxy(2)?;
+    let leads_to = |backend: &str| {
+        calls().iter().all(|(from, call)| {
+            matches!(topology.at(*from).run(|| ask(call)), Outcome::Answer(answer) if answer.backend.starts_with(backend))
+        })
+    };
+    await_that("everything answers", || leads_to("pod-"));
+    let loads: Vec<_> = calls()
+        .into_iter()
+        .map(|(from, call)| Load::start(topology.at(from), call, Duration::from_millis(2)))
+        .collect::<Result<_>>()?;
+    answered_more(&loads);
+
+    drop(agent);
+    answered_more(&loads);
+    agent = cluster.start_weir(1, plane)?;
+    answered_more(&loads);
+    let ruleset = cluster.ruleset(1);
+    for left in ["kube-proxy", "chain KUBE-S", "KUBE-POSTROUTING", "KUBE-NODEPORTS", "KUBE-FORWARD"] {
+        ensure!(!ruleset.contains(left), "{left} is left in\n{ruleset}");
+    }
+    // Only weir is there to follow this.
+    cluster.publish(&web(&[(1, 2)]))?;
+    await_that("weir follows", || leads_to("pod-1-2"));
+    cluster.publish(&web(&[(1, 1), (1, 2), (2, 1)]))?;
+    answered_more(&loads);
+
+    drop(agent);
+    answered_more(&loads);
+    let agent = cluster.start_kube_proxy(1)?;
+    answered_more(&loads);
+    cluster.clean_up(1)?;
+    answered_more(&loads);
+    ensure!(!cluster.ruleset(1).contains("weir"), "weir's rules are left");
+    cluster.publish(&web(&[(2, 1)]))?;
+    await_that("kube-proxy follows", || leads_to("pod-2-1"));
+    drop(agent);
+
+    for ((from, call), load) in calls().into_iter().zip(loads) {
+        let tally = load.stop()?;
+        if !tally.failures.is_empty() {
+            let log = tail(&cluster.log(1));
+            bail!("{from} to {} by {}: {tally:?}\n{log}", call.to, call.transport);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn from_kube_proxys_nftables_mode_and_back_no_connection_fails() -> Result<()> {
+    there_and_back(Mode::Nftables, Plane::Nftables)
+}
+
+#[test]
+fn from_kube_proxys_nftables_mode_to_sockets_and_back_no_connection_fails() -> Result<()> {
+    there_and_back(Mode::Nftables, Plane::Ebpf)
+}
+
+#[test]
+fn from_kube_proxys_iptables_mode_and_back_no_connection_fails() -> Result<()> {
+    there_and_back(Mode::Iptables, Plane::Nftables)
+}
+
+#[test]
+fn from_kube_proxys_iptables_mode_to_sockets_and_back_no_connection_fails() -> Result<()> {
+    there_and_back(Mode::Iptables, Plane::Ebpf)
+}
+
+/// Others' chains with names that look alike stay, and so do the rules around a jump. The device of the ipvs mode goes;
+/// what is in legacy iptables is told of.
+#[test]
+fn cleanup_takes_only_what_is_kube_proxys() -> Result<()> {
+    let namespace = Namespace::new("leftovers")?;
+    let rules = "*nat\n:KUBE-SERVICES - [0:0]\n:KUBE-SVC-TCOU7JCQXEZGVUNU - [0:0]\n:KUBE-KUBELET-CANARY - [0:0]\n\
+                 :MINE - [0:0]\n-A PREROUTING -p tcp -j MINE\n\
+                 -A PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES\n\
+                 -A OUTPUT -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES\n\
+                 -A KUBE-SERVICES -d 10.96.0.10/32 -p udp -m udp --dport 53 -j KUBE-SVC-TCOU7JCQXEZGVUNU\n\
+                 -A KUBE-SVC-TCOU7JCQXEZGVUNU -m statistic --mode random --probability 0.5 -j RETURN\nCOMMIT\n\
+                 *filter\n:KUBE-FIREWALL - [0:0]\n-A INPUT -j KUBE-FIREWALL\nCOMMIT\n";
+    let directory = tempfile::tempdir()?;
+    let file = directory.path().join("rules");
+    fs::write(&file, rules)?;
+    namespace.stdout("iptables-nft-restore", &[&file.display().to_string()])?;
+    namespace
+        .stdout("nft", &["add table ip6 kube-proxy; add table ip mine; add chain ip mine KUBE-SERVICES"])?;
+    namespace.ip(&["link add kube-ipvs0 type veth peer name other0".to_owned()])?;
+    let weir = assets::weir()?.display().to_string();
+
+    let output = namespace.output(&weir, &["cleanup", "--kube-proxy"])?;
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success() && told.contains("tables=1 chains=2 devices=1"), "{told}");
+    ensure!(!told.contains("legacy iptables"), "{told}");
+    let left = namespace.stdout("iptables-nft-save", &[])?;
+    let left: Vec<&str> =
+        left.lines().filter(|line| line.starts_with("-A") || line.contains(" - [")).collect();
+    let expected = [
+        ":KUBE-FIREWALL - [0:0]",
+        "-A INPUT -j KUBE-FIREWALL",
+        ":KUBE-KUBELET-CANARY - [0:0]",
+        ":MINE - [0:0]",
+        "-A PREROUTING -p tcp -j MINE",
+    ];
+    let (mut left, mut expected) = (left, expected.to_vec());
+    left.sort_unstable();
+    expected.sort_unstable();
+    assert_eq!(left, expected);
+    assert!(namespace.stdout("nft", &["list", "tables"])?.contains("table ip mine"));
+
+    namespace.stdout("iptables-legacy", &["-t", "nat", "-N", "KUBE-SERVICES"])?;
+    let output = namespace.output(&weir, &["cleanup", "--kube-proxy"])?;
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(
+        output.status.success() && told.contains("legacy iptables is in use here (tables nat)"),
+        "{told}"
+    );
+    Ok(())
+}

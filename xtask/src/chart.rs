@@ -1,0 +1,189 @@
+//! The chart: what its values are called, and whether what it makes would be accepted by a cluster.
+//!
+//! In: `charts/weir`, with a file of values in `ci` for each way of using it. Out: its README, and complaints of helm and
+//! kubeconform.
+
+use std::{fs, path::PathBuf, process::Stdio};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+
+use crate::{machine::Machine, process, setup};
+
+/// The chart's directory.
+const CHART: &str = "charts/weir";
+/// The generated file.
+pub(crate) const README: &str = "charts/weir/README.md";
+
+/// Lints the chart and everything that it makes of the values in `ci`.
+///
+/// # Errors
+///
+/// Naming the values with which something is wrong.
+pub(crate) fn check(machine: &Machine) -> Result<()> {
+    let mut cases = fs::read_dir(machine.workspace.join(CHART).join("ci"))?
+        .map(|entry| Ok(entry?.path()))
+        .collect::<Result<Vec<PathBuf>>>()?;
+    cases.sort();
+    ensure!(!cases.is_empty(), "{CHART}/ci holds no values to check with");
+    let version = chart_version(&fs::read_to_string(machine.workspace.join(CHART).join("Chart.yaml"))?)?;
+    ensure!(
+        version == env!("CARGO_PKG_VERSION"),
+        "{CHART}/Chart.yaml has version {version}, Cargo.toml has {}",
+        env!("CARGO_PKG_VERSION")
+    );
+    for values in cases {
+        accepted(machine, &values).with_context(|| format!("with {}", values.display()))?;
+        println!("{}: fine", values.display());
+    }
+    refuses_nonsense(machine)
+}
+
+fn accepted(machine: &Machine, values: &PathBuf) -> Result<()> {
+    let [helm, kubeconform] = setup::chart_tools(machine);
+    process::read(machine.command(&helm).args(["lint", "--strict", CHART, "--values"]).arg(values))?;
+    let mut template = machine.command(&helm);
+    template.args(["template", "weir", CHART, "--namespace", "kube-system", "--values"]).arg(values);
+    let mut template = template.stdout(Stdio::piped()).spawn().context("starting helm")?;
+    let schemas = setup::chart_schemas(machine).join("{{.ResourceKind}}{{.KindSuffix}}.json");
+    let mut conform = machine.command(&kubeconform);
+    conform.args(["--strict", "--summary", "--schema-location"]).arg(schemas).arg("-");
+    conform.stdin(template.stdout.take().context("helm prints nothing")?);
+    let output = conform.output().context("starting kubeconform")?;
+    ensure!(template.wait()?.success(), "helm template failed");
+    ensure!(output.status.success(), "kubeconform: {}", String::from_utf8_lossy(&output.stdout));
+    Ok(())
+}
+
+/// That a value with a wrong name is refused, and that what cannot work is.
+fn refuses_nonsense(machine: &Machine) -> Result<()> {
+    let [helm, _] = setup::chart_tools(machine);
+    let server = "apiServer=https://192.0.2.1:6443";
+    for (settings, complaint) in [
+        (vec![], "apiServer is not set"),
+        (vec![server, "proxyMod=ebpf"], "proxyMod"),
+        (vec![server, "proxyMode=ipvs"], "proxyMode"),
+        (vec![server, "config.mode=ebpf"], "config.mode is set"),
+        (vec![server, "config.metricsBindAddress=0.0.0.0"], "metrics.bindAddress"),
+        (vec![server, "metrics.podMonitor.enabled=true"], "Prometheus cannot reach"),
+    ] {
+        let mut command = machine.command(&helm);
+        command.args(["template", "weir", CHART]);
+        settings.iter().for_each(|setting| {
+            command.args(["--set", setting]);
+        });
+        let output = command.output().context("starting helm")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(
+            !output.status.success() && said.contains(complaint),
+            "the chart was to refuse {settings:?} with `{complaint}`, and said: {said}"
+        );
+    }
+    println!("what cannot work: refused");
+    Ok(())
+}
+
+fn chart_version(chart: &str) -> Result<String> {
+    let chart: Value = serde_yaml_ng::from_str(chart)?;
+    Ok(chart["version"].as_str().context("Chart.yaml has no version")?.to_owned())
+}
+
+/// The README, from `Chart.yaml` and the comments in `values.yaml`.
+///
+/// # Errors
+///
+/// When a value has no comment, or one of the files is no YAML.
+pub(crate) fn readme(machine: &Machine) -> Result<String> {
+    let read = |name: &str| {
+        let file = machine.workspace.join(CHART).join(name);
+        fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))
+    };
+    let values = described(&read("values.yaml")?)?;
+    let mut text = read("README.md.in")?;
+    text.push_str("\n| value | default | |\n| --- | --- | --- |\n");
+    for Described { path, default, comment } in values {
+        text.push_str(&format!("| `{path}` | `{default}` | {comment} |\n"));
+    }
+    Ok(text)
+}
+
+/// One value of the chart.
+#[derive(Debug, PartialEq, Eq)]
+struct Described {
+    path: String,
+    default: String,
+    comment: String,
+}
+
+/// The values that have a comment beginning with `# --`, in the order of the file.
+fn described(text: &str) -> Result<Vec<Described>> {
+    let values: Value = serde_yaml_ng::from_str(text).context("values.yaml")?;
+    let mut found = Vec::new();
+    let mut comment: Option<String> = None;
+    // The keys that the line is below, each with its indentation.
+    let mut above: Vec<(usize, &str)> = Vec::new();
+    // Lists and maps below a described value are its default, not values of their own.
+    let mut inside: Option<usize> = None;
+    for line in text.lines() {
+        let indentation = line.len() - line.trim_start().len();
+        if let Some(words) = line.trim_start().strip_prefix('#') {
+            let words = words.trim();
+            comment = match (comment, words.strip_prefix("--")) {
+                (_, Some(first)) => Some(first.trim().to_owned()),
+                (Some(before), None) => Some(format!("{before} {words}")),
+                (None, None) => None,
+            };
+            continue;
+        }
+        let Some((key, _)) = line.trim_start().split_once(':').filter(|(key, _)| !key.starts_with('-'))
+        else {
+            continue;
+        };
+        if inside.is_some_and(|outer| indentation > outer) {
+            continue;
+        }
+        inside = None;
+        above.retain(|(outer, _)| *outer < indentation);
+        above.push((indentation, key));
+        let path = above.iter().map(|(_, key)| *key).collect::<Vec<_>>();
+        let value = path.iter().fold(&values, |value, key| &value[*key]);
+        match comment.take() {
+            Some(comment) => {
+                inside = Some(indentation);
+                found.push(Described { path: path.join("."), default: value.to_string(), comment });
+            }
+            None => ensure!(value.is_object(), "values.yaml: {} has no comment", path.join(".")),
+        }
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_value_is_described_with_its_path_and_default() {
+        let text = "image:\n  # -- Where it\n  # is.\n  name: weir\n# -- All of it.\nresources:\n  requests:\n    cpu: 1\n\
+                    # -- Taints.\ntaints:\n  - operator: Exists\n";
+        let one = |path: &str, default: &str, comment: &str| Described {
+            path: path.to_owned(),
+            default: default.to_owned(),
+            comment: comment.to_owned(),
+        };
+        assert_eq!(
+            described(text).unwrap(),
+            [
+                one("image.name", r#""weir""#, "Where it is."),
+                one("resources", r#"{"requests":{"cpu":1}}"#, "All of it."),
+                one("taints", r#"[{"operator":"Exists"}]"#, "Taints."),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_value_without_a_description_is_named() {
+        let error = described("a:\n  b: 1\n").unwrap_err().to_string();
+        assert_eq!(error, "values.yaml: a.b has no comment");
+    }
+}

@@ -1,0 +1,219 @@
+//! The files of the image: the program under both its names, its loader and libraries, and the licences.
+//!
+//! In: a program and where its libraries are. Out: a [`Root`], files by their path.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::unix::fs::{PermissionsExt as _, symlink},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result};
+
+use super::elf::Program;
+use crate::{machine::Machine, process};
+
+const WEIR: &str = "usr/local/bin/weir";
+/// What DaemonSets of kubeadm and kind call; weir then takes kube-proxy's arguments.
+const KUBE_PROXY: &str = "usr/local/bin/kube-proxy";
+
+/// One thing at a path.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Entry {
+    Directory,
+    File {
+        /// Permissions.
+        mode: u32,
+        content: Vec<u8>,
+    },
+    /// What a symbolic link points to.
+    Link(String),
+}
+
+/// The files of an image by their path below `/`. Everything belongs to root.
+#[derive(Debug, Default)]
+pub(super) struct Root(BTreeMap<String, Entry>);
+
+impl Root {
+    /// Collects `program`, which lies at `binary`, and all that it needs from below `sysroot`.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be stripped, or naming the library that is not there.
+    pub(super) fn assemble(
+        machine: &Machine,
+        binary: &Path,
+        program: &Program,
+        sysroot: &Path,
+    ) -> Result<Self> {
+        let mut root = Self::default();
+        root.file(WEIR, 0o755, stripped(machine, binary, program)?);
+        root.put(KUBE_PROXY, Entry::Link("weir".to_owned()));
+        // Without it, the C library asks DNS before /etc/hosts.
+        root.file("etc/nsswitch.conf", 0o644, b"hosts: files dns\n".to_vec());
+        for licence in ["LICENSE-APACHE", "LICENSE-MIT"] {
+            let text = fs::read(machine.workspace.join(licence)).with_context(|| licence.to_owned())?;
+            root.file(&format!("usr/share/doc/weir/{licence}"), 0o644, text);
+        }
+        root.link(machine, program, sysroot)?;
+        Ok(root)
+    }
+
+    /// Adds the loader and the libraries of `program`, and theirs.
+    fn link(&mut self, machine: &Machine, program: &Program, sysroot: &Path) -> Result<()> {
+        let loader = program.loader.as_deref().map(|path| path.trim_start_matches('/').to_owned());
+        let mut wanted = program.libraries.clone();
+        while let Some(name) = wanted.pop() {
+            let is_loader = loader.as_ref().is_some_and(|path| path.ends_with(&format!("/{name}")));
+            let place = format!("lib/{}/{name}", program.architecture.triple());
+            if is_loader || self.0.contains_key(&place) {
+                continue;
+            }
+            let found = library(sysroot, program, &name)?;
+            let content = fs::read(&found).with_context(|| format!("reading {}", found.display()))?;
+            wanted.extend(Program::read(&content).with_context(|| found.display().to_string())?.libraries);
+            self.file(&place, 0o644, content);
+            self.copyright(machine, &found);
+        }
+        if let Some(path) = loader {
+            let found = sysroot.join(&path);
+            let content = fs::read(&found).with_context(|| format!("the loader {}", found.display()))?;
+            self.file(&path, 0o755, content);
+        }
+        Ok(())
+    }
+
+    /// Adds what Debian says about the licence of the package that `library` is from, where Debian's packages are.
+    fn copyright(&mut self, machine: &Machine, library: &Path) {
+        let owner = process::read(machine.command("dpkg-query").arg("--search").arg(library));
+        let Ok(owner) = owner else { return };
+        let Some(package) = owner.split([':', ',']).next() else { return };
+        let path = format!("usr/share/doc/{package}/copyright");
+        if let Ok(text) = fs::read(Path::new("/").join(&path)) {
+            self.file(&path, 0o644, text);
+        }
+    }
+
+    fn file(&mut self, path: &str, mode: u32, content: Vec<u8>) {
+        self.put(path, Entry::File { mode, content });
+    }
+
+    fn put(&mut self, path: &str, entry: Entry) {
+        for (slash, _) in path.match_indices('/') {
+            self.0.entry(path[..slash].to_owned()).or_insert(Entry::Directory);
+        }
+        self.0.insert(path.to_owned(), entry);
+    }
+
+    /// Paths and what is there, directories before what is in them.
+    pub(super) fn entries(&self) -> impl Iterator<Item = (&str, &Entry)> {
+        self.0.iter().map(|(path, entry)| (&**path, entry))
+    }
+
+    /// Bytes of all files.
+    pub(super) fn size(&self) -> usize {
+        let size = |entry: &Entry| if let Entry::File { content, .. } = entry { content.len() } else { 0 };
+        self.0.values().map(size).sum()
+    }
+
+    /// Writes everything below `directory`.
+    ///
+    /// # Errors
+    ///
+    /// When something cannot be written, as where it is there already.
+    pub(super) fn write(&self, directory: &Path) -> Result<()> {
+        fs::create_dir_all(directory).with_context(|| format!("making {}", directory.display()))?;
+        for (path, entry) in self.entries() {
+            let path = directory.join(path);
+            let written = match entry {
+                Entry::Directory => fs::create_dir_all(&path),
+                Entry::Link(target) => symlink(target, &path),
+                Entry::File { mode, content } => fs::write(&path, content)
+                    .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(*mode))),
+            };
+            written.with_context(|| format!("writing {}", path.display()))?;
+        }
+        Ok(())
+    }
+}
+
+/// The bytes of the program at `binary` without what only a debugger reads; function names stay, for backtraces.
+fn stripped(machine: &Machine, binary: &Path, program: &Program) -> Result<Vec<u8>> {
+    // A strip of the architecture where there is one: the plain one may know its own only.
+    let cross = format!("{}-strip", program.architecture.triple());
+    let strip = if machine.find(&cross).is_some() { &*cross } else { "strip" };
+    let draft = tempfile::tempdir()?;
+    let file = draft.path().join("weir");
+    process::read(machine.command(strip).args(["--strip-debug", "-o"]).arg(&file).arg(binary))?;
+    Ok(fs::read(&file)?)
+}
+
+/// Where the library `name` is: in one of the directories that loaders search without being told.
+fn library(sysroot: &Path, program: &Program, name: &str) -> Result<PathBuf> {
+    let triple = program.architecture.triple();
+    let places = [
+        format!("lib/{triple}"),
+        format!("usr/lib/{triple}"),
+        format!("usr/{triple}/lib"),
+        "lib64".to_owned(),
+        "usr/lib64".to_owned(),
+        "lib".to_owned(),
+        "usr/lib".to_owned(),
+    ];
+    let fits = |file: &PathBuf| {
+        let read = fs::read(file).ok().and_then(|bytes| Program::read(&bytes).ok());
+        read.is_some_and(|library| library.architecture == program.architecture)
+    };
+    places.iter().map(|place| sysroot.join(place).join(name)).find(fits).with_context(|| {
+        let architecture = program.architecture;
+        format!("{name} for {architecture} is nowhere below {}: {}", sysroot.display(), places.join(", "))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn own() -> (Machine, PathBuf, Program) {
+        let binary = std::env::current_exe().unwrap();
+        let program = Program::read(&fs::read(&binary).unwrap()).unwrap();
+        (Machine::discover().unwrap(), binary, program)
+    }
+
+    #[test]
+    fn what_is_assembled_runs_with_nothing_else() {
+        let (machine, binary, program) = own();
+        let root = Root::assemble(&machine, &binary, &program, Path::new("/")).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        root.write(directory.path()).unwrap();
+        // The loader is told where libraries are and that there are no others: what is missing would be named.
+        let loader = directory.path().join(program.loader.as_ref().unwrap().trim_start_matches('/'));
+        let libraries = directory.path().join("lib").join(program.architecture.triple());
+        let mut command = machine.command(loader);
+        command.args(["--inhibit-cache", "--library-path"]).arg(libraries).arg("--list");
+        let list = process::read(command.arg(directory.path().join(WEIR))).unwrap();
+        for line in list.lines().filter(|line| line.contains("=>")) {
+            assert!(line.contains(&*directory.path().to_string_lossy()), "{line} is not from the image");
+        }
+        assert_eq!(fs::read_link(directory.path().join(KUBE_PROXY)).unwrap(), Path::new("weir"));
+    }
+
+    #[test]
+    fn a_library_that_is_missing_is_named() {
+        let (machine, binary, program) = own();
+        let empty = tempfile::tempdir().unwrap();
+        let error = Root::assemble(&machine, &binary, &program, empty.path()).unwrap_err();
+        assert!(error.to_string().contains(".so"), "{error:#}");
+    }
+
+    #[test]
+    fn directories_come_before_what_is_in_them() {
+        let mut root = Root::default();
+        root.file("a/b/c", 0o644, vec![0; 3]);
+        root.put("a/b-link", Entry::Link("b".to_owned()));
+        let paths = root.entries().map(|(path, _)| path).collect::<Vec<_>>();
+        assert_eq!(paths, ["a", "a/b", "a/b-link", "a/b/c"]);
+        assert_eq!(root.size(), 3);
+    }
+}
