@@ -9,6 +9,7 @@ mod events;
 mod health;
 mod health_check;
 mod metrics;
+mod names;
 mod process;
 mod requests;
 mod server;

@@ -8,6 +8,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     net::IpAddr,
     pin::pin,
+    sync::PoisonError,
     time::{Duration, Instant},
 };
 
@@ -17,6 +18,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::{Addresses, census::Census, served};
 use crate::{
     dataplane::{Dataplane, Error, Fill, conntrack::Suspects, nftables::Seen, sockets},
+    dns::SharedNames,
     model::{Family, Model, ObjectName, Settings},
     observe::{Events, Health, HealthCheckState, HealthChecks, Metrics, Trouble},
     plan::{Conflict, Delta, NodePortAddresses, Planner, PortId},
@@ -37,6 +39,9 @@ const FIRST_RETRY: Duration = Duration::from_millis(100);
 /// A foreign change this long after the one before is a new story.
 const CALM: Duration = Duration::from_secs(10);
 
+/// Most changes of names while queries wait.
+const CHANGES_OF_NAMES: usize = 256;
+
 /// Most changes taken in before the kernel is brought up to date.
 const MOST_CHANGES: usize = 65_536;
 
@@ -47,6 +52,7 @@ pub(super) struct Engine {
     conntrack: Option<mpsc::UnboundedSender<Suspects>>,
     sockets: Option<std::sync::mpsc::Sender<sockets::Suspects>>,
     health_checks: Option<HealthChecks>,
+    names: Option<(SharedNames, watch::Sender<u32>)>,
     events: Events,
     metrics: Metrics,
     health: Health,
@@ -91,6 +97,7 @@ impl Engine {
             conntrack: None,
             sockets: None,
             health_checks: None,
+            names: None,
             events: Events::logged(),
             metrics,
             health,
@@ -116,6 +123,11 @@ impl Engine {
     /// Tells these servers how many local endpoints are in force.
     pub(super) fn with_health_checks(self, health_checks: HealthChecks) -> Self {
         Self { health_checks: Some(health_checks), ..self }
+    }
+
+    /// Keeps these names, and tells there how many changes they have seen.
+    pub(super) fn with_names(self, names: Option<(SharedNames, watch::Sender<u32>)>) -> Self {
+        Self { names, ..self }
     }
 
     /// Tells there of service ports that cannot be programmed.
@@ -175,6 +187,7 @@ impl Engine {
                 let Ok(change) = changes.try_recv() else { break };
                 taken.push(change);
             }
+            self.take_in_names(&taken);
             for change in taken.drain(..) {
                 self.take_in(change);
             }
@@ -199,6 +212,16 @@ impl Engine {
         tracing::warn!(?seen, ?wait, "somebody else changed our tables, repairing them");
         self.reconcile = Some("foreign");
         self.retry_at = Some(now + wait);
+    }
+
+    /// Names first: they are there at once, and the kernel takes longer.
+    fn take_in_names(&self, changes: &[Change]) {
+        let Some((names, seen)) = &self.names else { return };
+        for some in changes.chunks(CHANGES_OF_NAMES) {
+            let mut names = names.write().unwrap_or_else(PoisonError::into_inner);
+            some.iter().for_each(|change| names.apply(change));
+            seen.send_replace(names.changes());
+        }
     }
 
     fn take_in(&mut self, change: Change) {

@@ -40,6 +40,7 @@ use crate::{
 mod bpffs;
 mod census;
 mod choice;
+mod dns;
 mod engine;
 mod machine;
 mod planes;
@@ -127,11 +128,16 @@ async fn serve(
         None => None,
     };
     tokio::spawn(host::watch(addresses_in));
+    let names = match &config.dns {
+        Some(dns) => Some(dns::start(&config, dns, addresses.clone(), &metrics)?),
+        None => None,
+    };
 
     let engine = Engine::new(config.model.clone(), plane, metrics.clone(), health.clone())
         .with_retry(config.sync_period)
         .with_health_checks(HealthChecks::start(health.clone(), events.clone(), stopping.clone()))
         .with_events(events)
+        .with_names(names)
         .with_optional_node(matches!(config.source, SourceConfig::Manifests { .. }))
         .with_conntrack(clean_conntrack(metrics.clone())?)
         .with_sockets(closing)
@@ -199,7 +205,10 @@ async fn start_source(
                 let census = pods::start(connection.clone(), status, &place.maps(), &place.cgroup_root)?;
                 sockets::watch_bypassed(census, metrics);
             }
-            tokio::spawn(kube::watch(connection, changes, status));
+            match &config.dns {
+                Some(_) => tokio::spawn(kube::watch_with_names(connection, changes, status)),
+                None => tokio::spawn(kube::watch(connection, changes, status)),
+            };
             events
         }
         SourceConfig::Manifests { .. } => {
@@ -231,6 +240,7 @@ fn manifest_source(config: &Config) -> anyhow::Result<ManifestSource> {
         source.service_ranges.clone_from(service_ranges);
     }
     source.status_file.clone_from(status_file);
+    source.names = config.dns.is_some();
     Ok(source)
 }
 

@@ -1,16 +1,16 @@
 //! The API server in the caller's namespace, and the Services the benchmark puts there.
 //!
-//! In: how many Services there should be. Out: a cluster that has them. No controller runs: the benchmark writes the
-//! EndpointSlices itself.
+//! In: what should be there. Out: a cluster that has it. No controller runs: the benchmark writes the EndpointSlices
+//! itself.
 
 use std::{
     collections::BTreeMap,
-    net::{Ipv4Addr, SocketAddrV4},
+    net::SocketAddrV4,
     path::{Path, PathBuf},
     time::Instant,
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, Result};
 use k8s_openapi::{
     api::{
         core::v1::{Node, Service},
@@ -24,11 +24,14 @@ use kube::{
 };
 use tokio::task::JoinSet;
 
-use super::rig::{API_SERVER, BACKEND_PORT, NODE_ADDRESS};
+use super::{
+    rig::{API_SERVER, NODE_ADDRESSES},
+    workload::{Numbered, Workload},
+};
 use crate::{apiserver::ApiServer, objects::NAMESPACE};
 
 /// So many objects are written at the same time.
-const WRITERS: usize = 32;
+const WRITERS: u32 = 32;
 
 /// Endpoints of each Service.
 pub(super) const ENDPOINTS: u32 = 5;
@@ -42,70 +45,26 @@ pub(super) const CLUSTER_CIDRS: &str = "10.128.0.0/10,fd00:190::/32";
 pub(super) const SERVICE_CIDR: &str = "10.96.0.0/12";
 const SERVICE_CIDR_V6: &str = "fd00:10:96::/112";
 
-/// A Service of the benchmark, by number.
+/// When a write began, and when the API server had accepted it.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Numbered(pub u32);
-
-impl Numbered {
-    /// Its name.
-    #[must_use]
-    pub(super) fn name(self) -> String {
-        format!("bench-{}", self.0)
-    }
-
-    /// Its only address and port.
-    #[must_use]
-    pub(super) fn cluster_ip(self) -> SocketAddrV4 {
-        SocketAddrV4::new(Ipv4Addr::from_bits(Ipv4Addr::new(10, 100, 0, 1).to_bits() + self.0), 80)
-    }
-
-    /// Its endpoints: addresses that no other Service has.
-    #[must_use]
-    pub(super) fn endpoints(self) -> Vec<SocketAddrV4> {
-        let first = Ipv4Addr::new(10, 128, 0, 1).to_bits() + self.0 * ENDPOINTS;
-        (first..first + ENDPOINTS)
-            .map(|address| SocketAddrV4::new(Ipv4Addr::from_bits(address), BACKEND_PORT))
-            .collect()
-    }
-
-    /// The Service itself.
-    ///
-    /// # Errors
-    ///
-    /// When it is not what Kubernetes takes for one.
-    pub(super) fn service(self) -> anyhow::Result<Service> {
-        Ok(from_value(json!({
-            "metadata": { "name": self.name() },
-            "spec": { "clusterIP": self.cluster_ip().ip(), "ports": [{ "port": 80, "targetPort": BACKEND_PORT }] },
-        }))?)
-    }
-
-    /// The slice of a Service that has these endpoints.
-    ///
-    /// # Errors
-    ///
-    /// When it is not what Kubernetes takes for one.
-    pub(super) fn slice(self, endpoints: &[SocketAddrV4]) -> anyhow::Result<EndpointSlice> {
-        let endpoint = |at: &SocketAddrV4| {
-            json!({
-                "addresses": [at.ip()],
-                "conditions": { "ready": true, "serving": true, "terminating": false },
-                "nodeName": NODE,
-            })
-        };
-        Ok(from_value(json!({
-            "metadata": { "name": self.name(), "labels": { "kubernetes.io/service-name": self.name() } },
-            "addressType": "IPv4",
-            "ports": [{ "name": "", "port": BACKEND_PORT, "protocol": "TCP" }],
-            "endpoints": endpoints.iter().map(endpoint).collect::<Vec<_>>(),
-        }))?)
-    }
+pub(super) struct Written {
+    /// The request left.
+    pub(super) begun: Instant,
+    /// The answer came.
+    pub(super) accepted: Instant,
 }
 
 /// The running cluster.
-pub(super) struct Cluster {
+#[derive(Clone)]
+pub(super) struct Objects {
     services: Api<Service>,
     slices: Api<EndpointSlice>,
+}
+
+/// [`Objects`] and the server that has them.
+pub(super) struct Cluster {
+    /// What is written there.
+    pub(super) objects: Objects,
     kubeconfig: PathBuf,
     _server: ApiServer,
 }
@@ -116,19 +75,18 @@ impl Cluster {
     /// # Errors
     ///
     /// When it does not come up.
-    pub(super) async fn start() -> anyhow::Result<Self> {
+    pub(super) async fn start() -> Result<Self> {
         let cidr = format!("--service-cluster-ip-range={SERVICE_CIDR},{SERVICE_CIDR_V6}");
         // What is measured is not how the API server shares itself out.
         let unlimited = ["--max-requests-inflight=1000", "--max-mutating-requests-inflight=1000"];
         let server = ApiServer::start_at(API_SERVER.into(), &[&cidr, unlimited[0], unlimited[1]]).await?;
         let client = server.client().await?;
         create_node(&client).await?;
-        Ok(Self {
+        let objects = Objects {
             services: Api::namespaced(client.clone(), NAMESPACE),
             slices: Api::namespaced(client, NAMESPACE),
-            kubeconfig: server.kubeconfig("admin")?,
-            _server: server,
-        })
+        };
+        Ok(Self { objects, kubeconfig: server.kubeconfig("admin")?, _server: server })
     }
 
     /// A kubeconfig for the subjects.
@@ -136,20 +94,62 @@ impl Cluster {
     pub(super) fn kubeconfig(&self) -> &Path {
         &self.kubeconfig
     }
+}
 
-    /// Creates the Services `from..to`, each with its slice.
+impl Objects {
+    /// Creates what `workload` has and `before` has not.
     ///
     /// # Errors
     ///
     /// When the API server refuses one.
-    pub(super) async fn grow(&self, from: u32, to: u32) -> anyhow::Result<()> {
+    pub(super) async fn grow(&self, before: u32, workload: Workload) -> Result<()> {
+        let services: Vec<_> = workload.services().skip(before as usize).collect();
+        self.by_all(services.len() as u32, move |objects, number| {
+            let service = services[number as usize];
+            async move {
+                objects.services.create(&PostParams::default(), &service.service()?).await?;
+                Ok(())
+            }
+        })
+        .await?;
+        self.by_all(workload.slices() - before, move |objects, number| async move {
+            objects.slices.create(&PostParams::default(), &workload.slice(before + number, 0)?).await?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Deletes all of it.
+    ///
+    /// # Errors
+    ///
+    /// When the API server refuses.
+    pub(super) async fn shrink(&self, workload: Workload) -> Result<()> {
+        for service in workload.services() {
+            self.services.delete(&service.name(), &DeleteParams::default()).await?;
+        }
+        for number in 0..workload.slices() {
+            let slice = workload.slice(number, 0)?;
+            self.slices.delete(&named(&slice.metadata.name)?, &DeleteParams::default()).await?;
+        }
+        Ok(())
+    }
+
+    /// Many at the same time: one by one, tens of thousands of objects would take longer than everything else.
+    async fn by_all<F>(
+        &self,
+        count: u32,
+        write: impl Fn(Self, u32) -> F + Clone + Send + 'static,
+    ) -> Result<()>
+    where
+        F: Future<Output = Result<()>> + Send,
+    {
         let mut writers = JoinSet::new();
         for writer in 0..WRITERS {
-            let (services, slices) = (self.services.clone(), self.slices.clone());
+            let (objects, write) = (self.clone(), write.clone());
             writers.spawn(async move {
-                for number in (from..to).skip(writer).step_by(WRITERS).map(Numbered) {
-                    services.create(&PostParams::default(), &number.service()?).await?;
-                    slices.create(&PostParams::default(), &number.slice(&number.endpoints())?).await?;
+                for number in (writer..count).step_by(WRITERS as usize) {
+                    write(objects.clone(), number).await?;
                 }
                 anyhow::Ok(())
             });
@@ -165,7 +165,7 @@ impl Cluster {
     /// # Errors
     ///
     /// When the API server refuses one.
-    pub(super) async fn create(&self, service: &Service, slices: &[EndpointSlice]) -> anyhow::Result<()> {
+    pub(super) async fn create(&self, service: &Service, slices: &[EndpointSlice]) -> Result<()> {
         self.services.create(&PostParams::default(), service).await?;
         for slice in slices {
             self.slices.create(&PostParams::default(), slice).await?;
@@ -173,32 +173,51 @@ impl Cluster {
         Ok(())
     }
 
-    /// Creates one Service and then its slice, and says when the API server had accepted the latter.
+    /// Deletes a Service with its slices.
     ///
     /// # Errors
     ///
     /// When the API server refuses.
-    pub(super) async fn add(&self, service: Numbered) -> anyhow::Result<Instant> {
-        let slice = service.slice(&service.endpoints())?;
-        self.services.create(&PostParams::default(), &service.service()?).await?;
-        self.slices.create(&PostParams::default(), &slice).await?;
-        Ok(Instant::now())
+    pub(super) async fn remove(&self, service: &Service, slices: &[EndpointSlice]) -> Result<()> {
+        self.services.delete(&named(&service.metadata.name)?, &DeleteParams::default()).await?;
+        for slice in slices {
+            self.slices.delete(&named(&slice.metadata.name)?, &DeleteParams::default()).await?;
+        }
+        Ok(())
     }
 
-    /// Leaves a Service with these endpoints only, and says when the API server had accepted that.
+    /// Creates one Service and then its slice, whose creation is the one that counts.
     ///
     /// # Errors
     ///
     /// When the API server refuses.
-    pub(super) async fn leave(
-        &self,
-        service: Numbered,
-        endpoints: &[SocketAddrV4],
-    ) -> anyhow::Result<Instant> {
-        let slice = service.slice(endpoints)?;
-        let patch = json!({ "endpoints": slice.endpoints });
-        self.slices.patch(&service.name(), &PatchParams::default(), &Patch::Merge(patch)).await?;
-        Ok(Instant::now())
+    pub(super) async fn add(&self, service: Numbered) -> Result<Written> {
+        let slice = service.slice(&service.endpoints())?;
+        self.services.create(&PostParams::default(), &service.service()?).await?;
+        let begun = Instant::now();
+        self.slices.create(&PostParams::default(), &slice).await?;
+        Ok(Written { begun, accepted: Instant::now() })
+    }
+
+    /// Leaves a Service with these endpoints only.
+    ///
+    /// # Errors
+    ///
+    /// When the API server refuses.
+    pub(super) async fn leave(&self, service: Numbered, endpoints: &[SocketAddrV4]) -> Result<Written> {
+        self.rewrite(&service.slice(endpoints)?).await
+    }
+
+    /// Gives a slice that is there these endpoints.
+    ///
+    /// # Errors
+    ///
+    /// When the API server refuses.
+    pub(super) async fn rewrite(&self, slice: &EndpointSlice) -> Result<Written> {
+        let patch = Patch::Merge(json!({ "endpoints": slice.endpoints }));
+        let begun = Instant::now();
+        self.slices.patch(&named(&slice.metadata.name)?, &PatchParams::default(), &patch).await?;
+        Ok(Written { begun, accepted: Instant::now() })
     }
 
     /// Deletes one Service and its slice.
@@ -206,27 +225,30 @@ impl Cluster {
     /// # Errors
     ///
     /// When the API server refuses.
-    pub(super) async fn delete(&self, service: Numbered) -> anyhow::Result<()> {
+    pub(super) async fn delete(&self, service: Numbered) -> Result<()> {
         self.services.delete(&service.name(), &DeleteParams::default()).await?;
         self.slices.delete(&service.name(), &DeleteParams::default()).await?;
         Ok(())
     }
 }
 
+fn named(name: &Option<String>) -> Result<String> {
+    name.clone().context("an object without a name")
+}
+
 /// The Node that subjects run on.
-///
-/// # Errors
-///
-/// When it is not what Kubernetes takes for one.
-pub(super) fn node() -> anyhow::Result<Node> {
-    let addresses = json!([{ "type": "InternalIP", "address": NODE_ADDRESS }]);
+fn node() -> Result<Node> {
+    let addresses = json!([
+        { "type": "InternalIP", "address": NODE_ADDRESSES.0 },
+        { "type": "InternalIP", "address": NODE_ADDRESSES.1 },
+    ]);
     let labels = BTreeMap::from([("kubernetes.io/hostname", NODE)]);
     Ok(from_value(
         json!({ "metadata": { "name": NODE, "labels": labels }, "status": { "addresses": addresses } }),
     )?)
 }
 
-async fn create_node(client: &Client) -> anyhow::Result<()> {
+async fn create_node(client: &Client) -> Result<()> {
     let created = Api::<Node>::all(client.clone()).create(&PostParams::default(), &node()?).await;
     created.context("creating the Node")?;
     Ok(())

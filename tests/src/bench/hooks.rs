@@ -9,16 +9,17 @@ use std::{
     net::{SocketAddr, UdpSocket},
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use aya::{
     programs::loaded_programs,
     sys::{Stats, enable_stats},
 };
-use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
+use comfy_table::Table;
 use serde::{Deserialize, Serialize};
 
 use super::{
     paths::client::{Crew, connect, datagrams, reset},
+    report::grid,
     statistics::quantile,
 };
 
@@ -29,6 +30,7 @@ const ROUNDS: usize = 9;
 
 /// What one program took in one case.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Cost {
     /// Services there were.
     pub services: u32,
@@ -126,25 +128,38 @@ fn names() -> Result<BTreeMap<u64, String>> {
 
 /// Nanoseconds and runs of one of the agent's programs so far.
 fn counted(agent: u32, names: &BTreeMap<u64, String>, program: &str) -> Result<(u64, u64)> {
+    let all = counted_by_name(agent, names)?;
+    all.get(program).copied().with_context(|| format!("the agent has no program {program}"))
+}
+
+/// Nanoseconds and runs of all the agent's programs so far.
+///
+/// # Errors
+///
+/// When the agent is gone, or the kernel does not count.
+pub(super) fn counted_all(agent: u32) -> Result<BTreeMap<String, (u64, u64)>> {
+    counted_by_name(agent, &names()?)
+}
+
+fn counted_by_name(agent: u32, names: &BTreeMap<u64, String>) -> Result<BTreeMap<String, (u64, u64)>> {
+    let mut all = BTreeMap::new();
     for entry in fs::read_dir(format!("/proc/{agent}/fdinfo"))? {
         let Ok(text) = fs::read_to_string(entry?.path()) else { continue };
         let field = |name: &str| -> Option<u64> {
             text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
         };
-        if let Some(id) = field("prog_id:")
-            && names.get(&id).is_some_and(|name| name == program)
-        {
-            return field("run_time_ns:").zip(field("run_cnt:")).context("this kernel does not count runs");
+        if let Some(name) = field("prog_id:").and_then(|id| names.get(&id)) {
+            let counts = field("run_time_ns:").zip(field("run_cnt:"));
+            all.insert(name.clone(), counts.context("this kernel does not count runs")?);
         }
     }
-    bail!("the agent has no program {program}")
+    Ok(all)
 }
 
 /// One row for each program and case.
 #[must_use]
 pub(super) fn table(costs: &[Cost]) -> Table {
-    let mut table = Table::new();
-    table.load_style(UTF8_FULL_CONDENSED).set_header(["Services", "program", "case", "ns a run", "least"]);
+    let mut table = grid(&["Services", "program", "case", "ns a run", "least"], &[1, 2]);
     for cost in costs {
         table.add_row([
             cost.services.to_string(),
@@ -153,9 +168,6 @@ pub(super) fn table(costs: &[Cost]) -> Table {
             format!("{:.0}", quantile(cost.nanoseconds.clone(), 0.5)),
             format!("{:.0}", quantile(cost.nanoseconds.clone(), 0.0)),
         ]);
-    }
-    for column in table.column_iter_mut().filter(|column| ![1, 2].contains(&column.index)) {
-        column.set_cell_alignment(CellAlignment::Right);
     }
     table
 }

@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use aya::maps::MapData;
-use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
+use comfy_table::Table;
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use weir::{
@@ -30,9 +30,10 @@ use weir::{
 };
 
 use super::{
-    cluster::{ENDPOINTS, Numbered},
-    report::{say, time},
+    cluster::ENDPOINTS,
+    report::{bytes, grid, say, time},
     statistics::quantile,
+    workload::Numbered,
 };
 use crate::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace};
 
@@ -69,6 +70,7 @@ impl Shape {
 
 /// One filling of the maps.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Run {
     /// What the Services are.
     pub shape: Shape,
@@ -94,6 +96,7 @@ pub struct Run {
 
 /// A map.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Map {
     /// Its name.
     pub name: String,
@@ -215,6 +218,7 @@ fn complete(ports: &[Arc<PortPlan>]) -> Delta {
             host_addresses: Vec::new(),
             masquerade_mark: 0x4000,
             service_cidrs: Vec::new(),
+            answers_names: false,
         })),
         cluster_ips: ips.collect(),
         ports: ports.iter().map(|port| PortDelta { before: None, after: Some(Arc::clone(port)) }).collect(),
@@ -249,6 +253,7 @@ fn port(shape: Shape, number: u32, endpoints: u32) -> Arc<PortPlan> {
             },
             route: Route::uniform(Treatment { target: Target::Cluster, masquerade: false }),
             allowed_sources: None,
+            answered_here: false,
         }],
         affinity: (shape == Shape::Sticky).then_some(10_800),
         on_removal: Removal::Keep,
@@ -275,18 +280,20 @@ fn maps(directory: &Path) -> Result<Vec<Map>> {
 /// One row for each shape.
 #[must_use]
 pub(super) fn table(runs: &[Run]) -> Table {
-    let mut table = Table::new();
-    table.load_style(UTF8_FULL_CONDENSED).set_header([
-        "Services",
-        "of",
-        "filled (CPU)",
-        "adopted (CPU)",
-        "endpoint more or less p50 / p99",
-        "Service more or less p50 / p99",
-        "bytes a Service",
-        "bytes an endpoint",
-        "all maps",
-    ]);
+    let mut table = grid(
+        &[
+            "Services",
+            "of",
+            "filled (CPU)",
+            "adopted (CPU)",
+            "endpoint more or less p50 / p99",
+            "Service more or less p50 / p99",
+            "bytes a Service",
+            "bytes an endpoint",
+            "all maps",
+        ],
+        &[1],
+    );
     for shape in Shape::ALL {
         let of_shape: Vec<&Run> = runs.iter().filter(|run| run.shape == shape).collect();
         let Some(run) = of_shape.first() else { continue };
@@ -306,14 +313,8 @@ pub(super) fn table(runs: &[Run]) -> Table {
             both(|run| &run.came_seconds),
             format!("{:.0}", run.bytes(&["frontends", "tallies"]) / services),
             format!("{:.0}", run.bytes(&["slots", "members"]) / services / f64::from(run.endpoints)),
-            format!(
-                "{:.1} MiB",
-                run.maps.iter().map(|map| map.bytes).sum::<u64>() as f64 / f64::from(1 << 20)
-            ),
+            bytes(run.maps.iter().map(|map| map.bytes).sum::<u64>() as f64),
         ]);
-    }
-    for column in table.column_iter_mut().filter(|column| column.index != 1) {
-        column.set_cell_alignment(CellAlignment::Right);
     }
     table
 }

@@ -1,389 +1,222 @@
-//! The benchmark: weir's two data planes and kube-proxy with the same Services, in turn.
+//! The benchmark: weir's two data planes and kube-proxy's with the same Services, in turn.
 //!
-//! In: [`Options`]. Out: tables, and every sample in a JSON file. There are three parts ([`Part`]):
+//! In: [`Options`]. Out: tables, and every sample in a JSON file, from which page and plots are made. There are these parts:
 //!
-//! - `maps`: the eBPF plane's maps by themselves,
-//! - `programming`: for each number of Services, and several rounds of it, each subject is started on the same API server
-//!   in a fresh network namespace, and measured until every Service works (`start`), then for single changes (a Service
-//!   with endpoints is added, then loses an endpoint), then for connecting through ClusterIPs, in turn with connecting
-//!   directly,
-//! - `paths`: traffic through a Service beside the same traffic straight to its endpoints.
+//! - [`maps`]: the eBPF plane's maps by themselves,
+//! - [`programming`]: how fast the Services of an API server are programmed, and what it costs,
+//! - [`paths`]: traffic through Services beside the same traffic straight to their endpoints,
+//! - [`hooks`]: what the socket programs take,
+//! - [`dns`]: names answered on the node beside a real CoreDNS's answers, with an API server of their own.
 //!
-//! Rounds alternate between the subjects, so that whatever else the machine does meets all.
+//! One API server with its etcd feeds all subjects of the last three; its Services grow in number, and whatever is to be
+//! measured with one number is measured before it grows on.
 
 use std::{
+    cell::{Cell, RefCell},
     collections::BTreeSet,
-    net::SocketAddrV4,
-    path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::{Duration, Instant},
+    io::Write as _,
+    time::Instant,
 };
 
-use anyhow::{Context as _, ensure};
-use clap::Parser;
+use anyhow::{Context as _, Result, ensure};
+use tokio::runtime::Runtime;
 
 use self::{
-    cluster::{Cluster, ENDPOINTS, Numbered},
-    probe::ConnectTimes,
-    process::Process,
-    report::{Change, Machine, Report, Run, say},
-    rig::Node,
-    subject::Feed,
+    cluster::{Cluster, ENDPOINTS},
+    profile::Profiler,
+    programming::Programming,
+    report::{Report, say},
+    workload::Workload,
 };
 use crate::netns::Namespace;
 
-pub use self::subject::Subject;
+pub use self::{options::Options, subject::Subject};
 
+mod bound;
 mod cluster;
+pub mod dns;
 pub mod hooks;
+pub mod kernel;
 pub mod maps;
 mod metrics;
+mod options;
 pub mod paths;
-pub mod probe;
+mod probe;
 pub mod process;
+mod profile;
+pub mod programming;
 pub mod report;
 mod rig;
-mod statistics;
+pub mod statistics;
 mod subject;
+pub mod workload;
 
-/// The longest that anything is waited for.
-const PATIENCE: Duration = Duration::from_secs(900);
-/// Services probed for being ready, spread over all; the others are counted in afterwards.
-const PROBED: u32 = 64;
-/// kube-proxy is not measured with more Services than this unless it is asked for: it does not finish in bounded time.
+/// kube-proxy's paths are not measured with more Services than this unless it is asked for: that alone takes minutes.
 const KUBE_PROXY_UP_TO: u32 = 10_000;
-/// Numbers of Services that come and go start here.
-const CHANGING: u32 = 400_000;
 
-/// A part of the benchmark.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Part {
-    /// The maps of the eBPF plane by themselves: filling, changes, memory.
-    Maps,
-    /// How fast Services of an API server are programmed.
-    Programming,
-    /// Traffic through a Service beside traffic straight to its endpoints, and what the socket programs take.
-    Paths,
-}
-
-/// Measures how fast Services are programmed and reached: weir's data planes beside kube-proxy with nftables.
-///
-/// KUBEBUILDER_ASSETS names a directory with etcd and kube-apiserver; kube-proxy is there or in PATH. WEIR_BIN names a
-/// release build of weir. `cargo xtask bench` sees to all that.
-#[derive(Clone, Debug, Parser)]
-#[command(version)]
-pub struct Options {
-    /// What to measure; without this all, kube-proxy only where it gets through in bounded time.
-    #[arg(long = "subject", value_enum)]
-    subjects: Vec<Subject>,
-    /// Parts to measure; without this all.
-    #[arg(long = "part", value_enum)]
-    parts: Vec<Part>,
-    /// Programming: numbers of Services.
-    #[arg(long, value_delimiter = ',', default_values_t = [10, 100, 1000, 10_000])]
-    services: Vec<u32>,
-    /// Programming: also with 50,000 Services.
-    #[arg(long)]
-    large: bool,
-    /// Programming and maps: how often each subject is started for each number of Services.
-    #[arg(long, default_value_t = 3)]
-    rounds: u32,
-    /// Programming: changes measured after each start.
-    #[arg(long, default_value_t = 7)]
-    changes: u32,
-    /// Programming: connections compared after each start.
-    #[arg(long, default_value_t = 2000)]
-    connects: usize,
-    /// Maps: the number of Services.
-    #[arg(long, default_value_t = 50_000)]
-    map_services: u32,
-    /// Paths: numbers of Services.
-    #[arg(long, value_delimiter = ',', default_values_t = [10, 1000, 50_000])]
-    path_services: Vec<u32>,
-    /// Paths: how often each way takes its turn for each kind of traffic.
-    #[arg(long, default_value_t = 40)]
-    path_rounds: u32,
-    /// Paths: how long a turn is, in milliseconds.
-    #[arg(long, default_value_t = 60)]
-    path_slot: u64,
-    /// A first impression: one round, few changes, at most 1000 Services to program, paths beside 10.
-    #[arg(long)]
-    quick: bool,
-    /// Where the samples go.
-    #[arg(long, default_value = "bench.json")]
-    output: PathBuf,
-}
-
-impl Options {
-    fn settled(&self) -> Self {
-        let mut services = self.services.clone();
-        if self.large {
-            services.push(50_000);
-        }
-        services.sort_unstable();
-        services.dedup();
-        let mut path_services = self.path_services.clone();
-        path_services.sort_unstable();
-        path_services.dedup();
-        let settled = Self { services, path_services, ..self.clone() };
-        if !self.quick {
-            return settled;
-        }
-        let services = settled.services.into_iter().filter(|count| *count <= 1000).collect();
-        Self {
-            services,
-            rounds: 1,
-            changes: self.changes.min(3),
-            connects: 500,
-            path_services: vec![10],
-            path_rounds: self.path_rounds.min(8),
-            ..settled
-        }
-    }
-
-    /// Changes to measure are cheap without an API server.
-    fn map_changes(&self) -> u32 {
-        self.changes * 100
-    }
-
-    fn has(&self, part: Part) -> bool {
-        self.parts.is_empty() || self.parts.contains(&part)
-    }
-
-    fn paths(&self) -> paths::Plan {
-        paths::Plan {
-            services: self.path_services.clone(),
-            subjects: self.subjects.clone(),
-            rounds: self.path_rounds,
-            slot: Duration::from_millis(self.path_slot),
-        }
-    }
-
-    /// What is measured with so many Services.
-    fn subjects(&self, services: u32) -> Vec<Subject> {
-        match &self.subjects[..] {
-            [] if services > KUBE_PROXY_UP_TO => vec![Subject::WeirEbpf, Subject::WeirNftables],
-            [] => Subject::ALL.to_vec(),
-            some => some.to_vec(),
-        }
-    }
-}
-
-/// Measures, reporting progress on standard error and the tables on standard output.
+/// Measures, reporting progress on standard error and the tables on standard output; or does with samples what it is told.
 ///
 /// # Errors
 ///
-/// When something needed is missing, or a subject never gets where it should.
-pub fn run(options: &Options) -> anyhow::Result<()> {
-    use std::io::Write as _;
+/// When something needed is missing, or a subject ends by itself.
+pub fn run(options: &Options) -> Result<()> {
     let options = options.settled();
-    let subjects: BTreeSet<_> =
-        if options.subjects.is_empty() { &Subject::ALL[..] } else { &options.subjects }
-            .iter()
-            .copied()
-            .collect();
-    let versions = subjects.into_iter().map(|subject| Ok((subject.name().to_owned(), subject.version()?)));
-    let mut report = Report {
-        machine: Machine::this()?,
-        versions: versions.collect::<anyhow::Result<_>>()?,
-        endpoints: ENDPOINTS,
-        maps: Vec::new(),
-        runs: Vec::new(),
-        paths: Vec::new(),
-        hooks: Vec::new(),
-    };
-    if options.has(Part::Maps) {
-        report.maps = maps::measure(options.map_services, options.rounds, options.map_changes())?;
-        report.save(&options.output)?;
+    let mut out = std::io::stdout();
+    if let [before, after] = &options.compare[..] {
+        let tables = report::compare::tables(&Report::load(before)?, &Report::load(after)?);
+        ensure!(!tables.is_empty(), "the two have no case in common");
+        return tables.into_iter().try_for_each(|table| Ok(writeln!(out, "{table}")?));
     }
-    if options.has(Part::Programming) {
-        programming(&options, &mut report)?;
+    if let Some(samples) = &options.render {
+        return report::page::write(&Report::load(samples)?, samples, &options.docs);
     }
-    if options.has(Part::Paths) {
-        paths::measure(&options.paths(), |measured| {
-            report.paths.clone_from(&measured.samples);
-            report.hooks.clone_from(&measured.costs);
-            report.save(&options.output)
-        })?;
+    if options.list {
+        return options.names().into_iter().try_for_each(|name| Ok(writeln!(out, "{name}")?));
     }
-    for table in report.tables() {
-        writeln!(std::io::stdout(), "{table}")?;
+    let report = measure(&options)?;
+    for (title, table) in report.tables() {
+        writeln!(out, "{title}\n{table}")?;
     }
     Ok(())
 }
 
-fn programming(options: &Options, report: &mut Report) -> anyhow::Result<()> {
-    let control_plane = rig::control_plane()?;
-    // All threads of the runtime are in the namespace of the one that makes it.
-    control_plane.run(|| {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-        let cluster = runtime.block_on(Cluster::start())?;
-        Bench { cluster, runtime, control_plane: &control_plane, options: options.clone() }.measure(report)
-    })
+fn measure(options: &Options) -> Result<Report> {
+    let begin = Instant::now();
+    let subjects = if options.subjects.is_empty() { &Subject::ALL[..] } else { &options.subjects };
+    let mut report = Report::new(options, subjects)?;
+    let subjects: Vec<Subject> =
+        subjects.iter().copied().filter(|subject| subject.lacks().is_none()).collect();
+    if options.selection().has("maps") {
+        report.maps = maps::measure(options.map_services, options.rounds, options.map_changes())?;
+        report.save(&options.output)?;
+    }
+    let counts = path_counts(options);
+    if !options.workloads().is_empty() || !counts.is_empty() {
+        let control_plane = rig::control_plane()?;
+        // All threads of the runtime are in the namespace of the one that makes it.
+        control_plane.run(|| {
+            let runtime =
+                tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+            let cluster = runtime.block_on(Cluster::start())?;
+            let profiler = options.profile.as_deref().map(Profiler::new).transpose()?;
+            let bench = Bench {
+                options,
+                subjects: &subjects,
+                counts,
+                cluster: &cluster,
+                runtime: &runtime,
+                control_plane: &control_plane,
+                profiler: profiler.as_ref(),
+                used: Cell::new(0),
+                report: RefCell::new(&mut report),
+                begin,
+            };
+            bench.measure()
+        })?;
+    }
+    if options.selection().has(options::NAMES) {
+        dns::run(&options.dns(), &options.output)?;
+    }
+    report.seconds = begin.elapsed().as_secs_f64();
+    report.save(&options.output)?;
+    say(format_args!("{} has all samples, taken in {:.0} s", options.output.display(), report.seconds));
+    Ok(report)
+}
+
+/// Numbers of Services that traffic is measured with.
+fn path_counts(options: &Options) -> Vec<u32> {
+    let selection = options.selection();
+    let wanted = |services: &u32| !selection.cases(*services).is_empty() || selection.hooks(*services);
+    options.path_services.iter().copied().filter(wanted).collect()
 }
 
 struct Bench<'a> {
-    cluster: Cluster,
-    runtime: tokio::runtime::Runtime,
+    options: &'a Options,
+    subjects: &'a [Subject],
+    counts: Vec<u32>,
+    cluster: &'a Cluster,
+    runtime: &'a Runtime,
     control_plane: &'a Namespace,
-    options: Options,
+    profiler: Option<&'a Profiler>,
+    used: Cell<u32>,
+    report: RefCell<&'a mut Report>,
+    begin: Instant,
 }
 
 impl Bench<'_> {
-    fn measure(&self, report: &mut Report) -> anyhow::Result<()> {
+    fn measure(&self) -> Result<()> {
+        let (wide, many): (Vec<Workload>, Vec<Workload>) =
+            self.options.workloads().into_iter().partition(|workload| workload.endpoints > ENDPOINTS);
+        for workload in wide {
+            self.grow(0, workload)?;
+            self.program(workload)?;
+            self.runtime.block_on(self.cluster.objects.shrink(workload))?;
+        }
+        let all: BTreeSet<u32> =
+            many.iter().map(|workload| workload.services).chain(self.counts.iter().copied()).collect();
         let mut existing = 0;
-        let mut next = CHANGING;
-        for &services in &self.options.services {
-            say(format_args!("{services} Services: writing them to the API server"));
-            let begin = Instant::now();
-            self.runtime.block_on(self.cluster.grow(existing, services))?;
-            say(format_args!("written in {:.1} s", begin.elapsed().as_secs_f64()));
+        for services in all {
+            self.grow(existing, Workload::many(services))?;
             existing = services;
-            let subjects = self.options.subjects(services);
-            if self.options.subjects.is_empty() && !subjects.contains(&Subject::KubeProxy) {
-                say(format_args!(
-                    "kube-proxy is left out beyond {KUBE_PROXY_UP_TO} Services; --subject kube-proxy asks for it"
-                ));
+            if many.contains(&Workload::many(services)) {
+                self.program(Workload::many(services))?;
             }
-            for round in 0..self.options.rounds {
-                for &subject in &subjects {
-                    report.runs.push(self.one(subject, services, round, &mut next).with_context(|| {
-                        format!("{} with {services} Services, round {round}", subject.name())
-                    })?);
-                    report.save(&self.options.output)?;
-                }
+            if self.counts.contains(&services) {
+                self.paths(services)?;
             }
         }
         Ok(())
     }
 
-    fn one(&self, subject: Subject, services: u32, round: u32, next: &mut u32) -> anyhow::Result<Run> {
-        let directory = tempfile::tempdir()?;
-        let node = Node::new(self.control_plane)?;
+    fn grow(&self, existing: u32, workload: Workload) -> Result<()> {
+        say(format_args!("{workload}: writing Services and endpoints to the API server"));
         let begin = Instant::now();
-        let feed = Feed::ApiServer(self.cluster.kubeconfig());
-        let mut process = subject.start(feed, &node.namespace, &node.roots, directory.path())?;
-        let label = format!("{services} Services, round {}: {}", round + 1, subject.name());
+        self.runtime.block_on(self.cluster.objects.grow(existing, workload))?;
+        say(format_args!("written in {:.1} s", begin.elapsed().as_secs_f64()));
+        Ok(())
+    }
 
-        let ready = all_work(&node.namespace, services, &mut process)?;
-        let start_cpu = process.cpu()?;
-        let settled_cpu = process.settle(PATIENCE)?;
-        let memory = process.memory();
-        say(format_args!(
-            "{label} started in {:.2} s, {:.2} CPU s, {} MiB",
-            (ready - begin).as_secs_f64(),
-            settled_cpu.as_secs_f64(),
-            memory.resident >> 20
-        ));
-        let mut changes = Vec::new();
-        for _ in 0..self.options.changes {
-            let change = self.change(&node.namespace, &mut process, Numbered(*next))?;
-            *next += 1;
-            say(format_args!(
-                "{label} added in {:.1} ms (sync {:.1}), removed in {:.1} ms (sync {:.1}), {:.1} and {:.1} CPU ms",
-                change.added_seconds * 1e3,
-                change.added_sync_seconds * 1e3,
-                change.removed_seconds * 1e3,
-                change.removed_sync_seconds * 1e3,
-                change.added_cpu_seconds * 1e3,
-                change.removed_cpu_seconds * 1e3
-            ));
-            changes.push(change);
+    fn keep(&self, add: impl FnOnce(&mut Report)) -> Result<()> {
+        let mut report = self.report.borrow_mut();
+        add(&mut report);
+        report.seconds = self.begin.elapsed().as_secs_f64();
+        report.save(&self.options.output)
+    }
+
+    fn program(&self, workload: Workload) -> Result<()> {
+        let plan = self.options.programming();
+        let programming = Programming {
+            cluster: self.cluster,
+            runtime: self.runtime,
+            control_plane: self.control_plane,
+            plan: &plan,
+            profiler: self.profiler,
+            used: &self.used,
+        };
+        programming.measure(workload, self.subjects, |run| self.keep(|report| report.programming.push(run)))
+    }
+
+    fn paths(&self, services: u32) -> Result<()> {
+        let mut subjects = self.subjects.to_vec();
+        if services > KUBE_PROXY_UP_TO && self.options.subjects.is_empty() {
+            subjects.retain(|subject| subject.is_weir());
+            say(format_args!("kube-proxy's paths are left out beyond {KUBE_PROXY_UP_TO} Services"));
         }
-        let memory_after_changes = (!changes.is_empty()).then(|| process.memory());
-        Ok(Run {
-            subject,
-            services,
-            round,
-            start_seconds: (ready - begin).as_secs_f64(),
-            start_cpu_seconds: start_cpu.as_secs_f64(),
-            settled_cpu_seconds: settled_cpu.as_secs_f64(),
-            memory,
-            memory_after_changes,
-            changes,
-            connects: connects(&node.namespace, services, self.options.connects)?,
-        })
-    }
-
-    fn change(&self, node: &Namespace, process: &mut Process, service: Numbered) -> anyhow::Result<Change> {
-        process.settle(PATIENCE)?;
-        let first_sync = metrics::sync_seconds(node)?;
-        // Answering that is no part of what is measured.
-        let at_rest = process.cpu()?;
-        let answers = node.thread(move || probe::all_answer(&[service.cluster_ip()], PATIENCE))?;
-        let written = self.runtime.block_on(self.cluster.add(service))?;
-        let answered = join(answers)?;
-        let added_cpu = process.settle(PATIENCE)?;
-        let second_sync = metrics::sync_seconds(node)?;
-        let at_rest_again = process.cpu()?;
-
-        let mut endpoints = service.endpoints();
-        let removed = endpoints.pop().context("a Service without endpoints")?;
-        let is_written = Arc::new(AtomicBool::new(false));
-        let last = node.thread({
-            let is_written = Arc::clone(&is_written);
-            move || probe::last_answer(service.cluster_ip(), *removed.ip(), &is_written, PATIENCE)
+        let targets = paths::targets()?;
+        for (service, slices) in &targets {
+            self.runtime.block_on(self.cluster.objects.create(service, slices))?;
+        }
+        let at = (self.control_plane, self.cluster.kubeconfig());
+        paths::measure(&self.options.paths(), services, &subjects, at, |measured| {
+            self.keep(|report| {
+                report.paths.extend(measured.series);
+                report.hooks.extend(measured.costs);
+            })
         })?;
-        let unwritten = self.runtime.block_on(self.cluster.leave(service, &endpoints))?;
-        is_written.store(true, Ordering::Release);
-        let last = join(last)?;
-        let removed_cpu = process.settle(PATIENCE)?;
-        let third_sync = metrics::sync_seconds(node)?;
-
-        self.runtime.block_on(self.cluster.delete(service))?;
-        Ok(Change {
-            added_seconds: answered.saturating_duration_since(written).as_secs_f64(),
-            added_sync_seconds: second_sync - first_sync,
-            added_cpu_seconds: added_cpu.saturating_sub(at_rest).as_secs_f64(),
-            removed_seconds: last.saturating_duration_since(unwritten).as_secs_f64(),
-            removed_sync_seconds: third_sync - second_sync,
-            removed_cpu_seconds: removed_cpu.saturating_sub(at_rest_again).as_secs_f64(),
-        })
+        for (service, slices) in &targets {
+            let removed = self.runtime.block_on(self.cluster.objects.remove(service, slices));
+            removed.context("removing the Services that traffic went to")?;
+        }
+        Ok(())
     }
-}
-
-/// When every Service worked: a spread of them is probed until all do, then each of the rest is connected to once, and
-/// waited for if it should not work yet.
-fn all_work(node: &Namespace, services: u32, process: &mut Process) -> anyhow::Result<Instant> {
-    let at = |numbers: &[u32]| -> Vec<SocketAddrV4> {
-        numbers.iter().map(|number| Numbered(*number).cluster_ip()).collect()
-    };
-    let step = services.div_ceil(PROBED).max(1);
-    let (mut probed, mut rest): (Vec<_>, Vec<_>) = (0..services).partition(|number| number % step == 0);
-    // The last is among the first to be asked for.
-    probed.extend(rest.pop());
-    let probed = at(&probed);
-    let waiting = node.thread(move || probe::all_answer(&probed, PATIENCE))?;
-    while !waiting.is_finished() {
-        process.check()?;
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    let ready = join(waiting)?;
-    let rest = at(&rest);
-    let late = join(node.thread(move || -> anyhow::Result<Option<Instant>> {
-        let missing = rest.into_iter().filter(|target| !probe::answers(*target)).collect::<Vec<_>>();
-        if missing.is_empty() { Ok(None) } else { probe::all_answer(&missing, PATIENCE).map(Some) }
-    })?)?;
-    if late.is_some() {
-        say(format_args!("some Services came after those that were probed: the start is the last one's"));
-    }
-    Ok(late.unwrap_or(ready))
-}
-
-fn connects(node: &Namespace, services: u32, rounds: usize) -> anyhow::Result<ConnectTimes> {
-    let step = services.div_ceil(100).max(1) as usize;
-    let pairs: Vec<_> = (0..services)
-        .step_by(step)
-        .map(Numbered)
-        .map(|service| (service.cluster_ip(), service.endpoints()[0]))
-        .collect();
-    ensure!(!pairs.is_empty(), "no Services to connect to");
-    join(node.thread(move || probe::compare(&pairs, rounds))?)
-}
-
-fn join<T>(thread: std::thread::JoinHandle<anyhow::Result<T>>) -> anyhow::Result<T> {
-    thread.join().map_err(|_| anyhow::anyhow!("a probe panicked"))?
 }

@@ -11,11 +11,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::ensure;
+use anyhow::Context as _;
 use nix::sys::socket::{setsockopt, sockopt};
+
+use super::bound::Deadline;
 
 /// So many connects in a row without it mean that an endpoint is gone: with five endpoints, one in 10⁸ says so wrongly.
 const GONE_AFTER: usize = 80;
+/// How often [`alive`] connects.
+const BEAT: Duration = Duration::from_millis(2);
 
 /// Connects, and says which endpoint answered and when the connection stood.
 ///
@@ -51,8 +55,8 @@ pub(super) fn answers(target: SocketAddrV4) -> bool {
 ///
 /// # Errors
 ///
-/// When one does not within `patience`.
-pub(super) fn all_answer(targets: &[SocketAddrV4], patience: Duration) -> anyhow::Result<Instant> {
+/// When one does not in time.
+pub(super) fn all_answer(targets: &[SocketAddrV4], deadline: Deadline) -> anyhow::Result<Instant> {
     let begin = Instant::now();
     let mut last = begin;
     for target in targets {
@@ -62,23 +66,46 @@ pub(super) fn all_answer(targets: &[SocketAddrV4], patience: Duration) -> anyhow
                 last = at;
                 break;
             }
-            ensure!(begin.elapsed() < patience, "{target} did not answer within {patience:?}");
+            deadline.check().with_context(|| format!("waiting for {target}"))?;
             thread::sleep(pause.max(Duration::from_micros(100)));
         }
     }
     Ok(last)
 }
 
+/// Keeps connecting and says when `endpoint` answered first.
+///
+/// # Errors
+///
+/// When it does not in time.
+pub(super) fn first_answer(
+    target: SocketAddrV4,
+    endpoint: Ipv4Addr,
+    deadline: Deadline,
+) -> anyhow::Result<Instant> {
+    let begin = Instant::now();
+    loop {
+        let (attempt, pause) = pace(begin.elapsed());
+        if let Ok((own, at)) = connect(target, attempt)
+            && own == endpoint
+        {
+            return Ok(at);
+        }
+        deadline.check().with_context(|| format!("waiting for {endpoint} to answer for {target}"))?;
+        thread::sleep(pause);
+    }
+}
+
 /// Keeps connecting and says when `endpoint` answered last. Ends when it has not for a while after `written` was set.
 ///
 /// # Errors
 ///
-/// When it is still there after `patience`.
+/// When it is still there when the time is over.
 pub(super) fn last_answer(
     target: SocketAddrV4,
     endpoint: Ipv4Addr,
     written: &Arc<AtomicBool>,
-    patience: Duration,
+    deadline: Deadline,
 ) -> anyhow::Result<Instant> {
     let begin = Instant::now();
     let mut last = begin;
@@ -92,36 +119,20 @@ pub(super) fn last_answer(
                 since += 1;
             }
         }
-        ensure!(begin.elapsed() < patience, "{endpoint} still answers for {target} after {patience:?}");
+        deadline.check().with_context(|| format!("waiting for {endpoint} to leave {target}"))?;
         thread::sleep(pace(begin.elapsed()).1);
     }
     Ok(last)
 }
 
-/// Nanoseconds that connecting took.
-#[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
-pub struct ConnectTimes {
-    /// Straight to an endpoint.
-    pub direct: Vec<u64>,
-    /// Through a ClusterIP.
-    pub service: Vec<u64>,
-}
-
-/// Connects `rounds` times to a Service and to an endpoint in turn.
-///
-/// # Errors
-///
-/// When a connection fails.
-pub(super) fn compare(pairs: &[(SocketAddrV4, SocketAddrV4)], rounds: usize) -> anyhow::Result<ConnectTimes> {
-    let mut times = ConnectTimes::default();
-    let timed = |to: SocketAddrV4| -> anyhow::Result<u64> {
-        let begin = Instant::now();
-        let (_, at) = connect(to, Duration::from_secs(1))?;
-        Ok(u64::try_from((at - begin).as_nanos())?)
-    };
-    for (service, direct) in pairs.iter().cycle().take(rounds) {
-        times.direct.push(timed(*direct)?);
-        times.service.push(timed(*service)?);
+/// Connects from time to time until told to stop. How often, and how often in vain.
+#[must_use]
+pub(super) fn alive(target: SocketAddrV4, stop: &AtomicBool) -> (u32, u32) {
+    let (mut connects, mut failed) = (0, 0);
+    while !stop.load(Ordering::Acquire) {
+        connects += 1;
+        failed += u32::from(!answers(target));
+        thread::sleep(BEAT);
     }
-    Ok(times)
+    (connects, failed)
 }

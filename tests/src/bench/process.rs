@@ -11,12 +11,13 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, bail};
 use nix::unistd::{SysconfVar, sysconf};
 
+use super::bound::Deadline;
 use crate::{
     keeper::{end, tail},
     netns::Namespace,
@@ -111,15 +112,14 @@ impl Process {
     ///
     /// # Errors
     ///
-    /// When the process ends, or never comes to rest.
-    pub(super) fn settle(&mut self, patience: Duration) -> anyhow::Result<Duration> {
+    /// When the process ends, or does not come to rest in time.
+    pub(super) fn settle(&mut self, deadline: Deadline) -> anyhow::Result<Duration> {
         const WINDOW: Duration = Duration::from_millis(300);
         const QUIET: u32 = 4;
-        let begin = Instant::now();
         let mut last = self.cpu()?;
         let mut quiet = 0;
         while quiet < QUIET {
-            ensure!(begin.elapsed() < patience, "{} did not come to rest within {patience:?}", self.name);
+            deadline.check().with_context(|| format!("waiting for {} to come to rest", self.name))?;
             thread::sleep(WINDOW);
             self.check()?;
             let now = self.cpu()?;
@@ -127,6 +127,11 @@ impl Process {
             last = now;
         }
         Ok(last)
+    }
+
+    /// No longer looks at memory, which takes a little CPU time each time.
+    pub(super) fn stop_sampling(&self) {
+        self.stop.store(true, Ordering::Relaxed);
     }
 
     /// Memory in bytes.
@@ -153,6 +158,7 @@ impl Drop for Process {
 
 /// Memory of a process, in bytes.
 #[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Memory {
     /// Resident now.
     pub resident: u64,

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! control plane                                 node
-//! API_SERVER on lo   CONTROL_ADDRESS ──veth── NODE_ADDRESS      POD_CIDR: every address is local
+//! API_SERVER on lo   CONTROL_ADDRESS ──veth── eth0              POD_CIDR: every address is local
 //! ```
 //!
 //! What no subject has programmed yet leaves the node for the control plane, which answers with a reset: a probe learns
@@ -11,7 +11,7 @@
 use std::{
     collections::VecDeque,
     io::Write as _,
-    net::{IpAddr, Ipv4Addr, TcpListener},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener},
 };
 
 use anyhow::Context as _;
@@ -24,11 +24,13 @@ use crate::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace};
 
 /// Where the API server is, for everybody.
 pub(super) const API_SERVER: Ipv4Addr = Ipv4Addr::new(10, 255, 0, 1);
-/// The node's own address.
-pub(super) const NODE_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 255, 1, 2);
+/// The node's own addresses, those that its Node object names; every node of the benchmark has the same ones.
+pub(super) const NODE_ADDRESSES: (Ipv4Addr, Ipv6Addr) =
+    (Ipv4Addr::new(10, 255, 255, 11), Ipv6Addr::new(0xfd00, 0x255, 0xffff, 0, 0, 0, 0, 11));
 /// What endpoints listen on.
 pub(super) const BACKEND_PORT: u16 = 8080;
 const CONTROL_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 255, 1, 1);
+const LINK_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 255, 1, 2);
 const LINK: &str = "bench0";
 
 /// Makes the control plane's namespace.
@@ -39,11 +41,15 @@ const LINK: &str = "bench0";
 pub(super) fn control_plane() -> anyhow::Result<Namespace> {
     let namespace = Namespace::new("control-plane")?;
     namespace.ip(&[format!("addr add {API_SERVER}/32 dev lo")])?;
-    let reset = format!(
-        "table ip bench {{ chain early {{ type filter hook prerouting priority -300; \
-         ip daddr {SERVICE_CIDR} meta l4proto tcp reject with tcp reset; }}; }}"
+    let rules = format!(
+        "table ip bench {{ \
+         counter to-nodes {{ }}; counter from-nodes {{ }}; \
+         chain early {{ type filter hook prerouting priority -300; \
+         ip daddr {SERVICE_CIDR} meta l4proto tcp reject with tcp reset; }}; \
+         chain in {{ type filter hook input priority 0; iifname != lo ip daddr {API_SERVER} counter name from-nodes; }}; \
+         chain out {{ type filter hook output priority 0; oifname != lo ip saddr {API_SERVER} counter name to-nodes; }}; }}"
     );
-    namespace.stdout("nft", &[&reset])?;
+    namespace.stdout("nft", &[&rules])?;
     Ok(namespace)
 }
 
@@ -75,7 +81,9 @@ impl<'a> Node<'a> {
         let roots = Roots { cgroup: cgroup.path().to_owned(), bpf: bpffs.directory("weir")? };
         let node = Self { namespace, roots, _cgroup: cgroup, _bpffs: bpffs, control_plane };
         node.namespace.ip(&[
-            format!("addr add {NODE_ADDRESS}/30 dev eth0"),
+            format!("addr add {LINK_ADDRESS}/30 dev eth0"),
+            format!("addr add {}/32 dev lo", NODE_ADDRESSES.0),
+            format!("addr add {}/128 dev lo nodad", NODE_ADDRESSES.1),
             "link set eth0 up".to_owned(),
             format!("route add default via {CONTROL_ADDRESS}"),
             format!("route add local {POD_CIDR} dev lo"),

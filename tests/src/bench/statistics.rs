@@ -2,6 +2,8 @@
 //!
 //! In: raw samples. Out: a few numbers that stand for them.
 
+use std::fmt;
+
 /// Resamples for one interval.
 const RESAMPLES: usize = 4000;
 /// Where resampling starts: the same samples have the same interval, always.
@@ -14,6 +16,20 @@ pub(super) fn quantile(mut samples: Vec<f64>, part: f64) -> f64 {
     samples.get(index.saturating_sub(1)).copied().unwrap_or(f64::NAN)
 }
 
+/// The parts that [`quantiles`] are given for: what a curve of latencies is drawn from.
+pub const PARTS: [f64; 27] = [
+    0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9,
+    0.925, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999,
+];
+
+/// [`quantile`] for all [`PARTS`]; none when there are no samples.
+pub(super) fn quantiles(mut samples: Vec<f64>) -> Vec<f64> {
+    samples.sort_by(f64::total_cmp);
+    let at =
+        |part: &f64| samples.get(((samples.len() as f64 * part).ceil() as usize).saturating_sub(1)).copied();
+    PARTS.iter().filter_map(at).collect()
+}
+
 /// A number, and where it lies with 95 % confidence.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Estimate {
@@ -23,6 +39,13 @@ pub(super) struct Estimate {
     pub(super) low: f64,
     /// The upper end.
     pub(super) high: f64,
+}
+
+/// Reads like `0.987 (0.980 to 0.991)`.
+impl fmt::Display for Estimate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.3} ({:.3} to {:.3})", self.point, self.low, self.high)
+    }
 }
 
 /// The middle of the samples, by bootstrap over them. Each sample has to be a ratio of two rates of one round, so that
@@ -88,6 +111,14 @@ mod tests {
         samples.extend([0.2, 7.0]);
         assert!((estimate(&samples).point - 1.0).abs() < 0.002);
         assert_eq!(estimate(&samples), estimate(&samples), "the same every time");
+    }
+
+    #[test]
+    fn a_curve_has_all_its_points_or_none() {
+        let curve = quantiles((1..=1000).rev().map(f64::from).collect());
+        assert_eq!(curve.len(), PARTS.len());
+        assert_eq!((curve[0], curve[10], curve[26]), (10.0, 500.0, 999.0));
+        assert!(quantiles(Vec::new()).is_empty());
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::{
     process::Command,
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -24,16 +24,11 @@ pub enum Subject {
     /// This project's agent with nftables alone.
     WeirNftables,
     /// kube-proxy with nftables.
-    KubeProxy,
-}
-
-/// Where a subject learns of Services.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Feed<'a> {
-    /// From an API server, by this kubeconfig.
-    ApiServer(&'a Path),
-    /// From the manifests in this directory, which only weir can read.
-    Manifests(&'a Path),
+    KubeProxyNftables,
+    /// kube-proxy with whatever `iptables` is in `PATH`.
+    KubeProxyIptables,
+    /// kube-proxy with IPVS, where the kernel has it.
+    KubeProxyIpvs,
 }
 
 /// Where the socket programs go.
@@ -47,59 +42,90 @@ pub(super) struct Roots {
 
 impl Subject {
     /// All of them.
-    pub(super) const ALL: [Self; 3] = [Self::WeirEbpf, Self::WeirNftables, Self::KubeProxy];
+    pub(super) const ALL: [Self; 5] = [
+        Self::WeirEbpf,
+        Self::WeirNftables,
+        Self::KubeProxyNftables,
+        Self::KubeProxyIptables,
+        Self::KubeProxyIpvs,
+    ];
 
     /// Its name in tables.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
-            Self::WeirEbpf => "weir ebpf",
+            Self::WeirEbpf => "weir eBPF",
             Self::WeirNftables => "weir nftables",
-            Self::KubeProxy => "kube-proxy",
+            Self::KubeProxyNftables => "kube-proxy nftables",
+            Self::KubeProxyIptables => "kube-proxy iptables",
+            Self::KubeProxyIpvs => "kube-proxy ipvs",
         }
     }
 
-    fn program(self) -> anyhow::Result<PathBuf> {
+    /// Whether it is this project's.
+    #[must_use]
+    pub fn is_weir(self) -> bool {
+        matches!(self, Self::WeirEbpf | Self::WeirNftables)
+    }
+
+    /// Why it cannot be measured on this machine, if the kernel lacks what it needs.
+    #[must_use]
+    pub(super) fn lacks(self) -> Option<&'static str> {
+        if self != Self::KubeProxyIpvs {
+            return None;
+        }
+        // It may be a module that nobody has asked for yet; where that fails, the file is not there either.
+        let _ = Command::new("modprobe").arg("ip_vs").output();
+        (!Path::new("/proc/net/ip_vs").exists()).then_some("this kernel has no ip_vs")
+    }
+
+    fn program(self) -> Result<PathBuf> {
+        if self.is_weir() { assets::weir() } else { assets::kubernetes("kube-proxy") }
+    }
+
+    /// kube-proxy's `mode`; weir takes its own from a flag.
+    fn mode(self) -> &'static str {
         match self {
-            Self::WeirEbpf | Self::WeirNftables => assets::weir(),
-            Self::KubeProxy => assets::kubernetes("kube-proxy"),
+            Self::KubeProxyIptables => "iptables",
+            Self::KubeProxyIpvs => "ipvs",
+            Self::WeirEbpf | Self::WeirNftables | Self::KubeProxyNftables => "nftables",
         }
     }
 
-    /// What it says its version is.
+    /// What it says its version is, and that of the tool it programs the kernel with.
     ///
     /// # Errors
     ///
-    /// When it cannot be run.
-    pub(super) fn version(self) -> anyhow::Result<String> {
-        let program = self.program()?;
-        let output = Command::new(&program).arg("--version").output();
-        let output = output.with_context(|| format!("running {}", program.display()))?;
-        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    /// When one of them cannot be run.
+    pub(super) fn version(self) -> Result<String> {
+        let own = version(&self.program()?)?;
+        let tool = match self {
+            Self::WeirEbpf | Self::WeirNftables => return Ok(own),
+            Self::KubeProxyNftables => "nft",
+            Self::KubeProxyIptables => "iptables",
+            Self::KubeProxyIpvs => "ipset",
+        };
+        Ok(format!("{own}, {}", version(Path::new(tool))?))
     }
 
-    /// Starts it in a node's namespace. All get the same KubeProxyConfiguration.
+    /// Starts it in a node's namespace. All get the same KubeProxyConfiguration, but for the mode.
     ///
     /// # Errors
     ///
     /// When it cannot be started.
     pub(super) fn start(
         self,
-        feed: Feed<'_>,
+        kubeconfig: &Path,
         node: &Namespace,
         roots: &Roots,
         directory: &Path,
-    ) -> anyhow::Result<Process> {
-        let program = self.program()?;
+    ) -> Result<Process> {
         let config = directory.join("config.yaml");
-        fs::write(&config, configuration(feed))?;
+        fs::write(&config, configuration(self.mode(), kubeconfig))?;
         let mut arguments =
             vec![format!("--config={}", config.display()), format!("--hostname-override={NODE}")];
-        if self != Self::KubeProxy {
+        if self.is_weir() {
             arguments.insert(0, "run".to_owned());
-        }
-        if let Feed::Manifests(directory) = feed {
-            arguments.push(format!("--source=manifests:{}", directory.display()));
         }
         match self {
             Self::WeirEbpf => arguments.extend([
@@ -108,22 +134,30 @@ impl Subject {
                 format!("--bpf-root={}", roots.bpf.display()),
             ]),
             Self::WeirNftables => arguments.push("--proxy-mode=nftables".to_owned()),
-            Self::KubeProxy => {}
+            Self::KubeProxyNftables | Self::KubeProxyIptables | Self::KubeProxyIpvs => {}
         }
-        Process::start(node, &program, &arguments, directory)
+        Process::start(node, &self.program()?, &arguments, directory)
     }
 }
 
+/// The first line that a program says of its version.
+///
+/// # Errors
+///
+/// When it cannot be run.
+pub(super) fn version(program: &Path) -> Result<String> {
+    let output = Command::new(program).arg("--version").output();
+    let output = output.with_context(|| format!("running {}", program.display()))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    Ok(text.lines().next().unwrap_or_default().trim().to_owned())
+}
+
 /// kube-proxy's defaults, less the sysctls that a network namespace does not let it write.
-fn configuration(feed: Feed<'_>) -> String {
-    let kubeconfig = match feed {
-        Feed::ApiServer(kubeconfig) => Some(kubeconfig),
-        Feed::Manifests(_) => None,
-    };
+fn configuration(mode: &str, kubeconfig: &Path) -> String {
     serde_json::json!({
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
         "kind": "KubeProxyConfiguration",
-        "mode": "nftables",
+        "mode": mode,
         "clusterCIDR": CLUSTER_CIDRS,
         "clientConnection": { "kubeconfig": kubeconfig },
         "conntrack": {

@@ -43,6 +43,8 @@ const PACKAGES: &[Package] = &[
     package("iptables", Level::Test, Probe::Program("iptables-nft")),
     package("nftables", Level::Test, Probe::Program("nft")),
     package("conntrack", Level::Test, Probe::Program("conntrack")),
+    // The benchmark's load that is not our own.
+    package("iperf3", Level::Test, Probe::Program("iperf3")),
     package("debian-archive-keyring", Level::Test, Probe::File(DEBIAN_KEYRING)),
 ];
 

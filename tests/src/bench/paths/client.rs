@@ -1,7 +1,12 @@
-//! The clients of one topology: blocking sockets, a thread for each.
+//! The clients of one place: blocking sockets, a thread for each.
 //!
-//! In: what to do, and with whom. Out: how many requests a second were answered. A lone client stays on one core, on
-//! which its servers are too: its rate then is the CPU time that a request takes all in all.
+//! In: what to do, and with whom. Out: how many requests were answered, how fast and how soon. A lone client stays on one
+//! core, on which its servers are too: what a request takes all in all is then seen in the rate.
+//!
+//! Why not one of the known load generators: rounds are compared turn by turn, tens of milliseconds each, in namespaces
+//! side by side, with one server for all and no second connection to control it. wrk and fortio speak HTTP only and know
+//! no UDP, no connect by itself; netperf and sockperf take turns of seconds and a control connection that would have to
+//! reach the server through the Service as well. What iperf3 measures, it measures: see [`super::iperf`].
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -11,50 +16,43 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use nix::{
     sched::{CpuSet, sched_setaffinity},
     sys::socket::{setsockopt, sockopt},
     unistd::Pid,
 };
-use serde::{Deserialize, Serialize};
 
-use super::MESSAGE;
+use super::{MESSAGE, load::Traffic};
 use crate::netns::Namespace;
 
 /// The longest that an answer is waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// What a client does over and over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Traffic {
-    /// TCP: connect, one request, close.
-    Connect,
-    /// TCP: requests on one connection.
-    Request,
-    /// UDP: requests from a connected socket.
-    ConnectedDatagram,
-    /// UDP: requests from a socket that says with each where it goes.
-    Datagram,
+/// What a turn of some clients came to.
+#[derive(Debug, Default)]
+pub(super) struct Turn {
+    /// Requests that were answered in a second.
+    pub(super) rate: f64,
+    /// Requests that were answered, with those of the warm-up.
+    pub(super) requests: u64,
+    /// How long each took that counts, in nanoseconds: for [`Traffic::Connect`] the connect alone, which is the way of
+    /// the first packet and back.
+    pub(super) latencies: Vec<u32>,
 }
 
-impl Traffic {
-    /// What it is called in tables.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Connect => "TCP connect, request, close",
-            Self::Request => "TCP requests, kept connection",
-            Self::ConnectedDatagram => "UDP requests, connected",
-            Self::Datagram => "UDP requests, unconnected",
-        }
+impl Turn {
+    fn and(mut self, other: Self) -> Self {
+        self.rate += other.rate;
+        self.requests += other.requests;
+        self.latencies.extend(other.latencies);
+        self
     }
 }
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Threads in a pod that do what they are told, so that starting them is no part of what is measured.
+/// Threads in a namespace that do what they are told, so that starting them is no part of what is measured.
 pub(in crate::bench) struct Crew {
     threads: Vec<Sender<Job>>,
 }
@@ -65,10 +63,10 @@ impl Crew {
     /// # Errors
     ///
     /// When they cannot be started.
-    pub(super) fn start(pod: &Namespace, size: usize) -> Result<Self> {
+    pub(super) fn start(place: &Namespace, size: usize) -> Result<Self> {
         let threads = (0..size).map(|number| {
             let (jobs, todo) = channel::<Job>();
-            pod.thread(move || {
+            place.thread(move || {
                 if number == 0 {
                     stay();
                 } else {
@@ -97,18 +95,18 @@ impl Crew {
         result.recv()?
     }
 
-    /// How many requests a second `clients` together get answered: one alone, or several of the others.
+    /// What `clients` together come to: one alone, or several of the others.
     ///
     /// # Errors
     ///
     /// When a request is not answered.
-    pub(super) fn rate(
+    pub(super) fn turn(
         &self,
         traffic: Traffic,
         clients: usize,
         to: &[SocketAddr],
         slot: Duration,
-    ) -> Result<f64> {
+    ) -> Result<Turn> {
         let first = usize::from(clients > 1);
         let (answer, results) = channel();
         for jobs in self.threads.iter().skip(first).take(clients) {
@@ -117,7 +115,9 @@ impl Crew {
             jobs.send(job).ok().context("a client is gone")?;
         }
         drop(answer);
-        results.into_iter().sum()
+        // All of them, also after one that failed: the next turn wants them back.
+        let all: Vec<Result<Turn>> = results.into_iter().collect();
+        all.into_iter().try_fold(Turn::default(), |sum, turn| Ok(sum.and(turn?)))
     }
 }
 
@@ -141,64 +141,76 @@ fn keep_on(core: usize) {
     let _ = cores.set(core).and_then(|()| sched_setaffinity(Pid::from_raw(0), &cores));
 }
 
-/// Requests a second of one client, after a warm-up of a tenth of the time.
-fn drive(traffic: Traffic, to: &[SocketAddr], slot: Duration) -> Result<f64> {
+/// One client's turn, after a warm-up of a tenth of the time.
+fn drive(traffic: Traffic, to: &[SocketAddr], slot: Duration) -> Result<Turn> {
     let first = *to.first().context("nobody to ask")?;
     let mut message = [0x57; MESSAGE];
     match traffic {
         Traffic::Connect => timed(to, slot, |to| {
+            let begin = Instant::now();
             let stream = connect(to)?;
+            let connected = begin.elapsed();
             ask(&stream, &mut message)?;
-            reset(&stream)
+            reset(&stream)?;
+            Ok(Some(connected))
         }),
         Traffic::Request => {
             let stream = connect(first)?;
-            timed(to, slot, |_| ask(&stream, &mut message))
+            timed(to, slot, |_| ask(&stream, &mut message).map(|()| None))
         }
         Traffic::ConnectedDatagram => {
             let socket = datagrams(first)?;
             socket.connect(first)?;
             timed(to, slot, |_| {
                 socket.send(&message)?;
-                socket.recv(&mut message).map(drop)
+                socket.recv(&mut message).map(|_| None)
             })
         }
         Traffic::Datagram => {
             let socket = datagrams(first)?;
             timed(to, slot, |_| {
                 socket.send_to(&message, first)?;
-                socket.recv_from(&mut message).map(drop)
+                socket.recv_from(&mut message).map(|_| None)
             })
         }
+        Traffic::Bulk | Traffic::Packets => bail!("{} is iperf3's", traffic.name()),
     }
     .with_context(|| format!("{} to {first}", traffic.name()))
 }
 
+/// Repeats a request. It says how long it took, or the time from the one before counts.
 fn timed(
     to: &[SocketAddr],
     slot: Duration,
-    mut request: impl FnMut(SocketAddr) -> io::Result<()>,
-) -> Result<f64> {
+    mut request: impl FnMut(SocketAddr) -> io::Result<Option<Duration>>,
+) -> Result<Turn> {
     let mut targets = to.iter().copied().cycle();
-    let mut during = |time: Duration| -> Result<f64> {
+    let mut during = |time: Duration| -> Result<Turn> {
+        let mut turn = Turn::default();
         let begin = Instant::now();
-        let mut requests = 0_u32;
+        let mut last = begin;
         loop {
-            request(targets.next().context("nobody to ask")?)?;
-            requests += 1;
-            let elapsed = begin.elapsed();
+            let taken = request(targets.next().context("nobody to ask")?)?;
+            let now = Instant::now();
+            let taken = taken.unwrap_or(now - last);
+            turn.latencies.push(u32::try_from(taken.as_nanos()).unwrap_or(u32::MAX));
+            last = now;
+            turn.requests += 1;
+            let elapsed = now - begin;
             if elapsed >= time {
-                return Ok(f64::from(requests) / elapsed.as_secs_f64());
+                turn.rate = turn.requests as f64 / elapsed.as_secs_f64();
+                return Ok(turn);
             }
         }
     };
-    during(slot / 10)?;
-    during(slot)
+    let warm_up = during(slot / 10)?.requests;
+    let turn = during(slot)?;
+    Ok(Turn { requests: turn.requests + warm_up, ..turn })
 }
 
 /// Connects, with bounded patience for answers.
 pub(in crate::bench) fn connect(to: SocketAddr) -> io::Result<TcpStream> {
-    let stream = TcpStream::connect(to)?;
+    let stream = TcpStream::connect_timeout(&to, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     Ok(stream)
 }

@@ -1,331 +1,326 @@
-//! Traffic from a pod to a Service with endpoints on the same node, beside the same traffic straight to those endpoints.
+//! Traffic to Services, beside the same traffic straight to their endpoints.
 //!
-//! In: subjects and numbers of Services. Out: [`Sample`]s. Every subject has a topology of its own, wired the same, and
-//! one more has no proxy at all. All of them are up in one run and take turns: each round measures every way once, one
-//! after the other, and every other round goes backwards. What else the two cores do meets all of them.
+//! In: a cluster with a number of Services, subjects. Out: [`Series`]. Every subject has a topology of its own, wired the
+//! same, and one more has no proxy at all. All of them are up at the same time and take turns: each round measures every
+//! way once, one after the other, and every other round goes backwards. What else the cores do meets all of them.
 
-use std::{net::SocketAddr, path::Path, time::Duration};
+use std::{
+    cell::RefCell,
+    collections::BTreeMap,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
-use tokio::runtime::Runtime;
 use weir::model::Family;
 
 use self::{
-    client::{Crew, Traffic},
+    client::Crew,
+    cpu::CpuClock,
     server::WORKERS,
-    topology::{LONE, SHARED, STRAIGHT, Topology, server_addresses},
+    target::Target,
+    topology::{Endpoints, From, Topology},
 };
 use super::{
-    cluster::Cluster,
+    bound::Deadline,
     hooks::{self, Cost},
+    options::Selection,
     process::Process,
     report::say,
-    rig,
-    subject::{Feed, Subject},
+    statistics::quantiles,
+    subject::Subject,
 };
-use crate::{bpffs::unpin_all, cgroup::Cgroup, netns::Namespace};
+use crate::{cgroup::Cgroup, netns::Namespace};
 
 pub mod client;
+mod cpu;
+mod iperf;
+mod load;
 mod server;
 mod table;
 mod target;
 mod topology;
 
-pub(super) use self::table::table;
+pub use self::load::{Load, Route, Traffic, Way};
+pub(super) use self::table::{cases, latency_table, rate_table, ratio, ratio_table};
 
 /// Bytes of a request, and of its answer.
 const MESSAGE: usize = 64;
-/// The longest that a subject is waited for.
-const PATIENCE: Duration = Duration::from_secs(600);
-/// kube-proxy is not loaded with more Services than this here unless it is asked for: that alone would take minutes.
-const KUBE_PROXY_UP_TO: u32 = 1000;
+/// The longest that a subject is waited for to come to rest, and its Services to answer.
+const PATIENCE: Duration = Duration::from_secs(300);
+/// How long a case is tried to see whether it works.
+const TRIAL: Duration = Duration::from_millis(5);
 
 /// What is measured.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
-    /// Numbers of Services, ascending.
-    pub(super) services: Vec<u32>,
-    /// Which subjects; empty for all that can.
-    pub(super) subjects: Vec<Subject>,
     /// How often each way is measured for each kind of traffic.
     pub(super) rounds: u32,
     /// For how long each time.
     pub(super) slot: Duration,
+    /// What of it.
+    pub(super) selection: Selection,
 }
 
-/// One kind of traffic.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Load {
-    /// What each client does.
-    pub traffic: Traffic,
-    /// How many there are.
-    pub clients: usize,
-    /// Whether by IPv6.
-    pub v6: bool,
-}
-
-impl Load {
-    const fn alone(traffic: Traffic, v6: bool) -> Self {
-        Self { traffic, clients: 1, v6 }
-    }
-
-    /// All that are measured.
-    const ALL: [Self; 9] = [
-        Self::alone(Traffic::Connect, false),
-        Self::alone(Traffic::Connect, true),
-        Self { traffic: Traffic::Connect, clients: WORKERS, v6: false },
-        Self::alone(Traffic::Request, false),
-        Self::alone(Traffic::Request, true),
-        Self::alone(Traffic::ConnectedDatagram, false),
-        Self::alone(Traffic::ConnectedDatagram, true),
-        Self::alone(Traffic::Datagram, false),
-        Self::alone(Traffic::Datagram, true),
-    ];
-
-    /// How long a turn is. Many clients are at the scheduler's mercy, which evens out only with time.
-    fn slot(self, one: Duration) -> Duration {
-        if self.clients > 1 { one * 4 } else { one }
-    }
-
-    fn family(self) -> Family {
-        if self.v6 { Family::V6 } else { Family::V4 }
-    }
-
-    fn port(self) -> u16 {
-        if self.clients > 1 { SHARED } else { LONE }
-    }
-
-    fn targets(self, way: Way) -> Vec<SocketAddr> {
-        match way {
-            Way::Straight => {
-                server_addresses(self.family()).map(|ip| SocketAddr::new(ip, self.port())).to_vec()
-            }
-            Way::Service => vec![target::service_address(self.family(), self.port())],
-        }
-    }
-}
-
-/// How clients reach the endpoints.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Way {
-    /// By their own addresses.
-    Straight,
-    /// By the ClusterIP.
-    Service,
-}
-
-/// One rate.
+/// Turns of one way of one subject: all that is known of them.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Sample {
+#[serde(deny_unknown_fields)]
+pub struct Series {
     /// Services there were.
     pub services: u32,
+    /// From where to what.
+    pub route: Route,
     /// What was done.
     pub load: Load,
-    /// Samples of one round belong together.
-    pub round: u32,
     /// Whose topology; none for the one without a proxy.
     pub subject: Option<Subject>,
     /// Which address clients asked for.
     pub way: Way,
-    /// Requests that were answered, a second.
-    pub rate: f64,
+    /// [`Traffic::unit`]s in a second, one figure for each round.
+    pub rates: Vec<f64>,
+    /// CPU time of one of them on both sides and in between, in nanoseconds, one figure for each round.
+    pub cpu_nanoseconds: Vec<f64>,
+    /// Latencies of all rounds, in nanoseconds: the values that the parts of [`super::statistics::PARTS`] of them do not
+    /// exceed. Of a connect, of a request. iperf3 has none.
+    pub latencies: Vec<f64>,
+    /// Why there are no more rounds, where a turn failed.
+    pub failed: Option<String>,
 }
 
 /// One topology with everything in it.
 struct Lane {
     subject: Option<Subject>,
+    crews: BTreeMap<From, Crew>,
+    serving: RefCell<Option<Serving>>,
+    _servers: Vec<iperf::Server>,
+    /// Last: nothing is left in it when it goes.
     topology: Topology,
-    crew: Crew,
+}
+
+/// A subject that serves, and where its files are.
+struct Serving {
+    process: Process,
+    _directory: TempDir,
 }
 
 /// What was measured.
 #[derive(Debug, Default)]
 pub(super) struct Measured {
     /// Rates.
-    pub(super) samples: Vec<Sample>,
+    pub(super) series: Vec<Series>,
     /// What the socket programs took.
     pub(super) costs: Vec<Cost>,
 }
 
-/// Measures everything; `keep` is told all there is after each number of Services.
+/// The Services that traffic goes to, to be in the cluster while it is measured.
 ///
 /// # Errors
 ///
-/// When something cannot be set up, or a request is not answered.
+/// When they are not what Kubernetes takes for such.
+pub(super) fn targets() -> Result<Vec<(k8s_openapi::api::core::v1::Service, Slices)>> {
+    Target::ALL.into_iter().map(|target| Ok((target.service()?, target.slices()?))).collect()
+}
+
+type Slices = Vec<k8s_openapi::api::discovery::v1::EndpointSlice>;
+
+/// Measures all cases with what the cluster has now; `keep` is told what each came to.
+///
+/// # Errors
+///
+/// When something cannot be set up.
 pub(super) fn measure(
     plan: &Plan,
-    keep: impl FnMut(&Measured) -> anyhow::Result<()> + Send,
-) -> anyhow::Result<()> {
-    let control_plane = rig::control_plane()?;
-    // All threads of the runtime are in the namespace of the one that makes it.
-    control_plane.run(|| {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-        Paths::new(plan, &control_plane, &runtime)?.measure(keep)
-    })
-}
-
-struct Paths<'a> {
-    plan: &'a Plan,
-    lanes: Vec<Lane>,
-    cluster: Option<Cluster>,
-    /// Services of the cluster so far, with the target.
-    written: u32,
-    runtime: &'a Runtime,
-    _cgroup: Cgroup,
-}
-
-/// A subject that serves, and where its files are.
-struct Serving {
-    subject: Subject,
-    process: Process,
-    _directory: TempDir,
-}
-
-impl<'a> Paths<'a> {
-    fn new(plan: &'a Plan, control_plane: &Namespace, runtime: &'a Runtime) -> anyhow::Result<Self> {
-        let cgroup = Cgroup::new("paths")?;
-        let subjects = if plan.subjects.is_empty() { Subject::ALL.to_vec() } else { plan.subjects.clone() };
-        let lanes = lanes(&cgroup, control_plane, &subjects)?;
-        let mut cluster = None;
-        if subjects.contains(&Subject::KubeProxy) {
-            let started = runtime.block_on(Cluster::start())?;
-            runtime.block_on(started.create(&target::service()?, &target::slices()?))?;
-            cluster = Some(started);
-        }
-        Ok(Self { plan, lanes, cluster, written: 1, runtime, _cgroup: cgroup })
+    services: u32,
+    subjects: &[Subject],
+    (control_plane, kubeconfig): (&Namespace, &std::path::Path),
+    mut keep: impl FnMut(Measured) -> Result<()>,
+) -> Result<()> {
+    let cgroup = Cgroup::new("paths")?;
+    let lanes = lanes(&cgroup, control_plane, subjects)?;
+    for lane in &lanes {
+        lane.start(services, kubeconfig)?;
     }
-
-    fn measure(mut self, mut keep: impl FnMut(&Measured) -> anyhow::Result<()>) -> anyhow::Result<()> {
-        let mut measured = Measured::default();
-        for &services in &self.plan.services {
-            ensure!(services > 0, "the target is a Service too: there is no measuring with 0 Services");
-            let kube_proxy = self.grow(services)?;
-            let manifests = tempfile::tempdir()?;
-            target::write_manifests(manifests.path(), services)?;
-            let takes_part = |lane: &&Lane| kube_proxy || lane.subject != Some(Subject::KubeProxy);
-            let lanes: Vec<&Lane> = self.lanes.iter().filter(takes_part).collect();
-            let mut serving = Vec::new();
-            for lane in &lanes {
-                serving.extend(lane.start(services, manifests.path(), self.cluster.as_ref())?);
-            }
-            rounds(self.plan, services, &lanes, &mut measured.samples)?;
-            let sockets = lanes.iter().find(|lane| lane.subject == Some(Subject::WeirEbpf));
-            let agent = serving.iter().find(|serving| serving.subject == Subject::WeirEbpf);
-            if let Some((lane, agent)) = sockets.zip(agent) {
-                let at = |way| Family::ALL.map(|family| lone_target(family, way));
-                let (service, pod) = (at(Way::Service), at(Way::Straight));
-                measured.costs.extend(hooks::measure(
-                    services,
-                    agent.process.id(),
-                    &lane.crew,
-                    service,
-                    pod,
-                )?);
-            }
-            drop(serving);
-            lanes.iter().try_for_each(|lane| lane.clear())?;
-            keep(&measured)?;
-        }
-        Ok(())
+    let clock = CpuClock::new()?;
+    let cases: Vec<(Route, Load)> = plan.selection.cases(services);
+    for (number, (route, load)) in cases.iter().enumerate() {
+        let begin = Instant::now();
+        let series = case(plan, services, *route, *load, &lanes, &clock)?;
+        say(format_args!(
+            "{services} Services, case {} of {}: {}/{load} in {:.1} s",
+            number + 1,
+            cases.len(),
+            route.id(),
+            begin.elapsed().as_secs_f64()
+        ));
+        keep(Measured { series, costs: Vec::new() })?;
     }
-
-    /// Brings the cluster to so many Services, unless that is too much for kube-proxy. Whether it takes part.
-    fn grow(&mut self, services: u32) -> anyhow::Result<bool> {
-        let Some(cluster) = &self.cluster else { return Ok(false) };
-        if services > KUBE_PROXY_UP_TO && self.plan.subjects.is_empty() {
-            say(format_args!("kube-proxy is left out beyond {KUBE_PROXY_UP_TO} Services"));
-            return Ok(false);
-        }
-        self.runtime.block_on(cluster.grow(self.written, services))?;
-        self.written = services;
-        Ok(true)
+    if let Some(lane) = lanes.iter().find(|lane| lane.subject == Some(Subject::WeirEbpf))
+        && plan.selection.hooks(services)
+    {
+        keep(Measured { series: Vec::new(), costs: lane.costs(services)? })?;
     }
+    Ok(())
 }
 
-fn lone_target(family: Family, way: Way) -> SocketAddr {
-    match way {
-        Way::Straight => SocketAddr::new(server_addresses(family)[0], LONE + STRAIGHT),
-        Way::Service => target::service_address(family, LONE),
-    }
-}
-
-/// The topology without a proxy comes last: whoever reaches the API server is number 1.
-fn lanes(all: &Cgroup, control_plane: &Namespace, subjects: &[Subject]) -> anyhow::Result<Vec<Lane>> {
-    let mut order: Vec<Option<Subject>> = subjects.iter().copied().map(Some).collect();
-    order.sort_by_key(|subject| *subject != Some(Subject::KubeProxy));
-    order.push(None);
-    let lane = |(number, subject): (u8, Option<Subject>)| -> anyhow::Result<Lane> {
+/// The topology without a proxy comes last.
+fn lanes(all: &Cgroup, control_plane: &Namespace, subjects: &[Subject]) -> Result<Vec<Lane>> {
+    let order = subjects.iter().copied().map(Some).chain([None]);
+    let lane = |(number, subject): (u8, Option<Subject>)| -> Result<Lane> {
         let topology = Topology::new(all, control_plane, number)?;
-        server::start(&topology.server)?;
-        let crew = Crew::start(&topology.client, 1 + WORKERS)?;
-        Ok(Lane { subject, topology, crew })
+        let mut servers = server::start(topology.servers(Endpoints::Near), Endpoints::Near)?;
+        servers.extend(server::start(topology.servers(Endpoints::Far), Endpoints::Far)?);
+        let crews = [From::Pod, From::Host, From::Outside]
+            .map(|from| Ok((from, Crew::start(topology.clients(from), 1 + WORKERS)?)));
+        Ok(Lane {
+            subject,
+            crews: crews.into_iter().collect::<Result<_>>()?,
+            serving: RefCell::new(None),
+            _servers: servers,
+            topology,
+        })
     };
     (1..).zip(order).map(lane).collect()
 }
 
 impl Lane {
-    /// Starts the subject and waits until it has come to rest and the target answers.
-    fn start(
-        &self,
-        services: u32,
-        manifests: &Path,
-        cluster: Option<&Cluster>,
-    ) -> anyhow::Result<Option<Serving>> {
-        let Some(subject) = self.subject else { return Ok(None) };
+    /// Starts the subject and waits until it has come to rest and every case works.
+    fn start(&self, services: u32, kubeconfig: &std::path::Path) -> Result<()> {
+        let Some(subject) = self.subject else { return Ok(()) };
         let directory = tempfile::tempdir()?;
-        let feed = match (subject, cluster) {
-            (Subject::KubeProxy, Some(cluster)) => Feed::ApiServer(cluster.kubeconfig()),
-            _ => Feed::Manifests(manifests),
-        };
-        let mut process = subject.start(feed, &self.topology.node, &self.topology.roots, directory.path())?;
-        process.settle(PATIENCE)?;
-        // Connection tracking is there once somebody's rules want it.
-        self.topology.node.sysctl("net/netfilter/nf_conntrack_tcp_timeout_close", "1")?;
-        for load in Load::ALL {
-            self.rate(load, Way::Service, Duration::from_millis(10))
-                .with_context(|| format!("{} with {services} Services", subject.name()))?;
+        let node = &self.topology.node;
+        let mut process = subject.start(kubeconfig, node, &self.topology.roots, directory.path())?;
+        process.settle(Deadline::after(PATIENCE))?;
+        let deadline = Deadline::after(PATIENCE);
+        for route in Route::ALL {
+            for load in Load::ALL.into_iter().filter(|load| !load.traffic.is_flood() && route.takes(*load)) {
+                while let Err(error) = self.turn(route, load, Way::Service, TRIAL, None) {
+                    process.check()?;
+                    deadline
+                        .check()
+                        .with_context(|| format!("{}/{load} by {}: {error:#}", route.id(), subject.name()))?;
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+            }
         }
+        process.settle(Deadline::after(PATIENCE))?;
+        // Connection tracking is there once somebody's rules want it.
+        node.sysctl("net/netfilter/nf_conntrack_tcp_timeout_close", "1")?;
+        // Looking at memory takes CPU time, too.
+        process.stop_sampling();
         say(format_args!("{services} Services: {} serves", subject.name()));
-        Ok(Some(Serving { subject, process, _directory: directory }))
+        *self.serving.borrow_mut() = Some(Serving { process, _directory: directory });
+        Ok(())
     }
 
-    /// Takes out what the subject programmed.
-    fn clear(&self) -> anyhow::Result<()> {
-        self.topology.node.stdout("nft", &["flush", "ruleset"])?;
-        unpin_all(&self.topology.roots.bpf)
+    /// One turn: rate, CPU time of a unit, latencies.
+    fn turn(
+        &self,
+        route: Route,
+        load: Load,
+        way: Way,
+        slot: Duration,
+        clock: Option<&CpuClock>,
+    ) -> Result<(f64, f64, Vec<u32>)> {
+        let to: Vec<SocketAddr> = route.targets(load, way);
+        let from = route.from();
+        if load.traffic.is_flood() {
+            let to = *to.first().context("nobody to flood")?;
+            let flood = iperf::flood(self.topology.clients(from), load.traffic, to, slot)?;
+            return Ok((flood.rate, flood.cpu_nanoseconds, Vec::new()));
+        }
+        let crew = self.crews.get(&from).context("nobody is there")?;
+        // Many clients are at the scheduler's mercy, which evens out only with time.
+        let slot = if load.clients > 1 { slot * 4 } else { slot };
+        let before = clock.map(CpuClock::now).transpose()?;
+        let turn = crew.turn(load.traffic, load.clients, &to, slot)?;
+        let after = clock.map(CpuClock::now).transpose()?;
+        let cpu = before.zip(after).map_or(Duration::ZERO, |(before, after)| after.saturating_sub(before));
+        Ok((turn.rate, cpu.as_nanos() as f64 / turn.requests.max(1) as f64, turn.latencies))
     }
 
-    fn rate(&self, load: Load, way: Way, slot: Duration) -> anyhow::Result<f64> {
-        self.crew.rate(load.traffic, load.clients, &load.targets(way), slot)
+    fn costs(&self, services: u32) -> Result<Vec<Cost>> {
+        let serving = self.serving.borrow();
+        let agent = serving.as_ref().context("the subject does not run")?.process.id();
+        let crew = self.crews.get(&From::Pod).context("nobody is there")?;
+        let at = |way| {
+            Family::ALL.map(|family| {
+                let load = Load::alone(Traffic::Connect, family == Family::V6);
+                Route::PodSameNode.targets(load, way).first().copied()
+            })
+        };
+        let both = |[v4, v6]: [Option<SocketAddr>; 2]| v4.zip(v6).map(|(v4, v6)| [v4, v6]);
+        let service = both(at(Way::Service)).context("no Service to ask")?;
+        let pod = both(at(Way::Straight)).context("no pod to ask")?;
+        hooks::measure(services, agent, crew, service, pod)
     }
 }
 
-fn rounds(plan: &Plan, services: u32, lanes: &[&Lane], samples: &mut Vec<Sample>) -> anyhow::Result<()> {
-    let ways: Vec<(&Lane, Way)> = lanes
-        .iter()
-        .flat_map(|lane| [(*lane, Way::Straight), (*lane, Way::Service)])
-        .filter(|(lane, way)| lane.subject.is_some() || *way == Way::Straight)
-        .collect();
-    for load in Load::ALL {
-        for round in 0..plan.rounds {
-            let mut turns: Vec<&(&Lane, Way)> = ways.iter().collect();
-            if round % 2 == 1 {
-                turns.reverse();
+/// All rounds of one case.
+fn case(
+    plan: &Plan,
+    services: u32,
+    route: Route,
+    load: Load,
+    lanes: &[Lane],
+    clock: &CpuClock,
+) -> Result<Vec<Series>> {
+    let mut ways = ways(services, route, load, lanes);
+    // A turn of iperf3 has more around it.
+    let rounds = if load.traffic.is_flood() { plan.rounds.div_ceil(2) } else { plan.rounds };
+    for round in 0..rounds {
+        let mut turns: Vec<usize> = (0..ways.len()).collect();
+        if round % 2 == 1 {
+            turns.reverse();
+        }
+        for turn in turns {
+            let (lane, series, latencies) = &mut ways[turn];
+            if series.failed.is_some() {
+                continue;
             }
-            for (lane, way) in turns {
-                let rate = lane.rate(load, *way, load.slot(plan.slot))?;
-                samples.push(Sample { services, load, round, subject: lane.subject, way: *way, rate });
+            match lane.turn(route, load, series.way, plan.slot, Some(clock)) {
+                Ok((rate, cpu, took)) => {
+                    series.rates.push(rate);
+                    series.cpu_nanoseconds.push(cpu);
+                    latencies.extend(took.into_iter().map(f64::from));
+                }
+                // The others go on; what was measured for hours would be lost.
+                Err(error) => {
+                    let who = lane.subject.map_or("no proxy", Subject::name);
+                    say(format_args!("{who} failed in {}/{load}: {error:#}", route.id()));
+                    series.failed = Some(format!("{error:#}"));
+                }
             }
         }
-        say(format_args!(
-            "{services} Services: {}, {} clients{}",
-            load.traffic.name(),
-            load.clients,
-            if load.v6 { ", IPv6" } else { "" }
-        ));
     }
-    Ok(())
+    Ok(ways
+        .into_iter()
+        .map(|(_, series, latencies)| Series { latencies: quantiles(latencies), ..series })
+        .collect())
+}
+
+/// Who takes part in a case, and how.
+fn ways(services: u32, route: Route, load: Load, lanes: &[Lane]) -> Vec<(&Lane, Series, Vec<f64>)> {
+    let both = lanes.iter().flat_map(|lane| [(lane, Way::Straight), (lane, Way::Service)]);
+    let takes_part = |lane: &Lane, way: Way| match way {
+        Way::Straight => lane.subject.is_none() || route.is_compared_in_place(),
+        Way::Service => lane.subject.is_some(),
+    };
+    both.filter(|(lane, way)| takes_part(lane, *way))
+        .map(|(lane, way)| {
+            let series = Series {
+                services,
+                route,
+                load,
+                subject: lane.subject,
+                way,
+                rates: Vec::new(),
+                cpu_nanoseconds: Vec::new(),
+                latencies: Vec::new(),
+                failed: None,
+            };
+            (lane, series, Vec::new())
+        })
+        .collect()
 }

@@ -1,6 +1,6 @@
 //! The servers of one topology: they send back what they get, a message at a time.
 //!
-//! In: a pod. Out: threads that live as long as the process. A lone client's servers all run on that client's core, one
+//! In: a namespace that has the endpoints' addresses. Out: threads that live as long as the process, and iperf3. A lone client's servers all run on that client's core, one
 //! thread each; many clients share [`WORKERS`] threads, spread over all cores as the clients are.
 
 use std::{
@@ -15,28 +15,33 @@ use weir::model::Family;
 use super::{
     MESSAGE,
     client::{spread, stay},
-    topology::{LONE, SHARED, STRAIGHT, server_addresses},
+    iperf,
+    topology::{BULK, Endpoints, LONE, SHARED, STRAIGHT},
 };
 use crate::netns::Namespace;
 
 /// Threads that serve many clients: one for each, so that a kept connection keeps nobody waiting.
 pub(super) const WORKERS: usize = 16;
 
-/// Starts the servers in a pod.
+/// Starts the servers of endpoints. The processes among them end when what is returned is dropped.
 ///
 /// # Errors
 ///
 /// When something cannot be listened on.
-pub(super) fn start(pod: &Namespace) -> anyhow::Result<()> {
+pub(super) fn start(pod: &Namespace, endpoints: Endpoints) -> anyhow::Result<Vec<iperf::Server>> {
     for port in [LONE, LONE + STRAIGHT] {
-        Family::ALL.into_iter().try_for_each(|family| start_lone(pod, family, port))?;
+        Family::ALL.into_iter().try_for_each(|family| start_lone(pod, endpoints, family, port))?;
     }
-    [SHARED, SHARED + STRAIGHT].into_iter().try_for_each(|port| start_shared(pod, port))
+    [SHARED, SHARED + STRAIGHT].into_iter().try_for_each(|port| start_shared(pod, port))?;
+    Family::ALL
+        .into_iter()
+        .map(|family| iperf::Server::start(pod, SocketAddr::new(endpoints.addresses(family)[0], BULK)))
+        .collect()
 }
 
-fn start_lone(pod: &Namespace, family: Family, port: u16) -> anyhow::Result<()> {
+fn start_lone(pod: &Namespace, endpoints: Endpoints, family: Family, port: u16) -> anyhow::Result<()> {
     // Without a connection the answer has to come from the address that was asked.
-    for address in server_addresses(family) {
+    for address in endpoints.addresses(family) {
         let socket = pod.run(|| UdpSocket::bind((address, port)))?;
         pod.thread(move || {
             stay();

@@ -1,135 +1,174 @@
-//! The Service that traffic goes to, among all the others.
+//! The Services that traffic goes to, among all the others.
 //!
-//! In: how many Services there should be. Out: a file of manifests for weir; the same target for an API server.
+//! In: a family and a port of the endpoints'. Out: addresses that lead there; the objects for an API server.
 
-use std::{
-    fs::{self, File},
-    io::{BufWriter, Write as _},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    path::Path,
-};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use anyhow::Result;
 use k8s_openapi::{
     api::{core::v1::Service, discovery::v1::EndpointSlice},
-    serde_json::{from_value, json, to_writer},
+    serde_json::{Value, from_value, json},
 };
-use serde::Serialize;
 use weir::model::Family;
 
 use super::{
-    super::cluster::{NODE, Numbered, node},
-    topology::{LONE, SHARED, server_addresses},
+    super::{cluster::NODE, rig::NODE_ADDRESSES},
+    topology::{BULK, Endpoints, LONE, SHARED, external_address},
 };
 
-const NAME: &str = "target";
-/// The Service's port in front of [`LONE`].
-const LONE_PORT: u16 = 80;
-/// The Service's port in front of [`SHARED`].
-const SHARED_PORT: u16 = 81;
-
-/// Where the target's Service is, with the port that leads to this one.
-pub(super) fn service_address(family: Family, port: u16) -> SocketAddr {
-    let ip: IpAddr = match family {
-        Family::V4 => Ipv4Addr::new(10, 99, 0, 1).into(),
-        Family::V6 => Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x99).into(),
-    };
-    SocketAddr::new(ip, if port == SHARED { SHARED_PORT } else { LONE_PORT })
+/// One of the Services.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Target {
+    /// Endpoints on the subject's node.
+    Near,
+    /// The same with session affinity.
+    Sticky,
+    /// Endpoints on the other node.
+    Far,
 }
 
-/// The target's Service.
-///
-/// # Errors
-///
-/// When it is not what Kubernetes takes for one.
-pub(super) fn service() -> anyhow::Result<Service> {
-    let ips = Family::ALL.map(|family| service_address(family, LONE).ip().to_string());
-    Ok(from_value(json!({
-        "metadata": { "name": NAME },
-        "spec": {
-            "clusterIP": ips[0],
-            "clusterIPs": ips,
-            "ipFamilies": ["IPv4", "IPv6"],
-            "ipFamilyPolicy": "RequireDualStack",
-            "ports": [
-                { "name": "lone", "port": LONE_PORT, "targetPort": LONE, "protocol": "TCP" },
-                { "name": "datagrams", "port": LONE_PORT, "targetPort": LONE, "protocol": "UDP" },
-                { "name": "shared", "port": SHARED_PORT, "targetPort": SHARED, "protocol": "TCP" },
-            ],
-        },
-    }))?)
-}
+/// Ports: of the Service, of the endpoints, and their name; all by TCP, and by UDP where that is said.
+const PORTS: [(u16, u16, &str, bool); 3] =
+    [(80, LONE, "lone", true), (81, SHARED, "shared", false), (82, BULK, "bulk", true)];
 
-/// The target's endpoints, a slice for each family.
-///
-/// # Errors
-///
-/// When they are not what Kubernetes takes for slices.
-pub(super) fn slices() -> anyhow::Result<Vec<EndpointSlice>> {
-    let slice = |family: Family| {
-        let endpoints = server_addresses(family).map(|address| {
+impl Target {
+    /// All of them.
+    pub(super) const ALL: [Self; 3] = [Self::Near, Self::Sticky, Self::Far];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Near => "near",
+            Self::Sticky => "sticky",
+            Self::Far => "far",
+        }
+    }
+
+    fn number(self) -> u8 {
+        match self {
+            Self::Near => 1,
+            Self::Sticky => 2,
+            Self::Far => 3,
+        }
+    }
+
+    fn endpoints(self) -> Endpoints {
+        match self {
+            Self::Near | Self::Sticky => Endpoints::Near,
+            Self::Far => Endpoints::Far,
+        }
+    }
+
+    /// The ClusterIP with the port that leads to this one of the endpoints'.
+    #[must_use]
+    pub(super) fn cluster_ip(self, family: Family, port: u16) -> SocketAddr {
+        SocketAddr::new(self.ip(family), service_port(port))
+    }
+
+    fn ip(self, family: Family) -> IpAddr {
+        match family {
+            Family::V4 => Ipv4Addr::new(10, 99, 0, self.number()).into(),
+            Family::V6 => {
+                Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x990 + u16::from(self.number())).into()
+            }
+        }
+    }
+
+    /// The node's address with the NodePort that leads there.
+    #[must_use]
+    pub(super) fn node_port(self, family: Family, port: u16) -> SocketAddr {
+        let node: IpAddr = match family {
+            Family::V4 => NODE_ADDRESSES.0.into(),
+            Family::V6 => NODE_ADDRESSES.1.into(),
+        };
+        SocketAddr::new(node, self.node_port_number(service_port(port)))
+    }
+
+    fn node_port_number(self, port: u16) -> u16 {
+        30_000 + u16::from(self.number()) * 100 + port
+    }
+
+    /// The external address with the port that leads there.
+    #[must_use]
+    pub(super) fn external(self, family: Family, port: u16) -> SocketAddr {
+        SocketAddr::new(external_address(family), service_port(port))
+    }
+
+    /// The Service.
+    ///
+    /// # Errors
+    ///
+    /// When it is not what Kubernetes takes for one.
+    pub(super) fn service(self) -> Result<Service> {
+        let ips = Family::ALL.map(|family| self.ip(family).to_string());
+        let ports = protocols().map(|(port, endpoints, name, protocol)| {
+            json!({
+                "name": name, "port": port, "targetPort": endpoints, "protocol": protocol,
+                "nodePort": self.node_port_number(port),
+            })
+        });
+        let external =
+            if self == Self::Near { Family::ALL.map(external_address).to_vec() } else { Vec::new() };
+        Ok(from_value(json!({
+            "metadata": { "name": self.name() },
+            "spec": {
+                "type": "NodePort",
+                "clusterIP": ips[0],
+                "clusterIPs": ips,
+                "ipFamilies": ["IPv4", "IPv6"],
+                "ipFamilyPolicy": "RequireDualStack",
+                "sessionAffinity": if self == Self::Sticky { "ClientIP" } else { "None" },
+                "externalIPs": external,
+                "ports": ports.collect::<Vec<_>>(),
+            },
+        }))?)
+    }
+
+    /// The endpoints: in each family a slice with all addresses, and one with the only address that iperf3 listens on.
+    ///
+    /// # Errors
+    ///
+    /// When they are not what Kubernetes takes for slices.
+    pub(super) fn slices(self) -> Result<Vec<EndpointSlice>> {
+        let kinds = Family::ALL.into_iter().flat_map(|family| [(family, false), (family, true)]);
+        kinds.map(|(family, bulk)| self.slice(family, bulk)).collect()
+    }
+
+    fn slice(self, family: Family, bulk: bool) -> Result<EndpointSlice> {
+        let node = if self.endpoints() == Endpoints::Near { NODE } else { "other" };
+        let addresses = self.endpoints().addresses(family);
+        let endpoints = addresses.iter().take(if bulk { 1 } else { addresses.len() }).map(|address| {
             json!({
                 "addresses": [address],
                 "conditions": { "ready": true, "serving": true, "terminating": false },
-                "nodeName": NODE,
+                "nodeName": node,
             })
         });
-        from_value(json!({
+        let ports = protocols()
+            .filter(|(_, port, ..)| (*port == BULK) == bulk)
+            .map(|(_, port, name, protocol)| json!({ "name": name, "port": port, "protocol": protocol }));
+        let kind = if bulk { "bulk" } else { "all" };
+        Ok(from_value(json!({
             "metadata": {
-                "name": format!("{NAME}-{family}").to_lowercase(),
-                "labels": { "kubernetes.io/service-name": NAME },
+                "name": format!("{}-{kind}-{family}", self.name()).to_lowercase(),
+                "labels": { "kubernetes.io/service-name": self.name() },
             },
-            "addressType": if family == Family::V4 { "IPv4" } else { "IPv6" },
-            "ports": [
-                { "name": "lone", "port": LONE, "protocol": "TCP" },
-                { "name": "datagrams", "port": LONE, "protocol": "UDP" },
-                { "name": "shared", "port": SHARED, "protocol": "TCP" },
-            ],
-            "endpoints": endpoints,
-        }))
-    };
-    Ok(Family::ALL.into_iter().map(slice).collect::<Result<_, _>>()?)
+            "addressType": family.to_string(),
+            "ports": ports.collect::<Vec<Value>>(),
+            "endpoints": endpoints.collect::<Vec<_>>(),
+        }))?)
+    }
 }
 
-/// Writes manifests of so many Services, the target among them, into an empty directory.
-///
-/// # Errors
-///
-/// When they cannot be written.
-pub(super) fn write_manifests(directory: &Path, services: u32) -> anyhow::Result<()> {
-    fs::create_dir_all(directory)?;
-    let mut file = List::new(directory.join("all.json").as_path())?;
-    file.add(&node()?)?;
-    file.add(&service()?)?;
-    slices()?.iter().try_for_each(|slice| file.add(slice))?;
-    for number in (1..services).map(Numbered) {
-        file.add(&number.service()?)?;
-        file.add(&number.slice(&number.endpoints())?)?;
-    }
-    file.end()
+/// [`PORTS`] with a name for each protocol.
+fn protocols() -> impl Iterator<Item = (u16, u16, String, &'static str)> {
+    PORTS.into_iter().flat_map(|(port, endpoints, name, datagrams)| {
+        let both = [("TCP", true), ("UDP", datagrams)].into_iter().filter(|(_, has)| *has);
+        both.map(move |(protocol, _)| {
+            (port, endpoints, format!("{name}-{}", protocol.to_lowercase()), protocol)
+        })
+    })
 }
 
-/// A `List` that is written while it grows.
-struct List {
-    file: BufWriter<File>,
-    begun: bool,
-}
-
-impl List {
-    fn new(path: &Path) -> anyhow::Result<Self> {
-        let mut file = BufWriter::new(File::create(path)?);
-        write!(file, r#"{{"apiVersion":"v1","kind":"List","items":["#)?;
-        Ok(Self { file, begun: false })
-    }
-
-    fn add(&mut self, object: &impl Serialize) -> anyhow::Result<()> {
-        if std::mem::replace(&mut self.begun, true) {
-            self.file.write_all(b",\n")?;
-        }
-        Ok(to_writer(&mut self.file, object)?)
-    }
-
-    fn end(mut self) -> anyhow::Result<()> {
-        self.file.write_all(b"]}\n")?;
-        Ok(self.file.flush()?)
-    }
+fn service_port(endpoints: u16) -> u16 {
+    PORTS.iter().find(|(_, port, ..)| *port == endpoints).map_or(0, |(port, ..)| *port)
 }
