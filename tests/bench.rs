@@ -118,7 +118,7 @@ fn renders_and_compares(directory: &Path) -> Result<()> {
 #[test]
 fn kube_proxy_is_fed_by_the_same_api_server() -> Result<()> {
     let directory = tempfile::tempdir()?;
-    let (_, report) = measured(
+    let (table, report) = measured(
         "--only programming --only nodeport-remote/connect/IPv4 --only pod-same-node/request/IPv6 --services 10 --wide 0 \
          --rounds 1 --changes 1 --busy-changes 0 --path-services 10 --path-rounds 2 --path-slot 4 \
          --subject kube-proxy-nftables,kube-proxy-iptables,kube-proxy-ipvs",
@@ -126,6 +126,7 @@ fn kube_proxy_is_fed_by_the_same_api_server() -> Result<()> {
     )?;
     let absent = report.absent.contains_key(Subject::KubeProxyIpvs.name());
     assert_eq!(report.programming.len(), if absent { 2 } else { 3 });
+    assert_eq!(table.contains("kube-proxy ipvs: not measured"), absent, "{table}");
     for run in &report.programming {
         assert!(run.unfinished.is_none() && run.start.is_some() && run.restart.is_some(), "{run:?}");
     }

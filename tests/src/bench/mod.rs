@@ -77,6 +77,9 @@ pub fn run(options: &Options) -> Result<()> {
     for (title, table) in report.tables() {
         writeln!(out, "{title}\n{table}")?;
     }
+    for (subject, why) in &report.absent {
+        writeln!(out, "{subject}: not measured, {why}")?;
+    }
     Ok(())
 }
 

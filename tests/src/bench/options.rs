@@ -118,12 +118,12 @@ impl Options {
             settled.wide = 0;
             settled.rounds = 1;
             settled.changes = settled.changes.min(1);
-            settled.busy_changes = settled.busy_changes.min(3);
+            settled.busy_changes = settled.busy_changes.min(2);
             settled.bound = settled.bound.min(15);
             settled.map_services = settled.map_services.min(5000);
             settled.path_services = vec![100];
             settled.path_all = 100;
-            settled.path_rounds = settled.path_rounds.min(5);
+            settled.path_rounds = settled.path_rounds.min(4);
             settled.path_slot = settled.path_slot.min(30);
         }
         settled

@@ -206,6 +206,6 @@ mod tests {
         let row = matrix.lines().find(|line| line.contains("connect/IPv4")).unwrap();
         assert!(row.contains("1000/s") && row.contains("0.450") && row.contains("failed"), "{matrix}");
         let latencies = latency_table(&all).to_string();
-        assert!(latencies.contains("50 µs") && latencies.contains("straight, no proxy"), "{latencies}");
+        assert!(latencies.contains("50.0 µs") && latencies.contains("straight, no proxy"), "{latencies}");
     }
 }
