@@ -7,6 +7,7 @@ use weir::source::Object;
 use weir_tests::{
     control_plane::ControlPlane,
     names::{ask, ask_by_tcp, libc_resolves},
+    netns::Namespace,
     objects::NAMESPACE,
 };
 
@@ -46,72 +47,71 @@ fn dual(ips: [&str; 2], ports: Value) -> Value {
     })
 }
 
-/// Something of every kind.
-fn objects() -> Vec<Object> {
-    let dns = json!([{ "name": "dns", "port": 53, "protocol": "UDP" }, { "name": "dns-tcp", "port": 53 }]);
-    let http = json!([{ "name": "http", "port": 8080, "protocol": "TCP" }]);
-    let ready = |address: &str| json!({ "addresses": [address], "conditions": { "ready": true } });
-    let named = |address: &str, name: &str| json!({ "addresses": [address], "hostname": name });
+fn ready(address: &str) -> Value {
+    json!({ "addresses": [address], "conditions": { "ready": true } })
+}
+
+fn named(address: &str, name: &str) -> Value {
+    json!({ "addresses": [address], "hostname": name })
+}
+
+fn http() -> Value {
+    json!([{ "name": "http", "port": 8080, "protocol": "TCP" }])
+}
+
+/// Services with ClusterIPs, and names for others.
+fn with_addresses() -> Vec<Object> {
+    let dns = json!([{ "name": "dns", "port": 53, "protocol": "UDP" }, { "name": "dns-tcp", "port": 53, "protocol": "TCP" }]);
     let coredns = |family| {
         let address = pod_address(family, 2, 1).to_string();
         let name = format!("kube-dns-{}", family.to_string().to_lowercase());
         slice(&name, "kube-dns", false, family, dns.clone(), json!([ready(&address)]))
     };
-    let headless = |more: Value| {
-        let mut spec = json!({ "clusterIP": "None", "ports": [{ "name": "http", "port": 8080 }] });
-        spec.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-        spec
-    };
-    let both = json!({ "ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": "RequireDualStack" });
+    let web = json!([
+        { "name": "http", "port": 80 }, { "name": "metrics", "port": 9090 }, { "name": "dns", "port": 53, "protocol": "UDP" },
+    ]);
+    let alias =
+        |name: &str, target: &str| service(name, json!({ "type": "ExternalName", "externalName": target }));
     vec![
         service("kube-dns", dual(["10.96.0.10", "fd00:10:96::a"], dns.clone())),
         coredns(Family::V4),
         coredns(Family::V6),
-        service(
-            "web",
-            dual(
-                ["10.96.1.1", "fd00:10:96::101"],
-                json!([
-                    { "name": "http", "port": 80 }, { "name": "metrics", "port": 9090 }, { "name": "dns", "port": 53, "protocol": "UDP" },
-                ]),
-            ),
-        ),
+        service("web", dual(["10.96.1.1", "fd00:10:96::101"], web)),
         slice(
             "web-a",
             "web",
             false,
             Family::V4,
-            http.clone(),
+            http(),
             json!([ready("10.244.1.50"), named("10.244.1.51", "w")]),
         ),
         service("plain", json!({ "clusterIP": "10.96.1.2", "ports": [{ "port": 80 }] })),
-        service("db", headless(both)),
-        slice(
-            "db-a",
-            "db",
-            true,
-            Family::V4,
-            http.clone(),
-            json!([
-                named("10.244.1.60", "db-0"), named("10.244.2.61", "db-1"), ready("10.244.2.62"),
-                { "addresses": ["10.244.2.63"], "hostname": "db-3", "conditions": { "ready": false } },
-            ]),
-        ),
-        slice(
-            "db-b",
-            "db",
-            true,
-            Family::V6,
-            http.clone(),
-            json!([named("fd00:10:244:1::60", "db-0"), ready("fd00:10:244:1::")]),
-        ),
-        service("all", headless(json!({ "publishNotReadyAddresses": true }))),
-        // Whoever makes slices says ready for such a Service.
-        slice("all-a", "all", true, Family::V4, http, json!([ready("10.244.1.70")])),
-        service("nobody", headless(json!({}))),
         service("other", json!({ "clusterIP": "10.96.1.9", "ports": [{ "port": 80 }] })),
-        service("alias", json!({ "type": "ExternalName", "externalName": "web.default.svc.cluster.local" })),
-        service("lost", json!({ "type": "ExternalName", "externalName": "no.default.svc.cluster.local" })),
+        alias("alias", "web.default.svc.cluster.local"),
+        alias("lost", "no.default.svc.cluster.local"),
+    ]
+}
+
+/// Headless Services.
+fn headless() -> Vec<Object> {
+    let with = |more: Value| {
+        let mut spec = json!({ "clusterIP": "None", "ports": [{ "name": "http", "port": 8080 }] });
+        spec.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        spec
+    };
+    let db = json!([
+        named("10.244.1.60", "db-0"), named("10.244.2.61", "db-1"), ready("10.244.2.62"),
+        { "addresses": ["10.244.2.63"], "hostname": "db-3", "conditions": { "ready": false } },
+    ]);
+    let db_v6 = json!([named("fd00:10:244:1::60", "db-0"), ready("fd00:10:244:1::")]);
+    vec![
+        service("db", with(json!({ "ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": "RequireDualStack" }))),
+        slice("db-a", "db", true, Family::V4, http(), db),
+        slice("db-b", "db", true, Family::V6, http(), db_v6),
+        service("all", with(json!({ "publishNotReadyAddresses": true }))),
+        // Whoever makes slices says ready for such a Service.
+        slice("all-a", "all", true, Family::V4, http(), json!([ready("10.244.1.70")])),
+        service("nobody", with(json!({}))),
     ]
 }
 
@@ -197,11 +197,31 @@ fn kubeadm(kubeconfig: &std::path::Path) -> String {
     )
 }
 
+/// Asks both everything.
+fn compare(client: &Namespace, ours: IpAddr, theirs: IpAddr) -> Result<()> {
+    let mut compared = 0;
+    let mut wrong = Vec::new();
+    for (name, kind) in NAMES.into_iter().flat_map(|name| TYPES.map(|kind| (name, kind))) {
+        if differs(name, kind).is_some() {
+            continue;
+        }
+        let (one, other) = (ask(client, ours, name, kind)?, ask(client, theirs, name, kind)?);
+        compared += 1;
+        if one != other {
+            wrong.push(format!("{name} {kind}\n  weir:    {one:?}\n  CoreDNS: {other:?}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{} of {compared} differ:\n{}", wrong.len(), wrong.join("\n"));
+    let version = ask(client, theirs, "dns-version.cluster.local.", RecordType::TXT)?;
+    assert_eq!(ask(client, ours, "dns-version.cluster.local.", RecordType::TXT)?, version);
+    Ok(())
+}
+
 #[test]
 fn what_coredns_says_weir_says_and_goes_on_saying_without_an_api_server() -> Result<()> {
     let topology = Topology::new()?;
     let mut cluster = ControlPlane::start(&topology.router, Place::Router.client_address(Family::V4))?;
-    let objects = objects();
+    let objects = [with_addresses(), headless()].concat();
     cluster.apply(&objects.iter().collect::<Vec<_>>())?;
     let kubeconfig = cluster.kubeconfig()?;
     let rig = Rig::new(&topology, Plane::Nftables)?;
@@ -220,22 +240,7 @@ fn what_coredns_says_weir_says_and_goes_on_saying_without_an_api_server() -> Res
     await_that(&format!("weir has read everything\n{}", rig.say_log()), || reads(ours));
     await_that("weir answers at the Service", || rig.logged("names are answered here"));
 
-    let mut compared = 0;
-    let mut wrong = Vec::new();
-    for (name, kind) in NAMES.into_iter().flat_map(|name| TYPES.map(|kind| (name, kind))) {
-        if differs(name, kind).is_some() {
-            continue;
-        }
-        let (one, other) = (ask(client, ours, name, kind)?, ask(client, theirs, name, kind)?);
-        compared += 1;
-        if one != other {
-            wrong.push(format!("{name} {kind}\n  weir:    {one:?}\n  CoreDNS: {other:?}"));
-        }
-    }
-    assert!(wrong.is_empty(), "{} of {compared} differ:\n{}", wrong.len(), wrong.join("\n"));
-    let version = ask(client, theirs, "dns-version.cluster.local.", RecordType::TXT)?;
-    assert_eq!(ask(client, ours, "dns-version.cluster.local.", RecordType::TXT)?, version);
-
+    compare(client, ours, theirs)?;
     // A change shows without anybody being asked again.
     let more = slice(
         "db-c",

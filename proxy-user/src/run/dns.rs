@@ -248,6 +248,10 @@ impl Supervisor {
     /// The Service's addresses, but those that this host has by other means: a cache on the node, as NodeLocal DNSCache is,
     /// answers there.
     fn leave_alone(&mut self, known: &Known, host: &[IpAddr]) -> BTreeSet<IpAddr> {
+        if host.is_empty() {
+            // Nobody has told yet.
+            return BTreeSet::new();
+        }
         let (taken, free): (BTreeSet<_>, BTreeSet<_>) =
             known.addresses.iter().copied().partition(|address| host.contains(address));
         for address in taken.difference(&self.taken) {
