@@ -53,6 +53,15 @@ fn was_programmed(run: &Run, subject: Subject) {
 }
 
 #[test]
+fn names_are_measured_beside_coredns() -> Result<()> {
+    let (table, _) = bench("--part dns --rounds 1 --changes 1 --path-slot 4")?;
+    for word in ["weir", "CoreDNS", "ratio"] {
+        assert!(table.contains(word), "{table}");
+    }
+    Ok(())
+}
+
+#[test]
 fn traffic_of_every_kind_is_measured_both_ways_beside_a_node_without_a_proxy() -> Result<()> {
     let (table, report) = bench(
         "--part paths --subject weir-ebpf --subject weir-nftables --path-services 3,10 --path-rounds 2 --path-slot 5",

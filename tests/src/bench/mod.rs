@@ -223,6 +223,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     }
     if options.has(Part::Dns) {
         dns::run(&options.names(), &options.output)?;
+        report.save(&options.output)?;
     }
     for table in report.tables() {
         writeln!(std::io::stdout(), "{table}")?;
