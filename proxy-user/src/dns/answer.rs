@@ -138,7 +138,7 @@ fn find(names: &Names, zone: &Zone, query: &Query<'_>) -> Found {
         Question::Nothing => Found::Nothing,
         Question::Domain => domain(names, zone, query),
         Question::Version => match query.kind {
-            RecordType::TXT => one(query, zone, RData::TXT(TXT::new(vec!["1.1.0".to_owned()]))),
+            RecordType::TXT => version(query),
             _ => none(query),
         },
         Question::Server => addresses(query, zone, servers(names, zone)),
@@ -365,8 +365,10 @@ fn none(query: &Query<'_>) -> Found {
     Found::Records(Vec::new(), Vec::new())
 }
 
-fn one(query: &Query<'_>, zone: &Zone, data: RData) -> Found {
-    Found::Records(vec![record(query.name, zone.ttl, data)], Vec::new())
+/// With the TTL of the specification's example.
+fn version(query: &Query<'_>) -> Found {
+    let data = RData::TXT(TXT::new(vec!["1.1.0".to_owned()]));
+    Found::Records(vec![record(query.name, 28_800, data)], Vec::new())
 }
 
 fn address(ip: IpAddr) -> RData {

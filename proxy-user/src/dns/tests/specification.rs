@@ -64,7 +64,7 @@ fn check(table: &[(&str, &str, &[&str])]) {
 #[test]
 fn s2_2_the_version_of_the_schema() {
     check(&[
-        ("dns-version.cluster.local.", "TXT", &["dns-version.cluster.local. 5 IN TXT 1.1.0"]),
+        ("dns-version.cluster.local.", "TXT", &["dns-version.cluster.local. 28800 IN TXT 1.1.0"]),
         ("dns-version.cluster.local.", "A", &["NODATA"]),
     ]);
 }
