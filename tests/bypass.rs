@@ -285,6 +285,7 @@ fn web(service: IpAddr, backend: SocketAddr) -> Delta {
         frontend: Frontend { destination: Destination::Address(service), protocol: Protocol::Tcp, port: 80 },
         route: Route::uniform(Treatment { target: Target::Cluster, masquerade: false }),
         allowed_sources: None,
+        answered_here: false,
     };
     let family = if service.is_ipv4() { Family::V4 } else { Family::V6 };
     let port = PortPlan {
@@ -308,6 +309,7 @@ fn web(service: IpAddr, backend: SocketAddr) -> Delta {
         host_addresses: Vec::new(),
         masquerade_mark: 0x4000,
         service_cidrs: Vec::new(),
+        answers_names: false,
     };
     Delta {
         node: Some(Arc::new(node)),

@@ -51,6 +51,7 @@ fn port(frontends: &[(Destination, u16)], serving: &[&str]) -> PortDelta {
         frontend: Frontend { destination: *destination, protocol: Protocol::Udp, port: *port },
         route: Route::uniform(treatment),
         allowed_sources: None,
+        answered_here: false,
     };
     let backend = |text: &&str| Backend { address: at(text).ip(), port: at(text).port(), local: false };
     let mut serving: Vec<_> = serving.iter().map(backend).collect();

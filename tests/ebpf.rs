@@ -44,6 +44,7 @@ fn node() -> Arc<NodePlan> {
         host_addresses: Vec::new(),
         masquerade_mark: 0x4000,
         service_cidrs: Vec::new(),
+        answers_names: false,
     })
 }
 
@@ -73,6 +74,7 @@ fn port(family: Family, protocol: Protocol, backends: &[SocketAddr]) -> Arc<Port
         frontend: Frontend { destination, protocol, port },
         route: Route::uniform(Treatment { target, masquerade: false }),
         allowed_sources: None,
+        answered_here: false,
     };
     Arc::new(PortPlan {
         id: PortId { service: name, port: "".into(), protocol, family },
@@ -170,6 +172,7 @@ fn crowd(first: u32, count: u32) -> impl Iterator<Item = Arc<PortPlan>> {
                 },
                 route: Route::uniform(Treatment { target: Target::Cluster, masquerade: false }),
                 allowed_sources: None,
+                answered_here: false,
             }],
             affinity: None,
             on_removal: Removal::Keep,

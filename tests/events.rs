@@ -100,12 +100,7 @@ async fn event(admin: &Client, service: &str, wanted: impl Fn(&Event) -> bool) -
 }
 
 fn trouble(service: &str, note: &str) -> Trouble {
-    Trouble {
-        service: ObjectName::new(NAMESPACE, service),
-        reason: "FailedToProgram",
-        action: "Program",
-        note: note.to_owned(),
-    }
+    Trouble::of_service(ObjectName::new(NAMESPACE, service), "FailedToProgram", "Program", note.to_owned())
 }
 
 #[tokio::test]
@@ -157,6 +152,37 @@ async fn trouble_with_a_service_becomes_one_event_that_describe_finds() {
     events.tell(trouble("cart", "the map is full again"));
     let counted = event(&admin, "cart", |event| event.series.is_some()).await;
     assert_eq!((counted.name_any(), counted.series.unwrap().count), (found.name_any(), 2));
+}
+
+/// As kube-proxy's, by kind, reason and action, where `kubectl describe node` finds it.
+#[tokio::test]
+async fn a_start_is_told_of_the_node() {
+    let (server, admin) = start().await;
+    let events = Events::start(weir(&server).await, NODE);
+    events.tell(Trouble::starting());
+    events.tell(Trouble::of_node(
+        "FailedToStartMetricServer",
+        "StartKubeProxy",
+        "the port is taken".to_owned(),
+    ));
+    let all: Api<CoreEvent> = Api::namespaced(admin.clone(), "default");
+    let about = ListParams::default().fields(&format!("involvedObject.kind=Node,involvedObject.uid={NODE}"));
+    let both = async {
+        loop {
+            let mut found = all.list(&about).await.unwrap().items;
+            if found.len() == 2 {
+                found.sort_unstable_by_key(|event| event.type_.clone());
+                return found;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let found = timeout(PATIENCE, both).await.expect("no such events");
+    let told =
+        found.iter().map(|event| (event.type_.as_deref(), event.reason.as_deref(), event.action.as_deref()));
+    let expected = [("Normal", "Starting"), ("Warning", "FailedToStartMetricServer")];
+    let expected = expected.map(|(kind, reason)| (Some(kind), Some(reason), Some("StartKubeProxy")));
+    assert_eq!(told.collect::<Vec<_>>(), expected);
 }
 
 #[tokio::test]

@@ -47,6 +47,7 @@ fn node() -> NodePlan {
         host_addresses: vec!["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()],
         masquerade_mark: 0x4000,
         service_cidrs: vec!["10.96.0.0/16".parse().unwrap(), "fd00:10:96::/112".parse().unwrap()],
+        answers_names: false,
     }
 }
 
@@ -89,7 +90,8 @@ fn port(family: Family, number: u8, backends: &[u8], affinity: Option<u32>) -> P
     let cluster: Vec<_> = backends.iter().map(|&number| backend(family, number, number % 2 == 0)).collect();
     let local: Vec<_> = cluster.iter().copied().filter(|backend| backend.local).collect();
     let frontend = |destination, port| Frontend { destination, protocol: Protocol::Tcp, port };
-    let plan = |frontend, route| FrontendPlan { frontend, route, allowed_sources: None };
+    let plan =
+        |frontend, route| FrontendPlan { frontend, route, allowed_sources: None, answered_here: false };
     let external = match (local.is_empty(), cluster.is_empty()) {
         (false, _) => local_route(),
         (true, false) => Route { outside: treatment(Target::Drop, false), ..local_route() },

@@ -71,6 +71,7 @@ fn port(protocol: Protocol, on_removal: Removal, vip: &str, serving: &[&str]) ->
         frontend: Frontend { destination, protocol, port },
         route: Route::uniform(Treatment { target: Target::Cluster, masquerade: false }),
         allowed_sources: None,
+        answered_here: false,
     };
     let backend = |text: &&str| Backend { address: at(text).ip(), port: at(text).port(), local: false };
     Arc::new(PortPlan {

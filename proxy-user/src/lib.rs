@@ -15,6 +15,7 @@
 pub mod cli;
 pub mod config;
 pub mod dataplane;
+pub mod dns;
 pub mod model;
 pub mod observe;
 pub mod plan;

@@ -4,20 +4,32 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
+    thread::sleep,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use comfy_table::{ContentArrangement, Table, presets::UTF8_FULL_CONDENSED};
+use hickory_proto::rr::RecordType;
+use k8s_openapi::{
+    api::{
+        core::v1::{Service, ServiceSpec},
+        discovery::v1::{Endpoint, EndpointSlice},
+    },
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
 use tokio::signal::unix::{SignalKind, signal};
-use weir::model::Family;
+use weir::{model::Family, source::Object};
 
 use crate::{
-    node::{Place, Topology, node_address},
-    objects::{Lot, PORT, Shape, pod, service},
+    names,
+    node::{Place, Topology, node_address, pod_address},
+    objects::{Lot, NAMESPACE, PORT, Shape, TARGET, pod, service},
     runner::serve,
     subject::{Kind, Plane, Settings, Subject},
     traffic::{Call, Outcome, Transport, ask},
+    wait::DEADLINE,
 };
 
 /// How to run the demo.
@@ -31,6 +43,10 @@ pub struct Options {
 
 const WEB: Lot = Lot::new(1).named("web");
 const STICKY: Lot = Lot::new(2).named("sticky");
+/// A headless Service: what routes to it is its name.
+const DB: &str = "db";
+/// Where each node answers names.
+const NAMES: &str = "169.254.20.53";
 const EMPTY: Lot = Lot::new(3).named("empty");
 /// How often each call is made.
 const CALLS: usize = 60;
@@ -49,12 +65,13 @@ pub fn run(options: &Options) -> Result<()> {
         topology.publish(PREFIX)?;
     }
     let _servers = serve(&topology)?;
-    let subject = Subject::new(Kind::Weir(options.plane), &topology)?;
+    let subject = Subject::new(Kind::Weir(options.plane), &topology)?.with_arguments(&["--dns"]);
     let demo = Demo { topology: &topology, subject: &subject };
     let manifests = subject.manifests().context("weir reads no manifests")?;
     demo.publish(WEB, &web(true))?;
     demo.publish(STICKY, &service([pod(1, 1), pod(1, 2), pod(2, 1), pod(2, 2)]).sticky(3600))?;
     demo.publish(EMPTY, &service([]))?;
+    subject.publish(DB, headless(&[(1, 1)]))?;
     subject.start(&Settings::default())?;
     say(&format!(
         "Two nodes with two pods each, a client outside, and weir ({}) on both nodes.\nServices come from {}.\n",
@@ -73,6 +90,29 @@ pub fn run(options: &Options) -> Result<()> {
 fn web(both: bool) -> Shape {
     let endpoints = if both { vec![pod(1, 1), pod(2, 1)] } else { vec![pod(1, 1)] };
     service(endpoints).everywhere()
+}
+
+/// The headless Service with these pods.
+fn headless(pods: &[(u8, u8)]) -> Vec<Object> {
+    let metadata = |name: &str| ObjectMeta {
+        name: Some(name.to_owned()),
+        namespace: Some(NAMESPACE.to_owned()),
+        labels: Some([("kubernetes.io/service-name".to_owned(), DB.to_owned())].into()),
+        ..ObjectMeta::default()
+    };
+    let spec = ServiceSpec { cluster_ip: Some("None".to_owned()), ..ServiceSpec::default() };
+    let endpoints = pods.iter().map(|&(node, pod)| Endpoint {
+        addresses: vec![pod_address(Family::V4, node, pod).to_string()],
+        ..Endpoint::default()
+    });
+    let slice = EndpointSlice {
+        metadata: metadata("db-1"),
+        address_type: Family::V4.to_string(),
+        endpoints: Some(endpoints.collect()),
+        ..EndpointSlice::default()
+    };
+    let service = Service { metadata: metadata(DB), spec: Some(spec), ..Service::default() };
+    vec![Object::Service(Box::new(service)), Object::EndpointSlice(Box::new(slice))]
 }
 
 struct Demo<'a, 'b> {
@@ -115,6 +155,10 @@ impl Demo<'_, '_> {
         self.rows(&mut table, "pod-2-1 is scaled away", &from_pod, &cluster(WEB), &FIRST)?;
         self.publish(WEB, &web(true))?;
         self.rows(&mut table, "pod-2-1 is back", &from_pod, &cluster(WEB), &BOTH)?;
+        self.names(&mut table, "a headless Service's name", &[(1, 1)])?;
+        let all = [(1, 1), (2, 1), (2, 2)];
+        self.subject.publish(DB, headless(&all))?;
+        self.names(&mut table, "it is scaled up", &all)?;
         Ok(table)
     }
 
@@ -141,6 +185,33 @@ impl Demo<'_, '_> {
                 if from.len() > 1 { format!("{} clients outside", from.len()) } else { from[0].to_string() };
             table.add_row([what, &label, &to.to_string(), &answers.join("\n")]);
         }
+        Ok(())
+    }
+
+    /// A row for what the headless Service's name stands for, once these pods are it, and each was reached.
+    fn names(&self, table: &mut Table, what: &str, pods: &[(u8, u8)]) -> Result<()> {
+        let (from, name) = (Place::Pod(1, 2), format!("{DB}.{NAMESPACE}.svc.cluster.local."));
+        let mut wanted: Vec<IpAddr> =
+            pods.iter().map(|&(node, pod)| pod_address(Family::V4, node, pod)).collect();
+        wanted.sort_unstable();
+        let found = || {
+            let said = names::ask(self.topology.at(from), NAMES.parse()?, &name, RecordType::A)?;
+            anyhow::Ok(said.addresses())
+        };
+        let deadline = Instant::now() + DEADLINE;
+        while found()? != wanted {
+            ensure!(
+                Instant::now() < deadline,
+                "{what}: {name} stands for {:?} and not for {wanted:?}",
+                found()?
+            );
+            sleep(Duration::from_millis(5));
+        }
+        let mut answers = Vec::new();
+        for address in wanted {
+            answers.extend(self.call(from, SocketAddr::new(address, TARGET)).into_keys());
+        }
+        table.add_row([what, &from.to_string(), name.trim_end_matches('.'), &answers.join(", ")]);
         Ok(())
     }
 

@@ -18,6 +18,7 @@ pub mod control_plane;
 pub mod demo;
 pub mod keeper;
 pub mod maps;
+pub mod names;
 pub mod netns;
 pub mod node;
 pub mod objects;

@@ -232,4 +232,7 @@ fn installed_frontend(text: &mut String, frontend: &InstalledFrontend) {
         let sources: Vec<_> = sources.iter().map(ToString::to_string).collect();
         text.extend([" sources=", &sources.join(",")]);
     }
+    if frontend.answered_here {
+        text.push_str(" answered-here");
+    }
 }

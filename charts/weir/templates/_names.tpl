@@ -32,6 +32,9 @@ enters pods' network namespaces to close sockets whose backend is gone.
 {{- if include "weir.ebpf" . }}
 {{- $default = list "NET_ADMIN" "BPF" "PERFMON" "SYS_ADMIN" }}
 {{- end }}
+{{- if .Values.dns }}
+{{- $default = append $default "NET_BIND_SERVICE" }}
+{{- end }}
 {{- .Values.capabilities | default $default | toJson }}
 {{- end }}
 

@@ -49,6 +49,9 @@ struct Row {
     affinity_seconds: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     allowed_sources: Option<Vec<String>>,
+    /// Whether the node itself answers first.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    answered_here: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -135,7 +138,7 @@ impl PlanView {
 
 impl Row {
     fn new(frontend: &Frontend, installed: &InstalledFrontend, owner: Option<&PortId>) -> Self {
-        let InstalledFrontend { pod, host, outside, affinity, allowed_sources } = installed;
+        let InstalledFrontend { pod, host, outside, affinity, allowed_sources, answered_here } = installed;
         Self {
             frontend: frontend.to_string(),
             service: owner.map(|port| port.service.to_string()),
@@ -147,6 +150,7 @@ impl Row {
             allowed_sources: allowed_sources
                 .as_ref()
                 .map(|them| them.iter().map(ToString::to_string).collect()),
+            answered_here: *answered_here,
         }
     }
 
@@ -160,14 +164,16 @@ impl Row {
             from_outside,
             affinity_seconds,
             allowed_sources,
+            answered_here,
         } = self;
+        let frontend = if *answered_here { format!("{frontend}\nthis node first") } else { frontend.clone() };
         let owner = match (service, port) {
             (None, _) => String::new(),
             (Some(service), None) => service.clone(),
             (Some(service), Some(port)) => format!("{service}:{port}"),
         };
         [
-            frontend.clone(),
+            frontend,
             owner,
             from_pod.text(),
             from_host.text(),
@@ -234,6 +240,7 @@ mod tests {
             outside,
             affinity: None,
             allowed_sources: None,
+            answered_here: false,
         };
         let mut affine = plain(to(2, false), to(2, true), to(6, true));
         affine.affinity = Some(10800);

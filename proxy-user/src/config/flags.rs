@@ -9,7 +9,7 @@ use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, error::Err
 use serde::Serialize;
 
 use super::{
-    GoDuration, Host, LogConfig,
+    DnsArgs, GoDuration, Host, LogConfig,
     file::{
         ClientConnection, Configuration, Conntrack, DetectLocalMode, Detectors, Iptables, Ipvs, Mode, Rules,
     },
@@ -49,6 +49,9 @@ pub struct ConfigArgs {
     /// Logging.
     #[command(flatten)]
     pub log: LogArgs,
+    /// Names.
+    #[command(flatten)]
+    pub(super) dns: DnsArgs,
     /// What a file replaces.
     #[command(flatten)]
     pub(super) replaced: ReplacedByFile,

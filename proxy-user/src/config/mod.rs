@@ -14,6 +14,7 @@ use ipnet::IpNet;
 
 pub use crate::model::{DetectLocal, NodePortSetting, Settings};
 
+mod dns;
 mod document;
 mod duration;
 mod file;
@@ -25,6 +26,7 @@ mod tree;
 #[cfg(test)]
 mod tests;
 
+pub use dns::{DnsArgs, DnsConfig};
 pub use duration::GoDuration;
 pub use flags::{ConfigArgs, IgnoredFlags, KernelArgs, LogArgs, ReplacedByFile};
 pub use host::Host;
@@ -109,6 +111,8 @@ pub struct Config {
     pub model: Settings,
     /// Where objects come from.
     pub source: SourceConfig,
+    /// How names are answered on this node; `None` not at all.
+    pub dns: Option<DnsConfig>,
     /// The data plane asked for.
     pub mode: ProxyMode,
     /// Where `/healthz` and `/livez` are served (P1, P4); `None` nowhere.

@@ -99,6 +99,7 @@ pub(super) fn resolve(
         check.listen("metricsBindAddress", &configuration.metrics_bind_address, loopback, METRICS_PORT)
     });
     let node_port_addresses = check.node_ports(&configuration.node_port_addresses, imitated);
+    let dns = args.dns.resolve(&mut check.problems);
     let model = Settings {
         node_name: check.node_name(args, configuration, host),
         detect_local: check.detect_local(configuration),
@@ -109,10 +110,12 @@ pub(super) fn resolve(
         external_ips: check.external_ips(configuration),
         bind_address: bind_address.filter(|address| !address.is_unspecified()),
         families: host.families,
+        dns_service: dns.as_ref().map(|dns| dns.service.clone()),
     };
     let config = Config {
         model,
         source: check.source(args, configuration),
+        dns,
         mode: check.mode(args, configuration),
         healthz: healthz.flatten(),
         metrics: metrics.flatten(),

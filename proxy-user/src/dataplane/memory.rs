@@ -128,6 +128,7 @@ impl InstalledFrontend {
             outside: installed(outside),
             affinity: plan.affinity.filter(|_| [pod, host, outside].iter().any(leads)),
             allowed_sources: planned.allowed_sources.as_deref().map(<[_]>::to_vec),
+            answered_here: planned.answered_here,
         }
     }
 }

@@ -111,6 +111,8 @@ pub struct InstalledFrontend {
     pub affinity: Option<u32>,
     /// The only sources let in, sorted; `None` lets everybody in.
     pub allowed_sources: Option<Vec<ipnet::IpNet>>,
+    /// Whether it is left alone while its address is this host's own.
+    pub answered_here: bool,
 }
 
 /// What a data plane holds, in a form that is the same for all of them. `local` of backends is as the hairpin table
@@ -125,7 +127,7 @@ pub struct State {
 
 impl State {
     /// What of this the sockets' plane holds: TCP and UDP, for pods and this host. Sockets do not know who is local,
-    /// masquerade nobody and leave to the packets what is dropped or lets in some sources only.
+    /// masquerade nobody and leave to the packets what is dropped, lets in some sources only or is answered here.
     #[must_use]
     pub fn for_sockets(&self) -> Self {
         let sockets = |installed: &Installed, guarded: bool| match &installed.outcome {
@@ -139,7 +141,7 @@ impl State {
         let frontends = self.frontends.iter();
         let frontends = frontends.filter(|(frontend, _)| frontend.protocol != Protocol::Sctp);
         let project = |(frontend, installed): (&Frontend, &InstalledFrontend)| {
-            let guarded = installed.allowed_sources.is_some();
+            let guarded = installed.allowed_sources.is_some() || installed.answered_here;
             let of = |installed| Installed { outcome: sockets(installed, guarded), masquerade: false };
             let (pod, host) = (of(&installed.pod), of(&installed.host));
             let affinity = installed.affinity.unwrap_or(0);
@@ -155,7 +157,7 @@ impl InstalledFrontend {
         let leads = |installed: &Installed| matches!(installed.outcome, Outcome::Backends(_));
         let affinity = (affinity != 0 && (leads(&pod) || leads(&host))).then_some(affinity);
         let outside = Installed { outcome: Outcome::Packets, masquerade: false };
-        Self { pod, host, outside, affinity, allowed_sources: None }
+        Self { pod, host, outside, affinity, allowed_sources: None, answered_here: false }
     }
 }
 

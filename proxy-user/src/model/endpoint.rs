@@ -12,7 +12,7 @@ use super::{Family, ObjectName, Problem, Protocol, parse_address};
 const HEADLESS: &str = "service.kubernetes.io/headless";
 
 /// The label that says which Service a slice belongs to (W7).
-const SERVICE_NAME: &str = "kubernetes.io/service-name";
+pub(super) const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
 /// One endpoint of a slice, whichever of the slice's ports is asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -13,6 +13,7 @@ mod endpoint;
 mod family;
 #[cfg(test)]
 pub(crate) mod fixture;
+mod names;
 mod node;
 mod pod;
 mod pods;
@@ -25,6 +26,7 @@ pub use address::{parse_address, parse_network};
 pub use cluster::Model;
 pub use endpoint::{Candidate, Endpoint, Endpoints, Slice, SlicePort};
 pub use family::{Family, PerFamily, Protocol};
+pub use names::{Named, NamedEndpoint, NamedKind, NamedPort, NamedService, NamedSlice, Names, Nearness};
 pub use node::{LocalTraffic, Node, NodeView};
 pub use pod::{Namespace, Pod, Reason, SOCKET_LB_KEY, SocketLb};
 pub use pods::{Bypassed, BypassedPod, Pods};

@@ -9,10 +9,10 @@ use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as api;
 use serde::Serialize;
 
-use super::{DetectLocal, Family, PerFamily, Problem, Settings, parse_address, parse_network};
+use super::{DetectLocal, Family, ObjectName, PerFamily, Problem, Settings, parse_address, parse_network};
 
 /// The label with the node's zone (E11).
-const ZONE: &str = "topology.kubernetes.io/zone";
+pub(super) const ZONE: &str = "topology.kubernetes.io/zone";
 
 /// A taint with this key, whatever its effect, means that the node is about to go (P3).
 const AUTOSCALER_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
@@ -113,6 +113,8 @@ pub struct NodeView {
     pub masquerade_all: bool,
     /// The node's own address of each family, the loopback one when nobody knows better (F7, R14).
     pub addresses: PerFamily<IpAddr>,
+    /// The cluster's DNS Service, where this node answers names in its place.
+    pub dns_service: Option<ObjectName>,
 }
 
 impl NodeView {
@@ -130,6 +132,7 @@ impl NodeView {
             local_traffic: local_traffic(settings, node),
             masquerade_all: settings.masquerade_all,
             addresses,
+            dns_service: settings.dns_service.clone(),
         }
     }
 }

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::PerFamily;
+use super::{ObjectName, PerFamily};
 
 /// How traffic from local pods is told from other traffic.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,6 +54,8 @@ pub struct Settings {
     pub bind_address: Option<IpAddr>,
     /// The families served (R17).
     pub families: PerFamily<bool>,
+    /// The cluster's DNS Service, where this node answers names in its place.
+    pub dns_service: Option<ObjectName>,
 }
 
 impl Default for Settings {
@@ -69,6 +71,7 @@ impl Default for Settings {
             external_ips: true,
             bind_address: None,
             families: PerFamily { v4: true, v6: true },
+            dns_service: None,
         }
     }
 }

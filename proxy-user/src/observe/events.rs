@@ -1,7 +1,7 @@
-//! Kubernetes events about Services: what `kubectl describe service` shows of trouble on this node.
+//! Kubernetes events about Services and this Node: what `kubectl describe` shows of them.
 //!
 //! In: [`Trouble`]s from whoever meets them, who never waits. Out: event objects at the API server, one for each kind
-//! of trouble of a Service, counted on while it lasts; without an API server only log lines.
+//! of trouble of an object, counted on while it lasts; without an API server only log lines.
 
 use std::{
     collections::HashMap,
@@ -28,17 +28,54 @@ const AGAIN: Duration = Duration::from_secs(120);
 const LONGEST_NOTE: usize = 1024;
 const LONGEST_INSTANCE: usize = 128;
 
+/// What an event is about.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Subject {
+    /// A Service.
+    Service(ObjectName),
+    /// The Node this agent runs on.
+    Node,
+}
+
 /// Something an operator should hear of, in the words of the events API.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trouble {
-    /// The Service it is about.
-    pub service: ObjectName,
+    /// What it is about.
+    pub about: Subject,
+    /// Whether all is well: something worth knowing, and no trouble at all.
+    pub normal: bool,
     /// What it is, as one word such as `FailedToProgram`.
     pub reason: &'static str,
     /// What was being done, as one word such as `Program`.
     pub action: &'static str,
     /// What went wrong, in a sentence.
     pub note: String,
+}
+
+impl Trouble {
+    /// Trouble with a Service.
+    #[must_use]
+    pub const fn of_service(
+        service: ObjectName,
+        reason: &'static str,
+        action: &'static str,
+        note: String,
+    ) -> Self {
+        Self { about: Subject::Service(service), normal: false, reason, action, note }
+    }
+
+    /// Trouble with the agent of this node.
+    #[must_use]
+    pub const fn of_node(reason: &'static str, action: &'static str, note: String) -> Self {
+        Self { about: Subject::Node, normal: false, reason, action, note }
+    }
+
+    /// The agent of this node starts, in kube-proxy's words.
+    #[must_use]
+    pub const fn starting() -> Self {
+        let (reason, action) = ("Starting", "StartKubeProxy");
+        Self { about: Subject::Node, normal: true, reason, action, note: String::new() }
+    }
 }
 
 /// Takes troubles in. Clones lead to the same place.
@@ -69,8 +106,8 @@ impl Events {
 
     /// Tells of trouble. Returns at once; where too much is waiting, it is only logged.
     pub fn tell(&self, trouble: Trouble) {
-        let Trouble { service, reason, note, .. } = &trouble;
-        tracing::debug!(%service, reason, note, "trouble");
+        let Trouble { about, reason, note, .. } = &trouble;
+        tracing::debug!(?about, reason, note, "event");
         let Some(sender) = &self.0 else { return };
         if sender.try_send(trouble).is_err() {
             tracing::debug!("no event is written of it: too many are waiting");
@@ -82,7 +119,8 @@ impl Events {
 struct Scribe {
     client: Client,
     recorder: Recorder,
-    told: HashMap<(ObjectName, &'static str, String), Instant>,
+    node: String,
+    told: HashMap<(Subject, &'static str, String), Instant>,
     complaint: String,
 }
 
@@ -90,13 +128,14 @@ impl Scribe {
     fn new(client: Client, node: &str) -> Self {
         let instance = Some(shortened(node, LONGEST_INSTANCE).to_owned());
         let recorder = Recorder::new(client.clone(), Reporter { controller: "weir".to_owned(), instance });
-        Self { client, recorder, told: HashMap::new(), complaint: String::new() }
+        let node = node.to_owned();
+        Self { client, recorder, node, told: HashMap::new(), complaint: String::new() }
     }
 
     async fn write(mut self, mut troubles: mpsc::Receiver<Trouble>) {
         while let Some(trouble) = troubles.recv().await {
             self.told.retain(|_, at| at.elapsed() < AGAIN);
-            let key = (trouble.service.clone(), trouble.reason, trouble.note.clone());
+            let key = (trouble.about.clone(), trouble.reason, trouble.note.clone());
             if self.told.contains_key(&key) {
                 continue;
             }
@@ -110,15 +149,31 @@ impl Scribe {
     }
 
     async fn publish(&self, trouble: Trouble) -> Result<(), kube::Error> {
-        let Some(regarding) = self.reference(&trouble.service).await? else { return Ok(()) };
+        let regarding = match &trouble.about {
+            Subject::Node => self.node(),
+            Subject::Service(name) => match self.reference(name).await? {
+                Some(reference) => reference,
+                None => return Ok(()),
+            },
+        };
         let event = Event {
-            type_: EventType::Warning,
+            type_: if trouble.normal { EventType::Normal } else { EventType::Warning },
             reason: trouble.reason.to_owned(),
             action: trouble.action.to_owned(),
             note: Some(shortened(&trouble.note, LONGEST_NOTE).to_owned()),
             secondary: None,
         };
         self.recorder.publish(&event, &regarding).await
+    }
+
+    /// How events name this Node. As kube-proxy and the kubelet have it, the uid is the name.
+    fn node(&self) -> ObjectReference {
+        ObjectReference {
+            kind: Some("Node".to_owned()),
+            name: Some(self.node.clone()),
+            uid: Some(self.node.clone()),
+            ..ObjectReference::default()
+        }
     }
 
     /// How an event names the Service, with the uid by which `kubectl describe` looks events up; `None` if there is no
@@ -162,7 +217,7 @@ mod tests {
 
     fn trouble(number: usize) -> Trouble {
         let note = format!("it fails {number}");
-        Trouble { service: ObjectName::new("shop", "cart"), reason: "Fails", action: "Try", note }
+        Trouble::of_service(ObjectName::new("shop", "cart"), "Fails", "Try", note)
     }
 
     #[test]

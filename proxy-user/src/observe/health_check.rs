@@ -119,12 +119,12 @@ fn change(
 /// Tells that a Service's server does not listen (H6).
 fn unable_to_listen(events: Events, service: ObjectName, address: SocketAddr) -> impl Fn(&io::Error) {
     move |error| {
-        events.tell(Trouble {
-            service: service.clone(),
-            reason: "FailedToStartServiceHealthcheck",
-            action: "Listen",
-            note: format!("the healthCheckNodePort cannot be listened on at {address}: {error}"),
-        });
+        events.tell(Trouble::of_service(
+            service.clone(),
+            "FailedToStartServiceHealthcheck",
+            "Listen",
+            format!("the healthCheckNodePort cannot be listened on at {address}: {error}"),
+        ));
     }
 }
 
@@ -189,6 +189,7 @@ mod tests {
     };
 
     use super::*;
+    use crate::observe::Subject;
 
     const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
@@ -267,7 +268,7 @@ mod tests {
         let port = taken.local_addr().unwrap().port();
         checks.set(ObjectName::new("shop", "cart"), state(port, 1));
         let trouble = tokio::time::timeout(Duration::from_secs(20), troubles.recv()).await.unwrap().unwrap();
-        assert_eq!(trouble.service, ObjectName::new("shop", "cart"));
+        assert_eq!(trouble.about, Subject::Service(ObjectName::new("shop", "cart")));
         assert_eq!((trouble.reason, trouble.action), ("FailedToStartServiceHealthcheck", "Listen"));
         let cause = io::Error::from_raw_os_error(libc::EADDRINUSE);
         assert_eq!(

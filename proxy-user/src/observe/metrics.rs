@@ -19,6 +19,7 @@ use prometheus_client::{
 use std::sync::atomic::AtomicU64;
 
 use super::{
+    names::NameMetrics,
     process::Process,
     requests::RequestMetrics,
     services::{PortCount, Services},
@@ -50,6 +51,7 @@ struct Inner {
     kube_proxy: KubeProxy,
     weir: Weir,
     sockets: SocketMetrics,
+    names: NameMetrics,
     requests: RequestMetrics,
     services: Services,
 }
@@ -256,16 +258,19 @@ impl Metrics {
         let kube_proxy = KubeProxy::register(&mut registry);
         let weir = Weir::register(&mut registry);
         let sockets = SocketMetrics::register(&mut registry);
+        let names = NameMetrics::register(&mut registry);
         let requests = RequestMetrics::register(&mut registry);
         let services = Services::default();
         registry.register_collector(Box::new(services.clone()));
         registry.register_collector(Box::new(Process));
-        let metrics = Self(Arc::new(Inner { registry, kube_proxy, weir, sockets, requests, services }));
+        let metrics =
+            Self(Arc::new(Inner { registry, kube_proxy, weir, sockets, names, requests, services }));
         for family in Family::ALL {
             let of = &metrics.0.kube_proxy;
             drop(of.sync_failures.get_or_create(&family_label(family)));
             drop(of.cleanup_failures.get_or_create(&family_label(family)));
             drop(of.conntrack_deleted.get_or_create(&family_label(family)));
+            drop(of.conntrack.get_or_create(&family_label(family)));
             metrics.no_local_endpoints(family, TrafficPolicy::Internal, 0);
             metrics.no_local_endpoints(family, TrafficPolicy::External, 0);
         }
@@ -352,6 +357,10 @@ impl Metrics {
         of.services.set(whole(services));
         of.frontends.set(whole(frontends));
         of.backends.set(whole(backends));
+    }
+
+    pub(super) fn names(&self) -> &NameMetrics {
+        &self.0.names
     }
 
     /// The API server was asked, by this HTTP method, and answered with this code or not at all.
@@ -508,6 +517,7 @@ mod tests {
             weir_changes_applied_total counter
             weir_reconciles_total counter
             weir_bypassed_pods_waiting gauge
+            weir_dns_answered_addresses gauge
         ");
         assert!(!text.contains("# EOF") && !text.contains("# UNIT"));
     }
@@ -564,6 +574,18 @@ mod tests {
         assert_eq!(programming[..4], ["0.25", "0.5", "1", "2"]);
         assert_eq!(programming[60..64], ["59", "60", "65", "70"]);
         assert_eq!(programming[72..], ["115", "120", "150", "180", "210", "240", "270", "300", "+Inf"]);
+    }
+
+    #[test]
+    fn the_dashboard_asks_for_metrics_that_there_are() {
+        let (text, dashboard) = (used(), include_str!("../../../charts/weir/dashboards/weir.json"));
+        let words = dashboard.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        let asked =
+            words.filter(|word| ["kubeproxy_", "weir_", "process_"].iter().any(|it| word.starts_with(it)));
+        let unknown: Vec<&str> = asked
+            .filter(|name| !text.contains(&format!("# TYPE {} ", name.trim_end_matches("_bucket"))))
+            .collect();
+        assert!(dashboard.contains("weir_") && unknown.is_empty(), "{unknown:?}");
     }
 
     #[test]

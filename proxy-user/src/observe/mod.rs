@@ -9,6 +9,7 @@ mod events;
 mod health;
 mod health_check;
 mod metrics;
+mod names;
 mod process;
 mod requests;
 mod server;
@@ -18,7 +19,7 @@ mod telemetry;
 mod text_format;
 
 pub use admin::{About, admin_router};
-pub use events::{Events, Trouble};
+pub use events::{Events, Subject, Trouble};
 pub use health::{Answer, Health, Moment, ProxyHealth, health_router};
 pub use health_check::{HealthCheckState, HealthChecks};
 pub use metrics::{Metrics, TrafficPolicy};

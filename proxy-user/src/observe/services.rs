@@ -32,6 +32,8 @@ pub struct PortCount {
     pub refused: u64,
 }
 
+/// How many were led and refused.
+type Counts = (u64, u64);
 type Read = Box<dyn Fn() -> Vec<PortCount> + Send + Sync>;
 
 /// Where the counters are read, once there is a plane that counts.
@@ -51,8 +53,8 @@ impl Services {
     }
 
     /// Both families of a port together.
-    fn counts(&self) -> BTreeMap<[String; 4], (u64, u64)> {
-        let mut counts = BTreeMap::<_, (u64, u64)>::new();
+    fn counts(&self) -> BTreeMap<[String; 4], Counts> {
+        let mut counts = BTreeMap::<_, Counts>::new();
         for count in self.0.get().map(|read| read()).unwrap_or_default() {
             let PortCount { namespace, service, port, protocol, served, refused } = count;
             if served > 0 || refused > 0 {
@@ -67,13 +69,11 @@ impl Services {
 impl Collector for Services {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let counts = self.counts();
-        let metrics: [(&str, &str, fn(&(u64, u64)) -> u64); 2] = [
-            ("weir_service_connections", "New flows led to a backend at the socket", |count| count.0),
-            ("weir_service_refusals", "New flows refused at the socket for want of endpoints", |count| {
-                count.1
-            }),
+        let names = [
+            ("weir_service_connections", "New flows led to a backend at the socket"),
+            ("weir_service_refusals", "New flows refused at the socket for want of endpoints"),
         ];
-        for (name, help, value) in metrics {
+        for (index, (name, help)) in names.into_iter().enumerate() {
             let kind = ConstCounter::new(0_u64).metric_type();
             let mut metric = encoder.encode_descriptor(name, help, None, kind)?;
             for ([namespace, service, port, protocol], count) in &counts {
@@ -83,7 +83,8 @@ impl Collector for Services {
                     ("protocol", protocol.as_str()),
                     ("service", service.as_str()),
                 ];
-                ConstCounter::new(value(count)).encode(metric.encode_family(&labels)?)?;
+                let count = if index == 0 { count.0 } else { count.1 };
+                ConstCounter::new(count).encode(metric.encode_family(&labels)?)?;
             }
         }
         Ok(())

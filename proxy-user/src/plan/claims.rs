@@ -6,7 +6,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use rustc_hash::FxHashMap;
-use tracing::warn;
 
 use super::Frontend;
 use crate::model::ObjectName;
@@ -26,9 +25,27 @@ pub(super) struct Claims {
     owners: FxHashMap<Frontend, Claim>,
     /// Claims that lost, which are few.
     waiting: BTreeMap<Frontend, BTreeSet<Claim>>,
+    /// Claims that lost since somebody asked.
+    conflicts: Vec<Conflict>,
+}
+
+/// A frontend that two Services claim (R12).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Conflict {
+    /// The frontend.
+    pub frontend: Frontend,
+    /// The Service that has it.
+    pub owner: ObjectName,
+    /// The Service that does not get it.
+    pub service: ObjectName,
 }
 
 impl Claims {
+    /// The claims that lost since this was last asked.
+    pub(super) fn take_conflicts(&mut self) -> Vec<Conflict> {
+        std::mem::take(&mut self.conflicts)
+    }
+
     /// Whether a frontend is the Service's.
     pub(super) fn owns(&self, service: &ObjectName, frontend: &Frontend) -> bool {
         self.owners.get(frontend).is_some_and(|owner| owner.service == *service)
@@ -85,7 +102,7 @@ impl Claims {
         let known = self.stop_waiting(&frontend, &claim.service);
         let (winner, loser) = if *claim < owner { (claim, &owner) } else { (&owner, claim) };
         if !known || winner == claim {
-            tell(&frontend, winner, loser);
+            self.conflicts.push(conflict(frontend, winner, loser));
         }
         self.waiting.entry(frontend).or_default().insert(loser.clone());
         if winner == claim {
@@ -102,7 +119,8 @@ impl Claims {
         if first > claim {
             return None;
         }
-        tell(&frontend, first, claim);
+        let lost = conflict(frontend, first, claim);
+        self.conflicts.push(lost);
         let winner = self.release(&frontend, &claim.service)?;
         self.waiting.entry(frontend).or_default().insert(claim.clone());
         Some(winner)
@@ -121,9 +139,6 @@ impl Claims {
     }
 }
 
-fn tell(frontend: &Frontend, owner: &Claim, loser: &Claim) {
-    warn!(
-        %frontend, owner = %owner.service, service = %loser.service,
-        "two Services claim one frontend: the older one has it"
-    );
+fn conflict(frontend: Frontend, owner: &Claim, loser: &Claim) -> Conflict {
+    Conflict { frontend, owner: owner.service.clone(), service: loser.service.clone() }
 }

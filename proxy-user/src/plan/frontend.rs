@@ -13,6 +13,9 @@ use super::{
 };
 use crate::model::{Candidate, Endpoints, Family, NodeView, Protocol, Service, ServicePort};
 
+/// Where a cluster's DNS answers.
+const DNS_PORT: u16 = 53;
+
 /// What `service` means on `node`: one [`PortPlan`] for each of its ports in each of its families.
 #[must_use]
 pub fn plan_service(service: &Service, endpoints: &Endpoints, node: &NodeView) -> ServicePlan {
@@ -107,6 +110,7 @@ impl<'a> FamilyPlanner<'a> {
             frontend: Frontend { destination, protocol: port.protocol, port: port_number },
             route,
             allowed_sources,
+            answered_here: false,
         };
         let internal = self.internal_route(selection);
         let external = self.external_route(selection);
@@ -115,7 +119,10 @@ impl<'a> FamilyPlanner<'a> {
         let count =
             usize::from(cluster_ip.is_some()) + usize::from(node_port.is_some()) + self.external.len();
         let mut frontends = Vec::with_capacity(count);
-        frontends.extend(cluster_ip.map(|destination| plan(destination, port.port, internal, None)));
+        frontends.extend(cluster_ip.map(|destination| FrontendPlan {
+            answered_here: self.is_answered_here(port),
+            ..plan(destination, port.port, internal, None)
+        }));
         frontends.extend(
             self.external
                 .iter()
@@ -124,6 +131,13 @@ impl<'a> FamilyPlanner<'a> {
         frontends.extend(node_port.map(|destination| plan(destination, port.node_port, external, None)));
         frontends.sort_unstable_by_key(|planned| planned.frontend);
         frontends
+    }
+
+    /// Whether the port is the one that the node's own answers to names stand in for.
+    fn is_answered_here(&self, port: &ServicePort) -> bool {
+        self.node.dns_service.as_ref() == Some(&self.service.name)
+            && port.port == DNS_PORT
+            && port.protocol != Protocol::Sctp
     }
 
     fn has_detector(&self) -> bool {

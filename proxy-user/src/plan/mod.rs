@@ -27,6 +27,7 @@ mod planner;
 mod tests;
 mod topology;
 
+pub use claims::Conflict;
 pub use frontend::plan_service;
 pub use planner::{NoLocalEndpoints, Planner};
 
@@ -141,6 +142,9 @@ pub struct FrontendPlan {
     pub route: Route,
     /// The only sources let in (F7), merged and sorted, of the frontend's family; `None` lets everybody in.
     pub allowed_sources: Option<Arc<[IpNet]>>,
+    /// Whether a process of this node answers in place of the backends for as long as the address is this host's own:
+    /// the cluster's DNS, where the node answers names.
+    pub answered_here: bool,
 }
 
 /// Which service port a [`PortPlan`] is for (W6), in which family.
@@ -237,6 +241,8 @@ pub struct NodePlan {
     pub masquerade_mark: u32,
     /// Addresses in these that are no known ClusterIP are dropped (F5).
     pub service_cidrs: Vec<IpNet>,
+    /// Whether frontends may be answered here.
+    pub answers_names: bool,
 }
 
 /// How one service port changes.

@@ -40,6 +40,7 @@ impl Model {
             host_addresses: self.host_addresses().unwrap_or_default().to_vec(),
             masquerade_mark: 1_u32.checked_shl(settings.masquerade_bit.into()).unwrap_or_default(),
             service_cidrs,
+            answers_names: settings.dns_service.is_some(),
         }
     }
 

@@ -10,7 +10,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use super::{
     ClusterIpDelta, Delta, Destination, Frontend, FrontendPlan, HealthCheck, NodePlan, PortDelta, PortId,
     PortPlan, ServicePlan, Target,
-    claims::{Claim, Claims},
+    claims::{Claim, Claims, Conflict},
     delta,
 };
 use crate::model::{ObjectName, PerFamily};
@@ -146,6 +146,11 @@ impl Planner {
     pub fn withheld(&self, name: &ObjectName) -> impl Iterator<Item = Frontend> + '_ {
         let held = self.services.get(name).into_iter();
         held.flat_map(|held| &held.withheld).map(|(_, planned)| planned.frontend)
+    }
+
+    /// The frontends that two Services claim (R12), of which nobody has been told yet.
+    pub fn take_conflicts(&mut self) -> Vec<Conflict> {
+        self.claims.take_conflicts()
     }
 
     /// What every healthCheckNodePort answers (H1, H2), in no particular order.

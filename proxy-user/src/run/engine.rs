@@ -8,6 +8,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     net::IpAddr,
     pin::pin,
+    sync::PoisonError,
     time::{Duration, Instant},
 };
 
@@ -17,9 +18,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::{Addresses, census::Census, served};
 use crate::{
     dataplane::{Dataplane, Error, Fill, conntrack::Suspects, nftables::Seen, sockets},
+    dns::SharedNames,
     model::{Family, Model, ObjectName, Settings},
     observe::{Events, Health, HealthCheckState, HealthChecks, Metrics, Trouble},
-    plan::{Delta, NodePortAddresses, Planner, PortId},
+    plan::{Conflict, Delta, NodePortAddresses, Planner, PortId},
     source::{Change, Object},
 };
 
@@ -37,6 +39,9 @@ const FIRST_RETRY: Duration = Duration::from_millis(100);
 /// A foreign change this long after the one before is a new story.
 const CALM: Duration = Duration::from_secs(10);
 
+/// Most changes of names while queries wait.
+const CHANGES_OF_NAMES: usize = 256;
+
 /// Most changes taken in before the kernel is brought up to date.
 const MOST_CHANGES: usize = 65_536;
 
@@ -47,6 +52,7 @@ pub(super) struct Engine {
     conntrack: Option<mpsc::UnboundedSender<Suspects>>,
     sockets: Option<std::sync::mpsc::Sender<sockets::Suspects>>,
     health_checks: Option<HealthChecks>,
+    names: Option<(SharedNames, watch::Sender<u32>)>,
     events: Events,
     metrics: Metrics,
     health: Health,
@@ -91,6 +97,7 @@ impl Engine {
             conntrack: None,
             sockets: None,
             health_checks: None,
+            names: None,
             events: Events::logged(),
             metrics,
             health,
@@ -116,6 +123,11 @@ impl Engine {
     /// Tells these servers how many local endpoints are in force.
     pub(super) fn with_health_checks(self, health_checks: HealthChecks) -> Self {
         Self { health_checks: Some(health_checks), ..self }
+    }
+
+    /// Keeps these names, and tells there how many changes they have seen.
+    pub(super) fn with_names(self, names: Option<(SharedNames, watch::Sender<u32>)>) -> Self {
+        Self { names, ..self }
     }
 
     /// Tells there of service ports that cannot be programmed.
@@ -175,6 +187,7 @@ impl Engine {
                 let Ok(change) = changes.try_recv() else { break };
                 taken.push(change);
             }
+            self.take_in_names(&taken);
             for change in taken.drain(..) {
                 self.take_in(change);
             }
@@ -199,6 +212,16 @@ impl Engine {
         tracing::warn!(?seen, ?wait, "somebody else changed our tables, repairing them");
         self.reconcile = Some("foreign");
         self.retry_at = Some(now + wait);
+    }
+
+    /// Names first: they are there at once, and the kernel takes longer.
+    fn take_in_names(&self, changes: &[Change]) {
+        let Some((names, seen)) = &self.names else { return };
+        for some in changes.chunks(CHANGES_OF_NAMES) {
+            let mut names = names.write().unwrap_or_else(PoisonError::into_inner);
+            some.iter().for_each(|change| names.apply(change));
+            seen.send_replace(names.changes());
+        }
     }
 
     fn take_in(&mut self, change: Change) {
@@ -226,6 +249,7 @@ impl Engine {
             self.planner.update(&name, self.model.plan(&name));
             self.replanned.push(name);
         }
+        self.tell_of_conflicts();
         self.planner.update_node(self.model.node_plan());
         // A failure that is not due again yet must not be made worse by every new change.
         let waiting = self.retry_at.is_some_and(|at| at > tokio::time::Instant::now());
@@ -311,6 +335,15 @@ impl Engine {
         self.in_force(delta, was, started);
     }
 
+    /// Logs each frontend that two Services claim, and makes an event for the one that does not get it (R12).
+    fn tell_of_conflicts(&mut self) {
+        for Conflict { frontend, owner, service } in self.planner.take_conflicts() {
+            tracing::warn!(%frontend, %owner, %service, "two Services claim one frontend: the older one has it");
+            let note = format!("{frontend} belongs to the older Service {owner}");
+            self.events.tell(Trouble::of_service(service, "FrontendTaken", "Program", note));
+        }
+    }
+
     /// Logs each port that could not be programmed, and makes one event for each Service.
     fn tell_of_unprogrammed(&self, ports: &[(PortId, String)]) {
         let mut notes: BTreeMap<&ObjectName, Vec<String>> = BTreeMap::new();
@@ -319,8 +352,8 @@ impl Engine {
             notes.entry(&port.service).or_default().push(format!("{port}: {problem}"));
         }
         for (service, notes) in notes {
-            let (service, note) = (service.clone(), notes.join("; "));
-            self.events.tell(Trouble { service, reason: "FailedToProgram", action: "Program", note });
+            let note = notes.join("; ");
+            self.events.tell(Trouble::of_service(service.clone(), "FailedToProgram", "Program", note));
         }
     }
 
@@ -437,6 +470,32 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn r12_who_does_not_get_a_frontend_hears_of_it() {
+        let (events, mut troubles) = Events::channel();
+        let plane = Box::new(Memory::default());
+        let engine = Engine::new(settings(), plane, Metrics::new(), Health::new(Duration::from_secs(30)))
+            .with_events(events);
+        let (change, changes) = mpsc::channel(16);
+        let (_foreign, foreign) = mpsc::channel(1);
+        let (_stop, stopping) = watch::channel(false);
+        let (addresses_in, addresses) = watch::channel(Vec::new());
+        addresses_in.send_replace(vec!["192.0.2.1".parse().unwrap()]);
+        let engine = tokio::spawn(engine.run(Inputs { changes, addresses, foreign, stopping }));
+        for (name, ip) in [("api", "10.0.0.1"), ("web", "10.0.0.2")] {
+            let spec = json!({ "clusterIP": ip, "ports": [{ "port": 80 }], "externalIPs": ["198.51.100.1"] });
+            change.send(service(name, spec)).await.unwrap();
+        }
+        for kind in Kind::ALL {
+            change.send(Change::Synced(kind)).await.unwrap();
+        }
+        let trouble = tokio::time::timeout(Duration::from_secs(20), troubles.recv()).await.unwrap().unwrap();
+        let note = "198.51.100.1:80/TCP belongs to the older Service ns/api".to_owned();
+        assert_eq!(trouble, Trouble::of_service(named("web"), "FrontendTaken", "Program", note));
+        drop(change);
+        engine.await.unwrap();
+    }
+
+    #[tokio::test]
     async fn ports_that_cannot_be_programmed_are_told_of_by_service_and_counted() {
         let (metrics, (events, mut troubles)) = (Metrics::new(), Events::channel());
         let plane = Box::new(Faulty::new(Memory::default(), 1, 100, 0));
@@ -458,12 +517,12 @@ mod tests {
         let why = "a fault on purpose";
         assert_eq!(
             trouble,
-            Trouble {
-                service: named("web"),
-                reason: "FailedToProgram",
-                action: "Program",
-                note: format!("ns/web:a/TCP (IPv4): {why}; ns/web:b/TCP (IPv4): {why}"),
-            }
+            Trouble::of_service(
+                named("web"),
+                "FailedToProgram",
+                "Program",
+                format!("ns/web:a/TCP (IPv4): {why}; ns/web:b/TCP (IPv4): {why}"),
+            )
         );
         until(|| metric(&metrics, "weir_unprogrammed_ports").as_deref() == Some("2")).await;
         change.send(Change::Delete(Kind::Service, named("web"))).await.unwrap();

@@ -26,7 +26,9 @@ use crate::{
         nftables::Nftables,
     },
     model::{Family, Model, PerFamily},
-    observe::{About, Events, Health, HealthChecks, Metrics, Server, Telemetry, admin_router, health_router},
+    observe::{
+        About, Events, Health, HealthChecks, Metrics, Server, Telemetry, Trouble, admin_router, health_router,
+    },
     plan::{Frontend, Planner, PortId},
     source::{
         Change, SourceStatus, host,
@@ -38,6 +40,7 @@ use crate::{
 mod bpffs;
 mod census;
 mod choice;
+mod dns;
 mod engine;
 mod machine;
 mod planes;
@@ -115,6 +118,7 @@ async fn serve(
     }
     let place = sockets.as_ref();
     let events = start_source(&config, changes_in, place, &metrics).await?;
+    let told = events.clone();
     let closing = match place {
         Some(place) => {
             sockets::watch_troubles(&place.maps(), &metrics)?;
@@ -124,11 +128,16 @@ async fn serve(
         None => None,
     };
     tokio::spawn(host::watch(addresses_in));
+    let names = match &config.dns {
+        Some(dns) => Some(dns::start(&config, dns, addresses.clone(), &metrics)?),
+        None => None,
+    };
 
     let engine = Engine::new(config.model.clone(), plane, metrics.clone(), health.clone())
         .with_retry(config.sync_period)
         .with_health_checks(HealthChecks::start(health.clone(), events.clone(), stopping.clone()))
         .with_events(events)
+        .with_names(names)
         .with_optional_node(matches!(config.source, SourceConfig::Manifests { .. }))
         .with_conntrack(clean_conntrack(metrics.clone())?)
         .with_sockets(closing)
@@ -139,7 +148,8 @@ async fn serve(
         runtime.block_on(engine.run(inputs));
         anyhow::Ok(())
     })?;
-    let servers = tokio::spawn(serve_http(config, health, metrics, about, stopping));
+    told.tell(Trouble::starting());
+    let servers = tokio::spawn(serve_http(config, health, metrics, about, told, stopping));
 
     let ended = tokio::select! {
         name = signalled() => {
@@ -195,7 +205,10 @@ async fn start_source(
                 let census = pods::start(connection.clone(), status, &place.maps(), &place.cgroup_root)?;
                 sockets::watch_bypassed(census, metrics);
             }
-            tokio::spawn(kube::watch(connection, changes, status));
+            match &config.dns {
+                Some(_) => tokio::spawn(kube::watch_with_names(connection, changes, status)),
+                None => tokio::spawn(kube::watch(connection, changes, status)),
+            };
             events
         }
         SourceConfig::Manifests { .. } => {
@@ -227,6 +240,7 @@ fn manifest_source(config: &Config) -> anyhow::Result<ManifestSource> {
         source.service_ranges.clone_from(service_ranges);
     }
     source.status_file.clone_from(status_file);
+    source.names = config.dns.is_some();
     Ok(source)
 }
 
@@ -263,14 +277,20 @@ async fn serve_http(
     health: Health,
     metrics: Metrics,
     about: About,
+    events: Events,
     stopping: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
-    let server = |name, address, router| {
-        let stopping = stopping.clone();
+    let server = |name, reason, address, router| {
+        let (stopping, events) = (stopping.clone(), events.clone());
         async move {
             match address {
                 Some(address) => {
-                    Server::new(name, address, config.bind_hard_fail).run(router, stopping).await
+                    let tell = move |error: &std::io::Error| {
+                        let note = format!("{name} cannot be served at {address}: {error}");
+                        events.tell(Trouble::of_node(reason, "StartKubeProxy", note));
+                    };
+                    let server = Server::new(name, address, config.bind_hard_fail);
+                    server.run_and_tell(router, stopping, tell).await
                 }
                 None => {
                     let mut stopping = stopping;
@@ -282,8 +302,13 @@ async fn serve_http(
         }
     };
     tokio::try_join!(
-        server("healthz", config.healthz, health_router(&health, &metrics)),
-        server("metrics", config.metrics, admin_router(&metrics, about)),
+        server(
+            "healthz",
+            "FailedToStartProxierHealthcheck",
+            config.healthz,
+            health_router(&health, &metrics)
+        ),
+        server("metrics", "FailedToStartMetricServer", config.metrics, admin_router(&metrics, about)),
     )?;
     Ok(())
 }

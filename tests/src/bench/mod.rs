@@ -5,7 +5,8 @@
 //! - [`maps`]: the eBPF plane's maps by themselves,
 //! - [`programming`]: how fast the Services of an API server are programmed, and what it costs,
 //! - [`paths`]: traffic through Services beside the same traffic straight to their endpoints,
-//! - [`hooks`]: what the socket programs take.
+//! - [`hooks`]: what the socket programs take,
+//! - [`dns`]: names answered on the node beside a real CoreDNS's answers, with an API server of their own.
 //!
 //! One API server with its etcd feeds all subjects of the last three; its Services grow in number, and whatever is to be
 //! measured with one number is measured before it grows on.
@@ -33,6 +34,7 @@ pub use self::{options::Options, subject::Subject};
 
 mod bound;
 mod cluster;
+pub mod dns;
 pub mod hooks;
 pub mod kernel;
 pub mod maps;
@@ -114,6 +116,9 @@ fn measure(options: &Options) -> Result<Report> {
             };
             bench.measure()
         })?;
+    }
+    if options.selection().has(options::NAMES) {
+        dns::run(&options.dns(), &options.output)?;
     }
     report.seconds = begin.elapsed().as_secs_f64();
     report.save(&options.output)?;

@@ -5,6 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use clap::Parser;
 
 use super::{
+    dns,
     paths::{self, Load, Route, Traffic},
     programming,
     subject::Subject,
@@ -17,7 +18,7 @@ use super::{
 /// release build of weir. `cargo xtask bench` sees to all that.
 ///
 /// Every case has a name: `maps`, `programming/SERVICESxENDPOINTS`, `paths/SERVICES/ROUTE/TRAFFIC/FAMILY`,
-/// `hooks/SERVICES`. `--only` picks by parts of names.
+/// `hooks/SERVICES`, `dns`. `--only` picks by parts of names.
 #[derive(Clone, Debug, Parser)]
 #[command(version)]
 pub struct Options {
@@ -88,6 +89,9 @@ pub struct Options {
     #[arg(long, num_args = 2, value_names = ["BEFORE", "AFTER"])]
     pub(super) compare: Vec<PathBuf>,
 }
+
+/// The name of the case about answers to names.
+pub(super) const NAMES: &str = "dns";
 
 impl Options {
     /// With what `--quick` leaves.
@@ -173,6 +177,16 @@ impl Options {
         }
     }
 
+    /// How names are measured.
+    #[must_use]
+    pub(super) fn dns(&self) -> dns::Plan {
+        dns::Plan {
+            rounds: self.rounds,
+            turn: Duration::from_millis(self.path_slot * 50),
+            changes: self.changes * 3,
+        }
+    }
+
     /// The names of all cases that would be measured.
     #[must_use]
     pub(super) fn names(&self) -> Vec<String> {
@@ -185,6 +199,7 @@ impl Options {
             names.extend(cases.map(|(route, load)| case(services, route, load)));
             names.extend(selection.hooks(services).then(|| hooks(services)));
         }
+        names.extend(selection.has(NAMES).then(|| NAMES.to_owned()));
         names
     }
 }

@@ -91,6 +91,7 @@ pub struct Subject<'a> {
     kind: Kind,
     topology: &'a Topology,
     directory: tempfile::TempDir,
+    arguments: Vec<String>,
     state: Mutex<State<'a>>,
     /// How many of [`State::puts`] the running agents have shown.
     settled: Mutex<u64>,
@@ -150,7 +151,20 @@ impl<'a> Subject<'a> {
             markers: 0,
             puts: 0,
         };
-        Ok(Self { kind, topology, directory, state: Mutex::new(state), settled: Mutex::new(0) })
+        Ok(Self {
+            kind,
+            topology,
+            directory,
+            arguments: Vec::new(),
+            state: Mutex::new(state),
+            settled: Mutex::new(0),
+        })
+    }
+
+    /// Starts agents with these arguments besides.
+    #[must_use]
+    pub fn with_arguments(self, arguments: &[&str]) -> Self {
+        Self { arguments: arguments.iter().map(|&argument| argument.to_owned()).collect(), ..self }
     }
 
     /// Which proxy this is.
@@ -244,6 +258,7 @@ impl<'a> Subject<'a> {
         };
         args.push(format!("--config={}", config.display()));
         args.push(format!("--hostname-override={}", node_name(node)));
+        args.extend(self.arguments.iter().cloned());
         if let Some(directory) = state.store.directory() {
             args.push(format!("--source=manifests:{}", directory.display()));
         }

@@ -51,6 +51,7 @@ pub(super) fn swap(cluster: &Cluster<'_>, proxy_mode: &str) -> Result<()> {
         "weir was installed from the chart; run `kind test` or `kind down`"
     );
     println!("changing the image of kube-proxy's DaemonSet");
+    let before = installed(cluster)?;
     let set = cluster.kubectl_json(&["-n", SYSTEM, "get", KUBE_PROXY])?;
     let container = &set["spec"]["template"]["spec"]["containers"][0];
     let mut command = array(&container["command"]).to_vec();
@@ -62,7 +63,8 @@ pub(super) fn swap(cluster: &Cluster<'_>, proxy_mode: &str) -> Result<()> {
         merge_ebpf(&mut changed, container)?;
     }
     patch(cluster, "strategic", &changed.to_string())?;
-    cluster.rolled_out(SYSTEM, KUBE_PROXY)
+    cluster.rolled_out(SYSTEM, KUBE_PROXY)?;
+    if before.is_some() { restart(cluster, KUBE_PROXY) } else { Ok(()) }
 }
 
 /// Adds what eBPF needs and kubeadm's DaemonSet has not: the file that docs/migration.md tells users to apply.
@@ -95,7 +97,15 @@ pub(super) fn chart(machine: &Machine, cluster: &Cluster<'_>, proxy_mode: &str) 
     patch(cluster, "merge", NOWHERE)?;
     cluster.rolled_out(SYSTEM, KUBE_PROXY)?;
     println!("installing the chart");
-    release(cluster, &helm, machine, &settings)
+    let before = installed(cluster)?;
+    release(cluster, &helm, machine, &settings)?;
+    if before.is_some() { restart(cluster, WEIR) } else { Ok(()) }
+}
+
+/// Starts every pod anew, for an image that has changed under its name.
+fn restart(cluster: &Cluster<'_>, set: &str) -> Result<()> {
+    cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", set])?;
+    cluster.rolled_out(SYSTEM, set)
 }
 
 /// The data plane that each node says it has.
@@ -231,10 +241,7 @@ pub(super) fn exercise_chart(machine: &Machine, cluster: &Cluster<'_>, load: &mu
     let mode = config.lines().find_map(|line| line.strip_prefix("mode: ")).context("no mode")?;
     let settings = settings(cluster, mode)?;
     load.during("new servers", || renew_servers(cluster))?;
-    load.during("rolling restart", || {
-        cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", WEIR])?;
-        cluster.rolled_out(SYSTEM, WEIR)
-    })?;
+    load.during("rolling restart", || restart(cluster, WEIR))?;
     load.during("helm upgrade to another image", || {
         release(cluster, &helm, machine, &with(&settings, "image.tag", "two"))
     })?;

@@ -1,7 +1,7 @@
-//! The real Kubernetes programs that the tests run against: etcd, kube-apiserver, kube-proxy.
+//! The real programs that the tests run against: etcd, kube-apiserver, kube-proxy, CoreDNS.
 //!
 //! A directory named by `KUBEBUILDER_ASSETS` comes first, then our cache. What is in neither is built from the Go modules
-//! `tests/kubernetes` and `tests/etcd`, which pin the versions. Debian's etcd will not do: kube-apiserver cannot stream
+//! `tests/kubernetes`, `tests/etcd` and `tests/coredns`, which pin the versions. Debian's etcd will not do: kube-apiserver cannot stream
 //! lists from it.
 
 use std::{
@@ -49,6 +49,9 @@ pub(super) const KUBE_PROXY: Program = Program {
     package: "k8s.io/kubernetes/cmd/kube-proxy",
 };
 
+pub(super) const COREDNS: Program =
+    Program { name: "coredns", takes: "half a minute", module: "tests/coredns", package: "." };
+
 /// From this version on, Go fetches by itself the toolchain that a module asks for.
 const GO_THAT_FETCHES: [u32; 2] = [1, 21];
 
@@ -63,6 +66,8 @@ struct Assets {
     server: PathBuf,
     /// Of kube-proxy.
     proxy: PathBuf,
+    /// Of CoreDNS, which is always ours: it is made for the tests.
+    names: PathBuf,
 }
 
 impl Assets {
@@ -73,7 +78,8 @@ impl Assets {
                 |given: &&PathBuf| programs.iter().all(|program| is_executable(&given.join(program)));
             given.filter(complete).unwrap_or(&cached).clone()
         };
-        Self { server: holding(&["etcd", "kube-apiserver"]), proxy: holding(&["kube-proxy"]) }
+        let (server, proxy) = (holding(&["etcd", "kube-apiserver"]), holding(&["kube-proxy"]));
+        Self { server, proxy, names: cached.clone() }
     }
 
     fn of(machine: &Machine) -> Self {
@@ -81,15 +87,19 @@ impl Assets {
     }
 
     fn lacks(&self, program: &Program) -> bool {
-        let directory = if *program == KUBE_PROXY { &self.proxy } else { &self.server };
+        let directory = match *program {
+            KUBE_PROXY => &self.proxy,
+            COREDNS => &self.names,
+            _ => &self.server,
+        };
         !is_executable(&directory.join(program.name))
     }
 }
 
-/// The directory of etcd and kube-apiserver, then that of kube-proxy; often the same.
-pub(crate) fn assets(machine: &Machine) -> [PathBuf; 2] {
-    let Assets { server, proxy } = Assets::of(machine);
-    [server, proxy]
+/// The directory of etcd and kube-apiserver, then that of kube-proxy, then that of CoreDNS; often the same.
+pub(crate) fn assets(machine: &Machine) -> [PathBuf; 3] {
+    let Assets { server, proxy, names } = Assets::of(machine);
+    [server, proxy, names]
 }
 
 /// Copies a program into the cache, where it appears whole.
@@ -195,7 +205,7 @@ fn go_directive(module: &str) -> Option<[u32; 2]> {
 
 pub(super) fn missing_go(machine: &Machine, level: Level) -> Result<Option<String>> {
     let assets = Assets::of(machine);
-    let mut builds = [ETCD, API_SERVER, KUBE_PROXY].iter().any(|program| assets.lacks(program));
+    let mut builds = [ETCD, API_SERVER, KUBE_PROXY, COREDNS].iter().any(|program| assets.lacks(program));
     builds |= level >= Level::Check && super::chart::lacks_any(machine);
     if !builds || go(machine).is_some() {
         return Ok(None);

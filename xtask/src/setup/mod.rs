@@ -70,6 +70,11 @@ const STEPS: &[Step] = &[
         install: |machine, _| kubernetes::build_program(machine, &kubernetes::KUBE_PROXY),
     },
     Step {
+        level: Level::Test,
+        missing: |machine, _| kubernetes::missing_program(machine, &kubernetes::COREDNS),
+        install: |machine, _| kubernetes::build_program(machine, &kubernetes::COREDNS),
+    },
+    Step {
         level: Level::Check,
         missing: compiler::missing_cargo_deny,
         install: compiler::install_cargo_deny,

@@ -154,6 +154,7 @@ mod tests {
                 frontend: frontend(text, protocol),
                 route: Route::uniform(Treatment { target: *target, masquerade: false }),
                 allowed_sources: None,
+                answered_here: false,
             })
             .collect();
         let mut serving: Vec<_> = serving

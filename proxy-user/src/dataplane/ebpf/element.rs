@@ -116,9 +116,10 @@ pub(super) fn unspecified(family: Family) -> IpAddr {
 }
 
 /// The value of a frontend. What only packets can decide is left to them: sources that are not let in (F7), because a
-/// socket that connects may not have its address yet, and addresses that are `theirs` for another reason.
+/// socket that connects may not have its address yet, what is answered here for as long as somebody does, and addresses
+/// that are `theirs` for another reason.
 pub(super) fn value(plan: &PortPlan, planned: &FrontendPlan, site: &Site, theirs: bool) -> FrontendValue {
-    let theirs = theirs || planned.allowed_sources.is_some();
+    let theirs = theirs || planned.allowed_sources.is_some() || planned.answered_here;
     let choice = |treatment: Treatment| match treatment.target {
         _ if theirs => Choice::default(),
         Target::Cluster => serve(site, Set::Cluster),

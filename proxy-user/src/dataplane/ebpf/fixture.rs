@@ -35,7 +35,7 @@ impl PortPlan {
         let [pod, host] = targets.map(|target| Treatment { target, masquerade: false });
         let frontend = Frontend { destination, protocol: self.id.protocol, port };
         let route = Route { pod, host, outside: pod };
-        self.frontends.push(FrontendPlan { frontend, route, allowed_sources: None });
+        self.frontends.push(FrontendPlan { frontend, route, allowed_sources: None, answered_here: false });
         self
     }
 

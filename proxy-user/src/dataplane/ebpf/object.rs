@@ -146,8 +146,9 @@ impl Place {
                 }
             }
         }
-        let links = |path: &&PathBuf| name_of(path).starts_with("link-");
-        found.iter().filter(links).try_for_each(fs::remove_file)?;
+        let links = found.iter().filter_map(|path| Some((leads(name_of(path).strip_prefix("link-")?), path)));
+        let (leading, others): (Vec<_>, Vec<_>) = links.partition(|(leads, _)| *leads);
+        leading.iter().chain(&others).try_for_each(|(_, path)| fs::remove_file(path))?;
         found.iter().filter(|path| is_layout(path)).try_for_each(remove_directory)?;
         match fs::remove_dir(&self.bpf_root) {
             // Somebody made it for us, or keeps something else there.
@@ -168,6 +169,12 @@ impl Place {
         }
         Ok(())
     }
+}
+
+/// Whether a program leads sockets to backends. Such are attached last and detached first, so that there is always one to
+/// say what a socket asked for, and one to forget it.
+fn leads(program: &str) -> bool {
+    program.starts_with("connect") || program.starts_with("sendmsg")
 }
 
 fn name_of(path: &Path) -> String {
@@ -270,8 +277,7 @@ impl Object {
         let mut settings = self.settings()?;
         let moved = settings.cgroup != number;
         let mut programs: Vec<_> = self.ebpf.programs_mut().collect();
-        // Before any socket is remembered there has to be one that forgets it.
-        programs.sort_by_key(|(name, _)| (*name != "sock_release", *name));
+        programs.sort_by_key(|(name, _)| (leads(name), *name));
         for (name, program) in programs {
             let link = self.place.link(name);
             if !moved && switch(&link, program.fd().map_err(|error| Problem::program(name, error))?)? {

@@ -179,6 +179,7 @@ mod tests {
             host_addresses,
             masquerade_mark: 0x4000,
             service_cidrs: Vec::new(),
+            answers_names: false,
         }
     }
 

@@ -115,6 +115,7 @@ impl Reader {
             outside,
             affinity: self.affinity(frontend, &key),
             allowed_sources: self.allowed_sources(&key),
+            answered_here: self.found.get(Map::Answered, &key, None).is_some(),
         }
     }
 

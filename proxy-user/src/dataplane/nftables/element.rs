@@ -254,6 +254,7 @@ fn frontend_items(port: &PortPlan, plan: &FrontendPlan, items: &mut Vec<Item>) -
     }
     slot_items(port, plan, space, &key, items);
     guard_items(plan, &key, items);
+    answered_items(plan, &key, items);
     Ok(())
 }
 
@@ -286,6 +287,13 @@ fn slot_items(port: &PortPlan, plan: &FrontendPlan, space: Space, key: &[u8], it
                 Item::new(map, slot_key(key, slot), Leads::To(backend_value(backend)))
             }),
         );
+    }
+}
+
+/// What is answered here, is left alone while its address is this host's own.
+fn answered_items(plan: &FrontendPlan, key: &Bytes, items: &mut Vec<Item>) {
+    if plan.answered_here {
+        items.push(Item::member(Map::Answered, key.clone()));
     }
 }
 

@@ -66,6 +66,11 @@ pub(super) fn destination_address(family: Family, dreg: u32) -> Expr {
     payload(libc::NFT_PAYLOAD_NETWORK_HEADER, offset, address_len(family), dreg)
 }
 
+/// `th sport`.
+pub(super) fn source_port(dreg: u32) -> Expr {
+    payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2, dreg)
+}
+
 /// `th dport`.
 pub(super) fn destination_port(dreg: u32) -> Expr {
     payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, dreg)
@@ -182,6 +187,16 @@ fn verdict(code: i32) -> Expr {
     }
 }
 
+/// `accept`: the end of this chain.
+pub(super) fn accept() -> Expr {
+    verdict(libc::NF_ACCEPT)
+}
+
+/// `notrack`.
+pub(super) fn untracked() -> Expr {
+    Expr { kind: c"notrack", attributes: Vec::new() }
+}
+
 /// `drop`.
 pub(super) fn drop() -> Expr {
     verdict(libc::NF_DROP)
@@ -265,6 +280,11 @@ pub(super) fn source_is_local(local: bool) -> [Expr; 2] {
 /// `fib daddr type local`.
 pub(super) fn destination_is_local() -> [Expr; 2] {
     fib_local(NFTA_FIB_F_DADDR, true)
+}
+
+/// `oif lo`: the loopback device is the first of every network namespace.
+pub(super) fn through_loopback() -> [Expr; 2] {
+    [meta(libc::NFT_META_OIF, word(0)), compare(word(0), true, &1_u32.to_ne_bytes())]
 }
 
 fn ct(key: i32, dreg: u32) -> Expr {

@@ -17,6 +17,7 @@ use crate::{
 };
 
 mod adopt;
+mod answered;
 mod dump;
 mod element;
 mod expr;

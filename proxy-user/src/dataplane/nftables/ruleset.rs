@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use nftnl::{ChainType, Hook, nftnl_sys::libc};
 
 use super::{
+    answered::{left_alone, untracked_rules},
     expr,
     netlink::{ChainSpec, Expr, SetSpec, ValueKind},
 };
@@ -59,10 +60,12 @@ pub(super) enum Map {
     NodePortAffinity,
     /// The same for everybody else.
     OutsideNodePortAffinity,
+    /// Frontends left alone while their address is this host's own: a process here answers.
+    Answered,
 }
 
 impl Map {
-    pub(super) const ALL: [Self; 18] = [
+    pub(super) const ALL: [Self; 19] = [
         Self::Services,
         Self::OutsideServices,
         Self::NodePorts,
@@ -81,6 +84,7 @@ impl Map {
         Self::OutsideAffinity,
         Self::NodePortAffinity,
         Self::OutsideNodePortAffinity,
+        Self::Answered,
     ];
 
     pub(super) const fn name(self) -> &'static str {
@@ -103,6 +107,7 @@ impl Map {
             Self::OutsideAffinity => "affinity-from-outside",
             Self::NodePortAffinity => "node-port-affinity",
             Self::OutsideNodePortAffinity => "node-port-affinity-from-outside",
+            Self::Answered => "answered-here",
         }
     }
 
@@ -113,7 +118,7 @@ impl Map {
             Self::Buckets => (&[Part::Bucket], ValueKind::Verdict),
             Self::Backends => (&[Part::Address, Part::Protocol, Part::Port, Part::Slot], endpoint(family)),
             Self::NodePortBackends => (&[Part::Protocol, Part::Port, Part::Slot], endpoint(family)),
-            Self::Refused | Self::Guarded => (&FRONTEND, ValueKind::None),
+            Self::Refused | Self::Guarded | Self::Answered => (&FRONTEND, ValueKind::None),
             Self::RefusedNodePorts => (&NODE_PORT, ValueKind::None),
             Self::ClusterIps | Self::NodeIps => (&[Part::Address], ValueKind::None),
             Self::Hairpin => (&[Part::Address, Part::Address, Part::Protocol, Part::Port], ValueKind::None),
@@ -372,6 +377,8 @@ pub(super) fn static_chains(family: Family, node: &NodePlan, affinity_in_use: bo
     };
     let guard = vec![guard_rule(family)];
     let refuse = refuse_rules(family, node);
+    let untracked =
+        |coming_in| if node.answers_names { untracked_rules(family, coming_in) } else { Vec::new() };
     let base = |name: &str, kind, hook, priority, rules| StaticChain {
         spec: ChainSpec { name: name.to_owned(), hook: Some((kind, hook, priority)) },
         rules,
@@ -382,6 +389,8 @@ pub(super) fn static_chains(family: Family, node: &NodePlan, affinity_in_use: bo
             spec: ChainSpec { name: REMEMBER.to_owned(), hook: None },
             rules: remember_rules(family, node),
         },
+        base("answered-prerouting", filter, PreRouting, -300, untracked(true)),
+        base("answered-output", filter, Out, -300, untracked(false)),
         base("guard-prerouting", filter, PreRouting, -110, guard.clone()),
         base("guard-output", filter, Out, -110, guard),
         base("nat-prerouting", ChainType::Nat, PreRouting, -100, dispatch_rules(family, node, true)),
@@ -389,8 +398,14 @@ pub(super) fn static_chains(family: Family, node: &NodePlan, affinity_in_use: bo
         base("remember-prerouting", filter, PreRouting, -99, remember.clone()),
         base("remember-output", filter, Out, -99, remember),
         base("filter-input", filter, In, 0, input_rules(family, node)),
-        base("filter-forward", filter, Forward, 0, refuse.clone()),
-        base("filter-output", filter, Out, 0, refuse),
+        base(
+            "filter-output",
+            filter,
+            Out,
+            0,
+            left_alone(family, node, false).into_iter().chain(refuse.clone()).collect(),
+        ),
+        base("filter-forward", filter, Forward, 0, refuse),
         base("nat-postrouting", ChainType::Nat, PostRouting, 100, masquerade_rules(family, node)),
     ]
 }
@@ -415,7 +430,8 @@ fn dispatch_rules(family: Family, node: &NodePlan, coming_in: bool) -> Vec<Vec<E
         (true, [outside, node_ports(Map::OutsideNodePorts)].concat()),
         (false, node_ports(Map::NodePorts)),
     ];
-    rules.into_iter().filter(|(only_in, _)| coming_in || !only_in).map(|(_, rule)| rule).collect()
+    let rules = rules.into_iter().filter(|(only_in, _)| coming_in || !only_in).map(|(_, rule)| rule);
+    left_alone(family, node, coming_in).into_iter().chain(rules).collect()
 }
 
 /// F7: before translation, so that it holds whatever would happen next.
@@ -452,19 +468,29 @@ fn input_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
         load_node_port(),
         vec![expr::in_set(expr::word(0), Map::RefusedNodePorts.name()), expr::reject(family)],
     ];
-    vec![node_port.concat(), refused(family)]
+    let mut rules: Vec<Vec<Expr>> = left_alone(family, node, true).into_iter().collect();
+    if node.answers_names {
+        // F4 where a ClusterIP is this host's own: whatever else listens here is not what was asked for.
+        rules.push(unknown_port(family));
+    }
+    rules.extend([node_port.concat(), refused(family)]);
+    rules
 }
 
-/// F1, F4, F5.
-fn refuse_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
-    let unknown_port = [
+fn unknown_port(family: Family) -> Vec<Expr> {
+    [
         expr::new_flow().to_vec(),
         vec![
             expr::destination_address(family, expr::word(0)),
             expr::in_set(expr::word(0), Map::ClusterIps.name()),
             expr::reject(family),
         ],
-    ];
+    ]
+    .concat()
+}
+
+/// F1, F4, F5.
+fn refuse_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
     let unallocated = node.service_cidrs.iter().filter(|net| Family::of(net.addr()) == family).map(|net| {
         let (mask, network) = mask_and_network(*net);
         [
@@ -478,7 +504,7 @@ fn refuse_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
         ]
         .concat()
     });
-    [vec![refused(family), unknown_port.concat()], unallocated.collect()].concat()
+    [refused(family), unknown_port(family)].into_iter().chain(unallocated).collect()
 }
 
 /// Sets one bit of the packet mark.

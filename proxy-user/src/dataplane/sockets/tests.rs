@@ -39,6 +39,7 @@ fn frontend(protocol: Protocol, text: &str) -> FrontendPlan {
         frontend: Frontend { destination, protocol, port },
         route: Route::uniform(Treatment { target: Target::Cluster, masquerade: false }),
         allowed_sources: None,
+        answered_here: false,
     }
 }
 
@@ -319,6 +320,7 @@ fn a_tcp_address_that_is_not_this_nodes_is_no_node_port_k3_r1() {
             loopback_node_ports: PerFamily::default(),
             masquerade_mark: 0,
             service_cidrs: Vec::new(),
+            answers_names: false,
         })),
         ..Delta::default()
     });

@@ -38,13 +38,16 @@ const KEEPALIVE: Duration = Duration::from_secs(15);
 #[derive(Clone)]
 pub struct Connection(Arc<Shared>);
 
+/// Hears of a request and its answer.
+pub type Tell = Arc<dyn Fn(&Asked<'_>) + Send + Sync>;
+
 /// How the API server is asked, and who hears of the answers.
 #[derive(Clone, Default)]
 pub struct Manner {
     /// At most so many requests in each stretch of time as long as this.
     pub limit: Option<(u64, Duration)>,
     /// Is told of every request once its answer begins, or there will be none.
-    pub tell: Option<Arc<dyn Fn(&Asked<'_>) + Send + Sync>>,
+    pub tell: Option<Tell>,
 }
 
 /// A request, and what became of it.

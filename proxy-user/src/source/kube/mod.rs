@@ -26,7 +26,7 @@ mod pods;
 mod retry;
 mod watch;
 
-pub use connection::{Asked, Connection, Manner};
+pub use connection::{Asked, Connection, Manner, Tell};
 pub use credentials::{ConnectError, Credentials};
 
 /// Which API server to watch, as whom, for which node.
@@ -42,7 +42,12 @@ pub struct KubeSource {
 
 /// Watches until the receiver of `changes` is gone. Whatever the API server does or fails to do is retried for ever.
 pub async fn watch(connection: Connection, changes: Sender<Change>, status: Arc<SourceStatus>) {
-    watch::every_kind(connection, changes, status).await;
+    watch::every_kind(connection, changes, status, false).await;
+}
+
+/// The same, with headless Services and their endpoints, whose names are answered.
+pub async fn watch_with_names(connection: Connection, changes: Sender<Change>, status: Arc<SourceStatus>) {
+    watch::every_kind(connection, changes, status, true).await;
 }
 
 /// Watches this node's pods and the namespaces, beside and independent of [`watch()`], until the receiver of `changes` is

@@ -54,6 +54,11 @@ pub(super) trait Watched:
     /// What to ask the API server for.
     fn selector(node: &str) -> Config;
 
+    /// What to ask for where names are answered: all that has a name, which is more than what is routed.
+    fn selector_for_names(node: &str) -> Config {
+        Self::selector(node)
+    }
+
     /// The object without what nobody reads.
     fn trimmed(self) -> Self::Object;
 }
@@ -72,6 +77,11 @@ impl Watched for Service {
     /// W1: neither another proxy's nor headless.
     fn selector(_node: &str) -> Config {
         Config::default().labels(&format!("!{PROXY_NAME_LABEL}")).fields("spec.clusterIP!=None")
+    }
+
+    /// Headless ones too, and those that another proxy routes: the model leaves both out by itself.
+    fn selector_for_names(_node: &str) -> Config {
+        Config::default()
     }
 
     fn trimmed(mut self) -> Object {
@@ -94,6 +104,11 @@ impl Watched for EndpointSlice {
     /// W2: all but those of headless Services.
     fn selector(_node: &str) -> Config {
         Config::default().labels(&format!("!{HEADLESS_LABEL}"))
+    }
+
+    /// Those of headless Services too.
+    fn selector_for_names(_node: &str) -> Config {
+        Config::default()
     }
 
     fn trimmed(mut self) -> Object {
@@ -231,5 +246,13 @@ mod tests {
         let slice = EndpointSlice::selector("n1");
         assert_eq!(slice.label_selector.as_deref(), Some("!service.kubernetes.io/headless"));
         assert_eq!(Node::selector("n1").field_selector.as_deref(), Some("metadata.name=n1"));
+    }
+
+    #[test]
+    fn where_names_are_answered_everything_that_has_one_is_asked_for() {
+        for selector in [Service::selector_for_names("n1"), EndpointSlice::selector_for_names("n1")] {
+            assert_eq!((selector.label_selector, selector.field_selector), (None, None));
+        }
+        assert_eq!(Node::selector_for_names("n1").field_selector.as_deref(), Some("metadata.name=n1"));
     }
 }

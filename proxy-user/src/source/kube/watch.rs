@@ -38,10 +38,15 @@ const STREAMS_BROKEN_OFF: u32 = 3;
 /// Nobody receives changes any more.
 struct Closed;
 
-pub(super) async fn every_kind(connection: Connection, changes: Sender<Change>, status: Arc<SourceStatus>) {
+pub(super) async fn every_kind(
+    connection: Connection,
+    changes: Sender<Change>,
+    status: Arc<SourceStatus>,
+    names: bool,
+) {
     let mut watches = JoinSet::new();
-    watches.spawn(Watch::<Service>::new(&connection, &changes, &status).run());
-    watches.spawn(Watch::<EndpointSlice>::new(&connection, &changes, &status).run());
+    watches.spawn(Watch::<Service>::new(&connection, &changes, &status).for_names(names).run());
+    watches.spawn(Watch::<EndpointSlice>::new(&connection, &changes, &status).for_names(names).run());
     watches.spawn(Watch::<Node>::new(&connection, &changes, &status).run());
     watches.spawn(Watch::<ServiceCIDR>::new(&connection, &changes, &status).run());
     drop(changes);
@@ -49,6 +54,7 @@ pub(super) async fn every_kind(connection: Connection, changes: Sender<Change>, 
 }
 
 pub(super) struct Watch<K: Watched> {
+    node: String,
     api: Api<K>,
     config: watcher::Config,
     changes: Sender<Change<K::Object>>,
@@ -72,6 +78,7 @@ impl<K: Watched> Watch<K> {
             observed.of(K::KIND).set_connected(success);
         });
         Self {
+            node: connection.node().to_owned(),
             api: Api::all(client),
             config: K::selector(connection.node()).streaming_lists(),
             changes: changes.clone(),
@@ -82,6 +89,14 @@ impl<K: Watched> Watch<K> {
             broken_off: 0,
             complaint: String::new(),
         }
+    }
+
+    /// Asks for what names are made of too.
+    fn for_names(mut self, names: bool) -> Self {
+        if names {
+            self.config = K::selector_for_names(&self.node).streaming_lists();
+        }
+        self
     }
 
     /// Watches until nobody receives any more.

@@ -36,6 +36,7 @@ struct Told {
 #[derive(Debug)]
 pub(super) struct Catalog {
     node: String,
+    names: bool,
     ranges: Ranges,
     node_ports: RangeInclusive<u16>,
     told: BTreeMap<Key, Told>,
@@ -53,6 +54,7 @@ impl Catalog {
     pub(super) fn new(settings: &ManifestSource) -> Self {
         Self {
             node: settings.node.clone(),
+            names: settings.names,
             ranges: Ranges::new(&settings.service_ranges),
             node_ports: settings.node_ports.clone(),
             told: BTreeMap::new(),
@@ -103,7 +105,7 @@ impl Catalog {
     fn merge<'a>(&mut self, files: &'a BTreeMap<Arc<str>, File>) -> BTreeMap<Key, Entry<'a>> {
         let mut entries: BTreeMap<Key, Entry<'a>> = BTreeMap::new();
         let all = files.iter().flat_map(|(file, content)| content.items.iter().map(move |item| (file, item)));
-        for (file, item) in all.filter(|(_, item)| concerns_us(&self.node, &item.object)) {
+        for (file, item) in all.filter(|(_, item)| concerns_us(&self.node, self.names, &item.object)) {
             let (kind, name) = (item.object.kind(), item.object.name());
             if let Some(first) = entries.get(&(kind, name.clone())) {
                 let (one, other) = (first.item.document, item.document);
@@ -160,15 +162,15 @@ impl Catalog {
     }
 }
 
-/// The selectors of the API server's watches (W1, W2, W3).
-fn concerns_us(node: &str, object: &Object) -> bool {
+/// The selectors of the API server's watches (W1, W2, W3); headless Services concern us where names do.
+fn concerns_us(node: &str, names: bool, object: &Object) -> bool {
     let metadata = object.metadata();
     let labelled = |label| metadata.labels.as_ref().is_some_and(|labels| labels.contains_key(label));
     match object {
         Object::Service(service) => {
-            !labelled(PROXY_NAME_LABEL) && !service.spec.as_ref().is_some_and(is_headless)
+            !labelled(PROXY_NAME_LABEL) && (names || !service.spec.as_ref().is_some_and(is_headless))
         }
-        Object::EndpointSlice(_) => !labelled(HEADLESS_LABEL),
+        Object::EndpointSlice(_) => names || !labelled(HEADLESS_LABEL),
         Object::Node(_) => metadata.name.as_deref() == Some(node),
         Object::ServiceCidr(_) => true,
     }

@@ -59,6 +59,8 @@ pub struct ManifestSource {
     pub node_ports: RangeInclusive<u16>,
     /// A file to keep the [`ManifestStatus`] in, as JSON.
     pub status_file: Option<PathBuf>,
+    /// Whether headless Services are wanted too, for their names.
+    pub names: bool,
 }
 
 impl ManifestSource {
@@ -75,6 +77,7 @@ impl ManifestSource {
             service_ranges: vec![v4.into(), v6.into()],
             node_ports: 30000..=32767,
             status_file: None,
+            names: false,
         }
     }
 }

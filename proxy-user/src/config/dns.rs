@@ -1,0 +1,234 @@
+//! The flags for answering names on the node.
+//!
+//! In: words of a command line. Out: a [`DnsConfig`] when `--dns` is given, or every wrong flag by its name.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    num::NonZeroU32,
+};
+
+use clap::Args;
+use ipnet::IpNet;
+
+use super::Problem;
+use crate::model::{ObjectName, parse_address, parse_network};
+
+/// Flags that have an effect with `--dns` only. A configuration file has no fields for them.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Names")]
+pub struct DnsArgs {
+    /// Answer the cluster's names on this node, in front of the cluster's DNS Service
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
+          action = clap::ArgAction::Set, hide_possible_values = true, hide_default_value = true, value_name = "BOOL")]
+    pub(super) dns: bool,
+    /// The cluster's domain
+    #[arg(long, value_name = "DOMAIN", default_value = "cluster.local")]
+    dns_domain: String,
+    /// The cluster's DNS Service, whose ClusterIPs are answered here
+    #[arg(long, value_name = "NAMESPACE/NAME", default_value = "kube-system/kube-dns")]
+    dns_service: String,
+    /// Own address at which names are answered too, link-local so that it is this node's everywhere
+    #[arg(long, value_name = "IP", default_value = "169.254.20.53")]
+    dns_address: String,
+    /// Who is asked for other names [default: the DNS Service's endpoints; without any, /etc/resolv.conf's]
+    #[arg(long, value_name = "IP[:PORT],…", value_delimiter = ',')]
+    dns_upstream: Vec<String>,
+    /// Networks answered besides this node's pods and itself; 0.0.0.0/0 and ::/0 for everybody
+    #[arg(long, value_name = "CIDR,…", value_delimiter = ',')]
+    dns_clients: Vec<String>,
+    /// Queries a second that one address may send
+    #[arg(long, value_name = "N", default_value = "20000")]
+    dns_rate: NonZeroU32,
+    /// How long clients may keep answers, in seconds
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = clap::value_parser!(u32).range(0..=3600))]
+    dns_ttl: u32,
+    /// Answer names of pods made of their addresses, such as 10-244-0-5.default.pod.cluster.local
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true",
+          action = clap::ArgAction::Set, hide_possible_values = true, value_name = "BOOL")]
+    dns_pods: bool,
+    /// Let trafficDistribution count for headless Services: near endpoints alone, if there are any
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
+          action = clap::ArgAction::Set, hide_possible_values = true, value_name = "BOOL")]
+    dns_topology: bool,
+}
+
+/// How names are answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DnsConfig {
+    /// The cluster's domain, in lower case, without a dot at its end.
+    pub domain: String,
+    /// The cluster's DNS Service.
+    pub service: ObjectName,
+    /// An address of our own.
+    pub address: IpAddr,
+    /// Who is upstream; empty for the Service's endpoints, and without any those of resolv.conf.
+    pub upstream: Vec<SocketAddr>,
+    /// Who is answered besides this node's pods and itself.
+    pub clients: Vec<IpNet>,
+    /// Queries a second from one address.
+    pub rate: NonZeroU32,
+    /// How long answers may be kept, in seconds.
+    pub ttl: u32,
+    /// Whether pods have names.
+    pub pods: bool,
+    /// Whether near endpoints come alone.
+    pub topology: bool,
+}
+
+impl DnsArgs {
+    /// What the flags say; nothing without `--dns`.
+    pub(super) fn resolve(&self, problems: &mut Vec<Problem>) -> Option<DnsConfig> {
+        let Self {
+            dns,
+            dns_domain,
+            dns_service,
+            dns_address,
+            dns_upstream,
+            dns_clients,
+            dns_rate,
+            dns_ttl,
+            dns_pods,
+            dns_topology,
+        } = self;
+        if !dns {
+            return None;
+        }
+        let mut reject = |place: &str, complaint: String| {
+            problems.push(Problem { place: place.to_owned(), complaint });
+        };
+        let domain = dns_domain.trim_end_matches('.').to_ascii_lowercase();
+        if domain.is_empty() || hickory_proto::rr::Name::from_ascii(format!("{domain}.")).is_err() {
+            reject("--dns-domain", format!("`{dns_domain}` is not a domain such as cluster.local"));
+        }
+        let service =
+            dns_service.split_once('/').filter(|(namespace, name)| !namespace.is_empty() && !name.is_empty());
+        if service.is_none() {
+            reject("--dns-service", format!("`{dns_service}` is not NAMESPACE/NAME"));
+        }
+        let address = parse_address(dns_address).filter(is_link_local);
+        if address.is_none() {
+            reject("--dns-address", format!("`{dns_address}` is not in 169.254.0.0/16 or fc00::/7"));
+        }
+        let given = |list: &'_ [String]| -> Vec<String> {
+            list.iter().map(|text| text.trim().to_owned()).filter(|text| !text.is_empty()).collect()
+        };
+        let mut upstream = Vec::new();
+        for text in given(dns_upstream) {
+            match server(&text) {
+                Some(server) => upstream.push(server),
+                None => {
+                    reject("--dns-upstream", format!("`{text}` is not an IP address with or without a port"))
+                }
+            }
+        }
+        let mut clients = Vec::new();
+        for text in given(dns_clients) {
+            match parse_network(&text) {
+                Some(network) => clients.push(network),
+                None => reject("--dns-clients", format!("`{text}` is not a network such as 10.0.0.0/16")),
+            }
+        }
+        let (namespace, name) = service?;
+        Some(DnsConfig {
+            domain,
+            service: ObjectName::new(namespace, name),
+            address: address?,
+            upstream,
+            clients,
+            rate: *dns_rate,
+            ttl: *dns_ttl,
+            pods: *dns_pods,
+            topology: *dns_topology,
+        })
+    }
+}
+
+/// IPv6's own link-local addresses need a zone, which a resolver's configuration does not have everywhere.
+fn is_link_local(address: &IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => address.is_link_local(),
+        IpAddr::V6(address) => address.is_unique_local(),
+    }
+}
+
+fn server(text: &str) -> Option<SocketAddr> {
+    let with_port = text.parse().ok().filter(|server: &SocketAddr| server.port() != 0);
+    with_port.or_else(|| Some(SocketAddr::new(parse_address(text)?, 53)))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        dns: DnsArgs,
+    }
+
+    fn read(line: &str) -> (Option<DnsConfig>, Vec<String>) {
+        let line = Line::try_parse_from(std::iter::once("weir").chain(line.split_whitespace())).unwrap();
+        let mut problems = Vec::new();
+        let config = line.dns.resolve(&mut problems);
+        (config, problems.iter().map(ToString::to_string).collect())
+    }
+
+    #[test]
+    fn without_the_flag_there_are_no_names() {
+        assert_eq!(read(""), (None, vec![]));
+        assert_eq!(read("--dns=false --dns-domain !!"), (None, vec![]));
+    }
+
+    #[test]
+    fn everything_has_a_default() {
+        let (config, problems) = read("--dns");
+        assert_eq!(problems, Vec::<String>::new());
+        assert_eq!(
+            config.unwrap(),
+            DnsConfig {
+                domain: "cluster.local".to_owned(),
+                service: ObjectName::new("kube-system", "kube-dns"),
+                address: "169.254.20.53".parse().unwrap(),
+                upstream: vec![],
+                clients: vec![],
+                rate: NonZeroU32::new(20_000).unwrap(),
+                ttl: 5,
+                pods: true,
+                topology: false,
+            }
+        );
+    }
+
+    #[test]
+    fn what_is_given_counts() {
+        let (config, _) = read(
+            "--dns --dns-domain Corp.Example. --dns-service dns/coredns --dns-upstream 192.0.2.1,[2001:db8::1]:5353 \
+             --dns-clients 192.0.2.0/24 --dns-ttl 30 --dns-pods=false --dns-topology",
+        );
+        let config = config.unwrap();
+        assert_eq!(
+            (config.domain.as_str(), config.service.to_string().as_str()),
+            ("corp.example", "dns/coredns")
+        );
+        let upstream: Vec<String> = config.upstream.iter().map(ToString::to_string).collect();
+        assert_eq!(upstream, ["192.0.2.1:53", "[2001:db8::1]:5353"]);
+        assert_eq!((config.ttl, config.pods, config.topology, config.clients.len()), (30, false, true, 1));
+    }
+
+    #[test]
+    fn each_wrong_flag_is_named() {
+        let (_, problems) = read(
+            "--dns --dns-domain a..b --dns-service dns --dns-address 192.0.2.1 --dns-upstream dns.example \
+             --dns-clients 10.0.0.0",
+        );
+        insta::assert_snapshot!(problems.join("\n"), @r"
+        --dns-domain: `a..b` is not a domain such as cluster.local
+        --dns-service: `dns` is not NAMESPACE/NAME
+        --dns-address: `192.0.2.1` is not in 169.254.0.0/16 or fc00::/7
+        --dns-upstream: `dns.example` is not an IP address with or without a port
+        --dns-clients: `10.0.0.0` is not a network such as 10.0.0.0/16
+        ");
+    }
+}

@@ -1,0 +1,163 @@
+//! The device by which addresses are this node's for as long as this process lives.
+//!
+//! In: addresses to claim and to give back. Out: local routes to them. The device is a TUN device without persistence: when
+//! the last descriptor of it is closed, and a killed process closes all, the kernel takes it away, and with it every
+//! route that leads there. Whoever asks the kernel whether such an address is local therefore learns whether this
+//! process is there, at the very moment of asking. No packet ever goes through the device: to a local address
+//! they are delivered to sockets.
+
+use std::{
+    collections::BTreeSet,
+    io,
+    net::{IpAddr, SocketAddr, UdpSocket},
+};
+
+use rtnetlink::{
+    Handle, LinkUnspec, RouteMessageBuilder, new_connection,
+    packet_route::route::{RouteMessage, RouteScope, RouteType},
+};
+use tokio_tun::Tun;
+
+/// The device's name.
+pub(super) const DEVICE: &str = "weir-dns";
+
+/// The table of what is this host's own.
+const LOCAL_TABLE: u32 = 255;
+
+/// Why an address is not ours.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// There is no device.
+    #[error("cannot make the device `{DEVICE}`; it takes /dev/net/tun and the capability NET_ADMIN")]
+    Open(#[source] tokio_tun::Error),
+    /// The kernel cannot be talked to.
+    #[error("cannot open rtnetlink")]
+    Netlink(#[source] io::Error),
+    /// The kernel refused a change.
+    #[error("cannot {0}")]
+    Refused(String, #[source] rtnetlink::Error),
+    /// The address is somebody else's on this host.
+    #[error("{0} is an address of this host already; it is left to whoever answers there")]
+    Taken(IpAddr),
+}
+
+/// The device, and the addresses claimed by it.
+pub(super) struct Device {
+    tun: Tun,
+    index: u32,
+    handle: Handle,
+    connection: tokio::task::JoinHandle<()>,
+    claimed: BTreeSet<IpAddr>,
+}
+
+impl Device {
+    /// Makes the device in the network namespace of this thread. Needs a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses, or another process has the device.
+    pub(super) async fn open() -> Result<Self, DeviceError> {
+        let devices = Tun::builder().name(DEVICE).build().map_err(DeviceError::Open)?;
+        let none = || DeviceError::Netlink(io::ErrorKind::NotFound.into());
+        let tun = devices.into_iter().next().ok_or_else(none)?;
+        let index = tun.index().map_err(DeviceError::Open)?;
+        // Else it gets an address of its own, which would serve NodePorts. Without IPv6 there is nothing to prevent.
+        let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{DEVICE}/addr_gen_mode"), "1");
+        let (connection, handle, _) = new_connection().map_err(DeviceError::Netlink)?;
+        let connection = tokio::spawn(connection);
+        let up = LinkUnspec::new_with_index(index).up().build();
+        let set = handle.link().set(up).execute().await;
+        set.map_err(|source| DeviceError::Refused(format!("set `{DEVICE}` up"), source))?;
+        Ok(Self { tun, index, handle, connection, claimed: BTreeSet::new() })
+    }
+
+    /// Whether the kernel still has the device; somebody may have deleted it.
+    #[must_use]
+    pub(super) fn is_there(&self) -> bool {
+        self.tun.index().is_ok_and(|index| index == self.index)
+    }
+
+    /// The addresses claimed.
+    #[must_use]
+    pub(super) fn claimed(&self) -> &BTreeSet<IpAddr> {
+        &self.claimed
+    }
+
+    /// Makes an address this node's. What the host itself sends there has the source it would have without.
+    ///
+    /// # Errors
+    ///
+    /// When it is this host's by other means, or the kernel refuses.
+    pub(super) async fn claim(&mut self, address: IpAddr) -> Result<(), DeviceError> {
+        let source = source_towards(address);
+        if source == Some(address) {
+            return Err(DeviceError::Taken(address));
+        }
+        let add = self.handle.route().add(self.route(address, source)).replace().execute().await;
+        add.map_err(|error| DeviceError::Refused(format!("route {address} to this host"), error))?;
+        self.claimed.insert(address);
+        Ok(())
+    }
+
+    /// Gives an address back. One that is gone already is no failure.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub(super) async fn release(&mut self, address: IpAddr) -> Result<(), DeviceError> {
+        if !self.claimed.remove(&address) {
+            return Ok(());
+        }
+        match self.handle.route().del(self.route(address, None)).execute().await {
+            Err(rtnetlink::Error::NetlinkError(error)) if error.raw_code() == -libc::ESRCH => Ok(()),
+            Err(error) => Err(DeviceError::Refused(format!("give {address} back"), error)),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    fn route(&self, address: IpAddr, source: Option<IpAddr>) -> RouteMessage {
+        match (address, source) {
+            (IpAddr::V4(address), source) => {
+                let route = RouteMessageBuilder::<std::net::Ipv4Addr>::new()
+                    .destination_prefix(address, 32)
+                    .output_interface(self.index)
+                    .table_id(LOCAL_TABLE)
+                    .kind(RouteType::Local)
+                    .scope(RouteScope::Host);
+                match source {
+                    Some(IpAddr::V4(source)) => route.pref_source(source).build(),
+                    _ => route.build(),
+                }
+            }
+            (IpAddr::V6(address), source) => {
+                let route = RouteMessageBuilder::<std::net::Ipv6Addr>::new()
+                    .destination_prefix(address, 128)
+                    .output_interface(self.index)
+                    .table_id(LOCAL_TABLE)
+                    .kind(RouteType::Local);
+                match source {
+                    Some(IpAddr::V6(source)) => route.pref_source(source).build(),
+                    _ => route.build(),
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        self.connection.abort();
+    }
+}
+
+/// The source that this host gives to what it sends to an address: the address itself where that is its own.
+fn source_towards(address: IpAddr) -> Option<IpAddr> {
+    let any: SocketAddr = match address {
+        IpAddr::V4(_) => (std::net::Ipv4Addr::UNSPECIFIED, 0).into(),
+        IpAddr::V6(_) => (std::net::Ipv6Addr::UNSPECIFIED, 0).into(),
+    };
+    // Connecting sends nothing, it only looks for the way.
+    let socket = UdpSocket::bind(any).ok()?;
+    socket.connect((address, 53)).ok()?;
+    Some(socket.local_addr().ok()?.ip()).filter(|source| !source.is_loopback())
+}

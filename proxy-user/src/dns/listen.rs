@@ -1,0 +1,60 @@
+//! Sockets at an address, before and while it is this host's.
+//!
+//! In: an address. Out: a bound UDP socket and a TCP listener. They are bound before the address is claimed, so that
+//! whoever finds it claimed finds somebody there.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+};
+
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::{TcpListener, UdpSocket};
+
+/// Where names are answered.
+const PORT: u16 = 53;
+/// Datagrams that may wait, in bytes: some ten thousand queries.
+const WAITING_BYTES: usize = 4 << 20;
+/// Connections that may wait to be accepted.
+const WAITING_CONNECTIONS: i32 = 256;
+
+/// Sockets at one address.
+#[derive(Debug)]
+pub struct Sockets {
+    /// For datagrams.
+    pub udp: UdpSocket,
+    /// For connections.
+    pub tcp: TcpListener,
+}
+
+impl Sockets {
+    /// Binds both. Needs a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// When another process has the port, at this address or at all.
+    pub fn bind(address: IpAddr) -> io::Result<Self> {
+        let udp = socket(address, Type::DGRAM, Protocol::UDP)?;
+        // Less is no failure: the kernel may allow less.
+        let _ = udp.set_recv_buffer_size(WAITING_BYTES);
+        udp.bind(&SocketAddr::new(address, PORT).into())?;
+        let tcp = socket(address, Type::STREAM, Protocol::TCP)?;
+        tcp.set_reuse_address(true)?;
+        tcp.bind(&SocketAddr::new(address, PORT).into())?;
+        tcp.listen(WAITING_CONNECTIONS)?;
+        Ok(Self { udp: UdpSocket::from_std(udp.into())?, tcp: TcpListener::from_std(tcp.into())? })
+    }
+}
+
+fn socket(address: IpAddr, kind: Type, protocol: Protocol) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(SocketAddr::new(address, PORT)), kind, Some(protocol))?;
+    match address {
+        IpAddr::V4(_) => socket.set_freebind_v4(true)?,
+        IpAddr::V6(_) => {
+            socket.set_only_v6(true)?;
+            socket.set_freebind_v6(true)?;
+        }
+    }
+    socket.set_nonblocking(true)?;
+    Ok(socket)
+}

@@ -1,0 +1,263 @@
+//! From the bytes of a query to the bytes of its reply.
+//!
+//! In: bytes from anywhere. Out: a reply, silence, or a [`Pending`] query that the upstream has to be asked first. Pure but
+//! for the names, which are read under their lock. Reading and writing messages is hickory's; what is decided here
+//! is which code a query gets that is none for us.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use hickory_net::xfer::Protocol;
+use hickory_proto::{
+    op::{Edns, Header, Message, MessageType, Metadata, OpCode, ResponseCode},
+    rr::{DNSClass, Name, Record, RecordType},
+    serialize::binary::{BinDecodable as _, BinDecoder, BinEncoder},
+};
+use hickory_server::{server::Request, zone_handler::MessageResponseBuilder};
+
+use super::answer::{self, Answer, Query, Resolution, Zone};
+use crate::model::Names;
+
+/// The largest reply by UDP: what passes every link without being cut in pieces.
+const MOST_UDP: u16 = 1232;
+/// The largest reply by UDP to whoever names no size.
+const PLAIN_UDP: u16 = 512;
+/// More additional records than this no honest query has.
+const MOST_ADDITIONALS: u16 = 4;
+/// The shortest record there is, an address whose name was said before.
+const SHORTEST_RECORD: usize = 16;
+
+/// The names, written by the engine and read by queries.
+pub type SharedNames = Arc<RwLock<Names>>;
+
+/// Answers queries.
+#[derive(Debug)]
+pub struct Replier {
+    names: SharedNames,
+    zone: Zone,
+    rotation: AtomicU32,
+}
+
+/// What becomes of a query.
+#[derive(Debug)]
+pub enum Reply {
+    /// This is sent back.
+    Now(Vec<u8>, ResponseCode),
+    /// The upstream has to be asked.
+    Later(Box<Pending>),
+    /// Nothing is sent back.
+    Silence,
+}
+
+/// A query that waits for the upstream.
+#[derive(Debug)]
+pub struct Pending {
+    request: Request,
+    /// Aliases found so far.
+    aliases: Vec<Record>,
+    /// What to ask for.
+    pub target: Name,
+    /// Of which type.
+    pub kind: RecordType,
+}
+
+impl Replier {
+    /// Answers from these names.
+    #[must_use]
+    pub fn new(names: SharedNames, zone: Zone) -> Self {
+        Self { names, zone, rotation: AtomicU32::new(0) }
+    }
+
+    /// The zone answered for.
+    #[must_use]
+    pub fn zone(&self) -> &Zone {
+        &self.zone
+    }
+
+    /// What to do about the bytes of a query.
+    #[must_use]
+    pub fn reply(&self, bytes: &[u8], from: SocketAddr, protocol: Protocol) -> Reply {
+        let Ok(header) = Header::read(&mut BinDecoder::new(bytes)) else { return Reply::Silence };
+        // Whoever answers answers may be made to talk to himself.
+        if header.metadata.message_type != MessageType::Query {
+            return Reply::Silence;
+        }
+        if header.metadata.op_code != OpCode::Query {
+            return bare(&header.metadata, ResponseCode::NotImp);
+        }
+        // Before anything is allocated by what the header claims.
+        let counts = header.counts;
+        let honest = counts.queries == 1
+            && counts.answers == 0
+            && counts.authorities <= 1
+            && counts.additionals <= MOST_ADDITIONALS;
+        if !honest {
+            return bare(&header.metadata, ResponseCode::FormErr);
+        }
+        match Request::from_bytes(bytes.to_vec(), from, protocol) {
+            Ok(request) => self.answer(request),
+            Err(_) => bare(&header.metadata, ResponseCode::FormErr),
+        }
+    }
+
+    /// A refusal of the query, whatever it is.
+    #[must_use]
+    pub fn refuse(bytes: &[u8]) -> Reply {
+        match Header::read(&mut BinDecoder::new(bytes)) {
+            Ok(header) if header.metadata.message_type == MessageType::Query => {
+                bare(&header.metadata, ResponseCode::Refused)
+            }
+            _ => Reply::Silence,
+        }
+    }
+
+    fn answer(&self, request: Request) -> Reply {
+        let Some(asked) = request.queries.queries().first() else { return Reply::Silence };
+        let kind = asked.query_type();
+        if let Some(code) = unanswerable(&request, asked.query_class(), kind) {
+            return now(&request, &empty(code), false);
+        }
+        let query = Query {
+            name: asked.original().name(),
+            lower: asked.name(),
+            kind,
+            rotation: self.rotation.fetch_add(1, Ordering::Relaxed),
+            most: usize::from(room(&request)) / SHORTEST_RECORD + 1,
+        };
+        let resolution = {
+            let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
+            answer::answer(&names, &self.zone, &query)
+        };
+        match resolution {
+            Resolution::Answer(answer) => now(&request, &answer, true),
+            // Whoever asks a stranger for everything gets nothing (RFC 8482).
+            Resolution::Elsewhere if kind == RecordType::ANY => {
+                now(&request, &empty(ResponseCode::NotImp), true)
+            }
+            Resolution::Elsewhere => {
+                let target = query.name.clone();
+                Reply::Later(Box::new(Pending { request, aliases: Vec::new(), target, kind }))
+            }
+            Resolution::Alias(aliases, target) => {
+                Reply::Later(Box::new(Pending { request, aliases, target, kind }))
+            }
+        }
+    }
+}
+
+impl Pending {
+    /// The reply, now that the upstream was asked; `None` when there is no upstream to ask.
+    #[must_use]
+    pub fn reply(mut self, upstream: Option<Answer>) -> Reply {
+        let own = !self.aliases.is_empty();
+        let mut answer = match upstream {
+            Some(answer) => answer,
+            // An alias of ours is right, whether or not somebody knows what it leads to.
+            None => empty(if own { ResponseCode::NoError } else { ResponseCode::Refused }),
+        };
+        self.aliases.append(&mut answer.answers);
+        answer.answers = self.aliases;
+        answer.authoritative = own;
+        now(&self.request, &answer, true)
+    }
+}
+
+/// The code of a query that is no question about names.
+fn unanswerable(request: &Request, class: DNSClass, kind: RecordType) -> Option<ResponseCode> {
+    if request.version() > 0 {
+        return Some(ResponseCode::BADVERS);
+    }
+    if class != DNSClass::IN {
+        return Some(ResponseCode::Refused);
+    }
+    match kind {
+        // Nobody gets all names at once.
+        RecordType::AXFR | RecordType::IXFR => Some(ResponseCode::Refused),
+        RecordType::OPT | RecordType::TSIG | RecordType::ZERO => Some(ResponseCode::FormErr),
+        _ if !request.authorities.is_empty() => Some(ResponseCode::FormErr),
+        _ => None,
+    }
+}
+
+fn empty(code: ResponseCode) -> Answer {
+    Answer {
+        code,
+        authoritative: false,
+        answers: Vec::new(),
+        authorities: Vec::new(),
+        additionals: Vec::new(),
+    }
+}
+
+/// A header and nothing else.
+fn bare(query: &Metadata, code: ResponseCode) -> Reply {
+    let mut message = Message::error_msg(query.id, query.op_code, code);
+    message.metadata.recursion_desired = query.recursion_desired;
+    message.to_vec().map_or(Reply::Silence, |bytes| Reply::Now(bytes, code))
+}
+
+/// How large the reply may be.
+fn room(request: &Request) -> u16 {
+    match (request.protocol(), &request.edns) {
+        (Protocol::Udp, Some(edns)) => edns.max_payload().clamp(PLAIN_UDP, MOST_UDP),
+        (Protocol::Udp, None) => PLAIN_UDP,
+        _ => u16::MAX,
+    }
+}
+
+fn now(request: &Request, answer: &Answer, recursion: bool) -> Reply {
+    let mut metadata = Metadata::response_from_request(&request.metadata);
+    metadata.response_code = answer.code;
+    metadata.authoritative = answer.authoritative;
+    metadata.recursion_available = recursion;
+    encode(request, metadata, answer).map_or(Reply::Silence, |bytes| Reply::Now(bytes, answer.code))
+}
+
+/// Writes the reply: with everything, else without what was not asked for, else as much as there is room for beside
+/// the sign that something is missing.
+fn encode(request: &Request, metadata: Metadata, answer: &Answer) -> Option<Vec<u8>> {
+    let (bytes, fitted) = write(request, metadata, answer, answer.answers.len(), true)?;
+    if fitted == usize::MAX {
+        return Some(bytes);
+    }
+    if fitted == answer.answers.len() {
+        let (bytes, fitted) = write(request, metadata, answer, fitted, false)?;
+        if fitted == usize::MAX {
+            return Some(bytes);
+        }
+    }
+    let mut cut = metadata;
+    cut.truncation = true;
+    // One less leaves room for the record of EDNS.
+    Some(write(request, cut, answer, fitted.saturating_sub(1), false)?.0)
+}
+
+/// The bytes, and how many answers there was room for: all the number there is when everything fitted.
+fn write(
+    request: &Request,
+    metadata: Metadata,
+    answer: &Answer,
+    answers: usize,
+    additionals: bool,
+) -> Option<(Vec<u8>, usize)> {
+    let mut edns = Edns::new();
+    edns.set_max_payload(MOST_UDP);
+    let mut builder = MessageResponseBuilder::from_message_request(request);
+    if request.edns.is_some() {
+        builder.edns(&edns);
+    }
+    let additionals: &[Record] = if additionals { &answer.additionals } else { &[] };
+    let answers = answer.answers.get(..answers).unwrap_or_default();
+    let response = builder.build(metadata, answers, &answer.authorities, [], additionals);
+    let mut bytes = Vec::with_capacity(512);
+    let mut encoder = BinEncoder::new(&mut bytes);
+    encoder.set_max_size(room(request));
+    let info = response.destructive_emit(&mut encoder).ok()?;
+    let cut = info.truncation && !metadata.truncation;
+    Some((bytes, if cut { usize::from(info.counts().answers) } else { usize::MAX }))
+}

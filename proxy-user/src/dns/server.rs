@@ -1,0 +1,168 @@
+//! The sockets: queries by UDP and TCP, each answered as soon as it can be.
+//!
+//! In: bound sockets. Out: replies. Local names are answered in place; what has to be asked upstream waits in a task of
+//! its own, so that it holds up nobody. Connections are bounded in number and in how long they may say nothing.
+//!
+//! The sockets are read here and not by hickory's own server, because that makes a task of every datagram, without a
+//! bound, and writes two lines of log for each.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use futures::StreamExt as _;
+use hickory_net::{
+    DnsStreamHandle as _, runtime::iocompat::AsyncIoTokioAsStd, tcp::TcpStream, xfer::Protocol,
+};
+use hickory_proto::op::{ResponseCode, SerialMessage};
+use hickory_server::server::TimeoutStream;
+use tokio::{
+    net::{TcpListener, UdpSocket},
+    sync::Semaphore,
+    task::JoinSet,
+};
+
+use super::{
+    Counters,
+    counters::Outcome,
+    forward::Forwarder,
+    limits::{Admission, Limits},
+    reply::{Pending, Replier, Reply},
+};
+
+/// The largest query that is read; more is cut off, and then no query any more.
+const LARGEST_QUERY: usize = 4096;
+/// Datagrams answered before other tasks get their turn.
+const IN_A_ROW: usize = 64;
+/// Connections at once.
+const MOST_CONNECTIONS: usize = 512;
+/// How long a connection may say nothing.
+const IDLE: Duration = Duration::from_secs(10);
+/// Replies that may wait on one connection.
+const WAITING_REPLIES: usize = 32;
+
+/// Everything a query needs.
+#[derive(Debug)]
+pub struct Responder {
+    /// What is known.
+    pub replier: Replier,
+    /// Who knows the rest.
+    pub forwarder: Forwarder,
+    /// Who is answered.
+    pub limits: Limits,
+    /// What was answered.
+    pub counters: Counters,
+}
+
+impl Responder {
+    /// What to do about the bytes of a query.
+    fn reply(&self, bytes: &[u8], from: SocketAddr, protocol: Protocol) -> Reply {
+        let reply = match self.limits.admit(from.ip()) {
+            Admission::Answer => self.replier.reply(bytes, from, protocol),
+            Admission::Refuse => Replier::refuse(bytes),
+            Admission::Drop => {
+                self.counters.count(Outcome::Dropped);
+                return Reply::Silence;
+            }
+        };
+        match &reply {
+            Reply::Now(_, code) => self.counters.count(Outcome::of(*code)),
+            Reply::Later(_) => self.counters.count(Outcome::Forwarded),
+            Reply::Silence => self.counters.count(Outcome::Ignored),
+        }
+        reply
+    }
+
+    /// The reply to a query that waits for the upstream.
+    async fn ask(&self, pending: Pending) -> Option<Vec<u8>> {
+        let upstream = self.forwarder.ask(&pending.target, pending.kind).await;
+        let failed = upstream.as_ref().is_some_and(|answer| answer.code == ResponseCode::ServFail);
+        if failed {
+            self.counters.count(Outcome::UpstreamFailed);
+        }
+        match pending.reply(upstream) {
+            Reply::Now(bytes, _) => Some(bytes),
+            Reply::Later(_) | Reply::Silence => None,
+        }
+    }
+}
+
+/// Answers what comes by a UDP socket, for ever.
+pub async fn datagrams(responder: Arc<Responder>, socket: UdpSocket) {
+    let socket = Arc::new(socket);
+    let mut waiting = JoinSet::new();
+    let mut buffer = vec![0; LARGEST_QUERY];
+    loop {
+        if socket.readable().await.is_err() {
+            // The socket says why when it is read.
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        for _ in 0..IN_A_ROW {
+            let (len, from) = match socket.try_recv_from(&mut buffer) {
+                Ok(received) => received,
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
+                // Somebody to whom we replied has gone: nothing is lost.
+                Err(_) => continue,
+            };
+            match responder.reply(&buffer[..len], from, Protocol::Udp) {
+                Reply::Silence => {}
+                // A full buffer loses datagrams as the network does.
+                Reply::Now(bytes, _) => _ = socket.try_send_to(&bytes, from),
+                Reply::Later(pending) => {
+                    let (responder, socket) = (Arc::clone(&responder), Arc::clone(&socket));
+                    waiting.spawn(async move {
+                        if let Some(bytes) = responder.ask(*pending).await {
+                            _ = socket.send_to(&bytes, from).await;
+                        }
+                    });
+                }
+            }
+        }
+        while waiting.try_join_next().is_some() {}
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Answers what comes by TCP, for ever.
+pub async fn connections(responder: Arc<Responder>, listener: TcpListener) {
+    let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    let mut open = JoinSet::new();
+    loop {
+        let (stream, from) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of descriptors: the connections there are have to end first.
+                tracing::debug!(%error, "cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        while open.try_join_next().is_some() {}
+        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+            responder.counters.count(Outcome::Dropped);
+            continue;
+        };
+        let responder = Arc::clone(&responder);
+        open.spawn(async move {
+            serve(&responder, stream, from).await;
+            drop(place);
+        });
+    }
+}
+
+async fn serve(responder: &Responder, stream: tokio::net::TcpStream, from: SocketAddr) {
+    let stream = AsyncIoTokioAsStd(stream);
+    let (stream, mut replies) = TcpStream::from_stream_with_buffer_size(stream, from, WAITING_REPLIES);
+    let mut queries = TimeoutStream::new(stream, IDLE);
+    while let Some(Ok(query)) = queries.next().await {
+        let bytes = match responder.reply(query.bytes(), from, Protocol::Tcp) {
+            Reply::Silence => return,
+            Reply::Now(bytes, _) => bytes,
+            Reply::Later(pending) => match responder.ask(*pending).await {
+                Some(bytes) => bytes,
+                None => return,
+            },
+        };
+        if replies.send(SerialMessage::new(bytes, from)).is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! Names answered on the node: whose the cluster DNS Service's queries are, and what is said, beside a real CoreDNS.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod coredns;
+mod routing;
+mod standalone;
+
+use std::{fmt, net::IpAddr, path::PathBuf};
+
+use anyhow::Result;
+use hickory_proto::rr::RecordType;
+use tempfile::TempDir;
+use weir::model::Family;
+use weir_tests::{
+    names::{Answering, Asker, CoreDns, Said, query},
+    node::{CLUSTER_CIDRS, Place, Topology, node_name, pod_address},
+    subject::Plane,
+    wait::await_that,
+};
+
+/// Where the pods of these tests are that ask, and where CoreDNS is.
+const CLIENT: Place = Place::Pod(1, 1);
+const COREDNS: Place = Place::Pod(2, 1);
+/// A name that both know, each with another address.
+const WEB: &str = "web.default.svc.cluster.local.";
+/// A name that CoreDNS alone knows.
+const ELSEWHERE: &str = "upstream.example.";
+
+/// The cluster DNS Service's ClusterIP.
+fn dns_ip(family: Family) -> IpAddr {
+    match family {
+        Family::V4 => "10.96.0.10".parse().unwrap(),
+        Family::V6 => "fd00:10:96::a".parse().unwrap(),
+    }
+}
+
+/// Who answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Who {
+    Weir,
+    CoreDns,
+    Nobody,
+}
+
+impl fmt::Display for Who {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+fn who(asker: &Asker) -> Who {
+    match asker.ask(&query(WEB, RecordType::A, true).unwrap()) {
+        Ok(reply) => match reply.answers.first().map(|record| record.data.to_string()).as_deref() {
+            Some("10.96.1.1") => Who::Weir,
+            Some("192.0.2.78") => Who::CoreDns,
+            _ => Who::Nobody,
+        },
+        Err(_) => Who::Nobody,
+    }
+}
+
+/// What CoreDNS says where no API server is asked.
+const HOSTS: &str = "
+    ready
+    errors
+    hosts {
+        192.0.2.77 upstream.example
+        2001:db8::77 upstream.example
+        192.0.2.78 web.default.svc.cluster.local
+        2001:db8::78 web.default.svc.cluster.local
+    }";
+
+/// The Services of these tests; `ready` says whether CoreDNS is one of the endpoints.
+fn cluster(ready: bool) -> String {
+    let slice = |family: Family| {
+        let address = pod_address(family, 2, 1);
+        let (lower, endpoints) = (
+            family.to_string().to_lowercase(),
+            if ready { format!("[{{addresses: ['{address}']}}]") } else { "[]".into() },
+        );
+        format!(
+            "---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {{name: kube-dns-{lower}, namespace: default, labels: {{kubernetes.io/service-name: kube-dns}}}}
+addressType: {family}
+ports: [{{name: dns, port: 53, protocol: UDP}}, {{name: dns-tcp, port: 53, protocol: TCP}}]
+endpoints: {endpoints}
+"
+        )
+    };
+    format!(
+        "apiVersion: v1
+kind: Service
+metadata: {{name: kube-dns, namespace: default}}
+spec:
+  clusterIP: 10.96.0.10
+  clusterIPs: [10.96.0.10, 'fd00:10:96::a']
+  ipFamilies: [IPv4, IPv6]
+  ports: [{{name: dns, port: 53, protocol: UDP}}, {{name: dns-tcp, port: 53, protocol: TCP}}]
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: web, namespace: default}}
+spec: {{clusterIP: 10.96.1.1, ports: [{{name: http, port: 80}}]}}
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: out, namespace: default}}
+spec: {{type: ExternalName, externalName: upstream.example}}
+{}{}",
+        slice(Family::V4),
+        slice(Family::V6),
+    )
+}
+
+/// Weir on node 1 with a directory of manifests.
+struct Rig<'a> {
+    topology: &'a Topology,
+    directory: TempDir,
+    plane: Plane,
+}
+
+impl<'a> Rig<'a> {
+    fn new(topology: &'a Topology, plane: Plane) -> Result<Self> {
+        let directory = tempfile::Builder::new().prefix("weir-dns-").tempdir()?;
+        std::fs::create_dir(directory.path().join("manifests"))?;
+        let rig = Self { topology, directory, plane };
+        rig.write("cluster", &cluster(true))?;
+        Ok(rig)
+    }
+
+    /// Puts a file of manifests in place, whole.
+    fn write(&self, name: &str, text: &str) -> Result<()> {
+        let manifests = self.directory.path().join("manifests");
+        let draft = self.directory.path().join("draft");
+        std::fs::write(&draft, text)?;
+        std::fs::rename(draft, manifests.join(format!("{name}.yaml")))?;
+        Ok(())
+    }
+
+    fn arguments(&self) -> Result<Vec<String>> {
+        Ok(vec![
+            format!("--proxy-mode={}", weir_tests::subject::Kind::Weir(self.plane).mode()),
+            format!("--cgroup-root={}", self.topology.cgroup_root(1).display()),
+            format!("--bpf-root={}", self.topology.bpf_root(1)?.display()),
+            format!("--hostname-override={}", node_name(1)),
+            format!("--cluster-cidr={}", CLUSTER_CIDRS.join(",")),
+            "--dns-service=default/kube-dns".to_owned(),
+        ])
+    }
+
+    /// Starts weir, and waits for nothing.
+    fn weir(&self) -> Result<Answering> {
+        let source = format!("--source=manifests:{}", self.directory.path().join("manifests").display());
+        let arguments = [self.arguments()?, vec![source]].concat();
+        Answering::start(self.topology.at(Place::Host(1)), self.directory.path(), &arguments)
+    }
+
+    fn coredns(&self, block: &str) -> Result<CoreDns> {
+        CoreDns::start(self.topology.at(COREDNS), block)
+    }
+
+    fn log(&self) -> PathBuf {
+        self.directory.path().join("weir.log")
+    }
+
+    fn logged(&self, words: &str) -> bool {
+        std::fs::read_to_string(self.log()).unwrap_or_default().contains(words)
+    }
+
+    fn say_log(&self) -> String {
+        weir_tests::keeper::tail(&self.log())
+    }
+
+    fn asker(&self, place: Place, family: Family, connected: bool) -> Asker {
+        self.topology.at(place).run(|| Asker::new(dns_ip(family), connected)).unwrap()
+    }
+
+    /// Waits until a new socket of each place and family is answered by this one.
+    fn await_answers_of(&self, wanted: Who) {
+        for (place, family) in
+            [CLIENT, Place::Host(1)].into_iter().flat_map(|place| Family::ALL.map(|family| (place, family)))
+        {
+            await_that(&format!("{place} is answered by {wanted} over {family}\n{}", self.say_log()), || {
+                who(&self.asker(place, family, false)) == wanted
+            });
+        }
+    }
+
+    fn ask(&self, name: &str, kind: RecordType) -> Said {
+        weir_tests::names::ask(self.topology.at(CLIENT), dns_ip(Family::V4), name, kind).unwrap()
+    }
+}

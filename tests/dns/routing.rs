@@ -1,0 +1,246 @@
+//! Whose the queries to the cluster DNS Service are: weir's while it answers, and CoreDNS's as soon as it does not, for
+//! sockets of every kind and in both data planes.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::TcpStream,
+    thread::sleep,
+    time::Duration,
+};
+
+use anyhow::Result;
+use hickory_proto::op::{Message, ResponseCode};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use weir_tests::names::{ask_by_tcp, libc_resolves};
+
+use super::*;
+
+/// Sockets that live through everything, of pods and of the host.
+fn long_lived(rig: &Rig<'_>) -> Vec<(String, Asker)> {
+    let mut askers = Vec::new();
+    for place in [CLIENT, Place::Host(1)] {
+        for family in Family::ALL {
+            for connected in [false, true] {
+                let label = format!("{place} over {family}, connected: {connected}");
+                askers.push((label, rig.asker(place, family, connected)));
+            }
+        }
+    }
+    askers
+}
+
+fn all_answered_by(rig: &Rig<'_>, askers: &[(String, Asker)], wanted: Who) {
+    for (label, asker) in askers {
+        await_that(&format!("{label} is answered by {wanted}\n{}", rig.say_log()), || who(asker) == wanted);
+        assert_eq!(who(asker), wanted, "{label} stays there");
+    }
+}
+
+/// The kernel may let a connected socket of the host keep the way it has, which leads to CoreDNS; all others come back.
+fn back_at_weir(rig: &Rig<'_>, askers: &[(String, Asker)]) {
+    let (may_stay, come): (Vec<_>, Vec<_>) =
+        askers.iter().partition(|(label, _)| label.starts_with("node-1") && label.ends_with("true"));
+    for (label, asker) in come {
+        await_that(&format!("{label} is answered by weir\n{}", rig.say_log()), || who(asker) == Who::Weir);
+    }
+    for (label, asker) in may_stay {
+        assert_ne!(who(asker), Who::Nobody, "{label} has somebody");
+    }
+}
+
+/// A connection to the Service, and who is at its other end.
+struct Connection(TcpStream);
+
+impl Connection {
+    fn open(rig: &Rig<'_>) -> Self {
+        let stream = rig.topology.at(CLIENT).run(|| TcpStream::connect((dns_ip(Family::V4), 53)).unwrap());
+        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        Self(stream)
+    }
+
+    fn who(&mut self) -> Who {
+        let bytes = query(WEB, RecordType::A, false).unwrap().to_vec().unwrap();
+        let mut ask = || -> Result<Message> {
+            self.0.write_all(&[&u16::try_from(bytes.len())?.to_be_bytes()[..], &bytes].concat())?;
+            let mut len = [0; 2];
+            self.0.read_exact(&mut len)?;
+            let mut reply = vec![0; u16::from_be_bytes(len).into()];
+            self.0.read_exact(&mut reply)?;
+            Ok(Message::from_vec(&reply)?)
+        };
+        match ask().ok().and_then(|reply| Some(reply.answers.first()?.data.to_string())).as_deref() {
+            Some("10.96.1.1") => Who::Weir,
+            Some("192.0.2.78") => Who::CoreDns,
+            _ => Who::Nobody,
+        }
+    }
+}
+
+fn queries_come_back_to_coredns(plane: Plane) -> Result<()> {
+    let topology = Topology::new()?;
+    let rig = Rig::new(&topology, plane)?;
+    let _coredns = rig.coredns(HOSTS)?;
+    let weir = rig.weir()?;
+    rig.await_answers_of(Who::Weir);
+    let askers = long_lived(&rig);
+    all_answered_by(&rig, &askers, Who::Weir);
+    let mut connection = Connection::open(&rig);
+    assert_eq!(connection.who(), Who::Weir);
+
+    drop(weir);
+    // Not one new socket may find nobody there.
+    let fresh = rig.asker(CLIENT, Family::V4, true);
+    assert_eq!(who(&fresh), Who::CoreDns, "the first query after SIGKILL");
+    all_answered_by(&rig, &askers, Who::CoreDns);
+    assert_eq!(connection.who(), Who::Nobody, "a connection ends with the process that accepted it");
+    let client = topology.at(CLIENT);
+    assert_eq!(
+        libc_resolves(client, dns_ip(Family::V4), "web")?,
+        ["192.0.2.78".parse::<IpAddr>()?, "2001:db8::78".parse()?]
+    );
+    let mut connection = Connection::open(&rig);
+    assert_eq!(connection.who(), Who::CoreDns);
+
+    let weir = rig.weir()?;
+    rig.await_answers_of(Who::Weir);
+    back_at_weir(&rig, &askers);
+    assert_eq!(connection.who(), Who::CoreDns, "a connection stays with whoever accepted it");
+    assert_eq!(
+        ask_by_tcp(client, dns_ip(Family::V6), WEB, RecordType::A)?.addresses(),
+        ["10.96.1.1".parse::<IpAddr>()?]
+    );
+
+    kill(Pid::from_raw(weir.id().try_into()?), Signal::SIGTERM)?;
+    all_answered_by(&rig, &askers, Who::CoreDns);
+    Ok(())
+}
+
+#[test]
+fn sockets_of_every_kind_come_back_to_coredns_when_weir_is_killed_nftables() -> Result<()> {
+    queries_come_back_to_coredns(Plane::Nftables)
+}
+
+#[test]
+fn sockets_of_every_kind_come_back_to_coredns_when_weir_is_killed_ebpf() -> Result<()> {
+    queries_come_back_to_coredns(Plane::Ebpf)
+}
+
+fn names_without_coredns(plane: Plane) -> Result<()> {
+    let topology = Topology::new()?;
+    let rig = Rig::new(&topology, plane)?;
+    let coredns = rig.coredns(HOSTS)?;
+    let _weir = rig.weir()?;
+    rig.await_answers_of(Who::Weir);
+    let client = topology.at(CLIENT);
+    // An alias is followed to the upstream, which is CoreDNS itself and not the Service.
+    await_that("the upstream answers", || rig.ask(ELSEWHERE, RecordType::A).addresses().len() == 1);
+    let elsewhere = ["192.0.2.77".parse::<IpAddr>()?, "2001:db8::77".parse()?];
+    for family in Family::ALL {
+        assert_eq!(libc_resolves(client, dns_ip(family), "upstream.example")?, elsewhere);
+        assert_eq!(libc_resolves(client, dns_ip(family), "out")?, elsewhere, "an ExternalName");
+    }
+    assert_eq!(
+        rig.ask("out.default.svc.cluster.local.", RecordType::A).answers[0],
+        "out.default.svc.cluster.local. 5 IN CNAME upstream.example."
+    );
+
+    drop(coredns);
+    rig.write("cluster", &cluster(false))?;
+    // Whom else to ask, the node's own resolv.conf says; there is nobody.
+    let code = ask_by_tcp(client, dns_ip(Family::V4), "x.example.", RecordType::A)?.code;
+    assert!(matches!(code, ResponseCode::ServFail | ResponseCode::Refused), "{code}");
+    for family in Family::ALL {
+        assert_eq!(libc_resolves(client, dns_ip(family), "web")?, ["10.96.1.1".parse::<IpAddr>()?]);
+        let by_tcp = ask_by_tcp(client, dns_ip(family), WEB, RecordType::A)?;
+        assert_eq!(
+            by_tcp.addresses(),
+            ["10.96.1.1".parse::<IpAddr>()?],
+            "F1 is not for what is answered here"
+        );
+        let by_host = ask_by_tcp(topology.at(Place::Host(1)), dns_ip(family), WEB, RecordType::A)?;
+        assert_eq!(by_host.addresses(), ["10.96.1.1".parse::<IpAddr>()?]);
+    }
+    Ok(())
+}
+
+#[test]
+fn the_clusters_names_resolve_while_coredns_is_away_nftables() -> Result<()> {
+    names_without_coredns(Plane::Nftables)
+}
+
+#[test]
+fn the_clusters_names_resolve_while_coredns_is_away_ebpf() -> Result<()> {
+    names_without_coredns(Plane::Ebpf)
+}
+
+#[test]
+fn a_weir_that_does_not_answer_gives_the_queries_back() -> Result<()> {
+    let topology = Topology::new()?;
+    let rig = Rig::new(&topology, Plane::Nftables)?;
+    let _coredns = rig.coredns(HOSTS)?;
+    let _weir = rig.weir()?;
+    rig.await_answers_of(Who::Weir);
+    let askers = long_lived(&rig);
+    all_answered_by(&rig, &askers, Who::Weir);
+    // Whatever the reason: here its own questions to itself get lost.
+    let node = topology.at(Place::Host(1));
+    let deaf = "add table ip deaf; add chain ip deaf in { type filter hook input priority -10; }; \
+                add rule ip deaf in ip daddr 169.254.20.53 udp dport 53 drop";
+    node.stdout("nft", &[deaf])?;
+    all_answered_by(&rig, &askers, Who::CoreDns);
+    assert!(rig.logged("the cluster's DNS Service has its address back"), "{}", rig.say_log());
+    node.stdout("nft", &["delete table ip deaf"])?;
+    rig.await_answers_of(Who::Weir);
+    back_at_weir(&rig, &askers);
+    // Somebody deletes the device.
+    node.stdout("ip", &["link", "del", "weir-dns"])?;
+    await_that("it is noticed", || rig.logged("somebody deleted the device"));
+    rig.await_answers_of(Who::Weir);
+    Ok(())
+}
+
+#[test]
+fn an_address_that_somebody_on_the_node_has_already_is_left_to_him() -> Result<()> {
+    let topology = Topology::new()?;
+    let rig = Rig::new(&topology, Plane::Nftables)?;
+    let node = topology.at(Place::Host(1));
+    // As NodeLocal DNSCache does it.
+    node.ip(&["addr add 10.96.0.10/32 dev lo".into()])?;
+    let cache = CoreDns::start(node, &format!("    bind 10.96.0.10\n{HOSTS}"))?;
+    let _weir = rig.weir()?;
+    await_that("weir says whom it leaves it to", || rig.logged("left to"));
+    for place in [CLIENT, Place::Host(1)] {
+        await_that(&format!("{place} is answered by the cache\n{}\n{}", rig.say_log(), cache.log()), || {
+            who(&rig.asker(place, Family::V4, false)) == Who::CoreDns
+        });
+    }
+    // The other family's is nobody's, so weir has it.
+    await_that("IPv6 is answered by weir", || who(&rig.asker(CLIENT, Family::V6, false)) == Who::Weir);
+    sleep(Duration::from_secs(1));
+    assert_eq!(who(&rig.asker(CLIENT, Family::V4, false)), Who::CoreDns, "and so it stays");
+    Ok(())
+}
+
+#[test]
+fn f4_and_strangers_get_nothing_from_an_address_that_is_the_nodes() -> Result<()> {
+    let topology = Topology::new()?;
+    let rig = Rig::new(&topology, Plane::Nftables)?;
+    let _coredns = rig.coredns(HOSTS)?;
+    let _servers = weir_tests::runner::serve(&topology)?;
+    let _weir = rig.weir()?;
+    rig.await_answers_of(Who::Weir);
+    let outside = topology.at(Place::Outside(0));
+    for family in Family::ALL {
+        let said = weir_tests::names::ask(outside, dns_ip(family), WEB, RecordType::A)?;
+        assert_eq!((said.code, said.answers.len()), (ResponseCode::Refused, 0), "{family}");
+    }
+    // A process of the host that listens everywhere is not to be had at a ClusterIP.
+    let anywhere = topology.at(Place::Host(1)).run(|| std::net::TcpListener::bind("0.0.0.0:2222"))?;
+    let refused = topology.at(CLIENT).run(|| TcpStream::connect((dns_ip(Family::V4), 2222)));
+    assert_eq!(refused.unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
+    drop(anywhere);
+    Ok(())
+}
