@@ -39,11 +39,12 @@ where
     api.create(&PostParams::default(), &serde_json::from_value(object).unwrap()).await.unwrap()
 }
 
-/// The rules of the chart's role, in which nothing depends on values.
+/// The rules of the chart's role, those that depend on values too.
 fn rules() -> Value {
     let start = ROLE.find("rules:").unwrap();
     let end = start + ROLE[start..].find("---").unwrap();
-    let part: Value = serde_yaml_ng::from_str(&ROLE[start..end]).unwrap();
+    let rules = ROLE[start..end].lines().filter(|line| !line.trim_start().starts_with("{{"));
+    let part: Value = serde_yaml_ng::from_str(&rules.collect::<Vec<_>>().join("\n")).unwrap();
     part["rules"].clone()
 }
 

@@ -108,7 +108,7 @@ fn pod(label: &str) -> Option<IpAddr> {
 
 fn reverse(name: &Name) -> Option<IpAddr> {
     // Most names are of no such kind, and the crate's reader makes a text of its first steps.
-    if !name.iter().next_back().is_some_and(|label| label == b"arpa") {
+    if name.iter().next_back().is_none_or(|label| label != b"arpa") {
         return None;
     }
     match name.parse_arpa_name().ok()? {

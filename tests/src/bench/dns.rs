@@ -37,6 +37,8 @@ const WINDOW: usize = 64;
 /// Endpoints that are added for the memory they take, and how many of them a slice has.
 const ENDPOINTS: usize = 10_000;
 const IN_A_SLICE: usize = 100;
+/// An address that the API server can announce, which it wants, and never those of loopback.
+const API_SERVER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 53);
 /// How long anything may take to show.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -82,7 +84,8 @@ struct Server {
 pub fn run(plan: &Plan, output: &Path) -> Result<()> {
     use std::io::Write as _;
     let namespace = Namespace::new("names")?;
-    let cluster = ControlPlane::start(&namespace, Ipv4Addr::LOCALHOST.into())?;
+    namespace.ip(&[format!("addr add {API_SERVER}/32 dev lo")])?;
+    let cluster = ControlPlane::start(&namespace, API_SERVER.into())?;
     let objects: Vec<Object> = (0..SERVICES).flat_map(objects).collect();
     cluster.apply(&objects.iter().collect::<Vec<_>>())?;
     let directory = tempfile::tempdir()?;

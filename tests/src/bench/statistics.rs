@@ -16,7 +16,7 @@ pub(super) fn quantile(mut samples: Vec<f64>, part: f64) -> f64 {
     samples.get(index.saturating_sub(1)).copied().unwrap_or(f64::NAN)
 }
 
-/// The parts that [`quantiles`] are given for: what a curve of latencies is drawn from.
+/// The parts that `quantiles` are given for: what a curve of latencies is drawn from.
 pub const PARTS: [f64; 27] = [
     0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9,
     0.925, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999,

@@ -6,7 +6,10 @@
 use std::{
     io::{self, Read as _},
     net::SocketAddr,
-    sync::atomic::{AtomicU16, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU16, Ordering},
+    },
 };
 
 use socket2::Socket;
@@ -84,9 +87,14 @@ impl Packet {
     }
 }
 
-/// Asks on a connected raw socket, from a source port that this process has not used for long.
+/// Asks on a connected raw socket, from a source port that this process has not used for long. One at a time: a raw socket
+/// is told of refusals by address, so it would take one of another port of the same node for its own.
 pub(super) fn exchange(socket: &Socket, to: SocketAddr) -> io::Result<Vec<u8>> {
     static NEXT: AtomicU16 = AtomicU16::new(0);
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    // What came before this turn was meant for another.
+    socket.take_error()?;
     let source = 20_000 + NEXT.fetch_add(1, Ordering::Relaxed) % 40_000;
     let question = Packet { source, destination: to.port(), kind: INIT, cookie: Vec::new() };
     socket.send(&question.encode())?;

@@ -6,7 +6,7 @@
 //! Why not one of the known load generators: rounds are compared turn by turn, tens of milliseconds each, in namespaces
 //! side by side, with one server for all and no second connection to control it. wrk and fortio speak HTTP only and know
 //! no UDP, no connect by itself; netperf and sockperf take turns of seconds and a control connection that would have to
-//! reach the server through the Service as well. What iperf3 measures, it measures: see [`super::iperf`].
+//! reach the server through the Service as well. What iperf3 measures, it measures: see `iperf`.
 
 use std::{
     io::{self, Read as _, Write as _},

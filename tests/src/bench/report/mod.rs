@@ -1,7 +1,7 @@
 //! What was measured: raw samples as JSON, and tables of them.
 //!
-//! In: samples. Out: a file, tables for the terminal ([`Report::tables`]), a page with plots ([`page`]), the difference to
-//! another file ([`compare`]).
+//! In: samples. Out: a file, tables for the terminal (`tables`), a page with plots (`page`), the difference to
+//! another file (`compare`).
 
 use std::{collections::BTreeMap, fmt, fs, io::Write as _, path::Path};
 
@@ -39,7 +39,7 @@ pub(super) fn say(line: fmt::Arguments<'_>) {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Report {
-    /// [`FORMAT`].
+    /// `FORMAT`.
     pub format: u32,
     /// When it began, in UTC.
     pub began: String,
