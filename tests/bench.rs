@@ -68,6 +68,16 @@ fn was_programmed(run: &Run) -> Result<()> {
 }
 
 #[test]
+fn names_are_measured_beside_coredns() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let table = bench("--only dns --rounds 1 --changes 1 --path-slot 4", directory.path())?;
+    for word in ["weir", "CoreDNS", "ratio"] {
+        assert!(table.contains(word), "{table}");
+    }
+    Ok(())
+}
+
+#[test]
 fn traffic_of_every_kind_is_measured_on_every_route_beside_nodes_without_a_proxy() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let (table, report) = measured(

@@ -138,7 +138,7 @@ fn find(names: &Names, zone: &Zone, query: &Query<'_>) -> Found {
         Question::Nothing => Found::Nothing,
         Question::Domain => domain(names, zone, query),
         Question::Version => match query.kind {
-            RecordType::TXT => one(query, zone, RData::TXT(TXT::new(vec!["1.1.0".to_owned()]))),
+            RecordType::TXT => version(query),
             _ => none(query),
         },
         Question::Server => addresses(query, zone, servers(names, zone)),
@@ -206,12 +206,13 @@ fn cluster_ip(
         return addresses(query, zone, ips.iter().copied());
     }
     let target = own_name(query.name, above.unwrap_or(0));
-    let weight = weight(ports.len());
+    let weight = weight(ports.len() * ips.len());
     let records = ports
         .iter()
         .map(|port| record(query.name, zone.ttl, RData::SRV(SRV::new(0, weight, port.port, target.clone()))));
     let additionals = ips.iter().map(|ip| record(&target, zone.ttl, address(*ip)));
-    let records: Vec<Record> = records.collect();
+    let mut records: Vec<Record> = records.collect();
+    unique(&mut records);
     let additionals = if records.is_empty() { Vec::new() } else { additionals.collect() };
     Found::Records(records, additionals)
 }
@@ -248,7 +249,7 @@ fn of_endpoints(zone: &Zone, query: &Query<'_>, chosen: &[Chosen<'_>], part: Par
     Found::Records(records, additionals)
 }
 
-/// An endpoint with an address of each family is two endpoints, and one target.
+/// An endpoint with an address of each family is two endpoints, and one target; so are two protocols on one port.
 fn unique(records: &mut Vec<Record>) {
     let mut seen: Vec<SRV> = Vec::new();
     records.retain(|record| match &record.data {
@@ -364,8 +365,10 @@ fn none(query: &Query<'_>) -> Found {
     Found::Records(Vec::new(), Vec::new())
 }
 
-fn one(query: &Query<'_>, zone: &Zone, data: RData) -> Found {
-    Found::Records(vec![record(query.name, zone.ttl, data)], Vec::new())
+/// With the TTL of the specification's example.
+fn version(query: &Query<'_>) -> Found {
+    let data = RData::TXT(TXT::new(vec!["1.1.0".to_owned()]));
+    Found::Records(vec![record(query.name, 28_800, data)], Vec::new())
 }
 
 fn address(ip: IpAddr) -> RData {

@@ -163,8 +163,9 @@ impl<'a> Subject<'a> {
 
     /// Starts agents with these arguments besides.
     #[must_use]
-    pub fn with_arguments(self, arguments: &[&str]) -> Self {
-        Self { arguments: arguments.iter().map(|&argument| argument.to_owned()).collect(), ..self }
+    pub fn with_arguments(mut self, arguments: &[&str]) -> Self {
+        self.arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
+        self
     }
 
     /// Which proxy this is.

@@ -64,7 +64,7 @@ fn check(table: &[(&str, &str, &[&str])]) {
 #[test]
 fn s2_2_the_version_of_the_schema() {
     check(&[
-        ("dns-version.cluster.local.", "TXT", &["dns-version.cluster.local. 5 IN TXT 1.1.0"]),
+        ("dns-version.cluster.local.", "TXT", &["dns-version.cluster.local. 28800 IN TXT 1.1.0"]),
         ("dns-version.cluster.local.", "A", &["NODATA"]),
     ]);
 }
@@ -88,12 +88,12 @@ fn s2_3_2_ports_of_a_service_with_cluster_ips() {
         (
             "_http._tcp.web.ns.svc.cluster.local.",
             "SRV",
-            &["_http._tcp.web.ns.svc.cluster.local. 5 IN SRV 0 100 80 web.ns.svc.cluster.local."],
+            &["_http._tcp.web.ns.svc.cluster.local. 5 IN SRV 0 50 80 web.ns.svc.cluster.local."],
         ),
         (
             "_dns._udp.web.ns.svc.cluster.local.",
             "SRV",
-            &["_dns._udp.web.ns.svc.cluster.local. 5 IN SRV 0 100 53 web.ns.svc.cluster.local."],
+            &["_dns._udp.web.ns.svc.cluster.local. 5 IN SRV 0 50 53 web.ns.svc.cluster.local."],
         ),
         ("_http._udp.web.ns.svc.cluster.local.", "SRV", &["NXDOMAIN"]),
         ("_no._tcp.web.ns.svc.cluster.local.", "SRV", &["NXDOMAIN"]),
@@ -101,8 +101,8 @@ fn s2_3_2_ports_of_a_service_with_cluster_ips() {
             "web.ns.svc.cluster.local.",
             "SRV",
             &[
-                "web.ns.svc.cluster.local. 5 IN SRV 0 50 53 web.ns.svc.cluster.local.",
-                "web.ns.svc.cluster.local. 5 IN SRV 0 50 80 web.ns.svc.cluster.local.",
+                "web.ns.svc.cluster.local. 5 IN SRV 0 25 53 web.ns.svc.cluster.local.",
+                "web.ns.svc.cluster.local. 5 IN SRV 0 25 80 web.ns.svc.cluster.local.",
             ],
         ),
     ]);
