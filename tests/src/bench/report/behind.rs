@@ -14,6 +14,9 @@ use crate::bench::{
     workload::Workload,
 };
 
+/// With fewer rounds an interval says nothing.
+const ROUNDS: usize = 4;
+
 /// All of them, weir's own order of subjects first.
 #[must_use]
 pub(super) fn sentences(report: &Report) -> Vec<String> {
@@ -28,6 +31,7 @@ fn on_paths(report: &Report) -> Vec<String> {
         let Some(limit) = case.limit() else { continue };
         let (own, others): (Vec<_>, Vec<_>) = case
             .subjects()
+            .filter(|(_, series)| series.rates.len() >= ROUNDS)
             .filter_map(|(subject, series)| Some((subject, ratio(series, limit)?)))
             .partition(|(subject, _)| subject.is_weir());
         let best = others.iter().max_by(|one, other| one.1.point.total_cmp(&other.1.point));
