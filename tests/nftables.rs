@@ -247,6 +247,21 @@ fn what_is_applied_is_read_back_listed_and_adopted() {
 }
 
 #[test]
+fn chains_for_answers_to_names_are_there_only_while_names_are_answered() {
+    in_namespace(|| {
+        let chains = || nft(&["list", "chains"]).matches("chain answered-").count();
+        for (answers_names, expected) in [(false, 0), (true, 4), (true, 4), (false, 0)] {
+            let mut plane = Nftables::open(both()).unwrap();
+            let node = Arc::new(NodePlan { answers_names, ..node() });
+            for complete in [true, false] {
+                plane.apply(&Delta { node: Some(Arc::clone(&node)), complete, ..Delta::default() }).unwrap();
+                assert_eq!(chains(), expected, "{answers_names}");
+            }
+        }
+    });
+}
+
+#[test]
 fn a_port_that_cannot_be_programmed_is_named_and_the_others_work() {
     in_namespace(|| {
         let mut plane = Nftables::open(both()).unwrap();

@@ -377,20 +377,16 @@ pub(super) fn static_chains(family: Family, node: &NodePlan, affinity_in_use: bo
     };
     let guard = vec![guard_rule(family)];
     let refuse = refuse_rules(family, node);
-    let untracked =
-        |coming_in| if node.answers_names { untracked_rules(family, coming_in) } else { Vec::new() };
     let base = |name: &str, kind, hook, priority, rules| StaticChain {
         spec: ChainSpec { name: name.to_owned(), hook: Some((kind, hook, priority)) },
         rules,
     };
     let filter = ChainType::Filter;
-    vec![
+    let mut chains = vec![
         StaticChain {
             spec: ChainSpec { name: REMEMBER.to_owned(), hook: None },
             rules: remember_rules(family, node),
         },
-        base("answered-prerouting", filter, PreRouting, -300, untracked(true)),
-        base("answered-output", filter, Out, -300, untracked(false)),
         base("guard-prerouting", filter, PreRouting, -110, guard.clone()),
         base("guard-output", filter, Out, -110, guard),
         base("nat-prerouting", ChainType::Nat, PreRouting, -100, dispatch_rules(family, node, true)),
@@ -407,8 +403,17 @@ pub(super) fn static_chains(family: Family, node: &NodePlan, affinity_in_use: bo
         ),
         base("filter-forward", filter, Forward, 0, refuse),
         base("nat-postrouting", ChainType::Nat, PostRouting, 100, masquerade_rules(family, node)),
-    ]
+    ];
+    if node.answers_names {
+        let [coming_in, going_out] = ANSWERED;
+        chains.push(base(coming_in, filter, PreRouting, -300, untracked_rules(family, true)));
+        chains.push(base(going_out, filter, Out, -300, untracked_rules(family, false)));
+    }
+    chains
 }
+
+/// The base chains that are there only where names are answered: every packet would pass them, empty or not.
+pub(super) const ANSWERED: [&str; 2] = ["answered-prerouting", "answered-output"];
 
 const REMEMBER: &str = "remember";
 

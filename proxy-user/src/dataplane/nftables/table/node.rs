@@ -39,6 +39,15 @@ impl Table {
             }
         }
         let chains = ruleset::static_chains(self.family, node, self.affinity_in_use);
+        let left: Vec<&str> = ruleset::ANSWERED
+            .into_iter()
+            .filter(|name| self.found.as_ref().is_some_and(|found| found.chains.contains(*name)))
+            .filter(|name| chains.iter().all(|chain| chain.spec.name != *name))
+            .collect();
+        for name in &left {
+            transaction.flush_chain(name);
+            transaction.delete_chain(name);
+        }
         for chain in &chains {
             transaction.add_chain(&chain.spec);
             transaction.flush_chain(&chain.spec.name);
@@ -52,6 +61,9 @@ impl Table {
             rewrite(&mut transaction, object, self.family, node);
         }
         netlink.commit(&transaction.finish())?;
+        if let Some(found) = &mut self.found {
+            found.chains.retain(|name| !left.contains(&name.as_str()));
+        }
         self.apply_node_ips(netlink, node)?;
         self.apply_verdict_buckets(netlink)
     }
