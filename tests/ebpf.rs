@@ -133,7 +133,7 @@ fn the_programs_serve_the_sockets_of_their_cgroup_and_no_others() -> Result<()> 
             );
             let taken = TcpListener::bind((loopback(family), 30080)).map(drop);
             assert_eq!(taken.map_err(|error| error.kind()), Err(io::ErrorKind::AddrInUse));
-            let tallies = plane.tallies()?;
+            let tallies = plane.counted().read()?;
             let counted = |protocol| {
                 let mut ports =
                     tallies.iter().filter(|(id, _)| (id.family, id.protocol) == (family, protocol));

@@ -67,6 +67,19 @@ pub struct Answer {
     pub additionals: Vec<Record>,
 }
 
+impl Answer {
+    /// Only a code, in nobody's name.
+    pub(super) fn without_records(code: ResponseCode) -> Self {
+        Self {
+            code,
+            authoritative: false,
+            answers: Vec::new(),
+            authorities: Vec::new(),
+            additionals: Vec::new(),
+        }
+    }
+}
+
 /// What becomes of a query.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Resolution {

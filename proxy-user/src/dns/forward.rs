@@ -72,19 +72,21 @@ impl Forwarder {
             let upstream = self.upstream.read().unwrap_or_else(PoisonError::into_inner);
             upstream.resolver.clone()?
         };
-        let Ok(_slot) = self.under_way.try_acquire() else { return Some(failed(ResponseCode::ServFail)) };
+        let Ok(_slot) = self.under_way.try_acquire() else {
+            return Some(Answer::without_records(ResponseCode::ServFail));
+        };
         Some(match resolver.lookup(name.clone(), kind).await {
             Ok(found) => {
                 let answers = believed(name, kind, found.answers(), &self.domain);
-                Answer { answers, ..failed(ResponseCode::NoError) }
+                Answer { answers, ..Answer::without_records(ResponseCode::NoError) }
             }
             Err(NetError::Dns(DnsError::NoRecordsFound(none))) => nothing(name, &none),
             Err(NetError::Dns(DnsError::ResponseCode(ResponseCode::Refused))) => {
-                failed(ResponseCode::Refused)
+                Answer::without_records(ResponseCode::Refused)
             }
             Err(error) => {
                 tracing::debug!(%name, %kind, %error, "the upstream does not answer");
-                failed(ResponseCode::ServFail)
+                Answer::without_records(ResponseCode::ServFail)
             }
         })
     }
@@ -136,15 +138,5 @@ fn believed(name: &Name, kind: RecordType, records: &[Record], domain: &Name) ->
 fn nothing(name: &Name, none: &NoRecords) -> Answer {
     let soa = none.soa.as_ref().filter(|soa| soa.name.zone_of(name));
     let soa = soa.map(|soa| Record::from_rdata(soa.name.clone(), soa.ttl, RData::SOA(soa.data.clone())));
-    Answer { authorities: soa.into_iter().collect(), ..failed(none.response_code) }
-}
-
-fn failed(code: ResponseCode) -> Answer {
-    Answer {
-        code,
-        authoritative: false,
-        answers: Vec::new(),
-        authorities: Vec::new(),
-        additionals: Vec::new(),
-    }
+    Answer { authorities: soa.into_iter().collect(), ..Answer::without_records(none.response_code) }
 }

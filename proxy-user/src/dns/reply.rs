@@ -120,7 +120,7 @@ impl Replier {
         let Some(asked) = request.queries.queries().first() else { return Reply::Silence };
         let kind = asked.query_type();
         if let Some(code) = unanswerable(&request, asked.query_class(), kind) {
-            return now(&request, &empty(code), false);
+            return now(&request, &Answer::without_records(code), false);
         }
         let query = Query {
             name: asked.original().name(),
@@ -137,7 +137,7 @@ impl Replier {
             Resolution::Answer(answer) => now(&request, &answer, true),
             // Whoever asks a stranger for everything gets nothing (RFC 8482).
             Resolution::Elsewhere if kind == RecordType::ANY => {
-                now(&request, &empty(ResponseCode::NotImp), true)
+                now(&request, &Answer::without_records(ResponseCode::NotImp), true)
             }
             Resolution::Elsewhere => {
                 let target = query.name.clone();
@@ -158,7 +158,7 @@ impl Pending {
         let mut answer = match upstream {
             Some(answer) => answer,
             // An alias of ours is right, whether or not somebody knows what it leads to.
-            None => empty(if own { ResponseCode::NoError } else { ResponseCode::Refused }),
+            None => Answer::without_records(if own { ResponseCode::NoError } else { ResponseCode::Refused }),
         };
         self.aliases.append(&mut answer.answers);
         answer.answers = self.aliases;
@@ -181,16 +181,6 @@ fn unanswerable(request: &Request, class: DNSClass, kind: RecordType) -> Option<
         RecordType::OPT | RecordType::TSIG | RecordType::ZERO => Some(ResponseCode::FormErr),
         _ if !request.authorities.is_empty() => Some(ResponseCode::FormErr),
         _ => None,
-    }
-}
-
-fn empty(code: ResponseCode) -> Answer {
-    Answer {
-        code,
-        authoritative: false,
-        answers: Vec::new(),
-        authorities: Vec::new(),
-        additionals: Vec::new(),
     }
 }
 

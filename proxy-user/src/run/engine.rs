@@ -469,18 +469,26 @@ mod tests {
         tokio::time::timeout(Duration::from_secs(20), waiting).await.expect("it does not come");
     }
 
+    /// Runs an engine on a host with one address until nobody sends changes any more.
+    fn running(engine: Engine) -> (mpsc::Sender<Change>, tokio::task::JoinHandle<()>) {
+        let (change, changes) = mpsc::channel(16);
+        let engine = tokio::spawn(async move {
+            let (_foreign, foreign) = mpsc::channel(1);
+            let (_stop, stopping) = watch::channel(false);
+            let (addresses_in, addresses) = watch::channel(Vec::new());
+            addresses_in.send_replace(vec!["192.0.2.1".parse().unwrap()]);
+            engine.run(Inputs { changes, addresses, foreign, stopping }).await;
+        });
+        (change, engine)
+    }
+
     #[tokio::test]
     async fn r12_who_does_not_get_a_frontend_hears_of_it() {
         let (events, mut troubles) = Events::channel();
         let plane = Box::new(Memory::default());
         let engine = Engine::new(settings(), plane, Metrics::new(), Health::new(Duration::from_secs(30)))
             .with_events(events);
-        let (change, changes) = mpsc::channel(16);
-        let (_foreign, foreign) = mpsc::channel(1);
-        let (_stop, stopping) = watch::channel(false);
-        let (addresses_in, addresses) = watch::channel(Vec::new());
-        addresses_in.send_replace(vec!["192.0.2.1".parse().unwrap()]);
-        let engine = tokio::spawn(engine.run(Inputs { changes, addresses, foreign, stopping }));
+        let (change, engine) = running(engine);
         for (name, ip) in [("api", "10.0.0.1"), ("web", "10.0.0.2")] {
             let spec = json!({ "clusterIP": ip, "ports": [{ "port": 80 }], "externalIPs": ["198.51.100.1"] });
             change.send(service(name, spec)).await.unwrap();
@@ -501,12 +509,7 @@ mod tests {
         let plane = Box::new(Faulty::new(Memory::default(), 1, 100, 0));
         let engine = Engine::new(settings(), plane, metrics.clone(), Health::new(Duration::from_secs(30)))
             .with_events(events);
-        let (change, changes) = mpsc::channel(16);
-        let (_foreign, foreign) = mpsc::channel(1);
-        let (_stop, stopping) = watch::channel(false);
-        let (addresses_in, addresses) = watch::channel(Vec::new());
-        addresses_in.send_replace(vec!["192.0.2.1".parse().unwrap()]);
-        let engine = tokio::spawn(engine.run(Inputs { changes, addresses, foreign, stopping }));
+        let (change, engine) = running(engine);
         let ports = json!([{ "name": "a", "port": 1 }, { "name": "b", "port": 2 }]);
         change.send(service("web", json!({ "clusterIP": "10.0.0.1", "ports": ports }))).await.unwrap();
         for kind in Kind::ALL {

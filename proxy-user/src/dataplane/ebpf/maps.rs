@@ -116,10 +116,6 @@ impl Maps {
         self.write("slots", |maps| Ok(system::write_slots(maps.slots.map().fd(), first, backends)?))
     }
 
-    pub(super) fn tally(&self, port: u32) -> Result<Tally, Problem> {
-        self.tallies.get(&port, ANY).map_err(|error| Problem::map("tallies", error))
-    }
-
     pub(super) fn reset_tally(&mut self, port: u32) -> Result<(), Problem> {
         self.write("tallies", |maps| maps.tallies.set(port, Tally::default(), ANY))
     }

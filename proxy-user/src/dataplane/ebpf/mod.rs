@@ -181,16 +181,6 @@ impl Dataplane for Ebpf {
 pub type Tallies = BTreeMap<crate::plan::PortId, proxy_ebpf::Tally>;
 
 impl Ebpf {
-    /// Reads what was counted for every service port.
-    ///
-    /// # Errors
-    ///
-    /// When the map cannot be read.
-    pub fn tallies(&self) -> Result<Tallies, Problem> {
-        let ports = self.ground.ports.iter();
-        ports.map(|(id, site)| Ok((id.clone(), self.object.maps.tally(site.port)?))).collect()
-    }
-
     /// Lets some writes to maps fail, to see what becomes of the rest.
     pub fn fail_writes(&mut self, fault: Option<Fault>) {
         self.object.maps.fail(fault);
