@@ -5,11 +5,11 @@ use std::{net::SocketAddr, time::Duration};
 use anyhow::{Result, anyhow, bail};
 use weir::model::Family;
 use weir_tests::{
-    node::{OUTSIDE_CLIENTS, Place, Topology, node_address},
+    node::{OUTSIDE_CLIENTS, Place, Topology},
     objects::{Lot, PORT, Shape, pod, service},
     runner::serve,
     subject::{Kind, Plane, Settings, Subject},
-    traffic::{Call, Flow, Load, Outcome, PATIENCE, Transport, ask},
+    traffic::{Call, Flow, Load, Outcome, PATIENCE, Transport, ask, await_answers, every_way},
     wait::await_that,
 };
 
@@ -22,34 +22,7 @@ fn web() -> Shape {
 
 /// Every way to the Service that the tests keep under load.
 fn calls() -> Vec<(Place, Call)> {
-    let mut calls = Vec::new();
-    for family in Family::ALL {
-        let cluster = SocketAddr::new(WEB.cluster_ip(family), PORT);
-        let node_port = SocketAddr::new(node_address(family, 1), WEB.node_port(PORT));
-        let external = SocketAddr::new(WEB.external_ip(family), PORT);
-        for transport in [Transport::Tcp, Transport::Udp, Transport::Datagram] {
-            for (from, to) in [
-                (Place::Pod(1, 2), cluster),
-                (Place::Host(1), cluster),
-                (Place::Outside(0), node_port),
-                (Place::Outside(0), external),
-            ] {
-                // A busy machine may answer late; what is asked here is whether it answers at all.
-                calls.push((
-                    from,
-                    Call { patience: Duration::from_secs(5), ..Call::new(from, to, transport) },
-                ));
-            }
-        }
-    }
-    calls
-}
-
-fn answered_more(loads: &[Load], more: u64) {
-    let before: Vec<u64> = loads.iter().map(Load::answered).collect();
-    await_that("every load is answered more", || {
-        loads.iter().zip(&before).all(|(load, before)| load.answered() >= before + more)
-    });
+    every_way(WEB, &[Transport::Tcp, Transport::Udp, Transport::Datagram])
 }
 
 /// Who remembers is for clients outside the packets' plane, and for those on a node the sockets' where there is one.
@@ -89,19 +62,19 @@ fn killed_and_restarted_under_traffic(kind: Kind) -> Result<()> {
         .into_iter()
         .map(|(from, call)| Load::start(topology.at(from), call, Duration::from_millis(2)))
         .collect::<Result<_>>()?;
-    answered_more(&loads, 20);
+    await_answers(&loads, 20);
 
     for round in 0..3 {
         subject.kill_agent(1)?;
         subject.kill_agent(2)?;
-        answered_more(&loads, 20);
+        await_answers(&loads, 20);
         // What changed meanwhile is found at the start.
         let endpoints = if round % 2 == 0 { all.to_vec() } else { vec![pod(1, 1), pod(2, 1)] };
         subject.publish(&WEB.name(), service(endpoints).everywhere().objects(WEB))?;
         subject.start_agent(1)?;
         subject.start_agent(2)?;
         subject.settle()?;
-        answered_more(&loads, 20);
+        await_answers(&loads, 20);
     }
 
     for ((from, call), load) in calls().into_iter().zip(loads) {

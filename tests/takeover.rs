@@ -4,7 +4,7 @@
 use std::{
     fs::{self, File},
     io::{Read as _, Write as _},
-    net::{SocketAddr, TcpStream},
+    net::TcpStream,
     path::{Path, PathBuf},
     process::Child,
     time::Duration,
@@ -18,11 +18,11 @@ use weir_tests::{
     control_plane::ControlPlane,
     keeper::end,
     netns::Namespace,
-    node::{CLUSTER_CIDRS, Place, Topology, node_address, node_name},
-    objects::{Lot, PORT, node, pod, service},
+    node::{CLUSTER_CIDRS, Place, Topology, node_name},
+    objects::{Lot, node, pod, service},
     runner::serve,
     subject::Plane,
-    traffic::{Call, Load, Outcome, Transport, ask},
+    traffic::{Call, Load, Outcome, Transport, ask, await_answers, every_way},
     wait::{await_that, await_within},
 };
 
@@ -182,32 +182,7 @@ impl<'a> Cluster<'a> {
 
 /// Every way to the Service, from and through the first node.
 fn calls() -> Vec<(Place, Call)> {
-    let mut calls = Vec::new();
-    for family in Family::ALL {
-        let cluster = SocketAddr::new(WEB.cluster_ip(family), PORT);
-        let node_port = SocketAddr::new(node_address(family, 1), WEB.node_port(PORT));
-        let external = SocketAddr::new(WEB.external_ip(family), PORT);
-        for transport in [Transport::Tcp, Transport::Udp] {
-            for (from, to) in [
-                (Place::Pod(1, 2), cluster),
-                (Place::Host(1), cluster),
-                (Place::Outside(0), node_port),
-                (Place::Outside(0), external),
-            ] {
-                // A busy machine may answer late; what is asked here is whether it answers at all.
-                let call = Call { patience: Duration::from_secs(5), ..Call::new(from, to, transport) };
-                calls.push((from, call));
-            }
-        }
-    }
-    calls
-}
-
-fn answered_more(loads: &[Load]) {
-    let before: Vec<u64> = loads.iter().map(Load::answered).collect();
-    await_that("every load is answered twenty times more", || {
-        loads.iter().zip(&before).all(|(load, before)| load.answered() >= before + 20)
-    });
+    every_way(WEB, &[Transport::Tcp, Transport::Udp])
 }
 
 /// Does something while everything is called over and over, and every new connection must be answered.
@@ -219,9 +194,9 @@ fn under_load<T>(
 ) -> Result<T> {
     let start = |(from, call)| Load::start(topology.at(from), call, Duration::from_millis(2));
     let loads: Vec<_> = calls().into_iter().map(start).collect::<Result<_>>()?;
-    answered_more(&loads);
+    await_answers(&loads, 20);
     let done = work();
-    answered_more(&loads);
+    await_answers(&loads, 20);
     for ((from, call), load) in calls().into_iter().zip(loads) {
         let mut tally = load.stop()?;
         // A socket that was led by the programs and outlives them tells who it is really connected to; it works.

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -11,9 +12,47 @@ use std::{
 };
 
 use anyhow::{Result, anyhow};
+use weir::model::Family;
 
-use super::{Call, Flow};
-use crate::netns::Namespace;
+use super::{Call, Flow, Transport};
+use crate::{
+    netns::Namespace,
+    node::{Place, node_address},
+    objects::{Lot, PORT},
+    wait::await_that,
+};
+
+/// Every way to a Service on the first node: from a pod, from the node itself and from outside, in both families.
+#[must_use]
+pub fn every_way(lot: Lot, transports: &[Transport]) -> Vec<(Place, Call)> {
+    let mut calls = Vec::new();
+    for family in Family::ALL {
+        let cluster = SocketAddr::new(lot.cluster_ip(family), PORT);
+        let node_port = SocketAddr::new(node_address(family, 1), lot.node_port(PORT));
+        let external = SocketAddr::new(lot.external_ip(family), PORT);
+        for transport in transports {
+            for (from, to) in [
+                (Place::Pod(1, 2), cluster),
+                (Place::Host(1), cluster),
+                (Place::Outside(0), node_port),
+                (Place::Outside(0), external),
+            ] {
+                // A busy machine may answer late; what is asked here is whether it answers at all.
+                let call = Call { patience: Duration::from_secs(5), ..Call::new(from, to, *transport) };
+                calls.push((from, call));
+            }
+        }
+    }
+    calls
+}
+
+/// Waits until every load has been answered so many times more.
+pub fn await_answers(loads: &[Load], more: u64) {
+    let before: Vec<u64> = loads.iter().map(Load::answered).collect();
+    await_that("every load is answered more", || {
+        loads.iter().zip(&before).all(|(load, before)| load.answered() >= before + more)
+    });
+}
 
 /// What became of the calls of a [`Load`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

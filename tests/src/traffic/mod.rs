@@ -20,7 +20,7 @@ mod sctp;
 mod server;
 
 pub use client::{Datagrams, Flow, ask, bound};
-pub use load::{Load, Tally};
+pub use load::{Load, Tally, await_answers, every_way};
 pub use server::{SERVER_PORTS, Server};
 
 /// How long a client waits for an answer: longer than one takes even on a busy machine, and shorter than the second
