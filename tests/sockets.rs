@@ -1,7 +1,7 @@
 //! Sockets of backends that stopped serving (K2), closed by the kernel, in a host's and in a pod's network namespace.
 //!
 //! The clients connect straight to their backends; what the kernel programs would have written down for a socket, the
-//! test writes into the programs' own map.
+//! test writes into the programs' own maps.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -9,7 +9,7 @@ use std::{
     io,
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::unix::fs::symlink,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, mpsc},
     thread,
     time::{Duration, Instant},
@@ -17,14 +17,14 @@ use std::{
 
 use aya::{
     EbpfLoader,
-    maps::{HashMap, Map, MapData},
+    maps::{Array, HashMap, Map, MapData},
 };
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
     time::{ClockId, clock_gettime},
 };
-use proxy_ebpf::{Endpoint, Origin};
+use proxy_ebpf::{Endpoint, Origin, SEATS, Seat};
 use socket2::{Domain, Socket, Type};
 use tempfile::TempDir;
 use weir::{
@@ -156,14 +156,18 @@ struct Client<'a> {
 impl Client<'_> {
     /// Writes down that the socket asked for `service` just now.
     fn led(self, origins: &mut Origins, service: &str) -> Self {
+        self.led_at(now(), origins, service)
+    }
+
+    fn led_at(self, since: u64, origins: &mut Origins, service: &str) -> Self {
         let origin = Origin {
-            since: now(),
+            since,
             service: Endpoint::new(at(service).ip(), at(service).port()),
             backend: Endpoint::new(self.backend.ip(), self.backend.port()),
             protocol: self.protocol.number().into(),
             zero: 0,
         };
-        origins.0.insert(self.socket.cookie().unwrap(), origin, 0).unwrap();
+        origins.remember(self.socket.cookie().unwrap(), &origin);
         self
     }
 
@@ -198,21 +202,45 @@ fn aborted<T>(result: io::Result<T>) -> bool {
     result.is_err_and(|error| error.raw_os_error() == Some(nix::libc::ECONNABORTED))
 }
 
-/// The map of the kernel programs.
-struct Origins(HashMap<MapData, u64, Origin>);
+/// The maps of the kernel programs.
+struct Origins {
+    origins: HashMap<MapData, u64, Origin>,
+    seats: Array<MapData, Seat>,
+}
 
 impl Origins {
-    /// The map twice: for the test, and for who closes sockets.
-    fn new() -> (Self, MapData) {
+    /// The maps twice: for the test, and for who closes sockets.
+    fn new() -> (Self, [MapData; 2]) {
         Self::with_room(1 << 10)
     }
 
-    fn with_room(elements: u32) -> (Self, MapData) {
+    fn with_room(elements: u32) -> (Self, [MapData; 2]) {
         let mut ebpf = EbpfLoader::new().map_max_entries("origins", elements).load(PROGRAMS).unwrap();
-        let Some(Map::HashMap(map)) = ebpf.take_map("origins") else { panic!("there is no such map") };
-        let again = MapData::from_id(map.info().unwrap().id()).unwrap();
-        (Self(Map::HashMap(map).try_into().unwrap()), again)
+        let (Some(Map::HashMap(origins)), Some(Map::Array(seats))) =
+            (ebpf.take_map("origins"), ebpf.take_map("seats"))
+        else {
+            panic!("a map is not there")
+        };
+        let again = [&origins, &seats].map(|map| MapData::from_id(map.info().unwrap().id()).unwrap());
+        let origins = Map::HashMap(origins).try_into().unwrap();
+        (Self { origins, seats: Map::Array(seats).try_into().unwrap() }, again)
     }
+
+    /// Every second socket finds its seat taken.
+    fn remember(&mut self, cookie: u64, origin: &Origin) {
+        if cookie % 2 == 1 {
+            return self.origins.insert(cookie, origin, 0).unwrap();
+        }
+        let Endpoint { address, port, .. } = origin.service;
+        let (since, protocol) = (origin.since, u16::try_from(origin.protocol).unwrap());
+        let seat = Seat { cookie, claims: 1, since, address, port, protocol, backend: origin.backend };
+        assert_eq!(seat.origin(), *origin);
+        self.seats.set(u32::try_from(cookie % u64::from(SEATS)).unwrap(), seat, 0).unwrap();
+    }
+}
+
+fn sockets([origins, seats]: [MapData; 2], names: impl Into<PathBuf>) -> Sockets {
+    Sockets::new(origins, seats, names).unwrap()
 }
 
 /// A directory in which these namespaces have names.
@@ -269,9 +297,9 @@ fn plans(v4: &[&str], v6: &[&str]) -> [Option<Arc<PortPlan>>; 4] {
 #[test]
 fn sockets_of_a_removed_backend_are_closed_and_all_others_live_on() {
     let (host, pod) = (Place::new("host"), Place::new("pod"));
-    let (mut origins, map) = Origins::new();
+    let (mut origins, maps) = Origins::new();
     let names = named(&[&pod]);
-    let mut sockets = host.namespace.run(|| Sockets::new(map, names.path()).unwrap());
+    let mut sockets = host.namespace.run(|| sockets(maps, names.path()));
     let clients = clients(&[&host, &pod], &mut origins);
     let (before, after) = (plans(&[A, B], &[A6, B6]), plans(&[B], &[B6]));
 
@@ -300,9 +328,9 @@ fn sockets_of_a_removed_backend_are_closed_and_all_others_live_on() {
 #[test]
 fn udp_sockets_are_closed_when_nothing_serves_and_when_the_service_is_deleted() {
     let host = Place::new("host");
-    let (mut origins, map) = Origins::new();
+    let (mut origins, maps) = Origins::new();
     let names = named(&[]);
-    let mut sockets = host.namespace.run(|| Sockets::new(map, names.path()).unwrap());
+    let mut sockets = host.namespace.run(|| sockets(maps, names.path()));
     let plan = |serving: &[&str]| Some(port(Udp, AT_ONCE, VIP, serving));
     let v6 = Some(port(Udp, AT_ONCE, VIP6, &[A6]));
     let (lost, deleted) = (
@@ -323,9 +351,9 @@ fn udp_sockets_are_closed_when_nothing_serves_and_when_the_service_is_deleted() 
 #[test]
 fn a_connect_that_was_under_way_is_found_a_second_later() {
     let host = Place::new("host");
-    let (mut origins, map) = Origins::new();
+    let (mut origins, maps) = Origins::new();
     let names = named(&[]);
-    let mut sockets = host.namespace.run(|| Sockets::new(map, names.path()).unwrap());
+    let mut sockets = host.namespace.run(|| sockets(maps, names.path()));
     sockets.take_in(in_force(true, [(None, Some(port(Tcp, AT_ONCE, VIP, &[A, B])))]));
     await_that("all looks are over", || {
         sockets.sweep();
@@ -333,14 +361,11 @@ fn a_connect_that_was_under_way_is_found_a_second_later() {
     });
 
     let client = host.client(Tcp, A, false);
-    let late = Origin { since: now(), ..Origin::default() };
+    let late = now();
     let lost = (port(Tcp, AT_ONCE, VIP, &[A, B]), port(Tcp, AT_ONCE, VIP, &[B]));
     sockets.take_in(in_force(false, [(Some(lost.0), Some(lost.1))]));
     assert_eq!(host.namespace.run(|| sockets.sweep()), Closed::default());
-    let client = client.led(&mut origins, VIP);
-    let key = client.socket.cookie().unwrap();
-    let origin = origins.0.get(&key, 0).unwrap();
-    origins.0.insert(key, Origin { since: late.since, ..origin }, 0).unwrap();
+    let client = client.led_at(late, &mut origins, VIP);
     await_that("the late one is closed", || {
         host.namespace.run(|| sockets.sweep()) == Closed { tcp: 1, udp: 0 }
     });
@@ -351,7 +376,7 @@ fn a_connect_that_was_under_way_is_found_a_second_later() {
 fn connections_are_reset_after_the_time_that_the_service_says_and_not_before() {
     const WAIT: Duration = Duration::from_millis(1500);
     let host = Place::new("host");
-    let (mut origins, map) = Origins::new();
+    let (mut origins, maps) = Origins::new();
     let names = named(&[]);
     let later = Removal::Reset { after: WAIT };
     let plan = |serving: &[&str]| Some(port(Tcp, later, VIP, serving));
@@ -363,7 +388,7 @@ fn connections_are_reset_after_the_time_that_the_service_says_and_not_before() {
     let (sender, receiver) = mpsc::channel();
     let (report, reports) = mpsc::channel();
     let room = host.namespace.thread(move || {
-        let sockets = Sockets::new(map, directory).unwrap();
+        let sockets = sockets(maps, directory);
         sockets.run(&receiver, |closed| report.send((Instant::now(), closed)).unwrap());
     });
     let room = room.unwrap();
@@ -386,9 +411,9 @@ fn connections_are_reset_after_the_time_that_the_service_says_and_not_before() {
 #[test]
 fn namespaces_without_a_name_are_found_by_their_processes_and_come_and_go() {
     let (host, pod) = (Place::new("host"), Place::new("pod"));
-    let (mut origins, map) = Origins::new();
+    let (mut origins, maps) = Origins::new();
     let names = named(&[]);
-    let mut sockets = host.namespace.run(|| Sockets::new(map, names.path()).unwrap());
+    let mut sockets = host.namespace.run(|| sockets(maps, names.path()));
     let client = pod.client(Udp, A, false).led(&mut origins, VIP);
     sockets.take_in(in_force(true, []));
     assert_eq!(host.namespace.run(|| sockets.sweep()), Closed::default(), "nobody tells of the namespace");
@@ -416,21 +441,21 @@ fn namespaces_without_a_name_are_found_by_their_processes_and_come_and_go() {
 fn sockets_that_went_without_a_word_are_forgotten_when_the_map_fills_up() {
     const ROOM: u32 = 8;
     let (host, pod) = (Place::new("host"), Place::new("pod"));
-    let (mut origins, map) = Origins::with_room(ROOM);
+    let (mut origins, maps) = Origins::with_room(ROOM);
     let names = named(&[&pod]);
-    let mut sockets = host.namespace.run(|| Sockets::new(map, names.path()).unwrap());
+    let mut sockets = host.namespace.run(|| sockets(maps, names.path()));
     let open = [host.client(Tcp, A, false), host.client(Udp, A6, false), pod.client(Tcp, A, true)];
     let cookies = open.each_ref().map(|client| client.socket.cookie().unwrap());
     let old = Origin { since: 1, protocol: 6, ..Origin::default() };
     for cookie in cookies.into_iter().chain([u64::MAX]) {
-        origins.0.insert(cookie, old, 0).unwrap();
+        origins.origins.insert(cookie, old, 0).unwrap();
     }
     assert_eq!(host.namespace.run(|| sockets.tidy()), 0, "half full is not full");
 
     let young = Origin { since: now(), ..old };
-    origins.0.insert(u64::MAX - 1, young, 0).unwrap();
+    origins.origins.insert(u64::MAX - 1, young, 0).unwrap();
     assert_eq!(host.namespace.run(|| sockets.tidy()), 1);
-    let mut left: Vec<u64> = origins.0.keys().map(Result::unwrap).collect();
+    let mut left: Vec<u64> = origins.origins.keys().map(Result::unwrap).collect();
     left.sort_unstable();
     let mut expected = [&cookies[..], &[u64::MAX - 1]].concat();
     expected.sort_unstable();
@@ -438,20 +463,21 @@ fn sockets_that_went_without_a_word_are_forgotten_when_the_map_fills_up() {
 }
 
 #[test]
-fn the_map_is_opened_by_its_pin_and_a_missing_one_is_named() {
+fn the_maps_are_opened_by_their_pins_and_a_missing_one_is_named() {
     let inside = || {
         // The mount goes with the thread.
         unshare(CloneFlags::CLONE_NEWNS).unwrap();
         mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
         let root = TempDir::new().unwrap();
         mount(None::<&str>, root.path(), Some("bpf"), MsFlags::empty(), None::<&str>).unwrap();
-        let pin = root.path().join("origins");
-        let error = Sockets::open(&pin, "/run/netns").err().unwrap().to_string();
-        assert!(error.contains(pin.to_str().unwrap()), "{error}");
-
         let mut ebpf = EbpfLoader::new().load(PROGRAMS).unwrap();
-        ebpf.map_mut("origins").unwrap().pin(&pin).unwrap();
-        let sockets = Sockets::open(&pin, "/run/netns").unwrap();
+        for name in ["origins", "seats"] {
+            let pin = root.path().join(name);
+            let error = Sockets::open(root.path(), "/run/netns").err().unwrap().to_string();
+            assert!(error.contains(pin.to_str().unwrap()), "{error}");
+            ebpf.map_mut(name).unwrap().pin(&pin).unwrap();
+        }
+        let sockets = Sockets::open(root.path(), "/run/netns").unwrap();
         assert_eq!(sockets.wait(), None);
         nix::mount::umount(root.path()).unwrap();
     };

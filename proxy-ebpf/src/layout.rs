@@ -236,6 +236,59 @@ pub struct Origin {
     pub zero: u32,
 }
 
+/// Element of `seats`: what a connected socket was told, at the place its cookie leads to. Whoever finds that taken is in
+/// `origins` instead.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Seat {
+    /// The socket. Stays when it leaves: no other will ever have this cookie.
+    pub cookie: u64,
+    /// How many sockets want to sit here, in units of [`Seat::CLAIM`]: one that sits, and for an instant those that find it
+    /// does. And how many of this place are in `origins`, in units of [`Seat::OTHER`].
+    pub claims: u64,
+    /// When, in nanoseconds of CLOCK_MONOTONIC; 0 while the rest is being written.
+    pub since: u64,
+    /// The address it asked for.
+    pub address: Address,
+    /// The port it asked for, its bytes in the order of the wire.
+    pub port: u16,
+    /// The IP protocol number.
+    pub protocol: u16,
+    /// What it got.
+    pub backend: Endpoint,
+}
+
+impl Seat {
+    /// One in the lower half of [`Seat::claims`].
+    pub const CLAIM: i64 = 1;
+    /// One in the upper half of [`Seat::claims`].
+    pub const OTHER: i64 = 1 << 32;
+
+    /// Whether a socket sits here, or is about to.
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_taken(claims: u64) -> bool {
+        claims as u32 != 0
+    }
+
+    /// What the socket was told.
+    #[must_use]
+    #[inline(always)]
+    pub const fn origin(&self) -> Origin {
+        Origin {
+            since: self.since,
+            service: Endpoint { address: self.address, port: self.port, zero: 0 },
+            backend: self.backend,
+            protocol: self.protocol as u32,
+            zero: 0,
+        }
+    }
+}
+
+/// How many seats there are: a power of two. Cookies are dealt out in sequence, so as many sockets can be seated. A larger
+/// table would be out of the processor's caches.
+pub const SEATS: u32 = 1 << 12;
+
 /// How many Service addresses an unconnected socket can be in conversation with at a time: a power of two.
 pub const FLOWS: usize = 64;
 
@@ -303,6 +356,8 @@ const _: () = {
     assert!(size_of::<Affinity>() == 40);
     assert!(size_of::<Tally>() == 16);
     assert!(size_of::<Origin>() == 56);
+    assert!(size_of::<Seat>() == 64);
+    assert!(SEATS.is_power_of_two());
     assert!(size_of::<Flows>() == 16 + 56 * FLOWS);
     assert!(size_of::<Settings>() == 24);
     assert!(FLOWS.is_power_of_two());

@@ -30,4 +30,4 @@ pub use layout::*;
 pub use select::select;
 
 /// Version of the map layout. Pinned maps of another version are never read as if they were this one.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;

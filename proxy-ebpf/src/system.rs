@@ -3,8 +3,10 @@
 //! In: descriptors. Out: what the kernel answers.
 
 use crate::{
-    Affinity, AffinityKey, Endpoint, Flows, FrontendKey, FrontendValue, MemberKey, Origin, Settings, Tally,
+    Affinity, AffinityKey, Endpoint, Flows, FrontendKey, FrontendValue, MemberKey, Origin, Seat, Settings,
+    Tally,
 };
+use aya::maps::MapData;
 use std::{
     ffi::CString,
     io,
@@ -126,19 +128,27 @@ pub fn write_slots(map: impl AsFd, first: u32, backends: &[Endpoint]) -> io::Res
     unsafe { batch.call(BPF_MAP_UPDATE_BATCH) }
 }
 
-/// Reads the map `origins`, many elements with one call (`BPF_MAP_LOOKUP_BATCH`, Linux 5.6). An element that is there
-/// all the time is handed to `visit` once; to ask for one key after the other would begin anew with every socket that
-/// is closed meanwhile.
+/// Reads a hash or an array, many elements with one call (`BPF_MAP_LOOKUP_BATCH`, Linux 5.6). An element that is there
+/// all the time is handed to `visit` once; to ask a hash for one key after the other would begin anew with every element
+/// that is removed meanwhile.
 ///
 /// # Errors
 ///
-/// What the kernel answers.
-pub fn read_origins(map: impl AsFd, mut visit: impl FnMut(u64, Origin)) -> io::Result<()> {
+/// What the kernel answers; `EINVAL` when keys or values of the map have other sizes.
+pub fn read_all<K, V>(map: &MapData, mut visit: impl FnMut(K, V)) -> io::Result<()>
+where
+    K: aya::Pod + Default,
+    V: aya::Pod + Default,
+{
     const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
-    /// More than a chain of the hash ever holds.
+    /// More than a chain of a hash ever holds.
     const ROOM: usize = 4096;
-    let map = number(map.as_fd().as_raw_fd())?;
-    let (mut keys, mut values) = (vec![0_u64; ROOM], vec![Origin::default(); ROOM]);
+    let info = map.info().map_err(io::Error::other)?;
+    if [info.key_size() as usize, info.value_size() as usize] != [size_of::<K>(), size_of::<V>()] {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    let map = number(map.fd().as_fd().as_raw_fd())?;
+    let (mut keys, mut values) = (vec![K::default(); ROOM], vec![V::default(); ROOM]);
     let mut next = 0_u32;
     let place = (&raw mut next).expose_provenance() as u64;
     let mut batch = Batch { out_batch: place, map, ..Batch::default() };
@@ -146,15 +156,16 @@ pub fn read_origins(map: impl AsFd, mut visit: impl FnMut(u64, Origin)) -> io::R
         batch.keys = keys.as_mut_ptr().expose_provenance() as u64;
         batch.values = values.as_mut_ptr().expose_provenance() as u64;
         batch.count = ROOM as u32;
-        // SAFETY: `keys` and `values` have room for `count` elements of the sizes this map has, `next` for the place a
-        // hash goes on from; all of them live until the call returns, and the map is borrowed.
+        // SAFETY: `keys` and `values` have room for `count` elements of the sizes this map has, which may hold any bytes;
+        // `next` for where to go on, which is a number in a hash and the key in an array. All of them live until the call
+        // returns, and the map is borrowed.
         let result = unsafe { batch.call(BPF_MAP_LOOKUP_BATCH) };
         let over = match result {
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
             other => other.map(|()| false)?,
         };
         let read = keys.iter().zip(&values).take(batch.count as usize);
-        read.for_each(|(cookie, origin)| visit(*cookie, *origin));
+        read.for_each(|(key, value)| visit(*key, *value));
         if over {
             return Ok(());
         }
@@ -244,6 +255,7 @@ plain!(
     Affinity,
     Tally,
     Origin,
+    Seat,
     Flows,
     Settings
 );

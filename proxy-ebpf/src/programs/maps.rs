@@ -4,14 +4,15 @@
 //! grow. Hash maps allocate their elements one by one, so that size costs little until it is used.
 
 use aya_ebpf::{
-    bindings::BPF_F_NO_PREALLOC,
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     btf_maps::SkStorage,
     macros::{btf_map, map},
     maps::{Array, HashMap, PerCpuArray},
 };
+use core::arch::asm;
 use proxy_ebpf::{
-    Affinity, AffinityKey, Endpoint, Flows, FrontendKey, FrontendValue, MemberKey, Origin, Settings, Tally,
-    trouble,
+    Affinity, AffinityKey, Endpoint, Flows, FrontendKey, FrontendValue, MemberKey, Origin, Seat, Settings,
+    Tally, trouble,
 };
 
 #[map(name = "frontends")]
@@ -47,6 +48,10 @@ pub(super) static TROUBLES: PerCpuArray<u64> = PerCpuArray::with_max_entries(tro
 #[map(name = "origins")]
 pub(super) static ORIGINS: HashMap<u64, Origin> = HashMap::with_max_entries(1 << 18, BPF_F_NO_PREALLOC);
 
+/// Of whole pages, so that a seat is one line of a cache.
+#[map(name = "seats")]
+pub(super) static SEATS: Array<Seat> = Array::with_max_entries(proxy_ebpf::SEATS, BPF_F_MMAPABLE);
+
 #[btf_map(name = "flows")]
 pub(super) static FLOWS: SkStorage<Flows> = SkStorage::new();
 
@@ -70,4 +75,16 @@ pub(super) fn count(trouble: u32) {
         // SAFETY: this CPU's own element of a per-CPU array, and a program is not interrupted by itself there.
         unsafe { *counter += 1 };
     }
+}
+
+/// Adds to a word atomically. The instruction is written out, because the compiler offers atomic addition only for targets
+/// that have it with its result, which BPF has since version 3 of its instructions (Linux 5.12).
+///
+/// # Safety
+///
+/// The word is aligned and can be written.
+#[inline(always)]
+pub(super) unsafe fn add(word: *mut u64, number: i64) {
+    // SAFETY: the caller's.
+    unsafe { asm!("lock *(u64 *)({word} + 0) += {number}", word = in(reg) word, number = in(reg) number) };
 }

@@ -12,6 +12,7 @@ mod bind;
 mod maps;
 mod resolve;
 mod search;
+mod seats;
 mod socket;
 mod tell;
 mod told;
@@ -60,7 +61,8 @@ fn post_bind6(context: SockContext) -> i32 {
 /// The hook `sock_release`.
 #[cgroup_sock(sock_release)]
 fn sock_release(context: SockContext) -> i32 {
-    told::forget(&context)
+    seats::forget(&context);
+    ALLOW
 }
 
 #[panic_handler]

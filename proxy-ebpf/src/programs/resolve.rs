@@ -7,7 +7,6 @@ use aya_ebpf::{
     bindings::BPF_NOEXIST,
     helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_ns},
 };
-use core::arch::asm;
 use proxy_ebpf::{
     Affinity, AffinityKey, Choice, Endpoint, FrontendKey, FrontendValue, MemberKey, flag, select, trouble,
     verdict,
@@ -130,24 +129,12 @@ fn draw(choice: &Choice) -> Option<Endpoint> {
     }
 }
 
-/// Adds one atomically. The instruction is written out, because the compiler offers atomic addition only for targets
-/// that have it with its result, which BPF has since version 3 of its instructions (Linux 5.12).
-///
-/// # Safety
-///
-/// The word is aligned and can be written.
-#[inline(always)]
-unsafe fn add_one(word: *mut u64) {
-    // SAFETY: the caller's.
-    unsafe { asm!("lock *(u64 *)({word} + 0) += {one}", word = in(reg) word, one = in(reg) 1_u64) };
-}
-
 /// Counts a flow that was led to a backend.
 #[inline(always)]
 pub(super) fn served(frontend: &FrontendValue) {
     if let Some(tally) = TALLIES.get_ptr_mut(frontend.port) {
         // SAFETY: an aligned word of the map, which programs change by this addition only.
-        unsafe { add_one(&raw mut (*tally).served) };
+        unsafe { maps::add(&raw mut (*tally).served, 1) };
     }
 }
 
@@ -156,7 +143,7 @@ pub(super) fn served(frontend: &FrontendValue) {
 pub(super) fn refused(frontend: &FrontendValue) {
     if let Some(tally) = TALLIES.get_ptr_mut(frontend.port) {
         // SAFETY: as in `served`.
-        unsafe { add_one(&raw mut (*tally).refused) };
+        unsafe { maps::add(&raw mut (*tally).refused, 1) };
     }
 }
 

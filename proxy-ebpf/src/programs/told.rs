@@ -2,13 +2,14 @@
 //!
 //! In: an address the kernel is about to hand out. Out: the Service's in its place, if this socket asked for that.
 
-use aya_ebpf::programs::{SockAddrContext, SockContext};
+use aya_ebpf::programs::SockAddrContext;
 use proxy_ebpf::FLOWS as MOST_FLOWS;
 
 use super::{
     ALLOW,
-    maps::{FLOWS, ORIGINS},
+    maps::FLOWS,
     search::Search,
+    seats,
     socket::{self, Family},
     translate,
 };
@@ -16,20 +17,10 @@ use super::{
 /// getpeername: only a connected socket has a peer. One that has been connected to something else since has another.
 #[inline(always)]
 pub(super) fn peer(context: &SockAddrContext, family: Family) -> i32 {
-    // SAFETY: elements of this map are allocated one by one and freed after a grace period, which a program's run is
-    // within; a socket that connects again gets another.
-    let Some(origin) = (unsafe { ORIGINS.get(socket::cookie(context)) }) else { return ALLOW };
-    if socket::same(&origin.backend, &socket::address(context, family)) {
-        socket::set_address(context, family, &origin.service);
+    let Some((backend, service)) = seats::recall(context) else { return ALLOW };
+    if socket::same(&backend, &socket::address(context, family)) {
+        socket::set_address(context, family, &service);
     }
-    ALLOW
-}
-
-/// A socket is closed: what it was told is forgotten.
-#[inline(always)]
-pub(super) fn forget(context: &SockContext) -> i32 {
-    // Most sockets were told nothing.
-    let _ = ORIGINS.remove(socket::cookie(context));
     ALLOW
 }
 

@@ -9,9 +9,10 @@ use proxy_ebpf::{Endpoint, FLOWS as MOST_FLOWS, Flows, FrontendValue, Origin, se
 
 use super::{
     ALLOW,
-    maps::{self, FLOWS, ORIGINS},
+    maps::{self, FLOWS},
     resolve::{self, Found},
     search::Search,
+    seats,
     socket::{self, Client, Family, TCP, UDP},
     tell,
 };
@@ -51,8 +52,7 @@ pub(super) fn connect(context: &SockAddrContext, family: Family) -> i32 {
     let now = resolve::now();
     let Some(backend) = resolve::pick(frontend, choice, client, now) else { return ALLOW };
     let origin = Origin { since: now, service: to, backend, protocol, zero: 0 };
-    if ORIGINS.insert(socket::cookie(context), origin, 0).is_err() {
-        maps::count(trouble::ORIGINS);
+    if !seats::remember(context, &origin) {
         return ALLOW;
     }
     socket::set_address(context, family, &backend);

@@ -47,7 +47,7 @@ const TROUBLES: [(&str, &str); proxy_ebpf::trouble::COUNT as usize] = [
 /// Closes sockets whose backend serves no longer, behind the engine's back. Where that is not possible, one warning says
 /// so and nothing is closed.
 pub(super) fn close(maps: &Path, metrics: &Metrics) -> anyhow::Result<Option<mpsc::Sender<Suspects>>> {
-    let sockets = match Sockets::open(&maps.join("origins"), NAMESPACES) {
+    let sockets = match Sockets::open(maps, NAMESPACES) {
         Ok(sockets) => sockets,
         Err(error) => {
             tracing::warn!(%error, "sockets whose backend is gone are not closed");

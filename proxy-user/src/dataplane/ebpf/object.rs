@@ -3,7 +3,7 @@
 //! In: how large the maps have to be. Out: maps to write, and programs that read them, attached to a cgroup.
 //!
 //! ```text
-//! <bpf-root>/v2/frontends, …   the maps of layout 2: whoever starts next finds them as they are
+//! <bpf-root>/v3/frontends, …   the maps of layout 3: whoever starts next finds them as they are
 //! <bpf-root>/link-connect4, …  the links: programs stay attached while nobody runs
 //! ```
 //! To make a map larger is the same as to upgrade: new maps are filled, new programs that use them are loaded, and each
@@ -25,7 +25,7 @@ use aya::{
 };
 use proxy_ebpf::{
     Affinity, AffinityKey, Endpoint, Flows, FrontendKey, FrontendValue, LAYOUT_VERSION, MemberKey, Origin,
-    Settings, Tally, system,
+    Seat, Settings, Tally, system,
 };
 use tracing::debug;
 
@@ -81,7 +81,7 @@ impl Sizes {
 }
 
 /// The maps that never grow.
-const FIXED: [&str; 6] = ["settings", "troubles", "bypassed", "homes", "origins", "flows"];
+const FIXED: [&str; 7] = ["settings", "troubles", "bypassed", "homes", "origins", "seats", "flows"];
 
 /// Everything of ours in the kernel.
 pub(super) struct Object {
@@ -375,7 +375,7 @@ fn check_layout(place: &Place) -> Result<(), Problem> {
 }
 
 /// Bytes of every map's keys and values.
-const SHAPES: [(&str, usize, usize); 11] = [
+const SHAPES: [(&str, usize, usize); 12] = [
     ("frontends", size_of::<FrontendKey>(), size_of::<FrontendValue>()),
     ("slots", size_of::<u32>(), size_of::<Endpoint>()),
     ("members", size_of::<MemberKey>(), size_of::<u64>()),
@@ -386,6 +386,7 @@ const SHAPES: [(&str, usize, usize); 11] = [
     ("bypassed", size_of::<u64>(), size_of::<u32>()),
     ("homes", size_of::<u64>(), size_of::<u32>()),
     ("origins", size_of::<u64>(), size_of::<Origin>()),
+    ("seats", size_of::<u32>(), size_of::<Seat>()),
     ("flows", size_of::<u32>(), size_of::<Flows>()),
 ];
 

@@ -8,7 +8,7 @@
 //! Suspects ──▶ Judge: what serves, what was lost when
 //!                │ due
 //!                ▼
-//! origins ──▶ sweep: which sockets have to go ──▶ if any: in each network namespace find and destroy them
+//! seats, origins ──▶ sweep: which sockets have to go ──▶ if any: in each network namespace find and destroy them
 //! ```
 //!
 //! After a restart the first, complete delta has every socket looked at, so nothing is forgotten, except that the time of
@@ -71,26 +71,29 @@ pub struct Sockets {
 }
 
 impl Sockets {
-    /// Opens the map `origins` by its pin. `names` is where network namespaces have names, usually `/run/netns`; those
-    /// of visible processes are found by themselves.
+    /// Opens the maps `origins` and `seats`, pinned in a directory. `names` is where network namespaces have names, usually
+    /// `/run/netns`; those of visible processes are found by themselves.
     ///
     /// # Errors
     ///
-    /// When the map is not there, or this kernel or our privileges do not allow closing sockets, as [`supported`] tells.
-    pub fn open(origins: &Path, names: impl Into<PathBuf>) -> Result<Self, Error> {
-        let map = MapData::from_pin(origins)
-            .map_err(|error| Error::Kernel(format!("opening the map {}: {error}", origins.display())))?;
-        Self::new(map, names)
+    /// When a map is not there, or this kernel or our privileges do not allow closing sockets, as [`supported`] tells.
+    pub fn open(maps: &Path, names: impl Into<PathBuf>) -> Result<Self, Error> {
+        let open = |name: &str| {
+            let path = maps.join(name);
+            MapData::from_pin(&path)
+                .map_err(|error| Error::Kernel(format!("opening the map {}: {error}", path.display())))
+        };
+        Self::new(open("origins")?, open("seats")?, names)
     }
 
-    /// The same with the map itself.
+    /// The same with the maps themselves.
     ///
     /// # Errors
     ///
     /// As [`Sockets::open`].
-    pub fn new(origins: MapData, names: impl Into<PathBuf>) -> Result<Self, Error> {
+    pub fn new(origins: MapData, seats: MapData, names: impl Into<PathBuf>) -> Result<Self, Error> {
         supported()?;
-        let origins = Origins::new(origins)?;
+        let origins = Origins::new(origins, seats)?;
         let namespaces = Namespaces { names: names.into(), processes: "/proc".into() };
         Ok(Self { origins, namespaces, judge: Judge::default(), complaint: None })
     }

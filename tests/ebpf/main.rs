@@ -16,9 +16,8 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use aya::maps::{HashMap, Map, MapData};
-use proxy_ebpf::{Endpoint, Origin, system, trouble};
-use socket2::SockRef;
+use aya::maps::HashMap;
+use proxy_ebpf::system;
 use weir::{
     dataplane::{
         Dataplane as _, Error,
@@ -33,8 +32,7 @@ use weir::{
 };
 use weir_tests::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace, wait::await_that};
 
-/// Elements of a map are allocated one by one (`linux/bpf.h`).
-const BPF_F_NO_PREALLOC: u32 = 1;
+mod told;
 
 fn node() -> Arc<NodePlan> {
     Arc::new(NodePlan {
@@ -330,41 +328,6 @@ fn maps_of_another_layout_are_left_behind_once_the_new_ones_serve() -> Result<()
     })
 }
 
-#[test]
-fn sockets_are_remembered_until_they_are_closed_and_one_too_many_is_left_alone() -> Result<()> {
-    let rig = Rig::new()?;
-    // Room for one socket, found as another agent would have left it.
-    fs::create_dir(rig.place.maps())?;
-    let pin = rig.place.maps().join("origins");
-    HashMap::<_, u64, Origin>::create(1, BPF_F_NO_PREALLOC)?.pin(&pin)?;
-    let origins = HashMap::<_, u64, Origin>::try_from(Map::HashMap(MapData::from_pin(&pin)?))?;
-    rig.inside.run(|| -> Result<()> {
-        let mut plane = open(&rig.place)?;
-        for (family, before) in Family::ALL.into_iter().zip(0..) {
-            let listener = TcpListener::bind((loopback(family), 0))?;
-            plane.reread()?;
-            let server = listener.local_addr()?;
-            plane.apply(&complete(vec![port(family, Protocol::Tcp, &[server])]))?;
-            let to = SocketAddr::new(service_ip(family), 80);
-            let first = TcpStream::connect(to)?;
-            let known: Vec<_> = origins.iter().collect::<Result<_, _>>()?;
-            let [(cookie, origin)] = known[..] else { bail!("{known:?}") };
-            assert_eq!(cookie, SockRef::from(&first).cookie()?);
-            assert_eq!(origin.service, Endpoint::new(to.ip(), to.port()));
-            assert_eq!(origin.backend, Endpoint::new(server.ip(), server.port()));
-
-            // Nothing is behind these programs here that would serve its packets.
-            assert!(TcpStream::connect(to).is_err());
-            assert_eq!(plane.troubles()?[trouble::ORIGINS as usize], before + 1);
-            drop(first);
-            assert_eq!(origins.iter().count(), 0, "closed and forgotten");
-            assert_eq!(TcpStream::connect(to)?.peer_addr()?, to);
-        }
-        plane.remove()?;
-        Ok(())
-    })
-}
-
 /// What is logged.
 #[derive(Clone, Default)]
 struct Lines(Arc<Mutex<Vec<u8>>>);
@@ -420,7 +383,7 @@ fn a_map_of_another_layout_under_our_name_is_refused_by_name() -> Result<()> {
     HashMap::<_, u32, u32>::create(1, 0)?.pin(rig.place.maps().join("frontends"))?;
     let Err(problem) = open(&rig.place) else { bail!("it was opened") };
     let text = problem.to_string();
-    assert!(text.contains("v2/frontends is of another layout"), "{text}");
+    assert!(text.contains("v3/frontends is of another layout"), "{text}");
     Ok(())
 }
 
