@@ -12,6 +12,7 @@ use crate::{
     plan::{Backend, Delta, Frontend, PortId},
 };
 
+mod channel;
 mod memory;
 pub use memory::{Faulty, Memory};
 pub mod conntrack;

@@ -9,16 +9,17 @@ use std::{
 
 use netlink_packet_core::{
     DefaultNla, Emitable as _, NLA_F_NESTED, NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST,
-    NetlinkBuffer, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla,
+    NetlinkMessage, NetlinkPayload, Nla,
 };
 use netlink_packet_netfilter::{
-    NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
+    NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
     conntrack::{ConntrackAttribute, ConntrackMessage, IPTuple, ProtoTuple, Protocol, Tuple},
 };
-use netlink_sys::{Socket, SocketAddr as NetlinkAddress, protocols::NETLINK_NETFILTER};
+use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::suspect::Flow;
 use crate::{
+    dataplane::channel::{Channel, messages, netfilter, serialize},
     model::Family,
     plan::{Destination, Frontend},
 };
@@ -33,9 +34,6 @@ const CTA_FILTER_ORIG_FLAGS: u16 = 1;
 const FILTER_DESTINATION_ADDRESS: u32 = 1 << 1;
 const FILTER_PROTOCOL: u32 = 1 << 3;
 const FILTER_DESTINATION_PORT: u32 = 1 << 5;
-
-/// The kernel sends no larger datagram in a dump.
-const DATAGRAM: usize = 32 * 1024;
 
 /// Which flows a walk asks the kernel for.
 #[derive(Clone, Copy, Debug)]
@@ -66,20 +64,12 @@ pub(super) enum Walked {
     Unfiltered,
 }
 
-/// One netlink socket; requests on it follow one another.
-pub(super) struct Channel {
-    socket: Socket,
-    buffer: Vec<u8>,
-}
+/// The requests, on a netlink socket.
+pub(super) struct Requests(Channel);
 
-impl Channel {
+impl Requests {
     pub(super) fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_NETFILTER)?;
-        socket.bind_auto()?;
-        socket.connect(&NetlinkAddress::new(0, 0))?;
-        // An error then carries the header of the request only, which is all that is looked at.
-        socket.set_cap_ack(true)?;
-        Ok(Self { socket, buffer: Vec::with_capacity(DATAGRAM) })
+        Channel::open(NETLINK_NETFILTER).map(Self)
     }
 
     /// Hands every UDP flow in `scope` to `visit`, while the kernel is still walking its table.
@@ -88,12 +78,11 @@ impl Channel {
         scope: Scope,
         mut visit: impl FnMut(Entry) -> io::Result<()>,
     ) -> io::Result<Walked> {
-        self.send(&[request(scope)])?;
+        self.0.send(&serialize(&[request(scope)]))?;
         let mut walked = Walked::All;
         let mut failed = None;
         loop {
-            self.receive()?;
-            for message in messages(&self.buffer) {
+            for message in messages::<NetfilterMessage>(self.0.receive()?) {
                 if message.header.flags & NLM_F_DUMP_INTR != 0 && walked == Walked::All {
                     walked = Walked::Interrupted;
                 }
@@ -123,11 +112,10 @@ impl Channel {
         if requests.is_empty() {
             return Ok(0);
         }
-        self.send(&requests)?;
+        self.0.send(&serialize(&requests))?;
         let (mut deleted, mut answers, mut failed) = (0, 0, None);
         while answers < requests.len() {
-            self.receive()?;
-            for message in messages(&self.buffer) {
+            for message in messages::<NetfilterMessage>(self.0.receive()?) {
                 let NetlinkPayload::Error(error) = message.payload else { continue };
                 answers += 1;
                 match error.code.map(|code| -code.get()) {
@@ -138,27 +126,6 @@ impl Channel {
             }
         }
         failed.map_or(Ok(deleted), Err)
-    }
-
-    fn send(&self, requests: &[NetlinkMessage<NetfilterMessage>]) -> io::Result<()> {
-        let mut bytes = vec![0; requests.iter().map(NetlinkMessage::buffer_len).sum()];
-        let mut start = 0;
-        for request in requests {
-            let end = start + request.buffer_len();
-            request.serialize(&mut bytes[start..end]);
-            start = end;
-        }
-        self.socket.send(&bytes, 0).map(|_| ())
-    }
-
-    fn receive(&mut self) -> io::Result<()> {
-        loop {
-            self.buffer.clear();
-            match self.socket.recv(&mut self.buffer, 0) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                received => return received.map(|_| ()),
-            }
-        }
     }
 }
 
@@ -238,36 +205,11 @@ fn request(scope: Scope) -> NetlinkMessage<NetfilterMessage> {
     };
     // Not `ConntrackMessage::Get`, which takes the nested flag off a filter, and the kernel then refuses it.
     let get = ConntrackMessage::Other { message_type: IPCTNL_MSG_CT_GET, attributes: scope.filter() };
-    message(NLM_F_REQUEST | NLM_F_DUMP, family, get)
+    netfilter(NLM_F_REQUEST | NLM_F_DUMP, family, 0, get)
 }
 
 fn deletion(entry: Entry) -> NetlinkMessage<NetfilterMessage> {
-    message(NLM_F_REQUEST | NLM_F_ACK, entry.family, ConntrackMessage::Delete(entry.name))
-}
-
-fn message(
-    flags: u16,
-    family: NetfilterProtoFamily,
-    inner: ConntrackMessage,
-) -> NetlinkMessage<NetfilterMessage> {
-    let mut header = NetlinkHeader::default();
-    header.flags = flags;
-    let inner = NetfilterMessage::new(NetfilterHeader::new(family, 0, 0), inner);
-    let mut message = NetlinkMessage::new(header, NetlinkPayload::from(inner));
-    message.finalize();
-    message
-}
-
-/// The messages of one datagram. One that cannot be understood is left out: it is about nothing we asked for by name.
-fn messages(datagram: &[u8]) -> impl Iterator<Item = NetlinkMessage<NetfilterMessage>> {
-    let mut rest = datagram;
-    std::iter::from_fn(move || {
-        let length = NetlinkBuffer::new_checked(rest).ok()?.length() as usize;
-        let message = rest.get(..length)?;
-        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some(NetlinkMessage::deserialize(message))
-    })
-    .filter_map(|message| message.inspect_err(|error| tracing::debug!(%error, "unreadable flow")).ok())
+    netfilter(NLM_F_REQUEST | NLM_F_ACK, entry.family, 0, ConntrackMessage::Delete(entry.name))
 }
 
 /// The UDP flow in a message; `None` for every other protocol.

@@ -7,7 +7,7 @@
 
 use std::io;
 
-use self::ctnetlink::{Channel, Entry, Scope, Walked};
+use self::ctnetlink::{Entry, Requests, Scope, Walked};
 use super::Error;
 
 mod ctnetlink;
@@ -27,8 +27,8 @@ const REPEATS: usize = 4;
 
 /// The connection to connection tracking of the network namespace it was opened in. Calls block.
 pub struct Conntrack {
-    walks: Channel,
-    deletions: Channel,
+    walks: Requests,
+    deletions: Requests,
     kernel_filters: bool,
 }
 
@@ -39,7 +39,7 @@ impl Conntrack {
     ///
     /// When netlink sockets cannot be had.
     pub fn open() -> Result<Self, Error> {
-        let open = || Channel::open().map_err(failed("opening connection tracking"));
+        let open = || Requests::open().map_err(failed("opening connection tracking"));
         Ok(Self { walks: open()?, deletions: open()?, kernel_filters: true })
     }
 

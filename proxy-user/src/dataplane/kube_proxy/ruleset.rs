@@ -4,11 +4,9 @@
 
 use std::io;
 
-use netlink_packet_core::{
-    NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkBuffer, NetlinkHeader, NetlinkMessage, NetlinkPayload,
-};
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkPayload};
 use netlink_packet_netfilter::{
-    NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
+    NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
     nftables::{
         ChainAttribute, ChainMessage, DataAttribute, ExpressionAttribute, Expressions, Immediate,
         ListAttribute, NfTablesMessage, RuleAttribute, RuleMessage, TableAttribute, TableMessage,
@@ -16,8 +14,9 @@ use netlink_packet_netfilter::{
     },
     none::ControlMessage,
 };
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
-use nix::sys::socket::{setsockopt, sockopt};
+use netlink_sys::protocols::NETLINK_NETFILTER;
+
+use crate::dataplane::channel::{Channel, messages, netfilter, serialize};
 
 use super::chains::{Found, Jump, Theirs};
 
@@ -27,26 +26,15 @@ pub(super) const FAMILIES: [(NetfilterProtoFamily, &str); 2] =
 
 /// The number of nf_tables among netfilter's subsystems, for which a batch is.
 const NF_TABLES: u16 = 10;
-/// The kernel sends no larger datagram in a dump.
-const DATAGRAM: usize = 64 * 1024;
 /// A rule set that changes more often than this while it is read is not read.
 const ATTEMPTS: usize = 20;
 
-type Message = NetlinkMessage<NetfilterMessage>;
-
-/// A netlink socket.
-pub(super) struct RuleSet {
-    socket: Socket,
-}
+/// The rules, on a netlink socket.
+pub(super) struct RuleSet(Channel);
 
 impl RuleSet {
     pub(super) fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_NETFILTER)?;
-        socket.bind_auto()?;
-        socket.connect(&SocketAddr::new(0, 0))?;
-        // An error then carries the header of the request only, which is all that is looked at.
-        socket.set_cap_ack(true)?;
-        Ok(Self { socket })
+        Channel::open(NETLINK_NETFILTER).map(Self)
     }
 
     /// Everything of a family.
@@ -82,7 +70,7 @@ impl RuleSet {
         request: NfTablesMessage,
     ) -> io::Result<Vec<NfTablesMessage>> {
         for _ in 0..ATTEMPTS {
-            self.send(&[message(NLM_F_REQUEST | NLM_F_DUMP, family, 0, request.clone())])?;
+            self.0.send(&serialize(&[netfilter(NLM_F_REQUEST | NLM_F_DUMP, family, 0, request.clone())]))?;
             if let Some(messages) = self.answer()? {
                 return Ok(messages);
             }
@@ -93,14 +81,8 @@ impl RuleSet {
     /// The answer to a dump; none when the rules changed meanwhile.
     fn answer(&mut self) -> io::Result<Option<Vec<NfTablesMessage>>> {
         let (mut all, mut interrupted) = (Vec::new(), false);
-        let mut buffer = Vec::with_capacity(DATAGRAM);
         loop {
-            buffer.clear();
-            match self.socket.recv(&mut buffer, 0) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                received => drop(received?),
-            }
-            for message in messages(&buffer) {
+            for message in messages::<NetfilterMessage>(self.0.receive()?) {
                 interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
                 match message.payload {
                     NetlinkPayload::Done(_) => return Ok((!interrupted).then_some(all)),
@@ -126,27 +108,20 @@ impl RuleSet {
             return Ok(());
         }
         let control =
-            |what: ControlMessage| message(NLM_F_REQUEST, NetfilterProtoFamily::Unspec, NF_TABLES, what);
+            |what: ControlMessage| netfilter(NLM_F_REQUEST, NetfilterProtoFamily::Unspec, NF_TABLES, what);
         let mut batch = vec![control(ControlMessage::BatchBegin)];
-        batch.extend(deletions.into_iter().map(|deletion| message(NLM_F_REQUEST, family, 0, deletion)));
+        batch.extend(deletions.into_iter().map(|deletion| netfilter(NLM_F_REQUEST, family, 0, deletion)));
         batch.push(control(ControlMessage::BatchEnd));
-        let size: usize = batch.iter().map(NetlinkMessage::buffer_len).sum();
-        setsockopt(&self.socket, sockopt::SndBufForce, &(size + DATAGRAM))?;
-        self.send(&batch)?;
+        let batch = serialize(&batch);
+        self.0.make_room(batch.len())?;
+        self.0.send(&batch)?;
         self.complaints()
     }
 
     /// The first error reported. The kernel works on a batch while the sender waits, so all it has to say is there.
     fn complaints(&mut self) -> io::Result<()> {
-        let mut buffer = Vec::with_capacity(DATAGRAM);
-        loop {
-            buffer.clear();
-            match self.socket.recv(&mut buffer, libc::MSG_DONTWAIT) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                received => drop(received?),
-            }
-            for message in messages(&buffer) {
+        while let Some(datagram) = self.0.receive_ready()? {
+            for message in messages::<NetfilterMessage>(datagram) {
                 if let NetlinkPayload::Error(error) = message.payload
                     && error.raw_code() != 0
                 {
@@ -154,17 +129,7 @@ impl RuleSet {
                 }
             }
         }
-    }
-
-    fn send(&self, messages: &[Message]) -> io::Result<()> {
-        let mut bytes = vec![0; messages.iter().map(NetlinkMessage::buffer_len).sum()];
-        let mut start = 0;
-        for message in messages {
-            let end = start + message.buffer_len();
-            message.serialize(&mut bytes[start..end]);
-            start = end;
-        }
-        self.socket.send(&bytes, 0).map(|_| ())
+        Ok(())
     }
 }
 
@@ -189,33 +154,6 @@ fn deletions(theirs: &Theirs) -> Vec<NfTablesMessage> {
     let rules = theirs.chains.iter().map(|(table, name)| rule(table, name, None));
     let chains = theirs.chains.iter().map(|(table, name)| chain(table, name));
     jumps.chain(rules).chain(chains).chain(theirs.tables.iter().map(table)).collect()
-}
-
-fn message(
-    flags: u16,
-    family: NetfilterProtoFamily,
-    subsystem: u16,
-    inner: impl Into<NetfilterMessageInner>,
-) -> Message {
-    let mut header = NetlinkHeader::default();
-    header.flags = flags;
-    let inner = NetfilterMessage::new(NetfilterHeader::new(family, 0, subsystem), inner);
-    let mut message = NetlinkMessage::new(header, NetlinkPayload::from(inner));
-    message.finalize();
-    message
-}
-
-/// The messages of one datagram. A rule that cannot be understood is left out; should it lead to one of the chains,
-/// the kernel refuses to delete that.
-fn messages(datagram: &[u8]) -> impl Iterator<Item = Message> {
-    let mut rest = datagram;
-    std::iter::from_fn(move || {
-        let length = NetlinkBuffer::new_checked(rest).ok()?.length() as usize;
-        let message = rest.get(..length)?;
-        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some(NetlinkMessage::deserialize(message))
-    })
-    .filter_map(|message| message.inspect_err(|error| tracing::debug!(%error, "unreadable rule")).ok())
 }
 
 fn named(chain: &ChainMessage) -> Option<(String, String)> {

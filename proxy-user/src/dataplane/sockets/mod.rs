@@ -31,7 +31,7 @@ use socket2::Socket;
 use self::{
     judge::Judge,
     namespaces::{Failures, Namespaces},
-    sockdiag::{Channel, Name},
+    sockdiag::{Name, SockDiag},
     told::Origins,
 };
 use super::Error;
@@ -170,7 +170,7 @@ impl Sockets {
             return Ok(Failures::default());
         }
         let visited = self.namespaces.each(|| {
-            let mut channel = Channel::open()?;
+            let mut channel = SockDiag::open()?;
             for (protocol, sockets) in &condemned {
                 let count = destroy(&mut channel, *protocol, sockets)?;
                 match protocol {
@@ -203,7 +203,7 @@ impl Sockets {
             return Ok(cookies);
         }
         let visited = self.namespaces.each(|| {
-            let mut channel = Channel::open()?;
+            let mut channel = SockDiag::open()?;
             for (protocol, family) in [Protocol::Tcp, Protocol::Udp]
                 .into_iter()
                 .flat_map(|protocol| Family::ALL.map(|family| (protocol, family)))
@@ -240,7 +240,7 @@ type Condemned = BTreeMap<Protocol, FxHashMap<u64, SocketAddr>>;
 
 /// Destroys those of these sockets that are in the channel's namespace and still lead where they were led.
 fn destroy(
-    channel: &mut Channel,
+    channel: &mut SockDiag,
     protocol: Protocol,
     condemned: &FxHashMap<u64, SocketAddr>,
 ) -> io::Result<u64> {
@@ -264,7 +264,7 @@ fn destroy(
 pub fn supported() -> Result<(), Error> {
     const ANYWHERE: (Ipv4Addr, u16) = (Ipv4Addr::UNSPECIFIED, 0);
     let probing = || failed("finding out whether sockets can be closed");
-    let mut channel = Channel::open().map_err(probing())?;
+    let mut channel = SockDiag::open().map_err(probing())?;
     let listener = Socket::from(TcpListener::bind(ANYWHERE).map_err(probing())?);
     let datagrams = Socket::from(UdpSocket::bind(ANYWHERE).map_err(probing())?);
     for (protocol, socket) in [(Protocol::Tcp, listener), (Protocol::Udp, datagrams)] {

@@ -8,19 +8,19 @@ use std::{
 };
 
 use netlink_packet_core::{
-    Emitable as _, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer,
-    NetlinkHeader, Parseable as _,
+    Emitable as _, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkHeader,
+    Parseable as _,
 };
 use netlink_packet_sock_diag::{
     SOCK_DESTROY, SOCK_DIAG_BY_FAMILY,
     inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags},
 };
-use netlink_sys::{Socket, SocketAddr as NetlinkAddress, protocols::NETLINK_SOCK_DIAG};
+use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 
-use crate::model::{Family, Protocol};
-
-/// The kernel sends no larger datagram in a dump.
-const DATAGRAM: usize = 32 * 1024;
+use crate::{
+    dataplane::channel::{Channel, split},
+    model::{Family, Protocol},
+};
 
 /// So many sockets are destroyed with one system call: their answers fit into the socket's buffer.
 const BATCH: usize = 64;
@@ -54,20 +54,12 @@ impl Name {
     }
 }
 
-/// One netlink socket in the network namespace it was opened in.
-pub(super) struct Channel {
-    socket: Socket,
-    buffer: Vec<u8>,
-}
+/// The requests, on a netlink socket in the network namespace it was opened in.
+pub(super) struct SockDiag(Channel);
 
-impl Channel {
+impl SockDiag {
     pub(super) fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
-        socket.bind_auto()?;
-        socket.connect(&NetlinkAddress::new(0, 0))?;
-        // An error then carries the header of the request only, which is not looked at.
-        socket.set_cap_ack(true)?;
-        Ok(Self { socket, buffer: Vec::with_capacity(DATAGRAM) })
+        Channel::open(NETLINK_SOCK_DIAG).map(Self)
     }
 
     /// Hands every connected socket to `visit`.
@@ -78,10 +70,9 @@ impl Channel {
         mut visit: impl FnMut(Found),
     ) -> io::Result<()> {
         let name = Name { family: number(family), protocol, id: unnamed(family) };
-        self.send(&message(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP, &name))?;
+        self.0.send(&message(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP, &name))?;
         loop {
-            self.receive()?;
-            for message in messages(&self.buffer) {
+            for message in split(self.0.receive()?) {
                 match message.message_type() {
                     NLMSG_DONE | NLMSG_ERROR => return answered(message.payload()),
                     SOCK_DIAG_BY_FAMILY => {
@@ -102,11 +93,10 @@ impl Channel {
             let flags = NLM_F_REQUEST | NLM_F_ACK;
             let requests: Vec<u8> =
                 batch.iter().flat_map(|name| message(SOCK_DESTROY, flags, name)).collect();
-            self.send(&requests)?;
+            self.0.send(&requests)?;
             let mut answers = 0;
             while answers < batch.len() {
-                self.receive()?;
-                for message in messages(&self.buffer).filter(|it| it.message_type() == NLMSG_ERROR) {
+                for message in split(self.0.receive()?).filter(|it| it.message_type() == NLMSG_ERROR) {
                     answers += 1;
                     match answered(message.payload()) {
                         Ok(()) => destroyed += 1,
@@ -117,20 +107,6 @@ impl Channel {
             }
         }
         failed.map_or(Ok(destroyed), Err)
-    }
-
-    fn send(&self, bytes: &[u8]) -> io::Result<()> {
-        self.socket.send(bytes, 0).map(|_| ())
-    }
-
-    fn receive(&mut self) -> io::Result<()> {
-        loop {
-            self.buffer.clear();
-            match self.socket.recv(&mut self.buffer, 0) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                received => return received.map(|_| ()),
-            }
-        }
     }
 }
 
@@ -182,17 +158,6 @@ fn message(kind: u16, flags: u16, name: &Name) -> Vec<u8> {
     header.emit(&mut bytes[..start]);
     request.emit(&mut bytes[start..]);
     bytes
-}
-
-/// The messages of one datagram.
-fn messages(datagram: &[u8]) -> impl Iterator<Item = NetlinkBuffer<&[u8]>> {
-    let mut rest = datagram;
-    std::iter::from_fn(move || {
-        let length = NetlinkBuffer::new_checked(rest).ok()?.length() as usize;
-        let message = NetlinkBuffer::new_checked(rest.get(..length)?).ok()?;
-        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some(message)
-    })
 }
 
 /// What an error message, an acknowledgement or the end of a walk says: all three begin with a code.
