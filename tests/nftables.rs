@@ -261,6 +261,74 @@ fn chains_for_answers_to_names_are_there_only_while_names_are_answered() {
     });
 }
 
+/// Every packet passes a base chain, so those that only some Services need go with the last of them; but not before all
+/// Services are known after a restart, or F7 would not hold meanwhile.
+#[test]
+fn chains_for_source_ranges_and_affinity_are_there_only_while_a_service_needs_them() {
+    in_namespace(|| {
+        let there = || {
+            let listed = nft(&["list", "chains"]);
+            ["chain guard-", "chain remember-", "chain remember {"].map(|chain| listed.matches(chain).count())
+        };
+        let plain = |number, affinity| {
+            let mut plan = port(Family::V4, number, &[1, 2, 3], affinity);
+            plan.frontends.truncate(2);
+            Arc::new(plan)
+        };
+        let guarded = Arc::new(port(Family::V4, 1, &[1, 2, 3], None));
+        let (unguarded, sticky) = (plain(1, None), plain(2, Some(60)));
+        let start = |ports: Vec<PortDelta>, complete| {
+            let mut plane = Nftables::open(both()).unwrap();
+            plane
+                .apply(&Delta { node: Some(Arc::new(node())), ports, complete, ..Delta::default() })
+                .unwrap();
+            plane
+        };
+        let step = |plane: &mut Nftables, before, after| {
+            plane.apply(&Delta { ports: vec![change(before, after)], ..Delta::default() }).unwrap();
+        };
+        let mut plane = start(vec![change(None, Some(&unguarded))], true);
+        assert_eq!(there(), [0, 0, 0]);
+        step(&mut plane, Some(&unguarded), Some(&guarded));
+        assert_eq!(there(), [2, 0, 0]);
+        step(&mut plane, None, Some(&sticky));
+        assert_eq!(there(), [2, 2, 1]);
+
+        drop(plane);
+        let mut plane = start(Vec::new(), false);
+        assert_eq!(there(), [2, 2, 1], "nobody knows yet that there is no such Service");
+        let ports = vec![change(None, Some(&guarded))];
+        plane.apply(&Delta { ports, complete: true, ..Delta::default() }).unwrap();
+        assert_eq!(there(), [2, 0, 0], "now it is known");
+        assert_installed(&mut plane, &guarded);
+
+        drop(plane);
+        let mut plane = start([&guarded, &sticky].map(|plan| change(None, Some(plan))).into(), true);
+        step(&mut plane, Some(&guarded), Some(&unguarded));
+        assert_eq!(there(), [0, 2, 1]);
+        step(&mut plane, Some(&sticky), None);
+        assert_eq!(there(), [0, 0, 0]);
+        assert_installed(&mut plane, &unguarded);
+    });
+}
+
+/// R6: what comes from outside, and only that, is led elsewhere, and where it cannot be told apart nobody is asked.
+#[test]
+fn only_frontends_that_treat_outsiders_differently_ask_where_a_packet_comes_from() {
+    in_namespace(|| {
+        let mut plane = Nftables::open(both()).unwrap();
+        let plan = Arc::new(port(Family::V4, 1, &[1, 2, 3], None));
+        let ports = vec![change(None, Some(&plan))];
+        plane
+            .apply(&Delta { node: Some(Arc::new(node())), ports, complete: true, ..Delta::default() })
+            .unwrap();
+        let listed = nft(&["list", "table", "ip", "weir"]);
+        let asking = listed.lines().filter(|line| line.contains("fib saddr"));
+        let asking: Vec<_> = asking.map(|line| line.rsplit_once("goto ").unwrap().1).collect();
+        assert_eq!(asking, ["service-local-1", "node-port-local-1"], "{listed}");
+    });
+}
+
 #[test]
 fn a_port_that_cannot_be_programmed_is_named_and_the_others_work() {
     in_namespace(|| {

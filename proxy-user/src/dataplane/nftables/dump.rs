@@ -8,7 +8,7 @@ use super::{
     adopt::Found,
     element,
     netlink::{Bytes, Value},
-    object::{Masquerade, Object, Scope},
+    object::{End, Masquerade, Object, Scope},
     ruleset::Map,
     socket::Netlink,
     table::Table,
@@ -40,41 +40,35 @@ pub(super) fn read(
     state
         .cluster_ips
         .extend(cluster_ips.filter_map(|key| Some(element::split_address(reader.family, key)?.0)));
-    for (main, outside, refused) in [
-        (Map::Services, Map::OutsideServices, Map::Refused),
-        (Map::NodePorts, Map::OutsideNodePorts, Map::RefusedNodePorts),
-    ] {
-        for key in [main, outside, refused].into_iter().flat_map(|map| reader.keys(map)) {
+    for (map, refused) in [(Map::Services, Map::Refused), (Map::NodePorts, Map::RefusedNodePorts)] {
+        for key in [map, refused].into_iter().flat_map(|map| reader.keys(map)) {
             let Some(frontend) = element::frontend_of(reader.family, key) else { continue };
-            state.frontends.entry(frontend).or_insert_with(|| reader.frontend(&frontend, main, outside));
+            state.frontends.entry(frontend).or_insert_with(|| reader.frontend(&frontend, map));
         }
     }
     Ok(())
-}
-
-/// What a bucket leads to.
-enum End {
-    Picker(Object),
-    Drop,
-    Pass,
 }
 
 struct Reader {
     family: Family,
     pods_are_told: bool,
     found: Found,
-    buckets: HashMap<Bytes, End>,
+    /// What each bucket leads to, for pods and this host, and for everybody else.
+    buckets: HashMap<Bytes, [End; 2]>,
 }
 
-fn buckets(found: &Found) -> HashMap<Bytes, End> {
+fn buckets(found: &Found) -> HashMap<Bytes, [End; 2]> {
     let elements = found.elements.get(&Map::Buckets).into_iter().flatten();
     let ends = elements.filter_map(|((key, _), value)| {
-        let end = match value {
-            Value::Goto(name) => End::Picker(Object::parse(name)?),
-            Value::Accept(true) => End::Pass,
-            _ => End::Drop,
+        let ends = match value {
+            Value::Goto(name) => match Object::parse(name)? {
+                Object::Fork { inside, outside } => [inside, outside],
+                picker => [(); 2].map(|()| End::Chain(Box::new(picker.clone()))),
+            },
+            Value::Accept(true) => [End::Pass, End::Pass],
+            _ => [End::Drop, End::Drop],
         };
-        Some((key.clone(), end))
+        Some((key.clone(), ends))
     });
     ends.collect()
 }
@@ -84,34 +78,39 @@ impl Reader {
         self.found.elements.get(&map).into_iter().flatten().map(|((key, _), _)| key)
     }
 
-    fn end(&self, map: Map, key: &Bytes) -> Option<&End> {
+    fn ends(&self, map: Map, key: &Bytes) -> Option<&[End; 2]> {
         match self.found.get(map, key, None)? {
             Value::Data(bucket) => self.buckets.get(bucket),
             _ => None,
         }
     }
 
-    fn frontend(&self, frontend: &Frontend, main: Map, outside: Map) -> InstalledFrontend {
+    fn frontend(&self, frontend: &Frontend, map: Map) -> InstalledFrontend {
         let key = element::frontend_key(frontend);
-        let main = self.end(main, &key);
-        let treated = |end: Option<&End>, told: fn(Masquerade) -> bool| match end {
-            Some(End::Picker(Object::Picker { scope, count, masquerade, .. })) => Installed {
-                outcome: self.backends(frontend, &key, *scope, *count),
-                masquerade: told(*masquerade),
-            },
-            Some(End::Drop) => Installed { outcome: Outcome::Drop, masquerade: false },
-            _ => Installed { outcome: Outcome::Reject, masquerade: false },
+        let [inside, outside] = self.ends(map, &key).unwrap_or(&[End::Pass, End::Pass]);
+        let treated = |end: &End, told: fn(Masquerade) -> bool| {
+            let picker = match end {
+                End::Chain(object) => Some(&**object),
+                End::Drop | End::Pass => None,
+            };
+            match (picker, end) {
+                (Some(Object::Picker { scope, count, masquerade, .. }), _) => Installed {
+                    outcome: self.backends(frontend, &key, *scope, *count),
+                    masquerade: told(*masquerade),
+                },
+                (_, End::Drop) => Installed { outcome: Outcome::Drop, masquerade: false },
+                _ => Installed { outcome: Outcome::Reject, masquerade: false },
+            }
         };
-        let outside = treated(self.end(outside, &key).or(main), |masquerade| {
-            matches!(masquerade, Masquerade::Everybody | Masquerade::Foreign)
-        });
+        let outside =
+            treated(outside, |masquerade| matches!(masquerade, Masquerade::Everybody | Masquerade::Foreign));
         InstalledFrontend {
             pod: if self.pods_are_told {
-                treated(main, |masquerade| masquerade == Masquerade::Everybody)
+                treated(inside, |masquerade| masquerade == Masquerade::Everybody)
             } else {
                 outside.clone()
             },
-            host: treated(main, |masquerade| masquerade != Masquerade::Nobody),
+            host: treated(inside, |masquerade| masquerade != Masquerade::Nobody),
             outside,
             affinity: self.affinity(frontend, &key),
             allowed_sources: self.allowed_sources(&key),
@@ -142,15 +141,14 @@ impl Reader {
     }
 
     fn affinity(&self, frontend: &Frontend, key: &Bytes) -> Option<u32> {
-        let maps = match frontend.destination {
-            Destination::Address(_) => [Map::Affinity, Map::OutsideAffinity],
-            Destination::NodePort(_) => [Map::NodePortAffinity, Map::OutsideNodePortAffinity],
+        let map = match frontend.destination {
+            Destination::Address(_) => Map::Affinity,
+            Destination::NodePort(_) => Map::NodePortAffinity,
         };
-        maps.into_iter().find_map(|map| match self.found.get(map, key, None)? {
-            Value::Goto(name) => match Object::parse(name)? {
-                Object::Recorder { seconds, .. } => Some(seconds),
-                _ => None,
-            },
+        let Value::Goto(name) = self.found.get(map, key, None)? else { return None };
+        let object = Object::parse(name)?;
+        object.parts().chain([&object]).find_map(|object| match object {
+            Object::Recorder { seconds, .. } => Some(*seconds),
             _ => None,
         })
     }

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 
 use super::{
     netlink::Bytes,
-    object::{self, Masquerade, Object, Scope, Space},
+    object::{self, End, Masquerade, Object, Scope, Space},
     ruleset::{Map, address_bytes},
 };
 use crate::{
@@ -150,7 +150,8 @@ struct Column {
 }
 
 /// Splits a route into what pods and this host get, and what everybody else gets where it differs. A plan made while
-/// pods could not be told treats them as everybody else, and so do the chains then.
+/// pods could not be told treats them as everybody else, and so do the chains then. Where sources are told apart, only
+/// this host is left that is no pod, and nobody has to ask for its addresses once more.
 fn columns(route: &Route) -> Result<(Column, Option<Column>), String> {
     use Masquerade::{Everybody, Foreign, Host, Nobody};
     let Route { pod, host, outside } = *route;
@@ -162,7 +163,7 @@ fn columns(route: &Route) -> Result<(Column, Option<Column>), String> {
     let all = |treatment: Treatment| if treatment.masquerade { Everybody } else { Nobody };
     if outside.target != host.target {
         let masquerade = match (pod.masquerade, host.masquerade) {
-            (false, true) => Host,
+            (false, true) => Foreign,
             (true, false) => return Err(unsupported()),
             _ => all(host),
         };
@@ -222,40 +223,42 @@ fn frontend_items(port: &PortPlan, plan: &FrontendPlan, items: &mut Vec<Item>) -
     };
     let key = frontend_key(&plan.frontend);
     let (main, outside) = columns(&plan.route)?;
-    let tables = match space {
-        Space::Service => [(Map::Services, Map::Affinity), (Map::OutsideServices, Map::OutsideAffinity)],
-        Space::NodePort => {
-            [(Map::NodePorts, Map::NodePortAffinity), (Map::OutsideNodePorts, Map::OutsideNodePortAffinity)]
-        }
+    let (map, affinity, refused) = match space {
+        Space::Service => (Map::Services, Map::Affinity, Map::Refused),
+        Space::NodePort => (Map::NodePorts, Map::NodePortAffinity, Map::RefusedNodePorts),
     };
-    let differs = outside.is_some();
-    for (column, (map, affinity)) in [Some(main), outside].into_iter().zip(tables) {
-        let Some(column) = column else { continue };
-        let leads = match (scope_of(column.target), column.target) {
-            (Some(scope), _) => {
-                let object = picker(port, space, scope, column.masquerade)?;
-                if let Some(recorder) = recorder(port, scope) {
-                    items.push(Item::new(affinity, key.clone(), Leads::Chain(recorder)));
-                }
-                Leads::Bucket(object)
-            }
-            (None, Target::Reject) => {
-                let refused = if space == Space::Service { Map::Refused } else { Map::RefusedNodePorts };
-                items.push(Item::member(refused, key.clone()));
-                // What is refused for everybody needs no look-up at all: it is refused where it is not translated.
-                if !differs {
-                    continue;
-                }
-                Leads::Verdict(Verdict::Pass)
-            }
-            (None, _) => Leads::Verdict(Verdict::Drop),
-        };
-        items.push(Item::new(map, key.clone(), leads));
+    let refuses = |column: &Column| column.target == Target::Reject;
+    if refuses(&main) || outside.as_ref().is_some_and(refuses) {
+        items.push(Item::member(refused, key.clone()));
+    }
+    // What is refused for everybody needs no look-up at all: it is refused where it is not translated.
+    if !refuses(&main) || outside.is_some() {
+        items.push(Item::new(map, key.clone(), leads(port, space, &main, outside.as_ref())?));
+    }
+    if let Some(recorder) = recorder(port, &main, outside.as_ref()) {
+        items.push(Item::new(affinity, key.clone(), Leads::Chain(recorder)));
     }
     slot_items(port, plan, space, &key, items);
     guard_items(plan, &key, items);
     answered_items(plan, &key, items);
     Ok(())
+}
+
+/// Where a frontend leads: for both sides the same, or to a fork.
+fn leads(port: &PortPlan, space: Space, main: &Column, outside: Option<&Column>) -> Result<Leads, String> {
+    let end = |column: &Column| {
+        Ok::<_, String>(match (scope_of(column.target), column.target) {
+            (Some(scope), _) => End::Chain(Box::new(picker(port, space, scope, column.masquerade)?)),
+            (None, Target::Reject) => End::Pass,
+            (None, _) => End::Drop,
+        })
+    };
+    Ok(match (end(main)?, outside.map(end).transpose()?) {
+        (inside, Some(outside)) => Leads::Bucket(Object::Fork { inside, outside }),
+        (End::Chain(picker), None) => Leads::Bucket(*picker),
+        (End::Drop, None) => Leads::Verdict(Verdict::Drop),
+        (End::Pass, None) => Leads::Verdict(Verdict::Pass),
+    })
 }
 
 fn picker(port: &PortPlan, space: Space, scope: Scope, masquerade: Masquerade) -> Result<Object, String> {
@@ -271,8 +274,20 @@ fn picker(port: &PortPlan, space: Space, scope: Scope, masquerade: Masquerade) -
     Ok(Object::Picker { space, scope, count, masquerade, sticky })
 }
 
-fn recorder(port: &PortPlan, scope: Scope) -> Option<Object> {
-    port.affinity.map(|seconds| Object::Recorder { sticky: object::sticky(&port.id), scope, seconds })
+/// What remembers the choice of a sticky port: only where there was one.
+fn recorder(port: &PortPlan, main: &Column, outside: Option<&Column>) -> Option<Object> {
+    let seconds = port.affinity?;
+    let of = |column: &Column| {
+        let scope = scope_of(column.target)?;
+        Some(Object::Recorder { sticky: object::sticky(&port.id), scope, seconds })
+    };
+    match (of(main), outside.and_then(of)) {
+        (Some(inside), Some(outside)) => {
+            let chain = |recorder| End::Chain(Box::new(recorder));
+            Some(Object::Fork { inside: chain(inside), outside: chain(outside) })
+        }
+        (inside, outside) => inside.or(outside),
+    }
 }
 
 fn slot_items(port: &PortPlan, plan: &FrontendPlan, space: Space, key: &[u8], items: &mut Vec<Item>) {

@@ -202,11 +202,20 @@ pub(super) fn drop() -> Expr {
     verdict(libc::NF_DROP)
 }
 
+fn to_chain(code: i32, chain: &str) -> Expr {
+    let mut verdict = verdict(code);
+    verdict.attributes.push((sys::NFTNL_EXPR_IMM_CHAIN, name(chain)));
+    verdict
+}
+
 /// `jump CHAIN`.
 pub(super) fn jump(chain: &str) -> Expr {
-    let mut jump = verdict(libc::NFT_JUMP);
-    jump.attributes.push((sys::NFTNL_EXPR_IMM_CHAIN, name(chain)));
-    jump
+    to_chain(libc::NFT_JUMP, chain)
+}
+
+/// `goto CHAIN`.
+pub(super) fn goto(chain: &str) -> Expr {
+    to_chain(libc::NFT_GOTO, chain)
 }
 
 /// `numgen random mod MODULUS offset OFFSET`.
@@ -314,20 +323,26 @@ pub(super) fn original_port(dreg: u32) -> Expr {
     ct_original(libc::NFT_CT_PROTO_DST, dreg)
 }
 
-fn ct_bit(key: i32, bit: u32) -> [Expr; 3] {
-    [ct(key, word(0)), bitwise(word(0), &bit.to_ne_bytes(), &[0; 4]), compare(word(0), false, &[0; 4])]
+fn ct_bit(key: i32, bit: u32, set: bool) -> [Expr; 3] {
+    [ct(key, word(0)), bitwise(word(0), &bit.to_ne_bytes(), &[0; 4]), compare(word(0), !set, &[0; 4])]
 }
+
+const NF_CT_STATE_NEW: u32 = 1 << 3;
 
 /// `ct state new`.
 pub(super) fn new_flow() -> [Expr; 3] {
-    const NF_CT_STATE_NEW: u32 = 1 << 3;
-    ct_bit(libc::NFT_CT_STATE, NF_CT_STATE_NEW)
+    ct_bit(libc::NFT_CT_STATE, NF_CT_STATE_NEW, true)
+}
+
+/// `ct state ! new`.
+pub(super) fn no_new_flow() -> [Expr; 3] {
+    ct_bit(libc::NFT_CT_STATE, NF_CT_STATE_NEW, false)
 }
 
 /// `ct status dnat`.
 pub(super) fn translated() -> [Expr; 3] {
     const IPS_DST_NAT: u32 = 1 << 5;
-    ct_bit(libc::NFT_CT_STATUS, IPS_DST_NAT)
+    ct_bit(libc::NFT_CT_STATUS, IPS_DST_NAT, true)
 }
 
 /// `reject`: ICMP port unreachable, whatever the protocol (note under F7).

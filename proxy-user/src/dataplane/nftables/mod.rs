@@ -95,7 +95,7 @@ impl Dataplane for Nftables {
             failed.extend(refused);
             if delta.complete {
                 table
-                    .remove_leftovers(&mut self.netlink)
+                    .remove_leftovers(&mut self.netlink, &node)
                     .map_err(|error| io_error(&describe("removing leftovers"), error))?;
             }
         }

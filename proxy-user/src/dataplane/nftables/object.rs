@@ -68,7 +68,58 @@ pub(super) enum Object {
     Recorder { sticky: Sticky, scope: Scope, seconds: u32 },
     /// The chain that sends a flow to one of `count` backends.
     Picker { space: Space, scope: Scope, count: u32, masquerade: Masquerade, sticky: Option<Sticky> },
+    /// The chain that leads what comes from outside elsewhere than pods and this host (R6).
+    Fork { inside: End, outside: End },
 }
+
+/// Where one side of a [`Object::Fork`] leads.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum End {
+    /// To another chain.
+    Chain(Box<Object>),
+    /// Dropped (F3).
+    Drop,
+    /// Not translated, and not looked up any further.
+    Pass,
+}
+
+impl End {
+    fn words(&self) -> String {
+        match self {
+            Self::Chain(object) => object.words(),
+            Self::Drop => DROP.to_owned(),
+            Self::Pass => PASS.to_owned(),
+        }
+    }
+
+    fn object(&self) -> Option<&Object> {
+        match self {
+            Self::Chain(object) => Some(object),
+            Self::Drop | Self::Pass => None,
+        }
+    }
+
+    fn parse(words: &str, sticky: Option<&Sticky>) -> Option<Self> {
+        Some(match words {
+            DROP => Self::Drop,
+            PASS => Self::Pass,
+            _ => Self::Chain(Box::new(Object::read(words, sticky.map(Arc::clone))?)),
+        })
+    }
+
+    fn verdict(&self) -> Expr {
+        match self {
+            Self::Chain(object) => expr::goto(&object.name()),
+            Self::Drop => expr::drop(),
+            Self::Pass => expr::accept(),
+        }
+    }
+}
+
+const DROP: &str = "drop";
+const PASS: &str = "pass";
+/// Stands between the two sides in the name of a fork.
+const OUTSIDE: &str = "-outside-";
 
 const SCOPES: [(Scope, &str); 2] = [(Scope::Cluster, "cluster"), (Scope::Local, "local")];
 const SPACES: [(Space, &str); 2] = [(Space::Service, "service"), (Space::NodePort, "node-port")];
@@ -85,18 +136,21 @@ fn word_of<T: PartialEq>(words: &[(T, &'static str)], value: &T) -> &'static str
 
 impl Object {
     pub(super) fn name(&self) -> String {
+        format!("{}{}", self.words(), self.sticky().map(AsRef::as_ref).unwrap_or_default())
+    }
+
+    /// The name without the port.
+    fn words(&self) -> String {
         match self {
-            Self::Memory { sticky, scope } => format!("memory-{}{sticky}", word_of(&SCOPES, scope)),
-            Self::Recorder { sticky, scope, seconds } => {
-                format!("record-{}-{seconds}{sticky}", word_of(&SCOPES, scope))
-            }
-            Self::Picker { space, scope, count, masquerade, sticky } => format!(
-                "{}-{}-{count}{}{}",
+            Self::Memory { scope, .. } => format!("memory-{}", word_of(&SCOPES, scope)),
+            Self::Recorder { scope, seconds, .. } => format!("record-{}-{seconds}", word_of(&SCOPES, scope)),
+            Self::Picker { space, scope, count, masquerade, .. } => format!(
+                "{}-{}-{count}{}",
                 word_of(&SPACES, space),
                 word_of(&SCOPES, scope),
                 word_of(&MASQUERADES, masquerade),
-                sticky.as_deref().unwrap_or_default(),
             ),
+            Self::Fork { inside, outside } => format!("{}{OUTSIDE}{}", inside.words(), outside.words()),
         }
     }
 
@@ -105,6 +159,17 @@ impl Object {
         let (words, sticky) = name
             .split_once('/')
             .map_or((name, None), |(words, _)| (words, Some(Sticky::from(&name[words.len()..]))));
+        match words.split_once(OUTSIDE) {
+            Some((inside, outside)) => Some(Self::Fork {
+                inside: End::parse(inside, sticky.as_ref())?,
+                outside: End::parse(outside, sticky.as_ref())?,
+            }),
+            None => Self::read(words, sticky),
+        }
+    }
+
+    /// The object of this name that is no fork.
+    fn read(words: &str, sticky: Option<Sticky>) -> Option<Self> {
         let scope_of = |text: &str| {
             SCOPES.iter().find_map(|(scope, word)| Some((*scope, text.strip_prefix(word)?.to_owned())))
         };
@@ -128,11 +193,30 @@ impl Object {
         Some(Self::Picker { space, scope, count: count.parse().ok()?, masquerade, sticky })
     }
 
+    /// The chains that this one leads to, which must be there as long as it is.
+    pub(super) fn parts(&self) -> impl Iterator<Item = &Self> {
+        let ends = match self {
+            Self::Fork { inside, outside } => [inside.object(), outside.object()],
+            _ => [None, None],
+        };
+        ends.into_iter().flatten()
+    }
+
+    /// Whether frontends lead to it by a bucket.
+    pub(super) fn has_bucket(&self) -> bool {
+        match self {
+            Self::Memory { .. } | Self::Recorder { .. } => false,
+            Self::Picker { .. } => true,
+            Self::Fork { .. } => self.parts().all(Self::has_bucket),
+        }
+    }
+
     /// The port this object belongs to alone, if it is not shared by all.
-    pub(super) const fn sticky(&self) -> Option<&Sticky> {
+    pub(super) fn sticky(&self) -> Option<&Sticky> {
         match self {
             Self::Memory { sticky, .. } | Self::Recorder { sticky, .. } => Some(sticky),
             Self::Picker { sticky, .. } => sticky.as_ref(),
+            Self::Fork { .. } => self.parts().find_map(Self::sticky),
         }
     }
 
@@ -151,6 +235,10 @@ impl Object {
                 ]]
             }
             Self::Picker { .. } => self.picker_rules(family, node),
+            Self::Fork { inside, outside } => vec![
+                [ruleset::from_outside(family, node), vec![outside.verdict()]].concat(),
+                vec![inside.verdict()],
+            ],
         }
     }
 
@@ -227,6 +315,13 @@ mod tests {
                 }
             }
         }
+        let forks = objects.iter().flat_map(|object| {
+            let chain = || End::Chain(Box::new(object.clone()));
+            let pairs = [(chain(), chain()), (chain(), End::Drop), (End::Pass, chain())];
+            pairs.map(|(inside, outside)| Object::Fork { inside, outside })
+        });
+        let forks: Vec<_> = forks.collect();
+        objects.extend(forks);
         for object in objects {
             assert_eq!(Object::parse(&object.name()), Some(object.clone()), "{}", object.name());
         }

@@ -24,14 +24,10 @@ pub(super) const TABLE: &str = "weir";
 /// A map or set that always exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Map {
-    /// Frontend → bucket, for pods and this host.
+    /// Frontend → bucket.
     Services,
-    /// The same for everybody else, where it differs.
-    OutsideServices,
-    /// NodePort → bucket, for pods and this host.
+    /// NodePort → bucket.
     NodePorts,
-    /// The same for everybody else, where it differs.
-    OutsideNodePorts,
     /// Bucket → the chain that picks a backend.
     Buckets,
     /// Frontend and slot → backend.
@@ -52,24 +48,18 @@ pub(super) enum Map {
     Guarded,
     /// The sources they let in.
     AllowedSources,
-    /// Frontend → the chain that remembers the choice (A1 to A5), for pods and this host.
+    /// Frontend → the chain that remembers the choice (A1 to A5).
     Affinity,
-    /// The same for everybody else.
-    OutsideAffinity,
-    /// NodePort → the chain that remembers the choice, for pods and this host.
+    /// NodePort → the chain that remembers the choice.
     NodePortAffinity,
-    /// The same for everybody else.
-    OutsideNodePortAffinity,
     /// Frontends left alone while their address is this host's own: a process here answers.
     Answered,
 }
 
 impl Map {
-    pub(super) const ALL: [Self; 19] = [
+    pub(super) const ALL: [Self; 15] = [
         Self::Services,
-        Self::OutsideServices,
         Self::NodePorts,
-        Self::OutsideNodePorts,
         Self::Buckets,
         Self::Backends,
         Self::NodePortBackends,
@@ -81,18 +71,14 @@ impl Map {
         Self::Guarded,
         Self::AllowedSources,
         Self::Affinity,
-        Self::OutsideAffinity,
         Self::NodePortAffinity,
-        Self::OutsideNodePortAffinity,
         Self::Answered,
     ];
 
     pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Services => "services",
-            Self::OutsideServices => "services-from-outside",
             Self::NodePorts => "node-ports",
-            Self::OutsideNodePorts => "node-ports-from-outside",
             Self::Buckets => "buckets",
             Self::Backends => "backends",
             Self::NodePortBackends => "node-port-backends",
@@ -104,17 +90,15 @@ impl Map {
             Self::Guarded => "guarded",
             Self::AllowedSources => "allowed-sources",
             Self::Affinity => "affinity",
-            Self::OutsideAffinity => "affinity-from-outside",
             Self::NodePortAffinity => "node-port-affinity",
-            Self::OutsideNodePortAffinity => "node-port-affinity-from-outside",
             Self::Answered => "answered-here",
         }
     }
 
     pub(super) fn spec(self, family: Family) -> SetSpec {
         let (key, value): (&[Part], ValueKind) = match self {
-            Self::Services | Self::OutsideServices => (&FRONTEND, BUCKET),
-            Self::NodePorts | Self::OutsideNodePorts => (&NODE_PORT, BUCKET),
+            Self::Services => (&FRONTEND, BUCKET),
+            Self::NodePorts => (&NODE_PORT, BUCKET),
             Self::Buckets => (&[Part::Bucket], ValueKind::Verdict),
             Self::Backends => (&[Part::Address, Part::Protocol, Part::Port, Part::Slot], endpoint(family)),
             Self::NodePortBackends => (&[Part::Protocol, Part::Port, Part::Slot], endpoint(family)),
@@ -125,8 +109,8 @@ impl Map {
             Self::AllowedSources => {
                 (&[Part::Address, Part::Protocol, Part::Port, Part::Address], ValueKind::None)
             }
-            Self::Affinity | Self::OutsideAffinity => (&FRONTEND, ValueKind::Verdict),
-            Self::NodePortAffinity | Self::OutsideNodePortAffinity => (&NODE_PORT, ValueKind::Verdict),
+            Self::Affinity => (&FRONTEND, ValueKind::Verdict),
+            Self::NodePortAffinity => (&NODE_PORT, ValueKind::Verdict),
         };
         let mut spec = set_spec(self.name(), family, key, value);
         if self == Self::AllowedSources {
@@ -367,43 +351,40 @@ fn to_bucket(map: Map) -> Vec<Expr> {
     ]
 }
 
-/// Every base chain, and the chain `remember`.
-pub(super) fn static_chains(family: Family, node: &NodePlan, affinity_in_use: bool) -> Vec<StaticChain> {
+/// What some Service needs besides what every node has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Needs {
+    /// Choices are remembered (A3).
+    pub(super) affinity: bool,
+    /// Sources are let in or not (F7).
+    pub(super) guards: bool,
+}
+
+/// Every chain that is there whatever Services there are, or because of `needs`.
+pub(super) fn static_chains(family: Family, node: &NodePlan, needs: Needs) -> Vec<StaticChain> {
     use Hook::{Forward, In, Out, PostRouting, PreRouting};
-    let remember: Vec<Vec<Expr>> = if affinity_in_use {
-        vec![[expr::new_flow().to_vec(), expr::translated().to_vec(), vec![expr::jump(REMEMBER)]].concat()]
-    } else {
-        Vec::new()
-    };
-    let guard = vec![guard_rule(family)];
-    let refuse = refuse_rules(family, node);
-    let base = |name: &str, kind, hook, priority, rules| StaticChain {
-        spec: ChainSpec { name: name.to_owned(), hook: Some((kind, hook, priority)) },
-        rules,
-    };
     let filter = ChainType::Filter;
     let mut chains = vec![
-        StaticChain {
-            spec: ChainSpec { name: REMEMBER.to_owned(), hook: None },
-            rules: remember_rules(family, node),
-        },
-        base("guard-prerouting", filter, PreRouting, -110, guard.clone()),
-        base("guard-output", filter, Out, -110, guard),
         base("nat-prerouting", ChainType::Nat, PreRouting, -100, dispatch_rules(family, node, true)),
         base("nat-output", ChainType::Nat, Out, -100, dispatch_rules(family, node, false)),
-        base("remember-prerouting", filter, PreRouting, -99, remember.clone()),
-        base("remember-output", filter, Out, -99, remember),
         base("filter-input", filter, In, 0, input_rules(family, node)),
-        base(
-            "filter-output",
-            filter,
-            Out,
-            0,
-            left_alone(family, node, false).into_iter().chain(refuse.clone()).collect(),
-        ),
-        base("filter-forward", filter, Forward, 0, refuse),
+        base("filter-output", filter, Out, 0, refuse_rules(family, node, left_alone(family, node, false))),
+        base("filter-forward", filter, Forward, 0, refuse_rules(family, node, None)),
         base("nat-postrouting", ChainType::Nat, PostRouting, 100, masquerade_rules(family, node)),
     ];
+    if needs.guards {
+        let [coming_in, going_out] = GUARD;
+        chains.push(base(coming_in, filter, PreRouting, -110, vec![guard_rule(family)]));
+        chains.push(base(going_out, filter, Out, -110, vec![guard_rule(family)]));
+    }
+    if needs.affinity {
+        let [coming_in, going_out, all] = REMEMBER;
+        let spec = ChainSpec { name: all.to_owned(), hook: None };
+        chains.push(StaticChain { spec, rules: remember_rules(family) });
+        let rule = [expr::new_flow().to_vec(), expr::translated().to_vec(), vec![expr::jump(all)]].concat();
+        chains.push(base(coming_in, filter, PreRouting, -99, vec![rule.clone()]));
+        chains.push(base(going_out, filter, Out, -99, vec![rule]));
+    }
     if node.answers_names {
         let [coming_in, going_out] = ANSWERED;
         chains.push(base(coming_in, filter, PreRouting, -300, untracked_rules(family, true)));
@@ -412,31 +393,33 @@ pub(super) fn static_chains(family: Family, node: &NodePlan, affinity_in_use: bo
     chains
 }
 
-/// The base chains that are there only where names are answered: every packet would pass them, empty or not.
-pub(super) const ANSWERED: [&str; 2] = ["answered-prerouting", "answered-output"];
+fn base(name: &str, kind: ChainType, hook: Hook, priority: i32, rules: Vec<Vec<Expr>>) -> StaticChain {
+    StaticChain { spec: ChainSpec { name: name.to_owned(), hook: Some((kind, hook, priority)) }, rules }
+}
 
-const REMEMBER: &str = "remember";
+/// The chains that are there only where names are answered. Every packet would pass them, empty or not, as it would
+/// those below.
+const ANSWERED: [&str; 2] = ["answered-prerouting", "answered-output"];
+/// The chains that are there only while some Service lets only some sources in.
+pub(super) const GUARD: [&str; 2] = ["guard-prerouting", "guard-output"];
+/// The chains that are there only while some Service has session affinity; the last is what the others lead to.
+pub(super) const REMEMBER: [&str; 3] = ["remember-prerouting", "remember-output", "remember"];
+
+/// Every chain that may be there or not. Those that lead to others come first, as they have to when they go.
+pub(super) fn optional_chains() -> impl Iterator<Item = &'static str> {
+    ANSWERED.into_iter().chain(GUARD).chain(REMEMBER)
+}
 
 /// Matches what comes from neither a pod nor this host.
-fn from_outside(family: Family, node: &NodePlan) -> Vec<Expr> {
+pub(super) fn from_outside(family: Family, node: &NodePlan) -> Vec<Expr> {
     [not_from_pod(family, node), expr::source_is_local(false).to_vec()].concat()
 }
 
-/// R1: an exact frontend before a NodePort; for what comes in from outside, the table that is only for it before the
-/// one for all. What this host sends needs none of the former.
+/// R1: an exact frontend before a NodePort.
 fn dispatch_rules(family: Family, node: &NodePlan, coming_in: bool) -> Vec<Vec<Expr>> {
-    let outside = from_outside(family, node);
-    let to_node = to_node(family, node);
-    let services = |map| [load_frontend(family), to_bucket(map)].concat();
-    let node_ports = |map| [to_node.clone(), load_node_port(), to_bucket(map)].concat();
-    let rules = [
-        (true, [outside.clone(), services(Map::OutsideServices)].concat()),
-        (false, services(Map::Services)),
-        (true, [outside, node_ports(Map::OutsideNodePorts)].concat()),
-        (false, node_ports(Map::NodePorts)),
-    ];
-    let rules = rules.into_iter().filter(|(only_in, _)| coming_in || !only_in).map(|(_, rule)| rule);
-    left_alone(family, node, coming_in).into_iter().chain(rules).collect()
+    let services = [load_frontend(family), to_bucket(Map::Services)].concat();
+    let node_ports = [to_node(family, node), load_node_port(), to_bucket(Map::NodePorts)].concat();
+    left_alone(family, node, coming_in).into_iter().chain([services, node_ports]).collect()
 }
 
 /// F7: before translation, so that it holds whatever would happen next.
@@ -456,24 +439,26 @@ fn guard_rule(family: Family) -> Vec<Expr> {
     .concat()
 }
 
+/// Lets everything pass that is no flow's first packet, so that only those meet the rules behind.
+fn only_new_flows() -> Vec<Expr> {
+    [expr::no_new_flow().to_vec(), vec![expr::accept()]].concat()
+}
+
 fn refused(family: Family) -> Vec<Expr> {
-    [
-        expr::new_flow().to_vec(),
-        load_frontend(family),
-        vec![expr::in_set(expr::word(0), Map::Refused.name()), expr::reject(family)],
-    ]
-    .concat()
+    let refused = vec![expr::in_set(expr::word(0), Map::Refused.name()), expr::reject(family)];
+    [load_frontend(family), refused].concat()
 }
 
 /// F1 for NodePorts and for addresses that are this host's own.
 fn input_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
     let node_port = [
-        expr::new_flow().to_vec(),
-        to_node(family, node),
         load_node_port(),
-        vec![expr::in_set(expr::word(0), Map::RefusedNodePorts.name()), expr::reject(family)],
+        vec![expr::in_set(expr::word(0), Map::RefusedNodePorts.name())],
+        to_node(family, node),
+        vec![expr::reject(family)],
     ];
-    let mut rules: Vec<Vec<Expr>> = left_alone(family, node, true).into_iter().collect();
+    let mut rules = vec![only_new_flows()];
+    rules.extend(left_alone(family, node, true));
     if node.answers_names {
         // F4 where a ClusterIP is this host's own: whatever else listens here is not what was asked for.
         rules.push(unknown_port(family));
@@ -483,33 +468,28 @@ fn input_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
 }
 
 fn unknown_port(family: Family) -> Vec<Expr> {
-    [
-        expr::new_flow().to_vec(),
-        vec![
-            expr::destination_address(family, expr::word(0)),
-            expr::in_set(expr::word(0), Map::ClusterIps.name()),
-            expr::reject(family),
-        ],
+    vec![
+        expr::destination_address(family, expr::word(0)),
+        expr::in_set(expr::word(0), Map::ClusterIps.name()),
+        expr::reject(family),
     ]
-    .concat()
 }
 
-/// F1, F4, F5.
-fn refuse_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
+/// F1, F4, F5, behind what is an exception.
+fn refuse_rules(family: Family, node: &NodePlan, exception: Option<Vec<Expr>>) -> Vec<Vec<Expr>> {
     let unallocated = node.service_cidrs.iter().filter(|net| Family::of(net.addr()) == family).map(|net| {
         let (mask, network) = mask_and_network(*net);
-        [
-            expr::new_flow().to_vec(),
-            vec![
-                expr::destination_address(family, expr::word(0)),
-                expr::bitwise(expr::word(0), &mask, &vec![0; mask.len()]),
-                expr::compare(expr::word(0), true, &network),
-                expr::drop(),
-            ],
+        vec![
+            expr::destination_address(family, expr::word(0)),
+            expr::bitwise(expr::word(0), &mask, &vec![0; mask.len()]),
+            expr::compare(expr::word(0), true, &network),
+            expr::drop(),
         ]
-        .concat()
     });
-    [refused(family), unknown_port(family)].into_iter().chain(unallocated).collect()
+    let mut rules = vec![only_new_flows()];
+    rules.extend(exception);
+    rules.extend([refused(family), unknown_port(family)].into_iter().chain(unallocated));
+    rules
 }
 
 /// Sets one bit of the packet mark.
@@ -550,7 +530,7 @@ fn masquerade_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
 
 /// A3: once for each new flow, after translation, when the chosen backend is the packet's destination. `nft` prints
 /// `ct original proto-dst` only behind a match on the protocol.
-fn remember_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
+fn remember_rules(family: Family) -> Vec<Vec<Expr>> {
     let words = expr::address_words(family);
     let mut rules = Vec::new();
     for protocol in Protocol::ALL {
@@ -568,14 +548,8 @@ fn remember_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
             expr::original_port(expr::word(1)),
         ];
         let by = |map: Map| vec![expr::map(expr::word(0), map.name(), expr::VERDICT)];
-        let outside = from_outside(family, node);
-        let steps = [
-            [outside.clone(), is_protocol.clone(), frontend.clone(), by(Map::OutsideAffinity)],
-            [Vec::new(), is_protocol.clone(), frontend, by(Map::Affinity)],
-            [outside, is_protocol.clone(), node_port.clone(), by(Map::OutsideNodePortAffinity)],
-            [Vec::new(), is_protocol, node_port, by(Map::NodePortAffinity)],
-        ];
-        rules.extend(steps.map(|step| step.concat()));
+        rules.push([is_protocol.clone(), frontend, by(Map::Affinity)].concat());
+        rules.push([is_protocol, node_port, by(Map::NodePortAffinity)].concat());
     }
     rules
 }

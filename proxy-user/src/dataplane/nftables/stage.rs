@@ -28,6 +28,8 @@ pub(super) struct Stage<'a> {
     pub(super) uses: FxHashMap<Object, i64>,
     /// The same of local backends.
     pub(super) hairpins: FxHashMap<Bytes, i64>,
+    /// How many guarded frontends come or go.
+    pub(super) guarded: i64,
     /// Slots that ports leave behind while they stay themselves.
     pub(super) vacated: Vacated,
     pub(super) gone: BTreeMap<Map, Vec<Element>>,
@@ -77,6 +79,12 @@ impl<'a> Stage<'a> {
         Ok(())
     }
 
+    fn use_object(&mut self, object: &Object, change: i64) {
+        for used in object.parts().chain([object]) {
+            *self.uses.entry(used.clone()).or_default() += change;
+        }
+    }
+
     fn add(&mut self, item: Item) {
         self.elements += 1;
         if item.map == Map::Hairpin {
@@ -92,8 +100,9 @@ impl<'a> Stage<'a> {
             Leads::Chain(object) => (Value::Goto(object.name()), Some(object)),
         };
         if let Some(object) = &object {
-            *self.uses.entry(object.clone()).or_default() += 1;
+            self.use_object(object, 1);
         }
+        self.guarded += i64::from(item.map == Map::Guarded);
         let element = Element { key: item.key, key_end: item.key_end, value };
         self.come.entry(item.map).or_default().push((element, object));
     }
@@ -104,9 +113,10 @@ impl<'a> Stage<'a> {
             *self.hairpins.entry(item.key).or_default() -= 1;
             return;
         }
-        if let Leads::Bucket(object) | Leads::Chain(object) = item.leads {
-            *self.uses.entry(object).or_default() -= 1;
+        if let Leads::Bucket(object) | Leads::Chain(object) = &item.leads {
+            self.use_object(object, -1);
         }
+        self.guarded -= i64::from(item.map == Map::Guarded);
         let element = Element { key: item.key, key_end: item.key_end, value: Value::None };
         self.gone.entry(item.map).or_default().push(element);
     }

@@ -17,7 +17,7 @@ use super::{
     element,
     netlink::{Bytes, ChainSpec, Element, Transaction, Value},
     object::Object,
-    ruleset::{self, Map, address_bytes},
+    ruleset::{self, Map, Needs, address_bytes},
     socket::Netlink,
     stage::{FIRST_BUCKET, ItemKey, PASS_BUCKET, Stage, bucket_value, memories},
     vacated::Vacated,
@@ -38,7 +38,7 @@ const ELEMENTS_A_TRANSACTION: usize = 8192;
 #[derive(Clone, Copy, Debug)]
 struct Live {
     uses: u64,
-    /// The bucket that leads to a picker, 0 for other objects.
+    /// The bucket that leads to it, 0 for what has none.
     bucket: u32,
 }
 
@@ -49,8 +49,10 @@ pub(super) struct Table {
     /// Local backends may serve several ports.
     hairpins: FxHashMap<Bytes, u32>,
     next_bucket: u32,
-    /// Recorders in use; the rules that lead to them exist only while there are any.
-    affinity_in_use: bool,
+    /// What Services need of chains that are there only for them.
+    needs: Needs,
+    /// How many frontends let only some sources in.
+    guarded: u64,
     /// Slots to delete with the next change.
     vacated: Vacated,
     /// Objects nobody uses that could not be removed yet.
@@ -71,7 +73,8 @@ impl Table {
             objects: FxHashMap::default(),
             hairpins: FxHashMap::default(),
             next_bucket: FIRST_BUCKET,
-            affinity_in_use: false,
+            needs: Needs::default(),
+            guarded: 0,
             vacated: Vacated::default(),
             trash: Vec::new(),
             found: None,
@@ -88,6 +91,8 @@ impl Table {
         *self = Self::new(self.family);
         self.next_bucket =
             found.buckets.values().max().map_or(FIRST_BUCKET, |most| (most + 1).max(FIRST_BUCKET));
+        let any = |names: &[&str]| names.iter().any(|name| found.chains.contains(*name));
+        self.needs = Needs { affinity: any(&ruleset::REMEMBER), guards: any(&ruleset::GUARD) };
         self.found = Some(found);
         Ok(())
     }
@@ -220,17 +225,10 @@ impl Table {
         let mut transaction = Transaction::new(&self.raw);
         let made = self.make_objects(&mut transaction, stage, node);
         let taken = self.write_elements(&mut transaction, stage, &made);
-        let affinity = self.affinity_after(stage);
-        if affinity != self.affinity_in_use {
-            for chain in ruleset::static_chains(self.family, node, affinity) {
-                if chain.spec.name.starts_with("remember-") {
-                    transaction.flush_chain(&chain.spec.name);
-                    chain.rules.iter().for_each(|rule| transaction.add_rule(&chain.spec.name, rule));
-                }
-            }
-        }
+        let needs = self.needs_after(stage);
+        self.follow_needs(&mut transaction, node, needs);
         netlink.commit(&transaction.finish())?;
-        self.affinity_in_use = affinity;
+        self.needs = needs;
         self.vacated.extend(&stage.vacated);
         for (map, elements) in stage.come.iter().filter(|(map, _)| Vacated::concerns(**map)) {
             elements.iter().for_each(|(element, _)| self.vacated.forget(*map, &element.key));
@@ -247,14 +245,24 @@ impl Table {
         Ok(())
     }
 
-    /// Whether any recorder is in use once `stage` is in force.
-    fn affinity_after(&self, stage: &Stage<'_>) -> bool {
+    /// What is needed once `stage` is in force. What was found stays until everything has been asked for.
+    fn needs_after(&self, stage: &Stage<'_>) -> Needs {
         let uses = |object: &Object| {
             self.objects.get(object).map_or(0, |live| live.uses as i64)
                 + stage.uses.get(object).copied().unwrap_or(0)
         };
         let recorder = |object: &&Object| matches!(object, Object::Recorder { .. });
-        self.objects.keys().chain(stage.uses.keys()).filter(recorder).any(|object| uses(object) > 0)
+        let adopting = self.found.is_some();
+        Needs {
+            affinity: adopting && self.needs.affinity
+                || self
+                    .objects
+                    .keys()
+                    .chain(stage.uses.keys())
+                    .filter(recorder)
+                    .any(|object| uses(object) > 0),
+            guards: adopting && self.needs.guards || self.guarded.saturating_add_signed(stage.guarded) > 0,
+        }
     }
 
     /// Writes the objects that `stage` is the first to use; answers with their bucket numbers.
@@ -285,8 +293,8 @@ impl Table {
             transaction.add_chain(&ChainSpec { name: name.clone(), hook: None });
             rewrite(transaction, object, self.family, node);
             let known = found.and_then(|found| found.buckets.get(&name).copied());
-            let bucket = match (object, known) {
-                (Object::Picker { .. }, None) => {
+            let bucket = match (object.has_bucket(), known) {
+                (true, None) => {
                     let bucket = next;
                     next += 1;
                     transaction
@@ -330,7 +338,7 @@ impl Table {
             gone.entry(*map).or_default().extend(back.cloned());
             let elements = elements.iter().map(|(element, object)| {
                 let mut element = element.clone();
-                if let Some(object @ Object::Picker { .. }) = object {
+                if let Some(object) = object.as_ref().filter(|object| object.has_bucket()) {
                     let live = self.objects.get(object).map(|live| live.bucket);
                     let bucket = made.get(object).copied().or(live).unwrap_or(PASS_BUCKET);
                     element.value = bucket_value(bucket);
@@ -376,6 +384,7 @@ impl Table {
                 self.trash.push(object.clone());
             }
         }
+        self.guarded = self.guarded.saturating_add_signed(stage.guarded);
         for (key, change) in &stage.hairpins {
             let uses = i64::from(self.hairpins.get(key).copied().unwrap_or_default()) + change;
             if let Ok(uses @ 1..) = u32::try_from(uses) {
@@ -429,7 +438,7 @@ impl Table {
     /// # Errors
     ///
     /// The kernel's.
-    pub(super) fn remove_leftovers(&mut self, netlink: &mut Netlink) -> io::Result<()> {
+    pub(super) fn remove_leftovers(&mut self, netlink: &mut Netlink, node: &NodePlan) -> io::Result<()> {
         let Some(found) = self.found.take() else { return Ok(()) };
         let mut leftovers = found.elements;
         for (map, elements) in &mut leftovers {
@@ -448,6 +457,13 @@ impl Table {
                 transaction.delete_elements(map.name(), gone);
                 netlink.commit(&transaction.finish())?;
             }
+        }
+        let needs = self.needs_after(&Stage::default());
+        if needs != self.needs {
+            let mut transaction = Transaction::new(&self.raw);
+            self.follow_needs(&mut transaction, node, needs);
+            netlink.commit(&transaction.finish())?;
+            self.needs = needs;
         }
         let names = found.chains.iter().chain(&found.sets);
         for object in names.filter_map(|name| Object::parse(name)) {

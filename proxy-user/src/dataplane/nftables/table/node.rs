@@ -9,13 +9,23 @@ use crate::{
     dataplane::nftables::{
         adopt::Found,
         netlink::{Bytes, Element, Transaction, Value},
-        ruleset::{self, Map, address_bytes},
+        ruleset::{self, Map, Needs, StaticChain, address_bytes},
         socket::Netlink,
         stage::{DROP_BUCKET, PASS_BUCKET},
     },
     model::Family,
     plan::NodePlan,
 };
+
+/// Takes chains out; those that lead to others come first.
+fn remove_chains(transaction: &mut Transaction<'_>, names: &[&str]) {
+    for name in names {
+        transaction.flush_chain(name);
+    }
+    for name in names {
+        transaction.delete_chain(name);
+    }
+}
 
 impl Table {
     /// Makes the static objects and rules right for `node`, and the rules of every chain that depend on it.
@@ -38,16 +48,12 @@ impl Table {
                 transaction.add_set(&map.spec(self.family));
             }
         }
-        let chains = ruleset::static_chains(self.family, node, self.affinity_in_use);
-        let left: Vec<&str> = ruleset::ANSWERED
-            .into_iter()
+        let chains = ruleset::static_chains(self.family, node, self.needs);
+        let left: Vec<&str> = ruleset::optional_chains()
             .filter(|name| self.found.as_ref().is_some_and(|found| found.chains.contains(*name)))
             .filter(|name| chains.iter().all(|chain| chain.spec.name != *name))
             .collect();
-        for name in &left {
-            transaction.flush_chain(name);
-            transaction.delete_chain(name);
-        }
+        remove_chains(&mut transaction, &left);
         for chain in &chains {
             transaction.add_chain(&chain.spec);
             transaction.flush_chain(&chain.spec.name);
@@ -66,6 +72,26 @@ impl Table {
         }
         self.apply_node_ips(netlink, node)?;
         self.apply_verdict_buckets(netlink)
+    }
+
+    /// Adds the chains that `needs` asks for and takes out those it does not.
+    pub(super) fn follow_needs(&self, transaction: &mut Transaction<'_>, node: &NodePlan, needs: Needs) {
+        if needs == self.needs {
+            return;
+        }
+        let chains = |needs| ruleset::static_chains(self.family, node, needs);
+        let (before, after) = (chains(self.needs), chains(needs));
+        let missing_from = |others: &[StaticChain], chain: &StaticChain| {
+            others.iter().all(|other| other.spec.name != chain.spec.name)
+        };
+        let left = before.iter().filter(|chain| missing_from(&after, chain)).map(|chain| &*chain.spec.name);
+        let left: Vec<&str> =
+            ruleset::optional_chains().filter(|name| left.clone().any(|left| left == *name)).collect();
+        remove_chains(transaction, &left);
+        for chain in after.iter().filter(|chain| missing_from(&before, chain)) {
+            transaction.add_chain(&chain.spec);
+            chain.rules.iter().for_each(|rule| transaction.add_rule(&chain.spec.name, rule));
+        }
     }
 
     /// Takes the whole table away, in one transaction with an empty one in its place.
