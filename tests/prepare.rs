@@ -57,3 +57,14 @@ fn for_nftables_alone_nothing_is_mounted() -> Result<()> {
     assert_eq!(prepared("$WEIR nftables >&2; stat -f -c %T $PLACE; ls $PLACE")?, "tmpfs\n");
     Ok(())
 }
+
+#[test]
+fn without_the_right_to_mount_ebpf_fails_and_auto_leaves_it_to_nftables() -> Result<()> {
+    let said = prepared(
+        "limited='setpriv --bounding-set=-sys_admin'; $limited $WEIR auto 2>&1; ! $limited $WEIR ebpf 2>&1; stat -f -c %T $PLACE",
+    )?;
+    assert!(said.contains("there is no bpffs, so nftables will serve alone"), "{said}");
+    assert!(said.contains("weir: mounting a bpffs at"), "{said}");
+    assert!(said.ends_with("\ntmpfs\n"), "{said}");
+    Ok(())
+}
