@@ -202,6 +202,8 @@ fn look(place: &Place<'_>, program: &Path) -> Result<Seen> {
         ("flagz", ADMIN, "/flagz"),
         ("statusz", ADMIN, "/statusz"),
         ("metrics", ADMIN, "/metrics"),
+        // After its /healthz, which is what it counts.
+        ("slis", ADMIN, "/metrics/slis"),
         ("pprof", ADMIN, "/debug/pprof/"),
         ("nothing beside metrics", ADMIN, "/nothing"),
         ("check", CHECK, "/"),
@@ -234,6 +236,13 @@ fn look(place: &Place<'_>, program: &Path) -> Result<Seen> {
 fn metrics(page: &str, start: &str) -> BTreeSet<String> {
     let name = |line: &str| Some(line.strip_prefix("# TYPE ")?.to_owned());
     page.lines().filter_map(name).filter(|name| name.starts_with(start)).collect()
+}
+
+/// What a page of metrics says, without comments, and without the value of what is another in every process.
+fn samples(page: &str) -> BTreeSet<&str> {
+    let start = "process_start_time_seconds";
+    let lines = page.lines().filter(|line| !line.starts_with('#'));
+    lines.map(|line| if line.starts_with(start) { start } else { line }).collect()
 }
 
 /// The fields of a JSON object, of objects in it too, without what only tells the time.
@@ -274,7 +283,7 @@ fn p1_to_p7_and_h1_to_h6_are_answered_as_kube_proxy_answers() -> Result<()> {
         for header in ["content-type", "x-content-type-options", "x-load-balancing-endpoint-weight"] {
             let of = |answer: &Answer| format!("{:?}", answer.headers.get(header));
             // Of errors only the code counts, and metrics come in whatever form one asks for.
-            if their.code != 404 && *name != "metrics" {
+            if their.code != 404 && !["metrics", "slis"].contains(name) {
                 compare(header, of(our), of(their));
             }
         }
@@ -297,6 +306,9 @@ fn p1_to_p7_and_h1_to_h6_are_answered_as_kube_proxy_answers() -> Result<()> {
         assert!(metrics(&theirs["metrics"].body, "rest_client_").contains(name), "{name}");
         assert!(metrics(&ours["metrics"].body, "rest_client_").contains(name), "{name}");
     }
+
+    assert_eq!(samples(&ours["slis"].body), samples(&theirs["slis"].body), "{}", theirs["slis"].body);
+    assert!(samples(&theirs["slis"].body).len() > 1, "{}", theirs["slis"].body);
 
     let document = |seen: &Seen| fields(&seen["configz"].json());
     let (our, their) = (document(&ours), document(&theirs));

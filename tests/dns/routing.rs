@@ -176,6 +176,24 @@ fn the_clusters_names_resolve_while_coredns_is_away_ebpf() -> Result<()> {
     names_without_coredns(Plane::Ebpf)
 }
 
+/// Its queries then have the Service's own address for their source, and the answers go to a port there that no Service
+/// has (F4).
+#[test]
+fn a_host_with_no_route_elsewhere_is_answered_too() -> Result<()> {
+    for plane in [Plane::Nftables, Plane::Ebpf] {
+        let topology = Topology::new()?;
+        let host = topology.at(Place::Host(1));
+        for family in ["-4", "-6"] {
+            host.stdout("ip", &[family, "route", "del", "default"])?;
+        }
+        let rig = Rig::new(&topology, plane)?;
+        let _weir = rig.weir()?;
+        rig.await_answers_of(Who::Weir);
+        assert_eq!(host.stdout("ip", &["-6", "-o", "addr", "show", "dev", "weir-dns"])?, "");
+    }
+    Ok(())
+}
+
 #[test]
 fn a_weir_that_does_not_answer_gives_the_queries_back() -> Result<()> {
     let topology = Topology::new()?;

@@ -16,6 +16,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use machine::Machine;
 
+mod architecture;
 mod bench;
 mod chart;
 mod check;

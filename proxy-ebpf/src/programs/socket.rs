@@ -83,6 +83,26 @@ pub(super) fn address(context: &SockAddrContext, family: Family) -> Endpoint {
     Endpoint { address, port: user.user_port as u16, zero: 0 }
 }
 
+/// Whether a datagram goes where it comes from: its socket is bound to the very address it sends to.
+#[inline(always)]
+pub(super) fn sends_to_itself(context: &SockAddrContext, family: Family) -> bool {
+    let user: *const bpf_sock_addr = context.sock_addr;
+    // SAFETY: as in `address`, for hooks of sending, which alone have a source. Volatile, because the verifier wants each
+    // word read for itself.
+    unsafe {
+        let is = |from: *const u32, to: *const u32| from.read_volatile() == to.read_volatile();
+        match family {
+            Family::V4 => is(&raw const (*user).msg_src_ip4, &raw const (*user).user_ip4),
+            Family::V6 => {
+                is(&raw const (*user).msg_src_ip6[0], &raw const (*user).user_ip6[0])
+                    && is(&raw const (*user).msg_src_ip6[1], &raw const (*user).user_ip6[1])
+                    && is(&raw const (*user).msg_src_ip6[2], &raw const (*user).user_ip6[2])
+                    && is(&raw const (*user).msg_src_ip6[3], &raw const (*user).user_ip6[3])
+            }
+        }
+    }
+}
+
 /// Puts another address in its place.
 #[inline(always)]
 pub(super) fn set_address(context: &SockAddrContext, family: Family, to: &Endpoint) {

@@ -71,6 +71,8 @@ pub(super) fn send(context: &SockAddrContext, family: Family) -> i32 {
     let Some(client) = socket::client(context) else { return ALLOW };
     let frontend = match resolve::find(&to, UDP, client) {
         Found::Nothing => return ALLOW,
+        // An answer to a process of the host by the one who answers at the ClusterIP in the Service's place.
+        Found::UnknownPort if socket::sends_to_itself(context, family) => return ALLOW,
         Found::UnknownPort => return refuse(context, &to),
         Found::Frontend(frontend) => frontend,
     };

@@ -14,7 +14,10 @@ use std::{
 
 use rtnetlink::{
     Handle, LinkUnspec, RouteMessageBuilder, new_connection,
-    packet_route::route::{RouteMessage, RouteScope, RouteType},
+    packet_route::{
+        link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute},
+        route::{RouteMessage, RouteScope, RouteType},
+    },
 };
 use tokio_tun::Tun;
 
@@ -61,10 +64,16 @@ impl Device {
         let none = || DeviceError::Netlink(io::ErrorKind::NotFound.into());
         let tun = devices.into_iter().next().ok_or_else(none)?;
         let index = tun.index().map_err(DeviceError::Open)?;
-        // Else it gets an address of its own, which would serve NodePorts. Without IPv6 there is nothing to prevent.
-        let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{DEVICE}/addr_gen_mode"), "1");
         let (connection, handle, _) = new_connection().map_err(DeviceError::Netlink)?;
         let connection = tokio::spawn(connection);
+        // Else it gets an address of its own, which would serve NodePorts. Not by /proc/sys, which containers and services
+        // may only read. Without IPv6 there is nothing to prevent.
+        let without = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
+        let bare = LinkUnspec::new_with_index(index);
+        let bare = bare.append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![without])).build();
+        if let Err(error) = handle.link().set(bare).execute().await {
+            tracing::debug!(%error, "the device may get an IPv6 address");
+        }
         let up = LinkUnspec::new_with_index(index).up().build();
         let set = handle.link().set(up).execute().await;
         set.map_err(|source| DeviceError::Refused(format!("set `{DEVICE}` up"), source))?;

@@ -1,26 +1,26 @@
 //! What kube-proxy serves beside its metrics (P5 to P7), on the same port.
 //!
-//! In: the metrics, and what this agent was told at its start. Out: `/metrics`, `/proxyMode`, `/healthz`, `/configz`,
-//! `/flagz` and `/statusz`.
+//! In: the metrics, and what this agent was told at its start. Out: `/metrics`, `/metrics/slis`, `/proxyMode`,
+//! `/healthz`, `/configz`, `/flagz` and `/statusz`.
 
 use std::{sync::Arc, time::Instant};
 
 use axum::{
     Router,
     http::header::{self, HeaderName},
-    routing::any,
+    routing::{any, delete},
 };
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::Metrics;
+use super::{Metrics, indicators::Indicators};
 
 const TEXT: (HeaderName, &str) = (header::CONTENT_TYPE, "text/plain; charset=utf-8");
 const JSON: (HeaderName, &str) = (header::CONTENT_TYPE, "application/json");
 const METRICS: (HeaderName, &str) = (header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8");
 const NOSNIFF: (HeaderName, &str) = (header::X_CONTENT_TYPE_OPTIONS, "nosniff");
 
-const PATHS: &str = "/configz /flagz /healthz /metrics /proxyMode /statusz";
+const PATHS: &str = "/configz /flagz /healthz /metrics /metrics/slis /proxyMode /statusz";
 
 /// What this agent was told at its start.
 #[derive(Clone, Debug, Default)]
@@ -37,13 +37,27 @@ pub struct About {
 pub fn admin_router(metrics: &Metrics, about: About) -> Router {
     let About { proxy_mode, configuration, words } = about;
     let metrics = metrics.clone();
+    let (counted, shown, forgotten) = {
+        let indicators = Indicators::new();
+        (indicators.clone(), indicators.clone(), indicators)
+    };
+    let healthz = move || {
+        counted.pinged();
+        std::future::ready(([TEXT, NOSNIFF], "ok"))
+    };
+    let reset = move || {
+        forgotten.reset();
+        std::future::ready(([TEXT], "metrics reset\n"))
+    };
+    let indicators = move || std::future::ready(([METRICS], shown.render()));
     let configuration = Arc::from(json!({"kubeproxy.config.k8s.io": configuration}).to_string());
     let flags: Arc<str> = heading("flagz", &flags(&words)).into();
     let started = (Instant::now(), Timestamp::now());
     Router::new()
         .route("/metrics", any(move || rendered(metrics.clone())))
+        .route("/metrics/slis", delete(reset).fallback(indicators))
         .route("/proxyMode", any(move || std::future::ready(([TEXT, NOSNIFF], proxy_mode))))
-        .route("/healthz", any(|| std::future::ready(([TEXT, NOSNIFF], "ok"))))
+        .route("/healthz", any(healthz))
         .route("/configz", any(move || shared([JSON, NOSNIFF], &configuration)))
         .route("/flagz", any(move || shared([TEXT], &flags)))
         .route("/statusz", any(move || std::future::ready(([TEXT], status(started.0, started.1)))))

@@ -8,6 +8,7 @@ mod admin;
 mod events;
 mod health;
 mod health_check;
+mod indicators;
 mod metrics;
 mod names;
 mod process;

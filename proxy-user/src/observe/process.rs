@@ -46,6 +46,11 @@ impl Usage {
     }
 }
 
+/// When this process began, in seconds since the Unix epoch.
+pub(super) fn start_seconds() -> Option<f64> {
+    Usage::read().map(|usage| usage.start_seconds)
+}
+
 fn number(text: &str, label: &str) -> Option<u64> {
     let rest = text.lines().find_map(|line| line.strip_prefix(label))?;
     rest.split_ascii_whitespace().next()?.parse().ok()

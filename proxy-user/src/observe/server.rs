@@ -232,6 +232,9 @@ mod tests {
         let metrics = get(server.address, "/metrics").await.unwrap();
         assert_eq!(header(&metrics, "content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
         assert!(body(&metrics).contains("kubeproxy_sync_proxy_rules_service_changes_total 0\n"));
+        let indicators = get(server.address, "/metrics/slis").await.unwrap();
+        assert_eq!(header(&indicators, "content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
+        assert!(body(&indicators).contains("kubernetes_healthcheck{name=\"ping\",type=\"healthz\"} 1\n"));
         let configuration = get(server.address, "/configz").await.unwrap();
         assert_eq!(header(&configuration, "content-type"), Some("application/json"));
         assert_eq!(body(&configuration), r#"{"kubeproxy.config.k8s.io":{"mode":"auto"}}"#);

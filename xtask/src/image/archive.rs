@@ -17,10 +17,8 @@ use serde::Serialize;
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
-use super::{
-    elf::Architecture,
-    root::{Entry, Root},
-};
+use super::root::{Entry, Root};
+use crate::architecture::Architecture;
 
 /// The image for one architecture.
 pub(super) struct Image {

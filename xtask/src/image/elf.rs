@@ -2,8 +2,6 @@
 //!
 //! In: the bytes of an ELF file, also of another architecture than ours, which `ldd` cannot read. Out: a [`Program`].
 
-use std::fmt;
-
 use anyhow::{Context as _, Result, bail};
 use object::{
     Object as _,
@@ -11,34 +9,7 @@ use object::{
     read::elf::{ElfFile64, FileHeader as _, ProgramHeader as _},
 };
 
-/// What images are made for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Architecture {
-    /// x86_64
-    Amd64,
-    /// aarch64
-    Arm64,
-}
-
-impl Architecture {
-    /// As Debian names directories and cross compilers name themselves.
-    pub(super) fn triple(self) -> &'static str {
-        match self {
-            Self::Amd64 => "x86_64-linux-gnu",
-            Self::Arm64 => "aarch64-linux-gnu",
-        }
-    }
-}
-
-impl fmt::Display for Architecture {
-    /// As images name it.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Amd64 => "amd64",
-            Self::Arm64 => "arm64",
-        })
-    }
-}
+use crate::architecture::Architecture;
 
 /// What a program or a library needs to run.
 #[derive(Debug, PartialEq, Eq)]

@@ -1,6 +1,6 @@
 //! `cargo xtask image`: the container image, made without Docker.
 //!
-//! In: built programs, one for each architecture, or none for a release build of this machine's. Out: an archive that
+//! In: built programs, one for each architecture, or architectures to make release builds for. Out: an archive that
 //! `docker load`, `podman load`, `ctr images import` and `kind load image-archive` take, or with `--root` the image's
 //! files in a directory, which is what the Dockerfile copies. The same programs make the same archive, byte for byte.
 
@@ -11,25 +11,21 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use self::{
-    archive::Image,
-    elf::{Architecture, Program},
-    root::Root,
-};
-use crate::{
-    machine::Machine,
-    process,
-    setup::{self, Level},
-};
+use self::{archive::Image, build::Built, elf::Program, root::Root};
+use crate::{architecture::Architecture, machine::Machine};
 
 mod archive;
+mod build;
 mod elf;
 mod root;
 
 /// What `cargo xtask image` can be told.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// A weir that is built already; several times for several architectures [default: a release build]
+    /// Architecture to build for; several for one image of all of them [default: this machine's]
+    #[arg(long = "arch", value_name = "ARCH", value_delimiter = ',', conflicts_with = "binaries")]
+    architectures: Vec<Architecture>,
+    /// A weir that is built already; several times for several architectures
     #[arg(long = "binary", value_name = "FILE")]
     binaries: Vec<PathBuf>,
     /// Name and tag of the image [default: weir:VERSION]
@@ -38,8 +34,8 @@ pub(crate) struct Options {
     /// The archive to write
     #[arg(long, value_name = "FILE", default_value = "target/weir-image.tar")]
     output: PathBuf,
-    /// Where the libraries of the programs are, below it as below `/`
-    #[arg(long, value_name = "DIR", default_value = "/")]
+    /// Where the libraries of the programs given with --binary are, below it as below `/`
+    #[arg(long, value_name = "DIR", default_value = "/", requires = "binaries")]
     sysroot: PathBuf,
     /// Write the files of the image into this directory instead of an archive
     #[arg(long, value_name = "DIR", conflicts_with_all = ["output", "tag"])]
@@ -52,8 +48,12 @@ pub(crate) struct Options {
 ///
 /// When weir cannot be built, a program is none that Linux runs, a library is missing, or nothing can be written.
 pub(crate) fn run(machine: &Machine, options: &Options) -> Result<()> {
-    let Options { binaries, tag, output, sysroot, root } = options;
-    let roots = roots(machine, binaries, sysroot)?;
+    let Options { architectures, binaries, tag, output, sysroot, root } = options;
+    let built = match &**binaries {
+        [] => build::release(machine, architectures)?,
+        given => given.iter().map(|binary| Built::new(binary, sysroot)).collect(),
+    };
+    let roots = roots(machine, &built)?;
     if let Some(directory) = root {
         let [(_, root)] = &*roots else { bail!("--root takes one program, because it is one root") };
         root.write(directory)?;
@@ -70,22 +70,17 @@ pub(crate) fn run(machine: &Machine, options: &Options) -> Result<()> {
 ///
 /// As [`run`].
 pub(crate) fn archive(machine: &Machine, binary: Option<&Path>, tag: &str, output: &Path) -> Result<()> {
-    let given = binary.map(Path::to_owned).into_iter().collect::<Vec<_>>();
-    write_archive(output, tag, roots(machine, &given, Path::new("/"))?)
+    let built = match binary {
+        Some(binary) => vec![Built::new(binary, Path::new("/"))],
+        None => build::release(machine, &[])?,
+    };
+    write_archive(output, tag, roots(machine, &built)?)
 }
 
-/// The files of an image for each of the programs, or for a release build.
-fn roots(machine: &Machine, binaries: &[PathBuf], sysroot: &Path) -> Result<Vec<(Architecture, Root)>> {
-    let built;
-    let binaries = match binaries {
-        [] => {
-            built = [release_build(machine)?];
-            &built
-        }
-        given => given,
-    };
+/// The files of an image for each of the programs.
+fn roots(machine: &Machine, built: &[Built]) -> Result<Vec<(Architecture, Root)>> {
     let mut roots = Vec::new();
-    for binary in binaries {
+    for Built { binary, sysroot } in built {
         let binary = machine.workspace.join(binary);
         let bytes = fs::read(&binary).with_context(|| format!("reading {}", binary.display()))?;
         let program = Program::read(&bytes).with_context(|| binary.display().to_string())?;
@@ -109,13 +104,6 @@ fn write_archive(output: &Path, tag: &str, roots: Vec<(Architecture, Root)>) -> 
     fs::write(output, &bytes).with_context(|| format!("writing {}", output.display()))?;
     println!("wrote {}: {:.1} MB", output.display(), megabytes(bytes.len()));
     Ok(())
-}
-
-/// Builds weir for this machine, as it is to be shipped.
-fn release_build(machine: &Machine) -> Result<PathBuf> {
-    setup::run(machine, Level::Build)?;
-    process::run(machine.cargo().args(["build", "--release", "--package", "proxy-user", "--bin", "weir"]))?;
-    Ok(machine.target_directory()?.join("release/weir"))
 }
 
 #[expect(clippy::cast_precision_loss, reason = "for people to read, with one digit")]

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use super::elf::Program;
-use crate::{machine::Machine, process};
+use crate::{machine::Machine, process, setup};
 
 const WEIR: &str = "usr/local/bin/weir";
 /// What DaemonSets of kubeadm and kind call; weir then takes kube-proxy's arguments.
@@ -56,12 +56,12 @@ impl Root {
             let text = fs::read(machine.workspace.join(licence)).with_context(|| licence.to_owned())?;
             root.file(&format!("usr/share/doc/weir/{licence}"), 0o644, text);
         }
-        root.link(machine, program, sysroot)?;
+        root.link(program, sysroot)?;
         Ok(root)
     }
 
     /// Adds the loader and the libraries of `program`, and theirs.
-    fn link(&mut self, machine: &Machine, program: &Program, sysroot: &Path) -> Result<()> {
+    fn link(&mut self, program: &Program, sysroot: &Path) -> Result<()> {
         let loader = program.loader.as_deref().map(|path| path.trim_start_matches('/').to_owned());
         let mut wanted = program.libraries.clone();
         while let Some(name) = wanted.pop() {
@@ -74,7 +74,7 @@ impl Root {
             let content = fs::read(&found).with_context(|| format!("reading {}", found.display()))?;
             wanted.extend(Program::read(&content).with_context(|| found.display().to_string())?.libraries);
             self.file(&place, 0o644, content);
-            self.copyright(machine, &found);
+            self.copyright(sysroot, &found);
         }
         if let Some(path) = loader {
             let found = sysroot.join(&path);
@@ -84,13 +84,12 @@ impl Root {
         Ok(())
     }
 
-    /// Adds what Debian says about the licence of the package that `library` is from, where Debian's packages are.
-    fn copyright(&mut self, machine: &Machine, library: &Path) {
-        let owner = process::read(machine.command("dpkg-query").arg("--search").arg(library));
-        let Ok(owner) = owner else { return };
-        let Some(package) = owner.split([':', ',']).next() else { return };
+    /// Adds what Debian says about the licence of the package that `library`, below `sysroot`, is from, where the
+    /// packages there are Debian's.
+    fn copyright(&mut self, sysroot: &Path, library: &Path) {
+        let Some(package) = owner(sysroot, library) else { return };
         let path = format!("usr/share/doc/{package}/copyright");
-        if let Ok(text) = fs::read(Path::new("/").join(&path)) {
+        if let Ok(text) = fs::read(sysroot.join(&path)) {
             self.file(&path, 0o644, text);
         }
     }
@@ -149,6 +148,20 @@ fn stripped(machine: &Machine, binary: &Path, program: &Program) -> Result<Vec<u
     Ok(fs::read(&file)?)
 }
 
+/// The package that `file` below `sysroot` is from. dpkg itself is not asked: it knows only what it installed.
+fn owner(sysroot: &Path, file: &Path) -> Option<String> {
+    let path = Path::new("/").join(file.strip_prefix(sysroot).ok()?);
+    let path = path.to_str()?;
+    // What packages have in /lib may have been merged into /usr/lib, and the other way round.
+    let other = path.strip_prefix("/usr").map_or_else(|| format!("/usr{path}"), str::to_owned);
+    fs::read_dir(sysroot.join(setup::FILE_LISTS)).ok()?.flatten().find_map(|list| {
+        let name = list.file_name().into_string().ok()?;
+        let package = name.strip_suffix(".list")?.split(':').next()?;
+        let files = fs::read_to_string(list.path()).ok()?;
+        files.lines().any(|line| line == path || line == other).then(|| package.to_owned())
+    })
+}
+
 /// Where the library `name` is: in one of the directories that loaders search without being told.
 fn library(sysroot: &Path, program: &Program, name: &str) -> Result<PathBuf> {
     let triple = program.architecture.triple();
@@ -205,6 +218,25 @@ mod tests {
         let empty = tempfile::tempdir().unwrap();
         let error = Root::assemble(&machine, &binary, &program, empty.path()).unwrap_err();
         assert!(error.to_string().contains(".so"), "{error:#}");
+    }
+
+    #[test]
+    fn the_licence_of_a_library_is_its_packages() {
+        let sysroot = tempfile::tempdir().unwrap();
+        let write = |path: &str, text: &str| {
+            let path = sysroot.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        write("var/lib/dpkg/info/libx1:arm64.list", "/.\n/usr/lib/libx.so.1\n");
+        write("var/lib/dpkg/info/liby1.list", "/lib/libx.so.10\n/lib/libx.so\n");
+        write("usr/share/doc/libx1/copyright", "as you like");
+        let mut root = Root::default();
+        root.copyright(sysroot.path(), &sysroot.path().join("lib/libx.so.1"));
+        root.copyright(sysroot.path(), &sysroot.path().join("lib/libz.so.1"));
+        let files = root.entries().filter(|(_, entry)| **entry != Entry::Directory).collect::<Vec<_>>();
+        let licence = Entry::File { mode: 0o644, content: b"as you like".to_vec() };
+        assert_eq!(files, [("usr/share/doc/libx1/copyright", &licence)]);
     }
 
     #[test]

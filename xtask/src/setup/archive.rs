@@ -12,25 +12,39 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use super::system::DEBIAN_KEYRING;
-use crate::{machine::Machine, process};
+use crate::{architecture::Architecture, machine::Machine, process};
+
+/// Where below a root the lists of packages' files are, one file `PACKAGE.list` or `PACKAGE:ARCHITECTURE.list` each.
+pub(crate) const FILE_LISTS: &str = "var/lib/dpkg/info";
 
 /// One suite of the Debian archive, such as `trixie-backports`.
 pub(super) struct Suite<'a> {
     machine: &'a Machine,
     name: &'a str,
+    /// Whose packages, when not this machine's.
+    architecture: Option<Architecture>,
     state: tempfile::TempDir,
 }
 
 impl<'a> Suite<'a> {
     /// Fetches the suite's package lists.
     pub(super) fn open(machine: &'a Machine, name: &'a str) -> Result<Self> {
+        Self::of(machine, name, None)
+    }
+
+    /// Fetches the lists of the packages for another architecture.
+    pub(super) fn open_for(machine: &'a Machine, name: &'a str, architecture: Architecture) -> Result<Self> {
+        Self::of(machine, name, Some(architecture))
+    }
+
+    fn of(machine: &'a Machine, name: &'a str, architecture: Option<Architecture>) -> Result<Self> {
         if machine.find("apt-get").is_none() || machine.find("dpkg").is_none() {
             bail!("this takes packages of Debian {name} and needs apt-get and dpkg to do so");
         }
         if !Path::new(DEBIAN_KEYRING).exists() {
             bail!("{DEBIAN_KEYRING} is missing; install the package debian-archive-keyring");
         }
-        let suite = Self { machine, name, state: tempfile::tempdir()? };
+        let suite = Self { machine, name, architecture, state: tempfile::tempdir()? };
         for directory in ["lists/partial", "cache/archives/partial", "download"] {
             fs::create_dir_all(suite.state.path().join(directory))?;
         }
@@ -61,6 +75,10 @@ impl<'a> Suite<'a> {
         ] {
             command.args(["-o", &option]);
         }
+        if let Some(architecture) = self.architecture {
+            command.args(["-o", &format!("APT::Architecture={architecture}")]);
+            command.args(["-o", &format!("APT::Architectures={architecture}")]);
+        }
         command
     }
 
@@ -88,9 +106,22 @@ impl<'a> Suite<'a> {
         fs::create_dir_all(target)?;
         for file in files(&self.state.path().join(directory))? {
             if file.extension().is_some_and(|extension| extension == "deb") {
-                process::read(self.machine.command("dpkg").arg("-x").arg(&file).arg(target))?;
+                self.unpack_one(&file, target)?;
             }
         }
+        Ok(())
+    }
+
+    /// Unpacks `file`, and keeps the list of its files where dpkg keeps those of the packages it installs.
+    fn unpack_one(&self, file: &Path, target: &Path) -> Result<()> {
+        let said = process::read(self.machine.command("dpkg").arg("--vextract").arg(file).arg(target))?;
+        let name = file.file_name().and_then(|name| name.to_str()).context("a package has a name")?;
+        let lists = target.join(FILE_LISTS);
+        fs::create_dir_all(&lists)?;
+        let list =
+            said.lines().map(|line| line.trim_start_matches('.').to_owned() + "\n").collect::<String>();
+        let package = name.split('_').next().unwrap_or(name);
+        fs::write(lists.join(format!("{package}.list")), list)?;
         Ok(())
     }
 }

@@ -15,9 +15,25 @@ use crate::{machine::Machine, process};
 const BPF_LINKER: &str = "0.10.3";
 const CARGO_DENY: &str = "0.20.2";
 
-fn sysroot(machine: &Machine) -> Result<PathBuf> {
+fn rustlib(machine: &Machine) -> Result<PathBuf> {
     let sysroot = process::read(machine.command("rustc").args(["--print", "sysroot"]))?;
-    Ok(PathBuf::from(sysroot.trim_end()).join("lib/rustlib/src/rust"))
+    Ok(PathBuf::from(sysroot.trim_end()).join("lib/rustlib"))
+}
+
+/// Where the sources of the standard library are.
+fn sources(machine: &Machine) -> Result<PathBuf> {
+    Ok(rustlib(machine)?.join("src/rust"))
+}
+
+/// Whether the compiler has a standard library for `target`.
+pub(super) fn has_standard_library(machine: &Machine, target: &str) -> Result<bool> {
+    Ok(rustlib(machine)?.join(target).join("lib").exists())
+}
+
+/// Has rustup bring a standard library for `target`.
+pub(super) fn install_standard_library(machine: &Machine, target: &str) -> Result<()> {
+    process::read(machine.command("rustup").args(["target", "add", target]))?;
+    Ok(())
 }
 
 fn rustc_version(machine: &Machine) -> Result<String> {
@@ -27,7 +43,7 @@ fn rustc_version(machine: &Machine) -> Result<String> {
 }
 
 pub(super) fn missing_rust_src(machine: &Machine, _: Level) -> Result<Option<String>> {
-    if sysroot(machine)?.join("library/core/src/lib.rs").exists() {
+    if sources(machine)?.join("library/core/src/lib.rs").exists() {
         return Ok(None);
     }
     Ok(Some(format!("rust-src {}", rustc_version(machine)?)))
@@ -38,7 +54,7 @@ pub(super) fn install_rust_src(machine: &Machine, _: Level) -> Result<()> {
     let Err(rustup) = process::read(machine.command("rustup").args(["component", "add", "rust-src"])) else {
         return Ok(());
     };
-    let source = sysroot(machine)?;
+    let source = sources(machine)?;
     rust_src_from_debian(machine, &rustc_version(machine)?, &source).with_context(|| {
         format!("rustup cannot install it ({rustup:#}), and neither can it be taken from Debian")
     })

@@ -13,11 +13,14 @@ use crate::machine::Machine;
 mod archive;
 mod chart;
 mod compiler;
+mod cross;
 mod kubernetes;
 mod nft;
 mod system;
 
+pub(crate) use archive::FILE_LISTS;
 pub(crate) use chart::{schemas as chart_schemas, tools as chart_tools};
+pub(crate) use cross::{Cross, cross};
 pub(crate) use kubernetes::assets as kubernetes_assets;
 pub(crate) use nft::readers as nft_readers;
 
@@ -101,17 +104,18 @@ pub(crate) fn run(machine: &Machine, level: Level) -> Result<usize> {
     let mut done = 0;
     for step in STEPS.iter().filter(|step| step.level <= level) {
         let Some(what) = (step.missing)(machine, level)? else { continue };
-        print!("installing {what} ... ");
-        std::io::stdout().flush()?;
-        let start = Instant::now();
-        let result = (step.install)(machine, level);
-        println!(
-            "{} ({:.1} s)",
-            if result.is_ok() { "done" } else { "failed" },
-            start.elapsed().as_secs_f32()
-        );
-        result.with_context(|| format!("installing {what}"))?;
+        install(&what, || (step.install)(machine, level))?;
         done += 1;
     }
     Ok(done)
+}
+
+/// Installs `what` by `way`, and says so.
+fn install(what: &str, way: impl FnOnce() -> Result<()>) -> Result<()> {
+    print!("installing {what} ... ");
+    std::io::stdout().flush()?;
+    let start = Instant::now();
+    let result = way();
+    println!("{} ({:.1} s)", if result.is_ok() { "done" } else { "failed" }, start.elapsed().as_secs_f32());
+    result.with_context(|| format!("installing {what}"))
 }

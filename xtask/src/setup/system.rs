@@ -48,6 +48,11 @@ const PACKAGES: &[Package] = &[
     package("debian-archive-keyring", Level::Test, Probe::File(DEBIAN_KEYRING)),
 ];
 
+/// The package of [`DEBIAN_KEYRING`], where it is missing.
+pub(super) fn keyring() -> Option<&'static str> {
+    (!Path::new(DEBIAN_KEYRING).exists()).then_some("debian-archive-keyring")
+}
+
 fn is_there(machine: &Machine, probe: &Probe) -> bool {
     match *probe {
         Probe::Program(name) => machine.find(name).is_some(),
@@ -74,7 +79,12 @@ pub(super) fn missing(machine: &Machine, level: Level) -> Result<Option<String>>
 
 pub(super) fn install(machine: &Machine, level: Level) -> Result<()> {
     let names = lacking(level, |probe| is_there(machine, probe));
-    let by_hand = names.iter().copied().collect::<Vec<_>>().join(" ");
+    install_named(machine, &names.into_iter().collect::<Vec<_>>())
+}
+
+/// Installs the packages called `names`.
+pub(super) fn install_named(machine: &Machine, names: &[&str]) -> Result<()> {
+    let by_hand = names.join(" ");
     if machine.find("apt-get").is_none() {
         bail!("install what your distribution calls the Debian packages {by_hand}, then run this again");
     }
@@ -86,9 +96,7 @@ pub(super) fn install(machine: &Machine, level: Level) -> Result<()> {
         command.env("DEBIAN_FRONTEND", "noninteractive").args(["-q", "-y"]).args(arguments);
         command
     };
-    let with_names =
-        |words: &[&'static str]| words.iter().copied().chain(names.iter().copied()).collect::<Vec<_>>();
-    let arguments = with_names(&["install", "--no-install-recommends"]);
+    let arguments = [&["install", "--no-install-recommends"], names].concat();
     // A container starts without package lists, and lists grow old: only then is it worth the wait to fetch them.
     if process::read(&mut apt(&arguments)).is_err() {
         process::read(&mut apt(&["update"]))?;

@@ -1,0 +1,58 @@
+//! What images are made for, by the names that compilers, Debian and image formats have for it.
+
+use std::{env::consts::ARCH, fmt};
+
+use anyhow::{Result, bail};
+use clap::ValueEnum;
+
+/// A processor architecture that weir is shipped for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Architecture {
+    /// x86_64
+    Amd64,
+    /// aarch64
+    Arm64,
+}
+
+impl Architecture {
+    /// This machine's.
+    ///
+    /// # Errors
+    ///
+    /// When it is another one.
+    pub(crate) fn own() -> Result<Self> {
+        match ARCH {
+            "x86_64" => Ok(Self::Amd64),
+            "aarch64" => Ok(Self::Arm64),
+            other => {
+                bail!("images are made for amd64 and arm64; this machine is {other}: name one with --arch")
+            }
+        }
+    }
+
+    /// As Debian names directories and cross compilers name themselves.
+    pub(crate) fn triple(self) -> &'static str {
+        match self {
+            Self::Amd64 => "x86_64-linux-gnu",
+            Self::Arm64 => "aarch64-linux-gnu",
+        }
+    }
+
+    /// As rustc names it.
+    pub(crate) fn target(self) -> &'static str {
+        match self {
+            Self::Amd64 => "x86_64-unknown-linux-gnu",
+            Self::Arm64 => "aarch64-unknown-linux-gnu",
+        }
+    }
+}
+
+impl fmt::Display for Architecture {
+    /// As images and Debian name it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Amd64 => "amd64",
+            Self::Arm64 => "arm64",
+        })
+    }
+}

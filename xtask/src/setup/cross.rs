@@ -1,0 +1,71 @@
+//! What building weir for another architecture than this machine's needs: a C compiler, the libraries weir is linked
+//! with, the standard library of Rust.
+//!
+//! The compiler is installed as any package. The libraries are unpacked into the cache: they come from the Debian
+//! release that the Dockerfile builds in, so that the result runs with the same C library wherever it was linked.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use super::{Level, archive, compiler, install, run, system};
+use crate::{architecture::Architecture, machine::Machine};
+
+const RELEASE: &str = "bookworm";
+
+/// What [`cross`] made ready.
+pub(crate) struct Cross {
+    /// Where the libraries are, below it as below `/`.
+    pub(crate) sysroot: PathBuf,
+    /// Whether the standard library has to be built too, because rustup has no way to its server.
+    pub(crate) standard_library: bool,
+}
+
+/// Makes this machine ready to build for `architecture`.
+///
+/// # Errors
+///
+/// When something is missing and cannot be installed.
+pub(crate) fn cross(machine: &Machine, architecture: Architecture) -> Result<Cross> {
+    run(machine, Level::Build)?;
+    packages(machine, architecture)?;
+    let sysroot = machine.cache.join(format!("sysroot-{RELEASE}-{architecture}"));
+    // Appears when it is complete.
+    if !sysroot.exists() {
+        install(&format!("libraries of Debian {RELEASE} for {architecture}"), || {
+            archive::whole(&sysroot, |draft| {
+                let suite = archive::Suite::open_for(machine, RELEASE, architecture)?;
+                suite.unpack_with_dependencies(&["libc6-dev", "libmnl-dev", "libnftnl-dev"], draft)
+            })
+        })?;
+    }
+    let standard_library = !standard_library(machine, architecture.target())?;
+    Ok(Cross { sysroot, standard_library })
+}
+
+fn packages(machine: &Machine, architecture: Architecture) -> Result<()> {
+    let triple = architecture.triple();
+    let compiler = format!("gcc-{}", triple.replace('_', "-"));
+    let mut names = Vec::new();
+    if machine.find(&format!("{triple}-gcc")).is_none() {
+        names.push(&*compiler);
+    }
+    names.extend(system::keyring());
+    if names.is_empty() {
+        return Ok(());
+    }
+    install(&names.join(", "), || system::install_named(machine, &names))
+}
+
+/// Whether there is a standard library for `target`, after rustup was asked for it.
+fn standard_library(machine: &Machine, target: &str) -> Result<bool> {
+    if compiler::has_standard_library(machine, target)? {
+        return Ok(true);
+    }
+    let what = format!("Rust's standard library for {target}");
+    let installed = install(&what, || compiler::install_standard_library(machine, target));
+    if let Err(error) = &installed {
+        println!("{error:#}\nit is built from its source instead");
+    }
+    Ok(installed.is_ok())
+}
