@@ -67,6 +67,7 @@ fn buckets(found: &Found) -> HashMap<Bytes, [End; 2]> {
                 Object::Fork { inside, outside } => [inside, outside],
                 picker => [(); 2].map(|()| End::Chain(Box::new(picker.clone()))),
             },
+            Value::Accept(false) => [End::Drop, End::Drop],
             _ => [End::Pass, End::Pass],
         };
         Some((key.clone(), ends))
