@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "what goes wrong in a helper of a test is to end the test")]
 
 use std::{
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, UdpSocket},
     process::Command,
     sync::Arc,
 };
@@ -317,15 +317,108 @@ fn chains_for_source_ranges_and_affinity_are_there_only_while_a_service_needs_th
 fn only_frontends_that_treat_outsiders_differently_ask_where_a_packet_comes_from() {
     in_namespace(|| {
         let mut plane = Nftables::open(both()).unwrap();
-        let plan = Arc::new(port(Family::V4, 1, &[1, 2, 3], None));
-        let ports = vec![change(None, Some(&plan))];
-        plane
-            .apply(&Delta { node: Some(Arc::new(node())), ports, complete: true, ..Delta::default() })
-            .unwrap();
+        let plans = [(1, &[1, 2, 3][..]), (2, &[1, 3])];
+        let plans = plans.map(|(number, backends)| Arc::new(port(Family::V4, number, backends, None)));
+        let ports = plans.iter().map(|plan| change(None, Some(plan))).collect();
+        let delta = Delta { node: Some(Arc::new(node())), ports, complete: true, ..Delta::default() };
+        plane.apply(&delta).unwrap();
         let listed = nft(&["list", "table", "ip", "weir"]);
         let asking = listed.lines().filter(|line| line.contains("fib saddr"));
-        let asking: Vec<_> = asking.map(|line| line.rsplit_once("goto ").unwrap().1).collect();
-        assert_eq!(asking, ["service-local-1", "node-port-local-1"], "{listed}");
+        let mut asking: Vec<_> = asking.map(|line| line.rsplit_once("goto ").unwrap().1).collect();
+        asking.sort_unstable();
+        let local = ["no-local-endpoints", "no-local-endpoints", "node-port-local-1", "service-local-1"];
+        assert_eq!(asking, local, "{listed}");
+    });
+}
+
+/// The same for datagrams, which are sent once and no more.
+fn by_udp(mut plan: PortPlan, route: Option<Route>) -> Arc<PortPlan> {
+    plan.id.protocol = Protocol::Udp;
+    for planned in &mut plan.frontends {
+        planned.frontend.protocol = Protocol::Udp;
+        planned.route = route.unwrap_or(planned.route);
+    }
+    Arc::new(plan)
+}
+
+/// A link that takes everything, so that whatever this host sends passes its rules.
+fn link_up() {
+    for arguments in [
+        "link set lo up",
+        "link add out type veth peer name far",
+        "link set far up",
+        "link set out up",
+        "address add 192.0.2.1/24 dev out",
+        "address add 2001:db8::1/64 dev out nodad",
+        "route add default dev out",
+        "-6 route add default dev out",
+    ] {
+        let status = Command::new("ip").args(arguments.split(' ')).status().unwrap();
+        assert!(status.success(), "ip {arguments}");
+    }
+}
+
+/// Sends datagrams. Where they are dropped, sending may tell.
+fn send(to: (IpAddr, u16), times: u64) {
+    let any = if to.0.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let socket = UdpSocket::bind(any).unwrap();
+    for _ in 0..times {
+        let _ = socket.send_to(b"x", to);
+    }
+}
+
+fn counted(plane: &Nftables) -> Vec<(Family, &'static str, u64)> {
+    let counted = plane.drops().unwrap().read().unwrap().into_iter();
+    let mut counted: Vec<_> = counted.map(|it| (it.family, it.reason, it.packets)).collect();
+    counted.sort_unstable();
+    counted
+}
+
+/// F1, F2, F4, F5 and F7, with packets that this host sends.
+#[test]
+fn packets_that_go_nowhere_are_counted_by_reason_and_go_on_being_after_a_restart() {
+    in_namespace(|| {
+        link_up();
+        let nowhere = Route::uniform(treatment(Target::Drop, false));
+        let plans = Family::ALL.into_iter().flat_map(|family| {
+            [
+                by_udp(port(family, 1, &[1, 2], None), None),
+                by_udp(port(family, 2, &[], None), None),
+                by_udp(port(family, 3, &[1], None), Some(nowhere)),
+            ]
+        });
+        let plans: Vec<_> = plans.collect();
+        let cluster_ips = Family::ALL.into_iter().map(|family| ClusterIpDelta::Add(address(family, 1)));
+        let delta = Delta {
+            node: Some(Arc::new(node())),
+            cluster_ips: cluster_ips.collect(),
+            ports: plans.iter().map(|plan| change(None, Some(plan))).collect(),
+            complete: true,
+        };
+        let mut plane = Nftables::open(both()).unwrap();
+        plane.apply(&delta).unwrap();
+        assert!(counted(&plane).iter().all(|(.., packets)| *packets == 0));
+
+        let mut expected = Vec::new();
+        for family in Family::ALL {
+            for (times, number, port, reason) in [
+                (1, 2, 80, "no-endpoints"),
+                (2, 3, 80, "no-local-endpoints"),
+                (3, 101, 80, "source-not-allowed"),
+                (4, 1, 81, "unknown-port"),
+                (5, 77, 80, "unallocated-address"),
+            ] {
+                send((address(family, number), port), times);
+                expected.push((family, reason, times));
+            }
+        }
+        expected.sort_unstable();
+        assert_eq!(counted(&plane), expected);
+
+        drop(plane);
+        let mut plane = Nftables::open(both()).unwrap();
+        plane.apply(&delta).unwrap();
+        assert_eq!(counted(&plane), expected, "a new agent finds what the old one counted");
     });
 }
 

@@ -5,6 +5,7 @@
 //! kernel nothing at all.
 
 mod admin;
+mod drops;
 mod events;
 mod health;
 mod health_check;
@@ -20,6 +21,7 @@ mod telemetry;
 mod text_format;
 
 pub use admin::{About, admin_router};
+pub use drops::DropCount;
 pub use events::{Events, Subject, Trouble};
 pub use health::{Answer, Health, Moment, ProxyHealth, health_router};
 pub use health_check::{HealthCheckState, HealthChecks};

@@ -112,7 +112,8 @@ async fn serve(
     let health = Health::new(config.sync_period);
     let (changes_in, changes) = mpsc::channel(WAITING_CHANGES);
     let (addresses_in, addresses) = watch::channel(Vec::new());
-    let Planes { plane, foreign, sockets, counted } = planes;
+    let Planes { plane, foreign, sockets, dropped, counted } = planes;
+    metrics.count_drops(move || planes::drops(&dropped));
     if let Some(counted) = counted {
         metrics.count_services(move || sockets::counts(&counted));
     }

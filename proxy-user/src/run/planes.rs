@@ -11,9 +11,10 @@ use crate::{
     dataplane::{
         Dataplane, Stack,
         ebpf::{Counted, Ebpf, Place, Retired},
-        nftables::{Nftables, Seen},
+        nftables::{Dropped, Drops, Nftables, Seen},
         probe::Probe,
     },
+    observe::DropCount,
 };
 
 /// The planes of this agent.
@@ -24,6 +25,8 @@ pub(super) struct Planes {
     pub(super) foreign: mpsc::Receiver<Seen>,
     /// Where the sockets' plane is, if there is one.
     pub(super) sockets: Option<Place>,
+    /// What the nftables plane counts.
+    pub(super) dropped: Drops,
     /// What the sockets' plane counts.
     pub(super) counted: Option<Counted>,
 }
@@ -34,6 +37,7 @@ impl Planes {
         let packets = Nftables::open(config.model.families)
             .context("opening the nftables data plane, which needs nf_tables and the capability NET_ADMIN")?;
         let foreign = watch_rule_set(&packets)?;
+        let dropped = packets.drops()?;
         let place = Place { bpf_root: config.bpf_root.clone(), cgroup_root: config.cgroup_root.clone() };
         let probe = || Probe::of(&place.cgroup_root, &place.bpf_root);
         let sockets = choose(config.mode, probe, |probe| Ebpf::open(place.clone(), probe.set_retval))?;
@@ -42,13 +46,25 @@ impl Planes {
             Some(sockets) => (Box::new(Stack::new(packets, sockets)), Some(place)),
             None => (Box::new(Stack::new(packets, Retired::new(place))), None),
         };
-        Ok(Self { plane, foreign, sockets, counted })
+        Ok(Self { plane, foreign, sockets, dropped, counted })
     }
 
     /// The name of what serves, as `/proxyMode` tells it.
     pub(super) fn mode(&self) -> &'static str {
         if self.sockets.is_some() { "ebpf" } else { "nftables" }
     }
+}
+
+/// What packet rules dropped and refused; nothing where that cannot be read.
+pub(super) fn drops(dropped: &Drops) -> Vec<DropCount> {
+    let counts = dropped.read().unwrap_or_else(|error| {
+        tracing::debug!(%error, "cannot read what the rules counted");
+        Vec::new()
+    });
+    counts
+        .into_iter()
+        .map(|Dropped { family, reason, packets }| DropCount { family, reason, packets })
+        .collect()
 }
 
 /// Tells of foreign changes to our tables. The thread ends with the process, or when nobody listens.

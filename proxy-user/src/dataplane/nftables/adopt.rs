@@ -23,6 +23,8 @@ pub(super) type Elements = HashMap<(Bytes, Option<Bytes>), Value, FxBuildHasher>
 pub(super) struct Found {
     /// Names of sets and maps.
     pub(super) sets: HashSet<String>,
+    /// Names of counters.
+    pub(super) counters: HashSet<String>,
     /// Names of chains.
     pub(super) chains: HashSet<String>,
     /// Name of a picker → its bucket.
@@ -37,6 +39,7 @@ impl Found {
     pub(super) fn nothing() -> Self {
         Self {
             sets: HashSet::new(),
+            counters: HashSet::new(),
             chains: HashSet::new(),
             buckets: HashMap::new(),
             elements: BTreeMap::new(),
@@ -58,6 +61,7 @@ impl Found {
             .all(|(name, ..)| Map::ALL.iter().any(|map| map.name() == name) || Object::parse(name).is_some());
         found.sets = sets.into_iter().map(|(name, ..)| name).collect();
         found.chains = Self::chains(netlink, table)?;
+        found.counters = Self::counters(netlink, table)?.into_iter().map(|(name, _)| name).collect();
         for map in Map::ALL.into_iter().filter(|map| found.sets.contains(map.name())) {
             let elements = Self::elements(netlink, table, map.name())?;
             if map == Map::Buckets {
@@ -88,6 +92,16 @@ impl Found {
                 chains.extend(named.filter(|(table, _)| table == ruleset::TABLE).map(|(_, name)| name));
             })?;
             Ok(chains)
+        })
+    }
+
+    /// Name of each counter, and how many packets it has seen.
+    pub(super) fn counters(netlink: &mut Netlink, table: &nftnl::Table) -> io::Result<Vec<(String, u64)>> {
+        retried(|| {
+            let mut counters = Vec::new();
+            let request = |seq| netlink::dump_request(table, Dump::Counters, seq);
+            netlink.dump(request, |message| counters.extend(netlink::parse_counter(table, message)))?;
+            Ok(counters)
         })
     }
 

@@ -6,6 +6,7 @@ use std::{collections::HashMap, io, net::IpAddr};
 
 use super::{
     adopt::Found,
+    drops::NO_LOCAL_ENDPOINTS,
     element,
     netlink::{Bytes, Value},
     object::{End, Masquerade, Object, Scope},
@@ -61,12 +62,13 @@ fn buckets(found: &Found) -> HashMap<Bytes, [End; 2]> {
     let elements = found.elements.get(&Map::Buckets).into_iter().flatten();
     let ends = elements.filter_map(|((key, _), value)| {
         let ends = match value {
+            Value::Goto(name) if name == NO_LOCAL_ENDPOINTS => [End::Drop, End::Drop],
             Value::Goto(name) => match Object::parse(name)? {
                 Object::Fork { inside, outside } => [inside, outside],
                 picker => [(); 2].map(|()| End::Chain(Box::new(picker.clone()))),
             },
-            Value::Accept(true) => [End::Pass, End::Pass],
-            _ => [End::Drop, End::Drop],
+            Value::Accept(false) => [End::Drop, End::Drop],
+            _ => [End::Pass, End::Pass],
         };
         Some((key.clone(), ends))
     });

@@ -197,6 +197,17 @@ pub(super) fn untracked() -> Expr {
     Expr { kind: c"notrack", attributes: Vec::new() }
 }
 
+/// `counter name NAME`.
+pub(super) fn count(counter: &str) -> Expr {
+    Expr {
+        kind: c"objref",
+        attributes: vec![
+            (sys::NFTNL_EXPR_OBJREF_IMM_TYPE, U32(super::netlink::OBJECT_COUNTER)),
+            (sys::NFTNL_EXPR_OBJREF_IMM_NAME, name(counter)),
+        ],
+    }
+}
+
 /// `drop`.
 pub(super) fn drop() -> Expr {
     verdict(libc::NF_DROP)

@@ -18,6 +18,7 @@ use crate::{
 
 mod adopt;
 mod answered;
+mod drops;
 mod dump;
 mod element;
 mod expr;
@@ -29,6 +30,7 @@ mod stage;
 mod table;
 mod vacated;
 
+pub use drops::{Dropped, Drops};
 pub use socket::{Seen, Watch};
 
 /// Services in nftables.
@@ -51,6 +53,16 @@ impl Nftables {
         let mut plane = Self { netlink, tables: families.map(table::Table::new).collect(), node: None };
         plane.reread()?;
         Ok(plane)
+    }
+
+    /// Reads what is counted, on a socket of its own.
+    ///
+    /// # Errors
+    ///
+    /// When that socket cannot be opened.
+    pub fn drops(&self) -> Result<Drops, Error> {
+        let families = self.tables.iter().map(|table| table.family);
+        Drops::open(families).map_err(|source| io_error("opening a netlink socket", source))
     }
 
     /// Listens for changes that others make to our tables.

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use super::{
+    drops::NO_LOCAL_ENDPOINTS,
     expr,
     netlink::Expr,
     ruleset::{self, Map},
@@ -110,7 +111,7 @@ impl End {
     fn verdict(&self) -> Expr {
         match self {
             Self::Chain(object) => expr::goto(&object.name()),
-            Self::Drop => expr::drop(),
+            Self::Drop => expr::goto(NO_LOCAL_ENDPOINTS),
             Self::Pass => expr::accept(),
         }
     }

@@ -10,6 +10,7 @@ use nftnl::{ChainType, Hook, nftnl_sys::libc};
 
 use super::{
     answered::{left_alone, untracked_rules},
+    drops::{self, Reason},
     expr,
     netlink::{ChainSpec, Expr, SetSpec, ValueKind},
 };
@@ -365,6 +366,7 @@ pub(super) fn static_chains(family: Family, node: &NodePlan, needs: Needs) -> Ve
     use Hook::{Forward, In, Out, PostRouting, PreRouting};
     let filter = ChainType::Filter;
     let mut chains = vec![
+        drops::no_local_endpoints(),
         base("nat-prerouting", ChainType::Nat, PreRouting, -100, dispatch_rules(family, node, true)),
         base("nat-output", ChainType::Nat, Out, -100, dispatch_rules(family, node, false)),
         base("filter-input", filter, In, 0, input_rules(family, node)),
@@ -433,8 +435,8 @@ fn guard_rule(family: Family) -> Vec<Expr> {
         vec![
             expr::source_address(family, expr::word(source)),
             expr::not_in_set(expr::word(0), Map::AllowedSources.name()),
-            expr::drop(),
         ],
+        Reason::SourceNotAllowed.drop(),
     ]
     .concat()
 }
@@ -445,8 +447,8 @@ fn only_new_flows() -> Vec<Expr> {
 }
 
 fn refused(family: Family) -> Vec<Expr> {
-    let refused = vec![expr::in_set(expr::word(0), Map::Refused.name()), expr::reject(family)];
-    [load_frontend(family), refused].concat()
+    let refused = vec![expr::in_set(expr::word(0), Map::Refused.name())];
+    [load_frontend(family), refused, Reason::NoEndpoints.reject(family)].concat()
 }
 
 /// F1 for NodePorts and for addresses that are this host's own.
@@ -455,7 +457,7 @@ fn input_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
         load_node_port(),
         vec![expr::in_set(expr::word(0), Map::RefusedNodePorts.name())],
         to_node(family, node),
-        vec![expr::reject(family)],
+        Reason::NoEndpoints.reject(family),
     ];
     let mut rules = vec![only_new_flows()];
     rules.extend(left_alone(family, node, true));
@@ -468,23 +470,23 @@ fn input_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
 }
 
 fn unknown_port(family: Family) -> Vec<Expr> {
-    vec![
+    let known = vec![
         expr::destination_address(family, expr::word(0)),
         expr::in_set(expr::word(0), Map::ClusterIps.name()),
-        expr::reject(family),
-    ]
+    ];
+    [known, Reason::UnknownPort.reject(family)].concat()
 }
 
 /// F1, F4, F5, behind what is an exception.
 fn refuse_rules(family: Family, node: &NodePlan, exception: Option<Vec<Expr>>) -> Vec<Vec<Expr>> {
     let unallocated = node.service_cidrs.iter().filter(|net| Family::of(net.addr()) == family).map(|net| {
         let (mask, network) = mask_and_network(*net);
-        vec![
+        let in_network = vec![
             expr::destination_address(family, expr::word(0)),
             expr::bitwise(expr::word(0), &mask, &vec![0; mask.len()]),
             expr::compare(expr::word(0), true, &network),
-            expr::drop(),
-        ]
+        ];
+        [in_network, Reason::UnallocatedAddress.drop()].concat()
     });
     let mut rules = vec![only_new_flows()];
     rules.extend(exception);

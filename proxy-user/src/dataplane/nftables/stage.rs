@@ -17,7 +17,8 @@ use crate::plan::{PortDelta, PortPlan};
 
 /// Buckets below are verdicts without a chain.
 pub(super) const FIRST_BUCKET: u32 = 16;
-pub(super) const DROP_BUCKET: u32 = 1;
+/// Not 1, which versions before had lead to a plain drop: one that comes back after this one must find that free.
+pub(super) const DROP_BUCKET: u32 = 3;
 pub(super) const PASS_BUCKET: u32 = 2;
 
 /// One transaction in the making.

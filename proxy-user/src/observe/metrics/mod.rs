@@ -19,6 +19,7 @@ use prometheus_client::{
 use std::sync::atomic::AtomicU64;
 
 use super::{
+    drops::{DropCount, Drops},
     names::NameMetrics,
     process::Process,
     requests::RequestMetrics,
@@ -54,6 +55,7 @@ struct Inner {
     names: NameMetrics,
     requests: RequestMetrics,
     services: Services,
+    drops: Drops,
 }
 
 #[derive(Debug)]
@@ -104,7 +106,7 @@ fn family_label(family: Family) -> Label {
     [("ip_family", family_name(family))]
 }
 
-const fn family_name(family: Family) -> &'static str {
+pub(super) const fn family_name(family: Family) -> &'static str {
     match family {
         Family::V4 => "IPv4",
         Family::V6 => "IPv6",
@@ -262,9 +264,11 @@ impl Metrics {
         let requests = RequestMetrics::register(&mut registry);
         let services = Services::default();
         registry.register_collector(Box::new(services.clone()));
+        let drops = Drops::default();
+        registry.register_collector(Box::new(drops.clone()));
         registry.register_collector(Box::new(Process));
         let metrics =
-            Self(Arc::new(Inner { registry, kube_proxy, weir, sockets, names, requests, services }));
+            Self(Arc::new(Inner { registry, kube_proxy, weir, sockets, names, requests, services, drops }));
         for family in Family::ALL {
             let of = &metrics.0.kube_proxy;
             drop(of.sync_failures.get_or_create(&family_label(family)));
@@ -371,6 +375,11 @@ impl Metrics {
     /// Shows what `read` finds counted for each service port. It is called at each scrape.
     pub fn count_services(&self, read: impl Fn() -> Vec<PortCount> + Send + Sync + 'static) {
         self.0.services.read_with(Box::new(read));
+    }
+
+    /// Shows what `read` finds counted for each reason not to serve a packet. It is called at each scrape.
+    pub fn count_drops(&self, read: impl Fn() -> Vec<DropCount> + Send + Sync + 'static) {
+        self.0.drops.read_with(Box::new(read));
     }
 
     /// How full one of the sockets' plane's maps is.

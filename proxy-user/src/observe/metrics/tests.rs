@@ -31,6 +31,10 @@ fn used() -> String {
     metrics.count_services(move || {
         vec![count("http", 2, 0), count("http", 3, 1), count("", 0, 4), count("grpc", 0, 0)]
     });
+    metrics.count_drops(|| {
+        let count = |family, packets| DropCount { family, reason: "no-endpoints", packets };
+        vec![count(Family::V4, 3), count(Family::V6, 0)]
+    });
     metrics.set_size(1, 2, 3);
     metrics.changes_applied(7);
     metrics.reconciled("start");
@@ -53,6 +57,7 @@ fn names_and_types_are_kube_proxys() {
         rest_client_request_duration_seconds histogram
         weir_service_connections_total counter
         weir_service_refusals_total counter
+        weir_dropped_packets_total counter
         process_cpu_seconds_total counter
         process_start_time_seconds gauge
         process_resident_memory_bytes gauge
@@ -112,6 +117,8 @@ fn labels_and_values_are_kube_proxys() {
         "rest_client_request_duration_seconds_bucket{le=\"0.005\",host=\"192.0.2.1:6443\",verb=\"GET\"} 2",
         "weir_service_connections_total{namespace=\"shop\",port=\"http\",protocol=\"TCP\",service=\"cart\"} 5",
         "weir_service_refusals_total{namespace=\"shop\",port=\"http\",protocol=\"TCP\",service=\"cart\"} 1",
+        "weir_dropped_packets_total{ip_family=\"IPv4\",reason=\"no-endpoints\"} 3",
+        "weir_dropped_packets_total{ip_family=\"IPv6\",reason=\"no-endpoints\"} 0",
         "weir_service_refusals_total{namespace=\"shop\",port=\"\",protocol=\"TCP\",service=\"cart\"} 4",
     ] {
         assert!(text.lines().any(|it| it == line), "{line} is missing from\n{text}");

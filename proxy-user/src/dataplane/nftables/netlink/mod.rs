@@ -22,7 +22,7 @@ mod descriptor;
 mod read;
 
 pub(super) use descriptor::{OwnSocket, borrow, ignore_sender};
-pub(super) use read::{Dump, dump_request, parse_chain, parse_elements, parse_set};
+pub(super) use read::{Dump, dump_request, parse_chain, parse_counter, parse_elements, parse_set};
 
 /// Key or value bytes; an IPv6 key with a source range is the longest.
 pub(super) type Bytes = SmallVec<[u8; 40]>;
@@ -187,6 +187,12 @@ impl<'a> Transaction<'a> {
     pub(super) fn delete_set(&mut self, name: &str) {
         let message = Plain { table: self.table, what: Named::Set, name: c_string(name) };
         self.batch.add(&message, MsgType::Del);
+    }
+
+    /// Adds a named counter, at zero. There must be none of this name.
+    pub(super) fn add_counter(&mut self, name: &str) {
+        let message = CounterMessage { table: self.table, name: c_string(name) };
+        self.batch.add(&message, MsgType::Add);
     }
 
     pub(super) fn add_chain(&mut self, spec: &ChainSpec) {
@@ -377,6 +383,54 @@ unsafe impl NlMsg for SetMessage<'_> {
             let header =
                 header(buffer, libc::NFT_MSG_NEWSET, self.table.get_family(), libc::NLM_F_CREATE, seq);
             sys::nftnl_set_nlmsg_build_payload(header, set.0.as_ptr());
+        }
+    }
+}
+
+/// `NFT_OBJECT_COUNTER` of the kernel's interface.
+pub(super) const OBJECT_COUNTER: u32 = 1;
+
+/// An owned `nftnl_obj` that is a counter.
+struct RawCounter(NonNull<sys::nftnl_obj>);
+
+impl RawCounter {
+    fn new(table: &Table) -> Self {
+        // SAFETY: no arguments; the result is checked.
+        let counter = allocated(unsafe { sys::nftnl_obj_alloc() });
+        let raw = counter.as_ptr();
+        // SAFETY: `raw` is valid, and the name is copied before the call returns.
+        unsafe {
+            sys::nftnl_obj_set_u32(raw, sys::NFTNL_OBJ_FAMILY as u16, table.get_family() as u32);
+            sys::nftnl_obj_set_str(raw, sys::NFTNL_OBJ_TABLE as u16, table.get_name().as_ptr());
+            sys::nftnl_obj_set_u32(raw, sys::NFTNL_OBJ_TYPE as u16, OBJECT_COUNTER);
+        }
+        Self(counter)
+    }
+}
+
+impl Drop for RawCounter {
+    fn drop(&mut self) {
+        // SAFETY: the object is ours and is not used again.
+        unsafe { sys::nftnl_obj_free(self.0.as_ptr()) }
+    }
+}
+
+struct CounterMessage<'a> {
+    table: &'a Table,
+    name: CString,
+}
+
+// SAFETY: a header, two names and a few numbers.
+unsafe impl NlMsg for CounterMessage<'_> {
+    unsafe fn write(&self, buffer: *mut c_void, seq: u32, _: MsgType) {
+        let counter = RawCounter::new(self.table);
+        let raw = counter.0.as_ptr();
+        // SAFETY: `buffer` is as large as the trait promises; the counter is valid, and the name is copied.
+        unsafe {
+            sys::nftnl_obj_set_str(raw, sys::NFTNL_OBJ_NAME as u16, self.name.as_ptr());
+            let header =
+                header(buffer, libc::NFT_MSG_NEWOBJ, self.table.get_family(), libc::NLM_F_CREATE, seq);
+            sys::nftnl_obj_nlmsg_build_payload(header, raw);
         }
     }
 }

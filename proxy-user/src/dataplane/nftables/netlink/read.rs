@@ -9,13 +9,15 @@ use nftnl::{
     nftnl_sys::{self as sys, libc},
 };
 
-use super::{Bytes, Element, RawSet, Value, allocated, c_string, header, owned_string};
+use super::{Bytes, Element, RawCounter, RawSet, Value, allocated, c_string, header, owned_string};
 
 /// What can be dumped from a table.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::dataplane::nftables) enum Dump<'a> {
     /// Every set and map of the table.
     Sets,
+    /// Every counter of the table.
+    Counters,
     /// Every chain of the family; those of other tables are to be left out by the reader.
     Chains,
     /// The elements of one set.
@@ -35,6 +37,12 @@ pub(in crate::dataplane::nftables) fn dump_request(table: &Table, dump: Dump<'_>
                 let header = header(raw, libc::NFT_MSG_GETSET, family, libc::NLM_F_DUMP, seq);
                 let set = RawSet::new(table, c"");
                 sys::nftnl_set_nlmsg_build_payload(header, set.0.as_ptr());
+                (*header).nlmsg_len
+            }
+            Dump::Counters => {
+                let header = header(raw, libc::NFT_MSG_GETOBJ, family, libc::NLM_F_DUMP, seq);
+                let counter = RawCounter::new(table);
+                sys::nftnl_obj_nlmsg_build_payload(header, counter.0.as_ptr());
                 (*header).nlmsg_len
             }
             Dump::Elements(name) => {
@@ -77,6 +85,21 @@ pub(in crate::dataplane::nftables) fn parse_chain(message: &[u8]) -> Option<(Str
         let names = parsed.then(|| (text(sys::NFTNL_CHAIN_TABLE), text(sys::NFTNL_CHAIN_NAME)));
         sys::nftnl_chain_free(chain);
         names
+    }
+}
+
+/// Name and packets of a counter, from one message of a [`Dump::Counters`].
+pub(in crate::dataplane::nftables) fn parse_counter(table: &Table, message: &[u8]) -> Option<(String, u64)> {
+    let header = checked(message)?;
+    let counter = RawCounter::new(table);
+    let raw = counter.0.as_ptr();
+    // SAFETY: `header` starts a whole message, and the counter is valid; its name is copied.
+    unsafe {
+        if sys::nftnl_obj_nlmsg_parse(header, raw) < 0 {
+            return None;
+        }
+        let name = owned_string(sys::nftnl_obj_get_str(raw, sys::NFTNL_OBJ_NAME as u16));
+        Some((name, sys::nftnl_obj_get_u64(raw, sys::NFTNL_OBJ_CTR_PKTS as u16)))
     }
 }
 

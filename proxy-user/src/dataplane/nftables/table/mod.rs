@@ -14,6 +14,7 @@ mod node;
 
 use super::{
     adopt::Found,
+    drops::NO_LOCAL_ENDPOINTS,
     element,
     netlink::{Bytes, ChainSpec, Element, Transaction, Value},
     object::Object,
@@ -443,7 +444,10 @@ impl Table {
         let mut leftovers = found.elements;
         for (map, elements) in &mut leftovers {
             if *map == Map::Buckets {
-                let known = |name: &str| Object::parse(name).is_some_and(|o| self.objects.contains_key(&o));
+                let known = |name: &str| {
+                    name == NO_LOCAL_ENDPOINTS
+                        || Object::parse(name).is_some_and(|object| self.objects.contains_key(&object))
+                };
                 elements.retain(|_, value| matches!(value, Value::Goto(name) if !known(name)));
             }
         }

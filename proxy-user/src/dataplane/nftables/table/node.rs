@@ -8,6 +8,7 @@ use super::{Table, bucket_element, member, rewrite};
 use crate::{
     dataplane::nftables::{
         adopt::Found,
+        drops::{NO_LOCAL_ENDPOINTS, Reason},
         netlink::{Bytes, Element, Transaction, Value},
         ruleset::{self, Map, Needs, StaticChain, address_bytes},
         socket::Netlink,
@@ -48,6 +49,11 @@ impl Table {
                 transaction.add_set(&map.spec(self.family));
             }
         }
+        for counter in Reason::ALL.map(Reason::name) {
+            if self.found.as_ref().is_some_and(|found| !found.counters.contains(counter)) {
+                transaction.add_counter(counter);
+            }
+        }
         let chains = ruleset::static_chains(self.family, node, self.needs);
         let left: Vec<&str> = ruleset::optional_chains()
             .filter(|name| self.found.as_ref().is_some_and(|found| found.chains.contains(*name)))
@@ -69,6 +75,7 @@ impl Table {
         netlink.commit(&transaction.finish())?;
         if let Some(found) = &mut self.found {
             found.chains.retain(|name| !left.contains(&name.as_str()));
+            found.counters.extend(Reason::ALL.map(|reason| reason.name().to_owned()));
         }
         self.apply_node_ips(netlink, node)?;
         self.apply_verdict_buckets(netlink)
@@ -118,13 +125,12 @@ impl Table {
     }
 
     fn apply_verdict_buckets(&mut self, netlink: &mut Netlink) -> io::Result<()> {
-        let present = Found::elements(netlink, &self.raw, Map::Buckets.name())?;
-        let wanted: Vec<_> = [(DROP_BUCKET, false), (PASS_BUCKET, true)]
-            .map(|(bucket, accept)| bucket_element(bucket, Value::Accept(accept)))
-            .into_iter()
-            .filter(|element| !present.contains(element))
-            .collect();
-        self.replace(netlink, Map::Buckets, &[], &wanted)
+        let drop = Value::Goto(NO_LOCAL_ENDPOINTS.to_owned());
+        let wanted = [(DROP_BUCKET, drop), (PASS_BUCKET, Value::Accept(true))];
+        let wanted = wanted.map(|(bucket, value)| bucket_element(bucket, value));
+        let mut present = Found::elements(netlink, &self.raw, Map::Buckets.name())?;
+        present.retain(|element| wanted.iter().any(|wanted| wanted.key == element.key));
+        self.replace(netlink, Map::Buckets, &present, &wanted)
     }
 
     /// Makes a small set hold `wanted` where it held `present`.

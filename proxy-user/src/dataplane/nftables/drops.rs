@@ -1,0 +1,115 @@
+//! Why packets go nowhere, and how many did.
+//!
+//! In: nothing. Out: a named counter for each reason, the expressions that end a packet's way, and at each scrape what
+//! was counted. The counters stand only in rules that drop or refuse, so that what is served pays nothing for them, and
+//! they belong to the table, so that they go on where rules are written anew.
+
+use std::{
+    io,
+    sync::{Mutex, PoisonError},
+};
+
+use super::{
+    adopt::Found,
+    expr,
+    netlink::{ChainSpec, Expr},
+    ruleset::StaticChain,
+    socket::Netlink,
+    table::Table,
+};
+use crate::model::Family;
+
+/// Why a packet goes nowhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reason {
+    /// F1: refused, there is no endpoint anywhere.
+    NoEndpoints,
+    /// F2, F3: dropped, the policy wants local endpoints and there are none.
+    NoLocalEndpoints,
+    /// F7: dropped, the Service does not let the source in.
+    SourceNotAllowed,
+    /// F4: refused, the ClusterIP has no such port.
+    UnknownPort,
+    /// F5: dropped, the address is no Service's.
+    UnallocatedAddress,
+}
+
+impl Reason {
+    pub(super) const ALL: [Self; 5] = [
+        Self::NoEndpoints,
+        Self::NoLocalEndpoints,
+        Self::SourceNotAllowed,
+        Self::UnknownPort,
+        Self::UnallocatedAddress,
+    ];
+
+    /// The counter's name, and the metric's label.
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::NoEndpoints => "no-endpoints",
+            Self::NoLocalEndpoints => "no-local-endpoints",
+            Self::SourceNotAllowed => "source-not-allowed",
+            Self::UnknownPort => "unknown-port",
+            Self::UnallocatedAddress => "unallocated-address",
+        }
+    }
+
+    /// Counts and drops.
+    pub(super) fn drop(self) -> Vec<Expr> {
+        vec![expr::count(self.name()), expr::drop()]
+    }
+
+    /// Counts and refuses.
+    pub(super) fn reject(self, family: Family) -> Vec<Expr> {
+        vec![expr::count(self.name()), expr::reject(family)]
+    }
+}
+
+/// The chain that ends what has no local endpoint: where backends are picked, verdicts stand in maps, and those cannot
+/// count.
+pub(super) const NO_LOCAL_ENDPOINTS: &str = Reason::NoLocalEndpoints.name();
+
+pub(super) fn no_local_endpoints() -> StaticChain {
+    let spec = ChainSpec { name: NO_LOCAL_ENDPOINTS.to_owned(), hook: None };
+    StaticChain { spec, rules: vec![Reason::NoLocalEndpoints.drop()] }
+}
+
+/// What was dropped or refused in one family for one reason.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dropped {
+    /// The family.
+    pub family: Family,
+    /// Why, in a word or two with hyphens.
+    pub reason: &'static str,
+    /// Packets since the table was made, which may be longer ago than the start of this process.
+    pub packets: u64,
+}
+
+/// Reads the counters, beside whoever programs.
+pub struct Drops(Mutex<(Netlink, Vec<Table>)>);
+
+impl Drops {
+    pub(super) fn open(families: impl Iterator<Item = Family>) -> io::Result<Self> {
+        Ok(Self(Mutex::new((Netlink::open()?, families.map(Table::new).collect()))))
+    }
+
+    /// Every counter there is.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn read(&self) -> io::Result<Vec<Dropped>> {
+        let mut guard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (netlink, tables) = &mut *guard;
+        let mut dropped = Vec::new();
+        for table in tables {
+            let family = table.family;
+            let counters = Found::counters(netlink, &table.raw)?;
+            dropped.extend(counters.into_iter().filter_map(|(name, packets)| {
+                let reason = Reason::ALL.into_iter().map(Reason::name).find(|reason| *reason == name)?;
+                Some(Dropped { family, reason, packets })
+            }));
+        }
+        Ok(dropped)
+    }
+}
