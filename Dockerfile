@@ -1,16 +1,22 @@
-# The image of weir. Build it for the machine's own architecture or, with buildx, for others:
+# The image of weir, for the architecture of the machine that builds it or for others:
 #   docker build -t weir:dev .
+#   docker build --platform linux/arm64 -t weir:dev .
 #   docker buildx build --platform linux/amd64,linux/arm64 -t weir:dev .
+# Another architecture is cross-compiled, not emulated. Docker needs BuildKit for it (before version 23: DOCKER_BUILDKIT=1).
 # Without Docker, `cargo xtask image` makes the same image.
 #
 # It holds the program under both its names (weir, kube-proxy), the libraries it is linked with, and no shell.
 # It runs as uid 0 without the powers that usually come with it: Kubernetes hands capabilities to uid 0 only, and a bpffs
-# belongs to root. What it needs: NET_ADMIN; for eBPF also BPF, PERFMON and SYS_ADMIN. See charts/weir.
+# belongs to root. What it needs: NET_ADMIN; for eBPF also BPF, PERFMON and SYS_ADMIN; to answer names also
+# NET_BIND_SERVICE and /dev/net/tun. See charts/weir.
 
-FROM rust:1.95-bookworm AS build
+FROM --platform=$BUILDPLATFORM rust:1.95-bookworm AS build
+ARG TARGETARCH
 WORKDIR /weir
 COPY . .
-RUN cargo xtask image --root /image
+# What was downloaded and compiled is there again the next time, whatever changed.
+RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/weir/target \
+    cargo xtask image --arch "$TARGETARCH" --root /image
 
 FROM scratch
 COPY --from=build /image/ /

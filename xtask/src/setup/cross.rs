@@ -63,9 +63,8 @@ fn standard_library(machine: &Machine, target: &str) -> Result<bool> {
         return Ok(true);
     }
     let what = format!("Rust's standard library for {target}");
-    let installed = install(&what, || compiler::install_standard_library(machine, target));
-    if let Err(error) = &installed {
+    if let Err(error) = install(&what, || compiler::install_standard_library(machine, target)) {
         println!("{error:#}\nit is built from its source instead");
     }
-    Ok(installed.is_ok())
+    compiler::has_standard_library(machine, target)
 }
