@@ -86,6 +86,16 @@ impl ApiServer {
         Ok(server)
     }
 
+    /// A client of the API server's etcd, which speaks HTTP too.
+    ///
+    /// # Errors
+    ///
+    /// When none can be made.
+    pub fn etcd(&self) -> Result<Client> {
+        let url = format!("http://127.0.0.1:{}", self.store.etcd_port);
+        Ok(Client::try_from(Config::new(url.parse()?))?)
+    }
+
     /// Whether lists can be streamed (WatchList): that takes an etcd that tells its progress, which since Kubernetes 1.31
     /// means 3.4.31, 3.5.13 or newer.
     ///

@@ -7,10 +7,10 @@ use std::{
     collections::BTreeMap,
     net::SocketAddrV4,
     path::{Path, PathBuf},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::{
     api::{
         core::v1::{Node, Service},
@@ -20,18 +20,18 @@ use k8s_openapi::{
 };
 use kube::{
     Api, Client,
-    api::{DeleteParams, Patch, PatchParams, PostParams},
+    api::{DeleteParams, GetParams, Patch, PatchParams, PostParams},
 };
-use tokio::task::JoinSet;
 
 use super::{
     rig::{API_SERVER, NODE_ADDRESSES},
+    seed::{self, Stored},
     workload::{Numbered, Workload},
 };
 use crate::{apiserver::ApiServer, objects::NAMESPACE};
 
-/// So many objects are written at the same time.
-const WRITERS: u32 = 32;
+/// How long the API server may take until it shows what is in etcd.
+const SHOWN: Duration = Duration::from_secs(120);
 
 /// Endpoints of each Service.
 pub(super) const ENDPOINTS: u32 = 5;
@@ -59,6 +59,7 @@ pub(super) struct Written {
 pub(super) struct Objects {
     services: Api<Service>,
     slices: Api<EndpointSlice>,
+    etcd: Client,
 }
 
 /// [`Objects`] and the server that has them.
@@ -85,6 +86,7 @@ impl Cluster {
         let objects = Objects {
             services: Api::namespaced(client.clone(), NAMESPACE),
             slices: Api::namespaced(client, NAMESPACE),
+            etcd: server.etcd()?,
         };
         Ok(Self { objects, kubeconfig: server.kubeconfig("admin")?, _server: server })
     }
@@ -97,26 +99,32 @@ impl Cluster {
 }
 
 impl Objects {
-    /// Creates what `workload` has and `before` has not.
+    /// Puts there what `workload` has and `before` has not.
     ///
     /// # Errors
     ///
-    /// When the API server refuses one.
+    /// When etcd refuses, or the API server does not show the last of it in time.
     pub(super) async fn grow(&self, before: u32, workload: Workload) -> Result<()> {
-        let services: Vec<_> = workload.services().skip(before as usize).collect();
-        self.by_all(services.len() as u32, move |objects, number| {
-            let service = services[number as usize];
-            async move {
-                objects.services.create(&PostParams::default(), &service.service()?).await?;
-                Ok(())
-            }
-        })
-        .await?;
-        self.by_all(workload.slices() - before, move |objects, number| async move {
-            objects.slices.create(&PostParams::default(), &workload.slice(before + number, 0)?).await?;
-            Ok(())
-        })
-        .await
+        let mut objects = Vec::new();
+        for service in workload.services().skip(before as usize) {
+            objects.extend(Stored::service(&service.service()?)?);
+        }
+        for number in before..workload.slices() {
+            objects.push(Stored::slice(&workload.slice(number, 0)?)?);
+        }
+        seed::put(&self.etcd, &objects).await?;
+        let Some(last) = workload.slices().checked_sub(1).filter(|last| *last >= before) else {
+            return Ok(());
+        };
+        let name = named(&workload.slice(last, 0)?.metadata.name)?;
+        // From what the API server remembers, which it fills from etcd.
+        let remembered = GetParams::any();
+        let begin = Instant::now();
+        while self.slices.get_with(&name, &remembered).await.is_err() {
+            ensure!(begin.elapsed() < SHOWN, "the API server does not show {name}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
     }
 
     /// Deletes all of it.
@@ -131,31 +139,6 @@ impl Objects {
         for number in 0..workload.slices() {
             let slice = workload.slice(number, 0)?;
             self.slices.delete(&named(&slice.metadata.name)?, &DeleteParams::default()).await?;
-        }
-        Ok(())
-    }
-
-    /// Many at the same time: one by one, tens of thousands of objects would take longer than everything else.
-    async fn by_all<F>(
-        &self,
-        count: u32,
-        write: impl Fn(Self, u32) -> F + Clone + Send + 'static,
-    ) -> Result<()>
-    where
-        F: Future<Output = Result<()>> + Send,
-    {
-        let mut writers = JoinSet::new();
-        for writer in 0..WRITERS {
-            let (objects, write) = (self.clone(), write.clone());
-            writers.spawn(async move {
-                for number in (writer..count).step_by(WRITERS as usize) {
-                    write(objects.clone(), number).await?;
-                }
-                anyhow::Ok(())
-            });
-        }
-        while let Some(writer) = writers.join_next().await {
-            writer??;
         }
         Ok(())
     }

@@ -47,6 +47,7 @@ mod profile;
 pub mod programming;
 pub mod report;
 mod rig;
+mod seed;
 pub mod statistics;
 mod subject;
 pub mod workload;
@@ -172,7 +173,7 @@ impl Bench<'_> {
     }
 
     fn grow(&self, existing: u32, workload: Workload) -> Result<()> {
-        say(format_args!("{workload}: writing Services and endpoints to the API server"));
+        say(format_args!("{workload}: writing Services and endpoints"));
         let begin = Instant::now();
         self.runtime.block_on(self.cluster.objects.grow(existing, workload))?;
         say(format_args!("written in {:.1} s", begin.elapsed().as_secs_f64()));
