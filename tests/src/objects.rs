@@ -318,6 +318,12 @@ impl Shape {
         self
     }
 
+    /// Whether clients are to stay with a backend.
+    #[must_use]
+    pub fn is_sticky(&self) -> bool {
+        self.affinity.is_some()
+    }
+
     /// Open to these sources only, at the load balancer's address.
     #[must_use]
     pub fn only_from(mut self, ranges: &[&str]) -> Self {

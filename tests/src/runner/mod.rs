@@ -7,7 +7,7 @@ use std::{
     fmt::Write as _,
     panic::resume_unwind,
     sync::{Mutex, PoisonError},
-    thread,
+    thread::{self, ScopedJoinHandle},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -18,7 +18,7 @@ use crate::{
     node::{Place, Topology},
     objects::Shape,
     subject::{Kind, Settings, Subject},
-    traffic::Server,
+    traffic::{Server, Transport},
 };
 
 mod flows;
@@ -187,19 +187,20 @@ impl Runner<'_, '_> {
             }
             Step::Check(..) | Step::Open(..) | Step::Send(..) | Step::Run(..) => {}
         }
-        let scenes = case.families.iter().flat_map(|&family| {
-            let subject = (self.topology, self.subject.kind());
-            case.transports
-                .iter()
-                .map(move |&transport| Scene::new(subject, case, shape, (family, transport)))
-        });
-        let done: Vec<_> = thread::scope(|scope| {
-            let running: Vec<_> = scenes.map(|scene| scope.spawn(move || scene.take(step))).collect();
-            running
-                .into_iter()
-                .map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
-                .collect()
-        });
+        let mut done = Vec::new();
+        for transports in rounds(case, shape) {
+            let scenes = case.families.iter().flat_map(|&family| {
+                let subject = (self.topology, self.subject.kind());
+                transports.iter().map(move |&transport| Scene::new(subject, case, shape, (family, transport)))
+            });
+            thread::scope(|scope| {
+                let running: Vec<_> = scenes.map(|scene| scope.spawn(move || scene.take(step))).collect();
+                let taken = |thread: ScopedJoinHandle<'_, _>| {
+                    thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+                };
+                done.extend(running.into_iter().map(taken));
+            });
+        }
         let (mut failures, mut differences) = (Vec::new(), BTreeSet::new());
         for taken in done {
             match taken {
@@ -213,6 +214,14 @@ impl Runner<'_, '_> {
         ensure!(failures.is_empty(), "{}", failures.join("\n            "));
         Ok(differences)
     }
+}
+
+/// The case's transports, in the rounds they call in. Both kinds of UDP sockets are one client to a Service with session
+/// affinity; calling at the same time for the first time, they would be led to a backend each, and the later one counts.
+fn rounds(case: &Case, shape: &Shape) -> [Vec<Transport>; 2] {
+    let (later, first) =
+        case.transports.iter().partition(|&&transport| shape.is_sticky() && transport == Transport::Datagram);
+    [first, later]
 }
 
 fn next(queue: &Mutex<VecDeque<Case>>) -> Option<Case> {
