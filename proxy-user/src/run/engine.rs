@@ -29,8 +29,18 @@ use crate::{
 pub(super) struct Inputs {
     pub(super) changes: mpsc::Receiver<Change>,
     pub(super) addresses: Addresses,
-    pub(super) foreign: mpsc::Receiver<Seen>,
+    /// Comes once the data plane is open. What the kernel holds is read while changes are taken in and planned.
+    pub(super) opened: oneshot::Receiver<Opened>,
     pub(super) stopping: watch::Receiver<bool>,
+}
+
+/// An open data plane, and what goes with it.
+pub(super) struct Opened {
+    pub(super) plane: Box<dyn Dataplane>,
+    /// Tells of foreign changes to our tables.
+    pub(super) foreign: mpsc::Receiver<Seen>,
+    /// Is told which backends serve no longer, once that is in force.
+    pub(super) sockets: Option<std::sync::mpsc::Sender<sockets::Suspects>>,
 }
 
 /// The first wait after a failure; it doubles up to the configured syncPeriod.
@@ -48,7 +58,7 @@ const MOST_CHANGES: usize = 65_536;
 pub(super) struct Engine {
     model: Model,
     planner: Planner,
-    plane: Box<dyn Dataplane>,
+    plane: Option<Box<dyn Dataplane>>,
     conntrack: Option<mpsc::UnboundedSender<Suspects>>,
     sockets: Option<std::sync::mpsc::Sender<sockets::Suspects>>,
     health_checks: Option<HealthChecks>,
@@ -83,17 +93,12 @@ pub(super) struct Engine {
 }
 
 impl Engine {
-    pub(super) fn new(
-        settings: Settings,
-        plane: Box<dyn Dataplane>,
-        metrics: Metrics,
-        health: Health,
-    ) -> Self {
+    pub(super) fn new(settings: Settings, metrics: Metrics, health: Health) -> Self {
         Self {
             families: served(settings.families).collect(),
             model: Model::new(settings),
             planner: Planner::default(),
-            plane,
+            plane: None,
             conntrack: None,
             sockets: None,
             health_checks: None,
@@ -155,14 +160,10 @@ impl Engine {
         Self { conntrack: Some(conntrack), ..self }
     }
 
-    /// Tells there which backends serve no longer once that is in force.
-    pub(super) fn with_sockets(self, sockets: Option<std::sync::mpsc::Sender<sockets::Suspects>>) -> Self {
-        Self { sockets, ..self }
-    }
-
     /// Works until the source ends or stopping is asked for.
     pub(super) async fn run(mut self, inputs: Inputs) {
-        let Inputs { mut changes, mut addresses, mut foreign, mut stopping } = inputs;
+        let Inputs { mut changes, mut addresses, mut opened, mut stopping } = inputs;
+        let mut foreign = None;
         self.families.iter().for_each(|family| self.health.updated(*family));
         let mut taken = Vec::new();
         loop {
@@ -179,7 +180,12 @@ impl Engine {
                     self.model.set_host_addresses(addresses.borrow_and_update().clone());
                     self.know_addresses = true;
                 }
-                Some(seen) = foreign.recv() => self.notice(seen),
+                opened = &mut opened, if self.plane.is_none() => {
+                    // Without one the agent ends, and says why.
+                    let Ok(Opened { plane, foreign: news, sockets }) = opened else { return };
+                    (self.plane, self.sockets, foreign) = (Some(plane), sockets, Some(news));
+                }
+                Some(seen) = next(&mut foreign) => self.notice(seen),
                 () = retry => {}
                 _ = stopping.wait_for(|stop| *stop) => return,
             }
@@ -251,6 +257,13 @@ impl Engine {
         }
         self.tell_of_conflicts();
         self.planner.update_node(self.model.node_plan());
+        if let Some(mut plane) = self.plane.take() {
+            self.program(&mut *plane, started);
+            self.plane = Some(plane);
+        }
+    }
+
+    fn program(&mut self, plane: &mut dyn Dataplane, started: Instant) {
         // A failure that is not due again yet must not be made worse by every new change.
         let waiting = self.retry_at.is_some_and(|at| at > tokio::time::Instant::now());
         if self.reconcile.is_some() && waiting {
@@ -258,7 +271,7 @@ impl Engine {
             return;
         }
         self.retry_at = None;
-        let delta = match self.next_delta() {
+        let delta = match self.next_delta(plane) {
             Ok(delta) => delta,
             Err(error) => return self.failed(&error),
         };
@@ -271,14 +284,17 @@ impl Engine {
             self.health.queued(*family);
             self.metrics.queued(*family);
         }
-        let result = self.plane.apply(&delta);
+        let result = plane.apply(&delta);
+        for Fill { map, elements, room } in plane.fill() {
+            self.metrics.set_fill(map, elements, room);
+        }
         self.settle(&delta, result, started);
     }
 
-    fn next_delta(&mut self) -> Result<Delta, Error> {
+    fn next_delta(&mut self, plane: &mut dyn Dataplane) -> Result<Delta, Error> {
         let Some(reason) = self.reconcile else { return Ok(self.planner.take_delta()) };
         if reason != "start" {
-            self.plane.reread()?;
+            plane.reread()?;
         }
         self.metrics.reconciled(reason);
         Ok(self.planner.complete())
@@ -319,9 +335,6 @@ impl Engine {
                 tracing::error!("the thread that closes sockets is gone, sockets stay with dead backends");
                 self.sockets = None;
             }
-        }
-        for Fill { map, elements, room } in self.plane.fill() {
-            self.metrics.set_fill(map, elements, room);
         }
         let was = self.reconcile.take();
         if !refused.is_empty() {
@@ -418,6 +431,14 @@ impl Engine {
     }
 }
 
+/// The next foreign change; none before there is a data plane.
+async fn next(foreign: &mut Option<mpsc::Receiver<Seen>>) -> Option<Seen> {
+    match foreign {
+        Some(foreign) => foreign.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Where health check servers listen (H3): on all addresses, or on those that serve NodePorts.
 fn health_check_addresses(planner: &Planner, families: &[Family]) -> Vec<IpAddr> {
     let Some(node) = planner.node() else { return Vec::new() };
@@ -470,14 +491,20 @@ mod tests {
     }
 
     /// Runs an engine on a host with one address until nobody sends changes any more.
-    fn running(engine: Engine) -> (mpsc::Sender<Change>, tokio::task::JoinHandle<()>) {
+    fn running(
+        engine: Engine,
+        plane: impl Dataplane + 'static,
+    ) -> (mpsc::Sender<Change>, tokio::task::JoinHandle<()>) {
         let (change, changes) = mpsc::channel(16);
         let engine = tokio::spawn(async move {
             let (_foreign, foreign) = mpsc::channel(1);
+            let (open, opened) = oneshot::channel();
+            let sent = open.send(Opened { plane: Box::new(plane), foreign, sockets: None });
+            assert!(sent.is_ok(), "nobody waits for the plane");
             let (_stop, stopping) = watch::channel(false);
             let (addresses_in, addresses) = watch::channel(Vec::new());
             addresses_in.send_replace(vec!["192.0.2.1".parse().unwrap()]);
-            engine.run(Inputs { changes, addresses, foreign, stopping }).await;
+            engine.run(Inputs { changes, addresses, opened, stopping }).await;
         });
         (change, engine)
     }
@@ -485,10 +512,9 @@ mod tests {
     #[tokio::test]
     async fn r12_who_does_not_get_a_frontend_hears_of_it() {
         let (events, mut troubles) = Events::channel();
-        let plane = Box::new(Memory::default());
-        let engine = Engine::new(settings(), plane, Metrics::new(), Health::new(Duration::from_secs(30)))
-            .with_events(events);
-        let (change, engine) = running(engine);
+        let engine =
+            Engine::new(settings(), Metrics::new(), Health::new(Duration::from_secs(30))).with_events(events);
+        let (change, engine) = running(engine, Memory::default());
         for (name, ip) in [("api", "10.0.0.1"), ("web", "10.0.0.2")] {
             let spec = json!({ "clusterIP": ip, "ports": [{ "port": 80 }], "externalIPs": ["198.51.100.1"] });
             change.send(service(name, spec)).await.unwrap();
@@ -506,10 +532,10 @@ mod tests {
     #[tokio::test]
     async fn ports_that_cannot_be_programmed_are_told_of_by_service_and_counted() {
         let (metrics, (events, mut troubles)) = (Metrics::new(), Events::channel());
-        let plane = Box::new(Faulty::new(Memory::default(), 1, 100, 0));
-        let engine = Engine::new(settings(), plane, metrics.clone(), Health::new(Duration::from_secs(30)))
+        let plane = Faulty::new(Memory::default(), 1, 100, 0);
+        let engine = Engine::new(settings(), metrics.clone(), Health::new(Duration::from_secs(30)))
             .with_events(events);
-        let (change, engine) = running(engine);
+        let (change, engine) = running(engine, plane);
         let ports = json!([{ "name": "a", "port": 1 }, { "name": "b", "port": 2 }]);
         change.send(service("web", json!({ "clusterIP": "10.0.0.1", "ports": ports }))).await.unwrap();
         for kind in Kind::ALL {

@@ -14,7 +14,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
     config::{Config, KernelArgs, Loaded, LogArgs, RequestLimit, SourceConfig},
@@ -52,7 +52,7 @@ mod takeover;
 pub use choice::choose;
 pub use reload::Again;
 
-use engine::{Engine, Inputs};
+use engine::{Engine, Inputs, Opened};
 use planes::Planes;
 
 /// Changes that may wait between a source and the engine; a source that is further ahead waits itself.
@@ -71,7 +71,6 @@ pub fn run(loaded: Loaded, again: Again) -> anyhow::Result<()> {
         tracing::warn!("{warning}");
     }
     machine::prepare(&loaded.config.conntrack, loaded.config.oom_score_adj);
-    let planes = Planes::open(&loaded.config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -79,13 +78,9 @@ pub fn run(loaded: Loaded, again: Again) -> anyhow::Result<()> {
         .context("starting the runtime")?;
     let result = runtime.block_on(async {
         tokio::spawn(reload::follow_hangups(Arc::clone(&again), telemetry));
-        let file = loaded.config.file.clone();
-        let about = About {
-            proxy_mode: planes.mode(),
-            configuration: loaded.document.clone(),
-            words: std::env::args().skip(1).collect(),
-        };
-        serve(loaded.config.clone(), about, planes, reload::changed(file, loaded, again, reload::LOOK)).await
+        let (config, document) = (loaded.config.clone(), loaded.document.clone());
+        serve(config, document, reload::changed(loaded.config.file.clone(), loaded, again, reload::LOOK))
+            .await
     });
     // A watch thread may be waiting in the kernel; it holds nothing that needs an orderly end.
     runtime.shutdown_background();
@@ -103,8 +98,7 @@ enum Ended {
 
 async fn serve(
     config: Config,
-    about: About,
-    planes: Planes,
+    document: serde_json::Value,
     changed: impl Future<Output = ()>,
 ) -> anyhow::Result<Ended> {
     let (stop, stopping) = watch::channel(false);
@@ -112,43 +106,39 @@ async fn serve(
     let health = Health::new(config.sync_period);
     let (changes_in, changes) = mpsc::channel(WAITING_CHANGES);
     let (addresses_in, addresses) = watch::channel(Vec::new());
-    let Planes { plane, foreign, sockets, dropped, counted } = planes;
-    metrics.count_drops(move || planes::drops(&dropped));
-    if let Some(counted) = counted {
-        metrics.count_services(move || sockets::counts(&counted));
-    }
-    let place = sockets.as_ref();
-    let events = start_source(&config, changes_in, place, &metrics).await?;
-    let told = events.clone();
-    let closing = match place {
-        Some(place) => {
-            sockets::watch_troubles(&place.maps(), &metrics)?;
-            sockets::forget_clients(&place.maps())?;
-            sockets::close(&place.maps(), &metrics)?
-        }
-        None => None,
+    let opening = {
+        let config = config.clone();
+        tokio::task::spawn_blocking(move || Planes::open(&config))
     };
+    let Origin { events, connection } = start_source(&config, changes_in, &metrics).await?;
     tokio::spawn(host::watch(addresses_in));
     let names = match &config.dns {
         Some(dns) => Some(dns::start(&config, dns, addresses.clone(), &metrics)?),
         None => None,
     };
 
-    let engine = Engine::new(config.model.clone(), plane, metrics.clone(), health.clone())
+    let engine = Engine::new(config.model.clone(), metrics.clone(), health.clone())
         .with_retry(config.sync_period)
         .with_health_checks(HealthChecks::start(health.clone(), events.clone(), stopping.clone()))
-        .with_events(events)
+        .with_events(events.clone())
         .with_names(names)
         .with_optional_node(matches!(config.source, SourceConfig::Manifests { .. }))
         .with_conntrack(clean_conntrack(metrics.clone())?)
-        .with_sockets(closing)
         .with_first(config.take_over.then(takeover::start));
-    let inputs = Inputs { changes, addresses, foreign, stopping: stopping.clone() };
+    let (open, opened) = oneshot::channel();
+    let inputs = Inputs { changes, addresses, opened, stopping: stopping.clone() };
     let engine = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(engine.run(inputs));
         anyhow::Ok(())
     })?;
+    let planes = opening.await??;
+    let words = std::env::args().skip(1).collect();
+    let about = About { proxy_mode: planes.mode(), configuration: document, words };
+    let (opened, sockets) = go_along(planes, connection, &metrics)?;
+    // An engine that is gone has panicked, which is found out when it is joined.
+    let _ = open.send(opened);
+    let told = events;
     told.tell(Trouble::starting());
     let servers = tokio::spawn(serve_http(config, health, metrics, about, told, stopping));
 
@@ -182,13 +172,47 @@ async fn signalled() -> anyhow::Result<&'static str> {
     })
 }
 
-/// Starts the source, and says where events about its objects go. With a sockets' plane it tells of pods too.
+/// Starts what goes along with the data planes that there are.
+fn go_along(
+    planes: Planes,
+    connection: Option<Connection>,
+    metrics: &Metrics,
+) -> anyhow::Result<(Opened, Option<Place>)> {
+    let Planes { plane, foreign, sockets, dropped, counted } = planes;
+    metrics.count_drops(move || planes::drops(&dropped));
+    if let Some(counted) = counted {
+        metrics.count_services(move || sockets::counts(&counted));
+    }
+    let closing = match &sockets {
+        Some(place) => {
+            let maps = place.maps();
+            if let Some(connection) = connection {
+                let status = Arc::new(SourceStatus::default());
+                let census = pods::start(connection, status, &maps, &place.cgroup_root)?;
+                sockets::watch_bypassed(census, metrics);
+            }
+            sockets::watch_troubles(&maps, metrics)?;
+            sockets::forget_clients(&maps)?;
+            sockets::close(&maps, metrics)?
+        }
+        None => None,
+    };
+    Ok((Opened { plane, foreign, sockets: closing }, sockets))
+}
+
+/// A source at work.
+struct Origin {
+    /// Where events about its objects go.
+    events: Events,
+    /// The API server, where there is one.
+    connection: Option<Connection>,
+}
+
 async fn start_source(
     config: &Config,
     changes: mpsc::Sender<Change>,
-    sockets: Option<&Place>,
     metrics: &Metrics,
-) -> anyhow::Result<Events> {
+) -> anyhow::Result<Origin> {
     let status = Arc::new(SourceStatus::default());
     Ok(match &config.source {
         SourceConfig::Kubernetes { kubeconfig, servers } => {
@@ -201,23 +225,18 @@ async fn start_source(
             let connection = Connection::open_with(source, manner(config, metrics)).await?;
             tracing::info!(node = config.model.node_name, server = %connection.server(), "watching the API server");
             let events = Events::start(connection.client(), &config.model.node_name);
-            if let Some(place) = sockets {
-                let status = Arc::new(SourceStatus::default());
-                let census = pods::start(connection.clone(), status, &place.maps(), &place.cgroup_root)?;
-                sockets::watch_bypassed(census, metrics);
-            }
             match &config.dns {
-                Some(_) => tokio::spawn(kube::watch_with_names(connection, changes, status)),
-                None => tokio::spawn(kube::watch(connection, changes, status)),
+                Some(_) => tokio::spawn(kube::watch_with_names(connection.clone(), changes, status)),
+                None => tokio::spawn(kube::watch(connection.clone(), changes, status)),
             };
-            events
+            Origin { events, connection: Some(connection) }
         }
         SourceConfig::Manifests { .. } => {
             let source = manifest_source(config)?;
             tracing::info!(node = config.model.node_name, directory = %source.directory.display(), "watching manifests");
             let (view, _) = watch::channel(Arc::new(ManifestStatus::default()));
             tokio::spawn(manifests::watch(source, changes, status, view));
-            Events::logged()
+            Origin { events: Events::logged(), connection: None }
         }
     })
 }
