@@ -23,6 +23,7 @@ mod credentials;
 mod ledger;
 mod objects;
 mod pods;
+mod protobuf;
 mod retry;
 mod watch;
 

@@ -5,6 +5,7 @@
 
 use std::fmt::Debug;
 
+use futures::{StreamExt as _, stream::BoxStream};
 use k8s_openapi::{
     api::{
         core::v1::{Node, NodeStatus, Service},
@@ -13,10 +14,13 @@ use k8s_openapi::{
     },
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
-use kube::{Resource, runtime::watcher::Config};
+use kube::{
+    Api, Client, Resource,
+    runtime::watcher::{self, Config, Event},
+};
 use serde::de::DeserializeOwned;
 
-use super::ledger::Named;
+use super::{ledger::Named, protobuf};
 use crate::{
     model::ObjectName,
     source::{HEADLESS_LABEL, Kind, Object, PROXY_NAME_LABEL},
@@ -61,6 +65,11 @@ pub(super) trait Watched:
 
     /// The object without what nobody reads.
     fn trimmed(self) -> Self::Object;
+
+    /// What the API server tells of the kind, for ever.
+    fn events(client: Client, config: Config) -> BoxStream<'static, watcher::Result<Event<Self>>> {
+        watcher::watcher(Api::all(client), config).boxed()
+    }
 }
 
 impl Named for Object {
@@ -94,6 +103,10 @@ impl Watched for Service {
         }
         Object::Service(Box::new(self))
     }
+
+    fn events(client: Client, config: Config) -> BoxStream<'static, watcher::Result<Event<Self>>> {
+        protobuf::events(client, config)
+    }
 }
 
 impl Watched for EndpointSlice {
@@ -117,6 +130,10 @@ impl Watched for EndpointSlice {
             annotations.retain(|key, _| key == TRIGGER_TIME_ANNOTATION);
         }
         Object::EndpointSlice(Box::new(self))
+    }
+
+    fn events(client: Client, config: Config) -> BoxStream<'static, watcher::Result<Event<Self>>> {
+        protobuf::events(client, config)
     }
 }
 

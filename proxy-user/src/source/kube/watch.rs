@@ -9,14 +9,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures::StreamExt;
+use futures::StreamExt as _;
 use k8s_openapi::api::{
     core::v1::{Node, Service},
     discovery::v1::EndpointSlice,
     networking::v1::ServiceCIDR,
 };
 use kube::{
-    Api,
+    Client,
     runtime::watcher::{self, Event, InitialListStrategy},
 };
 use tokio::{sync::mpsc::Sender, task::JoinSet};
@@ -55,7 +55,7 @@ pub(super) async fn every_kind(
 
 pub(super) struct Watch<K: Watched> {
     node: String,
-    api: Api<K>,
+    client: Client,
     config: watcher::Config,
     changes: Sender<Change<K::Object>>,
     status: Arc<SourceStatus>,
@@ -79,7 +79,7 @@ impl<K: Watched> Watch<K> {
         });
         Self {
             node: connection.node().to_owned(),
-            api: Api::all(client),
+            client,
             config: K::selector(connection.node()).streaming_lists(),
             changes: changes.clone(),
             status: Arc::clone(status),
@@ -119,7 +119,7 @@ impl<K: Watched> Watch<K> {
 
     /// Follows the server until lists are to be asked for in another way.
     async fn follow(&mut self) -> Result<(), Closed> {
-        let mut events = std::pin::pin!(watcher::watcher(self.api.clone(), self.config.clone()));
+        let mut events = K::events(self.client.clone(), self.config.clone());
         while let Some(event) = events.next().await {
             let again = match event {
                 Ok(event) => self.event(event).await?,

@@ -1,0 +1,135 @@
+//! A list of objects, item by item as it comes in: it is never here as a whole.
+//!
+//! In: the bytes of an answer. Out: the list's resource version, then each item's message.
+//!
+//! ```text
+//! "k8s\0" Unknown { 1: types, 2: raw = List { 1: metadata, 2: item, 2: item … }, 3: …, 4: … }
+//! ```
+
+use std::io;
+
+use bytes::{Buf as _, Bytes, BytesMut};
+use prost::{
+    Message as _,
+    encoding::{WireType, decode_key, decode_varint},
+};
+use tokio_util::codec::Decoder;
+
+use super::{MAGIC, Unreadable, message};
+
+/// A part of a list.
+pub(super) enum Part {
+    /// As of when the list is.
+    Version(String),
+    /// An object.
+    Item(Bytes),
+}
+
+/// Where in a list the next byte is.
+#[derive(Clone, Copy)]
+enum At {
+    Magic,
+    /// Between the fields around the list, before it.
+    Before,
+    /// Between the fields of the list, of which so many bytes are to come.
+    Inside(usize),
+    /// Between the fields around the list, behind it.
+    Behind,
+}
+
+/// Takes a list apart.
+pub(super) struct Parts(At);
+
+impl Parts {
+    pub(super) const fn new() -> Self {
+        Self(At::Magic)
+    }
+
+    /// Whether what has come is a whole list.
+    const fn is_whole(&self) -> bool {
+        matches!(self.0, At::Behind)
+    }
+}
+
+/// The number of the field that begins here, the length of its key and length, and that of its contents. Nothing when
+/// not all of that is there yet. Every field around and in a list has a length.
+fn field(bytes: &[u8]) -> Result<Option<(u32, usize, usize)>, Unreadable> {
+    /// A key of one to five bytes, a length of one to ten.
+    const LONGEST: usize = 15;
+    let mut rest = bytes;
+    let read = decode_key(&mut rest).and_then(|(tag, wire)| Ok((tag, wire, decode_varint(&mut rest)?)));
+    match read {
+        Ok((tag, WireType::LengthDelimited, length)) => {
+            let length = usize::try_from(length).map_err(|_| Unreadable::List)?;
+            Ok(Some((tag, bytes.len() - rest.len(), length)))
+        }
+        Ok(_) => Err(Unreadable::List),
+        Err(_) if bytes.len() < LONGEST => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Takes a field out of the buffer once all of it is there.
+fn take(bytes: &mut BytesMut, head: usize, length: usize) -> Option<Bytes> {
+    if bytes.len() < head + length {
+        bytes.reserve(head + length - bytes.len());
+        return None;
+    }
+    bytes.advance(head);
+    Some(bytes.split_to(length).freeze())
+}
+
+impl Decoder for Parts {
+    type Item = Part;
+    type Error = Unreadable;
+
+    fn decode(&mut self, bytes: &mut BytesMut) -> Result<Option<Part>, Unreadable> {
+        loop {
+            if let At::Magic = self.0 {
+                let Some(begin) = bytes.get(..MAGIC.len()) else { return Ok(None) };
+                if begin != MAGIC {
+                    return Err(Unreadable::Magic);
+                }
+                bytes.advance(MAGIC.len());
+                self.0 = At::Before;
+            }
+            if let At::Inside(0) = self.0 {
+                self.0 = At::Behind;
+            }
+            let Some((tag, head, length)) = field(bytes)? else { return Ok(None) };
+            match (self.0, tag) {
+                (At::Before, 2) => {
+                    bytes.advance(head);
+                    self.0 = At::Inside(length);
+                }
+                (At::Magic | At::Before | At::Behind, _) => {
+                    if take(bytes, head, length).is_none() {
+                        return Ok(None);
+                    }
+                }
+                (At::Inside(left), _) => {
+                    let left = left.checked_sub(head + length).ok_or(Unreadable::List)?;
+                    let Some(contents) = take(bytes, head, length) else { return Ok(None) };
+                    self.0 = At::Inside(left);
+                    match tag {
+                        1 => {
+                            return Ok(Some(Part::Version(
+                                message::ListMetadata::decode(contents)?.resource_version,
+                            )));
+                        }
+                        2 => return Ok(Some(Part::Item(contents))),
+                        _ => {}
+                    }
+                }
+            }
+        }
+    }
+
+    fn decode_eof(&mut self, bytes: &mut BytesMut) -> Result<Option<Part>, Unreadable> {
+        match self.decode(bytes)? {
+            None if bytes.is_empty() && self.is_whole() => Ok(None),
+            None => Err(Unreadable::Io(io::ErrorKind::UnexpectedEof.into())),
+            part => Ok(part),
+        }
+    }
+}

@@ -1,0 +1,257 @@
+//! The messages, as far as somebody reads them.
+//!
+//! Numbers and types are those of Kubernetes' `generated.proto` files (core/v1, discovery/v1, meta/v1, runtime), where a
+//! number never changes its meaning. What has another number is skipped, so nothing has to be taken off later.
+
+use std::collections::BTreeMap;
+
+use prost::{Message, bytes::Bytes};
+
+/// meta/v1 `WatchEvent`.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct WatchEvent {
+    #[prost(string, tag = "1")]
+    pub(super) kind: String,
+    #[prost(message, optional, tag = "2")]
+    pub(super) object: Option<Raw>,
+}
+
+/// runtime `RawExtension`.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Raw {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub(super) raw: Bytes,
+}
+
+/// runtime `Unknown`: an object of a kind that it names.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Unknown {
+    #[prost(message, required, tag = "1")]
+    pub(super) types: Types,
+    #[prost(bytes = "bytes", tag = "2")]
+    pub(super) raw: Bytes,
+}
+
+/// runtime `TypeMeta`.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Types {
+    #[prost(string, tag = "1")]
+    pub(super) api_version: String,
+    #[prost(string, tag = "2")]
+    pub(super) kind: String,
+}
+
+/// Any object, as far as a bookmark has it.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Marked {
+    #[prost(message, required, tag = "1")]
+    pub(super) metadata: Metadata,
+}
+
+/// meta/v1 `ObjectMeta`.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Metadata {
+    #[prost(string, tag = "1")]
+    pub(super) name: String,
+    #[prost(string, tag = "3")]
+    pub(super) namespace: String,
+    #[prost(string, tag = "6")]
+    pub(super) resource_version: String,
+    #[prost(message, optional, tag = "8")]
+    pub(super) creation_timestamp: Option<Time>,
+    #[prost(btree_map = "string, string", tag = "11")]
+    pub(super) labels: BTreeMap<String, String>,
+    #[prost(btree_map = "string, string", tag = "12")]
+    pub(super) annotations: BTreeMap<String, String>,
+}
+
+/// meta/v1 `Time`.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub(super) struct Time {
+    #[prost(int64, tag = "1")]
+    pub(super) seconds: i64,
+    #[prost(int32, tag = "2")]
+    pub(super) nanos: i32,
+}
+
+/// meta/v1 `Status`.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Status {
+    #[prost(string, tag = "3")]
+    pub(super) message: String,
+    #[prost(string, tag = "4")]
+    pub(super) reason: String,
+    #[prost(int32, tag = "6")]
+    pub(super) code: i32,
+}
+
+/// core/v1 `Service`.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Service {
+    #[prost(message, required, tag = "1")]
+    pub(super) metadata: Metadata,
+    #[prost(message, required, tag = "2")]
+    pub(super) spec: ServiceSpec,
+    #[prost(message, required, tag = "3")]
+    pub(super) status: ServiceStatus,
+}
+
+/// core/v1 `ServiceSpec`.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct ServiceSpec {
+    #[prost(message, repeated, tag = "1")]
+    pub(super) ports: Vec<ServicePort>,
+    #[prost(string, tag = "3")]
+    pub(super) cluster_ip: String,
+    #[prost(string, tag = "4")]
+    pub(super) kind: String,
+    #[prost(string, repeated, tag = "5")]
+    pub(super) external_ips: Vec<String>,
+    #[prost(string, tag = "7")]
+    pub(super) session_affinity: String,
+    #[prost(string, repeated, tag = "9")]
+    pub(super) load_balancer_source_ranges: Vec<String>,
+    #[prost(string, tag = "10")]
+    pub(super) external_name: String,
+    #[prost(string, tag = "11")]
+    pub(super) external_traffic_policy: String,
+    #[prost(int32, tag = "12")]
+    pub(super) health_check_node_port: i32,
+    #[prost(bool, tag = "13")]
+    pub(super) publish_not_ready_addresses: bool,
+    #[prost(message, optional, tag = "14")]
+    pub(super) session_affinity_config: Option<SessionAffinityConfig>,
+    #[prost(string, repeated, tag = "18")]
+    pub(super) cluster_ips: Vec<String>,
+    #[prost(string, repeated, tag = "19")]
+    pub(super) ip_families: Vec<String>,
+    #[prost(string, optional, tag = "22")]
+    pub(super) internal_traffic_policy: Option<String>,
+    #[prost(string, optional, tag = "23")]
+    pub(super) traffic_distribution: Option<String>,
+}
+
+/// core/v1 `ServicePort`.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct ServicePort {
+    #[prost(string, tag = "1")]
+    pub(super) name: String,
+    #[prost(string, tag = "2")]
+    pub(super) protocol: String,
+    #[prost(int32, tag = "3")]
+    pub(super) port: i32,
+    #[prost(int32, tag = "5")]
+    pub(super) node_port: i32,
+}
+
+/// core/v1 `SessionAffinityConfig`.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct SessionAffinityConfig {
+    #[prost(message, optional, tag = "1")]
+    pub(super) client_ip: Option<ClientIpConfig>,
+}
+
+/// core/v1 `ClientIPConfig`.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub(super) struct ClientIpConfig {
+    #[prost(int32, optional, tag = "1")]
+    pub(super) timeout_seconds: Option<i32>,
+}
+
+/// core/v1 `ServiceStatus`.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct ServiceStatus {
+    #[prost(message, required, tag = "1")]
+    pub(super) load_balancer: LoadBalancerStatus,
+}
+
+/// core/v1 `LoadBalancerStatus`.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct LoadBalancerStatus {
+    #[prost(message, repeated, tag = "1")]
+    pub(super) ingress: Vec<LoadBalancerIngress>,
+}
+
+/// core/v1 `LoadBalancerIngress`.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct LoadBalancerIngress {
+    #[prost(string, tag = "1")]
+    pub(super) ip: String,
+    #[prost(string, optional, tag = "3")]
+    pub(super) ip_mode: Option<String>,
+}
+
+/// discovery/v1 `EndpointSlice`.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct EndpointSlice {
+    #[prost(message, required, tag = "1")]
+    pub(super) metadata: Metadata,
+    #[prost(message, repeated, tag = "2")]
+    pub(super) endpoints: Vec<Endpoint>,
+    #[prost(message, repeated, tag = "3")]
+    pub(super) ports: Vec<EndpointPort>,
+    #[prost(string, tag = "4")]
+    pub(super) address_type: String,
+}
+
+/// discovery/v1 `Endpoint`.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Endpoint {
+    #[prost(string, repeated, tag = "1")]
+    pub(super) addresses: Vec<String>,
+    #[prost(message, required, tag = "2")]
+    pub(super) conditions: EndpointConditions,
+    #[prost(string, optional, tag = "3")]
+    pub(super) hostname: Option<String>,
+    #[prost(string, optional, tag = "6")]
+    pub(super) node_name: Option<String>,
+    #[prost(string, optional, tag = "7")]
+    pub(super) zone: Option<String>,
+    #[prost(message, optional, tag = "8")]
+    pub(super) hints: Option<EndpointHints>,
+}
+
+/// discovery/v1 `EndpointConditions`.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub(super) struct EndpointConditions {
+    #[prost(bool, optional, tag = "1")]
+    pub(super) ready: Option<bool>,
+    #[prost(bool, optional, tag = "2")]
+    pub(super) serving: Option<bool>,
+    #[prost(bool, optional, tag = "3")]
+    pub(super) terminating: Option<bool>,
+}
+
+/// discovery/v1 `EndpointHints`.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct EndpointHints {
+    #[prost(message, repeated, tag = "1")]
+    pub(super) for_zones: Vec<Hint>,
+    #[prost(message, repeated, tag = "2")]
+    pub(super) for_nodes: Vec<Hint>,
+}
+
+/// discovery/v1 `ForZone` and `ForNode`.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Hint {
+    #[prost(string, tag = "1")]
+    pub(super) name: String,
+}
+
+/// discovery/v1 `EndpointPort`.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct EndpointPort {
+    #[prost(string, optional, tag = "1")]
+    pub(super) name: Option<String>,
+    #[prost(string, optional, tag = "2")]
+    pub(super) protocol: Option<String>,
+    #[prost(int32, optional, tag = "3")]
+    pub(super) port: Option<i32>,
+}
+
+/// meta/v1 `ListMeta`.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct ListMetadata {
+    #[prost(string, tag = "2")]
+    pub(super) resource_version: String,
+}

@@ -1,0 +1,335 @@
+//! Lists and watches in Kubernetes' protobuf encoding, which costs an API server a fraction of what JSON does.
+//!
+//! In: the API server's lists and watches of kinds of which there are many. Out: the same events that `kube`'s watcher
+//! makes of JSON, with what nobody reads left out. Objects are read one by one as they come, of a list too, so that it is
+//! never here as a whole. A list is as of now: an older one, which is what kube-proxy starts with, would have an agent
+//! that starts anew take out what its predecessor programmed last.
+//!
+//! ```text
+//! Listing ──whole──▶ Listed ──asked──▶ Watching ─┐       Json: a server without protobuf
+//!    ▲                  ▲◀──────ended────────────┤
+//!    └──────────── version is gone (410) ────────┘
+//! ```
+
+use std::{io, time::Duration};
+
+use bytes::{Bytes, BytesMut};
+use futures::{
+    StreamExt as _, TryStreamExt as _,
+    stream::{self, BoxStream},
+};
+use http::{HeaderValue, Response, header};
+use http_body_util::BodyExt as _;
+use k8s_openapi::serde_json;
+use kube::{
+    Api, Client, Resource,
+    api::{ListParams, WatchParams},
+    client::Body,
+    core::{Request, Status},
+    runtime::watcher::{self, Config, Event},
+};
+use prost::Message as _;
+use serde::de::DeserializeOwned;
+use tokio_util::{
+    codec::{FramedRead, LengthDelimitedCodec},
+    io::StreamReader,
+};
+use tracing::debug;
+
+use self::list::{Part, Parts};
+pub(super) use self::object::FromProtobuf;
+
+mod list;
+mod message;
+mod object;
+#[cfg(test)]
+mod tests;
+
+/// What API servers call it.
+const MEDIA_TYPE: &str = "application/vnd.kubernetes.protobuf";
+const LIST: HeaderValue = HeaderValue::from_static("application/vnd.kubernetes.protobuf, application/json");
+const WATCH: HeaderValue =
+    HeaderValue::from_static("application/vnd.kubernetes.protobuf;stream=watch, application/json");
+/// What an object begins with.
+const MAGIC: &[u8] = b"k8s\0";
+/// Larger than any object that etcd takes.
+const LARGEST_EVENT: usize = 16 << 20;
+/// What is read at once.
+const CHUNK: usize = 64 << 10;
+/// How long a server is asked to keep a watch up, in seconds.
+const WATCH_TIME: u32 = 290;
+/// A watch that says nothing for longer than it should last has lost its server.
+const SILENCE: Duration = Duration::from_secs(WATCH_TIME as u64 + 5);
+
+/// Why an answer cannot be read.
+#[derive(Debug, thiserror::Error)]
+enum Unreadable {
+    #[error("an object does not begin as objects in protobuf do")]
+    Magic,
+    #[error("an object is no protobuf: {0}")]
+    Protobuf(#[from] prost::DecodeError),
+    #[error("a list is not laid out as lists are")]
+    List,
+    #[error("an event is {0}, which was not asked for")]
+    Kind(String),
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+impl From<Unreadable> for watcher::Error {
+    fn from(error: Unreadable) -> Self {
+        match error {
+            Unreadable::Io(error) => Self::WatchFailed(kube::Error::ReadEvents(error)),
+            other => Self::WatchError(Status::failure(&other.to_string(), "Unreadable").boxed()),
+        }
+    }
+}
+
+/// What a server was asked for, and does not have in protobuf.
+struct NoProtobuf;
+
+type Bytestream = StreamReader<BoxStream<'static, io::Result<Bytes>>, Bytes>;
+type Events = FramedRead<Bytestream, LengthDelimitedCodec>;
+
+/// Events of a kind, for ever; after an error the next poll tries again.
+pub(super) fn events<K>(client: Client, config: Config) -> BoxStream<'static, watcher::Result<Event<K>>>
+where
+    K: FromProtobuf
+        + Resource<DynamicType = ()>
+        + Clone
+        + std::fmt::Debug
+        + DeserializeOwned
+        + Send
+        + 'static,
+{
+    let follower = Follower { client, config, state: State::Start };
+    let events = stream::unfold(follower, |mut follower| async {
+        loop {
+            if let Some(event) = follower.step().await.transpose() {
+                return Some((event, follower));
+            }
+        }
+    });
+    events.boxed()
+}
+
+struct Follower<K> {
+    client: Client,
+    config: Config,
+    state: State<K>,
+}
+
+enum State<K> {
+    Start,
+    /// The version comes first in a list.
+    Listing {
+        parts: FramedRead<Bytestream, Parts>,
+        version: String,
+    },
+    Listed {
+        version: String,
+    },
+    Watching {
+        events: Events,
+        version: String,
+    },
+    Json(BoxStream<'static, watcher::Result<Event<K>>>),
+}
+
+impl<K> Follower<K>
+where
+    K: FromProtobuf
+        + Resource<DynamicType = ()>
+        + Clone
+        + std::fmt::Debug
+        + DeserializeOwned
+        + Send
+        + 'static,
+{
+    /// Goes one step; answers with the event that it brought.
+    async fn step(&mut self) -> watcher::Result<Option<Event<K>>> {
+        match std::mem::replace(&mut self.state, State::Start) {
+            State::Start => self.list().await,
+            State::Listing { mut parts, version } => {
+                let part = tokio::time::timeout(SILENCE, parts.next()).await;
+                let part = part.map_err(|_| Unreadable::Io(io::ErrorKind::TimedOut.into()));
+                match part.and_then(Option::transpose).map_err(list_failed)? {
+                    Some(Part::Version(version)) => {
+                        self.state = State::Listing { parts, version };
+                        Ok(None)
+                    }
+                    Some(Part::Item(raw)) => {
+                        self.state = State::Listing { parts, version };
+                        Ok(Some(Event::InitApply(K::read(raw).map_err(Unreadable::from)?)))
+                    }
+                    None if version.is_empty() => Err(watcher::Error::NoResourceVersion),
+                    None => {
+                        self.state = State::Listed { version };
+                        Ok(Some(Event::InitDone))
+                    }
+                }
+            }
+            State::Listed { version } => self.watch(version).await,
+            State::Watching { mut events, version } => {
+                match tokio::time::timeout(SILENCE, events.next()).await {
+                    Ok(Some(event)) => self.event(event, events, version),
+                    Ok(None) | Err(_) => {
+                        self.state = State::Listed { version };
+                        Ok(None)
+                    }
+                }
+            }
+            State::Json(mut events) => {
+                let event = events.next().await.transpose();
+                self.state = State::Json(events);
+                event
+            }
+        }
+    }
+
+    async fn list(&mut self) -> watcher::Result<Option<Event<K>>> {
+        let parameters = ListParams {
+            label_selector: self.config.label_selector.clone(),
+            field_selector: self.config.field_selector.clone(),
+            ..ListParams::default()
+        };
+        let request =
+            Request::new(K::url_path(&(), None)).list(&parameters).map_err(kube::Error::BuildRequest);
+        let failed = watcher::Error::InitialListFailed;
+        match ask(&self.client, request.map_err(failed)?, LIST).await.map_err(failed)? {
+            Ok(body) => {
+                self.state = State::Listing {
+                    parts: FramedRead::with_capacity(body, Parts::new(), CHUNK),
+                    version: String::new(),
+                };
+                Ok(Some(Event::Init))
+            }
+            Err(NoProtobuf) => Ok(self.resort_to_json()),
+        }
+    }
+
+    async fn watch(&mut self, version: String) -> watcher::Result<Option<Event<K>>> {
+        let parameters = WatchParams {
+            label_selector: self.config.label_selector.clone(),
+            field_selector: self.config.field_selector.clone(),
+            timeout: Some(WATCH_TIME),
+            bookmarks: true,
+            ..WatchParams::default()
+        };
+        let request = Request::new(K::url_path(&(), None)).watch(&parameters, &version);
+        self.state = State::Listed { version: version.clone() };
+        let failed = watcher::Error::WatchStartFailed;
+        let request = request.map_err(|error| failed(kube::Error::BuildRequest(error)))?;
+        match ask(&self.client, request, WATCH).await.map_err(failed)? {
+            Ok(body) => {
+                let codec = LengthDelimitedCodec::builder().max_frame_length(LARGEST_EVENT).new_codec();
+                self.state = State::Watching { events: FramedRead::new(body, codec), version };
+                Ok(None)
+            }
+            Err(NoProtobuf) => Ok(self.resort_to_json()),
+        }
+    }
+
+    /// Takes in what a watch brought. What cannot be read is not asked for again from there, or it would come again.
+    fn event(
+        &mut self,
+        event: io::Result<BytesMut>,
+        events: Events,
+        version: String,
+    ) -> watcher::Result<Option<Event<K>>> {
+        let event = match event {
+            Ok(event) => event,
+            Err(error) => {
+                self.state = State::Listed { version };
+                return Err(Unreadable::Io(error).into());
+            }
+        };
+        let message::WatchEvent { kind, object: raw } =
+            message::WatchEvent::decode(event.freeze()).map_err(Unreadable::from)?;
+        let raw = object(raw.unwrap_or_default().raw)?;
+        if kind == "ERROR" {
+            let status = status(raw)?;
+            if status.code != 410 {
+                self.state = State::Watching { events, version };
+            }
+            return Err(watcher::Error::WatchError(status.boxed()));
+        }
+        let version =
+            message::Marked::decode(raw.clone()).map_err(Unreadable::from)?.metadata.resource_version;
+        if version.is_empty() {
+            return Err(watcher::Error::NoResourceVersion);
+        }
+        let read = || K::read(raw).map_err(Unreadable::from);
+        let event = match kind.as_str() {
+            "ADDED" | "MODIFIED" => Some(Event::Apply(read()?)),
+            "DELETED" => Some(Event::Delete(read()?)),
+            "BOOKMARK" => None,
+            _ => return Err(Unreadable::Kind(kind).into()),
+        };
+        self.state = State::Watching { events, version };
+        Ok(event)
+    }
+
+    fn resort_to_json(&mut self) -> Option<Event<K>> {
+        debug!(kind = %K::kind(&()), "the API server does not speak protobuf; asking for JSON");
+        self.state =
+            State::Json(watcher::watcher(Api::all(self.client.clone()), self.config.clone()).boxed());
+        None
+    }
+}
+
+/// Asks; an answer in another encoding than `accepted` names first is none.
+async fn ask(
+    client: &Client,
+    mut request: http::Request<Vec<u8>>,
+    accepted: HeaderValue,
+) -> kube::Result<Result<Bytestream, NoProtobuf>> {
+    request.headers_mut().insert(header::ACCEPT, accepted);
+    let answer = client.send(request.map(Body::from)).await?;
+    if !answer.status().is_success() {
+        return Err(refusal(answer).await?);
+    }
+    if !is_protobuf(&answer) {
+        return Ok(Err(NoProtobuf));
+    }
+    let bytes = answer.into_body().into_data_stream().map_err(io::Error::other);
+    Ok(Ok(StreamReader::new(bytes.boxed())))
+}
+
+fn list_failed(error: Unreadable) -> watcher::Error {
+    match error {
+        Unreadable::Io(error) => watcher::Error::InitialListFailed(kube::Error::ReadEvents(error)),
+        other => other.into(),
+    }
+}
+
+fn is_protobuf(answer: &Response<Body>) -> bool {
+    let kind = answer.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+    kind.is_some_and(|kind| kind.starts_with(MEDIA_TYPE))
+}
+
+/// An object's message, whatever kind it says it is.
+fn object(bytes: Bytes) -> Result<Bytes, Unreadable> {
+    if !bytes.starts_with(MAGIC) {
+        return Err(Unreadable::Magic);
+    }
+    Ok(message::Unknown::decode(bytes.slice(MAGIC.len()..))?.raw)
+}
+
+fn status(raw: Bytes) -> Result<Status, Unreadable> {
+    let message::Status { message, reason, code } = message::Status::decode(raw)?;
+    Ok(Status::failure(&message, &reason).with_code(u16::try_from(code).unwrap_or_default()))
+}
+
+/// What the server says why not, in whichever encoding.
+async fn refusal(answer: Response<Body>) -> kube::Result<kube::Error> {
+    let (code, in_protobuf) = (answer.status(), is_protobuf(&answer));
+    let text = answer.into_body().collect().await?.to_bytes();
+    let said = if in_protobuf {
+        object(text.clone()).and_then(status).ok()
+    } else {
+        serde_json::from_slice(&text).ok()
+    };
+    let said = said.unwrap_or_else(|| Status::failure(&String::from_utf8_lossy(&text), code.as_str()));
+    Ok(kube::Error::Api(said.with_code(code.as_u16()).boxed()))
+}

@@ -1,0 +1,162 @@
+//! Messages as objects of `k8s_openapi`.
+//!
+//! In: messages. Out: objects that mean the same. Go writes an empty string, list or number where JSON has nothing, so
+//! empty is absent here, except where being absent means something else (W8).
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use jiff::Timestamp;
+use k8s_openapi::{
+    api::{core::v1 as core, discovery::v1 as discovery},
+    apimachinery::pkg::apis::meta::v1 as meta,
+};
+use prost::{DecodeError, Message as _};
+
+use super::message;
+
+/// A kind that is read from protobuf.
+pub(in super::super) trait FromProtobuf: Sized {
+    /// Reads an object's message.
+    fn read(raw: Bytes) -> Result<Self, DecodeError>;
+}
+
+impl FromProtobuf for core::Service {
+    fn read(raw: Bytes) -> Result<Self, DecodeError> {
+        let message::Service { metadata, spec, status } = message::Service::decode(raw)?;
+        let ingress = status.load_balancer.ingress.into_iter().map(ingress).collect();
+        let load_balancer = core::LoadBalancerStatus { ingress: filled(ingress) };
+        let status = core::ServiceStatus { load_balancer: Some(load_balancer), ..Default::default() };
+        Ok(Self { metadata: object_meta(metadata), spec: Some(service_spec(spec)), status: Some(status) })
+    }
+}
+
+impl FromProtobuf for discovery::EndpointSlice {
+    fn read(raw: Bytes) -> Result<Self, DecodeError> {
+        let message::EndpointSlice { metadata, endpoints, ports, address_type } =
+            message::EndpointSlice::decode(raw)?;
+        Ok(Self {
+            metadata: object_meta(metadata),
+            address_type,
+            endpoints: Some(endpoints.into_iter().map(endpoint).collect()),
+            ports: Some(ports.into_iter().map(endpoint_port).collect()),
+        })
+    }
+}
+
+/// What there is of it: in JSON it is there only when there is something.
+fn some(text: String) -> Option<String> {
+    (!text.is_empty()).then_some(text)
+}
+
+fn filled<T>(list: Vec<T>) -> Option<Vec<T>> {
+    (!list.is_empty()).then_some(list)
+}
+
+fn named(map: BTreeMap<String, String>) -> Option<BTreeMap<String, String>> {
+    (!map.is_empty()).then_some(map)
+}
+
+fn number(number: i32) -> Option<i32> {
+    (number != 0).then_some(number)
+}
+
+fn object_meta(message: message::Metadata) -> meta::ObjectMeta {
+    let message::Metadata { name, namespace, resource_version, creation_timestamp, labels, annotations } =
+        message;
+    // Go's zero time, which is no time, is before what a timestamp can be.
+    let created = creation_timestamp.and_then(|time| Timestamp::new(time.seconds, time.nanos).ok());
+    meta::ObjectMeta {
+        name: some(name),
+        namespace: some(namespace),
+        resource_version: some(resource_version),
+        creation_timestamp: created.map(meta::Time),
+        labels: named(labels),
+        annotations: named(annotations),
+        ..Default::default()
+    }
+}
+
+fn service_spec(message: message::ServiceSpec) -> core::ServiceSpec {
+    let message::ServiceSpec {
+        ports,
+        cluster_ip,
+        kind,
+        external_ips,
+        session_affinity,
+        load_balancer_source_ranges,
+        external_name,
+        external_traffic_policy,
+        health_check_node_port,
+        publish_not_ready_addresses,
+        session_affinity_config,
+        cluster_ips,
+        ip_families,
+        internal_traffic_policy,
+        traffic_distribution,
+    } = message;
+    let client_ip = session_affinity_config.and_then(|config| config.client_ip);
+    let affinity = client_ip.map(|message::ClientIpConfig { timeout_seconds }| core::SessionAffinityConfig {
+        client_ip: Some(core::ClientIPConfig { timeout_seconds }),
+    });
+    core::ServiceSpec {
+        ports: filled(ports.into_iter().map(service_port).collect()),
+        cluster_ip: some(cluster_ip),
+        type_: some(kind),
+        external_ips: filled(external_ips),
+        session_affinity: some(session_affinity),
+        load_balancer_source_ranges: filled(load_balancer_source_ranges),
+        external_name: some(external_name),
+        external_traffic_policy: some(external_traffic_policy),
+        health_check_node_port: number(health_check_node_port),
+        publish_not_ready_addresses: publish_not_ready_addresses.then_some(true),
+        session_affinity_config: affinity,
+        cluster_ips: filled(cluster_ips),
+        ip_families: filled(ip_families),
+        internal_traffic_policy,
+        traffic_distribution,
+        ..Default::default()
+    }
+}
+
+fn service_port(message: message::ServicePort) -> core::ServicePort {
+    let message::ServicePort { name, protocol, port, node_port } = message;
+    core::ServicePort {
+        name: some(name),
+        protocol: some(protocol),
+        port,
+        node_port: number(node_port),
+        ..Default::default()
+    }
+}
+
+fn ingress(message: message::LoadBalancerIngress) -> core::LoadBalancerIngress {
+    let message::LoadBalancerIngress { ip, ip_mode } = message;
+    core::LoadBalancerIngress { ip: some(ip), ip_mode, ..Default::default() }
+}
+
+fn endpoint(message: message::Endpoint) -> discovery::Endpoint {
+    let message::Endpoint { addresses, conditions, hostname, node_name, zone, hints } = message;
+    let message::EndpointConditions { ready, serving, terminating } = conditions;
+    discovery::Endpoint {
+        addresses,
+        conditions: Some(discovery::EndpointConditions { ready, serving, terminating }),
+        hostname,
+        node_name,
+        zone,
+        hints: hints.map(endpoint_hints),
+        ..Default::default()
+    }
+}
+
+fn endpoint_hints(message: message::EndpointHints) -> discovery::EndpointHints {
+    let message::EndpointHints { for_zones, for_nodes } = message;
+    let zones = for_zones.into_iter().map(|message::Hint { name }| discovery::ForZone { name });
+    let nodes = for_nodes.into_iter().map(|message::Hint { name }| discovery::ForNode { name });
+    discovery::EndpointHints { for_zones: filled(zones.collect()), for_nodes: filled(nodes.collect()) }
+}
+
+fn endpoint_port(message: message::EndpointPort) -> discovery::EndpointPort {
+    let message::EndpointPort { name, protocol, port } = message;
+    discovery::EndpointPort { name, protocol, port, ..Default::default() }
+}
