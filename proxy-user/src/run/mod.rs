@@ -106,11 +106,14 @@ async fn serve(
     let health = Health::new(config.sync_period);
     let (changes_in, changes) = mpsc::channel(WAITING_CHANGES);
     let (addresses_in, addresses) = watch::channel(Vec::new());
-    let opening = {
-        let config = config.clone();
-        tokio::task::spawn_blocking(move || Planes::open(&config))
+    let Origin { events, connection } = match start_source(&config, changes_in, &metrics).await {
+        Ok(origin) => origin,
+        Err(error) => {
+            // What the kernel lacks is told first: with it missing, no source would be of use.
+            Planes::open(&config)?;
+            return Err(error);
+        }
     };
-    let Origin { events, connection } = start_source(&config, changes_in, &metrics).await?;
     tokio::spawn(host::watch(addresses_in));
     let names = match &config.dns {
         Some(dns) => Some(dns::start(&config, dns, addresses.clone(), &metrics)?),
@@ -132,7 +135,8 @@ async fn serve(
         runtime.block_on(engine.run(inputs));
         anyhow::Ok(())
     })?;
-    let planes = opening.await??;
+    // Sources and engine are at work on their own threads meanwhile.
+    let planes = Planes::open(&config)?;
     let words = std::env::args().skip(1).collect();
     let about = About { proxy_mode: planes.mode(), configuration: document, words };
     let (opened, sockets) = go_along(planes, connection, &metrics)?;

@@ -305,9 +305,14 @@ impl Metrics {
     /// A family was programmed, with everything compared (`full`) or changes only, and it took so long.
     pub fn synced(&self, family: Family, full: bool, took: Duration) {
         let (of, label) = (&self.0.kube_proxy, family_label(family));
-        let kind = if full { &of.full_sync } else { &of.partial_sync };
         of.sync.get_or_create(&label).observe(took.as_secs_f64());
-        kind.get_or_create(&label).observe(took.as_secs_f64());
+        // Both kinds are there from the first on, also where nothing has changed yet.
+        for (kind, happened) in [(&of.full_sync, full), (&of.partial_sync, !full)] {
+            let timings = kind.get_or_create(&label);
+            if happened {
+                timings.observe(took.as_secs_f64());
+            }
+        }
         of.last_sync.get_or_create(&label).set(seconds_now());
     }
 
