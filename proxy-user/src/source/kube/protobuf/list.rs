@@ -15,7 +15,7 @@ use prost::{
 };
 use tokio_util::codec::Decoder;
 
-use super::{MAGIC, Unreadable, message};
+use super::{LARGEST, MAGIC, Unreadable, message};
 
 /// A part of a list.
 pub(super) enum Part {
@@ -70,13 +70,16 @@ fn field(bytes: &[u8]) -> Result<Option<(u32, usize, usize)>, Unreadable> {
 }
 
 /// Takes a field out of the buffer once all of it is there.
-fn take(bytes: &mut BytesMut, head: usize, length: usize) -> Option<Bytes> {
+fn take(bytes: &mut BytesMut, head: usize, length: usize) -> Result<Option<Bytes>, Unreadable> {
+    if length > LARGEST {
+        return Err(Unreadable::List);
+    }
     if bytes.len() < head + length {
         bytes.reserve(head + length - bytes.len());
-        return None;
+        return Ok(None);
     }
     bytes.advance(head);
-    Some(bytes.split_to(length).freeze())
+    Ok(Some(bytes.split_to(length).freeze()))
 }
 
 impl Decoder for Parts {
@@ -103,13 +106,14 @@ impl Decoder for Parts {
                     self.0 = At::Inside(length);
                 }
                 (At::Magic | At::Before | At::Behind, _) => {
-                    if take(bytes, head, length).is_none() {
+                    if take(bytes, head, length)?.is_none() {
                         return Ok(None);
                     }
                 }
                 (At::Inside(left), _) => {
-                    let left = left.checked_sub(head + length).ok_or(Unreadable::List)?;
-                    let Some(contents) = take(bytes, head, length) else { return Ok(None) };
+                    let left = left.checked_sub(head).and_then(|left| left.checked_sub(length));
+                    let left = left.ok_or(Unreadable::List)?;
+                    let Some(contents) = take(bytes, head, length)? else { return Ok(None) };
                     self.0 = At::Inside(left);
                     match tag {
                         1 => {

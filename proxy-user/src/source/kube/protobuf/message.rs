@@ -23,22 +23,11 @@ pub(super) struct Raw {
     pub(super) raw: Bytes,
 }
 
-/// runtime `Unknown`: an object of a kind that it names.
+/// runtime `Unknown`: an object, whose kind is what was asked for.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Unknown {
-    #[prost(message, required, tag = "1")]
-    pub(super) types: Types,
     #[prost(bytes = "bytes", tag = "2")]
     pub(super) raw: Bytes,
-}
-
-/// runtime `TypeMeta`.
-#[derive(Clone, PartialEq, Message)]
-pub(super) struct Types {
-    #[prost(string, tag = "1")]
-    pub(super) api_version: String,
-    #[prost(string, tag = "2")]
-    pub(super) kind: String,
 }
 
 /// Any object, as far as a bookmark has it.

@@ -11,7 +11,7 @@
 //!    └──────────── version is gone (410) ────────┘
 //! ```
 
-use std::{io, time::Duration};
+use std::{fmt::Debug, io, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use futures::{
@@ -53,7 +53,7 @@ const WATCH: HeaderValue =
 /// What an object begins with.
 const MAGIC: &[u8] = b"k8s\0";
 /// Larger than any object that etcd takes.
-const LARGEST_EVENT: usize = 16 << 20;
+const LARGEST: usize = 16 << 20;
 /// What is read at once.
 const CHUNK: usize = 64 << 10;
 /// How long a server is asked to keep a watch up, in seconds.
@@ -91,17 +91,22 @@ struct NoProtobuf;
 type Bytestream = StreamReader<BoxStream<'static, io::Result<Bytes>>, Bytes>;
 type Events = FramedRead<Bytestream, LengthDelimitedCodec>;
 
-/// Events of a kind, for ever; after an error the next poll tries again.
-pub(super) fn events<K>(client: Client, config: Config) -> BoxStream<'static, watcher::Result<Event<K>>>
-where
-    K: FromProtobuf
-        + Resource<DynamicType = ()>
-        + Clone
-        + std::fmt::Debug
-        + DeserializeOwned
-        + Send
-        + 'static,
+/// What it takes to follow a kind, be it in protobuf or, where there is none, in JSON.
+pub(super) trait Many:
+    FromProtobuf + Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static
 {
+}
+
+impl<K> Many for K where
+    K: FromProtobuf + Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static
+{
+}
+
+/// Events of a kind, for ever; after an error the next poll tries again.
+pub(super) fn events<K: Many>(
+    client: Client,
+    config: Config,
+) -> BoxStream<'static, watcher::Result<Event<K>>> {
     let follower = Follower { client, config, state: State::Start };
     let events = stream::unfold(follower, |mut follower| async {
         loop {
@@ -136,16 +141,7 @@ enum State<K> {
     Json(BoxStream<'static, watcher::Result<Event<K>>>),
 }
 
-impl<K> Follower<K>
-where
-    K: FromProtobuf
-        + Resource<DynamicType = ()>
-        + Clone
-        + std::fmt::Debug
-        + DeserializeOwned
-        + Send
-        + 'static,
-{
+impl<K: Many> Follower<K> {
     /// Goes one step; answers with the event that it brought.
     async fn step(&mut self) -> watcher::Result<Option<Event<K>>> {
         match std::mem::replace(&mut self.state, State::Start) {
@@ -222,7 +218,7 @@ where
         let request = request.map_err(|error| failed(kube::Error::BuildRequest(error)))?;
         match ask(&self.client, request, WATCH).await.map_err(failed)? {
             Ok(body) => {
-                let codec = LengthDelimitedCodec::builder().max_frame_length(LARGEST_EVENT).new_codec();
+                let codec = LengthDelimitedCodec::builder().max_frame_length(LARGEST).new_codec();
                 self.state = State::Watching { events: FramedRead::new(body, codec), version };
                 Ok(None)
             }

@@ -100,6 +100,9 @@ fn what_is_no_list_is_refused() {
     // An item that is longer than the list it is in.
     let too_long = around(vec![0x12, 0x7f, 0x00]);
     assert!(matches!(parts(&too_long, 64), Err(Unreadable::List)));
+    // A field that says it is longer than anything can be.
+    let endless = [MAGIC, &[0x0a, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01]].concat();
+    assert!(matches!(parts(&endless, 64), Err(Unreadable::List)));
     assert!(matches!(object(Bytes::from_static(b"no")), Err(Unreadable::Magic)));
 }
 
