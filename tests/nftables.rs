@@ -508,6 +508,68 @@ fn a5_clients_of_an_endpoint_that_left_are_forgotten_also_if_it_left_while_no_ag
     });
 }
 
+/// Slots are not read at start. What is in them all the same, in place of what should be, is put right.
+#[test]
+fn slots_that_were_changed_behind_our_back_are_put_right() {
+    in_namespace(|| {
+        let plan = |backends: &[u8]| Arc::new(port(Family::V4, 1, backends, None));
+        let whole = |plan| Delta {
+            node: Some(Arc::new(node())),
+            ports: vec![change(None, Some(plan))],
+            complete: true,
+            ..Delta::default()
+        };
+        let slot = |number: u8| format!("10.96.0.1 . tcp . 80 . {number}");
+        let add = |number, backend| {
+            let element = format!("{{ {} : 10.244.0.{backend} . 8080 }}", slot(number));
+            nft(&["add", "element", "ip", "weir", "backends", &element]);
+        };
+        let delete = |number| {
+            nft(&["delete", "element", "ip", "weir", "backends", &format!("{{ {} }}", slot(number))]);
+        };
+        let slots = || {
+            let listed = nft(&["list", "map", "ip", "weir", "backends"]);
+            listed.lines().filter(|line| line.contains("10.96.0.1 . tcp . 80 . ")).count()
+        };
+        let mut plane = Nftables::open(both()).unwrap();
+        let (three, four, five, six) =
+            (plan(&[1, 3, 5]), plan(&[1, 3, 5, 7]), plan(&[1, 3, 5, 7, 9]), plan(&[1, 3, 5, 7, 9, 11]));
+        plane.apply(&whole(&five)).unwrap();
+
+        // Another endpoint in one slot, none in another, and one where no frontend reaches.
+        delete(0);
+        add(0, 99);
+        delete(1);
+        add(5, 99);
+        drop(plane);
+        let mut plane = Nftables::open(both()).unwrap();
+        plane.apply(&whole(&five)).unwrap();
+        assert_installed(&mut plane, &five);
+        plane.apply(&Delta { ports: vec![change(Some(&five), Some(&six))], ..Delta::default() }).unwrap();
+        assert_installed(&mut plane, &six);
+        assert_eq!(slots(), 6);
+
+        // Endpoints went while no agent ran, and with them, by another hand, one of their slots.
+        delete(4);
+        drop(plane);
+        let mut plane = Nftables::open(both()).unwrap();
+        plane.apply(&whole(&three)).unwrap();
+        assert_installed(&mut plane, &three);
+        assert_eq!(slots(), 3);
+
+        // The agent was killed before it deleted the slots it had vacated.
+        plane.apply(&Delta { ports: vec![change(Some(&three), Some(&four))], ..Delta::default() }).unwrap();
+        plane.apply(&Delta { ports: vec![change(Some(&four), Some(&three))], ..Delta::default() }).unwrap();
+        assert_eq!(slots(), 4);
+        drop(plane);
+        let mut plane = Nftables::open(both()).unwrap();
+        let other = plan(&[1, 3, 5, 11]);
+        plane.apply(&whole(&other)).unwrap();
+        assert_installed(&mut plane, &other);
+        assert_eq!(slots(), 4);
+    });
+}
+
 /// A packet that looked its frontend up before a change must still find the slot that the old count allows.
 #[test]
 fn a_slot_outlives_the_count_that_reached_it_by_one_change() {

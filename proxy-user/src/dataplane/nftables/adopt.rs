@@ -1,15 +1,21 @@
 //! What a table holds in the kernel, read back: at start, after a failure, and for `dump`.
 //!
 //! In: dumps. Out: [`Found`], from which every element that is asked for again is taken; what is left over is to go.
+//!
+//! The maps of slots hold an element for each endpoint of each frontend, and are not dumped: the kernel starts each
+//! message of a dump at the set's first element again (`nf_tables_dump_set`), so that reading 250,000 elements takes it
+//! ten seconds. Which slots there are follows from the frontends, which lead to pickers that say how many they reach.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     io,
+    ops::Range,
 };
 
 use rustc_hash::FxBuildHasher;
 
 use super::{
+    element,
     netlink::{self, Bytes, Dump, Element, Value},
     object::Object,
     ruleset::{self, Map},
@@ -29,7 +35,7 @@ pub(super) struct Found {
     pub(super) chains: HashSet<String>,
     /// Name of a picker → its bucket.
     pub(super) buckets: HashMap<String, u32>,
-    /// The elements of the maps that always exist.
+    /// The elements of the maps that always exist; of a slot only that there should be one, its value is not read.
     pub(super) elements: BTreeMap<Map, Elements>,
     /// Whether every map is of the shape this version writes.
     pub(super) fits: bool,
@@ -63,22 +69,49 @@ impl Found {
         found.chains = Self::chains(netlink, table)?;
         found.counters = Self::counters(netlink, table)?.into_iter().map(|(name, _)| name).collect();
         for map in Map::ALL.into_iter().filter(|map| found.sets.contains(map.name())) {
-            let elements = Self::elements(netlink, table, map.name())?;
-            if map == Map::Buckets {
-                found.buckets = elements.iter().filter_map(bucket).collect();
+            if !map.holds_slots() {
+                let elements = Self::elements(netlink, table, map.name())?;
+                found.elements.insert(map, elements.into_iter().map(by_key).collect());
             }
-            let elements =
-                elements.into_iter().map(|Element { key, key_end, value }| ((key, key_end), value));
-            found.elements.insert(map, elements.collect());
+        }
+        found.buckets = found.elements.get(&Map::Buckets).into_iter().flatten().filter_map(bucket).collect();
+        for (frontends, slots) in [(Map::Services, Map::Backends), (Map::NodePorts, Map::NodePortBackends)] {
+            if found.sets.contains(slots.name()) {
+                found.elements.insert(slots, found.reached(frontends));
+            }
         }
         Ok(found)
+    }
+
+    /// Every slot that `frontends` reach.
+    fn reached(&self, frontends: Map) -> Elements {
+        let ranges: HashMap<u32, Vec<Range<u32>>> =
+            self.buckets.iter().map(|(name, bucket)| (*bucket, reach(name))).collect();
+        let mut slots = Elements::default();
+        for ((frontend, _), value) in self.elements.get(&frontends).into_iter().flatten() {
+            let Value::Data(bucket) = value else { continue };
+            let bucket = bucket.first_chunk::<4>().map(|bucket| u32::from_ne_bytes(*bucket));
+            let reached = bucket.and_then(|bucket| ranges.get(&bucket)).into_iter().flatten().cloned();
+            let keys = reached.flatten().map(|slot| (element::slot_key(frontend, slot), None));
+            slots.extend(keys.map(|key| (key, Value::None)));
+        }
+        slots
+    }
+
+    /// Reads also the maps of slots, for those who want to see everything.
+    pub(super) fn read_slots(&mut self, netlink: &mut Netlink, table: &nftnl::Table) -> io::Result<()> {
+        for map in Map::ALL.into_iter().filter(|map| map.holds_slots()) {
+            let elements = Self::elements(netlink, table, map.name())?;
+            self.elements.insert(map, elements.into_iter().map(by_key).collect());
+        }
+        Ok(())
     }
 
     fn sets(netlink: &mut Netlink, table: &nftnl::Table) -> io::Result<Vec<(String, u32, u32)>> {
         retried(|| {
             let mut sets = Vec::new();
             let request = |seq| netlink::dump_request(table, Dump::Sets, seq);
-            netlink.dump(request, |message| sets.extend(netlink::parse_set(table, message)))?;
+            netlink.ask(request, |message| sets.extend(netlink::parse_set(table, message)))?;
             Ok(sets)
         })
     }
@@ -87,7 +120,7 @@ impl Found {
         retried(|| {
             let mut chains = HashSet::new();
             let request = |seq| netlink::dump_request(table, Dump::Chains, seq);
-            netlink.dump(request, |message| {
+            netlink.ask(request, |message| {
                 let named = netlink::parse_chain(message);
                 chains.extend(named.filter(|(table, _)| table == ruleset::TABLE).map(|(_, name)| name));
             })?;
@@ -100,7 +133,7 @@ impl Found {
         retried(|| {
             let mut counters = Vec::new();
             let request = |seq| netlink::dump_request(table, Dump::Counters, seq);
-            netlink.dump(request, |message| counters.extend(netlink::parse_counter(table, message)))?;
+            netlink.ask(request, |message| counters.extend(netlink::parse_counter(table, message)))?;
             Ok(counters)
         })
     }
@@ -114,10 +147,29 @@ impl Found {
         retried(|| {
             let mut elements = Vec::new();
             let request = |seq| netlink::dump_request(table, Dump::Elements(set), seq);
-            netlink.dump(request, |message| {
+            netlink.ask(request, |message| {
                 netlink::parse_elements(table, message, |element| elements.push(element));
             })?;
             Ok(elements)
+        })
+    }
+
+    /// What one set holds under `key`, if anything.
+    pub(super) fn element(
+        netlink: &mut Netlink,
+        table: &nftnl::Table,
+        set: &str,
+        key: &Bytes,
+    ) -> io::Result<Option<Value>> {
+        retried(|| {
+            let mut value = None;
+            netlink.ask(
+                |seq| netlink::get_request(table, set, key, seq),
+                |message| {
+                    netlink::parse_elements(table, message, |element| value = Some(element.value));
+                },
+            )?;
+            Ok(value)
         })
     }
 
@@ -132,10 +184,24 @@ impl Found {
 
 const MAP_FLAG: u32 = libc::NFT_SET_MAP as u32;
 
-fn bucket(element: &Element) -> Option<(String, u32)> {
-    let Value::Goto(name) = &element.value else { return None };
-    let bucket = element.key.first_chunk::<4>()?;
+fn by_key(Element { key, key_end, value }: Element) -> ((Bytes, Option<Bytes>), Value) {
+    ((key, key_end), value)
+}
+
+fn bucket(((key, _), value): (&(Bytes, Option<Bytes>), &Value)) -> Option<(String, u32)> {
+    let Value::Goto(name) = value else { return None };
+    let bucket = key.first_chunk::<4>()?;
     Some((name.clone(), u32::from_ne_bytes(*bucket)))
+}
+
+/// The slots that a chain of this name picks from.
+fn reach(name: &str) -> Vec<Range<u32>> {
+    let Some(object) = Object::parse(name) else { return Vec::new() };
+    let ranges = object.parts().chain([&object]).filter_map(|object| match object {
+        Object::Picker { scope, count, .. } => Some(scope.first_slot()..scope.first_slot() + count),
+        _ => None,
+    });
+    ranges.collect()
 }
 
 /// Dumps again while others change the tables; what does not exist is empty.

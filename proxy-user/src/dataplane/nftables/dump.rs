@@ -35,7 +35,8 @@ pub(super) fn read(
     pods_are_told: bool,
     state: &mut State,
 ) -> io::Result<()> {
-    let found = Found::read(netlink, &table.raw, table.family)?;
+    let mut found = Found::read(netlink, &table.raw, table.family)?;
+    found.read_slots(netlink, &table.raw)?;
     let reader = Reader { family: table.family, pods_are_told, buckets: buckets(&found), found };
     let cluster_ips = reader.keys(Map::ClusterIps);
     state

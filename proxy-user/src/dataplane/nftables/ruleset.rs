@@ -96,6 +96,11 @@ impl Map {
         }
     }
 
+    /// Whether it holds an element for each endpoint of each frontend.
+    pub(super) const fn holds_slots(self) -> bool {
+        matches!(self, Self::Backends | Self::NodePortBackends)
+    }
+
     pub(super) fn spec(self, family: Family) -> SetSpec {
         let (key, value): (&[Part], ValueKind) = match self {
             Self::Services => (&FRONTEND, BUCKET),

@@ -87,13 +87,13 @@ impl Netlink {
         }
     }
 
-    /// Sends a dump request made for `sequence` and gives every message of the answer to `each`. `each` may have seen
+    /// Sends a request made for `sequence` and gives every message of the answer to `each`. `each` may have seen
     /// messages already when an error comes back.
     ///
     /// # Errors
     ///
-    /// `EINTR` when the table changed meanwhile: dump again. `ENOENT` when there is nothing of that name.
-    pub(super) fn dump(
+    /// `EINTR` when the table changed during a dump: ask again. `ENOENT` when there is nothing of that name.
+    pub(super) fn ask(
         &mut self,
         request: impl Fn(u32) -> Vec<u8>,
         mut each: impl FnMut(&[u8]),

@@ -65,7 +65,7 @@ impl<'a> Stage<'a> {
             }
         }
         for item in before.into_values() {
-            if port.after.is_some() && Vacated::concerns(item.map) {
+            if port.after.is_some() && item.map.holds_slots() {
                 self.vacated.add(item.map, item.key);
             } else {
                 self.remove(item);

@@ -20,11 +20,6 @@ use super::{
 pub(super) struct Vacated(HashSet<(Map, Bytes), FxBuildHasher>);
 
 impl Vacated {
-    /// Whether `map` holds slots.
-    pub(super) const fn concerns(map: Map) -> bool {
-        matches!(map, Map::Backends | Map::NodePortBackends)
-    }
-
     /// Leaves a slot behind.
     pub(super) fn add(&mut self, map: Map, key: Bytes) {
         self.0.insert((map, key));
@@ -32,7 +27,7 @@ impl Vacated {
 
     /// Whether the kernel still has a vacated slot under this key.
     pub(super) fn holds(&self, map: Map, key: &Bytes) -> bool {
-        (Self::concerns(map) || map == Map::Hairpin) && self.0.contains(&(map, key.clone()))
+        (map.holds_slots() || map == Map::Hairpin) && self.0.contains(&(map, key.clone()))
     }
 
     /// Takes over what `others` left behind.

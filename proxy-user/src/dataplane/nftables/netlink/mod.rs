@@ -22,7 +22,9 @@ mod descriptor;
 mod read;
 
 pub(super) use descriptor::{OwnSocket, borrow, ignore_sender};
-pub(super) use read::{Dump, dump_request, parse_chain, parse_counter, parse_elements, parse_set};
+pub(super) use read::{
+    Dump, dump_request, get_request, parse_chain, parse_counter, parse_elements, parse_set,
+};
 
 /// Key or value bytes; an IPv6 key with a source range is the longest.
 pub(super) type Bytes = SmallVec<[u8; 40]>;
@@ -225,21 +227,27 @@ impl<'a> Transaction<'a> {
         self.batch.add(&rule, MsgType::Add);
     }
 
+    /// Adds elements. One whose key is there fails the batch, with `EEXIST` or `EBUSY`.
     pub(super) fn add_elements(&mut self, set: &str, elements: &[Element]) {
-        self.elements(set, elements, MsgType::Add);
+        self.elements(set, elements, MsgType::Add, libc::NLM_F_CREATE | libc::NLM_F_EXCL);
+    }
+
+    /// Adds elements, but leaves one as it is that is there with the same value. Only another value fails the batch.
+    pub(super) fn add_missing_elements(&mut self, set: &str, elements: &[Element]) {
+        self.elements(set, elements, MsgType::Add, libc::NLM_F_CREATE);
     }
 
     /// Removes elements by key; their values do not matter.
     pub(super) fn delete_elements(&mut self, set: &str, elements: &[Element]) {
-        self.elements(set, elements, MsgType::Del);
+        self.elements(set, elements, MsgType::Del, 0);
     }
 
-    fn elements(&mut self, set: &str, elements: &[Element], kind: MsgType) {
+    fn elements(&mut self, set: &str, elements: &[Element], kind: MsgType, flags: i32) {
         let set = c_string(set);
         let mut rest = elements;
         while !rest.is_empty() {
             let (elements, behind) = split_message(rest);
-            self.batch.add(&ElementsMessage { table: self.table, set: &set, elements, kind }, kind);
+            self.batch.add(&ElementsMessage { table: self.table, set: &set, elements, kind, flags }, kind);
             rest = behind;
         }
     }
@@ -483,6 +491,8 @@ struct ElementsMessage<'a> {
     set: &'a CStr,
     elements: &'a [Element],
     kind: MsgType,
+    /// `NLM_F_*`.
+    flags: i32,
 }
 
 impl ElementsMessage<'_> {
@@ -536,14 +546,14 @@ impl ElementsMessage<'_> {
 // SAFETY: BYTES_A_MESSAGE and two names are less than the largest message.
 unsafe impl NlMsg for ElementsMessage<'_> {
     unsafe fn write(&self, buffer: *mut c_void, seq: u32, kind: MsgType) {
-        let (message, flags) = match kind {
-            MsgType::Add => (libc::NFT_MSG_NEWSETELEM, libc::NLM_F_CREATE | libc::NLM_F_EXCL),
-            MsgType::Del => (libc::NFT_MSG_DELSETELEM, 0),
+        let message = match kind {
+            MsgType::Add => libc::NFT_MSG_NEWSETELEM,
+            MsgType::Del => libc::NFT_MSG_DELSETELEM,
         };
         let set = self.raw();
         // SAFETY: `buffer` is as large as the trait promises; the set is valid.
         unsafe {
-            let header = header(buffer, message, self.table.get_family(), flags, seq);
+            let header = header(buffer, message, self.table.get_family(), self.flags, seq);
             sys::nftnl_set_elems_nlmsg_build_payload(header, set.0.as_ptr());
         }
     }

@@ -1,6 +1,6 @@
-//! Dumps: the requests, and what their answers say.
+//! Questions: the requests, and what their answers say.
 //!
-//! In: the messages of a dump. Out: sets, chains and elements as plain Rust values.
+//! In: the messages of an answer. Out: sets, chains and elements as plain Rust values.
 
 use std::ffi::c_void;
 
@@ -52,6 +52,27 @@ pub(in crate::dataplane::nftables) fn dump_request(table: &Table, dump: Dump<'_>
                 (*header).nlmsg_len
             }
         }
+    };
+    buffer.truncate(len as usize);
+    buffer
+}
+
+/// The request for the element of one set under `key`: answered by one message as of a [`Dump::Elements`] and an
+/// acknowledgement, or by `ENOENT`.
+pub(in crate::dataplane::nftables) fn get_request(table: &Table, set: &str, key: &[u8], seq: u32) -> Vec<u8> {
+    let mut buffer = vec![0u8; 4096];
+    let raw = buffer.as_mut_ptr().cast::<c_void>();
+    let set = RawSet::new(table, &c_string(set));
+    // SAFETY: 4096 bytes hold a header, two names of at most 256 bytes and a key of at most 64, which libnftnl copies;
+    // the set owns the element from where it is added, and outlives the calls.
+    let len = unsafe {
+        let element = allocated(sys::nftnl_set_elem_alloc()).as_ptr();
+        let attribute = sys::NFTNL_SET_ELEM_KEY as u16;
+        sys::nftnl_set_elem_set(element, attribute, key.as_ptr().cast(), key.len() as u32);
+        sys::nftnl_set_elem_add(set.0.as_ptr(), element);
+        let header = header(raw, libc::NFT_MSG_GETSETELEM, table.get_family(), libc::NLM_F_ACK, seq);
+        sys::nftnl_set_elems_nlmsg_build_payload(header, set.0.as_ptr());
+        (*header).nlmsg_len
     };
     buffer.truncate(len as usize);
     buffer

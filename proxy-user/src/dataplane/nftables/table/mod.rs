@@ -30,6 +30,7 @@ use crate::{
 
 pub(super) type FxHashMap<K, V> = HashMap<K, V, FxBuildHasher>;
 type FxHashSet<T> = HashSet<T, FxBuildHasher>;
+type Slots = FxHashSet<(Map, Bytes)>;
 
 /// Most elements in one transaction. The kernel holds the lock of all nf_tables in the namespace for as long as it
 /// works on one, and everybody else who changes rules waits.
@@ -223,15 +224,20 @@ impl Table {
         for (memory, stay) in &outdated {
             self.forget_clients(netlink, memory, stay)?;
         }
-        let mut transaction = Transaction::new(&self.raw);
-        let made = self.make_objects(&mut transaction, stage, node);
-        let taken = self.write_elements(&mut transaction, stage, &made);
         let needs = self.needs_after(stage);
-        self.follow_needs(&mut transaction, node, needs);
-        netlink.commit(&transaction.finish())?;
+        let (made, taken) = match self.send(netlink, stage, node, needs, &Slots::default()) {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EEXIST | libc::EBUSY)) => {
+                let others = self.others(netlink, stage)?;
+                if others.is_empty() {
+                    return Err(error);
+                }
+                self.send(netlink, stage, node, needs, &others)?
+            }
+            result => result?,
+        };
         self.needs = needs;
         self.vacated.extend(&stage.vacated);
-        for (map, elements) in stage.come.iter().filter(|(map, _)| Vacated::concerns(**map)) {
+        for (map, elements) in stage.come.iter().filter(|(map, _)| map.holds_slots()) {
             elements.iter().for_each(|(element, _)| self.vacated.forget(*map, &element.key));
         }
         if let Some(found) = self.found.as_mut() {
@@ -244,6 +250,45 @@ impl Table {
             self.forget_clients(netlink, memory, stay)?;
         }
         Ok(())
+    }
+
+    /// Sends a transaction, in which the slots that hold `others` are replaced; answers with the objects it makes and
+    /// the elements that were found there already.
+    fn send(
+        &self,
+        netlink: &mut Netlink,
+        stage: &Stage<'_>,
+        node: &NodePlan,
+        needs: Needs,
+        others: &Slots,
+    ) -> io::Result<(FxHashMap<Object, u32>, Vec<ItemKey>)> {
+        let mut transaction = Transaction::new(&self.raw);
+        let made = self.make_objects(&mut transaction, stage, node);
+        let taken = self.write_elements(&mut transaction, stage, &made, others);
+        self.follow_needs(&mut transaction, node, needs);
+        netlink.commit(&transaction.finish())?;
+        Ok((made, taken))
+    }
+
+    /// The slots that `stage` fills and where the kernel holds something else that nobody here knows of: endpoints
+    /// changed while no agent ran, or it was killed before it deleted what it had vacated.
+    fn others(&self, netlink: &mut Netlink, stage: &Stage<'_>) -> io::Result<Slots> {
+        let gone = stage.gone.iter().flat_map(|(map, gone)| gone.iter().map(|element| (*map, &element.key)));
+        let gone: FxHashSet<(Map, &Bytes)> = gone.collect();
+        let mut others = Slots::default();
+        for (map, elements) in stage.come.iter().filter(|(map, _)| map.holds_slots()) {
+            for (Element { key, value, .. }, _) in elements {
+                let known = [&self.vacated, &stage.vacated].iter().any(|vacated| vacated.holds(*map, key));
+                if known || gone.contains(&(*map, key)) {
+                    continue;
+                }
+                let held = Found::element(netlink, &self.raw, map.name(), key)?;
+                if held.is_some_and(|held| held != *value) {
+                    others.insert((*map, key.clone()));
+                }
+            }
+        }
+        Ok(others)
     }
 
     /// What is needed once `stage` is in force. What was found stays until everything has been asked for.
@@ -315,6 +360,7 @@ impl Table {
         transaction: &mut Transaction<'_>,
         stage: &Stage<'_>,
         made: &FxHashMap<Object, u32>,
+        others: &Slots,
     ) -> Vec<ItemKey> {
         let mut taken = Vec::new();
         let mut gone = stage.gone.clone();
@@ -334,8 +380,11 @@ impl Table {
             }
         }
         for (map, elements) in &stage.come {
-            let vacated = |key| self.vacated.holds(*map, key) || stage.vacated.holds(*map, key);
-            let back = elements.iter().map(|(element, _)| element).filter(|element| vacated(&element.key));
+            let replaced = |key: &Bytes| {
+                [&self.vacated, &stage.vacated].iter().any(|vacated| vacated.holds(*map, key))
+                    || !others.is_empty() && others.contains(&(*map, key.clone()))
+            };
+            let back = elements.iter().map(|(element, _)| element).filter(|element| replaced(&element.key));
             gone.entry(*map).or_default().extend(back.cloned());
             let elements = elements.iter().map(|(element, object)| {
                 let mut element = element.clone();
@@ -355,7 +404,8 @@ impl Table {
                     Some(value) => {
                         taken.push((*map, element.key.clone(), element.key_end.clone()));
                         let same = *value == element.value;
-                        if !same {
+                        // The value of a slot was not read: it is written, which changes nothing if it is the same.
+                        if !same && !map.holds_slots() {
                             gone.entry(*map).or_default().push(element.clone());
                         }
                         !same
@@ -367,7 +417,11 @@ impl Table {
             transaction.delete_elements(map.name(), elements);
         }
         for (map, elements) in &come {
-            transaction.add_elements(map.name(), elements);
+            if map.holds_slots() {
+                transaction.add_missing_elements(map.name(), elements);
+            } else {
+                transaction.add_elements(map.name(), elements);
+            }
         }
         taken
     }
@@ -452,10 +506,13 @@ impl Table {
             }
         }
         for (map, elements) in leftovers.into_iter().filter(|(map, _)| *map != Map::NodeIps) {
-            let gone: Vec<_> = elements
-                .into_iter()
-                .map(|((key, key_end), _)| Element { key, key_end, value: Value::None })
-                .collect();
+            let mut gone = Vec::new();
+            for ((key, key_end), _) in elements {
+                // A slot is only known to be reached; somebody may have taken it away.
+                if !map.holds_slots() || Found::element(netlink, &self.raw, map.name(), &key)?.is_some() {
+                    gone.push(Element { key, key_end, value: Value::None });
+                }
+            }
             for (gone, _) in chunks(&gone, &[]) {
                 let mut transaction = Transaction::new(&self.raw);
                 transaction.delete_elements(map.name(), gone);
