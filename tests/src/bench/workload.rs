@@ -75,7 +75,7 @@ impl Numbered {
             json!({
                 "addresses": [at.ip()],
                 "conditions": { "ready": true, "serving": true, "terminating": false },
-                "nodeName": NODE,
+                "nodeName": if is_here(*at) { NODE } else { "elsewhere" },
             })
         };
         Ok(from_value(json!({
@@ -87,8 +87,16 @@ impl Numbered {
     }
 }
 
+const FIRST_ENDPOINT: u32 = Ipv4Addr::new(10, 128, 0, 1).to_bits();
+/// How many endpoints are on the node that is measured: about as many as a node has pods.
+const ENDPOINTS_HERE: u32 = 100;
+
+const fn is_here(endpoint: SocketAddrV4) -> bool {
+    endpoint.ip().to_bits() < FIRST_ENDPOINT + ENDPOINTS_HERE
+}
+
 fn endpoints(first: u32, count: u32) -> Vec<SocketAddrV4> {
-    let first = Ipv4Addr::new(10, 128, 0, 1).to_bits() + first;
+    let first = FIRST_ENDPOINT + first;
     (first..first + count)
         .map(|address| SocketAddrV4::new(Ipv4Addr::from_bits(address), BACKEND_PORT))
         .collect()

@@ -35,7 +35,9 @@ pub(super) struct Found {
     pub(super) chains: HashSet<String>,
     /// Name of a picker → its bucket.
     pub(super) buckets: HashMap<String, u32>,
-    /// The elements of the maps that always exist; of a slot only that there should be one, its value is not read.
+    /// What each bucket's picker reaches.
+    reach: HashMap<u32, Vec<Range<u32>>>,
+    /// The elements of the maps that always exist; of slots only those that are left over, without their values.
     pub(super) elements: BTreeMap<Map, Elements>,
     /// Whether every map is of the shape this version writes.
     pub(super) fits: bool,
@@ -48,6 +50,7 @@ impl Found {
             counters: HashSet::new(),
             chains: HashSet::new(),
             buckets: HashMap::new(),
+            reach: HashMap::new(),
             elements: BTreeMap::new(),
             fits: true,
         }
@@ -74,28 +77,34 @@ impl Found {
                 found.elements.insert(map, elements.into_iter().map(by_key).collect());
             }
         }
-        found.buckets = found.elements.get(&Map::Buckets).into_iter().flatten().filter_map(bucket).collect();
-        for (frontends, slots) in [(Map::Services, Map::Backends), (Map::NodePorts, Map::NodePortBackends)] {
-            if found.sets.contains(slots.name()) {
-                found.elements.insert(slots, found.reached(frontends));
-            }
-        }
+        let buckets = found.elements.get(&Map::Buckets).into_iter().flatten();
+        found.buckets = buckets.filter_map(|((key, _), value)| bucket(key, value)).collect();
+        let reached = found.buckets.iter().map(|(name, bucket)| (*bucket, Object::parse(name)));
+        found.reach = reached.filter_map(|(bucket, object)| Some((bucket, object?.reach()))).collect();
         Ok(found)
     }
 
-    /// Every slot that `frontends` reach.
-    fn reached(&self, frontends: Map) -> Elements {
-        let ranges: HashMap<u32, Vec<Range<u32>>> =
-            self.buckets.iter().map(|(name, bucket)| (*bucket, reach(name))).collect();
-        let mut slots = Elements::default();
-        for ((frontend, _), value) in self.elements.get(&frontends).into_iter().flatten() {
-            let Value::Data(bucket) = value else { continue };
-            let bucket = bucket.first_chunk::<4>().map(|bucket| u32::from_ne_bytes(*bucket));
-            let reached = bucket.and_then(|bucket| ranges.get(&bucket)).into_iter().flatten().cloned();
-            let keys = reached.flatten().map(|slot| (element::slot_key(frontend, slot), None));
-            slots.extend(keys.map(|key| (key, Value::None)));
+    /// Leaves over what a frontend found here reaches and will not when it leads to `object`.
+    pub(super) fn leave_slots(&mut self, frontends: Map, frontend: &Bytes, object: Option<&Object>) {
+        let Some(slots) = frontends.slots() else { return };
+        let Some(Value::Data(bucket)) = self.get(frontends, frontend, None) else { return };
+        let bucket = bucket.first_chunk::<4>().map(|bucket| u32::from_ne_bytes(*bucket));
+        let before = bucket.and_then(|bucket| self.reach.get(&bucket)).map(Vec::as_slice).unwrap_or_default();
+        let after = object.map(Object::reach).unwrap_or_default();
+        let left =
+            before.iter().cloned().flatten().filter(|slot| !after.iter().any(|range| range.contains(slot)));
+        let left: Vec<_> =
+            left.map(|slot| ((element::slot_key(frontend, slot), None), Value::None)).collect();
+        self.elements.entry(slots).or_default().extend(left);
+    }
+
+    /// Leaves over also what is reached by the frontends that are left.
+    pub(super) fn leave_slots_of_the_rest(&mut self) {
+        for frontends in [Map::Services, Map::NodePorts] {
+            let left = self.elements.get(&frontends).into_iter().flatten();
+            let left: Vec<_> = left.map(|((key, _), _)| key.clone()).collect();
+            left.iter().for_each(|frontend| self.leave_slots(frontends, frontend, None));
         }
-        slots
     }
 
     /// Reads also the maps of slots, for those who want to see everything.
@@ -174,7 +183,8 @@ impl Found {
     }
 
     pub(super) fn get(&self, map: Map, key: &Bytes, key_end: Option<&Bytes>) -> Option<&Value> {
-        self.elements.get(&map)?.get(&(key.clone(), key_end.cloned()))
+        let elements = self.elements.get(&map).filter(|elements| !elements.is_empty())?;
+        elements.get(&(key.clone(), key_end.cloned()))
     }
 
     pub(super) fn take(&mut self, map: Map, key: &Bytes, key_end: Option<&Bytes>) -> Option<Value> {
@@ -188,20 +198,10 @@ fn by_key(Element { key, key_end, value }: Element) -> ((Bytes, Option<Bytes>), 
     ((key, key_end), value)
 }
 
-fn bucket(((key, _), value): (&(Bytes, Option<Bytes>), &Value)) -> Option<(String, u32)> {
+fn bucket(key: &Bytes, value: &Value) -> Option<(String, u32)> {
     let Value::Goto(name) = value else { return None };
     let bucket = key.first_chunk::<4>()?;
     Some((name.clone(), u32::from_ne_bytes(*bucket)))
-}
-
-/// The slots that a chain of this name picks from.
-fn reach(name: &str) -> Vec<Range<u32>> {
-    let Some(object) = Object::parse(name) else { return Vec::new() };
-    let ranges = object.parts().chain([&object]).filter_map(|object| match object {
-        Object::Picker { scope, count, .. } => Some(scope.first_slot()..scope.first_slot() + count),
-        _ => None,
-    });
-    ranges.collect()
 }
 
 /// Dumps again while others change the tables; what does not exist is empty.

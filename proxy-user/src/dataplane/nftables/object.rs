@@ -3,7 +3,7 @@
 //! In: what a service port needs. Out: names, rules. Names say everything about an object, so that a dump can be read
 //! back by name alone: `service-cluster-3-masquerade`, `node-port-local-2/default/web/http/tcp`.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use super::{
     drops::NO_LOCAL_ENDPOINTS,
@@ -191,7 +191,8 @@ impl Object {
         let digits = rest.find(|character: char| !character.is_ascii_digit()).unwrap_or(rest.len());
         let (count, rest) = rest.split_at(digits);
         let masquerade = MASQUERADES.iter().find(|(_, word)| *word == rest)?.0;
-        Some(Self::Picker { space, scope, count: count.parse().ok()?, masquerade, sticky })
+        let count = count.parse().ok().filter(|count| *count < Scope::Local.first_slot())?;
+        Some(Self::Picker { space, scope, count, masquerade, sticky })
     }
 
     /// The chains that this one leads to, which must be there as long as it is.
@@ -201,6 +202,15 @@ impl Object {
             _ => [None, None],
         };
         ends.into_iter().flatten()
+    }
+
+    /// The slots of a frontend that it and its parts pick from.
+    pub(super) fn reach(&self) -> Vec<Range<u32>> {
+        let ranges = self.parts().chain([self]).filter_map(|object| match object {
+            Self::Picker { scope, count, .. } => Some(scope.first_slot()..scope.first_slot() + count),
+            _ => None,
+        });
+        ranges.collect()
     }
 
     /// Whether frontends lead to it by a bucket.

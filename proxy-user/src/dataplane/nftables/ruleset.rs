@@ -101,6 +101,15 @@ impl Map {
         matches!(self, Self::Backends | Self::NodePortBackends)
     }
 
+    /// Where the slots of these frontends are.
+    pub(super) const fn slots(self) -> Option<Self> {
+        match self {
+            Self::Services => Some(Self::Backends),
+            Self::NodePorts => Some(Self::NodePortBackends),
+            _ => None,
+        }
+    }
+
     pub(super) fn spec(self, family: Family) -> SetSpec {
         let (key, value): (&[Part], ValueKind) = match self {
             Self::Services => (&FRONTEND, BUCKET),

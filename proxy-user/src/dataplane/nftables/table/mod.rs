@@ -241,6 +241,11 @@ impl Table {
             elements.iter().for_each(|(element, _)| self.vacated.forget(*map, &element.key));
         }
         if let Some(found) = self.found.as_mut() {
+            for (map, elements) in &stage.come {
+                elements
+                    .iter()
+                    .for_each(|(element, object)| found.leave_slots(*map, &element.key, object.as_ref()));
+            }
             for (map, key, end) in taken {
                 found.take(map, &key, end.as_ref());
             }
@@ -404,7 +409,7 @@ impl Table {
                     Some(value) => {
                         taken.push((*map, element.key.clone(), element.key_end.clone()));
                         let same = *value == element.value;
-                        // The value of a slot was not read: it is written, which changes nothing if it is the same.
+                        // Whether a slot that is left over is still there is not known yet.
                         if !same && !map.holds_slots() {
                             gone.entry(*map).or_default().push(element.clone());
                         }
@@ -494,7 +499,8 @@ impl Table {
     ///
     /// The kernel's.
     pub(super) fn remove_leftovers(&mut self, netlink: &mut Netlink, node: &NodePlan) -> io::Result<()> {
-        let Some(found) = self.found.take() else { return Ok(()) };
+        let Some(mut found) = self.found.take() else { return Ok(()) };
+        found.leave_slots_of_the_rest();
         let mut leftovers = found.elements;
         for (map, elements) in &mut leftovers {
             if *map == Map::Buckets {
