@@ -1,12 +1,13 @@
 //! Two planes for one plan: sockets in front, packets behind.
 //!
-//! In: [`Delta`]s. Out: the same delta, first to the packets' plane, then to the sockets' plane.
+//! In: [`Delta`]s. Out: the same delta, first to the packets' plane, then to the sockets' plane; a complete one, which
+//! takes each its time, to both at once.
 //!
 //! The packets' plane has every frontend for every source. The sockets' plane has those a socket can decide about: TCP
 //! and UDP, for pods and this host, without source ranges. What a socket does not translate becomes packets to the
 //! Service's address, so whatever the sockets' plane lacks, refuses to take or does not know yet is served all the same:
 //! traffic from outside, SCTP, pings, pods that opted out. So the packets come first, and a sockets' plane that fails
-//! altogether is no outage.
+//! altogether is no outage. Nor does the sockets' plane need the other for what it has.
 
 use super::{Dataplane, Error, Fill, State};
 use crate::plan::{Delta, PortId};
@@ -34,10 +35,20 @@ impl<P: Dataplane, S: Dataplane> Stack<P, S> {
     }
 }
 
-impl<P: Dataplane, S: Dataplane> Dataplane for Stack<P, S> {
+impl<P: Dataplane, S: Dataplane + Send> Dataplane for Stack<P, S> {
     fn apply(&mut self, delta: &Delta) -> Result<(), Error> {
+        let Self { packets, sockets } = self;
+        let results = if delta.complete {
+            std::thread::scope(|scope| {
+                let sockets = scope.spawn(|| sockets.apply(delta));
+                let packets = packets.apply(delta);
+                [packets, sockets.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))]
+            })
+        } else {
+            [packets.apply(delta), sockets.apply(delta)]
+        };
         let mut failed: Vec<(PortId, String)> = Vec::new();
-        for result in [self.packets.apply(delta), self.sockets.apply(delta)] {
+        for result in results {
             match result {
                 Ok(()) => {}
                 Err(Error::Ports(ports)) => {

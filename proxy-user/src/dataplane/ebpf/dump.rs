@@ -15,8 +15,7 @@ use crate::{
 
 pub(super) fn read(maps: &Maps) -> Result<State, Problem> {
     let mut state = State::default();
-    for entry in maps.frontends() {
-        let (key, value) = entry?;
+    for (key, value) in maps.frontends()? {
         let address = proxy_ebpf::Endpoint { address: key.address, port: key.port, zero: 0 };
         if key.port == 0 {
             if value.flags & flag::CLUSTER_IP != 0 {

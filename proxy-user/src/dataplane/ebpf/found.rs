@@ -29,12 +29,8 @@ pub(super) struct Found {
 
 impl Found {
     pub(super) fn read(maps: &Maps) -> Result<Self, Problem> {
-        let frontends = maps.frontends().collect::<Result<_, _>>()?;
-        let members = maps.members().collect::<Result<_, _>>()?;
-        let mut found = Self::of(frontends, members, Vec::new());
-        for slot in 0..found.end().min(maps.slots()) {
-            found.slots.push(maps.slot(slot)?);
-        }
+        let mut found = Self::of(maps.frontends()?, maps.members()?, Vec::new());
+        found.slots = maps.slots(found.end())?;
         Ok(found)
     }
 

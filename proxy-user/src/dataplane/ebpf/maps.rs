@@ -2,7 +2,7 @@
 //!
 //! In: keys and values. Out: the kernel's answers, as [`Problem`]s that name the map. A map that is full says so here.
 
-use std::{io, path::Path};
+use std::{hash::Hash, io, path::Path};
 
 use aya::{
     Ebpf,
@@ -12,6 +12,8 @@ use nix::time::{ClockId, clock_gettime};
 use proxy_ebpf::{
     Affinity, AffinityKey, Endpoint, FrontendKey, FrontendValue, MemberKey, Settings, Tally, system,
 };
+
+use rustc_hash::FxHashMap;
 
 use super::problem::Problem;
 
@@ -69,8 +71,8 @@ impl Maps {
         write(self).map_err(|error| Problem::map(name, error))
     }
 
-    pub(super) fn frontends(&self) -> impl Iterator<Item = Result<(FrontendKey, FrontendValue), Problem>> {
-        self.frontends.iter().map(|entry| entry.map_err(|error| Problem::map("frontends", error)))
+    pub(super) fn frontends(&self) -> Result<FxHashMap<FrontendKey, FrontendValue>, Problem> {
+        all("frontends", self.frontends.map())
     }
 
     pub(super) fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
@@ -86,8 +88,8 @@ impl Maps {
         removed("frontends", self.frontends.remove(key))
     }
 
-    pub(super) fn members(&self) -> impl Iterator<Item = Result<(MemberKey, u64), Problem>> {
-        self.members.iter().map(|entry| entry.map_err(|error| Problem::map("members", error)))
+    pub(super) fn members(&self) -> Result<FxHashMap<MemberKey, u64>, Problem> {
+        all("members", self.members.map())
     }
 
     pub(super) fn set_member(&mut self, member: &MemberKey, joined: u64) -> Result<(), Problem> {
@@ -99,9 +101,16 @@ impl Maps {
         removed("members", self.members.remove(member))
     }
 
-    /// How many slots there are.
-    pub(super) fn slots(&self) -> u32 {
-        self.slots.len()
+    /// The slots before `end`, or all where there are fewer.
+    pub(super) fn slots(&self, end: u32) -> Result<Vec<Endpoint>, Problem> {
+        let mut slots = Vec::new();
+        let read = system::read_all(self.slots.map(), |slot: u32, endpoint| {
+            if slot < end {
+                slots.push(endpoint);
+            }
+        });
+        read.map_err(|error| Problem::map("slots", error.into()))?;
+        Ok(slots)
     }
 
     pub(super) fn slot(&self, slot: u32) -> Result<Endpoint, Problem> {
@@ -136,12 +145,12 @@ impl Maps {
 
     /// Copies what the map of a name holds in `old`, of slots those in use.
     pub(super) fn copy(&mut self, name: &'static str, old: &Self, slots_in_use: u32) -> Result<(), Problem> {
+        let slots = if name == "slots" { old.slots(slots_in_use)? } else { Vec::new() };
         self.write(name, |new| match name {
             "frontends" => copy(&old.frontends, &mut new.frontends),
             "members" => copy(&old.members, &mut new.members),
             "affinities" => copy(&old.affinities, &mut new.affinities),
-            "slots" => (0..slots_in_use.min(old.slots.len()))
-                .try_for_each(|slot| new.slots.set(slot, old.slots.get(&slot, ANY)?, ANY)),
+            "slots" => Ok(system::write_slots(new.slots.map().fd(), 0, &slots)?),
             _ => (0..old.tallies.len())
                 .try_for_each(|port| new.tallies.set(port, old.tallies.get(&port, ANY)?, ANY)),
         })
@@ -199,6 +208,19 @@ pub(super) fn monotonic() -> u64 {
 
 fn typed<M: TryFrom<Map, Error = MapError>>(name: &'static str, map: Map) -> Result<M, Problem> {
     M::try_from(map).map_err(|error| Problem::map(name, error))
+}
+
+fn all<K, V>(name: &'static str, map: &MapData) -> Result<FxHashMap<K, V>, Problem>
+where
+    K: aya::Pod + Default + Eq + Hash,
+    V: aya::Pod + Default,
+{
+    let mut elements = FxHashMap::default();
+    let read = system::read_all(map, |key, value| {
+        elements.insert(key, value);
+    });
+    read.map_err(|error| Problem::map(name, error.into()))?;
+    Ok(elements)
 }
 
 fn removed(name: &'static str, result: Result<(), MapError>) -> Result<bool, Problem> {
