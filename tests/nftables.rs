@@ -570,6 +570,34 @@ fn slots_that_were_changed_behind_our_back_are_put_right() {
     });
 }
 
+/// The kernel reports every message of a batch in which a slot holds something else, and here those are many.
+#[test]
+fn a_service_of_very_many_endpoints_all_of_which_changed_is_adopted() {
+    in_namespace(|| {
+        let plan = |last: u32| {
+            let mut plan = port(Family::V4, 1, &[], None);
+            let first = u32::from(Ipv4Addr::new(10, 128, 0, 0));
+            let addresses = (first + last - 45_000..first + last).map(Ipv4Addr::from);
+            plan.cluster =
+                addresses.map(|at| Backend { address: at.into(), port: 8080, local: false }).collect();
+            plan.frontends.truncate(1);
+            plan.frontends[0].route = cluster_ip_route();
+            Arc::new(plan)
+        };
+        for plan in [plan(45_000), plan(60_000)] {
+            let mut plane = Nftables::open(both()).unwrap();
+            let delta = Delta {
+                node: Some(Arc::new(node())),
+                ports: vec![change(None, Some(&plan))],
+                complete: true,
+                ..Delta::default()
+            };
+            plane.apply(&delta).unwrap();
+            assert_installed(&mut plane, &plan);
+        }
+    });
+}
+
 /// A packet that looked its frontend up before a change must still find the slot that the old count allows.
 #[test]
 fn a_slot_outlives_the_count_that_reached_it_by_one_change() {

@@ -10,6 +10,7 @@ use weir::{
 };
 
 fn main() -> ExitCode {
+    proxy_ebpf::system::share_heap();
     let cli = Cli::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
     match execute(cli.command) {
         Ok(()) => ExitCode::SUCCESS,

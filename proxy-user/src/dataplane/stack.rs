@@ -1,7 +1,7 @@
 //! Two planes for one plan: sockets in front, packets behind.
 //!
 //! In: [`Delta`]s. Out: the same delta, first to the packets' plane, then to the sockets' plane; a complete one, which
-//! takes each its time, to both at once.
+//! takes each its time, to both at once where that is asked for.
 //!
 //! The packets' plane has every frontend for every source. The sockets' plane has those a socket can decide about: TCP
 //! and UDP, for pods and this host, without source ranges. What a socket does not translate becomes packets to the
@@ -16,12 +16,19 @@ use crate::plan::{Delta, PortId};
 pub struct Stack<P, S> {
     packets: P,
     sockets: S,
+    at_once: bool,
 }
 
 impl<P: Dataplane, S: Dataplane> Stack<P, S> {
     /// Puts `sockets` in front of `packets`.
     pub fn new(packets: P, sockets: S) -> Self {
-        Self { packets, sockets }
+        Self { packets, sockets, at_once: false }
+    }
+
+    /// Has both planes take in a complete delta at once: for sockets' planes that serve, not for one that retires when
+    /// the packets' plane serves alone.
+    pub fn at_once(self) -> Self {
+        Self { at_once: true, ..self }
     }
 
     /// The packets' plane.
@@ -37,8 +44,8 @@ impl<P: Dataplane, S: Dataplane> Stack<P, S> {
 
 impl<P: Dataplane, S: Dataplane + Send> Dataplane for Stack<P, S> {
     fn apply(&mut self, delta: &Delta) -> Result<(), Error> {
-        let Self { packets, sockets } = self;
-        let results = if delta.complete {
+        let Self { packets, sockets, at_once } = self;
+        let results = if *at_once && delta.complete {
             std::thread::scope(|scope| {
                 let sockets = scope.spawn(|| sockets.apply(delta));
                 let packets = packets.apply(delta);

@@ -13,6 +13,7 @@ use std::{
 };
 
 use k8s_openapi::jiff::Timestamp;
+use proxy_ebpf::system;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{Addresses, census::Census, served};
@@ -289,6 +290,10 @@ impl Engine {
             self.metrics.set_fill(map, elements, room);
         }
         self.settle(&delta, result, started);
+        if delta.complete {
+            drop(delta);
+            system::trim_heap();
+        }
     }
 
     fn next_delta(&mut self, plane: &mut dyn Dataplane) -> Result<Delta, Error> {

@@ -43,7 +43,7 @@ impl Planes {
         let sockets = choose(config.mode, probe, |probe| Ebpf::open(place.clone(), probe.set_retval))?;
         let counted = sockets.as_ref().map(Ebpf::counted);
         let (plane, sockets): (Box<dyn Dataplane>, _) = match sockets {
-            Some(sockets) => (Box::new(Stack::new(packets, sockets)), Some(place)),
+            Some(sockets) => (Box::new(Stack::new(packets, sockets).at_once()), Some(place)),
             None => (Box::new(Stack::new(packets, Retired::new(place))), None),
         };
         Ok(Self { plane, foreign, sockets, dropped, counted })

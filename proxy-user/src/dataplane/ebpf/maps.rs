@@ -12,7 +12,6 @@ use nix::time::{ClockId, clock_gettime};
 use proxy_ebpf::{
     Affinity, AffinityKey, Endpoint, FrontendKey, FrontendValue, MemberKey, Settings, Tally, system,
 };
-
 use rustc_hash::FxHashMap;
 
 use super::problem::Problem;
@@ -104,11 +103,8 @@ impl Maps {
     /// The slots before `end`, or all where there are fewer.
     pub(super) fn slots(&self, end: u32) -> Result<Vec<Endpoint>, Problem> {
         let mut slots = Vec::new();
-        let read = system::read_all(self.slots.map(), |slot: u32, endpoint| {
-            if slot < end {
-                slots.push(endpoint);
-            }
-        });
+        let read =
+            system::read_first(self.slots.map(), end as usize, |_: u32, endpoint| slots.push(endpoint));
         read.map_err(|error| Problem::map("slots", error.into()))?;
         Ok(slots)
     }

@@ -116,11 +116,13 @@ impl Ground {
     }
 }
 
-/// Waits for the programs that run. Where the kernel cannot, the time a range rested has to do.
-pub(super) fn settle() {
-    if let Err(error) = system::wait_for_programs() {
+/// Waits for the programs that run; false where the kernel cannot, as with `nohz_full`.
+pub(super) fn settle() -> bool {
+    let waited = system::wait_for_programs();
+    if let Err(error) = &waited {
         tracing::debug!(%error, "cannot wait for programs");
     }
+    waited.is_ok()
 }
 
 impl Step {

@@ -45,6 +45,7 @@ impl Netlink {
     pub(super) fn open() -> io::Result<Self> {
         let socket = Socket::new(Bus::Netfilter)?;
         close_on_exec(&socket)?;
+        super::netlink::report_briefly(&socket)?;
         Ok(Self { socket: OwnSocket(socket), buffer: vec![0; BUFFER], sequence: 0 })
     }
 
@@ -61,10 +62,19 @@ impl Netlink {
     ///
     /// The first error the kernel reported for the batch. `ENOBUFS` says that reports were lost.
     pub(super) fn commit(&mut self, batch: &[u8]) -> io::Result<()> {
-        self.drain()?;
+        self.discard();
         grow(&self.socket.0, batch.len())?;
         self.socket.0.send(batch)?;
         self.drain()
+    }
+
+    /// Forgets reports of earlier batches: after some were lost there may be more, and the loss itself is reported first.
+    fn discard(&mut self) {
+        const LOSS_AND_ERRORS: usize = 2;
+        for _ in 0..LOSS_AND_ERRORS {
+            let Err(error) = self.drain() else { return };
+            tracing::debug!(%error, "a late report");
+        }
     }
 
     /// Reads every report that is there, and returns the first error among them.
@@ -98,6 +108,7 @@ impl Netlink {
         request: impl Fn(u32) -> Vec<u8>,
         mut each: impl FnMut(&[u8]),
     ) -> io::Result<()> {
+        self.discard();
         self.sequence += 1;
         self.socket.0.send(&request(self.sequence))?;
         let mut interrupted = false;

@@ -38,16 +38,33 @@ pub(in crate::dataplane::nftables) fn ignore_sender(
         statement(libc::BPF_RET | libc::BPF_K, 0, 0),
     ];
     let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
-    // SAFETY: the descriptor is open; `program` and the four statements it points to live until the call returns, and
-    // the kernel copies them.
+    // SAFETY: what the statements are in lives until the call returns.
+    unsafe { set_option(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program) }
+}
+
+/// Has the kernel report an error without the message that caused it: a batch may have many that are large.
+///
+/// # Errors
+///
+/// When the kernel does not know the option.
+pub(in crate::dataplane::nftables) fn report_briefly(socket: &mnl::Socket) -> std::io::Result<()> {
+    // SAFETY: a number points nowhere.
+    unsafe { set_option(socket, libc::SOL_NETLINK, libc::NETLINK_CAP_ACK, &1 as &libc::c_int) }
+}
+
+/// # Safety
+///
+/// `value` is what the option takes, and what it points to lives until the call returns.
+unsafe fn set_option<T>(
+    socket: &mnl::Socket,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: &T,
+) -> std::io::Result<()> {
+    let length = size_of::<T>() as libc::socklen_t;
+    // SAFETY: the descriptor is open, and the kernel copies `length` bytes of `value`; the rest is the caller's promise.
     let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_ATTACH_FILTER,
-            (&raw const program).cast(),
-            size_of_val(&program) as libc::socklen_t,
-        )
+        libc::setsockopt(socket.as_raw_fd(), level, option, std::ptr::from_ref(value).cast(), length)
     };
     if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }

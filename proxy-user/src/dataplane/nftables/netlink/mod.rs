@@ -21,7 +21,7 @@ use smallvec::SmallVec;
 mod descriptor;
 mod read;
 
-pub(super) use descriptor::{OwnSocket, borrow, ignore_sender};
+pub(super) use descriptor::{OwnSocket, borrow, ignore_sender, report_briefly};
 pub(super) use read::{
     Dump, dump_request, get_request, parse_chain, parse_counter, parse_elements, parse_set,
 };

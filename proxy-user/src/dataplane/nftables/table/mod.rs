@@ -89,7 +89,15 @@ impl Table {
     ///
     /// When the table cannot be read.
     pub(super) fn reread(&mut self, netlink: &mut Netlink) -> io::Result<()> {
-        let found = Found::read(netlink, &self.raw, self.family)?;
+        let mut found = Found::read(netlink, &self.raw, self.family)?;
+        // Which slots nothing leads to any more only we know.
+        for map in Map::ALL.into_iter().filter(|map| map.holds_slots()) {
+            let vacated =
+                self.vacated.elements(map).into_iter().map(|element| (element.key, element.key_end));
+            let left = self.found.as_mut().and_then(|found| found.elements.remove(&map));
+            let slots = vacated.chain(left.into_iter().flatten().map(|(key, _)| key));
+            found.elements.entry(map).or_default().extend(slots.map(|key| (key, Value::None)));
+        }
         *self = Self::new(self.family);
         self.next_bucket =
             found.buckets.values().max().map_or(FIRST_BUCKET, |most| (most + 1).max(FIRST_BUCKET));
@@ -329,7 +337,8 @@ impl Table {
         let mut made = FxHashMap::default();
         let mut next = self.next_bucket;
         for (object, _) in wanted {
-            if self.objects.contains_key(object) {
+            // One without its bucket is left over, and could not be removed yet.
+            if self.objects.get(object).is_some_and(|live| live.bucket > 0 || !object.has_bucket()) {
                 continue;
             }
             let name = object.name();
