@@ -102,10 +102,12 @@ impl Maps {
 
     /// The slots before `end`, or all where there are fewer.
     pub(super) fn slots(&self, end: u32) -> Result<Vec<Endpoint>, Problem> {
+        self.read_slots(end).map_err(|error| Problem::map("slots", error.into()))
+    }
+
+    fn read_slots(&self, end: u32) -> io::Result<Vec<Endpoint>> {
         let mut slots = Vec::new();
-        let read =
-            system::read_first(self.slots.map(), end as usize, |_: u32, endpoint| slots.push(endpoint));
-        read.map_err(|error| Problem::map("slots", error.into()))?;
+        system::read_first(self.slots.map(), end as usize, |_: u32, endpoint| slots.push(endpoint))?;
         Ok(slots)
     }
 
@@ -141,12 +143,11 @@ impl Maps {
 
     /// Copies what the map of a name holds in `old`, of slots those in use.
     pub(super) fn copy(&mut self, name: &'static str, old: &Self, slots_in_use: u32) -> Result<(), Problem> {
-        let slots = if name == "slots" { old.slots(slots_in_use)? } else { Vec::new() };
         self.write(name, |new| match name {
             "frontends" => copy(&old.frontends, &mut new.frontends),
             "members" => copy(&old.members, &mut new.members),
             "affinities" => copy(&old.affinities, &mut new.affinities),
-            "slots" => Ok(system::write_slots(new.slots.map().fd(), 0, &slots)?),
+            "slots" => Ok(system::write_slots(new.slots.map().fd(), 0, &old.read_slots(slots_in_use)?)?),
             _ => (0..old.tallies.len())
                 .try_for_each(|port| new.tallies.set(port, old.tallies.get(&port, ANY)?, ANY)),
         })

@@ -36,7 +36,7 @@ pub(super) struct Found {
     /// Name of a picker → its bucket.
     pub(super) buckets: HashMap<String, u32>,
     /// What each bucket's picker reaches.
-    reach: HashMap<u32, Vec<Range<u32>>>,
+    reach: HashMap<Bytes, Vec<Range<u32>>>,
     /// The elements of the maps that always exist; of slots only those that are left over, without their values.
     pub(super) elements: BTreeMap<Map, Elements>,
     /// Whether every map is of the shape this version writes.
@@ -79,8 +79,8 @@ impl Found {
         }
         let buckets = found.elements.get(&Map::Buckets).into_iter().flatten();
         found.buckets = buckets.filter_map(|((key, _), value)| bucket(key, value)).collect();
-        let reached = found.buckets.iter().map(|(name, bucket)| (*bucket, Object::parse(name)));
-        found.reach = reached.filter_map(|(bucket, object)| Some((bucket, object?.reach()))).collect();
+        let buckets = found.elements.get(&Map::Buckets).into_iter().flatten();
+        found.reach = buckets.filter_map(|((key, _), value)| Some((key.clone(), reach(value)?))).collect();
         Ok(found)
     }
 
@@ -88,8 +88,7 @@ impl Found {
     pub(super) fn leave_slots(&mut self, frontends: Map, frontend: &Bytes, object: Option<&Object>) {
         let Some(slots) = frontends.slots() else { return };
         let Some(Value::Data(bucket)) = self.get(frontends, frontend, None) else { return };
-        let bucket = bucket.first_chunk::<4>().map(|bucket| u32::from_ne_bytes(*bucket));
-        let before = bucket.and_then(|bucket| self.reach.get(&bucket)).map(Vec::as_slice).unwrap_or_default();
+        let before = self.reach.get(bucket).map(Vec::as_slice).unwrap_or_default();
         let after = object.map(Object::reach).unwrap_or_default();
         let left =
             before.iter().cloned().flatten().filter(|slot| !after.iter().any(|range| range.contains(slot)));
@@ -202,6 +201,11 @@ fn bucket(key: &Bytes, value: &Value) -> Option<(String, u32)> {
     let Value::Goto(name) = value else { return None };
     let bucket = key.first_chunk::<4>()?;
     Some((name.clone(), u32::from_ne_bytes(*bucket)))
+}
+
+fn reach(value: &Value) -> Option<Vec<Range<u32>>> {
+    let Value::Goto(name) = value else { return None };
+    Some(Object::parse(name)?.reach())
 }
 
 /// Dumps again while others change the tables; what does not exist is empty.

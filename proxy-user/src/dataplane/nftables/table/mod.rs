@@ -10,11 +10,11 @@ use std::{
 
 use rustc_hash::FxBuildHasher;
 
+mod adoption;
 mod node;
 
 use super::{
     adopt::Found,
-    drops::NO_LOCAL_ENDPOINTS,
     element,
     netlink::{Bytes, ChainSpec, Element, Transaction, Value},
     object::Object,
@@ -81,30 +81,6 @@ impl Table {
             trash: Vec::new(),
             found: None,
         }
-    }
-
-    /// Forgets everything in favour of what the kernel holds.
-    ///
-    /// # Errors
-    ///
-    /// When the table cannot be read.
-    pub(super) fn reread(&mut self, netlink: &mut Netlink) -> io::Result<()> {
-        let mut found = Found::read(netlink, &self.raw, self.family)?;
-        // Which slots nothing leads to any more only we know.
-        for map in Map::ALL.into_iter().filter(|map| map.holds_slots()) {
-            let vacated =
-                self.vacated.elements(map).into_iter().map(|element| (element.key, element.key_end));
-            let left = self.found.as_mut().and_then(|found| found.elements.remove(&map));
-            let slots = vacated.chain(left.into_iter().flatten().map(|(key, _)| key));
-            found.elements.entry(map).or_default().extend(slots.map(|key| (key, Value::None)));
-        }
-        *self = Self::new(self.family);
-        self.next_bucket =
-            found.buckets.values().max().map_or(FIRST_BUCKET, |most| (most + 1).max(FIRST_BUCKET));
-        let any = |names: &[&str]| names.iter().any(|name| found.chains.contains(*name));
-        self.needs = Needs { affinity: any(&ruleset::REMEMBER), guards: any(&ruleset::GUARD) };
-        self.found = Some(found);
-        Ok(())
     }
 
     /// Adds and removes ClusterIPs.
@@ -283,25 +259,9 @@ impl Table {
         Ok((made, taken))
     }
 
-    /// The slots that `stage` fills and where the kernel holds something else that nobody here knows of: endpoints
-    /// changed while no agent ran, or it was killed before it deleted what it had vacated.
-    fn others(&self, netlink: &mut Netlink, stage: &Stage<'_>) -> io::Result<Slots> {
-        let gone = stage.gone.iter().flat_map(|(map, gone)| gone.iter().map(|element| (*map, &element.key)));
-        let gone: FxHashSet<(Map, &Bytes)> = gone.collect();
-        let mut others = Slots::default();
-        for (map, elements) in stage.come.iter().filter(|(map, _)| map.holds_slots()) {
-            for (Element { key, value, .. }, _) in elements {
-                let known = [&self.vacated, &stage.vacated].iter().any(|vacated| vacated.holds(*map, key));
-                if known || gone.contains(&(*map, key)) {
-                    continue;
-                }
-                let held = Found::element(netlink, &self.raw, map.name(), key)?;
-                if held.is_some_and(|held| held != *value) {
-                    others.insert((*map, key.clone()));
-                }
-            }
-        }
-        Ok(others)
+    /// Whether this or an earlier transaction leaves the slot behind.
+    fn is_vacated(&self, stage: &Stage<'_>, map: Map, key: &Bytes) -> bool {
+        self.vacated.holds(map, key) || stage.vacated.holds(map, key)
     }
 
     /// What is needed once `stage` is in force. What was found stays until everything has been asked for.
@@ -395,7 +355,7 @@ impl Table {
         }
         for (map, elements) in &stage.come {
             let replaced = |key: &Bytes| {
-                [&self.vacated, &stage.vacated].iter().any(|vacated| vacated.holds(*map, key))
+                self.is_vacated(stage, *map, key)
                     || !others.is_empty() && others.contains(&(*map, key.clone()))
             };
             let back = elements.iter().map(|(element, _)| element).filter(|element| replaced(&element.key));
@@ -500,56 +460,6 @@ impl Table {
             transaction.delete_chain(&name);
         }
         netlink.commit(&transaction.finish())
-    }
-
-    /// Removes what was found in the kernel and nobody asked for, once everything has been asked for.
-    ///
-    /// # Errors
-    ///
-    /// The kernel's.
-    pub(super) fn remove_leftovers(&mut self, netlink: &mut Netlink, node: &NodePlan) -> io::Result<()> {
-        let Some(mut found) = self.found.take() else { return Ok(()) };
-        found.leave_slots_of_the_rest();
-        let mut leftovers = found.elements;
-        for (map, elements) in &mut leftovers {
-            if *map == Map::Buckets {
-                let known = |name: &str| {
-                    name == NO_LOCAL_ENDPOINTS
-                        || Object::parse(name).is_some_and(|object| self.objects.contains_key(&object))
-                };
-                elements.retain(|_, value| matches!(value, Value::Goto(name) if !known(name)));
-            }
-        }
-        for (map, elements) in leftovers.into_iter().filter(|(map, _)| *map != Map::NodeIps) {
-            let mut gone = Vec::new();
-            for ((key, key_end), _) in elements {
-                // A slot is only known to be reached; somebody may have taken it away.
-                if !map.holds_slots() || Found::element(netlink, &self.raw, map.name(), &key)?.is_some() {
-                    gone.push(Element { key, key_end, value: Value::None });
-                }
-            }
-            for (gone, _) in chunks(&gone, &[]) {
-                let mut transaction = Transaction::new(&self.raw);
-                transaction.delete_elements(map.name(), gone);
-                netlink.commit(&transaction.finish())?;
-            }
-        }
-        let needs = self.needs_after(&Stage::default());
-        if needs != self.needs {
-            let mut transaction = Transaction::new(&self.raw);
-            self.follow_needs(&mut transaction, node, needs);
-            netlink.commit(&transaction.finish())?;
-            self.needs = needs;
-        }
-        let names = found.chains.iter().chain(&found.sets);
-        for object in names.filter_map(|name| Object::parse(name)) {
-            if !self.objects.contains_key(&object) {
-                self.objects.insert(object.clone(), Live { uses: 0, bucket: 0 });
-                self.trash.push(object);
-            }
-        }
-        self.empty_trash(netlink);
-        Ok(())
     }
 
     /// Each memory whose set backends leave, with those that stay. Which left while no agent ran nobody knows.

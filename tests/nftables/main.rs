@@ -17,6 +17,8 @@ use weir::{
     },
 };
 
+mod slots;
+
 /// Runs `test` in a network namespace of its own, which goes with the thread.
 fn in_namespace(test: impl FnOnce() + Send + 'static) {
     let thread = std::thread::spawn(|| {
@@ -164,6 +166,21 @@ fn change(before: Option<&Arc<PortPlan>>, after: Option<&Arc<PortPlan>>) -> Port
     PortDelta { before: before.cloned(), after: after.cloned() }
 }
 
+/// What a start brings.
+fn start(ports: &[&Arc<PortPlan>]) -> Delta {
+    Delta {
+        node: Some(Arc::new(node())),
+        ports: ports.iter().map(|plan| change(None, Some(plan))).collect(),
+        complete: true,
+        ..Delta::default()
+    }
+}
+
+/// One change of a service port.
+fn step(before: Option<&Arc<PortPlan>>, after: Option<&Arc<PortPlan>>) -> Delta {
+    Delta { ports: vec![change(before, after)], ..Delta::default() }
+}
+
 fn both() -> PerFamily<bool> {
     PerFamily { v4: true, v6: true }
 }
@@ -277,25 +294,17 @@ fn chains_for_source_ranges_and_affinity_are_there_only_while_a_service_needs_th
         };
         let guarded = Arc::new(port(Family::V4, 1, &[1, 2, 3], None));
         let (unguarded, sticky) = (plain(1, None), plain(2, Some(60)));
-        let start = |ports: Vec<PortDelta>, complete| {
-            let mut plane = Nftables::open(both()).unwrap();
-            plane
-                .apply(&Delta { node: Some(Arc::new(node())), ports, complete, ..Delta::default() })
-                .unwrap();
-            plane
-        };
-        let step = |plane: &mut Nftables, before, after| {
-            plane.apply(&Delta { ports: vec![change(before, after)], ..Delta::default() }).unwrap();
-        };
-        let mut plane = start(vec![change(None, Some(&unguarded))], true);
+        let mut plane = Nftables::open(both()).unwrap();
+        plane.apply(&start(&[&unguarded])).unwrap();
         assert_eq!(there(), [0, 0, 0]);
-        step(&mut plane, Some(&unguarded), Some(&guarded));
+        plane.apply(&step(Some(&unguarded), Some(&guarded))).unwrap();
         assert_eq!(there(), [2, 0, 0]);
-        step(&mut plane, None, Some(&sticky));
+        plane.apply(&step(None, Some(&sticky))).unwrap();
         assert_eq!(there(), [2, 2, 1]);
 
         drop(plane);
-        let mut plane = start(Vec::new(), false);
+        let mut plane = Nftables::open(both()).unwrap();
+        plane.apply(&Delta { complete: false, ..start(&[]) }).unwrap();
         assert_eq!(there(), [2, 2, 1], "nobody knows yet that there is no such Service");
         let ports = vec![change(None, Some(&guarded))];
         plane.apply(&Delta { ports, complete: true, ..Delta::default() }).unwrap();
@@ -303,10 +312,11 @@ fn chains_for_source_ranges_and_affinity_are_there_only_while_a_service_needs_th
         assert_installed(&mut plane, &guarded);
 
         drop(plane);
-        let mut plane = start([&guarded, &sticky].map(|plan| change(None, Some(plan))).into(), true);
-        step(&mut plane, Some(&guarded), Some(&unguarded));
+        let mut plane = Nftables::open(both()).unwrap();
+        plane.apply(&start(&[&guarded, &sticky])).unwrap();
+        plane.apply(&step(Some(&guarded), Some(&unguarded))).unwrap();
         assert_eq!(there(), [0, 2, 1]);
-        step(&mut plane, Some(&sticky), None);
+        plane.apply(&step(Some(&sticky), None)).unwrap();
         assert_eq!(there(), [0, 0, 0]);
         assert_installed(&mut plane, &unguarded);
     });
@@ -319,9 +329,7 @@ fn only_frontends_that_treat_outsiders_differently_ask_where_a_packet_comes_from
         let mut plane = Nftables::open(both()).unwrap();
         let plans = [(1, &[1, 2, 3][..]), (2, &[1, 3])];
         let plans = plans.map(|(number, backends)| Arc::new(port(Family::V4, number, backends, None)));
-        let ports = plans.iter().map(|plan| change(None, Some(plan))).collect();
-        let delta = Delta { node: Some(Arc::new(node())), ports, complete: true, ..Delta::default() };
-        plane.apply(&delta).unwrap();
+        plane.apply(&start(&plans.each_ref())).unwrap();
         let listed = nft(&["list", "table", "ip", "weir"]);
         let asking = listed.lines().filter(|line| line.contains("fib saddr"));
         let mut asking: Vec<_> = asking.map(|line| line.rsplit_once("goto ").unwrap().1).collect();
@@ -432,9 +440,7 @@ fn a_port_that_cannot_be_programmed_is_named_and_the_others_work() {
             ..port(Family::V4, 1, &[3], None)
         });
         let other = Arc::new(port(Family::V4, 2, &[1, 2], None));
-        let ports = [&good, &twin, &other].map(|plan| change(None, Some(plan))).into();
-        let delta = Delta { node: Some(Arc::new(node())), ports, complete: true, ..Delta::default() };
-        let error = plane.apply(&delta).unwrap_err();
+        let error = plane.apply(&start(&[&good, &twin, &other])).unwrap_err();
         let weir::dataplane::Error::Ports(failed) = error else { panic!("{error}") };
         assert_eq!(failed.len(), 1, "{failed:?}");
         assert_eq!(failed[0].0, twin.id);
@@ -449,12 +455,7 @@ fn foreign_changes_are_seen_and_repaired_and_our_own_are_not() {
         let mut plane = Nftables::open(both()).unwrap();
         let mut watch = plane.watch().unwrap();
         let plan = Arc::new(port(Family::V6, 1, &[1, 2], None));
-        let delta = Delta {
-            node: Some(Arc::new(node())),
-            ports: vec![change(None, Some(&plan))],
-            complete: true,
-            ..Delta::default()
-        };
+        let delta = start(&[&plan]);
         plane.apply(&delta).unwrap();
         // Our own change left no event behind, so the next one is the flush.
         nft(&["add", "table", "ip", "somebody-else"]);
@@ -505,126 +506,5 @@ fn a5_clients_of_an_endpoint_that_left_are_forgotten_also_if_it_left_while_no_ag
         let mut plane = Nftables::open(both()).unwrap();
         plane.apply(&delta(None, one, true)).unwrap();
         assert_eq!(remembered(&map), ["10.244.0.1 . 8080"]);
-    });
-}
-
-/// Slots are not read at start. What is in them all the same, in place of what should be, is put right.
-#[test]
-fn slots_that_were_changed_behind_our_back_are_put_right() {
-    in_namespace(|| {
-        let plan = |backends: &[u8]| Arc::new(port(Family::V4, 1, backends, None));
-        let whole = |plan| Delta {
-            node: Some(Arc::new(node())),
-            ports: vec![change(None, Some(plan))],
-            complete: true,
-            ..Delta::default()
-        };
-        let slot = |number: u8| format!("10.96.0.1 . tcp . 80 . {number}");
-        let add = |number, backend| {
-            let element = format!("{{ {} : 10.244.0.{backend} . 8080 }}", slot(number));
-            nft(&["add", "element", "ip", "weir", "backends", &element]);
-        };
-        let delete = |number| {
-            nft(&["delete", "element", "ip", "weir", "backends", &format!("{{ {} }}", slot(number))]);
-        };
-        let slots = || {
-            let listed = nft(&["list", "map", "ip", "weir", "backends"]);
-            listed.lines().filter(|line| line.contains("10.96.0.1 . tcp . 80 . ")).count()
-        };
-        let mut plane = Nftables::open(both()).unwrap();
-        let (three, four, five, six) =
-            (plan(&[1, 3, 5]), plan(&[1, 3, 5, 7]), plan(&[1, 3, 5, 7, 9]), plan(&[1, 3, 5, 7, 9, 11]));
-        plane.apply(&whole(&five)).unwrap();
-
-        // Another endpoint in one slot, none in another, and one where no frontend reaches.
-        delete(0);
-        add(0, 99);
-        delete(1);
-        add(5, 99);
-        drop(plane);
-        let mut plane = Nftables::open(both()).unwrap();
-        plane.apply(&whole(&five)).unwrap();
-        assert_installed(&mut plane, &five);
-        plane.apply(&Delta { ports: vec![change(Some(&five), Some(&six))], ..Delta::default() }).unwrap();
-        assert_installed(&mut plane, &six);
-        assert_eq!(slots(), 6);
-
-        // Endpoints went while no agent ran, and with them, by another hand, one of their slots.
-        delete(4);
-        drop(plane);
-        let mut plane = Nftables::open(both()).unwrap();
-        plane.apply(&whole(&three)).unwrap();
-        assert_installed(&mut plane, &three);
-        assert_eq!(slots(), 3);
-
-        // The agent was killed before it deleted the slots it had vacated.
-        plane.apply(&Delta { ports: vec![change(Some(&three), Some(&four))], ..Delta::default() }).unwrap();
-        plane.apply(&Delta { ports: vec![change(Some(&four), Some(&three))], ..Delta::default() }).unwrap();
-        assert_eq!(slots(), 4);
-        drop(plane);
-        let mut plane = Nftables::open(both()).unwrap();
-        let other = plan(&[1, 3, 5, 11]);
-        plane.apply(&whole(&other)).unwrap();
-        assert_installed(&mut plane, &other);
-        assert_eq!(slots(), 4);
-    });
-}
-
-/// The kernel reports every message of a batch in which a slot holds something else, and here those are many.
-#[test]
-fn a_service_of_very_many_endpoints_all_of_which_changed_is_adopted() {
-    in_namespace(|| {
-        let plan = |last: u32| {
-            let mut plan = port(Family::V4, 1, &[], None);
-            let first = u32::from(Ipv4Addr::new(10, 128, 0, 0));
-            let addresses = (first + last - 45_000..first + last).map(Ipv4Addr::from);
-            plan.cluster =
-                addresses.map(|at| Backend { address: at.into(), port: 8080, local: false }).collect();
-            plan.frontends.truncate(1);
-            plan.frontends[0].route = cluster_ip_route();
-            Arc::new(plan)
-        };
-        for plan in [plan(45_000), plan(60_000)] {
-            let mut plane = Nftables::open(both()).unwrap();
-            let delta = Delta {
-                node: Some(Arc::new(node())),
-                ports: vec![change(None, Some(&plan))],
-                complete: true,
-                ..Delta::default()
-            };
-            plane.apply(&delta).unwrap();
-            assert_installed(&mut plane, &plan);
-        }
-    });
-}
-
-/// A packet that looked its frontend up before a change must still find the slot that the old count allows.
-#[test]
-fn a_slot_outlives_the_count_that_reached_it_by_one_change() {
-    in_namespace(|| {
-        let mut plane = Nftables::open(both()).unwrap();
-        let slots = || {
-            let listed = nft(&["list", "map", "ip", "weir", "backends"]);
-            listed.lines().filter(|line| line.contains("10.96.0.1 . tcp . 80 . ")).count()
-        };
-        let plan = |backends: &[u8]| Arc::new(port(Family::V4, 1, backends, None));
-        let (three, one, two) = (plan(&[1, 2, 3]), plan(&[1]), plan(&[1, 4]));
-        let first = Delta {
-            node: Some(Arc::new(node())),
-            ports: vec![change(None, Some(&three))],
-            complete: true,
-            ..Delta::default()
-        };
-        plane.apply(&first).unwrap();
-        let step = |before, after| Delta { ports: vec![change(Some(before), after)], ..Delta::default() };
-        plane.apply(&step(&three, Some(&one))).unwrap();
-        assert_installed(&mut plane, &one);
-        assert_eq!(slots(), 3, "the two slots that are not reached any more are still there");
-        plane.apply(&step(&one, Some(&two))).unwrap();
-        assert_installed(&mut plane, &two);
-        assert_eq!(slots(), 2, "and go with the next change");
-        plane.apply(&step(&two, Some(&one))).unwrap();
-        plane.apply(&step(&one, None)).unwrap();
-        assert_eq!(slots(), 0);
     });
 }
