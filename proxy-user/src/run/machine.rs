@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use crate::config::Conntrack;
+use crate::{config::Conntrack, dataplane::conntrack::Conntrack as Tracking};
 
 /// No more connections than this are made room for, whatever the number of CPUs.
 const MOST_CONNECTIONS: u64 = 1 << 20;
@@ -31,6 +31,12 @@ struct NotSet {
 
 /// Sets everything, and warns of what cannot be set.
 pub(super) fn prepare(conntrack: &Conntrack, oom_score: Option<i32>) {
+    // Its settings come with the module, and on a fresh node that is loaded when rules ask for it, after this.
+    if !Path::new("/").join(MAX).exists()
+        && let Err(error) = Tracking::open().and_then(|mut tracking| tracking.load())
+    {
+        tracing::warn!(%error, "connection tracking cannot be set up before it is used");
+    }
     match aya::util::online_cpus() {
         Ok(cpus) => limit(conntrack, cpus.len() as u64, Path::new("/")),
         Err((_, error)) => {

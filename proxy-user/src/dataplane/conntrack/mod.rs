@@ -9,6 +9,7 @@ use std::io;
 
 use self::ctnetlink::{Entry, Requests, Scope, Walked};
 use super::Error;
+use crate::model::Family;
 
 mod ctnetlink;
 mod suspect;
@@ -56,6 +57,16 @@ impl Conntrack {
     #[must_use]
     pub fn kernel_filters(&self) -> bool {
         self.kernel_filters
+    }
+
+    /// Has the kernel load connection tracking where it is a module that nothing has needed yet.
+    ///
+    /// # Errors
+    ///
+    /// When there is none.
+    pub fn load(&mut self) -> Result<(), Error> {
+        let walked = self.walks.walk(Scope::Udp(Family::V4), |_| Ok(()));
+        walked.map(drop).map_err(failed("loading connection tracking"))
     }
 
     /// Deletes the stale flows of `suspects` and says how many there were. Call it when the delta they come from is in
