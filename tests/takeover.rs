@@ -2,6 +2,7 @@
 //! neither leaves its rules to the other for longer than that takes.
 
 use std::{
+    ffi::OsString,
     fs::{self, File},
     io::{Read as _, Write as _},
     net::TcpStream,
@@ -34,38 +35,63 @@ const LONG: Duration = Duration::from_secs(120);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
     Nftables,
+    /// With the iptables that writes to nf_tables.
     Iptables,
+    /// With the iptables that has tables of its own.
+    Legacy,
+    Ipvs,
 }
 
 impl Mode {
     fn name(self) -> &'static str {
         match self {
             Self::Nftables => "nftables",
-            Self::Iptables => "iptables",
+            Self::Iptables | Self::Legacy => "iptables",
+            Self::Ipvs => "ipvs",
         }
     }
 
-    /// Whether a listed rule set holds what kube-proxy made of the Service in both families.
-    fn serves(self, ruleset: &str) -> bool {
+    /// What of a node's kernel kube-proxy writes to, in text.
+    fn listing(self, host: &Namespace) -> String {
+        let told = |program: &str, args: &[&str]| host.stdout(program, args).unwrap_or_default();
+        let mut all = told("nft", &["list", "ruleset"]);
         match self {
-            Self::Nftables => Family::ALL.iter().all(|family| {
-                let table = ruleset.split("table ").find(|table| table.starts_with(self.table(*family)));
-                table.is_some_and(|table| table.contains(&WEB.cluster_ip(*family).to_string()))
-            }),
-            Self::Iptables => Family::ALL.iter().all(|family| {
-                let table = ruleset.split("table ").find(|table| table.starts_with(self.table(*family)));
-                table.is_some_and(|table| table.contains("chain KUBE-SEP-"))
-            }),
+            Self::Nftables | Self::Iptables => {}
+            Self::Legacy => {
+                all += &told("iptables-legacy-save", &[]);
+                all += &told("ip6tables-legacy-save", &[]);
+            }
+            Self::Ipvs => {
+                let servers = host.run(|| fs::read_to_string("/proc/thread-self/net/ip_vs"));
+                all.extend(servers.unwrap_or_default().lines().skip(3).map(|line| format!("ip_vs {line}\n")));
+                all += &told("ipset", &["list", "-name"]);
+                all += &told("ip", &["address", "show"]);
+            }
         }
+        all
     }
 
-    fn table(self, family: Family) -> &'static str {
-        match (self, family) {
-            (Self::Nftables, Family::V4) => "ip kube-proxy ",
-            (Self::Nftables, Family::V6) => "ip6 kube-proxy ",
-            (Self::Iptables, Family::V4) => "ip nat ",
-            (Self::Iptables, Family::V6) => "ip6 nat ",
-        }
+    /// Whether a listing holds what kube-proxy made of the Service in both families.
+    fn serves(self, listing: &str) -> bool {
+        let in_table = |family: Family, what: &str| {
+            let name = match (self, family) {
+                (Self::Nftables, Family::V4) => "ip kube-proxy ",
+                (Self::Nftables, Family::V6) => "ip6 kube-proxy ",
+                (_, Family::V4) => "ip nat ",
+                (_, Family::V6) => "ip6 nat ",
+            };
+            let table = listing.split("table ").find(|table| table.starts_with(name));
+            table.is_some_and(|table| table.contains(what))
+        };
+        Family::ALL.iter().all(|family| {
+            let address = WEB.cluster_ip(*family).to_string();
+            match self {
+                Self::Nftables => in_table(*family, &address),
+                Self::Iptables => in_table(*family, "chain KUBE-SEP-"),
+                Self::Legacy => listing.contains(&format!("-A KUBE-SERVICES -d {address}/")),
+                Self::Ipvs => listing.contains("ip_vs ") && listing.contains(&format!(" {address}/")),
+            }
+        })
     }
 }
 
@@ -101,6 +127,16 @@ impl<'a> Cluster<'a> {
             "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
         });
         fs::write(directory.path().join("config.conf"), configuration.to_string())?;
+        if mode == Mode::Legacy {
+            let legacy = directory.path().join("legacy");
+            fs::create_dir(&legacy)?;
+            for name in ["iptables", "iptables-save", "iptables-restore"] {
+                for name in [name.to_owned(), name.replace("iptables", "ip6tables")] {
+                    let program = name.replace("tables", "tables-legacy");
+                    std::os::unix::fs::symlink(assets::program(&program)?, legacy.join(name))?;
+                }
+            }
+        }
         Ok(Self { topology, plane, directory, mode })
     }
 
@@ -117,19 +153,22 @@ impl<'a> Cluster<'a> {
         let errors = log.try_clone()?;
         let config = format!("--config={}", self.directory.path().join("config.conf").display());
         let name = format!("--hostname-override={}", node_name(node));
+        let mut path = OsString::from(self.directory.path().join("legacy"));
+        path.push(":");
+        path.push(std::env::var_os("PATH").unwrap_or_default());
         let child = self.host(node).spawn(program, |command| {
-            command.args(words).args([config, name]).stdout(log).stderr(errors);
+            command.args(words).args([config, name]).env("PATH", path).stdout(log).stderr(errors);
         })?;
         Ok(Agent(child))
     }
 
-    fn ruleset(&self, node: u8) -> String {
-        self.host(node).stdout("nft", &["list", "ruleset"]).unwrap_or_default()
+    fn listing(&self, node: u8) -> String {
+        self.mode.listing(self.host(node))
     }
 
     fn start_kube_proxy(&self, node: u8) -> Result<Agent> {
         let agent = self.start(node, &assets::kubernetes("kube-proxy")?, &["--v=2".to_owned()])?;
-        await_within(LONG, "kube-proxy has programmed the node", || self.mode.serves(&self.ruleset(node)));
+        await_within(LONG, "kube-proxy has programmed the node", || self.mode.serves(&self.listing(node)));
         Ok(agent)
     }
 
@@ -228,9 +267,10 @@ fn there_and_back(mode: Mode, plane: Plane) -> Result<()> {
     await_that("everything answers", || calls().iter().all(answered));
     drop(agent);
     let agent = under_load(&topology, plane, "weir takes over", || cluster.start_weir(1, plane))?;
-    let ruleset = cluster.ruleset(1);
-    for left in ["kube-proxy", "chain KUBE-S", "KUBE-POSTROUTING", "KUBE-NODEPORTS", "KUBE-FORWARD"] {
-        ensure!(!ruleset.contains(left), "{left} is left in\n{ruleset}");
+    // The kubelet's, and kube-proxy keeps it up.
+    let listing = cluster.listing(1).replace("KUBE-FIREWALL", "");
+    for left in ["kube-proxy", "KUBE-", "ip_vs ", "kube-ipvs0"] {
+        ensure!(!listing.contains(left), "{left} is left in\n{listing}");
     }
     if plane == Plane::Ebpf {
         let before = cluster.counted(1)?;
@@ -244,7 +284,7 @@ fn there_and_back(mode: Mode, plane: Plane) -> Result<()> {
     drop(agent);
     let agent = under_load(&topology, plane, "kube-proxy comes back", || cluster.start_kube_proxy(1))?;
     under_load(&topology, plane, "weir is cleaned up", || cluster.clean_up(1))?;
-    ensure!(!cluster.ruleset(1).contains("weir"), "weir's rules are left");
+    ensure!(!cluster.listing(1).contains("weir"), "weir's rules are left");
     publish(4)?;
     await_that("kube-proxy follows", || reaches("pod-2-2"));
     drop(agent);
@@ -271,22 +311,51 @@ fn from_kube_proxys_iptables_mode_to_sockets_and_back_no_connection_fails() -> R
     there_and_back(Mode::Iptables, Plane::Ebpf)
 }
 
-/// Others' chains with names that look alike stay, and so do the rules around a jump. The device of the ipvs mode goes;
-/// what is in legacy iptables is told of.
+#[test]
+fn from_kube_proxys_legacy_iptables_and_back_no_connection_fails() -> Result<()> {
+    there_and_back(Mode::Legacy, Plane::Nftables)
+}
+
+#[test]
+fn from_kube_proxys_legacy_iptables_to_sockets_and_back_no_connection_fails() -> Result<()> {
+    there_and_back(Mode::Legacy, Plane::Ebpf)
+}
+
+#[test]
+#[ignore = "needs ip_vs in the kernel, and ipset"]
+fn from_kube_proxys_ipvs_mode_and_back_no_connection_fails() -> Result<()> {
+    there_and_back(Mode::Ipvs, Plane::Nftables)
+}
+
+#[test]
+#[ignore = "needs ip_vs in the kernel, and ipset"]
+fn from_kube_proxys_ipvs_mode_to_sockets_and_back_no_connection_fails() -> Result<()> {
+    there_and_back(Mode::Ipvs, Plane::Ebpf)
+}
+
+/// Others' chains with names that look alike stay, and so do the rules around a jump, in both variants of iptables. The
+/// device of the ipvs mode goes.
 #[test]
 fn cleanup_takes_only_what_is_kube_proxys() -> Result<()> {
     let namespace = Namespace::new("leftovers")?;
     let rules = "*nat\n:KUBE-SERVICES - [0:0]\n:KUBE-SVC-TCOU7JCQXEZGVUNU - [0:0]\n:KUBE-KUBELET-CANARY - [0:0]\n\
-                 :MINE - [0:0]\n-A PREROUTING -p tcp -j MINE\n\
+                 :MINE - [0:0]\n[7:420] -A PREROUTING -p tcp -j MINE\n\
                  -A PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES\n\
                  -A OUTPUT -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES\n\
                  -A KUBE-SERVICES -d 10.96.0.10/32 -p udp -m udp --dport 53 -j KUBE-SVC-TCOU7JCQXEZGVUNU\n\
-                 -A KUBE-SVC-TCOU7JCQXEZGVUNU -m statistic --mode random --probability 0.5 -j RETURN\nCOMMIT\n\
+                 -A KUBE-SVC-TCOU7JCQXEZGVUNU -m statistic --mode random --probability 0.5 -j RETURN\n\
+                 [5:300] -A MINE -p udp\n-A MINE -j KUBE-SERVICES\n[6:360] -A MINE -j RETURN\nCOMMIT\n\
                  *filter\n:KUBE-FIREWALL - [0:0]\n-A INPUT -j KUBE-FIREWALL\nCOMMIT\n";
     let directory = tempfile::tempdir()?;
     let file = directory.path().join("rules");
     fs::write(&file, rules)?;
-    namespace.stdout("iptables-nft-restore", &[&file.display().to_string()])?;
+    let variants = ["iptables-nft", "iptables-legacy", "ip6tables-legacy"];
+    for variant in variants {
+        if variant.starts_with("ip6") {
+            fs::write(&file, rules.replace("10.96.0.10/32", "fd00::10/128"))?;
+        }
+        namespace.stdout(&format!("{variant}-restore"), &["--counters", &file.display().to_string()])?;
+    }
     namespace
         .stdout("nft", &["add table ip6 kube-proxy; add table ip mine; add chain ip mine KUBE-SERVICES"])?;
     namespace.ip(&["link add kube-ipvs0 type veth peer name other0".to_owned()])?;
@@ -294,30 +363,28 @@ fn cleanup_takes_only_what_is_kube_proxys() -> Result<()> {
 
     let output = namespace.output(&weir, &["cleanup", "--kube-proxy"])?;
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(output.status.success() && told.contains("tables=1 chains=2 devices=1"), "{told}");
-    ensure!(!told.contains("legacy iptables"), "{told}");
-    let left = namespace.stdout("iptables-nft-save", &[])?;
-    let left: Vec<&str> =
-        left.lines().filter(|line| line.starts_with("-A") || line.contains(" - [")).collect();
-    let expected = [
-        ":KUBE-FIREWALL - [0:0]",
-        "-A INPUT -j KUBE-FIREWALL",
-        ":KUBE-KUBELET-CANARY - [0:0]",
-        ":MINE - [0:0]",
-        "-A PREROUTING -p tcp -j MINE",
-    ];
-    let (mut left, mut expected) = (left, expected.to_vec());
-    left.sort_unstable();
-    expected.sort_unstable();
-    assert_eq!(left, expected);
+    ensure!(output.status.success() && told.contains("tables=1 chains=6"), "{told}");
+    ensure!(told.contains("devices=1"), "{told}");
+    for variant in variants {
+        let left = namespace.stdout(&format!("{variant}-save"), &["--counters"])?;
+        let is_rule = |line: &&str| line.contains("-A ") || line.contains(" - [");
+        let mut left: Vec<&str> = left.lines().filter(is_rule).collect();
+        let mut expected = [
+            ":KUBE-FIREWALL - [0:0]",
+            "[0:0] -A INPUT -j KUBE-FIREWALL",
+            ":KUBE-KUBELET-CANARY - [0:0]",
+            ":MINE - [0:0]",
+            "[7:420] -A PREROUTING -p tcp -j MINE",
+            "[5:300] -A MINE -p udp",
+            "[6:360] -A MINE -j RETURN",
+        ];
+        left.sort_unstable();
+        expected.sort_unstable();
+        assert_eq!(left, expected, "{variant}");
+    }
     assert!(namespace.stdout("nft", &["list", "tables"])?.contains("table ip mine"));
-
-    namespace.stdout("iptables-legacy", &["-t", "nat", "-N", "KUBE-SERVICES"])?;
     let output = namespace.output(&weir, &["cleanup", "--kube-proxy"])?;
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(
-        output.status.success() && told.contains("legacy iptables is in use here (tables nat)"),
-        "{told}"
-    );
+    ensure!(output.status.success() && told.is_empty(), "{told}");
     Ok(())
 }

@@ -43,7 +43,9 @@ fn execute(command: Command) -> anyhow::Result<()> {
             let probe = Probe::of(&kernel.cgroup_root(&Host::this()), &kernel.bpf_root);
             Ok(std::io::stdout().write_all(ProbeView::new(probe).render(args.output, None)?.as_bytes())?)
         }
-        Command::Cleanup(args) if args.kube_proxy => run::cleanup_kube_proxy(&args.log),
+        Command::Cleanup(args) if args.kube_proxy => {
+            run::cleanup_kube_proxy(&args.ipvs_exclude_cidrs, &args.log)
+        }
         Command::Cleanup(args) => run::cleanup(&args.kernel, &args.log, args.stay),
     }
 }

@@ -38,15 +38,26 @@ pub fn cache() -> Result<PathBuf> {
 /// When it is not there.
 pub fn kubernetes(program: &str) -> Result<PathBuf> {
     let directory = directory()?;
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::iter::once(directory.clone())
-        .chain(std::env::split_paths(&path))
-        .map(|directory| directory.join(program))
-        .find(|path| path.is_file());
-    found.with_context(|| {
+    let here = directory.join(program);
+    if here.is_file() {
+        return Ok(here);
+    }
+    self::program(program).with_context(|| {
         let directory = directory.display();
-        format!("{program} is neither in {directory} nor in PATH; run `cargo xtask setup`, or set KUBEBUILDER_ASSETS")
+        format!("{program} is not in {directory} either; run `cargo xtask setup`, or set KUBEBUILDER_ASSETS")
     })
+}
+
+/// The path of a program by `PATH`.
+///
+/// # Errors
+///
+/// When it is not there.
+pub fn program(name: &str) -> Result<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found =
+        std::env::split_paths(&path).map(|directory| directory.join(name)).find(|path| path.is_file());
+    found.with_context(|| format!("{name} is not in PATH"))
 }
 
 /// The weir binary under test: `WEIR_BIN`, else the one built beside this test.

@@ -9,6 +9,7 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand};
+use ipnet::IpNet;
 
 use crate::config::{ConfigArgs, KernelArgs, LogArgs};
 
@@ -94,6 +95,9 @@ pub struct CleanupArgs {
     /// Take out what kube-proxy left instead; weir's own stays
     #[arg(long)]
     pub kube_proxy: bool,
+    /// With --kube-proxy: networks whose virtual servers of IPVS stay, because they are not kube-proxy's
+    #[arg(long, value_name = "CIDR,…", value_delimiter = ',', requires = "kube_proxy")]
+    pub ipvs_exclude_cidrs: Vec<IpNet>,
     /// Where the kernel's objects are.
     #[command(flatten)]
     pub kernel: KernelArgs,

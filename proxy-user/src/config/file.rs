@@ -96,6 +96,8 @@ pub(super) struct Rules {
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(default, rename_all = "camelCase", expecting = "a mapping of fields to values")]
 pub(super) struct Ipvs {
+    #[serde(rename = "excludeCIDRs")]
+    pub(super) exclude_cidrs: Vec<String>,
     pub(super) sync_period: GoDuration,
     pub(super) min_sync_period: GoDuration,
 }
@@ -214,12 +216,11 @@ impl TryFrom<String> for DetectLocalMode {
 }
 
 /// kube-proxy's fields that mean nothing here, each with its default, which is worth no warning.
-const WITHOUT_EFFECT: [(&str, &str); 17] = [
+const WITHOUT_EFFECT: [(&str, &str); 16] = [
     ("clientConnection.acceptContentTypes", ""),
     ("clientConnection.contentType", "application/vnd.kubernetes.protobuf"),
     ("configSyncPeriod", "15m0s"),
     ("enableProfiling", "false"),
-    ("ipvs.excludeCIDRs", ""),
     ("ipvs.scheduler", "rr"),
     ("ipvs.strictARP", "false"),
     ("ipvs.tcpFinTimeout", "0s"),

@@ -170,6 +170,9 @@ pub struct ReplacedByFile {
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
     #[serde(serialize_with = "is_given")]
     ipvs_min_sync_period: Option<GoDuration>,
+    /// Networks whose virtual servers of IPVS are not kube-proxy's: when its ipvs mode is taken over from, they stay
+    #[arg(long, value_name = "CIDR,…", value_delimiter = ',')]
+    ipvs_exclude_cidrs: Option<Vec<String>>,
     /// Connections to track for each CPU; 0 leaves the kernel's limit alone [default: 32768]
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     conntrack_max_per_core: Option<i32>,
@@ -257,7 +260,9 @@ impl ReplacedByFile {
             sync_period: self.iptables_sync_period.unwrap_or_default(),
             min_sync_period: self.iptables_min_sync_period.unwrap_or_default(),
         };
+        let excluded = self.ipvs_exclude_cidrs.iter().flatten().filter(|it| !it.is_empty()).cloned();
         let ipvs = Ipvs {
+            exclude_cidrs: excluded.collect(),
             sync_period: self.ipvs_sync_period.unwrap_or_default(),
             min_sync_period: self.ipvs_min_sync_period.unwrap_or_default(),
         };
@@ -325,10 +330,9 @@ const IGNORED_SWITCHES: [&str; 4] =
     ["ipvs-strict-arp", "log-json-split-stream", "log-text-split-stream", "profiling"];
 
 /// kube-proxy's flags with a value that have no effect here.
-const IGNORED_VALUES: [&str; 14] = [
+const IGNORED_VALUES: [&str; 13] = [
     "boot-id-file",
     "config-sync-period",
-    "ipvs-exclude-cidrs",
     "ipvs-scheduler",
     "ipvs-tcp-timeout",
     "ipvs-tcpfin-timeout",

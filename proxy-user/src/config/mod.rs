@@ -134,8 +134,8 @@ pub struct Config {
     pub request_limit: Option<RequestLimit>,
     /// Logging.
     pub log: LogConfig,
-    /// Whether kube-proxy's rules are removed once ours are in force.
-    pub take_over: bool,
+    /// Whether what kube-proxy left is removed once ours is in force, except virtual servers of IPVS in these networks.
+    pub take_over: Option<Vec<IpNet>>,
     /// The configuration file, if this comes from one.
     pub file: Option<PathBuf>,
     /// The directory of our pinned BPF objects, on a bpffs.

@@ -55,6 +55,7 @@ fn flag_of(field: &str) -> &str {
         "iptables.masqueradeBit" | "nftables.masqueradeBit" => "--iptables-masquerade-bit",
         "iptables.minSyncPeriod" | "nftables.minSyncPeriod" => "--iptables-min-sync-period",
         "iptables.syncPeriod" | "nftables.syncPeriod" => "--iptables-sync-period",
+        "ipvs.excludeCIDRs" => "--ipvs-exclude-cidrs",
         "ipvs.minSyncPeriod" => "--ipvs-min-sync-period",
         "ipvs.syncPeriod" => "--ipvs-sync-period",
         "conntrack.maxPerCore" => "--conntrack-max-per-core",
@@ -99,6 +100,7 @@ pub(super) fn resolve(
         check.listen("metricsBindAddress", &configuration.metrics_bind_address, loopback, METRICS_PORT)
     });
     let node_port_addresses = check.node_ports(&configuration.node_port_addresses, imitated);
+    let excluded = check.excluded(configuration);
     let dns = args.dns.resolve(&mut check.problems);
     let model = Settings {
         node_name: check.node_name(args, configuration, host),
@@ -126,7 +128,7 @@ pub(super) fn resolve(
         oom_score_adj: check.oom_score_adj(configuration.oom_score_adj),
         request_limit: check.request_limit(configuration),
         log: check.log(args, configuration),
-        take_over: args.take_over,
+        take_over: args.take_over.then_some(excluded),
         file: args.file.clone(),
         bpf_root: args.kernel.bpf_root.clone(),
         cgroup_root: args.kernel.cgroup_root(host),
@@ -338,6 +340,11 @@ impl Check<'_> {
             self.reject(field, "the chosen way to tell local pods needs a name here");
         }
         name.to_owned()
+    }
+
+    fn excluded(&mut self, configuration: &Configuration) -> Vec<IpNet> {
+        let place = self.origin.place("ipvs.excludeCIDRs");
+        self.networks(&place, &configuration.ipvs.exclude_cidrs)
     }
 
     fn cluster_cidrs(&mut self, given: &str) -> Vec<IpNet> {

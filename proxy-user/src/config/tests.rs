@@ -3,6 +3,7 @@
 use std::{io::Write as _, time::Duration};
 
 use clap::Parser;
+use ipnet::IpNet;
 use tempfile::NamedTempFile;
 
 use super::{
@@ -182,6 +183,7 @@ fn wrong_values_name_the_field_and_the_value() {
         "iptables: {syncPeriod: -5s}",
         "mode: ipvs\nipvs: {syncPeriod: 1s, minSyncPeriod: 2s}",
         "mode: nftables\nnftables: {minSyncPeriod: -1s}",
+        "ipvs: {excludeCIDRs: [10.0.0.0/8, 10.1.2.3]}",
         "bindAddress: eth0",
         "healthzBindAddress: localhost:10256",
         "metricsBindAddress: 127.0.0.1:0",
@@ -204,6 +206,7 @@ fn wrong_values_name_the_field_and_the_value() {
         FILE: iptables.syncPeriod: -5s is not more than 0
         FILE: ipvs.syncPeriod: 1s is less than minSyncPeriod, which is 2s
         FILE: nftables.minSyncPeriod: -1s is less than 0
+        FILE: ipvs.excludeCIDRs: `10.1.2.3` is not a network such as 10.0.0.0/16 or fd00::/64
         FILE: bindAddress: `eth0` is not an IP address
         FILE: healthzBindAddress: `localhost:10256` is not an IP address with a port from 1 to 65535
         FILE: metricsBindAddress: `127.0.0.1:0` is not an IP address with a port from 1 to 65535
@@ -231,6 +234,7 @@ fn a_wrong_flag_is_called_by_its_name() {
         "--source manifests:/d --service-cidr 10.96.0.0",
         "--conntrack-tcp-timeout-established -1s --conntrack-max-per-core -2",
         "--proxy-mode ipvs --ipvs-sync-period 1s --ipvs-min-sync-period 2s",
+        "--ipvs-exclude-cidrs 10.0.0.0/8,nowhere",
         "--oom-score-adj 5000",
     ];
     insta::assert_snapshot!(lines.map(|line| flags(line).unwrap_err().to_string()).join("\n"), @r"
@@ -244,8 +248,20 @@ fn a_wrong_flag_is_called_by_its_name() {
         --conntrack-max-per-core: -2 is less than 0
         --conntrack-tcp-timeout-established: -1s is less than 0
         --ipvs-sync-period: 1s is less than minSyncPeriod, which is 2s
+        --ipvs-exclude-cidrs: `nowhere` is not a network such as 10.0.0.0/16 or fd00::/64
         --oom-score-adj: 5000 is not from -1000 to 1000
     ");
+}
+
+#[test]
+fn virtual_servers_of_others_are_left_out_of_what_is_taken_over() {
+    let networks = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<IpNet>>();
+    let given = file("ipvs: {excludeCIDRs: [192.0.2.0/24, 'fd00:1::/64']}");
+    assert_eq!(given.config.take_over, Some(networks(&["192.0.2.0/24", "fd00:1::/64"])));
+    let flagged = flags("--ipvs-exclude-cidrs 192.0.2.7/32,fd00:1::/64").unwrap();
+    assert_eq!(flagged.config.take_over, Some(networks(&["192.0.2.7/32", "fd00:1::/64"])));
+    assert_eq!(flags("").unwrap().config.take_over, Some(Vec::new()));
+    assert_eq!(flags("--take-over=false").unwrap().config.take_over, None);
 }
 
 #[test]

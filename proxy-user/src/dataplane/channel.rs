@@ -5,7 +5,7 @@
 use std::io;
 
 use netlink_packet_core::{
-    NetlinkBuffer, NetlinkDeserializable, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    NetlinkBuffer, NetlinkDeserializable, NetlinkHeader, NetlinkMessage, NetlinkPayload, NetlinkSerializable,
 };
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
@@ -100,7 +100,7 @@ pub(super) fn netfilter(
 }
 
 /// Requests as the kernel takes them, one behind the other.
-pub(super) fn serialize(requests: &[NetlinkMessage<NetfilterMessage>]) -> Vec<u8> {
+pub(super) fn serialize<I: NetlinkSerializable>(requests: &[NetlinkMessage<I>]) -> Vec<u8> {
     let mut bytes = vec![0; requests.iter().map(NetlinkMessage::buffer_len).sum()];
     let mut start = 0;
     for request in requests {

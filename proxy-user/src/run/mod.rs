@@ -14,6 +14,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
+use ipnet::IpNet;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
@@ -127,7 +128,7 @@ async fn serve(
         .with_names(names)
         .with_optional_node(matches!(config.source, SourceConfig::Manifests { .. }))
         .with_conntrack(clean_conntrack(metrics.clone())?)
-        .with_first(config.take_over.then(takeover::start));
+        .with_first(config.take_over.clone().map(takeover::start));
     let (open, opened) = oneshot::channel();
     let inputs = Inputs { changes, addresses, opened, stopping: stopping.clone() };
     let engine = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
@@ -391,15 +392,15 @@ pub fn write_config(loaded: &Loaded, path: &Path) -> anyhow::Result<()> {
     std::fs::write(path, text).with_context(|| format!("cannot write `{}`", path.display()))
 }
 
-/// Takes what kube-proxy left out of the kernel.
+/// Takes what kube-proxy left out of the kernel, except virtual servers of IPVS in the `excluded` networks.
 ///
 /// # Errors
 ///
 /// When something could not be removed.
-pub fn cleanup_kube_proxy(log: &LogArgs) -> anyhow::Result<()> {
+pub fn cleanup_kube_proxy(excluded: &[IpNet], log: &LogArgs) -> anyhow::Result<()> {
     Telemetry::init(log.config())?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    takeover::tell(runtime.block_on(kube_proxy::remove())?);
+    takeover::tell(runtime.block_on(kube_proxy::remove(excluded))?);
     Ok(())
 }
 

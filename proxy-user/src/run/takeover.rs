@@ -3,18 +3,19 @@
 //! In: the news that it is. Out: a kernel without kube-proxy's rules, or a line that says why they are still there. It
 //! is done once for each start, so that a kube-proxy that still runs and puts its rules back is not fought.
 
+use ipnet::IpNet;
 use tokio::sync::oneshot;
 
 use crate::dataplane::kube_proxy::{self, Removed};
 
-/// Waits for the news in a task.
-pub(super) fn start() -> oneshot::Sender<()> {
+/// Waits for the news in a task. Virtual servers of IPVS in the `excluded` networks stay.
+pub(super) fn start(excluded: Vec<IpNet>) -> oneshot::Sender<()> {
     let (sender, in_force) = oneshot::channel();
     tokio::spawn(async move {
         if in_force.await.is_err() {
             return;
         }
-        match kube_proxy::remove().await {
+        match kube_proxy::remove(&excluded).await {
             Ok(removed) => tell(removed),
             Err(error) => {
                 let cause = std::error::Error::source(&error).map(ToString::to_string);
@@ -25,13 +26,17 @@ pub(super) fn start() -> oneshot::Sender<()> {
     sender
 }
 
-/// Says what was removed and what remains to be.
+/// Says what was removed.
 pub(super) fn tell(removed: Removed) {
-    let Removed { tables, chains, devices } = removed;
+    let Removed { tables, chains, servers, sets, devices } = removed;
     if !removed.is_empty() {
-        tracing::info!(tables, chains, devices, "took over from kube-proxy and removed what it had left");
-    }
-    for remaining in kube_proxy::out_of_reach() {
-        tracing::warn!("{remaining}");
+        tracing::info!(
+            tables,
+            chains,
+            servers,
+            sets,
+            devices,
+            "took over from kube-proxy and removed what it had left"
+        );
     }
 }

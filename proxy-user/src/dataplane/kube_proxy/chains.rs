@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 const TABLE: &str = "kube-proxy";
 
 /// The tables of iptables that kube-proxy writes to.
-const IPTABLES: [&str; 3] = ["filter", "mangle", "nat"];
+pub(super) const IPTABLES: [&str; 3] = ["filter", "mangle", "nat"];
 
 /// The chains of its iptables and ipvs modes. `KUBE-FIREWALL` and `KUBE-KUBELET-CANARY` are the kubelet's.
 const CHAINS: [&str; 13] = [
@@ -59,12 +59,15 @@ pub(super) struct Theirs {
     pub(super) chains: Vec<Chain>,
 }
 
+/// Whether kube-proxy gives a chain in a table of iptables this name.
+pub(super) fn is_kube_proxys(chain: &str) -> bool {
+    CHAINS.contains(&chain) || PREFIXES.iter().any(|start| chain.starts_with(start))
+}
+
 /// kube-proxy's part of what was found.
 pub(super) fn of_kube_proxy(found: &Found) -> Theirs {
-    let is_theirs = |(table, chain): &&Chain| {
-        let named = CHAINS.contains(&chain.as_str()) || PREFIXES.iter().any(|start| chain.starts_with(start));
-        IPTABLES.contains(&table.as_str()) && named
-    };
+    let is_theirs =
+        |(table, chain): &&Chain| IPTABLES.contains(&table.as_str()) && is_kube_proxys(chain.as_str());
     let chains: BTreeSet<Chain> = found.chains.iter().filter(is_theirs).cloned().collect();
     let leads_there = |jump: &&Jump| {
         !chains.contains(&jump.from) && chains.contains(&(jump.from.0.clone(), jump.to.clone()))

@@ -30,6 +30,8 @@ mod stage;
 mod table;
 mod vacated;
 
+pub(super) use netlink::xtables;
+
 pub use drops::{Dropped, Drops};
 pub use socket::{Seen, Watch};
 

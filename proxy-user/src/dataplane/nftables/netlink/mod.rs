@@ -20,6 +20,7 @@ use smallvec::SmallVec;
 
 mod descriptor;
 mod read;
+pub(in crate::dataplane) mod xtables;
 
 pub(super) use descriptor::{OwnSocket, borrow, ignore_sender, report_briefly};
 pub(super) use read::{

@@ -1,0 +1,252 @@
+//! Tables of iptables' legacy variant, which the kernel gives and takes whole.
+//!
+//! In: a table's bytes, and which chains are to go. Out: the same table without them and without the rules that lead
+//! there; what other rules had counted stays.
+//!
+//! A table is entries of different lengths, one after the other: first the rules of the built-in chains, then for each
+//! other chain an entry with its name and its rules. A jump says how far from the table's start its target is, so what
+//! moves has to be told to all that lead there (`include/uapi/linux/netfilter/x_tables.h`).
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    ops::Range,
+};
+
+use crate::{
+    dataplane::nftables::xtables::{Counters, REPLACE_LEN, Xtables},
+    model::Family,
+};
+
+use super::chains;
+
+/// A table that others change more often than this while it is replaced is left alone.
+const ATTEMPTS: usize = 20;
+/// How long a table's name may be, with the byte that ends it.
+const NAME_LEN: usize = 32;
+/// How long `struct ipt_getinfo` is.
+const INFO_LEN: usize = 84;
+/// Where `struct ipt_get_entries` has its entries.
+const ENTRIES: usize = 40;
+/// How long `struct xt_entry_target` is before a target's own data.
+const TARGET_LEN: usize = 32;
+
+/// The tables of a family that hold anything.
+pub(super) fn tables(family: Family) -> Vec<String> {
+    let path = match family {
+        Family::V4 => "/proc/net/ip_tables_names",
+        Family::V6 => "/proc/net/ip6_tables_names",
+    };
+    // Where the kernel has no such tables there is no such file.
+    let names = fs::read_to_string(path).unwrap_or_default();
+    names.lines().filter(|name| chains::IPTABLES.contains(name)).map(str::to_owned).collect()
+}
+
+/// Removes kube-proxy's chains from a table, and tells how many those were.
+///
+/// # Errors
+///
+/// The kernel's; `WouldBlock` when others kept changing the table.
+pub(super) fn remove(family: Family, name: &str) -> io::Result<usize> {
+    let kernel = Xtables::open(family)?;
+    for _ in 0..ATTEMPTS {
+        let table = Table::read(&kernel, family, name)?;
+        let Some(shrunk) = table.without(chains::is_kube_proxys).ok_or(io::ErrorKind::InvalidData)? else {
+            return Ok(0);
+        };
+        match table.replace(&kernel, name, &shrunk) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+            Ok(counted) => {
+                add(&kernel, name, shrunk.kept.iter().filter_map(|&index| counted.get(index)))?;
+                return Ok(shrunk.chains);
+            }
+        }
+    }
+    Err(io::ErrorKind::WouldBlock.into())
+}
+
+/// A table as the kernel tells it.
+struct Table {
+    family: Family,
+    /// A bit for each hook it has chains for.
+    valid_hooks: u32,
+    /// Where the chain of each hook begins.
+    hooks: [u32; 5],
+    /// Where the policy of each hook's chain is.
+    policies: [u32; 5],
+    count: u32,
+    entries: Vec<u8>,
+}
+
+/// What is to take a table's place.
+#[derive(Debug, PartialEq, Eq)]
+struct Shrunk {
+    hooks: [u32; 5],
+    policies: [u32; 5],
+    entries: Vec<u8>,
+    /// Which entries of the table stay.
+    kept: Vec<usize>,
+    /// How many chains went.
+    chains: usize,
+}
+
+/// One entry: a rule, or the beginning of a chain.
+struct Entry<'a> {
+    range: Range<usize>,
+    target: Target<'a>,
+}
+
+enum Target<'a> {
+    /// None: behind it are the rules of the chain of this name.
+    Chain(&'a str),
+    /// Another rule, this far from the table's start, or a verdict if negative. Where the number is.
+    Standard(usize, i32),
+    Extension,
+}
+
+impl Table {
+    fn read(kernel: &Xtables, family: Family, name: &str) -> io::Result<Self> {
+        let mut info = padded(name);
+        info.resize(INFO_LEN, 0);
+        kernel.info(&mut info)?;
+        let number = |at| u32_at(&info, at).ok_or(io::ErrorKind::InvalidData);
+        let five = |at| -> io::Result<[u32; 5]> {
+            let mut all = [0; 5];
+            for (index, one) in all.iter_mut().enumerate() {
+                *one = number(at + 4 * index)?;
+            }
+            Ok(all)
+        };
+        let (valid_hooks, hooks, policies) = (number(32)?, five(36)?, five(56)?);
+        let (count, size) = (number(76)?, number(80)?);
+        let mut entries = padded(name);
+        entries.extend(size.to_ne_bytes());
+        entries.resize(ENTRIES + size as usize, 0);
+        kernel.entries(&mut entries)?;
+        Ok(Self { family, valid_hooks, hooks, policies, count, entries: entries.split_off(ENTRIES) })
+    }
+
+    /// The table without chains of certain names. `None` when the bytes make no sense, `Some(None)` when it has none.
+    fn without(&self, goes: impl Fn(&str) -> bool) -> Option<Option<Shrunk>> {
+        let all = self.parse()?;
+        let mut gone = vec![false; all.len()];
+        let mut starts = BTreeSet::new();
+        let mut in_gone = false;
+        for (entry, gone) in all.iter().zip(&mut gone) {
+            if let Target::Chain(name) = entry.target {
+                in_gone = goes(name);
+                if in_gone {
+                    starts.insert(entry.range.end);
+                }
+            }
+            *gone = in_gone;
+        }
+        if starts.is_empty() {
+            return Some(None);
+        }
+        let (mut moved, mut kept, mut entries) = (BTreeMap::new(), Vec::new(), Vec::new());
+        for (index, entry) in all.iter().enumerate() {
+            moved.insert(entry.range.start, u32::try_from(entries.len()).ok()?);
+            let leads_there = matches!(entry.target, Target::Standard(_, to) if starts.contains(&usize::try_from(to).unwrap_or(0)));
+            if !gone[index] && !leads_there {
+                kept.push(index);
+                entries.extend_from_slice(&self.entries[entry.range.clone()]);
+            }
+        }
+        for &index in &kept {
+            if let Target::Standard(at, to) = all[index].target
+                && let Ok(to) = usize::try_from(to)
+            {
+                let entry = &all[index].range;
+                let place = *moved.get(&entry.start)? as usize + (at - entry.start);
+                entries.get_mut(place..place + 4)?.copy_from_slice(&moved.get(&to)?.to_ne_bytes());
+            }
+        }
+        let follow = |places: [u32; 5]| {
+            let mut followed = places;
+            for (hook, place) in followed.iter_mut().enumerate().filter(|(hook, _)| self.has(*hook)) {
+                *place = *moved.get(&(places[hook] as usize))?;
+            }
+            Some(followed)
+        };
+        let (hooks, policies) = (follow(self.hooks)?, follow(self.policies)?);
+        Some(Some(Shrunk { hooks, policies, entries, kept, chains: starts.len() }))
+    }
+
+    fn has(&self, hook: usize) -> bool {
+        self.valid_hooks & 1 << hook != 0
+    }
+
+    /// The entries; none when the bytes make no sense.
+    fn parse(&self) -> Option<Vec<Entry<'_>>> {
+        // Where `struct ipt_entry` and `struct ip6t_entry` say where the target and the next entry are.
+        let offsets = match self.family {
+            Family::V4 => 88,
+            Family::V6 => 140,
+        };
+        let mut all = Vec::new();
+        let mut start = 0;
+        while start < self.entries.len() {
+            let u16_at =
+                |at: usize| Some(usize::from(u16::from_ne_bytes(*self.entries.get(at..)?.first_chunk()?)));
+            let target = start + u16_at(start + offsets)?;
+            let end = start + u16_at(start + offsets + 2)?;
+            let data = target + TARGET_LEN;
+            if data > end || end > self.entries.len() {
+                return None;
+            }
+            let target = match text(self.entries.get(target + 2..data)?)? {
+                "ERROR" => Target::Chain(text(self.entries.get(data..end)?)?),
+                "" => Target::Standard(data, u32_at(&self.entries, data)?.cast_signed()),
+                _ => Target::Extension,
+            };
+            all.push(Entry { range: start..end, target });
+            start = end;
+        }
+        Some(all)
+    }
+
+    /// Puts what it has shrunk to in its place, unless it has another number of entries by now. Gives what its entries
+    /// have counted.
+    fn replace(&self, kernel: &Xtables, name: &str, shrunk: &Shrunk) -> io::Result<Vec<Counters>> {
+        let numbers = [self.valid_hooks, length(shrunk.kept.len())?, length(shrunk.entries.len())?];
+        let numbers = numbers.into_iter().chain(shrunk.hooks).chain(shrunk.policies).chain([self.count]);
+        let mut replace = padded(name);
+        replace.extend(numbers.flat_map(u32::to_ne_bytes));
+        replace.resize(REPLACE_LEN, 0);
+        replace.extend_from_slice(&shrunk.entries);
+        let mut counted: Vec<Counters> = vec![[0; 2]; self.count as usize];
+        kernel.replace(&mut replace, &mut counted)?;
+        Ok(counted)
+    }
+}
+
+/// Adds to what the entries of a table have counted.
+fn add<'a>(kernel: &Xtables, name: &str, counted: impl Iterator<Item = &'a Counters>) -> io::Result<()> {
+    let numbers: Vec<u64> = counted.flatten().copied().collect();
+    let mut counters = padded(name);
+    counters.extend(length(numbers.len() / 2)?.to_ne_bytes());
+    counters.extend([0; 4]);
+    counters.extend(numbers.into_iter().flat_map(u64::to_ne_bytes));
+    kernel.add_counters(&counters)
+}
+
+fn length(length: usize) -> io::Result<u32> {
+    u32::try_from(length).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+fn padded(name: &str) -> Vec<u8> {
+    let mut name = name.as_bytes().to_vec();
+    name.resize(NAME_LEN, 0);
+    name
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
+}
+
+/// What is written before the first zero.
+fn text(bytes: &[u8]) -> Option<&str> {
+    std::str::from_utf8(bytes.split(|byte| *byte == 0).next()?).ok()
+}
