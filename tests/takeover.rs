@@ -172,7 +172,8 @@ impl<'a> Cluster<'a> {
         Ok(agent)
     }
 
-    fn start_weir(&self, node: u8, plane: Plane) -> Result<Agent> {
+    /// Starts weir, and returns when it serves; with `take_over`, when it has removed what kube-proxy left.
+    fn start_weir(&self, node: u8, plane: Plane, take_over: bool) -> Result<Agent> {
         let mode = match plane {
             Plane::Nftables => "nftables",
             Plane::Ebpf => "ebpf",
@@ -180,14 +181,15 @@ impl<'a> Cluster<'a> {
         let words = [
             "run".to_owned(),
             format!("--proxy-mode={mode}"),
+            format!("--take-over={take_over}"),
             format!("--cgroup-root={}", self.topology.cgroup_root(node).display()),
             format!("--bpf-root={}", self.topology.bpf_root(node)?.display()),
         ];
         let before = fs::read_to_string(self.log(node)).unwrap_or_default().len();
         let agent = self.start(node, &assets::weir()?, &words)?;
-        await_that("weir has taken over", || {
-            fs::read_to_string(self.log(node))
-                .is_ok_and(|log| log[before..].contains("took over from kube-proxy"))
+        let sign = if take_over { "took over from kube-proxy" } else { "in force" };
+        await_that("weir serves", || {
+            fs::read_to_string(self.log(node)).is_ok_and(|log| log[before..].contains(sign))
         });
         Ok(agent)
     }
@@ -207,9 +209,11 @@ impl<'a> Cluster<'a> {
         Ok(counts.filter_map(|line| line.rsplit_once(' ')?.1.parse::<u64>().ok()).sum())
     }
 
-    fn clean_up(&self, node: u8) -> Result<()> {
+    /// Removes what weir left, or kube-proxy.
+    fn clean_up(&self, node: u8, words: &[&str]) -> Result<()> {
         let root = format!("--bpf-root={}", self.topology.bpf_root(node)?.display());
-        let output = self.host(node).output(&assets::weir()?.display().to_string(), &["cleanup", &root])?;
+        let words = [&["cleanup", &*root][..], words].concat();
+        let output = self.host(node).output(&assets::weir()?.display().to_string(), &words)?;
         ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         Ok(())
     }
@@ -245,7 +249,16 @@ fn under_load<T>(
     done
 }
 
-fn there_and_back(mode: Mode, plane: Plane) -> Result<()> {
+/// Who removes what kube-proxy left.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum TakingOver {
+    /// The agent, as soon as it serves.
+    ByItself,
+    /// `weir cleanup --kube-proxy`, later: both serve until then.
+    ByHand,
+}
+
+fn there_and_back(mode: Mode, plane: Plane, taking_over: TakingOver) -> Result<()> {
     let topology = Topology::new()?;
     let _servers = serve(&topology)?;
     let cluster = Cluster::new(&topology, mode)?;
@@ -266,7 +279,13 @@ fn there_and_back(mode: Mode, plane: Plane) -> Result<()> {
     let _other = cluster.start_kube_proxy(2)?;
     await_that("everything answers", || calls().iter().all(answered));
     drop(agent);
-    let agent = under_load(&topology, plane, "weir takes over", || cluster.start_weir(1, plane))?;
+    let agent = under_load(&topology, plane, "weir takes over", || {
+        cluster.start_weir(1, plane, taking_over == TakingOver::ByItself)
+    })?;
+    if taking_over == TakingOver::ByHand {
+        ensure!(mode.serves(&cluster.listing(1)), "what kube-proxy left is gone");
+        under_load(&topology, plane, "kube-proxy is removed", || cluster.clean_up(1, &["--kube-proxy"]))?;
+    }
     // The kubelet's, and kube-proxy keeps it up.
     let listing = cluster.listing(1).replace("KUBE-FIREWALL", "");
     for left in ["kube-proxy", "KUBE-", "ip_vs ", "kube-ipvs0"] {
@@ -283,7 +302,7 @@ fn there_and_back(mode: Mode, plane: Plane) -> Result<()> {
 
     drop(agent);
     let agent = under_load(&topology, plane, "kube-proxy comes back", || cluster.start_kube_proxy(1))?;
-    under_load(&topology, plane, "weir is cleaned up", || cluster.clean_up(1))?;
+    under_load(&topology, plane, "weir is cleaned up", || cluster.clean_up(1, &[]))?;
     ensure!(!cluster.listing(1).contains("weir"), "weir's rules are left");
     publish(4)?;
     await_that("kube-proxy follows", || reaches("pod-2-2"));
@@ -293,44 +312,44 @@ fn there_and_back(mode: Mode, plane: Plane) -> Result<()> {
 
 #[test]
 fn from_kube_proxys_nftables_mode_and_back_no_connection_fails() -> Result<()> {
-    there_and_back(Mode::Nftables, Plane::Nftables)
+    there_and_back(Mode::Nftables, Plane::Nftables, TakingOver::ByItself)
 }
 
 #[test]
 fn from_kube_proxys_nftables_mode_to_sockets_and_back_no_connection_fails() -> Result<()> {
-    there_and_back(Mode::Nftables, Plane::Ebpf)
+    there_and_back(Mode::Nftables, Plane::Ebpf, TakingOver::ByHand)
 }
 
 #[test]
 fn from_kube_proxys_iptables_mode_and_back_no_connection_fails() -> Result<()> {
-    there_and_back(Mode::Iptables, Plane::Nftables)
+    there_and_back(Mode::Iptables, Plane::Nftables, TakingOver::ByItself)
 }
 
 #[test]
 fn from_kube_proxys_iptables_mode_to_sockets_and_back_no_connection_fails() -> Result<()> {
-    there_and_back(Mode::Iptables, Plane::Ebpf)
+    there_and_back(Mode::Iptables, Plane::Ebpf, TakingOver::ByHand)
 }
 
 #[test]
 fn from_kube_proxys_legacy_iptables_and_back_no_connection_fails() -> Result<()> {
-    there_and_back(Mode::Legacy, Plane::Nftables)
+    there_and_back(Mode::Legacy, Plane::Nftables, TakingOver::ByItself)
 }
 
 #[test]
 fn from_kube_proxys_legacy_iptables_to_sockets_and_back_no_connection_fails() -> Result<()> {
-    there_and_back(Mode::Legacy, Plane::Ebpf)
+    there_and_back(Mode::Legacy, Plane::Ebpf, TakingOver::ByHand)
 }
 
 #[test]
 #[ignore = "needs ip_vs in the kernel, and ipset"]
 fn from_kube_proxys_ipvs_mode_and_back_no_connection_fails() -> Result<()> {
-    there_and_back(Mode::Ipvs, Plane::Nftables)
+    there_and_back(Mode::Ipvs, Plane::Nftables, TakingOver::ByItself)
 }
 
 #[test]
 #[ignore = "needs ip_vs in the kernel, and ipset"]
 fn from_kube_proxys_ipvs_mode_to_sockets_and_back_no_connection_fails() -> Result<()> {
-    there_and_back(Mode::Ipvs, Plane::Ebpf)
+    there_and_back(Mode::Ipvs, Plane::Ebpf, TakingOver::ByHand)
 }
 
 /// Others' chains with names that look alike stay, and so do the rules around a jump, in both variants of iptables. The

@@ -50,20 +50,22 @@ pub(super) fn tables(family: Family) -> Vec<String> {
 pub(super) fn remove(family: Family, name: &str) -> io::Result<usize> {
     let kernel = Xtables::open(family)?;
     for _ in 0..ATTEMPTS {
-        let table = Table::read(&kernel, family, name)?;
-        let Some(shrunk) = table.without(chains::is_kube_proxys).ok_or(io::ErrorKind::InvalidData)? else {
-            return Ok(0);
-        };
-        match table.replace(&kernel, name, &shrunk) {
+        match attempt(&kernel, family, name) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
-            Ok(counted) => {
-                add(&kernel, name, shrunk.kept.iter().filter_map(|&index| counted.get(index)))?;
-                return Ok(shrunk.chains);
-            }
+            done => return done,
         }
     }
     Err(io::ErrorKind::WouldBlock.into())
+}
+
+fn attempt(kernel: &Xtables, family: Family, name: &str) -> io::Result<usize> {
+    let table = Table::read(kernel, family, name)?;
+    let Some(shrunk) = table.without(chains::is_kube_proxys).ok_or(io::ErrorKind::InvalidData)? else {
+        return Ok(0);
+    };
+    let counted = table.replace(kernel, name, &shrunk)?;
+    add(kernel, name, shrunk.kept.iter().filter_map(|&index| counted.get(index)))?;
+    Ok(shrunk.chains)
 }
 
 /// A table as the kernel tells it.
@@ -100,9 +102,10 @@ struct Entry<'a> {
 enum Target<'a> {
     /// None: behind it are the rules of the chain of this name.
     Chain(&'a str),
-    /// Another rule, this far from the table's start, or a verdict if negative. Where the number is.
-    Standard(usize, i32),
-    Extension,
+    /// The entry that is `to` from the table's start. `place` is where it says so.
+    Jump { place: usize, to: usize },
+    /// A verdict, or an extension.
+    Other,
 }
 
 impl Table {
@@ -148,18 +151,15 @@ impl Table {
         let (mut moved, mut kept, mut entries) = (BTreeMap::new(), Vec::new(), Vec::new());
         for (index, entry) in all.iter().enumerate() {
             moved.insert(entry.range.start, u32::try_from(entries.len()).ok()?);
-            let leads_there = matches!(entry.target, Target::Standard(_, to) if starts.contains(&usize::try_from(to).unwrap_or(0)));
+            let leads_there = matches!(entry.target, Target::Jump { to, .. } if starts.contains(&to));
             if !gone[index] && !leads_there {
                 kept.push(index);
                 entries.extend_from_slice(&self.entries[entry.range.clone()]);
             }
         }
-        for &index in &kept {
-            if let Target::Standard(at, to) = all[index].target
-                && let Ok(to) = usize::try_from(to)
-            {
-                let entry = &all[index].range;
-                let place = *moved.get(&entry.start)? as usize + (at - entry.start);
+        for entry in kept.iter().map(|&index| &all[index]) {
+            if let Target::Jump { place, to } = entry.target {
+                let place = *moved.get(&entry.range.start)? as usize + (place - entry.range.start);
                 entries.get_mut(place..place + 4)?.copy_from_slice(&moved.get(&to)?.to_ne_bytes());
             }
         }
@@ -198,8 +198,12 @@ impl Table {
             }
             let target = match text(self.entries.get(target + 2..data)?)? {
                 "ERROR" => Target::Chain(text(self.entries.get(data..end)?)?),
-                "" => Target::Standard(data, u32_at(&self.entries, data)?.cast_signed()),
-                _ => Target::Extension,
+                // A verdict is a negative number in the same place.
+                "" => match u32_at(&self.entries, data)?.cast_signed().try_into() {
+                    Ok(to) => Target::Jump { place: data, to },
+                    Err(_) => Target::Other,
+                },
+                _ => Target::Other,
             };
             all.push(Entry { range: start..end, target });
             start = end;

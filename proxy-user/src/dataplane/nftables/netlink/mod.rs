@@ -1,10 +1,11 @@
-//! The only unsafe code of the agent: nf_tables objects as libnftnl builds and reads them.
+//! The only unsafe code of the agent: nf_tables objects as libnftnl builds and reads them, and socket options that no crate
+//! has.
 //!
 //! In: tables, sets, chains, rules and elements as plain Rust values. Out: one netlink batch in a buffer; `read` parses
-//! dumps, `descriptor` sets socket options. `nftnl` gives the batch, table, chain and rule; maps, set elements and the
-//! expressions it has no type for are built here through `nftnl-sys`.
+//! dumps, `descriptor` sets socket options, `xtables` has those of legacy iptables. `nftnl` gives the batch, table, chain
+//! and rule; maps, set elements and the expressions it has no type for are built here through `nftnl-sys`.
 
-#![expect(unsafe_code, reason = "libnftnl is a C library; every block states why it is sound")]
+#![expect(unsafe_code, reason = "a C library and system calls; every block states why it is sound")]
 
 use std::{
     ffi::{CStr, CString, c_void},
