@@ -262,11 +262,12 @@ fn there_and_back(mode: Mode, plane: Plane, taking_over: TakingOver) -> Result<(
     let topology = Topology::new()?;
     let _servers = serve(&topology)?;
     let cluster = Cluster::new(&topology, mode)?;
+    // By IPVS of Linux 6.1 a pod does not reach itself over IPv6: no caller is an endpoint of it while all are called.
+    let (third, last) = if mode == Mode::Ipvs { (pod(2, 2), pod(1, 2)) } else { (pod(1, 2), pod(2, 2)) };
+    let names = [&third, &last].map(|endpoint| endpoint.place.to_string());
+    let endpoints = [pod(1, 1), pod(2, 1), third, last];
     // An endpoint that leaves takes UDP answers under way with it, whoever serves; so endpoints only come.
-    let publish = |count: usize| {
-        let endpoints = [pod(1, 1), pod(2, 1), pod(1, 2), pod(2, 2)];
-        cluster.publish(&service(&endpoints[..count]).everywhere().objects(WEB))
-    };
+    let publish = |count: usize| cluster.publish(&service(&endpoints[..count]).everywhere().objects(WEB));
     let reaches = |backend: &str| {
         let (from, call) = calls()[0];
         let answer = topology.at(from).run(|| ask(&call));
@@ -298,14 +299,14 @@ fn there_and_back(mode: Mode, plane: Plane, taking_over: TakingOver) -> Result<(
     }
     // Only weir is there to follow this.
     publish(3)?;
-    await_that("weir follows", || reaches("pod-1-2"));
+    await_that("weir follows", || reaches(&names[0]));
 
     drop(agent);
     let agent = under_load(&topology, plane, "kube-proxy comes back", || cluster.start_kube_proxy(1))?;
     under_load(&topology, plane, "weir is cleaned up", || cluster.clean_up(1, &[]))?;
     ensure!(!cluster.listing(1).contains("weir"), "weir's rules are left");
     publish(4)?;
-    await_that("kube-proxy follows", || reaches("pod-2-2"));
+    await_that("kube-proxy follows", || reaches(&names[1]));
     drop(agent);
     Ok(())
 }
