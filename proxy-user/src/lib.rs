@@ -18,6 +18,7 @@ pub mod dataplane;
 pub mod dns;
 pub mod model;
 pub mod observe;
+pub mod places;
 pub mod plan;
 pub mod run;
 pub mod source;

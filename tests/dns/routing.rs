@@ -213,10 +213,69 @@ fn a_weir_that_does_not_answer_gives_the_queries_back() -> Result<()> {
     node.stdout("nft", &["delete table ip deaf"])?;
     rig.await_answers_of(Who::Weir);
     back_at_weir(&rig, &askers);
-    // Somebody deletes the device.
     node.stdout("ip", &["link", "del", "weir-dns"])?;
-    await_that("it is noticed", || rig.logged("somebody deleted the device"));
+    await_that("weir notices that its device is gone", || rig.logged("another program deleted the device"));
     rig.await_answers_of(Who::Weir);
+    Ok(())
+}
+
+/// As network managers remove routes that they do not know, and set devices down.
+#[test]
+fn routes_that_another_program_removes_come_back() -> Result<()> {
+    let topology = Topology::new()?;
+    let rig = Rig::new(&topology, Plane::Nftables)?;
+    let _coredns = rig.coredns(HOSTS)?;
+    let _weir = rig.weir()?;
+    rig.await_answers_of(Who::Weir);
+    let node = topology.at(Place::Host(1));
+    let routes = || {
+        let of = |family| {
+            let local = ["route", "show", "table", "local", "type", "local", "dev", "weir-dns"];
+            node.stdout("ip", &[&[family][..], &local].concat())
+        };
+        Ok::<_, anyhow::Error>(format!("{}{}", of("-4")?, of("-6")?))
+    };
+    let all = routes()?;
+    for family in Family::ALL {
+        assert!(all.contains(&dns_ip(family).to_string()), "{all}");
+    }
+    for flush in [&["-4", "route", "flush"][..], &["-6", "route", "flush"]] {
+        node.stdout("ip", &[flush, &["table", "local", "dev", "weir-dns"]].concat())?;
+    }
+    await_that("weir makes the routes anew", || routes().is_ok_and(|now| now == all));
+    rig.await_answers_of(Who::Weir);
+    node.stdout("ip", &["link", "set", "weir-dns", "down"])?;
+    await_that("weir sets the device up again", || routes().is_ok_and(|now| now == all));
+    rig.await_answers_of(Who::Weir);
+    Ok(())
+}
+
+#[test]
+fn a_pod_that_holds_a_thousand_connections_keeps_no_other_client_out() -> Result<()> {
+    let topology = Topology::new()?;
+    let rig = Rig::new(&topology, Plane::Nftables)?;
+    let _weir = rig.weir()?;
+    rig.await_answers_of(Who::Weir);
+    let greedy = topology.at(Place::Pod(1, 2));
+    let held: Vec<TcpStream> = greedy.run(|| {
+        (0..1000).map(|_| TcpStream::connect((dns_ip(Family::V4), 53))).collect::<std::io::Result<_>>()
+    })?;
+    for place in [CLIENT, Place::Host(1)] {
+        for family in Family::ALL {
+            let said = ask_by_tcp(topology.at(place), dns_ip(family), WEB, RecordType::A)?;
+            assert_eq!(said.addresses(), ["10.96.1.1".parse::<IpAddr>()?], "{place} over {family}");
+        }
+    }
+    let healthz = topology.at(Place::Host(1)).run(|| -> std::io::Result<String> {
+        let mut stream = TcpStream::connect("127.0.0.1:10256")?;
+        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+        stream.write_all(b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    })?;
+    assert!(healthz.starts_with("HTTP/1.1 200 "), "{healthz}");
+    drop(held);
     Ok(())
 }
 

@@ -4,8 +4,9 @@
 //! bounded. The upstream is believed about the name it was asked for and about nothing else.
 
 use std::{
-    net::SocketAddr,
-    sync::{Arc, PoisonError, RwLock},
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, Mutex, PoisonError, RwLock},
     time::Duration,
 };
 
@@ -18,14 +19,12 @@ use hickory_resolver::{
     TokioResolver,
     config::{ConnectionConfig, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts},
 };
-use tokio::sync::Semaphore;
+use prometheus_client::metrics::counter::Counter;
 
 use super::{answer::Answer, question};
 
 /// Answers remembered, at most.
 const MOST_REMEMBERED: u64 = 10_000;
-/// Questions under way, at most; more are answered with SERVFAIL at once.
-const MOST_UNDER_WAY: usize = 1_000;
 /// What is remembered longer than this may have changed.
 const LONGEST: Duration = Duration::from_secs(300);
 
@@ -34,7 +33,55 @@ const LONGEST: Duration = Duration::from_secs(300);
 pub struct Forwarder {
     domain: Name,
     upstream: RwLock<Upstream>,
-    under_way: Semaphore,
+    under_way: UnderWay,
+}
+
+/// Questions that the upstream has not answered yet.
+#[derive(Debug)]
+pub struct UnderWay {
+    most: usize,
+    each: usize,
+    refused: Counter,
+    clients: Mutex<HashMap<IpAddr, usize>>,
+}
+
+impl UnderWay {
+    /// Room for `most` questions, of which one client has `each` at most, because a client that asks for names which no
+    /// server answers would keep the others waiting. `refused` counts those beyond; they are answered with SERVFAIL at once.
+    #[must_use]
+    pub fn new(most: usize, each: usize, refused: Counter) -> Self {
+        Self { most, each, refused, clients: Mutex::default() }
+    }
+
+    fn begin(&self, client: IpAddr) -> Option<Question<'_>> {
+        let client = client.to_canonical();
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        let all: usize = clients.values().sum();
+        let own = clients.get(&client).copied().unwrap_or_default();
+        if all >= self.most || own >= self.each {
+            self.refused.inc();
+            return None;
+        }
+        clients.insert(client, own + 1);
+        Some(Question { under_way: self, client })
+    }
+}
+
+/// One question under way.
+struct Question<'a> {
+    under_way: &'a UnderWay,
+    client: IpAddr,
+}
+
+impl Drop for Question<'_> {
+    fn drop(&mut self) {
+        let mut clients = self.under_way.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(own) = clients.get_mut(&self.client) else { return };
+        *own -= 1;
+        if *own == 0 {
+            clients.remove(&self.client);
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -44,10 +91,10 @@ struct Upstream {
 }
 
 impl Forwarder {
-    /// Nobody is upstream yet; names of `domain` are never believed to be told there.
+    /// There is no upstream yet; what the upstream says of names of `domain` is never believed.
     #[must_use]
-    pub fn new(domain: Name) -> Self {
-        Self { domain, upstream: RwLock::default(), under_way: Semaphore::new(MOST_UNDER_WAY) }
+    pub fn new(domain: Name, under_way: UnderWay) -> Self {
+        Self { domain, upstream: RwLock::default(), under_way }
     }
 
     /// Says who is upstream from now on. What was remembered from others is forgotten.
@@ -60,19 +107,20 @@ impl Forwarder {
         if upstream.servers == servers {
             return Ok(());
         }
-        let resolver = if servers.is_empty() { None } else { Some(Arc::new(resolver(&servers)?)) };
+        let resolver =
+            if servers.is_empty() { None } else { Some(Arc::new(resolver(&servers, self.under_way.most)?)) };
         tracing::info!(?servers, "names that are not the cluster's are asked of these");
         *upstream = Upstream { servers, resolver };
         Ok(())
     }
 
-    /// What the upstream says; `None` when nobody is upstream.
-    pub async fn ask(&self, name: &Name, kind: RecordType) -> Option<Answer> {
+    /// What the upstream says to a question of `client`; `None` when there is no upstream.
+    pub async fn ask(&self, name: &Name, kind: RecordType, client: IpAddr) -> Option<Answer> {
         let resolver = {
             let upstream = self.upstream.read().unwrap_or_else(PoisonError::into_inner);
             upstream.resolver.clone()?
         };
-        let Ok(_slot) = self.under_way.try_acquire() else {
+        let Some(_question) = self.under_way.begin(client) else {
             return Some(Answer::without_records(ResponseCode::ServFail));
         };
         Some(match resolver.lookup(name.clone(), kind).await {
@@ -92,7 +140,7 @@ impl Forwarder {
     }
 }
 
-fn resolver(servers: &[SocketAddr]) -> Result<TokioResolver, NetError> {
+fn resolver(servers: &[SocketAddr], most_under_way: usize) -> Result<TokioResolver, NetError> {
     let servers = servers.iter().map(|server| {
         let connections = [ConnectionConfig::udp(), ConnectionConfig::tcp()].map(|mut connection| {
             connection.port = server.port();
@@ -109,7 +157,7 @@ fn resolver(servers: &[SocketAddr]) -> Result<TokioResolver, NetError> {
     options.use_hosts_file = ResolveHosts::Never;
     options.timeout = Duration::from_secs(2);
     options.attempts = 1;
-    options.max_active_requests = MOST_UNDER_WAY;
+    options.max_active_requests = most_under_way;
     TokioResolver::builder_with_config(config, TokioRuntimeProvider::default()).with_options(options).build()
 }
 
@@ -139,4 +187,25 @@ fn nothing(name: &Name, none: &NoRecords) -> Answer {
     let soa = none.soa.as_ref().filter(|soa| soa.name.zone_of(name));
     let soa = soa.map(|soa| Record::from_rdata(soa.name.clone(), soa.ttl, RData::SOA(soa.data.clone())));
     Answer { authorities: soa.into_iter().collect(), ..Answer::without_records(none.response_code) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_whose_names_no_server_knows_leaves_room_for_the_others() {
+        let refused = Counter::default();
+        let under_way = UnderWay::new(10, 4, refused.clone());
+        let client = |last: u8| IpAddr::from([10, 244, 0, last]);
+        let greedy: Vec<_> = (0..20).filter_map(|_| under_way.begin(client(1))).collect();
+        assert_eq!((greedy.len(), refused.get()), (4, 16));
+        assert!(under_way.begin("::ffff:10.244.0.1".parse().unwrap()).is_none(), "the same client");
+        let others: Vec<_> = (2..=7).filter_map(|last| under_way.begin(client(last))).collect();
+        assert_eq!(others.len(), 6);
+        assert!(under_way.begin(client(8)).is_none(), "there is no room at all");
+        drop((greedy, others));
+        assert!(under_way.begin(client(1)).is_some());
+        assert!(under_way.clients.lock().unwrap().is_empty());
+    }
 }

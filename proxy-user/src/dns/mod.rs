@@ -24,7 +24,7 @@ mod watchdog;
 pub use answer::{Answer, Query, Resolution, Zone, answer};
 pub use counters::{Counters, Outcome};
 pub use device::DeviceError;
-pub use forward::Forwarder;
+pub use forward::{Forwarder, UnderWay};
 pub use limits::{Admission, Clients, Limits};
 pub use listen::Sockets;
 pub use question::{Part, Question};

@@ -1,12 +1,17 @@
 //! The sockets: queries by UDP and TCP, each answered as soon as it can be.
 //!
 //! In: bound sockets. Out: replies. Local names are answered in place; what has to be asked upstream waits in a task of
-//! its own, so that it holds up nobody. Connections are bounded in number and in how long they may say nothing.
+//! its own, so that it holds up no other query. Connections are bounded in number, for each client and in all, and in how
+//! long they may say nothing.
 //!
 //! The sockets are read here and not by hickory's own server, because that makes a task of every datagram, without a
 //! bound, and writes two lines of log for each.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures::StreamExt as _;
 use hickory_net::{
@@ -16,7 +21,6 @@ use hickory_proto::op::{ResponseCode, SerialMessage};
 use hickory_server::server::TimeoutStream;
 use tokio::{
     net::{TcpListener, UdpSocket},
-    sync::Semaphore,
     task::JoinSet,
 };
 
@@ -27,13 +31,12 @@ use super::{
     limits::{Admission, Limits},
     reply::{Pending, Replier, Reply},
 };
+use crate::places::{Place, Places};
 
 /// The largest query that is read; more is cut off, and then no query any more.
 const LARGEST_QUERY: usize = 4096;
 /// Datagrams answered before other tasks get their turn.
 const IN_A_ROW: usize = 64;
-/// Connections at once.
-const MOST_CONNECTIONS: usize = 512;
 /// How long a connection may say nothing.
 const IDLE: Duration = Duration::from_secs(10);
 /// Replies that may wait on one connection.
@@ -48,6 +51,8 @@ pub struct Responder {
     pub forwarder: Forwarder,
     /// Who is answered.
     pub limits: Limits,
+    /// Room for connections, at all addresses together.
+    pub places: Places,
     /// What was answered.
     pub counters: Counters,
 }
@@ -72,8 +77,8 @@ impl Responder {
     }
 
     /// The reply to a query that waits for the upstream.
-    async fn ask(&self, pending: Pending) -> Option<Vec<u8>> {
-        let upstream = self.forwarder.ask(&pending.target, pending.kind).await;
+    async fn ask(&self, pending: Pending, client: IpAddr) -> Option<Vec<u8>> {
+        let upstream = self.forwarder.ask(&pending.target, pending.kind, client).await;
         let failed = upstream.as_ref().is_some_and(|answer| answer.code == ResponseCode::ServFail);
         if failed {
             self.counters.count(Outcome::UpstreamFailed);
@@ -109,7 +114,7 @@ pub async fn datagrams(responder: Arc<Responder>, socket: UdpSocket) {
                 Reply::Later(pending) => {
                     let (responder, socket) = (Arc::clone(&responder), Arc::clone(&socket));
                     waiting.spawn(async move {
-                        if let Some(bytes) = responder.ask(*pending).await {
+                        if let Some(bytes) = responder.ask(*pending, from.ip()).await {
                             _ = socket.send_to(&bytes, from).await;
                         }
                     });
@@ -123,7 +128,6 @@ pub async fn datagrams(responder: Arc<Responder>, socket: UdpSocket) {
 
 /// Answers what comes by TCP, for ever.
 pub async fn connections(responder: Arc<Responder>, listener: TcpListener) {
-    let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
     let mut open = JoinSet::new();
     loop {
         let (stream, from) = match listener.accept().await {
@@ -136,27 +140,27 @@ pub async fn connections(responder: Arc<Responder>, listener: TcpListener) {
             }
         };
         while open.try_join_next().is_some() {}
-        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
-            responder.counters.count(Outcome::Dropped);
-            continue;
-        };
+        let place = responder.places.take(from.ip());
         let responder = Arc::clone(&responder);
-        open.spawn(async move {
-            serve(&responder, stream, from).await;
-            drop(place);
-        });
+        open.spawn(async move { serve(&responder, stream, from, place).await });
     }
 }
 
-async fn serve(responder: &Responder, stream: tokio::net::TcpStream, from: SocketAddr) {
+async fn serve(responder: &Responder, stream: tokio::net::TcpStream, from: SocketAddr, mut place: Place) {
     let stream = AsyncIoTokioAsStd(stream);
     let (stream, mut replies) = TcpStream::from_stream_with_buffer_size(stream, from, WAITING_REPLIES);
     let mut queries = TimeoutStream::new(stream, IDLE);
-    while let Some(Ok(query)) = queries.next().await {
+    loop {
+        let query = tokio::select! {
+            query = queries.next() => query,
+            () = place.lost() => return,
+        };
+        let Some(Ok(query)) = query else { return };
+        place.used();
         let bytes = match responder.reply(query.bytes(), from, Protocol::Tcp) {
             Reply::Silence => return,
             Reply::Now(bytes, _) => bytes,
-            Reply::Later(pending) => match responder.ask(*pending).await {
+            Reply::Later(pending) => match responder.ask(*pending, from.ip()).await {
                 Some(bytes) => bytes,
                 None => return,
             },

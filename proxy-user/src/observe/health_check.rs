@@ -22,7 +22,10 @@ use serde::Serialize;
 use tokio::sync::{mpsc, watch};
 
 use super::{Events, Health, Server, Trouble};
-use crate::model::{Family, ObjectName};
+use crate::{
+    model::{Family, ObjectName},
+    places::Places,
+};
 
 /// What is in force of one Service's health check.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,14 +44,14 @@ pub struct HealthChecks(mpsc::UnboundedSender<(ObjectName, Option<HealthCheckSta
 
 impl HealthChecks {
     /// Starts with no servers. Each answers 200 only while `health` is well (H4), and all end with `stopping`. One that
-    /// cannot listen tells `events` (H6).
+    /// cannot listen tells `events` (H6). They share `places`, because clients from outside reach all of them.
     #[must_use]
-    pub fn start(health: Health, events: Events, stopping: watch::Receiver<bool>) -> Self {
+    pub fn start(health: Health, events: Events, places: Places, stopping: watch::Receiver<bool>) -> Self {
         let (sender, mut receiver) = mpsc::unbounded_channel();
         tokio::spawn(async move {
             let mut open: HashMap<ObjectName, Open> = HashMap::new();
             while let Some((service, state)) = receiver.recv().await {
-                change(&mut open, service, state, &health, &events, &stopping);
+                change(&mut open, service, state, &health, &events, &places, &stopping);
             }
         });
         Self(sender)
@@ -85,6 +88,7 @@ fn change(
     state: Option<HealthCheckState>,
     health: &Health,
     events: &Events,
+    places: &Places,
     stopping: &watch::Receiver<bool>,
 ) {
     let Some(HealthCheckState { port, local_endpoints, addresses }) = state else {
@@ -108,8 +112,10 @@ fn change(
         health: health.clone(),
     };
     for address in &addresses {
-        let server =
-            Server::new("healthCheckNodePort", SocketAddr::new(*address, port), false).of_one_family();
+        let address = SocketAddr::new(*address, port);
+        let server = Server::new("healthCheckNodePort", address, false, places.clone())
+            .of_one_family()
+            .without_keep_alive();
         let tell = unable_to_listen(events.clone(), service.clone(), server.address);
         tokio::spawn(server.run_and_tell(router(answer.clone()), stopped.clone(), tell));
     }
@@ -193,6 +199,10 @@ mod tests {
 
     const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
+    fn places() -> Places {
+        Places::new(16, 16, prometheus_client::metrics::counter::Counter::default())
+    }
+
     /// A port nobody listens on, as far as one can know.
     async fn free_port() -> u16 {
         TcpListener::bind((LOCALHOST, 0)).await.unwrap().local_addr().unwrap().port()
@@ -225,7 +235,8 @@ mod tests {
     #[tokio::test]
     async fn h3_h4_h5_h6_what_is_answered_follows_what_is_in_force() {
         let (_stop, stopping) = watch::channel(false);
-        let checks = HealthChecks::start(Health::new(Duration::from_secs(30)), Events::logged(), stopping);
+        let checks =
+            HealthChecks::start(Health::new(Duration::from_secs(30)), Events::logged(), places(), stopping);
         let service = ObjectName::new("shop", "cart");
         let first = free_port().await;
 
@@ -263,7 +274,7 @@ mod tests {
     async fn h6_a_port_that_is_taken_makes_an_event_about_the_service() {
         let (_stop, stopping) = watch::channel(false);
         let (events, mut troubles) = Events::channel();
-        let checks = HealthChecks::start(Health::new(Duration::from_secs(30)), events, stopping);
+        let checks = HealthChecks::start(Health::new(Duration::from_secs(30)), events, places(), stopping);
         let taken = TcpListener::bind((LOCALHOST, 0)).await.unwrap();
         let port = taken.local_addr().unwrap().port();
         checks.set(ObjectName::new("shop", "cart"), state(port, 1));

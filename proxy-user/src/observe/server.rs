@@ -1,16 +1,32 @@
 //! Listens for HTTP, as long and as stubbornly as kube-proxy does (P8).
 //!
-//! In: an address and a router. Out: answers, until told to stop.
+//! In: an address and a router. Out: answers, until told to stop. Anyone who reaches the node reaches some of these
+//! servers, so a client has to say what it wants soon, and holds no more than its share of the connections.
 
 use std::{io, net::SocketAddr, time::Duration};
 
 use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    server::graceful::GracefulShutdown,
+    service::TowerToHyperService,
+};
 use socket2::{Domain, Socket, Type};
-use tokio::{net::TcpListener, sync::watch};
-use tracing::{error, info};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::watch,
+};
+use tracing::{debug, error, info};
+
+use crate::places::Places;
 
 /// How long answers under way may take once the server is to stop.
 const GRACE: Duration = Duration::from_secs(5);
+/// The largest head of a request, in bytes.
+const LARGEST_HEAD: usize = 16 << 10;
+/// How long to wait when the process has no descriptor left for a connection.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Why a server ended before it was told to.
 #[derive(Debug, thiserror::Error)]
@@ -38,19 +54,32 @@ pub struct Server {
     pub retry: Duration,
     /// Whether `[::]` leaves IPv4 to another server on the same port.
     pub v6_only: bool,
+    /// How long a client may take to say what it wants, on a new connection and on one that it keeps.
+    pub patience: Duration,
+    /// Whether a client may ask again on the same connection.
+    pub keep_alive: bool,
+    /// The room for its connections.
+    pub places: Places,
 }
 
 impl Server {
-    /// A server that tries again every 5 seconds, unless `hard_fail`.
+    /// A server that tries again every 5 seconds, unless `hard_fail`, and waits 10 seconds for a request.
     #[must_use]
-    pub const fn new(name: &'static str, address: SocketAddr, hard_fail: bool) -> Self {
-        Self { name, address, hard_fail, retry: Duration::from_secs(5), v6_only: false }
+    pub const fn new(name: &'static str, address: SocketAddr, hard_fail: bool, places: Places) -> Self {
+        let (retry, patience) = (Duration::from_secs(5), Duration::from_secs(10));
+        Self { name, address, hard_fail, retry, v6_only: false, patience, keep_alive: true, places }
     }
 
     /// One that leaves the other family's addresses to another server.
     #[must_use]
-    pub const fn of_one_family(self) -> Self {
+    pub fn of_one_family(self) -> Self {
         Self { v6_only: true, ..self }
+    }
+
+    /// One that answers one request a connection.
+    #[must_use]
+    pub fn without_keep_alive(self) -> Self {
+        Self { keep_alive: false, ..self }
     }
 
     /// Serves `router` until `stop` becomes true or its sender is gone; then finishes what is under way.
@@ -95,11 +124,10 @@ impl Server {
     async fn attempt(&self, router: Router, stop: watch::Receiver<bool>) -> io::Result<()> {
         let listener = self.listen().await?;
         info!(server = self.name, address = %listener.local_addr()?, "serving");
-        serve(listener, router, stop).await
+        self.serve(listener, router, stop).await;
+        Ok(())
     }
-}
 
-impl Server {
     async fn listen(&self) -> io::Result<TcpListener> {
         if !(self.v6_only && self.address.is_ipv6()) {
             return TcpListener::bind(self.address).await;
@@ -111,21 +139,47 @@ impl Server {
         socket.listen(1024)?;
         TcpListener::from_std(socket.into())
     }
-}
 
-/// Serves on a listener that is there already.
-pub(super) async fn serve(
-    listener: TcpListener,
-    router: Router,
-    stop: watch::Receiver<bool>,
-) -> io::Result<()> {
-    let (mut graceful, mut overdue) = (stop.clone(), stop);
-    let server = axum::serve(listener, router)
-        .with_graceful_shutdown(async move { stopped(&mut graceful).await })
-        .into_future();
-    tokio::select! {
-        result = server => result,
-        () = async { stopped(&mut overdue).await; tokio::time::sleep(GRACE).await } => Ok(()),
+    /// Serves on a listener that is there already.
+    async fn serve(&self, listener: TcpListener, router: Router, mut stop: watch::Receiver<bool>) {
+        let under_way = GracefulShutdown::new();
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = stopped(&mut stop) => break,
+            };
+            match accepted {
+                Ok((stream, from)) => self.answer(stream, from, router.clone(), &under_way),
+                Err(error) => {
+                    debug!(server = self.name, %error, "cannot accept a connection");
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        }
+        drop(listener);
+        // An error means that the time is over: connections that are left end with the process.
+        let _ = tokio::time::timeout(GRACE, under_way.shutdown()).await;
+    }
+
+    /// Answers on one connection until the client or its place is gone.
+    fn answer(&self, stream: TcpStream, from: SocketAddr, router: Router, under_way: &GracefulShutdown) {
+        let mut place = self.places.take(from.ip());
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(self.patience)
+            .max_buf_size(LARGEST_HEAD)
+            .keep_alive(self.keep_alive)
+            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+        let connection = under_way.watch(connection);
+        let server = self.name;
+        tokio::spawn(async move {
+            tokio::select! {
+                ended = connection => if let Err(error) = ended {
+                    debug!(server, %from, %error, "a connection ended early");
+                },
+                () = place.lost() => debug!(server, %from, "a connection made room for another"),
+            }
+        });
     }
 }
 
@@ -144,6 +198,8 @@ mod tests {
         time::timeout,
     };
 
+    use prometheus_client::metrics::counter::Counter;
+
     use super::*;
     use crate::{
         model::Family,
@@ -156,7 +212,7 @@ mod tests {
     struct Running {
         address: SocketAddr,
         stop: watch::Sender<bool>,
-        task: tokio::task::JoinHandle<io::Result<()>>,
+        task: tokio::task::JoinHandle<()>,
     }
 
     fn about() -> About {
@@ -168,11 +224,20 @@ mod tests {
         }
     }
 
+    fn places(most: usize) -> Places {
+        Places::new(most, most, Counter::default())
+    }
+
     async fn start(router: Router) -> Running {
-        let listener = TcpListener::bind(LOCAL).await.unwrap();
+        start_server(Server::new("test", LOCAL, true, places(16)), router).await
+    }
+
+    async fn start_server(server: Server, router: Router) -> Running {
+        let listener = server.listen().await.unwrap();
         let address = listener.local_addr().unwrap();
         let (stop, stopping) = watch::channel(false);
-        Running { address, stop, task: tokio::spawn(serve(listener, router, stopping)) }
+        let task = tokio::spawn(async move { server.serve(listener, router, stopping).await });
+        Running { address, stop, task }
     }
 
     /// The answer to `GET path`: status line, headers, empty line, body.
@@ -249,8 +314,62 @@ mod tests {
         let Running { address, stop, task } = start(Router::new()).await;
         assert!(get(address, "/").await.is_ok());
         stop.send(true).unwrap();
-        timeout(LONG, task).await.unwrap().unwrap().unwrap();
+        timeout(LONG, task).await.unwrap().unwrap();
         assert!(get(address, "/").await.is_err());
+    }
+
+    /// Connections that say half of what they want.
+    async fn half_open(address: SocketAddr, count: usize) -> Vec<TcpStream> {
+        let mut streams = Vec::new();
+        for _ in 0..count {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(b"GET /healthz HTTP/1.1\r\nHo").await.unwrap();
+            streams.push(stream);
+        }
+        streams
+    }
+
+    /// Waits until the server has closed a connection.
+    async fn closed(stream: &mut TcpStream) {
+        let mut rest = Vec::new();
+        // A reset closes it as well.
+        let _ = timeout(LONG, stream.read_to_end(&mut rest)).await.expect("the server keeps the connection");
+    }
+
+    #[tokio::test]
+    async fn connections_that_never_finish_a_request_keep_no_other_client_out() {
+        let server = Server::new("test", LOCAL, true, places(4));
+        let running = start_server(server, admin_router(&Metrics::new(), about())).await;
+        let mut lazy = half_open(running.address, 20).await;
+        for _ in 0..10 {
+            let answer = timeout(LONG, get(running.address, "/healthz")).await.unwrap().unwrap();
+            assert_eq!(body(&answer), "ok");
+        }
+        for stream in &mut lazy[..16] {
+            closed(stream).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_says_nothing_for_long_is_closed() {
+        let patience = Duration::from_millis(20);
+        let server = Server { patience, ..Server::new("test", LOCAL, true, places(4)) };
+        let running = start_server(server, admin_router(&Metrics::new(), about())).await;
+        for stream in &mut half_open(running.address, 2).await {
+            closed(stream).await;
+        }
+        closed(&mut TcpStream::connect(running.address).await.unwrap()).await;
+    }
+
+    #[tokio::test]
+    async fn without_keep_alive_a_connection_has_one_answer() {
+        let server = Server::new("test", LOCAL, true, places(4)).without_keep_alive();
+        let running = start_server(server, admin_router(&Metrics::new(), about())).await;
+        let mut stream = TcpStream::connect(running.address).await.unwrap();
+        stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        timeout(LONG, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+        assert_eq!((body(&answer), header(&answer, "connection")), ("ok", Some("close")));
     }
 
     #[tokio::test]
@@ -259,7 +378,7 @@ mod tests {
         let address = taken.local_addr().unwrap();
         let (stop, stopping) = watch::channel(false);
         let retry = Duration::from_millis(5);
-        let server = Server { retry, ..Server::new("healthz", address, false) };
+        let server = Server { retry, ..Server::new("healthz", address, false, places(16)) };
         let task = tokio::spawn(server.run(admin_router(&Metrics::new(), about()), stopping));
         // There is one thread, so the server makes its first attempt now, and fails.
         tokio::task::yield_now().await;
@@ -279,11 +398,13 @@ mod tests {
 
     #[tokio::test]
     async fn h3_two_families_have_a_server_each_on_one_port() {
-        let v6 =
-            |port| Server::new("v6", (std::net::Ipv6Addr::UNSPECIFIED, port).into(), true).of_one_family();
+        let v6 = |port| {
+            Server::new("v6", (std::net::Ipv6Addr::UNSPECIFIED, port).into(), true, places(1)).of_one_family()
+        };
         let first = v6(0).listen().await.unwrap();
         let port = first.local_addr().unwrap().port();
-        let second = Server::new("v4", (Ipv4Addr::UNSPECIFIED, port).into(), true).listen().await.unwrap();
+        let second =
+            Server::new("v4", (Ipv4Addr::UNSPECIFIED, port).into(), true, places(1)).listen().await.unwrap();
         drop(first);
         v6(port).listen().await.unwrap();
         drop(second);
@@ -294,7 +415,8 @@ mod tests {
         let taken = TcpListener::bind(LOCAL).await.unwrap();
         let address = taken.local_addr().unwrap();
         let (_stop, stopping) = watch::channel(false);
-        let error = Server::new("metrics", address, true).run(Router::new(), stopping).await.unwrap_err();
+        let error =
+            Server::new("metrics", address, true, places(1)).run(Router::new(), stopping).await.unwrap_err();
         assert_eq!(error.to_string(), format!("the metrics server cannot serve on {address}"));
         assert_eq!(error.source.kind(), io::ErrorKind::AddrInUse);
     }

@@ -15,12 +15,12 @@ use std::{
 use hickory_proto::rr::Name;
 use tokio::{sync::watch, task::JoinSet};
 
-use super::Addresses;
+use super::{Addresses, files::Files};
 use crate::{
     config::{Config, DetectLocal, DnsConfig},
     dns::{
         Clients, Counters, Forwarder, Limits, Outcome, Replier, Responder, SharedNames, Sockets, Standing,
-        Wanted, Watchdog, Zone, connections, datagrams,
+        UnderWay, Wanted, Watchdog, Zone, connections, datagrams,
     },
     model::{NamedKind, Names},
     observe::Metrics,
@@ -43,6 +43,7 @@ pub(super) fn start(
     config: &Config,
     dns: &DnsConfig,
     addresses: Addresses,
+    files: Files,
     metrics: &Metrics,
 ) -> anyhow::Result<(SharedNames, watch::Sender<u32>)> {
     let names: SharedNames = Arc::new(RwLock::new(Names::new(&config.model.node_name)));
@@ -54,9 +55,12 @@ pub(super) fn start(
         pods: dns.pods,
         topology: dns.topology,
     };
+    let (most, each) = files.lookups();
+    let under_way = UnderWay::new(most, each, metrics.refused("dns-lookups"));
     let responder = Arc::new(Responder {
         replier: Replier::new(Arc::clone(&names), zone),
-        forwarder: Forwarder::new(domain.clone()),
+        forwarder: Forwarder::new(domain.clone(), under_way),
+        places: files.names(metrics),
         limits: Limits::new(dns.rate).with_own(dns.address),
         counters: Counters::default(),
     });

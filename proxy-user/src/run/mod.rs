@@ -30,6 +30,7 @@ use crate::{
     observe::{
         About, Events, Health, HealthChecks, Metrics, Server, Telemetry, Trouble, admin_router, health_router,
     },
+    places::Places,
     plan::{Frontend, Planner, PortId},
     source::{
         Change, SourceStatus, host,
@@ -43,6 +44,7 @@ mod census;
 mod choice;
 mod dns;
 mod engine;
+mod files;
 mod machine;
 mod planes;
 pub mod pods;
@@ -54,6 +56,7 @@ pub use choice::choose;
 pub use reload::Again;
 
 use engine::{Engine, Inputs, Opened};
+use files::Files;
 use planes::Planes;
 
 /// Changes that may wait between a source and the engine; a source that is further ahead waits itself.
@@ -72,6 +75,7 @@ pub fn run(loaded: Loaded, again: Again) -> anyhow::Result<()> {
         tracing::warn!("{warning}");
     }
     machine::prepare(&loaded.config.conntrack, loaded.config.oom_score_adj);
+    let files = Files::raise();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -80,8 +84,8 @@ pub fn run(loaded: Loaded, again: Again) -> anyhow::Result<()> {
     let result = runtime.block_on(async {
         tokio::spawn(reload::follow_hangups(Arc::clone(&again), telemetry));
         let (config, document) = (loaded.config.clone(), loaded.document.clone());
-        serve(config, document, reload::changed(loaded.config.file.clone(), loaded, again, reload::LOOK))
-            .await
+        let changed = reload::changed(loaded.config.file.clone(), loaded, again, reload::LOOK);
+        serve(config, document, files, changed).await
     });
     // A watch thread may be waiting in the kernel; it holds nothing that needs an orderly end.
     runtime.shutdown_background();
@@ -100,6 +104,7 @@ enum Ended {
 async fn serve(
     config: Config,
     document: serde_json::Value,
+    files: Files,
     changed: impl Future<Output = ()>,
 ) -> anyhow::Result<Ended> {
     let (stop, stopping) = watch::channel(false);
@@ -117,13 +122,16 @@ async fn serve(
     };
     tokio::spawn(host::watch(addresses_in));
     let names = match &config.dns {
-        Some(dns) => Some(dns::start(&config, dns, addresses.clone(), &metrics)?),
+        Some(dns) => Some(dns::start(&config, dns, addresses.clone(), files, &metrics)?),
         None => None,
     };
 
+    let health_places = files.health(&metrics);
+    let health_checks =
+        HealthChecks::start(health.clone(), events.clone(), health_places.clone(), stopping.clone());
     let engine = Engine::new(config.model.clone(), metrics.clone(), health.clone())
         .with_retry(config.sync_period)
-        .with_health_checks(HealthChecks::start(health.clone(), events.clone(), stopping.clone()))
+        .with_health_checks(health_checks)
         .with_events(events.clone())
         .with_names(names)
         .with_optional_node(matches!(config.source, SourceConfig::Manifests { .. }))
@@ -145,7 +153,8 @@ async fn serve(
     let _ = open.send(opened);
     let told = events;
     told.tell(Trouble::starting());
-    let servers = tokio::spawn(serve_http(config, health, metrics, about, told, stopping));
+    let places = [health_places, files.metrics(&metrics)];
+    let servers = tokio::spawn(serve_http(config, health, metrics, about, places, told, stopping));
 
     let ended = tokio::select! {
         name = signalled() => {
@@ -302,10 +311,11 @@ async fn serve_http(
     health: Health,
     metrics: Metrics,
     about: About,
+    [health_places, metrics_places]: [Places; 2],
     events: Events,
     stopping: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
-    let server = |name, reason, address, router| {
+    let server = |name, reason, address, places, router| {
         let (stopping, events) = (stopping.clone(), events.clone());
         async move {
             match address {
@@ -314,7 +324,7 @@ async fn serve_http(
                         let note = format!("{name} cannot be served at {address}: {error}");
                         events.tell(Trouble::of_node(reason, "StartKubeProxy", note));
                     };
-                    let server = Server::new(name, address, config.bind_hard_fail);
+                    let server = Server::new(name, address, config.bind_hard_fail, places);
                     server.run_and_tell(router, stopping, tell).await
                 }
                 None => {
@@ -331,9 +341,16 @@ async fn serve_http(
             "healthz",
             "FailedToStartProxierHealthcheck",
             config.healthz,
+            health_places,
             health_router(&health, &metrics)
         ),
-        server("metrics", "FailedToStartMetricServer", config.metrics, admin_router(&metrics, about)),
+        server(
+            "metrics",
+            "FailedToStartMetricServer",
+            config.metrics,
+            metrics_places,
+            admin_router(&metrics, about)
+        ),
     )?;
     Ok(())
 }

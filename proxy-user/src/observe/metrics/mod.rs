@@ -87,6 +87,7 @@ struct Weir {
     unprogrammed: Gauge,
     changes_applied: Counter,
     reconciles: Labelled<Label, Counter>,
+    refused: Labelled<Label, Counter>,
 }
 
 fn sync_timing() -> Histogram {
@@ -240,6 +241,12 @@ impl Weir {
                 r,
                 "reconciles",
                 "Times everything was compared with the kernel",
+                Labelled::default(),
+            ),
+            refused: put(
+                r,
+                "clients_refused",
+                "Connections and questions to weir's own servers that were given up because a bound was met",
                 Labelled::default(),
             ),
         }
@@ -421,6 +428,12 @@ impl Metrics {
     /// Everything was compared with the kernel, for a reason such as `start`, `failure` or `flushed`.
     pub fn reconciled(&self, reason: &'static str) {
         self.0.weir.reconciles.get_or_create(&[("reason", reason)]).inc();
+    }
+
+    /// Counts what a bound of weir's own servers keeps out.
+    #[must_use]
+    pub fn refused(&self, reason: &'static str) -> Counter {
+        self.0.weir.refused.get_or_create(&[("reason", reason)]).clone()
     }
 
     /// Everything in Prometheus' text format, version 0.0.4.
