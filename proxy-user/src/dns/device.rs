@@ -74,16 +74,63 @@ impl Device {
         if let Err(error) = handle.link().set(bare).execute().await {
             tracing::debug!(%error, "the device may get an IPv6 address");
         }
-        let up = LinkUnspec::new_with_index(index).up().build();
-        let set = handle.link().set(up).execute().await;
-        set.map_err(|source| DeviceError::Refused(format!("set `{DEVICE}` up"), source))?;
-        Ok(Self { tun, index, handle, connection, claimed: BTreeSet::new() })
+        let device = Self { tun, index, handle, connection, claimed: BTreeSet::new() };
+        device.set_up().await?;
+        Ok(device)
     }
 
-    /// Whether the kernel still has the device; somebody may have deleted it.
+    /// Whether the kernel still has the device; another program may have deleted it. A process that has no descriptor left
+    /// to ask with has not lost the device.
     #[must_use]
     pub(super) fn is_there(&self) -> bool {
-        self.tun.index().is_ok_and(|index| index == self.index)
+        match self.tun.index() {
+            Ok(index) => index == self.index,
+            Err(tokio_tun::Error::IoError(error)) => error.raw_os_error() != Some(libc::ENODEV),
+            Err(_) => true,
+        }
+    }
+
+    /// Makes the routes anew that another program has removed, as network managers do with routes that they do not know;
+    /// answers with their addresses. An address whose route the kernel refuses is claimed no longer.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's, for the last address it refused.
+    pub(super) async fn restore(&mut self) -> (Vec<IpAddr>, Result<(), DeviceError>) {
+        let (mut restored, mut result) = (Vec::new(), Ok(()));
+        for address in self.claimed.clone() {
+            match self.add(address).await {
+                Ok(true) => restored.push(address),
+                Ok(false) => {}
+                Err(error) => {
+                    self.claimed.remove(&address);
+                    result = Err(error);
+                }
+            }
+        }
+        (restored, result)
+    }
+
+    /// Adds the route of an address; false where it is there already. An exclusive request leaves such a route as it is,
+    /// and the kernel tells no listener of routes about it.
+    async fn add(&self, address: IpAddr) -> Result<bool, DeviceError> {
+        let add = || self.handle.route().add(self.route(address, source_towards(address))).execute();
+        let mut added = add().await;
+        if is(&added, libc::ENETDOWN) || is(&added, libc::ENETUNREACH) {
+            self.set_up().await?;
+            added = add().await;
+        }
+        if is(&added, libc::EEXIST) {
+            return Ok(false);
+        }
+        added.map_err(|error| DeviceError::Refused(format!("route {address} to this host"), error))?;
+        Ok(true)
+    }
+
+    async fn set_up(&self) -> Result<(), DeviceError> {
+        let up = LinkUnspec::new_with_index(self.index).up().build();
+        let set = self.handle.link().set(up).execute().await;
+        set.map_err(|source| DeviceError::Refused(format!("set `{DEVICE}` up"), source))
     }
 
     /// The addresses claimed.
@@ -117,11 +164,11 @@ impl Device {
         if !self.claimed.remove(&address) {
             return Ok(());
         }
-        match self.handle.route().del(self.route(address, None)).execute().await {
-            Err(rtnetlink::Error::NetlinkError(error)) if error.raw_code() == -libc::ESRCH => Ok(()),
-            Err(error) => Err(DeviceError::Refused(format!("give {address} back"), error)),
-            Ok(()) => Ok(()),
+        let removed = self.handle.route().del(self.route(address, None)).execute().await;
+        if is(&removed, libc::ESRCH) {
+            return Ok(());
         }
+        removed.map_err(|error| DeviceError::Refused(format!("give {address} back"), error))
     }
 
     fn route(&self, address: IpAddr, source: Option<IpAddr>) -> RouteMessage {
@@ -151,6 +198,11 @@ impl Device {
             }
         }
     }
+}
+
+/// Whether the kernel refused with this error.
+fn is(result: &Result<(), rtnetlink::Error>, code: i32) -> bool {
+    matches!(result, Err(rtnetlink::Error::NetlinkError(error)) if error.raw_code() == -code)
 }
 
 impl Drop for Device {

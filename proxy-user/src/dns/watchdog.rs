@@ -1,8 +1,8 @@
 //! Whether names are answered here, and whose the addresses are because of that.
 //!
 //! In: the addresses that should be answered at. Out: a [`Device`] that has them while the answers come, and gives them
-//! back when they do not. It runs on a thread of its own, asks by UDP and by TCP as a client would, and depends on nothing of
-//! what it watches.
+//! back when they do not. It runs on a thread of its own, asks at each address by UDP and by TCP as a new client would, and
+//! depends on nothing of what it watches. It also makes routes to the device anew that another program has removed.
 
 use std::{
     collections::BTreeSet,
@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use futures::future::join_all;
 use hickory_net::{NetError, runtime::TokioRuntimeProvider};
 use hickory_proto::rr::{Name, RecordType};
 use hickory_resolver::{
@@ -26,6 +27,10 @@ const BEAT: Duration = Duration::from_millis(500);
 const PATIENCE: Duration = Duration::from_millis(400);
 /// How many answers may be missing before the addresses are given back.
 const MISSES: u32 = 2;
+/// The most beats with answers that are waited for before the addresses are claimed once more. Each time that they were
+/// given back doubles it, because a server that answers at one address only must not take the others' queries again and
+/// again.
+const LONGEST_TRIAL: u32 = 64;
 
 /// What should be answered at.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -42,8 +47,11 @@ pub struct Watchdog {
     device: Device,
     own: IpAddr,
     question: Name,
-    ways: [TokioResolver; 2],
     misses: u32,
+    /// Beats with answers since the last without.
+    answered: u32,
+    /// How many of those it takes to claim addresses.
+    trial: u32,
     complained: String,
 }
 
@@ -57,22 +65,19 @@ impl Watchdog {
         let mut device = Device::open().await?;
         device.claim(own).await?;
         let question = Name::from_ascii("dns-version").and_then(|name| name.append_domain(domain));
-        let way = |connection| {
-            resolver(own, connection).map_err(|error| DeviceError::Netlink(std::io::Error::other(error)))
-        };
-        let ways = [way(ConnectionConfig::udp())?, way(ConnectionConfig::tcp())?];
         Ok(Self {
             device,
             own,
             question: question.unwrap_or_else(|_| domain.clone()),
-            ways,
-            // Nobody has answered yet.
+            // There was no answer yet.
             misses: MISSES,
+            answered: 0,
+            trial: 1,
             complained: String::new(),
         })
     }
 
-    /// Keeps the device at what is wanted and answered, until nobody wants anything any more or the device is gone.
+    /// Keeps the device at what is wanted and answered, until the sender of what is wanted or the device is gone.
     pub async fn run(mut self, mut wanted: watch::Receiver<Wanted>, standing: watch::Sender<Standing>) {
         let mut beat = tokio::time::interval(BEAT);
         loop {
@@ -81,11 +86,13 @@ impl Watchdog {
                 changed = wanted.changed() => if changed.is_err() { return },
             }
             if !self.device.is_there() {
-                tracing::warn!("somebody deleted the device `{DEVICE}`; it is made anew");
+                tracing::warn!("another program deleted the device `{DEVICE}`; weir makes it anew");
                 return;
             }
             let now = wanted.borrow_and_update().clone();
-            self.misses = if self.answers().await { 0 } else { self.misses.saturating_add(1) };
+            self.restore().await;
+            let answers = self.answers().await;
+            self.note(answers);
             self.settle(&now).await;
             standing.send_if_modified(|known| {
                 let mut stands = self.device.claimed().clone();
@@ -97,19 +104,52 @@ impl Watchdog {
         }
     }
 
-    async fn answers(&self) -> bool {
-        let [udp, tcp] = &self.ways;
-        let (udp, tcp) = tokio::join!(self.answers_by(udp), self.answers_by(tcp));
-        udp && tcp
+    async fn restore(&mut self) {
+        let (restored, result) = self.device.restore().await;
+        if !restored.is_empty() {
+            tracing::warn!(addresses = ?restored, "another program removed routes to `{DEVICE}`; weir made them anew");
+        }
+        if let Err(error) = result {
+            self.complain(&error);
+        }
+        if !self.device.claimed().contains(&self.own)
+            && let Err(error) = self.device.claim(self.own).await
+        {
+            self.complain(&error);
+        }
     }
 
-    async fn answers_by(&self, way: &TokioResolver) -> bool {
-        let lookup = way.lookup(self.question.clone(), RecordType::TXT);
+    /// Takes in whether there were answers at every address.
+    fn note(&mut self, answers: bool) {
+        if answers {
+            (self.misses, self.answered) = (0, self.answered.saturating_add(1));
+            return;
+        }
+        (self.misses, self.answered) = (self.misses.saturating_add(1), 0);
+        // Given back just now: it had addresses of the Service.
+        if self.misses == MISSES && self.device.claimed().len() > 1 {
+            self.trial = self.trial.saturating_mul(2).min(LONGEST_TRIAL);
+        }
+    }
+
+    async fn answers(&self) -> bool {
+        let ways = self.device.claimed().iter().flat_map(|address| {
+            [ConnectionConfig::udp(), ConnectionConfig::tcp()].map(|way| self.answers_at(*address, way))
+        });
+        join_all(ways).await.into_iter().all(|answers| answers)
+    }
+
+    /// Asks on a socket and a connection of its own, because one that is kept tells nothing about what a new client meets.
+    async fn answers_at(&self, address: IpAddr, way: ConnectionConfig) -> bool {
+        let Ok(resolver) = resolver(self.own, address, way) else { return false };
+        let lookup = resolver.lookup(self.question.clone(), RecordType::TXT);
         matches!(tokio::time::timeout(PATIENCE, lookup).await, Ok(Ok(_)))
     }
 
     async fn settle(&mut self, wanted: &Wanted) {
-        let addresses = if self.misses < MISSES { wanted.addresses.clone() } else { BTreeSet::new() };
+        let stands = self.device.claimed().len() > 1;
+        let trusted = self.misses < MISSES && (stands || self.answered >= self.trial);
+        let addresses = if trusted { wanted.addresses.clone() } else { BTreeSet::new() };
         let others = self.device.claimed().iter().copied().filter(|address| *address != self.own);
         let others: BTreeSet<IpAddr> = others.collect();
         for address in others.difference(&addresses) {
@@ -140,11 +180,17 @@ impl Watchdog {
     }
 }
 
-/// A way to ask ourselves, that remembers nothing.
-fn resolver(own: IpAddr, mut connection: ConnectionConfig) -> Result<TokioResolver, NetError> {
-    // From our own address, so that nobody else's questions count against these.
-    connection.bind_addr = Some(SocketAddr::new(own, 0));
-    let server = NameServerConfig::new(own, true, vec![connection]);
+/// A way to ask at one of our addresses, that remembers nothing.
+fn resolver(
+    own: IpAddr,
+    address: IpAddr,
+    mut connection: ConnectionConfig,
+) -> Result<TokioResolver, NetError> {
+    // From our own address where it is of the same family, so that questions of other clients do not count against these.
+    if own.is_ipv4() == address.is_ipv4() {
+        connection.bind_addr = Some(SocketAddr::new(own, 0));
+    }
+    let server = NameServerConfig::new(address, true, vec![connection]);
     let config = ResolverConfig::from_parts(None, Vec::new(), vec![server]);
     let mut options = ResolverOpts::default();
     options.ndots = 0;
