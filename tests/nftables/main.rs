@@ -17,6 +17,7 @@ use weir::{
     },
 };
 
+mod names;
 mod slots;
 
 /// Runs `test` in a network namespace of its own, which goes with the thread.

@@ -70,7 +70,7 @@ impl Reason {
 pub(super) const NO_LOCAL_ENDPOINTS: &str = Reason::NoLocalEndpoints.name();
 
 pub(super) fn no_local_endpoints() -> StaticChain {
-    let spec = ChainSpec { name: NO_LOCAL_ENDPOINTS.to_owned(), hook: None };
+    let spec = ChainSpec::regular(NO_LOCAL_ENDPOINTS);
     StaticChain { spec, rules: vec![Reason::NoLocalEndpoints.drop()] }
 }
 

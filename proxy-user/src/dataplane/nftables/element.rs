@@ -9,8 +9,9 @@ use ipnet::IpNet;
 
 use super::{
     netlink::Bytes,
-    object::{self, End, Masquerade, Object, Scope, Space},
+    object::{End, Masquerade, Object, Scope, Space},
     ruleset::{Map, address_bytes},
+    sticky::Sticky,
 };
 use crate::{
     model::{Family, Protocol},
@@ -270,7 +271,7 @@ fn picker(port: &PortPlan, space: Space, scope: Scope, masquerade: Masquerade) -
     let count = u32::try_from(count).ok().filter(|count| *count < most).ok_or_else(|| {
         format!("{count} endpoints are more than the {most} that one service port can have")
     })?;
-    let sticky = port.affinity.map(|_| object::sticky(&port.id));
+    let sticky = port.affinity.map(|_| Sticky::of(&port.id));
     Ok(Object::Picker { space, scope, count, masquerade, sticky })
 }
 
@@ -279,7 +280,7 @@ fn recorder(port: &PortPlan, main: &Column, outside: Option<&Column>) -> Option<
     let seconds = port.affinity?;
     let of = |column: &Column| {
         let scope = scope_of(column.target)?;
-        Some(Object::Recorder { sticky: object::sticky(&port.id), scope, seconds })
+        Some(Object::Recorder { sticky: Sticky::of(&port.id), scope, seconds })
     };
     match (of(main), outside.and_then(of)) {
         (Some(inside), Some(outside)) => {

@@ -27,6 +27,7 @@ mod object;
 mod ruleset;
 mod socket;
 mod stage;
+mod sticky;
 mod table;
 mod vacated;
 

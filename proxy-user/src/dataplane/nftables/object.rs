@@ -3,17 +3,18 @@
 //! In: what a service port needs. Out: names, rules. Names say everything about an object, so that a dump can be read
 //! back by name alone: `service-cluster-3-masquerade`, `node-port-local-2/default/web/http/tcp`.
 
-use std::{ops::Range, sync::Arc};
+use std::ops::Range;
 
 use super::{
     drops::NO_LOCAL_ENDPOINTS,
     expr,
     netlink::Expr,
     ruleset::{self, Map},
+    sticky::Sticky,
 };
 use crate::{
     model::{Family, Protocol},
-    plan::{NodePlan, PortId},
+    plan::NodePlan,
 };
 
 /// Which table of frontends a chain works for: NodePorts have no address in their key.
@@ -49,15 +50,6 @@ pub(super) enum Masquerade {
     Foreign,
     /// Only this host (R6b).
     Host,
-}
-
-/// A service port with session affinity, as it appears in names: `/default/web/http/tcp`.
-pub(super) type Sticky = Arc<str>;
-
-pub(super) fn sticky(id: &PortId) -> Sticky {
-    let port = if id.port.is_empty() { String::new() } else { format!("/{}", id.port) };
-    let protocol = id.protocol.to_string().to_ascii_lowercase();
-    format!("/{}/{}{port}/{protocol}", id.service.namespace(), id.service.name()).into()
 }
 
 /// An object that exists as long as something uses it.
@@ -104,7 +96,7 @@ impl End {
         Some(match words {
             DROP => Self::Drop,
             PASS => Self::Pass,
-            _ => Self::Chain(Box::new(Object::read(words, sticky.map(Arc::clone))?)),
+            _ => Self::Chain(Box::new(Object::read(words, sticky.cloned())?)),
         })
     }
 
@@ -137,7 +129,12 @@ fn word_of<T: PartialEq>(words: &[(T, &'static str)], value: &T) -> &'static str
 
 impl Object {
     pub(super) fn name(&self) -> String {
-        format!("{}{}", self.words(), self.sticky().map(AsRef::as_ref).unwrap_or_default())
+        format!("{}{}", self.words(), self.sticky().map(Sticky::text).unwrap_or_default())
+    }
+
+    /// What the name leaves out of the service port it is about.
+    pub(super) fn comment(&self) -> Option<&str> {
+        self.sticky().and_then(Sticky::comment)
     }
 
     /// The name without the port.
@@ -159,7 +156,7 @@ impl Object {
     pub(super) fn parse(name: &str) -> Option<Self> {
         let (words, sticky) = name
             .split_once('/')
-            .map_or((name, None), |(words, _)| (words, Some(Sticky::from(&name[words.len()..]))));
+            .map_or((name, None), |(words, _)| (words, Some(Sticky::read(&name[words.len()..]))));
         match words.split_once(OUTSIDE) {
             Some((inside, outside)) => Some(Self::Fork {
                 inside: End::parse(inside, sticky.as_ref())?,
@@ -236,7 +233,7 @@ impl Object {
         match self {
             Self::Memory { .. } => Vec::new(),
             Self::Recorder { sticky, scope, seconds } => {
-                let memory = Self::Memory { sticky: Arc::clone(sticky), scope: *scope }.name();
+                let memory = Self::Memory { sticky: sticky.clone(), scope: *scope }.name();
                 let words = expr::address_words(family);
                 vec![vec![
                     expr::source_address(family, expr::word(0)),
@@ -265,10 +262,14 @@ impl Object {
             Masquerade::Host => vec![forget, [expr::source_is_local(true).to_vec(), mark].concat()],
         };
         if let Some(sticky) = sticky {
-            let memory = Self::Memory { sticky: Arc::clone(sticky), scope: *scope }.name();
+            let memory = Self::Memory { sticky: sticky.clone(), scope: *scope }.name();
             // `nft` reads a translation to a port back only behind a match on the protocol.
             let protocol = Protocol::ALL.into_iter().find(|protocol| {
-                sticky.rsplit('/').next().is_some_and(|name| name.eq_ignore_ascii_case(&protocol.to_string()))
+                sticky
+                    .text()
+                    .rsplit('/')
+                    .next()
+                    .is_some_and(|name| name.eq_ignore_ascii_case(&protocol.to_string()))
             });
             let is_protocol = protocol.map(|protocol| {
                 [expr::protocol(expr::word(0)), expr::compare(expr::word(0), true, &[protocol.number()])]
@@ -304,24 +305,23 @@ impl Object {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::ObjectName;
+    use crate::{model::ObjectName, plan::PortId};
 
-    #[test]
-    fn names_can_be_read_back() {
-        let sticky = sticky(&PortId {
-            service: ObjectName::new("default", "web-1-masquerade"),
-            port: "http".into(),
-            protocol: Protocol::Tcp,
-            family: Family::V4,
-        });
+    fn sticky(namespace: &str, service: &str, port: &str) -> Sticky {
+        let (service, port) = (ObjectName::new(namespace, service), port.into());
+        Sticky::of(&PortId { service, port, protocol: Protocol::Sctp, family: Family::V4 })
+    }
+
+    /// Every kind of object for this service port, with so many endpoints, or seconds.
+    fn objects(sticky: &Sticky, number: u32) -> Vec<Object> {
         let mut objects = Vec::new();
         for (scope, _) in SCOPES {
-            objects.push(Object::Memory { sticky: Arc::clone(&sticky), scope });
-            objects.push(Object::Recorder { sticky: Arc::clone(&sticky), scope, seconds: 10800 });
+            objects.push(Object::Memory { sticky: sticky.clone(), scope });
+            objects.push(Object::Recorder { sticky: sticky.clone(), scope, seconds: number });
             for (space, _) in SPACES {
                 for (masquerade, _) in MASQUERADES {
-                    for sticky in [None, Some(Arc::clone(&sticky))] {
-                        objects.push(Object::Picker { space, scope, count: 31, masquerade, sticky });
+                    for sticky in [None, Some(sticky.clone())] {
+                        objects.push(Object::Picker { space, scope, count: number, masquerade, sticky });
                     }
                 }
             }
@@ -333,11 +333,40 @@ mod tests {
         });
         let forks: Vec<_> = forks.collect();
         objects.extend(forks);
-        for object in objects {
+        objects
+    }
+
+    #[test]
+    fn names_can_be_read_back() {
+        for object in objects(&sticky("default", "web-1-masquerade", "http"), 31) {
             assert_eq!(Object::parse(&object.name()), Some(object.clone()), "{}", object.name());
+            assert_eq!(object.comment(), None, "the name says it all");
         }
         for foreign in ["", "service", "service-cluster", "service-cluster-3x", "nat-output", "remember"] {
             assert_eq!(Object::parse(foreign), None, "{foreign}");
         }
+    }
+
+    #[test]
+    fn names_of_any_service_port_are_taken_by_the_kernel_read_back_and_told_apart() {
+        const MOST_BY_THE_KERNEL: usize = 255;
+        let most = Scope::Local.first_slot() - 1;
+        let (long, longest) = ("n".repeat(63), "s".repeat(253));
+        let ports = [
+            sticky(&long, &long, "tls"),
+            sticky(&long, &long, &long),
+            sticky(&long, &format!("{}t", &long[1..]), &long),
+            sticky(&longest, &longest, &longest),
+        ];
+        for (index, port) in ports.iter().enumerate() {
+            assert!(ports[..index].iter().all(|other| other != port), "{port:?} is two ports");
+            for object in objects(port, most) {
+                let name = object.name();
+                assert!(name.len() <= MOST_BY_THE_KERNEL, "{} bytes: {name}", name.len());
+                assert_eq!(Object::parse(&name), Some(object), "{name}");
+            }
+        }
+        assert_eq!(ports[1].comment(), Some(&*format!("{long}/{long}")));
+        assert_eq!(ports[3].comment().map(str::len), Some(128));
     }
 }

@@ -206,15 +206,17 @@ fn set_spec(name: &str, family: Family, key: &[Part], value: ValueKind) -> SetSp
 const MOST_REMEMBERED: u32 = 1 << 20;
 
 /// The map of one service port's remembered clients: client → backend.
-pub(super) fn memory_spec(name: &str, family: Family) -> SetSpec {
+pub(super) fn memory_spec(name: &str, comment: Option<&str>, family: Family) -> SetSpec {
     let mut spec = set_spec(name, family, &[Part::Address], endpoint(family));
+    spec.userdata = comment.map(userdata::comment_of_set).unwrap_or_default();
     spec.flags = libc::NFT_SET_TIMEOUT as u32 | libc::NFT_SET_EVAL as u32;
     spec.size = MOST_REMEMBERED;
     spec
 }
 
-/// What `nft` needs to print and read back a map whose key has a part without a named type.
-mod userdata {
+/// What `nft` keeps about objects for itself: what it needs to print and read back a map whose key has a part without a
+/// named type, and comments.
+pub(super) mod userdata {
     use crate::model::Family;
 
     fn field(kind: u8, data: &[u8]) -> Vec<u8> {
@@ -225,6 +227,18 @@ mod userdata {
 
     fn number(kind: u8, value: u32) -> Vec<u8> {
         field(kind, &value.to_ne_bytes())
+    }
+
+    fn comment(kind: u8, text: &str) -> Vec<u8> {
+        field(kind, &[text.as_bytes(), &[0]].concat())
+    }
+
+    pub(in super::super) fn comment_of_chain(text: &str) -> Vec<u8> {
+        comment(0, text)
+    }
+
+    pub(super) fn comment_of_set(text: &str) -> Vec<u8> {
+        comment(7, text)
     }
 
     /// An expression: its kind, then what it is made of.
@@ -395,7 +409,7 @@ pub(super) fn static_chains(family: Family, node: &NodePlan, needs: Needs) -> Ve
     }
     if needs.affinity {
         let [coming_in, going_out, all] = REMEMBER;
-        let spec = ChainSpec { name: all.to_owned(), hook: None };
+        let spec = ChainSpec::regular(all);
         chains.push(StaticChain { spec, rules: remember_rules(family) });
         let rule = [expr::new_flow().to_vec(), expr::translated().to_vec(), vec![expr::jump(all)]].concat();
         chains.push(base(coming_in, filter, PreRouting, -99, vec![rule.clone()]));
@@ -410,7 +424,8 @@ pub(super) fn static_chains(family: Family, node: &NodePlan, needs: Needs) -> Ve
 }
 
 fn base(name: &str, kind: ChainType, hook: Hook, priority: i32, rules: Vec<Vec<Expr>>) -> StaticChain {
-    StaticChain { spec: ChainSpec { name: name.to_owned(), hook: Some((kind, hook, priority)) }, rules }
+    let spec = ChainSpec { hook: Some((kind, hook, priority)), ..ChainSpec::regular(name) };
+    StaticChain { spec, rules }
 }
 
 /// The chains that are there only where names are answered. Every packet would pass them, empty or not, as it would

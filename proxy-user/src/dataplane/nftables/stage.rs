@@ -8,8 +8,9 @@ use std::collections::BTreeMap;
 use super::{
     element::{self, Item, Leads, Verdict},
     netlink::{Bytes, Element, Value},
-    object::{Object, Sticky},
+    object::Object,
     ruleset::Map,
+    sticky::Sticky,
     table::FxHashMap,
     vacated::Vacated,
 };
@@ -133,7 +134,7 @@ pub(super) fn memories(port: &PortPlan) -> Vec<Object> {
     if port.affinity.is_none() {
         return Vec::new();
     }
-    let sticky: Sticky = super::object::sticky(&port.id);
+    let sticky = Sticky::of(&port.id);
     [(Cluster, &port.cluster), (Local, &port.local)]
         .into_iter()
         .filter(|(_, backends)| !backends.is_empty())

@@ -114,6 +114,14 @@ pub(super) struct ChainSpec {
     pub(super) name: String,
     /// Type, hook and priority of a base chain.
     pub(super) hook: Option<(ChainType, Hook, i32)>,
+    /// What `nft` keeps about a chain for itself.
+    pub(super) userdata: Vec<u8>,
+}
+
+impl ChainSpec {
+    pub(super) fn regular(name: &str) -> Self {
+        Self { name: name.to_owned(), hook: None, userdata: Vec::new() }
+    }
 }
 
 /// The value of a map's element.
@@ -200,6 +208,9 @@ impl<'a> Transaction<'a> {
     }
 
     pub(super) fn add_chain(&mut self, spec: &ChainSpec) {
+        if !spec.userdata.is_empty() {
+            return self.batch.add(&NotedChain { table: self.table, spec }, MsgType::Add);
+        }
         let mut chain = Chain::new(c_string(&spec.name), self.table);
         if let Some((kind, hook, priority)) = spec.hook {
             chain.set_type(kind);
@@ -484,6 +495,35 @@ unsafe impl NlMsg for Plain<'_> {
                     sys::nftnl_rule_free(rule.as_ptr());
                 }
             }
+        }
+    }
+}
+
+/// A regular chain with user data, which the crate's chains cannot have.
+struct NotedChain<'a> {
+    table: &'a Table,
+    spec: &'a ChainSpec,
+}
+
+// SAFETY: a header, two names and at most 256 bytes of user data.
+unsafe impl NlMsg for NotedChain<'_> {
+    unsafe fn write(&self, buffer: *mut c_void, seq: u32, _: MsgType) {
+        let ChainSpec { name, userdata, .. } = self.spec;
+        let (family, name) = (self.table.get_family(), c_string(name));
+        // SAFETY: `buffer` is as large as the trait promises; the chain is allocated, filled with copies, and freed here.
+        unsafe {
+            let chain = allocated(sys::nftnl_chain_alloc()).as_ptr();
+            sys::nftnl_chain_set_str(chain, sys::NFTNL_CHAIN_TABLE as u16, self.table.get_name().as_ptr());
+            sys::nftnl_chain_set_str(chain, sys::NFTNL_CHAIN_NAME as u16, name.as_ptr());
+            sys::nftnl_chain_set_data(
+                chain,
+                sys::NFTNL_CHAIN_USERDATA as u16,
+                userdata.as_ptr().cast(),
+                userdata.len() as u32,
+            );
+            let header = header(buffer, libc::NFT_MSG_NEWCHAIN, family, libc::NLM_F_CREATE, seq);
+            sys::nftnl_chain_nlmsg_build_payload(header, chain);
+            sys::nftnl_chain_free(chain);
         }
     }
 }

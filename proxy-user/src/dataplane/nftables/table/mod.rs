@@ -18,7 +18,7 @@ use super::{
     element,
     netlink::{Bytes, ChainSpec, Element, Transaction, Value},
     object::Object,
-    ruleset::{self, Map, Needs, address_bytes},
+    ruleset::{self, Map, Needs, address_bytes, userdata},
     socket::Netlink,
     stage::{FIRST_BUCKET, ItemKey, PASS_BUCKET, Stage, bucket_value, memories},
     vacated::Vacated,
@@ -305,12 +305,13 @@ impl Table {
             let found = self.found.as_ref();
             if let Object::Memory { .. } = object {
                 if !found.is_some_and(|found| found.sets.contains(&name)) {
-                    transaction.add_set(&ruleset::memory_spec(&name, self.family));
+                    transaction.add_set(&ruleset::memory_spec(&name, object.comment(), self.family));
                 }
                 made.insert(object.clone(), 0);
                 continue;
             }
-            transaction.add_chain(&ChainSpec { name: name.clone(), hook: None });
+            let userdata = object.comment().map(userdata::comment_of_chain).unwrap_or_default();
+            transaction.add_chain(&ChainSpec { userdata, ..ChainSpec::regular(&name) });
             rewrite(transaction, object, self.family, node);
             let known = found.and_then(|found| found.buckets.get(&name).copied());
             let bucket = match (object.has_bucket(), known) {
