@@ -18,6 +18,7 @@ use weir::{
 };
 
 mod names;
+mod refusals;
 mod slots;
 
 /// Runs `test` in a network namespace of its own, which goes with the thread.

@@ -21,12 +21,13 @@ use super::{
     ruleset::{self, Map},
     socket::Netlink,
 };
-use crate::model::Family;
+use crate::{model::Family, plan::PortPlan};
 
 /// Elements of one map by key and end of range.
 pub(super) type Elements = HashMap<(Bytes, Option<Bytes>), Value, FxBuildHasher>;
 
 pub(super) struct Found {
+    family: Family,
     /// Names of sets and maps.
     pub(super) sets: HashSet<String>,
     /// Names of counters.
@@ -44,8 +45,9 @@ pub(super) struct Found {
 }
 
 impl Found {
-    pub(super) fn nothing() -> Self {
+    pub(super) fn nothing(family: Family) -> Self {
         Self {
+            family,
             sets: HashSet::new(),
             counters: HashSet::new(),
             chains: HashSet::new(),
@@ -57,7 +59,7 @@ impl Found {
     }
 
     pub(super) fn read(netlink: &mut Netlink, table: &nftnl::Table, family: Family) -> io::Result<Self> {
-        let mut found = Self::nothing();
+        let mut found = Self::nothing(family);
         let sets = Self::sets(netlink, table)?;
         found.fits = Map::ALL.iter().all(|map| {
             let spec = map.spec(family);
@@ -104,6 +106,62 @@ impl Found {
             let left: Vec<_> = left.map(|((key, _), _)| key.clone()).collect();
             left.iter().for_each(|frontend| self.leave_slots(frontends, frontend, None));
         }
+    }
+
+    /// Takes out what the frontends of these service ports have, with the chains and memories it leads to. Which local
+    /// backends are theirs is not known, so all of them are.
+    pub(super) fn keep(&mut self, ports: &[&PortPlan]) -> Self {
+        let mut kept = Self::nothing(self.family);
+        let planned = ports.iter().flat_map(|port| &port.frontends);
+        let frontends: HashSet<Bytes> =
+            planned.map(|planned| element::frontend_key(&planned.frontend)).collect();
+        if frontends.is_empty() {
+            return kept;
+        }
+        let mut names = HashSet::new();
+        let chain_of = self.chains_by_bucket();
+        for (map, elements) in &mut self.elements {
+            let Some(len) = map.frontend_len(self.family) else { continue };
+            let theirs = |key: &Bytes| {
+                *map == Map::Hairpin || key.get(..len).is_some_and(|frontend| frontends.contains(frontend))
+            };
+            let theirs: Elements = elements.extract_if(|(key, _), _| theirs(key)).collect();
+            names.extend(theirs.values().filter_map(|value| match value {
+                Value::Goto(name) => Some(name.clone()),
+                Value::Data(bucket) => chain_of.get(bucket).cloned(),
+                Value::None | Value::Accept(_) => None,
+            }));
+            kept.elements.insert(*map, theirs);
+        }
+        let objects = names.iter().filter_map(|name| Object::parse(name));
+        let needed: HashSet<String> =
+            objects.flat_map(|object| object.needed()).map(|object| object.name()).collect();
+        let is_needed = |name: &String| needed.contains(name);
+        kept.sets = self.sets.extract_if(is_needed).collect();
+        kept.chains = self.chains.extract_if(is_needed).collect();
+        kept.buckets = self.buckets.extract_if(|name, _| needed.contains(name)).collect();
+        if let Some(buckets) = self.elements.get_mut(&Map::Buckets) {
+            let is_needed = |_: &(Bytes, Option<Bytes>), value: &mut Value| matches!(value, Value::Goto(name) if needed.contains(name));
+            kept.elements.insert(Map::Buckets, buckets.extract_if(is_needed).collect());
+        }
+        kept.reach = self.reach.clone();
+        kept
+    }
+
+    /// Forgets an object that is there no longer.
+    pub(super) fn forget(&mut self, name: &str) {
+        self.sets.remove(name);
+        self.chains.remove(name);
+        self.buckets.remove(name);
+    }
+
+    fn chains_by_bucket(&self) -> HashMap<Bytes, String> {
+        let buckets = self.elements.get(&Map::Buckets).into_iter().flatten();
+        let chains = buckets.filter_map(|((key, _), value)| match value {
+            Value::Goto(name) => Some((key.clone(), name.clone())),
+            _ => None,
+        });
+        chains.collect()
     }
 
     /// Reads also the maps of slots, for those who want to see everything.

@@ -8,12 +8,12 @@
 //!                     ruleset, object (fixed and shared objects) ┘    adopt, dump ◀──────────────┘
 //! ```
 
-use std::io;
+use std::{collections::HashSet, io};
 
 use super::{Dataplane, Error, State};
 use crate::{
     model::{Family, PerFamily},
-    plan::{Delta, NodePlan, PortDelta},
+    plan::{Delta, NodePlan, PortDelta, PortId, PortPlan},
 };
 
 mod adopt;
@@ -82,6 +82,45 @@ fn io_error(context: &str, source: io::Error) -> Error {
     Error::Io { context: context.to_owned(), source }
 }
 
+/// Makes `delta` true in one family, and names the service ports that could not be programmed. A ClusterIP refuses unknown
+/// ports (F4), so it comes after the ports it has and goes before them.
+fn apply_family(
+    netlink: &mut socket::Netlink,
+    table: &mut table::Table,
+    delta: &Delta,
+    node: &NodePlan,
+) -> Result<Vec<(PortId, String)>, Error> {
+    let family = table.family;
+    let problem = |what: &str, error: io::Error| {
+        let context = format!("{what} of table {} weir", dump::nft_family(family));
+        match error.raw_os_error() {
+            Some(libc::ENOENT) => Error::Kernel(format!("{context}: another program took part of it away")),
+            _ => io_error(&context, error),
+        }
+    };
+    if delta.node.is_some() || table.found.is_some() {
+        table.apply_node(netlink, node).map_err(|error| problem("writing the chains", error))?;
+    }
+    table.remove_cluster_ips(netlink, delta).map_err(|error| problem("removing ClusterIPs", error))?;
+    let ports: Vec<&PortDelta> = delta.ports.iter().filter(|port| family_of(port) == Some(family)).collect();
+    let refused =
+        table.apply_ports(netlink, &ports, node).map_err(|error| problem("writing the elements", error))?;
+    table.add_cluster_ips(netlink, delta).map_err(|error| problem("writing the ClusterIPs", error))?;
+    if delta.complete {
+        table
+            .remove_leftovers(netlink, node, &plans_of(&refused, &ports))
+            .map_err(|error| problem("removing leftovers", error))?;
+    }
+    Ok(refused)
+}
+
+/// What those ports should have been.
+fn plans_of<'a>(refused: &[(PortId, String)], ports: &[&'a PortDelta]) -> Vec<&'a PortPlan> {
+    let refused: HashSet<&PortId> = refused.iter().map(|(id, _)| id).collect();
+    let plans = ports.iter().filter_map(|port| port.after.as_deref());
+    plans.filter(|plan| refused.contains(&plan.id)).collect()
+}
+
 impl Dataplane for Nftables {
     fn apply(&mut self, delta: &Delta) -> Result<(), Error> {
         if let Some(node) = &delta.node {
@@ -92,27 +131,7 @@ impl Dataplane for Nftables {
         };
         let mut failed = Vec::new();
         for table in &mut self.tables {
-            let family = table.family;
-            let describe = |what: &str| format!("{what} of table {} weir", dump::nft_family(family));
-            if delta.node.is_some() || table.found.is_some() {
-                table
-                    .apply_node(&mut self.netlink, &node)
-                    .map_err(|error| io_error(&describe("writing the chains"), error))?;
-            }
-            table
-                .apply_cluster_ips(&mut self.netlink, &delta.cluster_ips)
-                .map_err(|error| io_error(&describe("writing the ClusterIPs"), error))?;
-            let ports: Vec<&PortDelta> =
-                delta.ports.iter().filter(|port| family_of(port) == Some(family)).collect();
-            let refused = table
-                .apply_ports(&mut self.netlink, &ports, &node)
-                .map_err(|error| io_error(&describe("writing the elements"), error))?;
-            failed.extend(refused);
-            if delta.complete {
-                table
-                    .remove_leftovers(&mut self.netlink, &node)
-                    .map_err(|error| io_error(&describe("removing leftovers"), error))?;
-            }
+            failed.extend(apply_family(&mut self.netlink, table, delta, &node)?);
         }
         if failed.is_empty() { Ok(()) } else { Err(Error::Ports(failed)) }
     }

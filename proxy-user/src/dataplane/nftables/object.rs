@@ -201,6 +201,18 @@ impl Object {
         ends.into_iter().flatten()
     }
 
+    /// Everything that must be there as long as it is: its parts, what they remember with, and itself.
+    pub(super) fn needed(&self) -> Vec<Self> {
+        let chains = || self.parts().chain([self]);
+        let memories = chains().filter_map(|object| match object {
+            Self::Recorder { sticky, scope, .. } | Self::Picker { sticky: Some(sticky), scope, .. } => {
+                Some(Self::Memory { sticky: sticky.clone(), scope: *scope })
+            }
+            _ => None,
+        });
+        memories.chain(chains().cloned()).collect()
+    }
+
     /// The slots of a frontend that it and its parts pick from.
     pub(super) fn reach(&self) -> Vec<Range<u32>> {
         let ranges = self.parts().chain([self]).filter_map(|object| match object {

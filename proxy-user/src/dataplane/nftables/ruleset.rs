@@ -110,6 +110,24 @@ impl Map {
         }
     }
 
+    /// How many bytes at the start of a key tell which frontend it is about; `None` where nothing is about a frontend.
+    pub(super) const fn frontend_len(self, family: Family) -> Option<usize> {
+        const SERVICE: usize = 8;
+        match self {
+            Self::Services
+            | Self::Refused
+            | Self::Guarded
+            | Self::AllowedSources
+            | Self::Affinity
+            | Self::Hairpin
+            | Self::Answered => Some(expr::address_len(family) as usize + SERVICE),
+            Self::NodePorts | Self::RefusedNodePorts | Self::NodePortAffinity => Some(SERVICE),
+            Self::Buckets | Self::Backends | Self::NodePortBackends | Self::ClusterIps | Self::NodeIps => {
+                None
+            }
+        }
+    }
+
     pub(super) fn spec(self, family: Family) -> SetSpec {
         let (key, value): (&[Part], ValueKind) = match self {
             Self::Services => (&FRONTEND, BUCKET),

@@ -2,7 +2,7 @@
 //!
 //! In: buffers from `netlink`. Out: success or the kernel's error, dumped messages, and events on our tables.
 
-use std::{io, os::fd::AsRawFd as _};
+use std::{collections::HashMap, io, os::fd::AsRawFd as _};
 
 use mnl::{Bus, Socket};
 use nix::{
@@ -63,9 +63,30 @@ impl Netlink {
     /// The first error the kernel reported for the batch. `ENOBUFS` says that reports were lost.
     pub(super) fn commit(&mut self, batch: &[u8]) -> io::Result<()> {
         self.discard();
-        grow(&self.socket.0, batch.len())?;
+        grow(&self.socket.0, batch.len(), batch.len() / 8)?;
         self.socket.0.send(batch)?;
         self.drain()
+    }
+
+    /// Sends a batch that is not to come into force; answers with the place of each message that the kernel refuses, and
+    /// the error, in the order of the messages. Place 0 is the message behind the one that begins the batch.
+    ///
+    /// # Errors
+    ///
+    /// When the batch could not be sent, or `ENOBUFS` when reports were lost.
+    pub(super) fn try_out(&mut self, batch: &[u8]) -> io::Result<Vec<(usize, io::Error)>> {
+        const BYTES_A_REPORT: usize = 1024;
+        self.discard();
+        let mut places = HashMap::new();
+        for (index, message) in mnl::NlMessages::new(batch).enumerate().skip(1) {
+            places.insert(header(message?).2, index - 1);
+        }
+        grow(&self.socket.0, batch.len(), places.len() * BYTES_A_REPORT)?;
+        self.socket.0.send(batch)?;
+        let mut refused = Vec::new();
+        self.reports(|sequence, error| refused.extend(places.get(&sequence).map(|place| (*place, error))))?;
+        refused.sort_by_key(|(place, _)| *place);
+        Ok(refused)
     }
 
     /// Forgets reports of earlier batches: after some were lost there may be more, and the loss itself is reported first.
@@ -80,18 +101,28 @@ impl Netlink {
     /// Reads every report that is there, and returns the first error among them.
     fn drain(&mut self) -> io::Result<()> {
         let mut first = Ok(());
+        self.reports(|_, error| {
+            if first.is_ok() {
+                first = Err(error);
+            }
+        })?;
+        first
+    }
+
+    /// Reads every report that is there; `each` has the sequence number and the error of those that are no acknowledgement.
+    fn reports(&mut self, mut each: impl FnMut(u32, io::Error)) -> io::Result<()> {
         loop {
             let len = match recv(self.socket.0.as_raw_fd(), &mut self.buffer, MsgFlags::MSG_DONTWAIT) {
                 Ok(len) => len,
-                Err(Errno::EAGAIN) => return first,
+                Err(Errno::EAGAIN) => return Ok(()),
                 Err(Errno::EINTR) => continue,
                 Err(error) => return Err(error.into()),
             };
             for message in mnl::NlMessages::new(&self.buffer[..len]) {
                 let message = message?;
-                let code = error_code(message);
-                if header(message).0 == NLMSG_ERROR && code != 0 && first.is_ok() {
-                    first = Err(io::Error::from_raw_os_error(-code));
+                let ((kind, _, sequence), code) = (header(message), error_code(message));
+                if kind == NLMSG_ERROR && code != 0 {
+                    each(sequence, io::Error::from_raw_os_error(-code));
                 }
             }
         }
@@ -146,14 +177,14 @@ fn close_on_exec(socket: &Socket) -> io::Result<()> {
 
 /// Makes room for a batch in the send buffer and for its reports in the receive buffer. The kernel takes a message
 /// only whole.
-fn grow(socket: &Socket, batch: usize) -> io::Result<()> {
+fn grow(socket: &Socket, batch: usize, reports: usize) -> io::Result<()> {
     use nix::sys::socket::{getsockopt, setsockopt, sockopt};
     let socket = super::netlink::borrow(socket);
     let needed = batch + (1 << 16);
     if getsockopt(&socket, sockopt::SndBuf)? < needed {
         setsockopt(&socket, sockopt::SndBufForce, &needed)?;
     }
-    let reports = (1 << 20).max(batch / 8);
+    let reports = reports.max(1 << 20);
     if getsockopt(&socket, sockopt::RcvBuf)? < reports {
         setsockopt(&socket, sockopt::RcvBufForce, &reports)?;
     }

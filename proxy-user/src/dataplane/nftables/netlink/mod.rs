@@ -144,11 +144,23 @@ pub(super) struct Element {
     pub(super) value: Value,
 }
 
+/// What one message of a transaction is about.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum About {
+    Table,
+    /// A set, a chain, rules of a chain, or an element that leads to a chain.
+    Object(String),
+    /// An element of a set.
+    Element(String, Bytes),
+}
+
 /// A batch of changes to one table, applied by the kernel as a whole or not at all.
 pub(super) struct Transaction<'a> {
     batch: Batch,
     table: &'a Table,
     sets: u32,
+    /// What each message is about, where that is asked for.
+    about: Option<Vec<About>>,
 }
 
 /// Most bytes of elements in one message: an attribute can have 64 KiB, the list of elements is one.
@@ -179,37 +191,50 @@ fn split_message(elements: &[Element]) -> (&[Element], &[Element]) {
 
 impl<'a> Transaction<'a> {
     pub(super) fn new(table: &'a Table) -> Self {
-        Self { batch: Batch::new(), table, sets: 0 }
+        Self { batch: Batch::new(), table, sets: 0, about: None }
+    }
+
+    /// One that is only tried out, with a message for each element: the kernel reports each message that it refuses.
+    pub(super) fn on_trial(table: &'a Table) -> Self {
+        Self { about: Some(Vec::new()), ..Self::new(table) }
+    }
+
+    fn push(&mut self, message: &impl NlMsg, kind: MsgType, about: impl FnOnce() -> About) {
+        self.batch.add(message, kind);
+        if let Some(all) = &mut self.about {
+            all.push(about());
+        }
     }
 
     pub(super) fn add_table(&mut self) {
-        self.batch.add(self.table, MsgType::Add);
+        self.push(self.table, MsgType::Add, || About::Table);
     }
 
     pub(super) fn delete_table(&mut self) {
-        self.batch.add(self.table, MsgType::Del);
+        self.push(self.table, MsgType::Del, || About::Table);
     }
 
     pub(super) fn add_set(&mut self, spec: &SetSpec) {
         self.sets += 1;
         let message = SetMessage { table: self.table, spec, id: self.sets };
-        self.batch.add(&message, MsgType::Add);
+        self.push(&message, MsgType::Add, || About::Object(spec.name.clone()));
     }
 
     pub(super) fn delete_set(&mut self, name: &str) {
         let message = Plain { table: self.table, what: Named::Set, name: c_string(name) };
-        self.batch.add(&message, MsgType::Del);
+        self.push(&message, MsgType::Del, || About::Object(name.to_owned()));
     }
 
     /// Adds a named counter, at zero. There must be none of this name.
     pub(super) fn add_counter(&mut self, name: &str) {
         let message = CounterMessage { table: self.table, name: c_string(name) };
-        self.batch.add(&message, MsgType::Add);
+        self.push(&message, MsgType::Add, || About::Object(name.to_owned()));
     }
 
     pub(super) fn add_chain(&mut self, spec: &ChainSpec) {
+        let about = || About::Object(spec.name.clone());
         if !spec.userdata.is_empty() {
-            return self.batch.add(&NotedChain { table: self.table, spec }, MsgType::Add);
+            return self.push(&NotedChain { table: self.table, spec }, MsgType::Add, about);
         }
         let mut chain = Chain::new(c_string(&spec.name), self.table);
         if let Some((kind, hook, priority)) = spec.hook {
@@ -217,27 +242,28 @@ impl<'a> Transaction<'a> {
             chain.set_hook(hook, priority);
             chain.set_policy(Policy::Accept);
         }
-        self.batch.add(&chain, MsgType::Add);
+        self.push(&chain, MsgType::Add, about);
     }
 
     pub(super) fn delete_chain(&mut self, name: &str) {
-        self.batch.add(&Chain::new(c_string(name), self.table), MsgType::Del);
+        let chain = Chain::new(c_string(name), self.table);
+        self.push(&chain, MsgType::Del, || About::Object(name.to_owned()));
     }
 
     /// Removes every rule of a chain.
     pub(super) fn flush_chain(&mut self, name: &str) {
         let message = Plain { table: self.table, what: Named::RulesOf, name: c_string(name) };
-        self.batch.add(&message, MsgType::Del);
+        self.push(&message, MsgType::Del, || About::Object(name.to_owned()));
     }
 
     /// Appends a rule to a chain.
-    pub(super) fn add_rule(&mut self, chain: &str, expressions: &[Expr]) {
-        let chain = Chain::new(c_string(chain), self.table);
+    pub(super) fn add_rule(&mut self, name: &str, expressions: &[Expr]) {
+        let chain = Chain::new(c_string(name), self.table);
         let mut rule = Rule::new(&chain);
         for expression in expressions {
             rule.add_expr(expression);
         }
-        self.batch.add(&rule, MsgType::Add);
+        self.push(&rule, MsgType::Add, || About::Object(name.to_owned()));
     }
 
     /// Adds elements. One whose key is there fails the batch, with `EEXIST` or `EBUSY`.
@@ -256,22 +282,42 @@ impl<'a> Transaction<'a> {
     }
 
     fn elements(&mut self, set: &str, elements: &[Element], kind: MsgType, flags: i32) {
-        let set = c_string(set);
+        let name = c_string(set);
         let mut rest = elements;
         while !rest.is_empty() {
-            let (elements, behind) = split_message(rest);
-            self.batch.add(&ElementsMessage { table: self.table, set: &set, elements, kind, flags }, kind);
+            let (elements, behind) =
+                if self.about.is_some() { rest.split_at(1) } else { split_message(rest) };
+            let message = ElementsMessage { table: self.table, set: &name, elements, kind, flags };
+            self.push(&message, kind, || match elements {
+                [Element { value: Value::Goto(chain), .. }] => About::Object(chain.clone()),
+                [Element { key, .. }, ..] => About::Element(set.to_owned(), key.clone()),
+                [] => About::Object(set.to_owned()),
+            });
             rest = behind;
         }
     }
 
     /// The finished batch as one buffer: its parts must reach the kernel in one system call.
     pub(super) fn finish(self) -> Vec<u8> {
+        self.finish_trial().0
+    }
+
+    /// A batch that the kernel works through and takes back, and what each message between its first and its last one is
+    /// about.
+    pub(super) fn finish_trial(self) -> (Vec<u8>, Vec<About>) {
         let mut buffer = Vec::new();
         for page in &self.batch.finalize() {
             buffer.extend_from_slice(page);
         }
-        buffer
+        match self.about {
+            // Without its last message a batch does not come into force.
+            Some(about) => {
+                const LAST: usize = 16 + 4;
+                buffer.truncate(buffer.len().saturating_sub(LAST));
+                (buffer, about)
+            }
+            None => (buffer, Vec::new()),
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use crate::{
         socket::Netlink,
         stage::{FIRST_BUCKET, Stage},
     },
-    plan::NodePlan,
+    plan::{NodePlan, PortPlan},
 };
 
 impl Table {
@@ -64,7 +64,8 @@ impl Table {
         Ok(others)
     }
 
-    /// Removes what was found in the kernel and nobody asked for, once everything has been asked for.
+    /// Removes what was found in the kernel and was not asked for, once everything has been asked for. What the service
+    /// ports have that the kernel `refused` to change stays until it takes a change of them.
     ///
     /// # Errors
     ///
@@ -73,8 +74,10 @@ impl Table {
         &mut self,
         netlink: &mut Netlink,
         node: &NodePlan,
+        refused: &[&PortPlan],
     ) -> io::Result<()> {
         let Some(mut found) = self.found.take() else { return Ok(()) };
+        self.kept = found.keep(refused);
         found.leave_slots_of_the_rest();
         let mut leftovers = found.elements;
         for (map, elements) in &mut leftovers {

@@ -12,6 +12,9 @@ use rustc_hash::FxBuildHasher;
 
 mod adoption;
 mod node;
+mod refusal;
+
+use refusal::Refused;
 
 use super::{
     adopt::Found,
@@ -25,7 +28,7 @@ use super::{
 };
 use crate::{
     model::Family,
-    plan::{ClusterIpDelta, NodePlan, PortDelta, PortId, PortPlan},
+    plan::{ClusterIpDelta, Delta, NodePlan, PortDelta, PortId, PortPlan},
 };
 
 pub(super) type FxHashMap<K, V> = HashMap<K, V, FxBuildHasher>;
@@ -61,6 +64,8 @@ pub(super) struct Table {
     trash: Vec<Object>,
     /// What the kernel held when it was last read, less what has been asked for since. `None` in normal work.
     pub(super) found: Option<Found>,
+    /// What was found of service ports that the kernel refused to change.
+    kept: Found,
 }
 
 impl Table {
@@ -80,43 +85,66 @@ impl Table {
             vacated: Vacated::default(),
             trash: Vec::new(),
             found: None,
+            kept: Found::nothing(family),
         }
     }
 
-    /// Adds and removes ClusterIPs.
+    /// What the kernel is known to hold besides what was written.
+    fn held(&self) -> &Found {
+        self.found.as_ref().unwrap_or(&self.kept)
+    }
+
+    /// Removes ClusterIPs, and where all that stay are named also those that were found beside them.
     ///
     /// # Errors
     ///
     /// The kernel's.
-    pub(super) fn apply_cluster_ips(
-        &mut self,
-        netlink: &mut Netlink,
-        deltas: &[ClusterIpDelta],
-    ) -> io::Result<()> {
-        let (mut gone, mut come) = (Vec::new(), Vec::new());
-        for delta in deltas {
-            let (ClusterIpDelta::Add(address) | ClusterIpDelta::Remove(address)) = *delta;
-            if Family::of(address) != self.family {
-                continue;
-            }
-            let element = member(Bytes::from_vec(address_bytes(address)));
-            match delta {
-                ClusterIpDelta::Remove(_) => gone.push(element),
-                ClusterIpDelta::Add(_) => {
-                    let found = self.found.as_mut();
-                    if found.and_then(|found| found.take(Map::ClusterIps, &element.key, None)).is_none() {
-                        come.push(element);
-                    }
-                }
-            }
+    pub(super) fn remove_cluster_ips(&mut self, netlink: &mut Netlink, delta: &Delta) -> io::Result<()> {
+        let mut gone: Vec<Element> = self.cluster_ips(delta, false).collect();
+        let stay: FxHashSet<Bytes> = self.cluster_ips(delta, true).map(|element| element.key).collect();
+        if let Some(found) = self.found.as_mut().filter(|_| delta.complete) {
+            let found = found.elements.entry(Map::ClusterIps).or_default();
+            gone.extend(found.extract_if(|(key, _), _| !stay.contains(key)).map(|((key, _), _)| member(key)));
         }
-        for (gone, come) in chunks(&gone, &come) {
+        for (gone, _) in chunks(&gone, &[]) {
             let mut transaction = Transaction::new(&self.raw);
             transaction.delete_elements(Map::ClusterIps.name(), gone);
+            netlink.commit(&transaction.finish())?;
+        }
+        Ok(())
+    }
+
+    /// Adds ClusterIPs.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub(super) fn add_cluster_ips(&mut self, netlink: &mut Netlink, delta: &Delta) -> io::Result<()> {
+        let mut come: Vec<Element> = self.cluster_ips(delta, true).collect();
+        if let Some(found) = &mut self.found {
+            come.retain(|element| found.take(Map::ClusterIps, &element.key, None).is_none());
+        }
+        for (_, come) in chunks(&[], &come) {
+            let mut transaction = Transaction::new(&self.raw);
             transaction.add_elements(Map::ClusterIps.name(), come);
             netlink.commit(&transaction.finish())?;
         }
         Ok(())
+    }
+
+    /// The ClusterIPs of this family that come, or those that go.
+    fn cluster_ips(&self, delta: &Delta, come: bool) -> impl Iterator<Item = Element> {
+        let family = self.family;
+        delta
+            .cluster_ips
+            .iter()
+            .filter_map(move |change| match change {
+                ClusterIpDelta::Add(address) if come => Some(*address),
+                ClusterIpDelta::Remove(address) if !come => Some(*address),
+                _ => None,
+            })
+            .filter(move |address| Family::of(*address) == family)
+            .map(|address| member(Bytes::from_vec(address_bytes(address))))
     }
 
     /// Switches service ports, many in one transaction, and names those that cannot be.
@@ -131,26 +159,25 @@ impl Table {
         node: &NodePlan,
     ) -> io::Result<Vec<(PortId, String)>> {
         self.delete_vacated(netlink)?;
-        let mut failed = Vec::new();
+        let mut failed = Refused::default();
         let mut start = 0;
         while start < ports.len() {
             let mut stage = Stage::default();
             let mut next = start;
             while next < ports.len() && stage.elements < ELEMENTS_A_TRANSACTION {
                 if let Err(problem) = stage.take_in(ports[next]) {
-                    failed.extend(ports[next].id().map(|id| (id.clone(), problem)));
+                    failed.add(ports[next], problem);
                 }
                 next += 1;
             }
             match self.commit(netlink, &stage, node) {
                 Ok(()) => {}
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => return Err(error),
-                Err(error) => self.narrow(netlink, &stage.ports, node, &error, &mut failed)?,
+                Err(error) => self.sort_out(netlink, stage.ports, node, error, &mut failed)?,
             }
             start = next;
         }
         self.empty_trash(netlink);
-        Ok(failed)
+        Ok(failed.ports)
     }
 
     /// Deletes the slots that earlier changes left behind.
@@ -164,39 +191,10 @@ impl Table {
             for (gone, _) in chunks(&slots, &[]) {
                 let mut transaction = Transaction::new(&self.raw);
                 transaction.delete_elements(map.name(), gone);
-                netlink.commit(&transaction.finish())?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Halves a transaction the kernel refused until the port it stumbles over stands alone.
-    fn narrow(
-        &mut self,
-        netlink: &mut Netlink,
-        ports: &[&PortDelta],
-        node: &NodePlan,
-        error: &io::Error,
-        failed: &mut Vec<(PortId, String)>,
-    ) -> io::Result<()> {
-        if let [port] = ports {
-            failed.extend(port.id().map(|id| (id.clone(), error.to_string())));
-            return Ok(());
-        }
-        let (first, second) = ports.split_at(ports.len() / 2);
-        for half in [first, second] {
-            let mut stage = Stage::default();
-            for port in half {
-                // What cannot be said was sorted out when the whole was staged.
-                if stage.take_in(port).is_err() {
-                    continue;
-                }
-            }
-            if let Err(error) = self.commit(netlink, &stage, node) {
-                if error.raw_os_error() == Some(libc::ENOBUFS) {
+                if let Err(error) = netlink.commit(&transaction.finish()) {
+                    self.vacated = vacated;
                     return Err(error);
                 }
-                self.narrow(netlink, half, node, &error, failed)?;
             }
         }
         Ok(())
@@ -224,15 +222,14 @@ impl Table {
         for (map, elements) in stage.come.iter().filter(|(map, _)| map.holds_slots()) {
             elements.iter().for_each(|(element, _)| self.vacated.forget(*map, &element.key));
         }
-        if let Some(found) = self.found.as_mut() {
-            for (map, elements) in &stage.come {
-                elements
-                    .iter()
-                    .for_each(|(element, object)| found.leave_slots(*map, &element.key, object.as_ref()));
-            }
-            for (map, key, end) in taken {
-                found.take(map, &key, end.as_ref());
-            }
+        let held = self.found.as_mut().unwrap_or(&mut self.kept);
+        for (map, elements) in &stage.come {
+            elements
+                .iter()
+                .for_each(|(element, object)| held.leave_slots(*map, &element.key, object.as_ref()));
+        }
+        for (map, key, end) in taken {
+            held.take(map, &key, end.as_ref());
         }
         self.remember_uses(stage, made);
         for (memory, stay) in &outdated {
@@ -252,11 +249,23 @@ impl Table {
         others: &Slots,
     ) -> io::Result<(FxHashMap<Object, u32>, Vec<ItemKey>)> {
         let mut transaction = Transaction::new(&self.raw);
-        let made = self.make_objects(&mut transaction, stage, node);
-        let taken = self.write_elements(&mut transaction, stage, &made, others);
-        self.follow_needs(&mut transaction, node, needs);
+        let written = self.write(&mut transaction, stage, node, needs, others);
         netlink.commit(&transaction.finish())?;
-        Ok((made, taken))
+        Ok(written)
+    }
+
+    fn write(
+        &self,
+        transaction: &mut Transaction<'_>,
+        stage: &Stage<'_>,
+        node: &NodePlan,
+        needs: Needs,
+        others: &Slots,
+    ) -> (FxHashMap<Object, u32>, Vec<ItemKey>) {
+        let made = self.make_objects(transaction, stage, node);
+        let taken = self.write_elements(transaction, stage, &made, others);
+        self.follow_needs(transaction, node, needs);
+        (made, taken)
     }
 
     /// Whether this or an earlier transaction leaves the slot behind.
@@ -272,15 +281,20 @@ impl Table {
         };
         let recorder = |object: &&Object| matches!(object, Object::Recorder { .. });
         let adopting = self.found.is_some();
+        let kept = |map| self.kept.elements.get(&map).is_some_and(|elements| !elements.is_empty());
         Needs {
             affinity: adopting && self.needs.affinity
+                || kept(Map::Affinity)
+                || kept(Map::NodePortAffinity)
                 || self
                     .objects
                     .keys()
                     .chain(stage.uses.keys())
                     .filter(recorder)
                     .any(|object| uses(object) > 0),
-            guards: adopting && self.needs.guards || self.guarded.saturating_add_signed(stage.guarded) > 0,
+            guards: adopting && self.needs.guards
+                || kept(Map::Guarded)
+                || self.guarded.saturating_add_signed(stage.guarded) > 0,
         }
     }
 
@@ -302,9 +316,9 @@ impl Table {
                 continue;
             }
             let name = object.name();
-            let found = self.found.as_ref();
+            let held = self.held();
             if let Object::Memory { .. } = object {
-                if !found.is_some_and(|found| found.sets.contains(&name)) {
+                if !held.sets.contains(&name) {
                     transaction.add_set(&ruleset::memory_spec(&name, object.comment(), self.family));
                 }
                 made.insert(object.clone(), 0);
@@ -313,7 +327,7 @@ impl Table {
             let userdata = object.comment().map(userdata::comment_of_chain).unwrap_or_default();
             transaction.add_chain(&ChainSpec { userdata, ..ChainSpec::regular(&name) });
             rewrite(transaction, object, self.family, node);
-            let known = found.and_then(|found| found.buckets.get(&name).copied());
+            let known = held.buckets.get(&name).copied();
             let bucket = match (object.has_bucket(), known) {
                 (true, None) => {
                     let bucket = next;
@@ -372,21 +386,20 @@ impl Table {
             });
             come.entry(*map).or_default().extend(elements);
         }
-        if let Some(found) = &self.found {
-            for (map, elements) in &mut come {
-                elements.retain(|element| match found.get(*map, &element.key, element.key_end.as_ref()) {
-                    None => true,
-                    Some(value) => {
-                        taken.push((*map, element.key.clone(), element.key_end.clone()));
-                        let same = *value == element.value;
-                        // Whether a slot that is left over is still there is not known yet.
-                        if !same && !map.holds_slots() {
-                            gone.entry(*map).or_default().push(element.clone());
-                        }
-                        !same
+        let held = self.held();
+        for (map, elements) in &mut come {
+            elements.retain(|element| match held.get(*map, &element.key, element.key_end.as_ref()) {
+                None => true,
+                Some(value) => {
+                    taken.push((*map, element.key.clone(), element.key_end.clone()));
+                    let same = *value == element.value;
+                    // Whether a slot that is left over is still there is not known yet.
+                    if !same && !map.holds_slots() {
+                        gone.entry(*map).or_default().push(element.clone());
                     }
-                });
-            }
+                    !same
+                }
+            });
         }
         for (map, elements) in &gone {
             transaction.delete_elements(map.name(), elements);
@@ -437,6 +450,7 @@ impl Table {
         for object in trash.into_iter().rev() {
             match self.delete_object(netlink, &object) {
                 Ok(()) => {
+                    self.kept.forget(&object.name());
                     self.objects.remove(&object);
                 }
                 Err(error) => {
@@ -465,8 +479,7 @@ impl Table {
 
     /// Each memory whose set backends leave, with those that stay. Which left while no agent ran nobody knows.
     fn outdated(&self, ports: &[&PortDelta]) -> Vec<(Object, FxHashSet<Bytes>)> {
-        let found =
-            |memory: &Object| self.found.as_ref().is_some_and(|found| found.sets.contains(&memory.name()));
+        let found = |memory: &Object| self.held().sets.contains(&memory.name());
         let mut outdated = Vec::new();
         for port in ports {
             let Some(after) = &port.after else { continue };

@@ -108,7 +108,7 @@ impl Table {
         transaction.delete_table();
         transaction.add_table();
         netlink.commit(&transaction.finish())?;
-        self.found = Some(Found::nothing());
+        self.found = Some(Found::nothing(self.family));
         Ok(())
     }
 
