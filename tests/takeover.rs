@@ -5,7 +5,7 @@ use std::{
     ffi::OsString,
     fs::{self, File},
     io::{Read as _, Write as _},
-    net::TcpStream,
+    net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::Child,
     time::Duration,
@@ -19,11 +19,11 @@ use weir_tests::{
     control_plane::ControlPlane,
     keeper::end,
     netns::Namespace,
-    node::{CLUSTER_CIDRS, Place, Topology, node_name},
+    node::{CLUSTER_CIDRS, Place, Topology, node_address, node_name},
     objects::{Lot, node, pod, service},
     runner::serve,
     subject::Plane,
-    traffic::{Call, Load, Outcome, Transport, ask, await_answers, every_way},
+    traffic::{Call, Load, Outcome, SERVER_PORTS, Transport, ask, await_answers, every_way},
     wait::{await_that, await_within},
 };
 
@@ -249,6 +249,79 @@ fn under_load<T>(
     done
 }
 
+/// What else is in the kernel of the node.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Others {
+    Nothing,
+    /// A firewall that forwards nothing but what pods send, and rules as the CNI plugin portmap makes them, which have
+    /// kube-proxy's chain mark what is to be masqueraded.
+    Firewall,
+}
+
+impl Others {
+    /// The port of the node that leads to the first pod.
+    const HOST_PORT: u16 = 8099;
+
+    /// How the programs of iptables are called.
+    fn programs(mode: Mode) -> [(Family, String); 2] {
+        let variant = if mode == Mode::Legacy { "legacy" } else { "nft" };
+        [(Family::V4, format!("iptables-{variant}")), (Family::V6, format!("ip6tables-{variant}"))]
+    }
+
+    fn make(self, host: &Namespace, mode: Mode) -> Result<()> {
+        if self == Self::Nothing {
+            return Ok(());
+        }
+        let port = Self::HOST_PORT;
+        for ((family, program), cidr) in Self::programs(mode).into_iter().zip(CLUSTER_CIDRS) {
+            let pod = SocketAddr::new(Place::Pod(1, 1).server_address(family), SERVER_PORTS[0]);
+            let rules = format!(
+                "*filter\n:FORWARD DROP [0:0]\n-A FORWARD -s {cidr} -j ACCEPT\nCOMMIT\n*nat\n\
+                 :CNI-HOSTPORT-SETMARK - [0:0]\n:CNI-HOSTPORT-DNAT - [0:0]\n:CNI-DN-WEB - [0:0]\n\
+                 -A CNI-HOSTPORT-SETMARK -j KUBE-MARK-MASQ\n\
+                 -A PREROUTING -m addrtype --dst-type LOCAL -j CNI-HOSTPORT-DNAT\n\
+                 -A OUTPUT -m addrtype --dst-type LOCAL -j CNI-HOSTPORT-DNAT\n\
+                 -A CNI-HOSTPORT-DNAT -p tcp -m tcp --dport {port} -j CNI-DN-WEB\n\
+                 -A CNI-DN-WEB -s {cidr} -p tcp -m tcp --dport {port} -j CNI-HOSTPORT-SETMARK\n\
+                 -A CNI-DN-WEB -p tcp -m tcp --dport {port} -j DNAT --to-destination {pod}\nCOMMIT\n"
+            );
+            let file = tempfile::NamedTempFile::new()?;
+            fs::write(file.path(), rules)?;
+            let path = file.path().display().to_string();
+            host.stdout(&format!("{program}-restore"), &["--noflush", &path])?;
+        }
+        Ok(())
+    }
+
+    /// The rules, as iptables tells them.
+    fn listing(host: &Namespace, mode: Mode) -> Result<String> {
+        let mut all = String::new();
+        for (_, program) in Self::programs(mode) {
+            let saved = host.stdout(&format!("{program}-save"), &[])?;
+            let is_others = |line: &&str| {
+                line.contains("CNI-")
+                    || line.starts_with(":FORWARD DROP")
+                    || line.starts_with("-A FORWARD -s")
+            };
+            for line in saved.lines().filter(is_others) {
+                all += line.split(" [").next().unwrap_or(line);
+                all.push('\n');
+            }
+        }
+        Ok(all)
+    }
+
+    /// Whether the first pod reaches itself by the port of the node, which takes masquerading.
+    fn reach_the_pod(topology: &Topology) -> bool {
+        let from = Place::Pod(1, 1);
+        Family::ALL.iter().all(|family| {
+            let to = SocketAddr::new(node_address(*family, 1), Self::HOST_PORT);
+            let call = Call { patience: Duration::from_secs(5), ..Call::new(from, to, Transport::Tcp) };
+            matches!(topology.at(from).run(|| ask(&call)), Outcome::Answer(_))
+        })
+    }
+}
+
 /// Who removes what kube-proxy left.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum TakingOver {
@@ -259,6 +332,10 @@ enum TakingOver {
 }
 
 fn there_and_back(mode: Mode, plane: Plane, taking_over: TakingOver) -> Result<()> {
+    there_and_back_beside(Others::Nothing, mode, plane, taking_over)
+}
+
+fn there_and_back_beside(others: Others, mode: Mode, plane: Plane, taking_over: TakingOver) -> Result<()> {
     let topology = Topology::new()?;
     let _servers = serve(&topology)?;
     let cluster = Cluster::new(&topology, mode)?;
@@ -278,6 +355,8 @@ fn there_and_back(mode: Mode, plane: Plane, taking_over: TakingOver) -> Result<(
     publish(2)?;
     let agent = cluster.start_kube_proxy(1)?;
     let _other = cluster.start_kube_proxy(2)?;
+    others.make(cluster.host(1), mode)?;
+    let theirs = Others::listing(cluster.host(1), mode)?;
     await_that("everything answers", || calls().iter().all(answered));
     drop(agent);
     let agent = under_load(&topology, plane, "weir takes over", || {
@@ -288,7 +367,15 @@ fn there_and_back(mode: Mode, plane: Plane, taking_over: TakingOver) -> Result<(
         under_load(&topology, plane, "kube-proxy is removed", || cluster.clean_up(1, &["--kube-proxy"]))?;
     }
     // The kubelet's, and kube-proxy keeps it up.
-    let listing = cluster.listing(1).replace("KUBE-FIREWALL", "");
+    let mut listing = cluster.listing(1).replace("KUBE-FIREWALL", "");
+    if others == Others::Firewall {
+        for needed in ["KUBE-FORWARD", "KUBE-MARK-MASQ"] {
+            ensure!(listing.contains(needed), "{needed} is gone from\n{listing}");
+            listing = listing.replace(needed, "");
+        }
+        ensure!(Others::reach_the_pod(&topology), "the port of the node leads nowhere");
+    }
+    ensure!(Others::listing(cluster.host(1), mode)? == theirs, "rules of others have changed");
     for left in ["kube-proxy", "KUBE-", "ip_vs ", "kube-ipvs0"] {
         ensure!(!listing.contains(left), "{left} is left in\n{listing}");
     }
@@ -341,6 +428,17 @@ fn from_kube_proxys_legacy_iptables_to_sockets_and_back_no_connection_fails() ->
     there_and_back(Mode::Legacy, Plane::Ebpf, TakingOver::ByHand)
 }
 
+/// Packets that only kube-proxy's rules accept go on being accepted, and rules of others that use its chains go on working.
+#[test]
+fn beside_a_firewall_and_host_ports_no_connection_fails() -> Result<()> {
+    there_and_back_beside(Others::Firewall, Mode::Iptables, Plane::Nftables, TakingOver::ByItself)
+}
+
+#[test]
+fn beside_a_firewall_and_host_ports_in_legacy_iptables_no_connection_to_sockets_fails() -> Result<()> {
+    there_and_back_beside(Others::Firewall, Mode::Legacy, Plane::Ebpf, TakingOver::ByHand)
+}
+
 #[test]
 #[ignore = "needs ip_vs in the kernel, and ipset"]
 fn from_kube_proxys_ipvs_mode_and_back_no_connection_fails() -> Result<()> {
@@ -353,8 +451,43 @@ fn from_kube_proxys_ipvs_mode_to_sockets_and_back_no_connection_fails() -> Resul
     there_and_back(Mode::Ipvs, Plane::Ebpf, TakingOver::ByHand)
 }
 
-/// Others' chains with names that look alike stay, and so do the rules around a jump, in both variants of iptables. The
-/// device of the ipvs mode goes.
+/// nf_tables refuses a whole transaction that deletes a chain to which an element of a map leads.
+#[test]
+fn a_chain_that_a_map_of_others_leads_to_stays_and_everything_else_goes() -> Result<()> {
+    let namespace = Namespace::new("maps")?;
+    for family in ["ip", "ip6"] {
+        namespace.stdout(
+            "nft",
+            &[&format!(
+                "table {family} nat {{
+                    chain KUBE-MARK-MASQ {{ meta mark set mark or 0x4000; }}
+                    chain KUBE-SERVICES {{ tcp dport 53 jump KUBE-MARK-MASQ; }}
+                    map mine {{ type inet_service : verdict; elements = {{ 8099 : jump KUBE-MARK-MASQ }}; }}
+                    chain PREROUTING {{
+                        type nat hook prerouting priority -100;
+                        tcp dport vmap @mine;
+                        jump KUBE-SERVICES;
+                    }}
+                }}"
+            )],
+        )?;
+    }
+    let output = namespace.output(&assets::weir()?.display().to_string(), &["cleanup", "--kube-proxy"])?;
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success() && told.contains("chains=2"), "{told}");
+    ensure!(told.contains("KUBE-MARK-MASQ in ip6 nat: a map of another program leads to it"), "{told}");
+    for family in ["ip", "ip6"] {
+        let left = namespace.stdout("nft", &["list", "table", family, "nat"])?;
+        for needed in ["8099 : jump KUBE-MARK-MASQ", "chain KUBE-MARK-MASQ", "0x00004000", "vmap @mine"] {
+            ensure!(left.contains(needed), "{needed} is gone from\n{left}");
+        }
+        ensure!(!left.contains("KUBE-SERVICES"), "{left}");
+    }
+    Ok(())
+}
+
+/// Others' chains with names that look alike stay, and so do others' rules that lead to kube-proxy's chains, in both
+/// variants of iptables. The device of the ipvs mode goes.
 #[test]
 fn cleanup_takes_only_what_is_kube_proxys() -> Result<()> {
     let namespace = Namespace::new("leftovers")?;
@@ -383,7 +516,7 @@ fn cleanup_takes_only_what_is_kube_proxys() -> Result<()> {
 
     let output = namespace.output(&weir, &["cleanup", "--kube-proxy"])?;
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(output.status.success() && told.contains("tables=1 chains=6"), "{told}");
+    ensure!(output.status.success() && told.contains("tables=1 chains=3"), "{told}");
     ensure!(told.contains("devices=1"), "{told}");
     for variant in variants {
         let left = namespace.stdout(&format!("{variant}-save"), &["--counters"])?;
@@ -393,7 +526,10 @@ fn cleanup_takes_only_what_is_kube_proxys() -> Result<()> {
             ":KUBE-FIREWALL - [0:0]",
             "[0:0] -A INPUT -j KUBE-FIREWALL",
             ":KUBE-KUBELET-CANARY - [0:0]",
+            // Empty, for the rule that leads there.
+            ":KUBE-SERVICES - [0:0]",
             ":MINE - [0:0]",
+            "[0:0] -A MINE -j KUBE-SERVICES",
             "[7:420] -A PREROUTING -p tcp -j MINE",
             "[5:300] -A MINE -p udp",
             "[6:360] -A MINE -j RETURN",
@@ -405,6 +541,7 @@ fn cleanup_takes_only_what_is_kube_proxys() -> Result<()> {
     assert!(namespace.stdout("nft", &["list", "tables"])?.contains("table ip mine"));
     let output = namespace.output(&weir, &["cleanup", "--kube-proxy"])?;
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(output.status.success() && told.is_empty(), "{told}");
+    ensure!(output.status.success() && !told.contains("removed"), "{told}");
+    ensure!(told.contains("KUBE-SERVICES in ip nat: rules of other programs lead to it, in MINE"), "{told}");
     Ok(())
 }

@@ -417,8 +417,11 @@ pub fn write_config(loaded: &Loaded, path: &Path) -> anyhow::Result<()> {
 pub fn cleanup_kube_proxy(excluded: &[IpNet], log: &LogArgs) -> anyhow::Result<()> {
     Telemetry::init(log.config())?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    takeover::tell(runtime.block_on(kube_proxy::remove(excluded))?);
-    Ok(())
+    let (removed, failed) = runtime.block_on(kube_proxy::remove(excluded));
+    takeover::tell(&removed);
+    let failed: Vec<String> =
+        failed.into_iter().map(|error| format!("{:#}", anyhow::Error::from(error))).collect();
+    if failed.is_empty() { Ok(()) } else { bail!("{}", failed.join("\n")) }
 }
 
 /// Takes everything of ours out of the kernel, and with `stay` lives on until told to end, as pods have to.

@@ -6,7 +6,7 @@
 use ipnet::IpNet;
 use tokio::sync::oneshot;
 
-use crate::dataplane::kube_proxy::{self, Removed};
+use crate::dataplane::kube_proxy::{self, Because, KeptChain, Removed, listed};
 
 /// Waits for the news in a task. Virtual servers of IPVS in the `excluded` networks stay.
 pub(super) fn start(excluded: Vec<IpNet>) -> oneshot::Sender<()> {
@@ -15,20 +15,19 @@ pub(super) fn start(excluded: Vec<IpNet>) -> oneshot::Sender<()> {
         if in_force.await.is_err() {
             return;
         }
-        match kube_proxy::remove(&excluded).await {
-            Ok(removed) => tell(removed),
-            Err(error) => {
-                let cause = std::error::Error::source(&error).map(ToString::to_string);
-                tracing::warn!(%error, cause, "kube-proxy's rules may still lead new connections; `weir cleanup --kube-proxy` tries again");
-            }
+        let (removed, failed) = kube_proxy::remove(&excluded).await;
+        tell(&removed);
+        for error in failed {
+            let cause = std::error::Error::source(&error).map(ToString::to_string);
+            tracing::warn!(%error, cause, "kube-proxy's rules may still lead new connections; `weir cleanup --kube-proxy` tries again");
         }
     });
     sender
 }
 
-/// Says what was removed.
-pub(super) fn tell(removed: Removed) {
-    let Removed { tables, chains, servers, sets, devices } = removed;
+/// Says what was removed, and what stays.
+pub(super) fn tell(removed: &Removed) {
+    let Removed { tables, chains, servers, sets, devices, kept_chains, kept_sets } = removed;
     if !removed.is_empty() {
         tracing::info!(
             tables,
@@ -38,5 +37,22 @@ pub(super) fn tell(removed: Removed) {
             devices,
             "took over from kube-proxy and removed what it had left"
         );
+    }
+    let is_refused = |kept: &&KeptChain| matches!(kept.because, Because::Refused(_));
+    let (refused, led_to): (Vec<_>, Vec<_>) = kept_chains.iter().partition(is_refused);
+    if !refused.is_empty() {
+        tracing::warn!(
+            chains = listed(refused),
+            "chains of kube-proxy stay, because packets to Services would be refused without them; they are not kept up, so accept these packets by rules of your own"
+        );
+    }
+    if !led_to.is_empty() {
+        tracing::warn!(
+            chains = listed(led_to),
+            "chains of kube-proxy stay, because other programs use them; those that held Services are empty"
+        );
+    }
+    if !kept_sets.is_empty() {
+        tracing::warn!(sets = kept_sets.join(", "), "sets of kube-proxy stay, because rules use them");
     }
 }

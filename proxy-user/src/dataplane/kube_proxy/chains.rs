@@ -1,8 +1,15 @@
-//! Which part of a rule set is kube-proxy's.
+//! Which part of a rule set is kube-proxy's, and which part of that has to stay.
 //!
-//! In: tables, chains and jumps as the kernel lists them. Out: what to delete.
+//! In: tables, chains and rules as the kernel lists them. Out: what to delete, and what stays although kube-proxy made it.
+//!
+//! A chain stays for one of two reasons. A rule of another program leads to it, as portmap's rules lead to
+//! `KUBE-MARK-MASQ`: deleting that rule would break the other program. Or a built-in chain refuses packets further on that
+//! the chain accepts, as `FORWARD` with policy drop does: without the chain these packets would be lost.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    fmt,
+};
 
 /// The table of kube-proxy's nftables mode.
 const TABLE: &str = "kube-proxy";
@@ -30,16 +37,62 @@ const CHAINS: [&str; 13] = [
 /// How the names of chains for one Service or one endpoint begin.
 const PREFIXES: [&str; 6] = ["KUBE-SVC-", "KUBE-SVL-", "KUBE-FW-", "KUBE-EXT-", "KUBE-SEP-", "KUBE-XLB-"];
 
-/// A table and a chain of it.
-pub(super) type Chain = (String, String);
+/// The chains that kube-proxy itself leads to from built-in chains.
+const ENTRIES: [&str; 9] = [
+    "KUBE-EXTERNAL-SERVICES",
+    "KUBE-FORWARD",
+    "KUBE-IPVS-FILTER",
+    "KUBE-IPVS-OUT-FILTER",
+    "KUBE-NODE-PORT",
+    "KUBE-NODEPORTS",
+    "KUBE-POSTROUTING",
+    "KUBE-PROXY-FIREWALL",
+    "KUBE-SERVICES",
+];
 
-/// A rule that leads to another chain.
+/// The chains whose rules name no Service, so that they stay right when Services change.
+const LASTING: [&str; 3] = ["KUBE-FORWARD", "KUBE-MARK-MASQ", "KUBE-POSTROUTING"];
+
+/// The table with the chains that accept packets: connections to Services that are forwarded, and health checks.
+const FILTER: &str = "filter";
+const ACCEPTING: [&str; 3] = ["KUBE-FORWARD", "KUBE-NODEPORTS", "KUBE-NODE-PORT"];
+
+/// A table and a chain of it.
+pub(super) type Name = (String, String);
+
+/// A chain, as far as it matters here.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Jump {
-    pub(super) from: Chain,
+pub(super) struct Chain {
+    pub(super) name: Name,
+    /// What happens to a packet that no rule decides about, if the kernel itself sends packets to this chain.
+    pub(super) built_in: Option<Policy>,
+    /// How many rules are in the chain and how many rules or elements of maps lead to it, together, where the kernel
+    /// counts that.
+    pub(super) uses: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Policy {
+    Accept,
+    Drop,
+}
+
+/// A rule. The rules of a chain are in the order in which packets meet them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Rule {
+    pub(super) chain: Name,
     pub(super) handle: u64,
-    /// The chain in the same table.
-    pub(super) to: String,
+    pub(super) verdict: Verdict,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// On to this chain of the same table.
+    Chain(String),
+    /// Dropped, rejected, or left to another program.
+    Refuse,
+    /// Anything else.
+    Other,
 }
 
 /// The rule set of a family, as far as it matters here.
@@ -47,35 +100,185 @@ pub(super) struct Jump {
 pub(super) struct Found {
     pub(super) tables: Vec<String>,
     pub(super) chains: Vec<Chain>,
-    pub(super) jumps: Vec<Jump>,
+    pub(super) rules: Vec<Rule>,
 }
 
-/// What to delete.
+/// What to delete, and what stays of kube-proxy's.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Theirs {
     pub(super) tables: Vec<String>,
-    /// Rules of others that lead to the chains.
-    pub(super) jumps: Vec<Jump>,
-    pub(super) chains: Vec<Chain>,
+    /// Rules in chains that stay: the chain and the handle.
+    pub(super) rules: Vec<(Name, u64)>,
+    /// Chains, with all their rules.
+    pub(super) chains: Vec<Name>,
+    /// Chains that stay, and why.
+    pub(super) kept: BTreeMap<Name, Because>,
+}
+
+impl Theirs {
+    /// Whether nothing is to be deleted.
+    pub(super) fn is_empty(&self) -> bool {
+        self.tables.is_empty() && self.rules.is_empty() && self.chains.is_empty()
+    }
+}
+
+/// Why a chain of kube-proxy stays.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Because {
+    /// Rules in these chains of other programs lead to it; none of them where only a map's element does.
+    LedTo(BTreeSet<String>),
+    /// This built-in chain refuses packets later on that the chain accepts.
+    Refused(String),
+}
+
+impl fmt::Display for Because {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::LedTo(chains) if chains.is_empty() => {
+                write!(formatter, "a map of another program leads to it")
+            }
+            Self::LedTo(chains) => {
+                let chains: Vec<&str> = chains.iter().map(String::as_str).collect();
+                write!(formatter, "rules of other programs lead to it, in {}", chains.join(", "))
+            }
+            Self::Refused(chain) => {
+                write!(formatter, "{chain} drops or rejects packets that it accepts")
+            }
+        }
+    }
+}
+
+/// Whether a target of iptables ends a packet's way, or leaves that to another program.
+pub(super) fn is_refusal(target: &[u8]) -> bool {
+    [&b"DROP"[..], b"REJECT", b"NFQUEUE", b"TARPIT"].contains(&target)
 }
 
 /// Whether kube-proxy gives a chain in a table of iptables this name.
-pub(super) fn is_kube_proxys(chain: &str) -> bool {
+fn is_kube_proxys(chain: &str) -> bool {
     CHAINS.contains(&chain) || PREFIXES.iter().any(|start| chain.starts_with(start))
 }
 
 /// kube-proxy's part of what was found.
 pub(super) fn of_kube_proxy(found: &Found) -> Theirs {
-    let is_theirs =
-        |(table, chain): &&Chain| IPTABLES.contains(&table.as_str()) && is_kube_proxys(chain.as_str());
-    let chains: BTreeSet<Chain> = found.chains.iter().filter(is_theirs).cloned().collect();
-    let leads_there = |jump: &&Jump| {
-        !chains.contains(&jump.from) && chains.contains(&(jump.from.0.clone(), jump.to.clone()))
-    };
-    Theirs {
+    let graph = Graph::of(found);
+    let mut theirs = Theirs {
         tables: found.tables.iter().filter(|table| *table == TABLE).cloned().collect(),
-        jumps: found.jumps.iter().filter(leads_there).cloned().collect(),
-        chains: chains.into_iter().collect(),
+        ..Theirs::default()
+    };
+    for chain in found.chains.iter().filter(|chain| graph.theirs.contains(&chain.name)) {
+        if let Some(because) = graph.reason_to_keep(chain) {
+            theirs.kept.insert(chain.name.clone(), because);
+        } else {
+            theirs.chains.push(chain.name.clone());
+        }
+    }
+    theirs.chains.sort();
+    let goes = |rule: &&Rule| match theirs.kept.get(&rule.chain) {
+        // The rules of a chain that goes need not be named.
+        None if graph.theirs.contains(&rule.chain) => false,
+        Some(Because::LedTo(_)) if !LASTING.contains(&rule.chain.1.as_str()) => true,
+        _ => graph.leads_nowhere(rule, &theirs.kept),
+    };
+    theirs.rules = found.rules.iter().filter(goes).map(|rule| (rule.chain.clone(), rule.handle)).collect();
+    theirs
+}
+
+/// What leads where.
+struct Graph<'a> {
+    /// The chains that kube-proxy made.
+    theirs: HashSet<&'a Name>,
+    /// The built-in chains.
+    built_in: HashMap<&'a Name, Policy>,
+    rules_in: HashMap<&'a Name, Vec<&'a Rule>>,
+    /// By table and chain.
+    rules_to: HashMap<&'a str, HashMap<&'a str, Vec<&'a Rule>>>,
+}
+
+impl<'a> Graph<'a> {
+    fn of(found: &'a Found) -> Self {
+        let is_theirs = |chain: &&Chain| {
+            let (table, name) = &chain.name;
+            chain.built_in.is_none() && IPTABLES.contains(&table.as_str()) && is_kube_proxys(name)
+        };
+        let mut graph = Self {
+            theirs: found.chains.iter().filter(is_theirs).map(|chain| &chain.name).collect(),
+            built_in: found.chains.iter().filter_map(|chain| Some((&chain.name, chain.built_in?))).collect(),
+            rules_in: HashMap::new(),
+            rules_to: HashMap::new(),
+        };
+        for rule in &found.rules {
+            graph.rules_in.entry(&rule.chain).or_default().push(rule);
+            if let Verdict::Chain(to) = &rule.verdict {
+                graph.rules_to.entry(&rule.chain.0).or_default().entry(to).or_default().push(rule);
+            }
+        }
+        graph
+    }
+
+    fn rules_in(&self, chain: &Name) -> &[&'a Rule] {
+        self.rules_in.get(chain).map_or(&[], Vec::as_slice)
+    }
+
+    fn rules_to(&self, (table, chain): &Name) -> &[&'a Rule] {
+        let in_table = self.rules_to.get(table.as_str());
+        in_table.and_then(|to| to.get(chain.as_str())).map_or(&[], Vec::as_slice)
+    }
+
+    /// Whether kube-proxy made a rule that leads to a chain of its own.
+    fn is_entry(&self, rule: &Rule) -> bool {
+        matches!(&rule.verdict, Verdict::Chain(to) if ENTRIES.contains(&to.as_str()))
+            && self.built_in.contains_key(&rule.chain)
+    }
+
+    fn reason_to_keep(&self, chain: &Chain) -> Option<Because> {
+        let (inside, leading) = (self.rules_in(&chain.name), self.rules_to(&chain.name));
+        let accepts =
+            chain.name.0 == FILTER && ACCEPTING.contains(&chain.name.1.as_str()) && !inside.is_empty();
+        if accepts && let Some(entry) = leading.iter().find(|rule| self.refuses_after(rule)) {
+            return Some(Because::Refused(entry.chain.1.clone()));
+        }
+        let foreign =
+            leading.iter().filter(|rule| !self.theirs.contains(&rule.chain) && !self.is_entry(rule));
+        let foreign: BTreeSet<String> = foreign.map(|rule| rule.chain.1.clone()).collect();
+        let in_maps = chain.uses.is_some_and(|uses| uses > inside.len() + leading.len());
+        (in_maps || !foreign.is_empty()).then_some(Because::LedTo(foreign))
+    }
+
+    /// Whether a packet that this rule of a built-in chain accepts could be refused behind it.
+    fn refuses_after(&self, rule: &Rule) -> bool {
+        let Some(policy) = self.built_in.get(&rule.chain) else { return false };
+        let behind =
+            self.rules_in(&rule.chain).iter().skip_while(|other| other.handle != rule.handle).skip(1);
+        let mut seen = HashSet::new();
+        *policy == Policy::Drop || behind.copied().any(|rule| self.may_refuse(rule, &mut seen))
+    }
+
+    fn may_refuse(&self, rule: &'a Rule, seen: &mut HashSet<Name>) -> bool {
+        match &rule.verdict {
+            Verdict::Refuse => true,
+            Verdict::Other => false,
+            Verdict::Chain(to) => {
+                let to = (rule.chain.0.clone(), to.clone());
+                // kube-proxy's own chains go, and the kubelet's refuse only what pretends to come from this host.
+                !to.1.starts_with("KUBE-")
+                    && seen.insert(to.clone())
+                    && self.rules_in(&to).iter().any(|rule| self.may_refuse(rule, seen))
+            }
+        }
+    }
+
+    /// Whether a rule in a chain that stays only leads to chains that go.
+    fn leads_nowhere(&self, rule: &Rule, kept: &BTreeMap<Name, Because>) -> bool {
+        let Verdict::Chain(to) = &rule.verdict else { return false };
+        let to = (rule.chain.0.clone(), to.clone());
+        if !self.theirs.contains(&to) {
+            return false;
+        }
+        match kept.get(&to) {
+            None => true,
+            Some(Because::LedTo(_)) => self.is_entry(rule),
+            Some(Because::Refused(_)) => false,
+        }
     }
 }
 
@@ -83,44 +286,200 @@ pub(super) fn of_kube_proxy(found: &Found) -> Theirs {
 mod tests {
     use super::*;
 
-    fn chain(text: &str) -> Chain {
+    fn name(text: &str) -> Name {
         let (table, chain) = text.split_once(' ').unwrap();
         (table.to_owned(), chain.to_owned())
     }
 
+    /// A rule set in lines: `table nat`, `nat PREROUTING: accept` (a built-in chain), `nat MINE` (a chain),
+    /// `nat MINE > KUBE-SERVICES` (a rule that leads on) and `nat MINE ! refuse` or `nat MINE ! other` (a rule that does
+    /// not). A rule's handle is the number of its line.
+    fn found(text: &str) -> Found {
+        let mut found = Found::default();
+        for (handle, line) in (1..).zip(text.lines().map(str::trim)).filter(|(_, line)| !line.is_empty()) {
+            let mut rule = |chain, verdict| found.rules.push(Rule { chain: name(chain), handle, verdict });
+            if let Some(table) = line.strip_prefix("table ") {
+                found.tables.push(table.to_owned());
+            } else if let Some((chain, to)) = line.split_once(" > ") {
+                rule(chain, Verdict::Chain(to.to_owned()));
+            } else if let Some((chain, what)) = line.split_once(" ! ") {
+                rule(chain, if what == "refuse" { Verdict::Refuse } else { Verdict::Other });
+            } else {
+                let (chain, policy) = line.split_once(": ").unzip();
+                let built_in = policy.map(|policy| match policy {
+                    "drop" => Policy::Drop,
+                    _ => Policy::Accept,
+                });
+                found.chains.push(Chain { name: name(chain.unwrap_or(line)), built_in, uses: None });
+            }
+        }
+        found
+    }
+
+    fn handles(theirs: &Theirs) -> Vec<u64> {
+        theirs.rules.iter().map(|(_, handle)| *handle).collect()
+    }
+
+    fn chains(theirs: &Theirs) -> Vec<String> {
+        theirs.chains.iter().map(|(table, chain)| format!("{table} {chain}")).collect()
+    }
+
+    fn kept(theirs: &Theirs) -> Vec<String> {
+        let kept = theirs.kept.iter();
+        kept.map(|((table, chain), because)| format!("{table} {chain}: {because}")).collect()
+    }
+
     #[test]
     fn only_what_kube_proxy_made_is_its() {
-        let jump = |from: &str, handle, to: &str| Jump { from: chain(from), handle, to: to.to_owned() };
-        let found = Found {
-            tables: ["nat", "kube-proxy", "weir", "kube-proxy-2"].map(str::to_owned).to_vec(),
-            chains: [
-                "nat PREROUTING",
-                "nat KUBE-SERVICES",
-                "nat KUBE-SVC-ABC",
-                "nat KUBE-KUBELET-CANARY",
-                "filter KUBE-FIREWALL",
-                "filter KUBE-FORWARD",
-                "mangle KUBE-PROXY-CANARY",
-                "mine KUBE-SERVICES",
-                "nat CNI-HOSTPORT-DNAT",
-                "nat KUBE-MY-OWN",
-            ]
-            .map(chain)
-            .to_vec(),
-            jumps: vec![
-                jump("nat PREROUTING", 7, "KUBE-SERVICES"),
-                jump("nat KUBE-SERVICES", 8, "KUBE-SVC-ABC"),
-                jump("nat PREROUTING", 9, "CNI-HOSTPORT-DNAT"),
-                jump("filter INPUT", 10, "KUBE-FIREWALL"),
-                jump("mine PREROUTING", 11, "KUBE-SERVICES"),
-                jump("filter FORWARD", 12, "KUBE-SERVICES"),
-            ],
-        };
-        let theirs = of_kube_proxy(&found);
+        let theirs = of_kube_proxy(&found(
+            "table nat
+            table kube-proxy
+            table weir
+            table kube-proxy-2
+            nat PREROUTING: accept
+            nat KUBE-SERVICES
+            nat KUBE-SVC-ABC
+            nat KUBE-KUBELET-CANARY
+            filter KUBE-FIREWALL
+            filter KUBE-FORWARD
+            mangle KUBE-PROXY-CANARY
+            mine KUBE-SERVICES
+            nat CNI-HOSTPORT-DNAT
+            nat KUBE-MY-OWN
+            nat PREROUTING > KUBE-SERVICES
+            nat KUBE-SERVICES > KUBE-SVC-ABC
+            nat PREROUTING > CNI-HOSTPORT-DNAT
+            filter INPUT > KUBE-FIREWALL
+            mine PREROUTING > KUBE-SERVICES
+            filter FORWARD > KUBE-SERVICES",
+        ));
         assert_eq!(theirs.tables, ["kube-proxy"]);
-        assert_eq!(theirs.jumps.iter().map(|jump| jump.handle).collect::<Vec<_>>(), [7]);
+        assert_eq!(handles(&theirs), [15]);
         let expected =
             ["filter KUBE-FORWARD", "mangle KUBE-PROXY-CANARY", "nat KUBE-SERVICES", "nat KUBE-SVC-ABC"];
-        assert_eq!(theirs.chains, expected.map(chain));
+        assert_eq!(chains(&theirs), expected);
+        assert_eq!(kept(&theirs), [""; 0]);
+    }
+
+    #[test]
+    fn a_chain_that_rules_of_others_lead_to_stays_with_these_rules() {
+        let theirs = of_kube_proxy(&found(
+            "nat PREROUTING: accept
+            nat OUTPUT: accept
+            nat CNI-HOSTPORT-SETMARK
+            nat KUBE-MARK-MASQ
+            nat KUBE-SERVICES
+            nat KUBE-SVC-ABC
+            nat CNI-HOSTPORT-SETMARK > KUBE-MARK-MASQ
+            nat OUTPUT > KUBE-MARK-MASQ
+            nat PREROUTING > KUBE-SERVICES
+            nat KUBE-SERVICES > KUBE-SVC-ABC
+            nat KUBE-SVC-ABC > KUBE-MARK-MASQ
+            nat KUBE-MARK-MASQ ! other",
+        ));
+        assert_eq!(handles(&theirs), [9], "only kube-proxy's own rule in a built-in chain");
+        assert_eq!(chains(&theirs), ["nat KUBE-SERVICES", "nat KUBE-SVC-ABC"]);
+        let because = "rules of other programs lead to it, in CNI-HOSTPORT-SETMARK, OUTPUT";
+        assert_eq!(kept(&theirs), [format!("nat KUBE-MARK-MASQ: {because}")]);
+    }
+
+    #[test]
+    fn a_chain_of_services_that_others_lead_to_stays_empty() {
+        let theirs = of_kube_proxy(&found(
+            "nat PREROUTING: accept
+            nat MINE
+            nat KUBE-SERVICES
+            nat KUBE-SVC-ABC
+            nat MINE > KUBE-SERVICES
+            nat PREROUTING > KUBE-SERVICES
+            nat KUBE-SERVICES > KUBE-SVC-ABC
+            nat KUBE-SERVICES ! refuse",
+        ));
+        assert_eq!(handles(&theirs), [6, 7, 8]);
+        assert_eq!(chains(&theirs), ["nat KUBE-SVC-ABC"]);
+        assert_eq!(kept(&theirs), ["nat KUBE-SERVICES: rules of other programs lead to it, in MINE"]);
+    }
+
+    #[test]
+    fn a_chain_that_a_map_leads_to_stays() {
+        let mut found = found(
+            "nat PREROUTING: accept
+            nat KUBE-MARK-MASQ
+            nat KUBE-SVC-ABC
+            nat KUBE-SVC-ABC > KUBE-MARK-MASQ
+            nat KUBE-MARK-MASQ ! other",
+        );
+        found.chains[1].uses = Some(2);
+        found.chains[2].uses = Some(1);
+        assert_eq!(chains(&of_kube_proxy(&found)), ["nat KUBE-MARK-MASQ", "nat KUBE-SVC-ABC"]);
+        found.chains[1].uses = Some(3);
+        let theirs = of_kube_proxy(&found);
+        assert_eq!(chains(&theirs), ["nat KUBE-SVC-ABC"]);
+        assert_eq!(kept(&theirs), ["nat KUBE-MARK-MASQ: a map of another program leads to it"]);
+    }
+
+    /// The rules of kube-proxy in the filter table, in the order of a node with the kubelet.
+    fn filter(policy: &str, behind: &str) -> Theirs {
+        of_kube_proxy(&found(&format!(
+            "filter FORWARD: {policy}
+            filter INPUT: {policy}
+            filter KUBE-SERVICES
+            filter KUBE-FORWARD
+            filter KUBE-NODEPORTS
+            filter KUBE-FIREWALL
+            filter DOCKER
+            filter FORWARD > KUBE-FORWARD
+            filter FORWARD > KUBE-SERVICES
+            filter INPUT > KUBE-NODEPORTS
+            filter INPUT > KUBE-FIREWALL
+            filter KUBE-SERVICES ! refuse
+            filter KUBE-FORWARD ! other
+            filter KUBE-NODEPORTS ! other
+            filter KUBE-FIREWALL ! refuse
+            {behind}"
+        )))
+    }
+
+    #[test]
+    fn what_accepts_connections_to_services_stays_where_they_would_be_refused_otherwise() {
+        let theirs = filter("drop", "");
+        assert_eq!(handles(&theirs), [9]);
+        assert_eq!(chains(&theirs), ["filter KUBE-SERVICES"]);
+        let because = "drops or rejects packets that it accepts";
+        let expected = ["KUBE-FORWARD: FORWARD", "KUBE-NODEPORTS: INPUT"];
+        assert_eq!(kept(&theirs), expected.map(|what| format!("filter {what} {because}")));
+
+        for behind in [
+            "filter FORWARD ! refuse",
+            "filter FORWARD > DOCKER
+            filter DOCKER ! refuse",
+        ] {
+            let theirs = filter("accept", behind);
+            assert_eq!(kept(&theirs), [format!("filter KUBE-FORWARD: FORWARD {because}")]);
+            assert_eq!(chains(&theirs), ["filter KUBE-NODEPORTS", "filter KUBE-SERVICES"]);
+        }
+    }
+
+    #[test]
+    fn where_nothing_is_refused_otherwise_everything_goes() {
+        for behind in [
+            "",
+            "filter FORWARD ! other",
+            "filter FORWARD > DOCKER
+            filter DOCKER > DOCKER
+            filter DOCKER ! other",
+        ] {
+            let theirs = filter("accept", behind);
+            assert_eq!(kept(&theirs), [""; 0]);
+            assert_eq!(handles(&theirs), [8, 9, 10]);
+        }
+        let before = of_kube_proxy(&found(
+            "filter FORWARD: accept
+            filter KUBE-FORWARD
+            filter FORWARD ! refuse
+            filter FORWARD > KUBE-FORWARD
+            filter KUBE-FORWARD ! other",
+        ));
+        assert_eq!(chains(&before), ["filter KUBE-FORWARD"], "what is refused before is refused anyway");
     }
 }

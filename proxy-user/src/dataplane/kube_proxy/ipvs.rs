@@ -75,12 +75,14 @@ pub(super) fn remove_servers(excluded: &[IpNet]) -> io::Result<usize> {
     Ok(count)
 }
 
-/// Removes kube-proxy's sets, and tells how many there were.
+/// Removes kube-proxy's sets, and tells how many there were and which stay because a rule asks them.
 ///
 /// # Errors
 ///
-/// The kernel's; `EBUSY` while a rule asks one.
-pub(super) fn remove_sets() -> io::Result<usize> {
+/// The kernel's.
+pub(super) fn remove_sets() -> io::Result<(usize, Vec<String>)> {
+    /// `IPSET_ERR_BUSY`.
+    const BUSY: i32 = 4100;
     /// `NFNL_SUBSYS_IPSET`.
     const SUBSYSTEM: NetfilterSubsystem = NetfilterSubsystem::Other(6);
     /// `IPSET_CMD_DESTROY`.
@@ -90,18 +92,21 @@ pub(super) fn remove_sets() -> io::Result<usize> {
     /// `IPSET_ATTR_SETNAME`.
     const NAME: u16 = 2;
     let mut channel = Channel::open(NETLINK_NETFILTER)?;
-    let mut count = 0;
+    let (mut count, mut kept) = (0, Vec::new());
     for name in SETS.iter().flat_map(|name| [(*name).to_owned(), name.replacen(PREFIX, PREFIX_V6, 1)]) {
-        let mut text = name.into_bytes();
+        let mut text = name.clone().into_bytes();
         text.truncate(SET_NAME_LEN);
         text.push(0);
         let attributes = vec![DefaultNla::new(PROTOCOL.0, vec![PROTOCOL.1]), DefaultNla::new(NAME, text)];
         let inner = NetfilterMessageInner::Other { subsys: SUBSYSTEM, message_type: DESTROY, attributes };
         let header = NetfilterHeader::new(NetfilterProtoFamily::IPv4, 0, 0);
         let destroyed = exchange(&mut channel, NLM_F_ACK, NetfilterMessage::new(header, inner));
-        count += usize::from(existing(destroyed)?.is_some());
+        match destroyed {
+            Err(error) if error.raw_os_error() == Some(BUSY) => kept.push(name),
+            destroyed => count += usize::from(existing(destroyed)?.is_some()),
+        }
     }
-    Ok(count)
+    Ok((count, kept))
 }
 
 /// The number that messages of IPVS have; none where the kernel has no IPVS.

@@ -18,7 +18,7 @@ use crate::{
     model::Family,
 };
 
-use super::chains;
+use super::chains::{self, Chain, Found, Policy, Rule, Theirs, Verdict};
 
 /// A table that others change more often than this while it is replaced is left alone.
 const ATTEMPTS: usize = 20;
@@ -26,6 +26,12 @@ const ATTEMPTS: usize = 20;
 const NAME_LEN: usize = 32;
 /// How long `struct ipt_getinfo` is.
 const INFO_LEN: usize = 84;
+/// The built-in chains, by the number of their hook.
+const HOOKS: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
+/// How a rule says `NF_DROP`.
+const DROP: i32 = -1;
+/// How a rule says `NF_QUEUE`.
+const QUEUE: i32 = -4;
 /// Where `struct ipt_get_entries` has its entries.
 const ENTRIES: usize = 40;
 /// How long `struct xt_entry_target` is before a target's own data.
@@ -42,12 +48,12 @@ pub(super) fn tables(family: Family) -> Vec<String> {
     names.lines().filter(|name| chains::IPTABLES.contains(name)).map(str::to_owned).collect()
 }
 
-/// Removes kube-proxy's chains from a table, and tells how many those were.
+/// Removes kube-proxy's chains from a table, and tells which those were and which stay.
 ///
 /// # Errors
 ///
 /// The kernel's; `WouldBlock` when others kept changing the table.
-pub(super) fn remove(family: Family, name: &str) -> io::Result<usize> {
+pub(super) fn remove(family: Family, name: &str) -> io::Result<Theirs> {
     let kernel = Xtables::open(family)?;
     for _ in 0..ATTEMPTS {
         match attempt(&kernel, family, name) {
@@ -58,14 +64,15 @@ pub(super) fn remove(family: Family, name: &str) -> io::Result<usize> {
     Err(io::ErrorKind::WouldBlock.into())
 }
 
-fn attempt(kernel: &Xtables, family: Family, name: &str) -> io::Result<usize> {
+fn attempt(kernel: &Xtables, family: Family, name: &str) -> io::Result<Theirs> {
     let table = Table::read(kernel, family, name)?;
-    let Some(shrunk) = table.without(chains::is_kube_proxys).ok_or(io::ErrorKind::InvalidData)? else {
-        return Ok(0);
-    };
-    let counted = table.replace(kernel, name, &shrunk)?;
-    add(kernel, name, shrunk.kept.iter().filter_map(|&index| counted.get(index)))?;
-    Ok(shrunk.chains)
+    let theirs = chains::of_kube_proxy(&table.found(name).ok_or(io::ErrorKind::InvalidData)?);
+    if !theirs.is_empty() {
+        let shrunk = table.without(&theirs).ok_or(io::ErrorKind::InvalidData)?;
+        let counted = table.replace(kernel, name, &shrunk)?;
+        add(kernel, name, shrunk.kept.iter().filter_map(|&index| counted.get(index)))?;
+    }
+    Ok(theirs)
 }
 
 /// A table as the kernel tells it.
@@ -89,11 +96,9 @@ struct Shrunk {
     entries: Vec<u8>,
     /// Which entries of the table stay.
     kept: Vec<usize>,
-    /// How many chains went.
-    chains: usize,
 }
 
-/// One entry: a rule, or the beginning of a chain.
+/// One entry: a rule, the beginning or the end of a chain.
 struct Entry<'a> {
     range: Range<usize>,
     target: Target<'a>,
@@ -104,8 +109,20 @@ enum Target<'a> {
     Chain(&'a str),
     /// The entry that is `to` from the table's start. `place` is where it says so.
     Jump { place: usize, to: usize },
-    /// A verdict, or an extension.
-    Other,
+    /// A verdict, or an extension. Whether the packet is dropped, rejected or left to another program.
+    Other { refuses: bool },
+}
+
+/// A part of a table: the entries from one number up to another.
+struct Part<'a> {
+    name: &'a str,
+    /// The beginning, the rules and the end of a chain; only the rules and the end of a built-in one.
+    entries: Range<usize>,
+    /// The rules alone.
+    rules: Range<usize>,
+    /// The place in the table of the first rule.
+    start: usize,
+    built_in: Option<Policy>,
 }
 
 impl Table {
@@ -130,29 +147,82 @@ impl Table {
         Ok(Self { family, valid_hooks, hooks, policies, count, entries: entries.split_off(ENTRIES) })
     }
 
-    /// The table without chains of certain names. `None` when the bytes make no sense, `Some(None)` when it has none.
-    fn without(&self, goes: impl Fn(&str) -> bool) -> Option<Option<Shrunk>> {
+    /// What is in the table. A rule's handle is its number among the entries. `None` when the bytes make no sense.
+    fn found(&self, table: &str) -> Option<Found> {
+        let all = self.parse()?;
+        let parts = self.parts(&all)?;
+        let names: BTreeMap<usize, &str> = parts.iter().map(|part| (part.start, part.name)).collect();
+        let mut found = Found::default();
+        for part in &parts {
+            let chain = (table.to_owned(), part.name.to_owned());
+            for index in part.rules.clone() {
+                let verdict = match &all.get(index)?.target {
+                    Target::Jump { to, .. } => match names.get(to) {
+                        Some(name) => Verdict::Chain((*name).to_owned()),
+                        // A rule without a target leads to the next one.
+                        None => Verdict::Other,
+                    },
+                    Target::Other { refuses: true } => Verdict::Refuse,
+                    Target::Other { refuses: false } => Verdict::Other,
+                    Target::Chain(_) => return None,
+                };
+                found.rules.push(Rule { chain: chain.clone(), handle: index as u64, verdict });
+            }
+            found.chains.push(Chain { name: chain, built_in: part.built_in, uses: None });
+        }
+        Some(found)
+    }
+
+    /// The chains, built-in ones first. The last entry of a chain is what happens when no rule decides.
+    fn parts<'a>(&self, all: &'a [Entry<'a>]) -> Option<Vec<Part<'a>>> {
+        let numbers: BTreeMap<usize, usize> =
+            all.iter().enumerate().map(|(number, entry)| (entry.range.start, number)).collect();
+        let mut parts = Vec::new();
+        for (hook, name) in HOOKS.iter().enumerate().filter(|(hook, _)| self.has(*hook)) {
+            let start = self.hooks[hook] as usize;
+            let (first, end) = (*numbers.get(&start)?, *numbers.get(&(self.policies[hook] as usize))?);
+            let policy = match all[end].target {
+                Target::Other { refuses: true } => Policy::Drop,
+                _ => Policy::Accept,
+            };
+            let (entries, rules) = (first..end + 1, first..end);
+            parts.push(Part { name, entries, rules, start, built_in: Some(policy) });
+        }
+        let named = |(number, entry): (usize, &'a Entry<'a>)| match entry.target {
+            Target::Chain(name) => Some((number, name)),
+            _ => None,
+        };
+        let mut begins = all.iter().enumerate().filter_map(named).peekable();
+        while let Some((begin, name)) = begins.next() {
+            // Behind the last chain is one more such entry, which ends the table.
+            let Some((end, _)) = begins.peek() else { break };
+            let rules = begin + 1..end.checked_sub(1)?;
+            parts.push(Part {
+                name,
+                entries: begin..*end,
+                rules,
+                start: all[begin].range.end,
+                built_in: None,
+            });
+        }
+        Some(parts)
+    }
+
+    /// The table without some rules and chains. `None` when the bytes make no sense.
+    fn without(&self, theirs: &Theirs) -> Option<Shrunk> {
         let all = self.parse()?;
         let mut gone = vec![false; all.len()];
-        let mut starts = BTreeSet::new();
-        let mut in_gone = false;
-        for (entry, gone) in all.iter().zip(&mut gone) {
-            if let Target::Chain(name) = entry.target {
-                in_gone = goes(name);
-                if in_gone {
-                    starts.insert(entry.range.end);
-                }
-            }
-            *gone = in_gone;
+        for (_, handle) in &theirs.rules {
+            *gone.get_mut(usize::try_from(*handle).ok()?)? = true;
         }
-        if starts.is_empty() {
-            return Some(None);
+        let chains: BTreeSet<&str> = theirs.chains.iter().map(|(_, chain)| chain.as_str()).collect();
+        for part in self.parts(&all)?.iter().filter(|part| chains.contains(part.name)) {
+            gone.get_mut(part.entries.clone())?.fill(true);
         }
         let (mut moved, mut kept, mut entries) = (BTreeMap::new(), Vec::new(), Vec::new());
         for (index, entry) in all.iter().enumerate() {
             moved.insert(entry.range.start, u32::try_from(entries.len()).ok()?);
-            let leads_there = matches!(entry.target, Target::Jump { to, .. } if starts.contains(&to));
-            if !gone[index] && !leads_there {
+            if !gone[index] {
                 kept.push(index);
                 entries.extend_from_slice(&self.entries[entry.range.clone()]);
             }
@@ -171,7 +241,7 @@ impl Table {
             Some(followed)
         };
         let (hooks, policies) = (follow(self.hooks)?, follow(self.policies)?);
-        Some(Some(Shrunk { hooks, policies, entries, kept, chains: starts.len() }))
+        Some(Shrunk { hooks, policies, entries, kept })
     }
 
     fn has(&self, hook: usize) -> bool {
@@ -199,11 +269,14 @@ impl Table {
             let target = match text(self.entries.get(target + 2..data)?)? {
                 "ERROR" => Target::Chain(text(self.entries.get(data..end)?)?),
                 // A verdict is a negative number in the same place.
-                "" => match u32_at(&self.entries, data)?.cast_signed().try_into() {
-                    Ok(to) => Target::Jump { place: data, to },
-                    Err(_) => Target::Other,
-                },
-                _ => Target::Other,
+                "" => {
+                    let verdict = u32_at(&self.entries, data)?.cast_signed();
+                    match verdict.try_into() {
+                        Ok(to) => Target::Jump { place: data, to },
+                        Err(_) => Target::Other { refuses: [DROP, QUEUE].contains(&verdict) },
+                    }
+                }
+                name => Target::Other { refuses: chains::is_refusal(name.as_bytes()) },
             };
             all.push(Entry { range: start..end, target });
             start = end;

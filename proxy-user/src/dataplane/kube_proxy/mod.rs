@@ -3,10 +3,18 @@
 //! In: the kernel's state. Out: the same without the tables of kube-proxy's nftables mode, the chains of its iptables
 //! mode, in both variants of iptables, and the virtual servers, sets and device of its ipvs mode.
 //!
+//! What other programs need of it stays: chains that their rules lead to, sets that their rules ask, and chains without
+//! which packets to Services would be refused by rules or policies that kube-proxy did not make.
+//!
 //! New connections are served by whichever table has them first, so there is no moment at which nobody does. For those
 //! that are there connection tracking knows where they go, except where IPVS led them.
 
-use std::{fs::File, io, time::Duration};
+use std::{
+    fmt::{self, Write as _},
+    fs::File,
+    io,
+    time::Duration,
+};
 
 use backon::{ConstantBuilder, Retryable as _};
 use futures::TryStreamExt as _;
@@ -20,7 +28,8 @@ mod ipvs;
 mod legacy;
 mod ruleset;
 
-use ruleset::RuleSet;
+pub use chains::Because;
+use chains::Theirs;
 
 /// On it kube-proxy's ipvs mode puts every ClusterIP, so that the host takes packets to them for its own.
 const DEVICE: &str = "kube-ipvs0";
@@ -69,8 +78,8 @@ pub enum Error {
     Socket(#[source] io::Error),
 }
 
-/// How much was removed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// How much was removed, and what stays.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Removed {
     /// Tables of its own.
     pub tables: usize,
@@ -82,46 +91,103 @@ pub struct Removed {
     pub sets: usize,
     /// Devices.
     pub devices: usize,
+    /// Chains that stay.
+    pub kept_chains: Vec<KeptChain>,
+    /// Sets that stay because rules ask them.
+    pub kept_sets: Vec<String>,
 }
 
 impl Removed {
-    /// Whether there was nothing.
+    /// Whether nothing was removed.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        *self == Self::default()
+        [self.tables, self.chains, self.servers, self.sets, self.devices].iter().all(|count| *count == 0)
+    }
+
+    fn count(&mut self, rule_set: &str, theirs: Theirs) {
+        self.tables += theirs.tables.len();
+        self.chains += theirs.chains.len();
+        let kept = theirs.kept.into_iter().map(|((table, chain), because)| KeptChain {
+            rule_set: rule_set.to_owned(),
+            table,
+            chain,
+            because,
+        });
+        self.kept_chains.extend(kept);
     }
 }
 
-/// Takes out everything of kube-proxy's. Each family's rules in nf_tables go at one instant, and so do those of each
-/// legacy table. `excluded` are the networks whose virtual servers kube-proxy left alone, its `ipvs.excludeCIDRs`: where
-/// its ipvs mode runs, all others are its own.
-///
-/// # Errors
-///
-/// When something could not be removed; what was removed before stays removed.
-pub async fn remove(excluded: &[IpNet]) -> Result<Removed, Error> {
-    let mut removed = Removed::default();
-    let mut rules = RuleSet::open().map_err(Error::Socket)?;
-    for (family, name) in ruleset::FAMILIES {
-        let error = |what| move |source| Error::RuleSet { what, family: name, source };
-        let found = rules.read(family).map_err(error("read the rules"))?;
-        let theirs = chains::of_kube_proxy(&found);
-        rules.remove(family, &theirs).map_err(error("remove the rules"))?;
-        removed.tables += theirs.tables.len();
-        removed.chains += theirs.chains.len();
+/// A chain of kube-proxy that stays.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeptChain {
+    /// The family in nf_tables, or `legacy` and the family.
+    pub rule_set: String,
+    /// The table.
+    pub table: String,
+    /// The chain.
+    pub chain: String,
+    /// Why.
+    pub because: Because,
+}
+
+impl fmt::Display for KeptChain {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rule_set, table, chain, because } = self;
+        write!(formatter, "{chain} in {rule_set} {table}: {because}")
     }
-    removed.chains += remove_legacy_chains().await?;
+}
+
+/// Several of them in one line.
+pub fn listed<'a>(chains: impl IntoIterator<Item = &'a KeptChain>) -> String {
+    let mut text = String::new();
+    for chain in chains {
+        let separator = if text.is_empty() { "" } else { "; " };
+        // Writing to a string does not fail.
+        let _ = write!(text, "{separator}{chain}");
+    }
+    text
+}
+
+/// Takes out everything of kube-proxy's that no other program needs. Each family's rules in nf_tables go at one instant,
+/// and so do those of each legacy table. `excluded` are the networks whose virtual servers kube-proxy left alone, its
+/// `ipvs.excludeCIDRs`: where its ipvs mode runs, all others are its own. What cannot be removed keeps nothing else from
+/// being removed, and has an error each.
+pub async fn remove(excluded: &[IpNet]) -> (Removed, Vec<Error>) {
+    let (mut removed, mut failed) = (Removed::default(), Vec::new());
+    for (family, name) in ruleset::FAMILIES {
+        match ruleset::remove(family, name) {
+            Ok(theirs) => removed.count(name, theirs),
+            Err(error) => failed.push(error),
+        }
+    }
+    remove_legacy_chains(&mut removed, &mut failed).await;
+    if let Err(error) = remove_ipvs(excluded, &mut removed).await {
+        failed.push(error);
+    }
+    (removed, failed)
+}
+
+/// Removes what belongs to the ipvs mode, if there is any.
+async fn remove_ipvs(excluded: &[IpNet], removed: &mut Removed) -> Result<(), Error> {
     let (connection, handle, _) = rtnetlink::new_connection().map_err(Error::Socket)?;
     let connection = tokio::spawn(connection);
-    if let Some(device) = device(&handle).await.map_err(Error::Device)? {
-        // Last, because nothing else says that IPVS was kube-proxy's.
-        removed.servers = ipvs::remove_servers(excluded).map_err(Error::Servers)?;
-        removed.sets = ipvs::remove_sets().map_err(Error::Sets)?;
-        handle.link().del(device).execute().await.map_err(Error::Device)?;
-        removed.devices = 1;
-    }
+    let done = remove_device(&handle, excluded, removed).await;
     connection.abort();
-    Ok(removed)
+    done
+}
+
+/// Removes the device, after everything that it shows to be kube-proxy's: nothing else says so.
+async fn remove_device(
+    handle: &rtnetlink::Handle,
+    excluded: &[IpNet],
+    removed: &mut Removed,
+) -> Result<(), Error> {
+    let Some(device) = device(handle).await.map_err(Error::Device)? else { return Ok(()) };
+    removed.servers = ipvs::remove_servers(excluded).map_err(Error::Servers)?;
+    (removed.sets, removed.kept_sets) = ipvs::remove_sets().map_err(Error::Sets)?;
+    handle.link().del(device).execute().await.map_err(Error::Device)?;
+    removed.devices = 1;
+    Ok(())
 }
 
 /// The number of the device, if there is one.
@@ -137,17 +203,23 @@ async fn device(handle: &rtnetlink::Handle) -> Result<Option<u32>, rtnetlink::Er
     Ok(found)
 }
 
-/// Removes the chains from the tables of iptables' legacy variant, and tells how many those were.
-async fn remove_legacy_chains() -> Result<usize, Error> {
+/// Removes the chains from the tables of iptables' legacy variant.
+async fn remove_legacy_chains(removed: &mut Removed, failed: &mut Vec<Error>) {
     let tables = Family::ALL.map(|family| legacy::tables(family).into_iter().map(move |name| (family, name)));
     let tables: Vec<_> = tables.into_iter().flatten().collect();
-    let _lock = if tables.is_empty() { None } else { lock().await? };
-    let mut chains = 0;
-    for (family, table) in tables {
-        let removed = legacy::remove(family, &table);
-        chains += removed.map_err(|source| Error::Legacy { table, family, source })?;
+    if tables.is_empty() {
+        return;
     }
-    Ok(chains)
+    let _lock = match lock().await {
+        Ok(lock) => lock,
+        Err(error) => return failed.push(error),
+    };
+    for (family, table) in tables {
+        match legacy::remove(family, &table) {
+            Ok(theirs) => removed.count(&format!("legacy {family}"), theirs),
+            Err(source) => failed.push(Error::Legacy { table, family, source }),
+        }
+    }
 }
 
 /// Keeps others from changing legacy tables for as long as the file lives. Where there can be no such file, nobody else

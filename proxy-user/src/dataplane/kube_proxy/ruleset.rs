@@ -4,13 +4,13 @@
 
 use std::io;
 
-use netlink_packet_core::{NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkPayload};
+use netlink_packet_core::{DefaultNla, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkPayload, Nla as _};
 use netlink_packet_netfilter::{
     NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
     nftables::{
         ChainAttribute, ChainMessage, DataAttribute, ExpressionAttribute, Expressions, Immediate,
         ListAttribute, NfTablesMessage, RuleAttribute, RuleMessage, TableAttribute, TableMessage,
-        VerdictAttribute,
+        Verdict as Code, VerdictAttribute,
     },
     none::ControlMessage,
 };
@@ -18,7 +18,10 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use crate::dataplane::channel::{Channel, messages, netfilter, serialize};
 
-use super::chains::{Found, Jump, Theirs};
+use super::{
+    Error,
+    chains::{self, Chain, Found, Name, Policy, Rule, Theirs, Verdict},
+};
 
 /// The families kube-proxy writes to, as `nft` calls them.
 pub(super) const FAMILIES: [(NetfilterProtoFamily, &str); 2] =
@@ -26,60 +29,76 @@ pub(super) const FAMILIES: [(NetfilterProtoFamily, &str); 2] =
 
 /// The number of nf_tables among netfilter's subsystems, for which a batch is.
 const NF_TABLES: u16 = 10;
-/// A rule set that changes more often than this while it is read is not read.
+/// `NF_ACCEPT`.
+const ACCEPT: u32 = 1;
+/// `NFTA_TARGET_NAME`, of a target of iptables.
+const TARGET_NAME: u16 = 1;
+/// A rule set that changes more often than this while it is read, or before its part is removed, is left alone.
 const ATTEMPTS: usize = 20;
 
+/// Removes kube-proxy's part of a family's rules, and tells what that was and what stays of it.
+///
+/// # Errors
+///
+/// The kernel's, and that other programs keep changing the rules.
+pub(super) fn remove(family: NetfilterProtoFamily, name: &'static str) -> Result<Theirs, Error> {
+    let error = |what| move |source| Error::RuleSet { what, family: name, source };
+    let mut rules = RuleSet::open().map_err(Error::Socket)?;
+    let mut attempts = 0;
+    loop {
+        attempts += 1;
+        let theirs = chains::of_kube_proxy(&rules.read(family).map_err(error("read the rules"))?);
+        match rules.remove(family, &theirs) {
+            Ok(()) => return Ok(theirs),
+            // Since the rules were read, a rule to one of the chains was added, or something that should go has gone.
+            Err(changed) if attempts < ATTEMPTS && is_change(&changed) => {}
+            Err(source) => return Err(error("remove the rules")(source)),
+        }
+    }
+}
+
+fn is_change(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EBUSY | libc::ENOENT))
+}
+
 /// The rules, on a netlink socket.
-pub(super) struct RuleSet(Channel);
+struct RuleSet(Channel);
 
 impl RuleSet {
-    pub(super) fn open() -> io::Result<Self> {
+    fn open() -> io::Result<Self> {
         Channel::open(NETLINK_NETFILTER).map(Self)
     }
 
     /// Everything of a family.
-    pub(super) fn read(&mut self, family: NetfilterProtoFamily) -> io::Result<Found> {
-        let mut found = Found::default();
+    fn read(&mut self, family: NetfilterProtoFamily) -> io::Result<Found> {
         let tables = NfTablesMessage::GetTable(TableMessage { attributes: Vec::new() });
         let chains = NfTablesMessage::GetChain(ChainMessage { attributes: Vec::new() });
         let rules = NfTablesMessage::GetRule(RuleMessage { attributes: Vec::new() });
-        for message in self.dump(family, tables)? {
-            if let NfTablesMessage::NewTable(table) = message {
-                found.tables.extend(table.attributes.into_iter().find_map(|attribute| match attribute {
-                    TableAttribute::Name(name) => Some(name),
-                    _ => None,
-                }));
-            }
-        }
-        for message in self.dump(family, chains)? {
-            if let NfTablesMessage::NewChain(chain) = message {
-                found.chains.extend(named(&chain));
-            }
-        }
-        for message in self.dump(family, rules)? {
-            if let NfTablesMessage::NewRule(rule) = message {
-                found.jumps.extend(jump(&rule));
-            }
-        }
-        Ok(found)
+        Ok(Found {
+            tables: self.dump(family, &tables, table)?,
+            chains: self.dump(family, &chains, chain)?,
+            rules: self.dump(family, &rules, rule)?,
+        })
     }
 
-    fn dump(
+    /// What `read` makes of each message. Nothing else is kept, because a node can have 100,000 rules.
+    fn dump<T>(
         &mut self,
         family: NetfilterProtoFamily,
-        request: NfTablesMessage,
-    ) -> io::Result<Vec<NfTablesMessage>> {
+        request: &NfTablesMessage,
+        read: impl Fn(NfTablesMessage) -> Option<T>,
+    ) -> io::Result<Vec<T>> {
         for _ in 0..ATTEMPTS {
             self.0.send(&serialize(&[netfilter(NLM_F_REQUEST | NLM_F_DUMP, family, 0, request.clone())]))?;
-            if let Some(messages) = self.answer()? {
-                return Ok(messages);
+            if let Some(all) = self.answer(&read)? {
+                return Ok(all);
             }
         }
         Err(io::Error::from_raw_os_error(libc::EINTR))
     }
 
     /// The answer to a dump; none when the rules changed meanwhile.
-    fn answer(&mut self) -> io::Result<Option<Vec<NfTablesMessage>>> {
+    fn answer<T>(&mut self, read: impl Fn(NfTablesMessage) -> Option<T>) -> io::Result<Option<Vec<T>>> {
         let (mut all, mut interrupted) = (Vec::new(), false);
         loop {
             for message in messages::<NetfilterMessage>(self.0.receive()?) {
@@ -92,7 +111,7 @@ impl RuleSet {
                     },
                     NetlinkPayload::InnerMessage(message) => {
                         if let NetfilterMessageInner::NfTables(message) = message.inner {
-                            all.push(message);
+                            all.extend(read(message));
                         }
                     }
                     _ => {}
@@ -102,7 +121,7 @@ impl RuleSet {
     }
 
     /// Deletes all of it, or nothing.
-    pub(super) fn remove(&mut self, family: NetfilterProtoFamily, theirs: &Theirs) -> io::Result<()> {
+    fn remove(&mut self, family: NetfilterProtoFamily, theirs: &Theirs) -> io::Result<()> {
         let deletions = deletions(theirs);
         if deletions.is_empty() {
             return Ok(());
@@ -118,84 +137,125 @@ impl RuleSet {
         self.complaints()
     }
 
-    /// The first error reported. The kernel works on a batch while the sender waits, so all it has to say is there.
+    /// The first error reported. The kernel works on a batch while the sender waits, so all it has to say is there. All
+    /// of it is taken, because the next request is answered on the same socket.
     fn complaints(&mut self) -> io::Result<()> {
+        let mut first = Ok(());
         while let Some(datagram) = self.0.receive_ready()? {
             for message in messages::<NetfilterMessage>(datagram) {
                 if let NetlinkPayload::Error(error) = message.payload
                     && error.raw_code() != 0
+                    && first.is_ok()
                 {
-                    return Err(io::Error::from_raw_os_error(-error.raw_code()));
+                    first = Err(io::Error::from_raw_os_error(-error.raw_code()));
                 }
             }
         }
-        Ok(())
+        first
     }
 }
 
 /// What leads to a chain goes first, then what is in it, then it itself.
 fn deletions(theirs: &Theirs) -> Vec<NfTablesMessage> {
-    let rule = |table: &str, chain: &str, handle: Option<u64>| {
-        let mut attributes =
-            vec![RuleAttribute::Table(table.to_owned()), RuleAttribute::Chain(chain.to_owned())];
+    let rule = |(table, chain): &Name, handle: Option<u64>| {
+        let mut attributes = vec![RuleAttribute::Table(table.clone()), RuleAttribute::Chain(chain.clone())];
         attributes.extend(handle.map(RuleAttribute::Handle));
         NfTablesMessage::DeleteRule(RuleMessage { attributes })
     };
-    let chain = |table: &str, chain: &str| {
-        let attributes =
-            vec![ChainAttribute::Table(table.to_owned()), ChainAttribute::Name(chain.to_owned())];
+    let chain = |(table, chain): &Name| {
+        let attributes = vec![ChainAttribute::Table(table.clone()), ChainAttribute::Name(chain.clone())];
         NfTablesMessage::DeleteChain(ChainMessage { attributes })
     };
     let table = |name: &String| {
         let attributes = vec![TableAttribute::Name(name.clone())];
         NfTablesMessage::DeleteTable(TableMessage { attributes })
     };
-    let jumps = theirs.jumps.iter().map(|Jump { from, handle, .. }| rule(&from.0, &from.1, Some(*handle)));
-    let rules = theirs.chains.iter().map(|(table, name)| rule(table, name, None));
-    let chains = theirs.chains.iter().map(|(table, name)| chain(table, name));
-    jumps.chain(rules).chain(chains).chain(theirs.tables.iter().map(table)).collect()
+    let single = theirs.rules.iter().map(|(chain, handle)| rule(chain, Some(*handle)));
+    let rules = theirs.chains.iter().map(|chain| rule(chain, None));
+    let chains = theirs.chains.iter().map(chain);
+    single.chain(rules).chain(chains).chain(theirs.tables.iter().map(table)).collect()
 }
 
-fn named(chain: &ChainMessage) -> Option<(String, String)> {
-    let (mut table, mut name) = (None, None);
-    for attribute in &chain.attributes {
-        match attribute {
-            ChainAttribute::Table(text) => table = Some(text.clone()),
-            ChainAttribute::Name(text) => name = Some(text.clone()),
-            _ => {}
-        }
-    }
-    Some((table?, name?))
-}
-
-/// The jump that a rule is, if it is one.
-fn jump(rule: &RuleMessage) -> Option<Jump> {
-    let (mut table, mut chain, mut number, mut to) = (None, None, None, None);
-    for attribute in &rule.attributes {
-        match attribute {
-            RuleAttribute::Table(text) => table = Some(text.clone()),
-            RuleAttribute::Chain(text) => chain = Some(text.clone()),
-            RuleAttribute::Handle(handle) => number = Some(*handle),
-            RuleAttribute::Expressions(expressions) => to = expressions.iter().find_map(target),
-            _ => {}
-        }
-    }
-    Some(Jump { from: (table?, chain?), handle: number?, to: to? })
-}
-
-/// The chain that an expression leads to.
-fn target(expression: &ListAttribute<ExpressionAttribute>) -> Option<String> {
-    let ListAttribute::Element(parts) = expression else { return None };
-    let immediate = parts.iter().find_map(|part| match part {
-        ExpressionAttribute::Data(Expressions::Immediate(attributes)) => Some(attributes),
-        _ => None,
-    })?;
-    let verdict = immediate.iter().find_map(|attribute| match attribute {
-        Immediate::Data(DataAttribute::Verdict(verdict)) => Some(verdict),
-        _ => None,
-    })?;
-    verdict.iter().find_map(|attribute| match attribute {
-        VerdictAttribute::Chain(name) => Some(name.clone()),
+fn table(message: NfTablesMessage) -> Option<String> {
+    let NfTablesMessage::NewTable(table) = message else { return None };
+    table.attributes.into_iter().find_map(|attribute| match attribute {
+        TableAttribute::Name(name) => Some(name),
         _ => None,
     })
+}
+
+fn chain(message: NfTablesMessage) -> Option<Chain> {
+    let NfTablesMessage::NewChain(chain) = message else { return None };
+    let (mut table, mut name, mut is_base, mut policy, mut uses) = (None, None, false, Policy::Accept, None);
+    for attribute in chain.attributes {
+        match attribute {
+            ChainAttribute::Table(text) => table = Some(text),
+            ChainAttribute::Name(text) => name = Some(text),
+            ChainAttribute::Hook(_) => is_base = true,
+            ChainAttribute::Policy(verdict) if verdict != ACCEPT => policy = Policy::Drop,
+            ChainAttribute::Use(count) => uses = usize::try_from(count).ok(),
+            _ => {}
+        }
+    }
+    Some(Chain { name: (table?, name?), built_in: is_base.then_some(policy), uses })
+}
+
+fn rule(message: NfTablesMessage) -> Option<Rule> {
+    let NfTablesMessage::NewRule(rule) = message else { return None };
+    let (mut table, mut chain, mut number, mut verdict) = (None, None, None, Verdict::Other);
+    for attribute in rule.attributes {
+        match attribute {
+            RuleAttribute::Table(text) => table = Some(text),
+            RuleAttribute::Chain(text) => chain = Some(text),
+            RuleAttribute::Handle(handle) => number = Some(handle),
+            RuleAttribute::Expressions(expressions) => {
+                verdict = expressions.iter().find_map(decides).unwrap_or(Verdict::Other);
+            }
+            _ => {}
+        }
+    }
+    Some(Rule { chain: (table?, chain?), handle: number?, verdict })
+}
+
+/// Where an expression sends the packet, if it is one that ends the rule.
+fn decides(expression: &ListAttribute<ExpressionAttribute>) -> Option<Verdict> {
+    let ListAttribute::Element(parts) = expression else { return None };
+    parts.iter().find_map(|part| match part {
+        ExpressionAttribute::Data(Expressions::Immediate(attributes)) => {
+            attributes.iter().find_map(|attribute| match attribute {
+                Immediate::Data(DataAttribute::Verdict(verdict)) => Some(given(verdict)),
+                _ => None,
+            })
+        }
+        ExpressionAttribute::Data(Expressions::Other { expression_type, attributes }) => {
+            match expression_type.as_str() {
+                "reject" | "queue" => Some(Verdict::Refuse),
+                "target" => {
+                    attributes.iter().find_map(|attribute| is_refusal(attribute).then_some(Verdict::Refuse))
+                }
+                _ => None,
+            }
+        }
+        _ => None,
+    })
+}
+
+fn given(verdict: &[VerdictAttribute]) -> Verdict {
+    let chain = verdict.iter().find_map(|attribute| match attribute {
+        VerdictAttribute::Chain(name) => Some(Verdict::Chain(name.clone())),
+        _ => None,
+    });
+    let refuses = verdict.iter().any(|attribute| match attribute {
+        VerdictAttribute::Code(Code::Other(code)) => *code != ACCEPT,
+        _ => false,
+    });
+    chain.unwrap_or(if refuses { Verdict::Refuse } else { Verdict::Other })
+}
+
+/// Whether this is the name of a target of iptables that ends a packet's way.
+fn is_refusal(attribute: &DefaultNla) -> bool {
+    let mut name = vec![0; attribute.value_len()];
+    attribute.emit_value(&mut name);
+    attribute.kind() == TARGET_NAME
+        && chains::is_refusal(name.split(|byte| *byte == 0).next().unwrap_or_default())
 }
