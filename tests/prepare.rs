@@ -37,18 +37,40 @@ fn prepared(script: &str) -> Result<String> {
 #[test]
 fn a_bpffs_is_mounted_once_where_there_is_none_with_our_directory_in_it() -> Result<()> {
     let said = prepared(
-        "$WEIR auto >&2; $WEIR ebpf >&2; stat -f -c %T $PLACE/weir; grep -c \" $PLACE bpf \" /proc/mounts",
+        "touch $PLACE/other; $WEIR auto >&2; $WEIR ebpf >&2; stat -f -c %T $PLACE/weir $PLACE; ls $PLACE;
+         grep -c bpf.*$PLACE /proc/mounts",
     )?;
-    assert_eq!(said, "bpf_fs\n1\n");
+    assert_eq!(said, "bpf_fs\ntmpfs\nother\nweir\n1\n");
+    Ok(())
+}
+
+#[test]
+fn the_directory_that_the_kernel_has_for_a_bpffs_is_mounted_on_itself() -> Result<()> {
+    let said = prepared(
+        "mount -t sysfs none $PLACE; WEIR=$(echo \"$WEIR\" | sed s,$PLACE/weir,$PLACE/fs/bpf/weir,)
+         $WEIR auto >&2; $WEIR ebpf >&2; stat -f -c %T $PLACE/fs/bpf; ls $PLACE/fs/bpf; grep -c bpf.*$PLACE /proc/mounts",
+    )?;
+    assert_eq!(said, "bpf_fs\nweir\n1\n");
+    Ok(())
+}
+
+#[test]
+fn no_bpffs_is_mounted_over_files_that_are_there() -> Result<()> {
+    let said = prepared(
+        "mkdir $PLACE/weir; touch $PLACE/weir/diary; ! $WEIR ebpf 2>&1; $WEIR auto 2>&1; ls $PLACE/weir; stat -f -c %T $PLACE/weir",
+    )?;
+    assert!(said.contains("is on no bpffs and holds `diary`"), "{said}");
+    assert!(said.contains("there is no bpffs, so nftables will serve alone"), "{said}");
+    assert!(said.ends_with("\ndiary\ntmpfs\n"), "{said}");
     Ok(())
 }
 
 #[test]
 fn what_an_agent_with_ebpf_left_is_cleared_away_for_nftables_alone() -> Result<()> {
     let said = prepared(
-        "$WEIR auto >&2; mkdir $PLACE/weir/v1 $PLACE/other; $WEIR nftables >&2; cd $PLACE; ls -d */",
+        "$WEIR auto >&2; mkdir $PLACE/weir/v1 $PLACE/other; $WEIR nftables >&2; cd $PLACE; ls -d */; ls weir",
     )?;
-    assert_eq!(said, "other/\n");
+    assert_eq!(said, "other/\nweir/\n");
     Ok(())
 }
 

@@ -5,10 +5,10 @@
 
 use std::{fs, path::Path};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use nix::{
     mount::{MsFlags, mount},
-    sys::statfs::{BPF_FS_MAGIC, statfs},
+    sys::statfs::{BPF_FS_MAGIC, FsType, SYSFS_MAGIC, statfs},
 };
 
 use crate::{
@@ -16,7 +16,8 @@ use crate::{
     dataplane::ebpf::Place,
 };
 
-/// Mounts a bpffs where the directory of our pins is to be, if none is there and eBPF may serve. Where it may not, what
+/// Mounts a bpffs on the directory of our pins, if that is on none and eBPF may serve; nothing else is mounted over, except
+/// the directory that the kernel has for that. Where it may not, what
 /// an agent with eBPF left goes: the one with nftables alone may not have the right to.
 ///
 /// # Errors
@@ -39,19 +40,41 @@ pub(super) fn ensure(config: &Config) -> anyhow::Result<()> {
 
 /// A bpffs with our directory in it, so that the agent can be given that and nothing else of the file system.
 fn made(bpf_root: &Path) -> anyhow::Result<()> {
-    mounted(bpf_root)?;
-    fs::create_dir_all(bpf_root).with_context(|| format!("making {}", bpf_root.display()))
+    if let Some(place) = bpf_root.ancestors().find(|ancestor| is_kernels(ancestor)) {
+        // In sysfs there can be no directory of ours to mount on.
+        mount_at(place)?;
+    }
+    fs::create_dir_all(bpf_root).with_context(|| format!("making {}", bpf_root.display()))?;
+    if file_system(bpf_root)? != BPF_FS_MAGIC {
+        mount_at(bpf_root)?;
+    }
+    Ok(())
 }
 
-fn mounted(bpf_root: &Path) -> anyhow::Result<()> {
-    // The directory above ours is the kernel's `/sys/fs/bpf`, or one that somebody chose.
-    let existing = if bpf_root.exists() { bpf_root } else { bpf_root.parent().unwrap_or(bpf_root) };
-    let kind = statfs(existing).with_context(|| format!("looking at {}", existing.display()))?;
-    if kind.filesystem_type() == BPF_FS_MAGIC {
-        return Ok(());
+/// Whether this is the directory that the kernel has for a bpffs, below wherever its sysfs is mounted, and nothing is
+/// mounted there.
+fn is_kernels(directory: &Path) -> bool {
+    directory.ends_with("fs/bpf") && file_system(directory).is_ok_and(|kind| kind == SYSFS_MAGIC)
+}
+
+fn file_system(directory: &Path) -> anyhow::Result<FsType> {
+    let told = statfs(directory).with_context(|| format!("looking at {}", directory.display()))?;
+    Ok(told.filesystem_type())
+}
+
+fn mount_at(directory: &Path) -> anyhow::Result<()> {
+    let mut entries =
+        fs::read_dir(directory).with_context(|| format!("looking at {}", directory.display()))?;
+    if let Some(entry) = entries.next() {
+        let name = entry.with_context(|| format!("looking at {}", directory.display()))?.file_name();
+        bail!(
+            "{} is on no bpffs and holds `{}`; a bpffs mounted there would hide it, so name an empty directory by --bpf-root",
+            directory.display(),
+            name.display()
+        );
     }
-    mount(Some("bpf"), existing, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
-        .with_context(|| format!("mounting a bpffs at {}", existing.display()))?;
-    tracing::info!(directory = %existing.display(), "mounted a bpffs");
+    mount(Some("bpf"), directory, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
+        .with_context(|| format!("mounting a bpffs at {}", directory.display()))?;
+    tracing::info!(directory = %directory.display(), "mounted a bpffs");
     Ok(())
 }
