@@ -3,6 +3,8 @@
 //! In: deltas. Out: nothing is left of a plane that was here before, from the moment when the packets' plane serves alone:
 //! programs nobody keeps up would lead to backends that are gone.
 
+use std::{fs, io};
+
 use super::Place;
 use crate::{
     dataplane::{Dataplane, Error, State},
@@ -21,12 +23,25 @@ impl Retired {
     pub fn new(place: Place) -> Self {
         Self { place, done: false }
     }
+
+    /// Whether this process has no right to look at the place. An agent without the rights of root has none where the
+    /// kernel's bpffs is root's alone, and that is no reason not to serve.
+    fn is_out_of_sight(&self) -> bool {
+        fs::read_dir(&self.place.bpf_root).is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
+    }
 }
 
 impl Dataplane for Retired {
     fn apply(&mut self, delta: &Delta) -> Result<(), Error> {
         if delta.complete && !self.done {
-            self.remove()?;
+            if self.is_out_of_sight() {
+                tracing::warn!(
+                    directory = %self.place.bpf_root.display(),
+                    "this agent may not look for kernel programs of an earlier agent; if there are any, they lead to backends that are gone, and `weir cleanup` as root removes them"
+                );
+            } else {
+                self.remove()?;
+            }
             self.done = true;
         }
         Ok(())
