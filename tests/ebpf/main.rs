@@ -291,8 +291,8 @@ fn a_port_that_does_not_fit_is_named_and_the_others_are_served() -> Result<()> {
         let before = plane.dump()?;
         let served = port(Family::V4, Protocol::Tcp, &[listener.local_addr()?]);
         let delta = come(crowd(10, 3).chain([served]));
-        let Err(Error::Ports(failed)) = plane.apply(&delta) else { bail!("nothing failed") };
-        let names: Vec<String> = failed.iter().map(|(id, _)| id.service.to_string()).collect();
+        let Err(Error::Partly(short)) = plane.apply(&delta) else { bail!("nothing failed") };
+        let names: Vec<String> = short.refused.iter().map(|(id, _)| id.service.to_string()).collect();
         assert_eq!(names, ["crowd/service-000011"]);
         let frontends = plane.dump()?.frontends;
         assert_eq!(frontends.len(), before.frontends.len() + 4);

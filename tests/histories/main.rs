@@ -13,7 +13,7 @@ mod nftables;
 /// Tries until the data plane holds what is known.
 fn settle<D: Dataplane>(agent: &mut Agent<D>) -> Result<(), TestCaseError> {
     for _ in 0..500 {
-        if agent.bring_up_to_date().is_ok() {
+        if agent.bring_up_to_date().is_ok() && agent.is_up_to_date() {
             return Ok(());
         }
     }

@@ -443,7 +443,8 @@ fn a_port_that_cannot_be_programmed_is_named_and_the_others_work() {
         });
         let other = Arc::new(port(Family::V4, 2, &[1, 2], None));
         let error = plane.apply(&start(&[&good, &twin, &other])).unwrap_err();
-        let weir::dataplane::Error::Ports(failed) = error else { panic!("{error}") };
+        let weir::dataplane::Error::Partly(short) = error else { panic!("{error}") };
+        let failed = short.refused;
         assert_eq!(failed.len(), 1, "{failed:?}");
         assert_eq!(failed[0].0, twin.id);
         assert_installed(&mut plane, &good);

@@ -5,7 +5,7 @@
 use std::mem;
 
 use weir::{
-    dataplane::{Dataplane, Error, State},
+    dataplane::{Dataplane, Error, Shortfall, State},
     model::{Model, Settings},
     plan::Planner,
     source::Change,
@@ -74,25 +74,29 @@ impl<D: Dataplane> Agent<D> {
             self.planner.update(&name, self.model.plan(&name));
         }
         self.planner.update_node(self.model.node_plan());
+        self.planner.retry();
         let complete = mem::take(&mut self.from_scratch);
         let delta = if complete { self.planner.complete() } else { self.planner.take_delta() };
-        let Err(error) = self.plane.apply(&delta) else { return Ok(()) };
-        let repairable = match &error {
-            Error::Ports(failed) => {
-                let ids: Vec<_> = failed.iter().map(|(id, _)| id.clone()).collect();
-                self.planner.failed(&delta, &ids)
-            }
-            _ => false,
+        let result = self.plane.apply(&delta);
+        let none = Shortfall::default();
+        let (short, repairable) = match &result {
+            Ok(()) => (&none, true),
+            Err(Error::Partly(short)) => (short, short.failed.is_empty()),
+            Err(_) => (&none, false),
         };
-        if !repairable {
+        let refused: Vec<_> = short.refused.iter().map(|(id, _)| id.clone()).collect();
+        self.planner.left(short.left.iter().map(|(id, _)| id.clone()));
+        let entangled = self.planner.settled(&delta, &refused);
+        let stray = self.planner.take_stray();
+        if !repairable || [entangled, stray].iter().any(|families| families.v4 || families.v6) {
             self.reread()?;
         }
-        Err(error)
+        result
     }
 
     /// Whether nothing is left to be told since it was last asked for.
     pub fn is_up_to_date(&mut self) -> bool {
-        !self.from_scratch && self.planner.take_delta().is_empty()
+        !self.from_scratch && !self.planner.has_waiting() && self.planner.take_delta().is_empty()
     }
 
     /// The data plane.

@@ -1,4 +1,4 @@
-//! A data plane that keeps everything in memory, and one that fails on purpose.
+//! A data plane that keeps everything in memory.
 //!
 //! In: [`Delta`]s. Out: a [`State`] made from what they said and nothing else. `weir plan` shows it and tests compare
 //! it with what a kernel holds.
@@ -138,75 +138,5 @@ impl Outcome {
         let mut sorted = backends.to_vec();
         sorted.sort_unstable();
         Self::Backends(sorted)
-    }
-}
-
-/// Fails some calls of another data plane, always the same ones for the same seed.
-#[derive(Clone, Debug)]
-pub struct Faulty<D> {
-    inner: D,
-    random: u64,
-    ports: u8,
-    calls: u8,
-}
-
-impl<D> Faulty<D> {
-    /// Lets `ports` per cent of service ports fail by themselves, and `calls` per cent of calls as a whole: half of
-    /// those before they do anything, half after they did everything.
-    #[must_use]
-    pub fn new(inner: D, seed: u64, ports: u8, calls: u8) -> Self {
-        // A generator of this kind never leaves zero.
-        Self { inner, random: seed.max(1), ports, calls }
-    }
-
-    /// The data plane that sometimes works.
-    pub fn inner(&mut self) -> &mut D {
-        &mut self.inner
-    }
-
-    /// A xorshift generator.
-    fn happens(&mut self, per_cent: u8) -> bool {
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        (self.random >> 32) % 100 < u64::from(per_cent)
-    }
-}
-
-impl<D: Dataplane> Dataplane for Faulty<D> {
-    fn apply(&mut self, delta: &Delta) -> Result<(), Error> {
-        let injected = || Error::Kernel("a fault on purpose".to_owned());
-        if self.happens(self.calls) {
-            if self.happens(50) {
-                self.inner.apply(delta)?;
-            }
-            return Err(injected());
-        }
-        let mut passed = delta.clone();
-        passed.ports.clear();
-        let mut failed = Vec::new();
-        for port in &delta.ports {
-            match port.id() {
-                Some(id) if self.happens(self.ports) => failed.push((id.clone(), injected().to_string())),
-                _ => passed.ports.push(port.clone()),
-            }
-        }
-        match self.inner.apply(&passed) {
-            Err(Error::Ports(refused)) => failed.extend(refused),
-            result => result?,
-        }
-        if failed.is_empty() { Ok(()) } else { Err(Error::Ports(failed)) }
-    }
-
-    fn reread(&mut self) -> Result<(), Error> {
-        self.inner.reread()
-    }
-
-    fn dump(&mut self) -> Result<State, Error> {
-        self.inner.dump()
-    }
-
-    fn remove(&mut self) -> Result<(), Error> {
-        self.inner.remove()
     }
 }

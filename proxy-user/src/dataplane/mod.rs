@@ -3,18 +3,20 @@
 //! In: [`Delta`]s. Out: the same state in nftables, in eBPF maps or in memory, and a [`State`] that tells what is
 //! really there, in one form for all of them.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeMap, fmt, net::IpAddr, time::Instant};
 
 use serde::Serialize;
 
 use crate::{
-    model::Protocol,
+    model::{Family, Protocol},
     plan::{Backend, Delta, Frontend, PortId},
 };
 
 mod channel;
+mod faulty;
 mod memory;
-pub use memory::{Faulty, Memory};
+pub use faulty::{Faults, Faulty};
+pub use memory::Memory;
 pub mod conntrack;
 pub mod ebpf;
 pub mod kube_proxy;
@@ -28,13 +30,27 @@ pub use stack::Stack;
 ///
 /// Calls block and are made from one thread. A data plane remembers nothing about Services beyond what it needs to
 /// write the next delta: the caller keeps the plans.
+///
+/// What cannot be done costs nothing else anything, in three sizes:
+///
+/// - A **service port** that is refused. Every other port of the delta is in place, at a start too. Of the refused port
+///   the plane keeps what it has: what the delta calls `before` or, when the delta was a complete one, what was found
+///   in the kernel. The caller tells the port again later, with the same `before`; after a complete delta that is `None`,
+///   and the plane replaces what it kept.
+/// - A **family** whose table cannot be written. The other family's part of the delta is in place. From then on the plane
+///   leaves this family alone, until [`Dataplane::reread_family`] and a complete delta put it right.
+/// - A **plane** of several that fails ([`Stack`]). The others serve, and say with [`Dataplane::wants_everything`] when
+///   the failed one is to be given a complete delta.
+///
+/// A complete delta always names everything of both families. It is taken in by that of which nothing is known: at the
+/// start, and after it was reread. All else must have been told every change before and leaves it alone.
 pub trait Dataplane: Send {
     /// Makes `delta` true. Each service port switches atomically: a new flow sees it as it was or as it is to be.
     ///
     /// # Errors
     ///
-    /// [`Error::Ports`] names the service ports that could not be programmed; all others of the delta are in place.
-    /// After any other error nothing is known: call [`Dataplane::reread`], then apply a complete delta.
+    /// [`Error::Partly`] names what could not be done; all else of the delta is in place. After any other error nothing
+    /// is known of either family: call [`Dataplane::reread`], then apply a complete delta.
     fn apply(&mut self, delta: &Delta) -> Result<(), Error>;
 
     /// Reads back what the kernel holds. The next delta must be a complete one; what is already there and right is
@@ -44,6 +60,44 @@ pub trait Dataplane: Send {
     ///
     /// When the kernel's state cannot be read.
     fn reread(&mut self) -> Result<(), Error>;
+
+    /// Reads back what the kernel holds of one family, where families are kept apart. Until the next complete delta,
+    /// deltas of changes leave this family alone.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel's state cannot be read.
+    fn reread_family(&mut self, family: Family) -> Result<(), Error> {
+        let _ = family;
+        self.reread()
+    }
+
+    /// Whether a quick look finds a family's objects as this plane left them. It may miss a change, and reports none that
+    /// did not happen.
+    fn looks_intact(&mut self, family: Family) -> bool {
+        let _ = family;
+        true
+    }
+
+    /// From when on a part that no family depends on is to be given a complete delta, if one is.
+    fn wants_everything(&self) -> Option<Instant> {
+        None
+    }
+
+    /// Lets nothing of this plane serve, so that the next one does, and keeps what is needed to serve again after a
+    /// complete delta.
+    ///
+    /// # Errors
+    ///
+    /// When something could not be taken out of the way.
+    fn step_aside(&mut self) -> Result<(), Error> {
+        self.remove()
+    }
+
+    /// How each of the planes stands that serve or should, the front one first.
+    fn standing(&self) -> Vec<Standing> {
+        Vec::new()
+    }
 
     /// What is installed, read from the kernel.
     ///
@@ -62,6 +116,63 @@ pub trait Dataplane: Send {
     /// How full everything is that has a size; empty where nothing has.
     fn fill(&self) -> Vec<Fill> {
         Vec::new()
+    }
+}
+
+/// How a plane stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// Its name, as `/proxyMode` tells it.
+    pub plane: &'static str,
+    /// Whether it serves.
+    pub active: bool,
+    /// How often it has failed as a whole.
+    pub failures: u64,
+}
+
+/// What of a delta could not be done.
+#[derive(Debug, Default)]
+pub struct Shortfall {
+    /// Service ports that are not as they should be, and why.
+    pub refused: Vec<(PortId, String)>,
+    /// Service ports that are served, though not by the plane that should serve them, and why.
+    pub left: Vec<(PortId, String)>,
+    /// Families of which nothing is known now, and why.
+    pub failed: Vec<(Family, Error)>,
+}
+
+impl Shortfall {
+    /// Of ports alone.
+    #[must_use]
+    pub fn of_ports(refused: Vec<(PortId, String)>) -> Self {
+        Self { refused, ..Self::default() }
+    }
+
+    /// The result of a delta of which this was not done.
+    ///
+    /// # Errors
+    ///
+    /// Unless everything was done.
+    pub fn into_result(self) -> Result<(), Error> {
+        let Self { refused, left, failed } = &self;
+        if refused.is_empty() && left.is_empty() && failed.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Partly(self))
+    }
+}
+
+impl fmt::Display for Shortfall {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { refused, left, failed } = self;
+        let mut parts = Vec::new();
+        for (ports, what) in [(refused, "could not be programmed"), (left, "were left to the packets")] {
+            if let Some((port, problem)) = ports.first() {
+                parts.push(format!("{} service ports {what}, first `{port}`: {problem}", ports.len()));
+            }
+        }
+        parts.extend(failed.iter().map(|(family, error)| format!("{family}: {error}")));
+        f.write_str(&parts.join("; "))
     }
 }
 
@@ -165,9 +276,9 @@ impl InstalledFrontend {
 /// Why a data plane could not do what it was asked to.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Some service ports could not be programmed; the rest could.
-    #[error("{} service ports could not be programmed, first `{}`: {}", .0.len(), .0[0].0, .0[0].1)]
-    Ports(Vec<(PortId, String)>),
+    /// Some of a delta could not be done; the rest is in place.
+    #[error("{0}")]
+    Partly(Shortfall),
     /// The kernel refused something that belongs to no single Service.
     #[error("{0}")]
     Kernel(String),

@@ -4,7 +4,7 @@
 //! code and a JSON body. [`ProxyHealth`] reads no clock; [`Health`] is the shared handle that does.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -54,6 +54,8 @@ pub struct ProxyHealth {
     eligible: bool,
     updated: BTreeMap<Family, Timestamp>,
     waiting_since: BTreeMap<Family, Instant>,
+    /// Families that the kernel has had everything of since the start.
+    served: BTreeSet<Family>,
 }
 
 #[derive(Serialize)]
@@ -95,6 +97,7 @@ impl ProxyHealth {
             eligible: false,
             updated: BTreeMap::new(),
             waiting_since: BTreeMap::new(),
+            served: BTreeSet::new(),
         }
     }
 
@@ -103,10 +106,16 @@ impl ProxyHealth {
         self.waiting_since.entry(family).or_insert(now.steady);
     }
 
-    /// The kernel has everything that came in for `family`. Also to be called once at start (P2).
+    /// The loop for `family` begins: it has reported from now on (P2).
+    pub fn started(&mut self, family: Family, now: Moment) {
+        self.updated.insert(family, now.wall);
+    }
+
+    /// The kernel has everything that came in for `family`.
     pub fn updated(&mut self, family: Family, now: Moment) {
         self.waiting_since.remove(&family);
         self.updated.insert(family, now.wall);
+        self.served.insert(family);
     }
 
     /// Whether load balancers may send traffic to this node (P3).
@@ -114,10 +123,13 @@ impl ProxyHealth {
         self.eligible = eligible;
     }
 
-    /// Whether no family that has ever reported is late (P2).
+    /// Whether no family that has ever reported is late (P2). One that this node could not serve since the start, while it
+    /// serves the other (R17), is shown as late and keeps neither the node nor the other family's load balancers from
+    /// working: a restart would change nothing.
     #[must_use]
     pub fn healthy(&self, now: Moment) -> bool {
-        self.updated.keys().all(|family| self.in_time(*family, now))
+        let counts = |family: &&Family| self.served.is_empty() || self.served.contains(*family);
+        self.updated.keys().filter(counts).all(|family| self.in_time(*family, now))
     }
 
     /// What `/healthz` answers (P1).
@@ -170,6 +182,11 @@ impl Health {
     /// See [`ProxyHealth::queued`].
     pub fn queued(&self, family: Family) {
         self.state().queued(family, Moment::now());
+    }
+
+    /// See [`ProxyHealth::started`].
+    pub fn started(&self, family: Family) {
+        self.state().started(family, Moment::now());
     }
 
     /// See [`ProxyHealth::updated`].

@@ -57,6 +57,13 @@ impl HealthChecks {
         Self(sender)
     }
 
+    /// Goes to a test instead of to servers.
+    #[cfg(test)]
+    pub(crate) fn channel() -> (Self, mpsc::UnboundedReceiver<(ObjectName, Option<HealthCheckState>)>) {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        (Self(sender), receiver)
+    }
+
     /// The Service's health check is now this, or there is none.
     pub fn set(&self, service: ObjectName, state: Option<HealthCheckState>) {
         // Without the servers there is nobody to tell: the agent is ending.

@@ -12,6 +12,7 @@ mod health_check;
 mod indicators;
 mod metrics;
 mod names;
+mod planes;
 mod process;
 mod requests;
 mod server;

@@ -248,7 +248,7 @@ pub struct NodePlan {
 /// How one service port changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PortDelta {
-    /// What the data plane was last given for it.
+    /// What the data plane was last given for it, refusals left out; `None` also when it refused a complete delta's.
     pub before: Option<Arc<PortPlan>>,
     /// What it should hold now.
     pub after: Option<Arc<PortPlan>>,
@@ -270,7 +270,8 @@ pub struct Delta {
     pub node: Option<Arc<NodePlan>>,
     /// ClusterIPs that come and go.
     pub cluster_ips: Vec<ClusterIpDelta>,
-    /// Service ports that change. Each is applied whole or not at all.
+    /// Service ports that change. Each is applied whole or not at all. One whose two sides are the same asks for nothing
+    /// new: a plane that has left it to another one tries again.
     pub ports: Vec<PortDelta>,
     /// Whether this names everything that should exist: what the data plane holds beyond it is to go.
     pub complete: bool,

@@ -13,7 +13,7 @@ use super::{
     claims::{Claim, Claims, Conflict},
     delta,
 };
-use crate::model::{ObjectName, PerFamily};
+use crate::model::{Family, ObjectName, PerFamily};
 
 /// One Service's plan and the frontends of it that another Service has (R12).
 #[derive(Debug)]
@@ -44,6 +44,16 @@ pub struct Planner {
     pending_ports: FxHashMap<PortId, Option<Arc<PortPlan>>>,
     /// Whether the data plane knows each ClusterIP that may not be as it should be.
     pending_ips: BTreeMap<IpAddr, bool>,
+    /// Ports that wait for another try, with what the data plane has of each.
+    refused: FxHashMap<PortId, Option<Arc<PortPlan>>>,
+    /// Ports refused as part of a complete delta and not programmed since: what the data plane has is what it found.
+    found: FxHashSet<PortId>,
+    /// Ports that one plane has left to another, which is to try again.
+    left: FxHashSet<PortId>,
+    /// Of those, the ones to be told again with the next delta.
+    repeated: FxHashSet<PortId>,
+    /// Families in which something was found that no port names any more.
+    stray: PerFamily<bool>,
 }
 
 impl Planner {
@@ -69,16 +79,12 @@ impl Planner {
         }
     }
 
-    /// What changed since the last delta; empty if nothing did.
+    /// What changed since the last delta; empty if nothing did. Ports that were refused are not in it, unless they changed
+    /// meanwhile or [`Planner::retry`] was called.
     pub fn take_delta(&mut self) -> Delta {
-        let mut ids: Vec<PortId> = self.pending_ports.keys().cloned().collect();
-        ids.sort_unstable();
         let mut pending = std::mem::take(&mut self.pending_ports);
-        let ports = ids.into_iter().filter_map(|id| {
-            let delta = PortDelta { before: pending.remove(&id).flatten(), after: self.port(&id).cloned() };
-            (delta.before != delta.after).then_some(delta)
-        });
-        let ports = delta::order(ports.collect());
+        let repeated = std::mem::take(&mut self.repeated);
+        let ports = delta::order(self.changes(&mut pending, &repeated));
         let ips = std::mem::take(&mut self.pending_ips).into_iter();
         let ips = ips.filter_map(|(ip, known)| match (known, self.cluster_ips.contains_key(&ip)) {
             (false, true) => Some(ClusterIpDelta::Add(ip)),
@@ -90,10 +96,50 @@ impl Planner {
         Delta { node, cluster_ips, ports, complete: false }
     }
 
+    /// The changes of these ports, sorted. Of what was found and belongs to no port any more it is noted where that is.
+    fn changes(
+        &mut self,
+        pending: &mut FxHashMap<PortId, Option<Arc<PortPlan>>>,
+        repeated: &FxHashSet<PortId>,
+    ) -> Vec<PortDelta> {
+        let again = repeated.iter().filter(|id| !pending.contains_key(*id));
+        let mut ids: Vec<PortId> = pending.keys().chain(again).cloned().collect();
+        ids.sort_unstable();
+        let mut changes = Vec::with_capacity(ids.len());
+        for id in ids {
+            let after = self.port(&id).cloned();
+            let Some(before) = pending.remove(&id) else {
+                changes.extend(
+                    after.map(|plan| PortDelta { before: Some(Arc::clone(&plan)), after: Some(plan) }),
+                );
+                continue;
+            };
+            if before.is_none() && after.is_none() && self.found.remove(&id) {
+                *self.stray.get_mut(id.family) = true;
+            }
+            if before != after {
+                changes.push(PortDelta { before, after });
+            }
+        }
+        changes
+    }
+
     /// Everything that should exist, for a data plane of which nothing is known. Supersedes what was pending.
     pub fn complete(&mut self) -> Delta {
-        self.pending_ports.clear();
-        self.pending_ips.clear();
+        self.complete_for(PerFamily { v4: true, v6: true })
+    }
+
+    /// Everything that should exist, for those families of a data plane of which nothing is known. Supersedes what was
+    /// pending for them; of the others the data plane must have been told already.
+    pub fn complete_for(&mut self, families: PerFamily<bool>) -> Delta {
+        let other = |family: Family| !families.get(family);
+        self.pending_ports.retain(|id, _| other(id.family));
+        self.refused.retain(|id, _| other(id.family));
+        self.found.retain(|id| other(id.family));
+        self.pending_ips.retain(|ip, _| other(Family::of(*ip)));
+        for family in Family::ALL {
+            *self.stray.get_mut(family) &= other(family);
+        }
         self.node_pending = false;
         let mut services: Vec<(&ObjectName, &Held)> = self.services.iter().collect();
         services.sort_unstable_by_key(|(name, _)| *name);
@@ -108,21 +154,67 @@ impl Planner {
         }
     }
 
-    /// Tells that these ports of `delta` could not be programmed: the next delta has them again. Returns false when
-    /// that cannot put things right, because the delta was a complete one or a failed port has a frontend to do with
-    /// another port: then reread the data plane and apply a complete delta.
-    #[must_use]
-    pub fn failed(&mut self, delta: &Delta, ids: &[PortId]) -> bool {
-        let moved = delta::moved(&delta.ports);
-        let failed: FxHashSet<&PortId> = ids.iter().collect();
-        let mut repairable = true;
-        for port in &delta.ports {
-            let Some(id) = port.id().filter(|id| failed.contains(id)) else { continue };
-            repairable &= !delta.complete
-                && !port.released().chain(port.taken()).any(|frontend| moved.contains_key(&frontend));
-            self.pending_ports.insert(id.clone(), port.before.clone());
+    /// Tells that `delta` is in place but for these ports, which wait for [`Planner::retry`]. Returns the families in which
+    /// that cannot put things right, because such a port has a frontend to do with another port: there the data plane
+    /// is to be reread and given a complete delta.
+    pub fn settled(&mut self, delta: &Delta, refused: &[PortId]) -> PerFamily<bool> {
+        let mut entangled = PerFamily::default();
+        if refused.is_empty() && self.found.is_empty() {
+            return entangled;
         }
-        repairable
+        let moved = delta::moved(&delta.ports);
+        let refused: FxHashSet<&PortId> = refused.iter().collect();
+        for port in &delta.ports {
+            let Some(id) = port.id() else { continue };
+            if !refused.contains(id) {
+                self.found.remove(id);
+                continue;
+            }
+            if delta.complete {
+                self.found.insert(id.clone());
+            }
+            *entangled.get_mut(id.family) |= !delta.complete
+                && port.released().chain(port.taken()).any(|frontend| moved.contains_key(&frontend));
+            self.refused.insert(id.clone(), port.before.clone());
+        }
+        entangled
+    }
+
+    /// Tells that one plane has left these ports to another. They wait for [`Planner::retry`] too.
+    pub fn left(&mut self, ids: impl IntoIterator<Item = PortId>) {
+        self.left.extend(ids);
+    }
+
+    /// Puts every port that waits for it into the next delta.
+    pub fn retry(&mut self) {
+        for (id, has) in self.refused.drain() {
+            self.pending_ports.entry(id).or_insert(has);
+        }
+        self.repeated.extend(self.left.drain());
+    }
+
+    /// Whether a port waits for another try.
+    #[must_use]
+    pub fn waits(&self, id: &PortId) -> bool {
+        self.refused.contains_key(id)
+    }
+
+    /// Whether one plane has left a port to another.
+    #[must_use]
+    pub fn is_left(&self, id: &PortId) -> bool {
+        self.left.contains(id)
+    }
+
+    /// Whether any port waits for another try.
+    #[must_use]
+    pub fn has_waiting(&self) -> bool {
+        !self.refused.is_empty() || !self.left.is_empty()
+    }
+
+    /// The families in which the data plane kept, for a port that it refused and that is gone by now, what it had found:
+    /// a complete delta takes it away.
+    pub fn take_stray(&mut self) -> PerFamily<bool> {
+        std::mem::take(&mut self.stray)
     }
 
     /// The plan of one Service, as far as its frontends are its own.
@@ -229,7 +321,8 @@ impl Planner {
     /// Remembers what the data plane has of a port, unless a change still pending says so already.
     fn mark(&mut self, id: &PortId, installed: Option<&Arc<PortPlan>>) {
         if !self.pending_ports.contains_key(id) {
-            self.pending_ports.insert(id.clone(), installed.cloned());
+            let has = self.refused.remove(id).unwrap_or_else(|| installed.cloned());
+            self.pending_ports.insert(id.clone(), has);
         }
     }
 

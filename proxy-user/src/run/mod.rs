@@ -136,7 +136,9 @@ async fn serve(
         .with_names(names)
         .with_optional_node(matches!(config.source, SourceConfig::Manifests { .. }))
         .with_conntrack(clean_conntrack(metrics.clone())?)
-        .with_first(config.take_over.clone().map(takeover::start));
+        .with_first(
+            config.take_over.clone().map(|excluded| takeover::start(excluded, config.model.families)),
+        );
     let (open, opened) = oneshot::channel();
     let inputs = Inputs { changes, addresses, opened, stopping: stopping.clone() };
     let engine = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {

@@ -43,8 +43,14 @@ impl Planes {
         let sockets = choose(config.mode, probe, |probe| Ebpf::open(place.clone(), probe.set_retval))?;
         let counted = sockets.as_ref().map(Ebpf::counted);
         let (plane, sockets): (Box<dyn Dataplane>, _) = match sockets {
-            Some(sockets) => (Box::new(Stack::new(packets, sockets).at_once()), Some(place)),
-            None => (Box::new(Stack::new(packets, Retired::new(place))), None),
+            Some(sockets) => {
+                let stack = Stack::new(packets, sockets).serving_as("ebpf").with_retry(config.sync_period);
+                (Box::new(stack), Some(place))
+            }
+            None => {
+                let stack = Stack::new(packets, Retired::new(place)).with_retry(config.sync_period);
+                (Box::new(stack), None)
+            }
         };
         Ok(Self { plane, foreign, sockets, dropped, counted })
     }

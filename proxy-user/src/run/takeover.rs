@@ -1,25 +1,37 @@
 //! Taking over from kube-proxy: what it left in the kernel goes once everything of ours is in force.
 //!
-//! In: the news that it is. Out: a kernel without kube-proxy's rules, or a line that says why they are still there. It
-//! is done once for each start, so that a kube-proxy that still runs and puts its rules back is not fought.
+//! In: the news that a family is in force. Out: a kernel without kube-proxy's rules of that family, or a line that says why
+//! they are still there; what is of no single family goes with the last one. It is done once for each start, so that a
+//! kube-proxy that still runs and puts its rules back is not fought.
 
 use ipnet::IpNet;
-use tokio::sync::oneshot;
+use tokio::sync::mpsc;
 
-use crate::dataplane::kube_proxy::{self, Because, KeptChain, Removed, listed};
+use crate::{
+    dataplane::kube_proxy::{self, Because, KeptChain, Removed, listed},
+    model::{Family, PerFamily},
+};
 
-/// Waits for the news in a task. Virtual servers of IPVS in the `excluded` networks stay.
-pub(super) fn start(excluded: Vec<IpNet>) -> oneshot::Sender<()> {
-    let (sender, in_force) = oneshot::channel();
+/// Waits for the news in a task. Virtual servers of IPVS in the `excluded` networks stay. Of a family that is not `served`
+/// the rules go with the first one that is.
+pub(super) fn start(excluded: Vec<IpNet>, served: PerFamily<bool>) -> mpsc::UnboundedSender<Family> {
+    let (sender, mut in_force) = mpsc::unbounded_channel();
     tokio::spawn(async move {
-        if in_force.await.is_err() {
-            return;
-        }
-        let (removed, failed) = kube_proxy::remove(&excluded).await;
-        tell(&removed);
-        for error in failed {
-            let cause = std::error::Error::source(&error).map(ToString::to_string);
-            tracing::warn!(%error, cause, "kube-proxy's rules may still lead new connections; `weir cleanup --kube-proxy` tries again");
+        let mut waiting = served;
+        let mut going = PerFamily { v4: !served.v4, v6: !served.v6 };
+        while let Some(family) = in_force.recv().await {
+            *going.get_mut(family) = true;
+            *waiting.get_mut(family) = false;
+            let last = (!waiting.v4 && !waiting.v6).then_some(&*excluded);
+            let (removed, failed) = kube_proxy::remove_of(std::mem::take(&mut going), last).await;
+            tell(&removed);
+            for error in failed {
+                let cause = std::error::Error::source(&error).map(ToString::to_string);
+                tracing::warn!(%error, cause, "kube-proxy's rules may still lead new connections; `weir cleanup --kube-proxy` tries again");
+            }
+            if last.is_some() {
+                return;
+            }
         }
     });
     sender

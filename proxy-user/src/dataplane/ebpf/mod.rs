@@ -17,7 +17,7 @@ use std::{collections::BTreeMap, net::UdpSocket, sync::Arc, time::Instant};
 
 use proxy_ebpf::{LAYOUT_VERSION, Settings, system};
 
-use super::{Dataplane, Error, Fill, State};
+use super::{Dataplane, Error, Fill, Shortfall, State};
 use crate::plan::{Delta, NodePlan};
 
 mod bypass;
@@ -146,13 +146,17 @@ impl Dataplane for Ebpf {
             }
         }
         self.whole.settled()?;
-        if failed.is_empty() { Ok(()) } else { Err(Error::Ports(failed)) }
+        Shortfall::of_ports(failed).into_result()
     }
 
     fn reread(&mut self) -> Result<(), Error> {
         // What rested is forgotten, and free.
         stage::settle();
         Ok(self.read()?)
+    }
+
+    fn step_aside(&mut self) -> Result<(), Error> {
+        Ok(self.object.step_aside()?)
     }
 
     fn fill(&self) -> Vec<Fill> {

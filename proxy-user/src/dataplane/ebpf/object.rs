@@ -296,6 +296,16 @@ impl Object {
         })
     }
 
+    /// Detaches the programs that lead sockets to backends. Those that translate back and forget stay for the sockets that
+    /// were led, and so do the maps.
+    pub(super) fn step_aside(&mut self) -> Result<(), Problem> {
+        self.attached = false;
+        self.ebpf
+            .programs()
+            .filter(|(name, _)| leads(name))
+            .try_for_each(|(name, _)| discard(&self.place.link(name)))
+    }
+
     pub(super) fn settings(&self) -> Result<Settings, Problem> {
         self.maps.settings()
     }

@@ -21,7 +21,7 @@ use futures::TryStreamExt as _;
 use ipnet::IpNet;
 use rtnetlink::packet_route::link::LinkAttribute;
 
-use crate::model::Family;
+use crate::model::{Family, PerFamily};
 
 mod chains;
 mod ipvs;
@@ -153,15 +153,23 @@ pub fn listed<'a>(chains: impl IntoIterator<Item = &'a KeptChain>) -> String {
 /// `ipvs.excludeCIDRs`: where its ipvs mode runs, all others are its own. What cannot be removed keeps nothing else from
 /// being removed, and has an error each.
 pub async fn remove(excluded: &[IpNet]) -> (Removed, Vec<Error>) {
+    remove_of(PerFamily { v4: true, v6: true }, Some(excluded)).await
+}
+
+/// The same for the rules of these families only, and for what is of no single family where `excluded` is given.
+pub async fn remove_of(families: PerFamily<bool>, excluded: Option<&[IpNet]>) -> (Removed, Vec<Error>) {
     let (mut removed, mut failed) = (Removed::default(), Vec::new());
-    for (family, name) in ruleset::FAMILIES {
+    let wanted = Family::ALL.into_iter().zip(ruleset::FAMILIES).filter(|(family, _)| *families.get(*family));
+    for (_, (family, name)) in wanted {
         match ruleset::remove(family, name) {
             Ok(theirs) => removed.count(name, theirs),
             Err(error) => failed.push(error),
         }
     }
-    remove_legacy_chains(&mut removed, &mut failed).await;
-    if let Err(error) = remove_ipvs(excluded, &mut removed).await {
+    remove_legacy_chains(families, &mut removed, &mut failed).await;
+    if let Some(excluded) = excluded
+        && let Err(error) = remove_ipvs(excluded, &mut removed).await
+    {
         failed.push(error);
     }
     (removed, failed)
@@ -204,9 +212,14 @@ async fn device(handle: &rtnetlink::Handle) -> Result<Option<u32>, rtnetlink::Er
 }
 
 /// Removes the chains from the tables of iptables' legacy variant.
-async fn remove_legacy_chains(removed: &mut Removed, failed: &mut Vec<Error>) {
-    let tables = Family::ALL.map(|family| legacy::tables(family).into_iter().map(move |name| (family, name)));
-    let tables: Vec<_> = tables.into_iter().flatten().collect();
+async fn remove_legacy_chains(
+    families: PerFamily<bool>,
+    removed: &mut Removed,
+    failed: &mut Vec<Error>,
+) {
+    let families = Family::ALL.into_iter().filter(|family| *families.get(*family));
+    let tables = families.map(|family| legacy::tables(family).into_iter().map(move |name| (family, name)));
+    let tables: Vec<_> = tables.flatten().collect();
     if tables.is_empty() {
         return;
     }

@@ -10,7 +10,7 @@
 
 use std::{collections::HashSet, io};
 
-use super::{Dataplane, Error, State};
+use super::{Dataplane, Error, Shortfall, Standing, State};
 use crate::{
     model::{Family, PerFamily},
     plan::{Delta, NodePlan, PortDelta, PortId, PortPlan},
@@ -129,18 +129,37 @@ impl Dataplane for Nftables {
         let Some(node) = self.node.clone() else {
             return Err(Error::Kernel("Services were planned before the node".to_owned()));
         };
-        let mut failed = Vec::new();
+        let mut short = Shortfall::default();
         for table in &mut self.tables {
-            failed.extend(apply_family(&mut self.netlink, table, delta, &node)?);
+            let knowledge = if delta.complete { Knowledge::Reread } else { Knowledge::Current };
+            if table.knowledge != knowledge {
+                continue;
+            }
+            match apply_family(&mut self.netlink, table, delta, &node) {
+                Ok(refused) => {
+                    table.knowledge = Knowledge::Current;
+                    short.refused.extend(refused);
+                }
+                Err(error) => {
+                    table.knowledge = Knowledge::Lost;
+                    short.failed.push((table.family, error));
+                }
+            }
         }
-        if failed.is_empty() { Ok(()) } else { Err(Error::Ports(failed)) }
+        short.into_result()
     }
 
     fn reread(&mut self) -> Result<(), Error> {
-        for table in &mut self.tables {
-            table.reread(&mut self.netlink).map_err(|error| io_error("reading our tables", error))?;
-        }
-        Ok(())
+        self.tables.iter_mut().try_for_each(|table| reread(table, &mut self.netlink))
+    }
+
+    fn reread_family(&mut self, family: Family) -> Result<(), Error> {
+        let mut tables = self.tables.iter_mut().filter(|table| table.family == family);
+        tables.try_for_each(|table| reread(table, &mut self.netlink))
+    }
+
+    fn standing(&self) -> Vec<Standing> {
+        vec![Standing { plane: "nftables", active: true, failures: 0 }]
     }
 
     fn dump(&mut self) -> Result<State, Error> {
@@ -168,6 +187,29 @@ impl Dataplane for Nftables {
         }
         self.reread()
     }
+}
+
+/// What this plane knows of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Knowledge {
+    /// What it held when it was read; a complete delta comes next.
+    Reread,
+    /// Everything.
+    Current,
+    /// Nothing, because it could not be written or read.
+    Lost,
+}
+
+/// Reads a table back.
+fn reread(table: &mut table::Table, netlink: &mut socket::Netlink) -> Result<(), Error> {
+    table.knowledge = Knowledge::Lost;
+    table.reread(netlink).map_err(|error| io_error(&describe("reading", table.family), error))?;
+    table.knowledge = Knowledge::Reread;
+    Ok(())
+}
+
+fn describe(doing: &str, family: Family) -> String {
+    format!("{doing} table {} weir", dump::nft_family(family))
 }
 
 fn family_of(port: &PortDelta) -> Option<Family> {

@@ -21,6 +21,7 @@ use std::sync::atomic::AtomicU64;
 use super::{
     drops::{DropCount, Drops},
     names::NameMetrics,
+    planes::PlaneMetrics,
     process::Process,
     requests::RequestMetrics,
     services::{PortCount, Services},
@@ -53,6 +54,7 @@ struct Inner {
     weir: Weir,
     sockets: SocketMetrics,
     names: NameMetrics,
+    planes: PlaneMetrics,
     requests: RequestMetrics,
     services: Services,
     drops: Drops,
@@ -268,14 +270,24 @@ impl Metrics {
         let weir = Weir::register(&mut registry);
         let sockets = SocketMetrics::register(&mut registry);
         let names = NameMetrics::register(&mut registry);
+        let planes = PlaneMetrics::register(&mut registry);
         let requests = RequestMetrics::register(&mut registry);
         let services = Services::default();
         registry.register_collector(Box::new(services.clone()));
         let drops = Drops::default();
         registry.register_collector(Box::new(drops.clone()));
         registry.register_collector(Box::new(Process));
-        let metrics =
-            Self(Arc::new(Inner { registry, kube_proxy, weir, sockets, names, requests, services, drops }));
+        let metrics = Self(Arc::new(Inner {
+            registry,
+            kube_proxy,
+            weir,
+            sockets,
+            names,
+            planes,
+            requests,
+            services,
+            drops,
+        }));
         for family in Family::ALL {
             let of = &metrics.0.kube_proxy;
             drop(of.sync_failures.get_or_create(&family_label(family)));
@@ -402,6 +414,16 @@ impl Metrics {
     /// The kernel programs could not do something, this many times more.
     pub fn count_trouble(&self, trouble: &'static str, more: u64) {
         self.0.sockets.count_trouble(trouble, more);
+    }
+
+    /// Whether a data plane serves, and how often it has failed as a whole.
+    pub fn set_plane(&self, plane: &'static str, active: bool, failures: u64) {
+        self.0.planes.set(plane, active, failures);
+    }
+
+    /// So many service ports could not be taken by the sockets' plane, and are served by packets.
+    pub fn set_left_to_packets(&self, ports: usize) {
+        self.0.planes.set_left(whole(ports));
     }
 
     /// Sockets were closed because their backend serves no longer.

@@ -127,37 +127,105 @@ fn an_endpoint_change_touches_the_slots_of_that_endpoint() {
 }
 
 #[test]
-fn a_port_that_failed_is_told_again_with_what_the_data_plane_still_has() {
+fn a_refused_port_is_told_again_when_asked_for_with_what_the_data_plane_still_has() {
     let mut rig = Rig::new();
     let (a, b) = (json!({ "name": "a", "port": 80 }), json!({ "name": "b", "port": 81 }));
     let first = rig.step([web(json!([a, b]))]);
     let failing: Vec<PortId> = first.ports[1].id().cloned().into_iter().collect();
-    assert!(rig.planner.failed(&first, &failing));
+    let fine = PerFamily::default();
+    assert_eq!(rig.planner.settled(&first, &failing), fine);
+    assert!(rig.planner.take_delta().is_empty() && rig.planner.has_waiting(), "other changes go without it");
+    rig.planner.retry();
     assert_eq!(told(&rig.planner.take_delta()), ["ns/web:b/TCP (IPv4) new"]);
 
     // It changes again before it is told again: before is what was there before the failure.
     let second = rig.step([web(json!([a, { "name": "b", "port": 82 }]))]);
     rig.step([web(json!([a, { "name": "b", "port": 83 }]))]);
-    assert!(rig.planner.failed(&second, &failing));
+    assert_eq!(rig.planner.settled(&second, &failing), fine);
+    rig.planner.retry();
     let third = rig.planner.take_delta();
     let numbers = |plan: &Option<Arc<PortPlan>>| plan.as_ref().map(|plan| plan.frontends[0].frontend.port);
     assert_eq!((numbers(&third.ports[0].before), numbers(&third.ports[0].after)), (Some(81), Some(83)));
 
     // A port that should go and could not is told again, too.
     let gone = rig.step([web(json!([a]))]);
-    assert!(rig.planner.failed(&gone, &failing));
+    assert_eq!(rig.planner.settled(&gone, &failing), fine);
+    rig.planner.retry();
     assert_eq!(told(&rig.planner.take_delta()), ["ns/web:b/TCP (IPv4) gone"]);
     assert!(rig.planner.take_delta().is_empty());
 }
 
 #[test]
-fn a_failed_complete_delta_needs_another_one() {
+fn a_refused_port_that_changes_is_told_at_once() {
+    let mut rig = Rig::new();
+    let first = rig.step([web(json!([{ "port": 80 }]))]);
+    let ids: Vec<PortId> = first.ports.iter().filter_map(PortDelta::id).cloned().collect();
+    rig.planner.settled(&first, &ids);
+    let second = rig.step([web(json!([{ "port": 81 }]))]);
+    assert_eq!(told(&second), ["ns/web/TCP (IPv4) new"], "the data plane never had it");
+    assert!(!rig.planner.has_waiting());
+}
+
+#[test]
+fn of_a_port_refused_at_a_start_the_data_plane_has_what_it_found() {
     let mut rig = Rig::new();
     rig.step([web(json!([{ "port": 80 }]))]);
     let complete = rig.planner.complete();
     let ids: Vec<PortId> = complete.ports.iter().filter_map(PortDelta::id).cloned().collect();
-    assert!(!rig.planner.failed(&complete, &ids));
-    assert!(rig.planner.failed(&complete, &[]), "nothing failed");
+    assert_eq!(rig.planner.settled(&complete, &ids), PerFamily::default());
+    rig.planner.retry();
+    let again = rig.planner.take_delta();
+    assert_eq!(told(&again), ["ns/web/TCP (IPv4) new"]);
+    rig.planner.settled(&again, &ids);
+    // Nothing names what was found any more, so only a comparison takes it away.
+    assert!(rig.step([Change::Delete(Kind::Service, named("web"))]).ports.is_empty());
+    assert_eq!(rig.planner.take_stray(), PerFamily { v4: true, v6: false });
+    assert_eq!(rig.planner.take_stray(), PerFamily::default(), "it was told");
+
+    // Once it is programmed it is a port like any other.
+    rig.step([web(json!([{ "port": 80 }]))]);
+    let complete = rig.planner.complete();
+    rig.planner.settled(&complete, &ids);
+    rig.planner.retry();
+    let again = rig.planner.take_delta();
+    rig.planner.settled(&again, &[]);
+    assert_eq!(told(&rig.step([Change::Delete(Kind::Service, named("web"))])), ["ns/web/TCP (IPv4) gone"]);
+    assert_eq!(rig.planner.take_stray(), PerFamily::default());
+}
+
+#[test]
+fn everything_for_one_family_leaves_what_waits_for_the_other() {
+    let mut rig = Rig::new();
+    let both = json!({
+        "clusterIPs": ["10.0.0.1", "fd00::1"], "ipFamilies": ["IPv4", "IPv6"], "ports": [{ "port": 80 }]
+    });
+    let delta = rig.step([service("web", both)]);
+    let ids: Vec<PortId> = delta.ports.iter().filter_map(PortDelta::id).cloned().collect();
+    assert_eq!(ids.len(), 2);
+    rig.planner.settled(&delta, &ids);
+    let everything = rig.planner.complete_for(PerFamily { v4: false, v6: true });
+    assert_eq!(everything.ports.len(), 2, "it names both");
+    rig.planner.retry();
+    assert_eq!(told(&rig.planner.take_delta()), ["ns/web/TCP (IPv4) new"]);
+}
+
+#[test]
+fn a_port_that_was_left_to_another_plane_is_told_again_as_it_is() {
+    let mut rig = Rig::new();
+    let delta = rig.step([web(json!([{ "port": 80 }]))]);
+    let ids: Vec<PortId> = delta.ports.iter().filter_map(PortDelta::id).cloned().collect();
+    rig.planner.left(ids.clone());
+    assert!(rig.planner.take_delta().is_empty());
+    rig.planner.retry();
+    let again = rig.planner.take_delta();
+    assert_eq!(
+        again.ports,
+        [PortDelta { before: delta.ports[0].after.clone(), after: delta.ports[0].after.clone() }]
+    );
+    rig.planner.left(ids);
+    rig.step([Change::Delete(Kind::Service, named("web"))]);
+    rig.planner.retry();
+    assert!(rig.planner.take_delta().is_empty(), "it is gone");
 }
 
 #[test]

@@ -17,6 +17,7 @@ mod refusal;
 use refusal::Refused;
 
 use super::{
+    Knowledge,
     adopt::Found,
     element,
     netlink::{Bytes, ChainSpec, Element, Transaction, Value},
@@ -66,6 +67,8 @@ pub(super) struct Table {
     pub(super) found: Option<Found>,
     /// What was found of service ports that the kernel refused to change.
     kept: Found,
+    /// Whether a delta can be applied, and of which kind.
+    pub(super) knowledge: Knowledge,
 }
 
 impl Table {
@@ -86,6 +89,7 @@ impl Table {
             trash: Vec::new(),
             found: None,
             kept: Found::nothing(family),
+            knowledge: Knowledge::Lost,
         }
     }
 

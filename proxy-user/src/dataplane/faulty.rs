@@ -1,0 +1,254 @@
+//! A data plane that fails on purpose, in front of one that works.
+//!
+//! In: [`Delta`]s, and [`Faults`]. Out: what the data plane behind it holds, less what failed: of that it keeps what it had.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use super::{Dataplane, Error, Shortfall, State};
+use crate::{
+    model::{Family, ObjectName, PerFamily},
+    plan::{ClusterIpDelta, Delta, Frontend, PortDelta, PortId, PortPlan},
+};
+
+/// What fails each time, to be changed while the data plane is in use.
+#[derive(Clone, Debug, Default)]
+pub struct Faults(Arc<Mutex<Always>>);
+
+#[derive(Debug, Default)]
+struct Always {
+    services: BTreeSet<ObjectName>,
+    families: BTreeSet<Family>,
+}
+
+impl Faults {
+    /// Whether each port of a Service is refused.
+    pub fn refuse(&self, service: ObjectName, refused: bool) {
+        let services = &mut self.always().services;
+        if refused {
+            services.insert(service)
+        } else {
+            services.remove(&service)
+        };
+    }
+
+    /// Whether a family cannot be written.
+    pub fn break_family(&self, family: Family, broken: bool) {
+        let families = &mut self.always().families;
+        if broken {
+            families.insert(family)
+        } else {
+            families.remove(&family)
+        };
+    }
+
+    fn always(&self) -> MutexGuard<'_, Always> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Fails some calls of another data plane, always the same ones for the same seed, and what [`Faults`] say.
+#[derive(Clone, Debug)]
+pub struct Faulty<D> {
+    inner: D,
+    random: u64,
+    ports: u8,
+    calls: u8,
+    faults: Faults,
+    /// What the data plane has.
+    known: BTreeMap<PortId, Arc<PortPlan>>,
+    standing: PerFamily<Standing>,
+}
+
+/// Where a family stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Standing {
+    /// Everything or nothing is there, and the next delta is a complete one.
+    #[default]
+    Reread,
+    /// Every change is in place.
+    Current,
+    /// It failed.
+    Failed,
+}
+
+impl<D> Faulty<D> {
+    /// Lets `ports` per cent of service ports fail by themselves, and `calls` per cent of calls as a whole: half of
+    /// those before they do anything, half after they did everything.
+    #[must_use]
+    pub fn new(inner: D, seed: u64, ports: u8, calls: u8) -> Self {
+        // A generator of this kind never leaves zero.
+        let random = seed.max(1);
+        let (faults, known, standing) = (Faults::default(), BTreeMap::new(), PerFamily::default());
+        Self { inner, random, ports, calls, faults, known, standing }
+    }
+
+    /// Fails what `faults` say and nothing else.
+    #[must_use]
+    pub fn with(inner: D, faults: Faults) -> Self {
+        Self { faults, ..Self::new(inner, 1, 0, 0) }
+    }
+
+    /// The same with what it holds, as another agent finds it, and other faults.
+    #[must_use]
+    pub fn restarted(self, faults: Faults) -> Self {
+        Self { faults, standing: PerFamily::default(), ..self }
+    }
+
+    /// The data plane that sometimes works.
+    pub fn inner(&mut self) -> &mut D {
+        &mut self.inner
+    }
+
+    /// A xorshift generator.
+    fn happens(&mut self, per_cent: u8) -> bool {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        (self.random >> 32) % 100 < u64::from(per_cent)
+    }
+
+    fn is_refused(&mut self, id: &PortId) -> bool {
+        self.happens(self.ports) || self.faults.always().services.contains(&id.service)
+    }
+
+    /// The delta as the data plane behind gets it: without what fails, and without families that do not take part.
+    fn passed(&mut self, delta: &Delta, part: PerFamily<bool>, refused: &mut Vec<(PortId, String)>) -> Delta {
+        let takes_part = |family: Family| *part.get(family);
+        let mut passed = Delta { ports: Vec::new(), ..delta.clone() };
+        if !delta.complete {
+            passed.cluster_ips.retain(|change| {
+                let (ClusterIpDelta::Add(ip) | ClusterIpDelta::Remove(ip)) = change;
+                takes_part(Family::of(*ip))
+            });
+        }
+        let mut kept = Vec::new();
+        for port in &delta.ports {
+            let Some(id) = port.id() else { continue };
+            let refuses = takes_part(id.family) && self.is_refused(id);
+            let known = self.known.get(id);
+            if takes_part(id.family) && !refuses {
+                // What was kept of a port refused before is replaced.
+                let before = if delta.complete { None } else { port.before.as_ref().or(known) };
+                passed.ports.push(PortDelta { before: before.cloned(), after: port.after.clone() });
+                continue;
+            }
+            kept.extend(known.filter(|_| delta.complete).cloned());
+            if refuses {
+                refused.push((id.clone(), injected().to_string()));
+            }
+        }
+        passed.ports.extend(without_frontends_of(&passed.ports, kept));
+        passed
+    }
+
+    /// Remembers what the data plane has now.
+    fn remember(&mut self, delta: Delta, refused: &[(PortId, String)]) {
+        for PortDelta { before, after } in delta.ports {
+            let Some(id) = after.as_ref().or(before.as_ref()).map(|plan| plan.id.clone()) else { continue };
+            if refused.iter().any(|(refused, _)| *refused == id) {
+                continue;
+            }
+            match after {
+                Some(plan) => self.known.insert(id, plan),
+                None => self.known.remove(&id),
+            };
+        }
+    }
+
+    /// Who takes a delta in, and who fails at that.
+    fn parties(&mut self, delta: &Delta, failed: &mut Vec<(Family, Error)>) -> PerFamily<bool> {
+        let broken = self.faults.always().families.clone();
+        let mut part = PerFamily::default();
+        for family in Family::ALL {
+            let wanted = if delta.complete { Standing::Reread } else { Standing::Current };
+            if *self.standing.get(family) != wanted {
+                continue;
+            }
+            if broken.contains(&family) {
+                *self.standing.get_mut(family) = Standing::Failed;
+                failed.push((family, injected()));
+                continue;
+            }
+            *self.standing.get_mut(family) = Standing::Current;
+            *part.get_mut(family) = true;
+        }
+        part
+    }
+}
+
+/// Ports as they are kept, without what other ports have taken from them.
+fn without_frontends_of(ports: &[PortDelta], kept: Vec<Arc<PortPlan>>) -> Vec<PortDelta> {
+    let plans = ports.iter().filter_map(|port| port.after.as_ref());
+    let taken: BTreeSet<Frontend> =
+        plans.flat_map(|plan| &plan.frontends).map(|planned| planned.frontend).collect();
+    let kept = kept.into_iter().map(|mut plan| {
+        if plan.frontends.iter().any(|planned| taken.contains(&planned.frontend)) {
+            Arc::make_mut(&mut plan).frontends.retain(|planned| !taken.contains(&planned.frontend));
+        }
+        PortDelta { before: None, after: Some(plan) }
+    });
+    kept.collect()
+}
+
+fn injected() -> Error {
+    Error::Kernel("a fault on purpose".to_owned())
+}
+
+impl<D: Dataplane> Dataplane for Faulty<D> {
+    fn apply(&mut self, delta: &Delta) -> Result<(), Error> {
+        let fails = self.happens(self.calls);
+        if fails && self.happens(50) {
+            self.standing = PerFamily { v4: Standing::Failed, v6: Standing::Failed };
+            return Err(injected());
+        }
+        let mut short = Shortfall::default();
+        let part = self.parties(delta, &mut short.failed);
+        if Family::ALL.iter().all(|family| !part.get(*family)) {
+            return short.into_result();
+        }
+        let passed = self.passed(delta, part, &mut short.refused);
+        let result = self.inner.apply(&passed);
+        if delta.complete {
+            let named: BTreeSet<&PortId> = delta.ports.iter().filter_map(PortDelta::id).collect();
+            self.known.retain(|id, _| named.contains(id));
+        }
+        match result {
+            Ok(()) => self.remember(passed, &[]),
+            Err(Error::Partly(more)) => {
+                self.remember(passed, &more.refused);
+                short.refused.extend(more.refused);
+                short.failed.extend(more.failed);
+            }
+            Err(error) => {
+                self.standing = PerFamily { v4: Standing::Failed, v6: Standing::Failed };
+                return Err(error);
+            }
+        }
+        if fails {
+            self.standing = PerFamily { v4: Standing::Failed, v6: Standing::Failed };
+            return Err(injected());
+        }
+        short.into_result()
+    }
+
+    fn reread(&mut self) -> Result<(), Error> {
+        self.standing = PerFamily::default();
+        self.inner.reread()
+    }
+
+    fn reread_family(&mut self, family: Family) -> Result<(), Error> {
+        *self.standing.get_mut(family) = Standing::Reread;
+        self.inner.reread_family(family)
+    }
+
+    fn dump(&mut self) -> Result<State, Error> {
+        self.inner.dump()
+    }
+
+    fn remove(&mut self) -> Result<(), Error> {
+        self.inner.remove()
+    }
+}

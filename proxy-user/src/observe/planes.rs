@@ -1,0 +1,44 @@
+//! Metrics of the data planes: which serve, and how often one failed as a whole.
+//!
+//! In: what the engine sees of them. Out: `weir_plane_*` metrics, and how many service ports one plane left to another.
+
+use prometheus_client::{
+    metrics::{counter::Counter, family::Family as Labelled, gauge::Gauge},
+    registry::Registry,
+};
+
+use super::metrics::{Label, put};
+
+/// The handles.
+#[derive(Debug)]
+pub(super) struct PlaneMetrics {
+    active: Labelled<Label, Gauge>,
+    failures: Labelled<Label, Counter>,
+    left: Gauge,
+}
+
+impl PlaneMetrics {
+    pub(super) fn register(registry: &mut Registry) -> Self {
+        let r = registry.sub_registry_with_prefix("weir");
+        Self {
+            active: put(r, "plane_active", "Whether a data plane serves", Labelled::default()),
+            failures: put(r, "plane_failures", "Times a data plane failed as a whole", Labelled::default()),
+            left: put(
+                r,
+                "ports_left_to_packets",
+                "Service ports that the sockets' plane could not take and packets serve",
+                Gauge::default(),
+            ),
+        }
+    }
+
+    pub(super) fn set(&self, plane: &'static str, active: bool, failures: u64) {
+        self.active.get_or_create(&[("plane", plane)]).set(active.into());
+        let counted = self.failures.get_or_create(&[("plane", plane)]);
+        counted.inc_by(failures.saturating_sub(counted.get()));
+    }
+
+    pub(super) fn set_left(&self, ports: i64) {
+        self.left.set(ports);
+    }
+}

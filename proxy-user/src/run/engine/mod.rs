@@ -1,0 +1,306 @@
+//! Model, planner and data plane on one thread: takes changes in, brings the kernel up to date, takes the next in.
+//!
+//! In: changes, host addresses, news of foreign rule set changes. Out: a kernel that holds what was planned, health
+//! and metrics, and suspects for conntrack. There is no pacing: what arrives while the kernel is being written is the
+//! next delta. What fails costs nothing else anything: a service port that is refused is tried again by itself, a family
+//! whose table cannot be written is compared with the kernel again by itself, first at once and then ever less often, and
+//! both while every other change is written as it comes.
+//!
+//! ```text
+//! changes ─▶ take_in ─▶ program ─▶ settle: in force ─▶ health, health checks, metrics, conntrack, sockets
+//!                          ▲              │ refused, failed
+//!                          └── recovery ◀─┘
+//! ```
+
+use std::{
+    collections::BTreeMap,
+    pin::pin,
+    sync::PoisonError,
+    time::{Duration, Instant},
+};
+
+use k8s_openapi::jiff::Timestamp;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::{Addresses, census::Census, served};
+use crate::{
+    dataplane::{Dataplane, conntrack::Suspects, nftables::Seen, sockets},
+    dns::SharedNames,
+    model::{Family, Model, PerFamily, Settings},
+    observe::{Events, Health, HealthChecks, Metrics, Trouble},
+    plan::{Conflict, Planner, PortId},
+    source::{Change, Object},
+};
+
+mod checks;
+mod program;
+mod recovery;
+mod settle;
+#[cfg(test)]
+mod tests;
+
+use checks::Checks;
+use recovery::{FIRST_RETRY, Recovery, Retries};
+
+/// What the engine listens to.
+pub(super) struct Inputs {
+    pub(super) changes: mpsc::Receiver<Change>,
+    pub(super) addresses: Addresses,
+    /// Comes once the data plane is open. What the kernel holds is read while changes are taken in and planned.
+    pub(super) opened: oneshot::Receiver<Opened>,
+    pub(super) stopping: watch::Receiver<bool>,
+}
+
+/// An open data plane, and what goes with it.
+pub(super) struct Opened {
+    pub(super) plane: Box<dyn Dataplane>,
+    /// Tells of foreign changes to our tables.
+    pub(super) foreign: mpsc::Receiver<Seen>,
+    /// Is told which backends serve no longer, once that is in force.
+    pub(super) sockets: Option<std::sync::mpsc::Sender<sockets::Suspects>>,
+}
+
+/// Most changes of names while queries wait.
+const CHANGES_OF_NAMES: usize = 256;
+
+/// Most changes taken in before the kernel is brought up to date.
+const MOST_CHANGES: usize = 65_536;
+
+pub(super) struct Engine {
+    model: Model,
+    planner: Planner,
+    plane: Option<Box<dyn Dataplane>>,
+    conntrack: Option<mpsc::UnboundedSender<Suspects>>,
+    sockets: Option<std::sync::mpsc::Sender<sockets::Suspects>>,
+    checks: Checks,
+    names: Option<(SharedNames, watch::Sender<u32>)>,
+    events: Events,
+    metrics: Metrics,
+    health: Health,
+    families: Vec<Family>,
+    census: Census,
+    started: Timestamp,
+    know_addresses: bool,
+    node_is_optional: bool,
+    longest_retry: Duration,
+    /// Whether the data plane was ever given everything.
+    began: bool,
+    recoveries: PerFamily<Recovery>,
+    /// The service ports that cannot be programmed, and why.
+    refused: BTreeMap<PortId, String>,
+    /// The service ports that one plane leaves to another.
+    left: BTreeMap<PortId, String>,
+    retries: Retries,
+    /// When something is to be tried again.
+    wake: Option<Instant>,
+    /// How many changes of Services and of slices are taken in and not yet in force.
+    pending: (usize, usize),
+    /// Told of each family once everything of it is in force.
+    first: Option<mpsc::UnboundedSender<Family>>,
+    /// The families of which everything has been in force since the start, but for ports that were refused.
+    served: PerFamily<bool>,
+    /// Slices taken in and not yet in force: their family and when the endpoints changed.
+    triggers: Vec<(Family, Timestamp)>,
+}
+
+impl Engine {
+    pub(super) fn new(settings: Settings, metrics: Metrics, health: Health) -> Self {
+        let now = Instant::now();
+        Self {
+            families: served(settings.families).collect(),
+            model: Model::new(settings),
+            planner: Planner::default(),
+            plane: None,
+            conntrack: None,
+            sockets: None,
+            checks: Checks::default(),
+            names: None,
+            events: Events::logged(),
+            metrics,
+            health,
+            census: Census::default(),
+            started: Timestamp::now(),
+            know_addresses: false,
+            node_is_optional: false,
+            longest_retry: Duration::from_secs(30),
+            began: false,
+            recoveries: PerFamily { v4: Recovery::at_start(now), v6: Recovery::at_start(now) },
+            refused: BTreeMap::new(),
+            left: BTreeMap::new(),
+            retries: Retries::default(),
+            wake: None,
+            pending: (0, 0),
+            first: None,
+            served: PerFamily::default(),
+            triggers: Vec::new(),
+        }
+    }
+
+    /// Tells these servers how many local endpoints are in force.
+    pub(super) fn with_health_checks(self, health_checks: HealthChecks) -> Self {
+        Self { checks: Checks::of(health_checks), ..self }
+    }
+
+    /// Keeps these names, and tells there how many changes they have seen.
+    pub(super) fn with_names(self, names: Option<(SharedNames, watch::Sender<u32>)>) -> Self {
+        Self { names, ..self }
+    }
+
+    /// Tells there of service ports that cannot be programmed.
+    pub(super) fn with_events(self, events: Events) -> Self {
+        Self { events, ..self }
+    }
+
+    /// Tells there of each family once everything of it is in force.
+    pub(super) fn with_first(self, first: Option<mpsc::UnboundedSender<Family>>) -> Self {
+        Self { first, ..self }
+    }
+
+    /// Whether a source without this node's Node is no reason to keep load balancers away.
+    pub(super) fn with_optional_node(self, optional: bool) -> Self {
+        Self { node_is_optional: optional, ..self }
+    }
+
+    /// Waits no longer than `longest` after a failure.
+    pub(super) fn with_retry(self, longest: Duration) -> Self {
+        Self { longest_retry: longest.max(FIRST_RETRY), ..self }
+    }
+
+    /// Sends suspects there once what they follow from is in force.
+    pub(super) fn with_conntrack(self, conntrack: mpsc::UnboundedSender<Suspects>) -> Self {
+        Self { conntrack: Some(conntrack), ..self }
+    }
+
+    /// Works until the source ends or stopping is asked for.
+    pub(super) async fn run(mut self, inputs: Inputs) {
+        let Inputs { mut changes, mut addresses, mut opened, mut stopping } = inputs;
+        let mut foreign = None;
+        self.families.iter().for_each(|family| self.health.started(*family));
+        let mut taken = Vec::new();
+        loop {
+            let wake = self.wake;
+            let wake = pin!(async move {
+                match wake {
+                    Some(at) => tokio::time::sleep_until(at.into()).await,
+                    None => std::future::pending().await,
+                }
+            });
+            tokio::select! {
+                count = changes.recv_many(&mut taken, MOST_CHANGES) => if count == 0 { return },
+                Ok(()) = addresses.changed() => {
+                    self.model.set_host_addresses(addresses.borrow_and_update().clone());
+                    self.know_addresses = true;
+                }
+                opened = &mut opened, if self.plane.is_none() => {
+                    // Without one the agent ends, and says why.
+                    let Ok(Opened { plane, foreign: news, sockets }) = opened else { return };
+                    (self.plane, self.sockets, foreign) = (Some(plane), sockets, Some(news));
+                }
+                Some(seen) = next(&mut foreign) => self.notice(seen),
+                () = wake => {}
+                _ = stopping.wait_for(|stop| *stop) => return,
+            }
+            while taken.len() < MOST_CHANGES {
+                let Ok(change) = changes.try_recv() else { break };
+                taken.push(change);
+            }
+            self.take_in_names(&taken);
+            for change in taken.drain(..) {
+                self.take_in(change);
+            }
+            self.bring_up_to_date();
+            self.metrics.set_pending(self.pending.0, self.pending.1);
+            // A node whose Services are not programmed yet is none to send traffic to (P3), whatever its Node says.
+            let unknown = self.node_is_optional && !self.model.knows_node();
+            let serves = self.families.iter().any(|family| *self.served.get(*family));
+            self.health.set_eligible(serves && (unknown || self.model.node_eligible()));
+        }
+    }
+
+    /// Has the tables repaired.
+    fn notice(&mut self, seen: Seen) {
+        let now = Instant::now();
+        for family in self.families.clone() {
+            if let Some(wait) = self.recoveries.get_mut(family).touched(now) {
+                tracing::warn!(%family, ?seen, ?wait, "another program changed our table, repairing it");
+            }
+        }
+    }
+
+    /// Names first: they are there at once, and the kernel takes longer.
+    fn take_in_names(&self, changes: &[Change]) {
+        let Some((names, seen)) = &self.names else { return };
+        for some in changes.chunks(CHANGES_OF_NAMES) {
+            let mut names = names.write().unwrap_or_else(PoisonError::into_inner);
+            some.iter().for_each(|change| names.apply(change));
+            seen.send_replace(names.changes());
+        }
+    }
+
+    fn take_in(&mut self, change: Change) {
+        match &change {
+            Change::Apply(Object::Service(_)) => {
+                self.metrics.service_changed();
+                self.pending.0 += 1;
+            }
+            Change::Apply(Object::EndpointSlice(slice)) => {
+                self.metrics.endpoints_changed();
+                self.pending.1 += 1;
+                // A family that cannot be written must not pile them up.
+                let room = MOST_CHANGES.saturating_sub(self.triggers.len());
+                self.triggers.extend(trigger(slice).filter(|(_, at)| *at > self.started).take(room));
+            }
+            Change::Apply(_) | Change::Delete(..) | Change::Synced(_) => {}
+        }
+        self.model.apply(change);
+    }
+
+    fn bring_up_to_date(&mut self) {
+        if !self.model.is_synced() || !self.know_addresses {
+            return;
+        }
+        let started = Instant::now();
+        for name in self.model.take_dirty() {
+            self.planner.update(&name, self.model.plan(&name));
+            self.checks.replanned(name);
+        }
+        self.tell_of_conflicts();
+        self.planner.update_node(self.model.node_plan());
+        if let Some(mut plane) = self.plane.take() {
+            self.program(&mut *plane, started);
+            self.plane = Some(plane);
+        }
+    }
+
+    /// Logs each frontend that two Services claim, and makes an event for the one that does not get it (R12).
+    fn tell_of_conflicts(&mut self) {
+        for Conflict { frontend, owner, service } in self.planner.take_conflicts() {
+            tracing::warn!(%frontend, %owner, %service, "two Services claim one frontend: the older one has it");
+            let note = format!("{frontend} belongs to the older Service {owner}");
+            self.events.tell(Trouble::of_service(service, "FrontendTaken", "Program", note));
+        }
+    }
+}
+
+/// The next foreign change; none before there is a data plane.
+async fn next(foreign: &mut Option<mpsc::Receiver<Seen>>) -> Option<Seen> {
+    match foreign {
+        Some(foreign) => foreign.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The family of a slice, and when its endpoints last changed, if it says so (W10).
+fn trigger(
+    slice: &k8s_openapi::api::discovery::v1::EndpointSlice,
+) -> impl Iterator<Item = (Family, Timestamp)> {
+    let annotation = slice.metadata.annotations.as_ref().and_then(|annotations| {
+        annotations.get("endpoints.kubernetes.io/last-change-trigger-time")?.parse().ok()
+    });
+    let family = match slice.address_type.as_str() {
+        "IPv4" => Some(Family::V4),
+        "IPv6" => Some(Family::V6),
+        _ => None,
+    };
+    family.zip(annotation).into_iter()
+}
