@@ -3,13 +3,17 @@
 #![expect(clippy::unwrap_used, reason = "what goes wrong in a helper of a test is to end the test")]
 
 use std::{
+    io::Write as _,
     net::{IpAddr, Ipv4Addr, UdpSocket},
-    process::Command,
+    process::{Child, Command, Stdio},
     sync::Arc,
 };
 
 use weir::{
-    dataplane::{Dataplane as _, Outcome, nftables::Nftables},
+    dataplane::{
+        Dataplane as _, Error, Outcome,
+        nftables::{Nftables, Seen},
+    },
     model::{Family, ObjectName, PerFamily, Protocol},
     plan::{
         Backend, ClusterIpDelta, Delta, Destination, Frontend, FrontendPlan, LocalTraffic, NodePlan,
@@ -37,6 +41,31 @@ fn nft(arguments: &[&str]) -> String {
         Command::new("nft").args(arguments).output().expect("nft is not installed: run cargo xtask setup");
     assert!(output.status.success(), "nft {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
+}
+
+/// Another program that owns a table: the kernel lets nothing else change it while this lives.
+struct Owner(Child);
+
+impl Owner {
+    /// Owns the table `weir` of a family, as `nft` calls it.
+    fn of(family: &str) -> Self {
+        let mut owner =
+            Command::new("nft").arg("-i").stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+        let table = format!("add table {family} weir {{ flags owner; }}\n");
+        owner.stdin.as_mut().unwrap().write_all(table.as_bytes()).unwrap();
+        while !nft(&["list", "tables"]).contains("weir") {
+            std::thread::yield_now();
+        }
+        Self(owner)
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        // One that ended by itself is what a test is about to see.
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
 }
 
 fn node() -> NodePlan {
@@ -443,7 +472,7 @@ fn a_port_that_cannot_be_programmed_is_named_and_the_others_work() {
         });
         let other = Arc::new(port(Family::V4, 2, &[1, 2], None));
         let error = plane.apply(&start(&[&good, &twin, &other])).unwrap_err();
-        let weir::dataplane::Error::Partly(short) = error else { panic!("{error}") };
+        let Error::Partly(short) = error else { panic!("{error}") };
         let failed = short.refused;
         assert_eq!(failed.len(), 1, "{failed:?}");
         assert_eq!(failed[0].0, twin.id);
@@ -455,18 +484,76 @@ fn a_port_that_cannot_be_programmed_is_named_and_the_others_work() {
 #[test]
 fn foreign_changes_are_seen_and_repaired_and_our_own_are_not() {
     in_namespace(|| {
-        let mut plane = Nftables::open(both()).unwrap();
-        let mut watch = plane.watch().unwrap();
+        let (mut plane, mut watch) = Nftables::open_watched(both()).unwrap();
         let plan = Arc::new(port(Family::V6, 1, &[1, 2], None));
         let delta = start(&[&plan]);
         plane.apply(&delta).unwrap();
         // Our own change left no event behind, so the next one is the flush.
         nft(&["add", "table", "ip", "somebody-else"]);
         nft(&["flush", "ruleset"]);
-        assert_eq!(watch.wait().unwrap(), weir::dataplane::nftables::Seen::Foreign);
+        let seen = watch.wait().unwrap();
+        let Seen::Foreign { families, generation } = seen else { panic!("{seen:?}") };
+        assert_eq!(families, both(), "one notice of the whole commit");
+        assert!(!plane.has_read(Family::V4, generation));
         plane.reread().unwrap();
+        assert!(plane.has_read(Family::V4, generation), "what is read back is no news");
         plane.apply(&delta).unwrap();
         assert_installed(&mut plane, &plan);
+    });
+}
+
+#[test]
+fn a_foreign_change_right_after_the_tables_were_read_is_seen() {
+    in_namespace(|| {
+        drop(Nftables::open(both()).unwrap().apply(&start(&[])));
+        let (mut plane, mut watch) = Nftables::open_watched(both()).unwrap();
+        // Nothing was listened to yet when this happens, as far as the reader of the watch knows.
+        nft(&["delete", "table", "ip6", "weir"]);
+        let Seen::Foreign { families, generation } = watch.wait().unwrap() else { panic!("lost") };
+        assert_eq!(families, PerFamily { v4: false, v6: true });
+        assert!(!plane.has_read(Family::V6, generation));
+        plane.reread_family(Family::V6).unwrap();
+        assert!(plane.has_read(Family::V6, generation));
+    });
+}
+
+#[test]
+fn a_quick_look_finds_a_table_a_chain_and_a_map_that_are_gone() {
+    in_namespace(|| {
+        let mut plane = Nftables::open(both()).unwrap();
+        let sticky = Arc::new(port(Family::V4, 1, &[1, 2], Some(60)));
+        plane.apply(&start(&[&sticky])).unwrap();
+        assert!(plane.looks_intact(Family::V4) && plane.looks_intact(Family::V6));
+        nft(&["add", "table", "ip", "another"]);
+        assert!(plane.looks_intact(Family::V4));
+        nft(&["delete", "table", "ip6", "weir"]);
+        assert!(plane.looks_intact(Family::V4) && !plane.looks_intact(Family::V6));
+        nft(&["flush", "ruleset"]);
+        assert!(!plane.looks_intact(Family::V4));
+    });
+}
+
+#[test]
+fn a_family_whose_table_another_program_owns_costs_the_other_family_nothing() {
+    in_namespace(|| {
+        let owner = Owner::of("ip6");
+        let mut plane = Nftables::open(both()).unwrap();
+        let four = |number| Arc::new(port(Family::V4, number, &[1, 2], None));
+        let six = Arc::new(port(Family::V6, 1, &[1, 2], None));
+        let (first, second) = (four(1), four(2));
+        let Err(Error::Partly(short)) = plane.apply(&start(&[&first, &six])) else {
+            panic!("nothing failed")
+        };
+        let failed: Vec<Family> = short.failed.iter().map(|(family, _)| *family).collect();
+        assert_eq!((failed, short.refused.len()), (vec![Family::V6], 0));
+        assert_installed(&mut plane, &first);
+        plane.apply(&step(None, Some(&second))).unwrap();
+        assert_installed(&mut plane, &second);
+
+        drop(owner);
+        plane.reread_family(Family::V6).unwrap();
+        plane.apply(&start(&[&first, &second, &six])).unwrap();
+        [&first, &second, &six].into_iter().for_each(|plan| assert_installed(&mut plane, plan));
     });
 }
 

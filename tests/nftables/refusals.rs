@@ -25,7 +25,7 @@ fn refused(plan: &Arc<PortPlan>) -> Arc<PortPlan> {
 /// The names of what could not be programmed.
 fn failed(result: Result<(), Error>) -> Vec<PortId> {
     match result {
-        Err(Error::Ports(ports)) => ports.into_iter().map(|(id, _)| id).collect(),
+        Err(Error::Partly(short)) => short.refused.into_iter().map(|(id, _)| id).collect(),
         other => panic!("{other:?}"),
     }
 }

@@ -72,6 +72,12 @@ pub trait Dataplane: Send {
         self.reread()
     }
 
+    /// Whether a family's table was read back when the rule set had this generation, or a later one: news of it is old.
+    fn has_read(&self, family: Family, generation: u32) -> bool {
+        let _ = (family, generation);
+        false
+    }
+
     /// Whether a quick look finds a family's objects as this plane left them. It may miss a change, and reports none that
     /// did not happen.
     fn looks_intact(&mut self, family: Family) -> bool {

@@ -282,6 +282,10 @@ impl<P: Dataplane, S: Dataplane + Send> Dataplane for Stack<P, S> {
         self.packets.reread_family(family)
     }
 
+    fn has_read(&self, family: Family, generation: u32) -> bool {
+        self.packets.has_read(family, generation)
+    }
+
     fn looks_intact(&mut self, family: Family) -> bool {
         self.packets.looks_intact(family)
     }

@@ -2,8 +2,10 @@
 //!
 //! In: the configuration, and what the machine has. Out: nftables, with the sockets' plane in front where there can be one.
 
+use std::time::Duration;
+
 use anyhow::Context as _;
-use tokio::sync::mpsc;
+use tokio::sync::watch;
 
 use super::choice::choose;
 use crate::{
@@ -11,9 +13,10 @@ use crate::{
     dataplane::{
         Dataplane, Stack,
         ebpf::{Counted, Ebpf, Place, Retired},
-        nftables::{Dropped, Drops, Nftables, Seen},
+        nftables::{Dropped, Drops, News, Nftables, Seen, Watch},
         probe::Probe,
     },
+    model::PerFamily,
     observe::DropCount,
 };
 
@@ -22,7 +25,7 @@ pub(super) struct Planes {
     /// What the engine writes to.
     pub(super) plane: Box<dyn Dataplane>,
     /// News of foreign changes to our tables.
-    pub(super) foreign: mpsc::Receiver<Seen>,
+    pub(super) foreign: watch::Receiver<News>,
     /// Where the sockets' plane is, if there is one.
     pub(super) sockets: Option<Place>,
     /// What the nftables plane counts.
@@ -34,9 +37,9 @@ pub(super) struct Planes {
 impl Planes {
     /// Opens what the mode asks for and the machine allows.
     pub(super) fn open(config: &Config) -> anyhow::Result<Self> {
-        let packets = Nftables::open(config.model.families)
+        let (packets, rule_set) = Nftables::open_watched(config.model.families)
             .context("opening the nftables data plane, which needs nf_tables and the capability NET_ADMIN")?;
-        let foreign = watch_rule_set(&packets)?;
+        let foreign = watch_rule_set(rule_set)?;
         let dropped = packets.drops()?;
         let place = Place { bpf_root: config.bpf_root.clone(), cgroup_root: config.cgroup_root.clone() };
         let probe = || Probe::of(&place.cgroup_root, &place.bpf_root);
@@ -73,24 +76,31 @@ pub(super) fn drops(dropped: &Drops) -> Vec<DropCount> {
         .collect()
 }
 
+/// The longest wait before listening anew.
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
+
 /// Tells of foreign changes to our tables. The thread ends with the process, or when nobody listens.
-fn watch_rule_set(plane: &Nftables) -> anyhow::Result<mpsc::Receiver<Seen>> {
-    let mut rule_set = plane.watch()?;
-    let (seen, foreign) = mpsc::channel(1);
+fn watch_rule_set(mut rule_set: Watch) -> anyhow::Result<watch::Receiver<News>> {
+    let (news, foreign) = watch::channel(News::default());
     std::thread::Builder::new().name("rule-set-watch".to_owned()).spawn(move || {
-        loop {
-            match rule_set.wait() {
-                // One that is waiting already says it all.
-                Ok(what) if matches!(seen.try_send(what), Err(mpsc::error::TrySendError::Closed(_))) => {
-                    return;
-                }
-                Ok(_) => {}
-                Err(error) => {
-                    tracing::error!(%error, "foreign changes to our tables are no longer noticed");
-                    return;
-                }
-            }
+        while !news.is_closed() {
+            let seen = rule_set.wait().unwrap_or_else(|error| {
+                tracing::warn!(%error, "listening anew for foreign changes to our tables");
+                listen_anew(&mut rule_set);
+                Seen::Lost { families: PerFamily { v4: true, v6: true } }
+            });
+            news.send_modify(|news| news.take_in(seen));
         }
     })?;
     Ok(foreign)
+}
+
+/// Tries until the kernel lets us listen.
+fn listen_anew(rule_set: &mut Watch) {
+    let mut wait = Duration::from_millis(100);
+    while let Err(error) = rule_set.reopen() {
+        tracing::error!(%error, ?wait, "foreign changes to our tables are not noticed");
+        std::thread::sleep(wait);
+        wait = (wait * 2).min(LONGEST_WAIT);
+    }
 }

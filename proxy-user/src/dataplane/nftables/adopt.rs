@@ -86,6 +86,15 @@ impl Found {
         Ok(found)
     }
 
+    /// The names of the sets and maps, and of the chains.
+    pub(super) fn names(
+        netlink: &mut Netlink,
+        table: &nftnl::Table,
+    ) -> io::Result<(HashSet<String>, HashSet<String>)> {
+        let sets = Self::sets(netlink, table)?.into_iter().map(|(name, ..)| name).collect();
+        Ok((sets, Self::chains(netlink, table)?))
+    }
+
     /// Leaves over what a frontend found here reaches and will not when it leads to `object`.
     pub(super) fn leave_slots(&mut self, frontends: Map, frontend: &Bytes, object: Option<&Object>) {
         let Some(slots) = frontends.slots() else { return };

@@ -30,11 +30,12 @@ mod stage;
 mod sticky;
 mod table;
 mod vacated;
+mod watch;
 
 pub(super) use netlink::xtables;
 
 pub use drops::{Dropped, Drops};
-pub use socket::{Seen, Watch};
+pub use watch::{News, Seen, Watch};
 
 /// Services in nftables.
 pub struct Nftables {
@@ -50,12 +51,28 @@ impl Nftables {
     ///
     /// When the kernel has no nf_tables, or this process may not use it.
     pub fn open(families: PerFamily<bool>) -> Result<Self, Error> {
+        let mut plane = Self::unread(families)?;
+        plane.reread()?;
+        Ok(plane)
+    }
+
+    /// The same, and listens for changes that others make to our tables: from before they are read, so that none is missed.
+    ///
+    /// # Errors
+    ///
+    /// Also when the kernel refuses the subscription.
+    pub fn open_watched(families: PerFamily<bool>) -> Result<(Self, Watch), Error> {
+        let mut plane = Self::unread(families)?;
+        let watch = plane.watch()?;
+        plane.reread()?;
+        Ok((plane, watch))
+    }
+
+    fn unread(families: PerFamily<bool>) -> Result<Self, Error> {
         let netlink =
             socket::Netlink::open().map_err(|source| io_error("opening a netlink socket", source))?;
         let families = Family::ALL.into_iter().filter(|family| *families.get(*family));
-        let mut plane = Self { netlink, tables: families.map(table::Table::new).collect(), node: None };
-        plane.reread()?;
-        Ok(plane)
+        Ok(Self { netlink, tables: families.map(table::Table::new).collect(), node: None })
     }
 
     /// Reads what is counted, on a socket of its own.
@@ -158,6 +175,21 @@ impl Dataplane for Nftables {
         tables.try_for_each(|table| reread(table, &mut self.netlink))
     }
 
+    fn has_read(&self, family: Family, generation: u32) -> bool {
+        let table = self.tables.iter().find(|table| table.family == family);
+        // Generations count on around the largest number.
+        let is_old = |read: u32| read.wrapping_sub(generation) < u32::MAX / 2;
+        table.is_none_or(|table| table.read_at.is_some_and(is_old))
+    }
+
+    fn looks_intact(&mut self, family: Family) -> bool {
+        let Some(table) = self.tables.iter().find(|table| table.family == family) else { return true };
+        table.looks_intact(&mut self.netlink, self.node.as_deref()).unwrap_or_else(|error| {
+            tracing::debug!(%error, "cannot look at our table");
+            false
+        })
+    }
+
     fn standing(&self) -> Vec<Standing> {
         vec![Standing { plane: "nftables", active: true, failures: 0 }]
     }
@@ -202,8 +234,13 @@ enum Knowledge {
 
 /// Reads a table back.
 fn reread(table: &mut table::Table, netlink: &mut socket::Netlink) -> Result<(), Error> {
+    let family = table.family;
     table.knowledge = Knowledge::Lost;
-    table.reread(netlink).map_err(|error| io_error(&describe("reading", table.family), error))?;
+    let fail = |error| io_error(&describe("reading", family), error);
+    // Asked before: what is committed while the table is read comes as news.
+    let generation = netlink.generation().map_err(fail)?;
+    table.reread(netlink).map_err(fail)?;
+    table.read_at = Some(generation);
     table.knowledge = Knowledge::Reread;
     Ok(())
 }

@@ -1,6 +1,6 @@
-//! The netlink socket: sends one batch and reads what became of it, dumps, and listens for what others change.
+//! The netlink socket: sends one batch and reads what became of it, and dumps.
 //!
-//! In: buffers from `netlink`. Out: success or the kernel's error, dumped messages, and events on our tables.
+//! In: buffers from `netlink`. Out: success or the kernel's error, and dumped messages.
 
 use std::{collections::HashMap, io, os::fd::AsRawFd as _};
 
@@ -13,7 +13,7 @@ use nix::{
 use super::netlink::OwnSocket;
 
 /// Large enough for the messages of one dump step, which the kernel keeps below 32 KiB, and for any error report.
-const BUFFER: usize = 1 << 16;
+pub(super) const BUFFER: usize = 1 << 16;
 
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
@@ -27,7 +27,7 @@ pub(super) struct Netlink {
 }
 
 /// Type, flags and sequence number of a message.
-fn header(message: &[u8]) -> (u16, u16, u32) {
+pub(super) fn header(message: &[u8]) -> (u16, u16, u32) {
     let short = |at: usize| u16::from_ne_bytes([message[at], message[at + 1]]);
     let sequence = u32::from_ne_bytes([message[8], message[9], message[10], message[11]]);
     (short(4), short(6), sequence)
@@ -128,6 +128,19 @@ impl Netlink {
         }
     }
 
+    /// The generation of the rule set, which every commit raises by one, whoever makes it.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub(super) fn generation(&mut self) -> io::Result<u32> {
+        let mut generation = None;
+        self.ask(super::netlink::generation_request, |message| {
+            generation = generation.or(super::netlink::parse_generation(message));
+        })?;
+        generation.ok_or_else(|| io::Error::other("the kernel tells no generation of the rule set"))
+    }
+
     /// Sends a request made for `sequence` and gives every message of the answer to `each`. `each` may have seen
     /// messages already when an error comes back.
     ///
@@ -169,7 +182,7 @@ impl Netlink {
 }
 
 /// libmnl opens sockets that the next program would inherit, and the agent may start anew in its own place.
-fn close_on_exec(socket: &Socket) -> io::Result<()> {
+pub(super) fn close_on_exec(socket: &Socket) -> io::Result<()> {
     use nix::fcntl::{FcntlArg, FdFlag, fcntl};
     fcntl(super::netlink::borrow(socket), FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
     Ok(())
@@ -189,75 +202,4 @@ fn grow(socket: &Socket, batch: usize, reports: usize) -> io::Result<()> {
         setsockopt(&socket, sockopt::RcvBufForce, &reports)?;
     }
     Ok(())
-}
-
-/// Listens for changes that somebody else makes to our tables.
-pub struct Watch {
-    socket: OwnSocket,
-    buffer: Vec<u8>,
-    ours: u32,
-}
-
-/// What a [`Watch`] saw.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Seen {
-    /// Somebody changed our table.
-    Foreign,
-    /// More happened than could be followed; our table may have been touched.
-    Lost,
-}
-
-impl Watch {
-    /// Listens for changes that do not come from the socket `ours`.
-    ///
-    /// # Errors
-    ///
-    /// When the socket cannot be opened or may not join the group.
-    pub(super) fn open(ours: u32) -> io::Result<Self> {
-        use nix::sys::socket::{setsockopt, sockopt};
-        const NFNLGRP_NFTABLES: u32 = 7;
-        let socket = Socket::open(Bus::Netfilter)?;
-        close_on_exec(&socket)?;
-        socket.bind(1 << (NFNLGRP_NFTABLES - 1), mnl::mnl_sys::MNL_SOCKET_AUTOPID)?;
-        setsockopt(&super::netlink::borrow(&socket), sockopt::RcvBufForce, &(8 << 20))?;
-        super::netlink::ignore_sender(&socket, ours)?;
-        Ok(Self { socket: OwnSocket(socket), buffer: vec![0; BUFFER], ours })
-    }
-
-    /// Waits until somebody changes our table.
-    ///
-    /// # Errors
-    ///
-    /// When the socket fails.
-    pub fn wait(&mut self) -> io::Result<Seen> {
-        loop {
-            let len = match self.socket.0.recv_raw(&mut self.buffer) {
-                Ok(len) => len,
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => return Ok(Seen::Lost),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error),
-            };
-            for message in mnl::NlMessages::new(&self.buffer[..len]) {
-                if is_foreign(message?, self.ours) {
-                    return Ok(Seen::Foreign);
-                }
-            }
-        }
-    }
-}
-
-/// Whether an event is about our table and from somebody else. Every nf_tables object names its table in its first
-/// attribute; the generation event at the end of each commit names none.
-fn is_foreign(message: &[u8], ours: u32) -> bool {
-    const NEW_GENERATION: u16 = 15;
-    const FIRST_ATTRIBUTE: usize = 16 + 4;
-    let (kind, ..) = header(message);
-    let sender = u32::from_ne_bytes([message[12], message[13], message[14], message[15]]);
-    if sender == ours || kind & 0xff == NEW_GENERATION {
-        return false;
-    }
-    let Some(attribute) = message.get(FIRST_ATTRIBUTE..FIRST_ATTRIBUTE + 4) else { return false };
-    let len = usize::from(u16::from_ne_bytes([attribute[0], attribute[1]]));
-    let name = message.get(FIRST_ATTRIBUTE + 4..FIRST_ATTRIBUTE + len.max(4)).unwrap_or_default();
-    name.split(|&byte| byte == 0).next() == Some(super::ruleset::TABLE.as_bytes())
 }

@@ -90,6 +90,7 @@ fn names_and_types_are_kube_proxys() {
         weir_reconciles_total counter
         weir_bypassed_pods_waiting gauge
         weir_dns_answered_addresses gauge
+        weir_ports_left_to_packets gauge
     ");
     assert!(!text.contains("# EOF") && !text.contains("# UNIT"));
 }

@@ -197,7 +197,8 @@ fn of_a_port_refused_at_a_start_the_data_plane_has_what_it_found() {
 fn everything_for_one_family_leaves_what_waits_for_the_other() {
     let mut rig = Rig::new();
     let both = json!({
-        "clusterIPs": ["10.0.0.1", "fd00::1"], "ipFamilies": ["IPv4", "IPv6"], "ports": [{ "port": 80 }]
+        "clusterIP": "10.0.0.1", "clusterIPs": ["10.0.0.1", "fd00::1"], "ipFamilies": ["IPv4", "IPv6"],
+        "ports": [{ "port": 80 }]
     });
     let delta = rig.step([service("web", both)]);
     let ids: Vec<PortId> = delta.ports.iter().filter_map(PortDelta::id).cloned().collect();

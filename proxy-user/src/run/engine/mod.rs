@@ -24,7 +24,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{Addresses, census::Census, served};
 use crate::{
-    dataplane::{Dataplane, conntrack::Suspects, nftables::Seen, sockets},
+    dataplane::{Dataplane, conntrack::Suspects, nftables::News, sockets},
     dns::SharedNames,
     model::{Family, Model, PerFamily, Settings},
     observe::{Events, Health, HealthChecks, Metrics, Trouble},
@@ -55,10 +55,13 @@ pub(super) struct Inputs {
 pub(super) struct Opened {
     pub(super) plane: Box<dyn Dataplane>,
     /// Tells of foreign changes to our tables.
-    pub(super) foreign: mpsc::Receiver<Seen>,
+    pub(super) foreign: watch::Receiver<News>,
     /// Is told which backends serve no longer, once that is in force.
     pub(super) sockets: Option<std::sync::mpsc::Sender<sockets::Suspects>>,
 }
+
+/// When a table is compared of which it is not known whether another program touched it.
+const COMPARE: Duration = Duration::from_secs(60);
 
 /// Most changes of names while queries wait.
 const CHANGES_OF_NAMES: usize = 256;
@@ -91,6 +94,8 @@ pub(super) struct Engine {
     /// The service ports that one plane leaves to another.
     left: BTreeMap<PortId, String>,
     retries: Retries,
+    /// What was last heard of foreign changes.
+    news: News,
     /// When something is to be tried again.
     wake: Option<Instant>,
     /// How many changes of Services and of slices are taken in and not yet in force.
@@ -128,6 +133,7 @@ impl Engine {
             refused: BTreeMap::new(),
             left: BTreeMap::new(),
             retries: Retries::default(),
+            news: News::default(),
             wake: None,
             pending: (0, 0),
             first: None,
@@ -196,7 +202,7 @@ impl Engine {
                     let Ok(Opened { plane, foreign: news, sockets }) = opened else { return };
                     (self.plane, self.sockets, foreign) = (Some(plane), sockets, Some(news));
                 }
-                Some(seen) = next(&mut foreign) => self.notice(seen),
+                news = next(&mut foreign) => self.notice(news),
                 () = wake => {}
                 _ = stopping.wait_for(|stop| *stop) => return,
             }
@@ -217,12 +223,26 @@ impl Engine {
         }
     }
 
-    /// Has the tables repaired.
-    fn notice(&mut self, seen: Seen) {
-        let now = Instant::now();
+    /// Has tables repaired that other programs touched since they were read. Where more happened than could be followed, a
+    /// quick look tells what cannot wait; the rest is compared later, because that takes its time and may be needed
+    /// for nothing.
+    fn notice(&mut self, news: News) {
+        let (now, known) = (Instant::now(), std::mem::replace(&mut self.news, news));
         for family in self.families.clone() {
-            if let Some(wait) = self.recoveries.get_mut(family).touched(now) {
-                tracing::warn!(%family, ?seen, ?wait, "another program changed our table, repairing it");
+            let touched = *news.touched.get(family);
+            let is_read = |plane: &dyn Dataplane| {
+                touched.1.is_some_and(|generation| plane.has_read(family, generation))
+            };
+            let mut is_touched =
+                touched != *known.touched.get(family) && !self.plane.as_deref().is_some_and(is_read);
+            if news.lost != known.lost {
+                is_touched |= self.plane.as_deref_mut().is_some_and(|plane| !plane.looks_intact(family));
+                if self.recoveries.get_mut(family).by("lost", now + COMPARE) {
+                    tracing::debug!(%family, "more changes of rule sets than could be followed");
+                }
+            }
+            if is_touched && let Some(wait) = self.recoveries.get_mut(family).touched(now) {
+                tracing::warn!(%family, ?wait, "another program changed our table, repairing it");
             }
         }
     }
@@ -282,12 +302,14 @@ impl Engine {
     }
 }
 
-/// The next foreign change; none before there is a data plane.
-async fn next(foreign: &mut Option<mpsc::Receiver<Seen>>) -> Option<Seen> {
-    match foreign {
-        Some(foreign) => foreign.recv().await,
-        None => std::future::pending().await,
+/// The next news of foreign changes; none before there is a data plane.
+async fn next(foreign: &mut Option<watch::Receiver<News>>) -> News {
+    if let Some(foreign) = foreign
+        && foreign.changed().await.is_ok()
+    {
+        return *foreign.borrow_and_update();
     }
+    std::future::pending().await
 }
 
 /// The family of a slice, and when its endpoints last changed, if it says so (W10).

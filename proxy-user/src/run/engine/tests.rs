@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::{
-    dataplane::{Error, Faults, Faulty, Fill, Memory, Standing, State},
+    dataplane::{Error, Faults, Faulty, Fill, Memory, Standing, State, nftables::Seen},
     model::{
         ObjectName,
         fixture::{full_slice, named, service, settings},
@@ -47,6 +47,9 @@ impl<D: Dataplane> Dataplane for Shared<D> {
     fn reread_family(&mut self, family: Family) -> Result<(), Error> {
         self.lock().reread_family(family)
     }
+    fn has_read(&self, family: Family, generation: u32) -> bool {
+        self.lock().has_read(family, generation)
+    }
     fn looks_intact(&mut self, family: Family) -> bool {
         self.lock().looks_intact(family)
     }
@@ -70,7 +73,7 @@ impl<D: Dataplane> Dataplane for Shared<D> {
 /// An engine at work on a host with one address.
 struct Rig {
     change: mpsc::Sender<Change>,
-    foreign: mpsc::Sender<Seen>,
+    foreign: watch::Sender<News>,
     plane: Shared<Faulty<Memory>>,
     faults: Faults,
     metrics: Metrics,
@@ -101,7 +104,7 @@ impl Rig {
             // What waits for this does so for the rest of the test.
             .with_retry(Duration::from_secs(3600));
         let (change, changes) = mpsc::channel(64);
-        let (foreign, news) = mpsc::channel(1);
+        let (foreign, news) = watch::channel(News::default());
         let opened = Opened { plane: Box::new(plane.clone()), foreign: news, sockets: None };
         let engine = tokio::spawn(async move {
             let (open, opening) = oneshot::channel();
@@ -153,6 +156,13 @@ impl Rig {
 
     async fn until_metric(&self, name: &str, value: &str) {
         until(|| self.metric(name).as_deref() == Some(value)).await;
+    }
+
+    /// Another program changes this family's table.
+    fn touch(&self, family: Family) {
+        let mut families = PerFamily::default();
+        *families.get_mut(family) = true;
+        self.foreign.send_modify(|news| news.take_in(Seen::Foreign { families, generation: 1 }));
     }
 
     async fn end(self) {
@@ -352,12 +362,31 @@ async fn a_family_that_cannot_be_written_costs_the_other_nothing() {
 
     // Only everything puts it right, and a foreign change is a reason to try.
     rig.faults.break_family(Family::V6, false);
-    rig.foreign.send(Seen::Foreign).await.unwrap();
+    rig.touch(Family::V6);
     rig.until_held("fd00::39").await;
     assert_eq!(next(&mut rig.first).await, Family::V6);
     assert!(!rig.holds("fd00::1"));
     rig.tell(dual("web", 40)).await;
     rig.until_held("fd00::40").await;
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn a_foreign_change_has_its_family_repaired_once() {
+    let rig = Rig::with([dual("web", 1)]).await;
+    rig.until_held("fd00::1").await;
+    let repairs = "weir_reconciles_total{reason=\"foreign\"}";
+    for count in 1..4 {
+        rig.touch(Family::V6);
+        rig.until_metric(repairs, &count.to_string()).await;
+    }
+    // What does not fit is compared later, and what it touched at once.
+    let families = PerFamily { v4: true, v6: false };
+    rig.foreign.send_modify(|news| news.take_in(Seen::Lost { families }));
+    rig.until_metric(repairs, "4").await;
+    rig.tell(dual("web", 2)).await;
+    rig.until_held("fd00::2").await;
+    rig.until_metric(repairs, "4").await;
     rig.end().await;
 }
 

@@ -25,7 +25,8 @@ pub(in crate::dataplane) mod xtables;
 
 pub(super) use descriptor::{OwnSocket, borrow, ignore_sender, report_briefly};
 pub(super) use read::{
-    Dump, dump_request, get_request, parse_chain, parse_counter, parse_elements, parse_set,
+    Dump, NEW_GENERATION, dump_request, generation_request, get_request, parse_chain, parse_counter,
+    parse_elements, parse_generation, parse_set,
 };
 
 /// Key or value bytes; an IPv6 key with a source range is the longest.

@@ -180,3 +180,53 @@ unsafe fn read_element(element: *mut sys::nftnl_set_elem) -> Element {
         }
     }
 }
+
+/// The kind of message that tells the generation of the rule set.
+pub(in crate::dataplane::nftables) const NEW_GENERATION: u16 = libc::NFT_MSG_NEWGEN as u16;
+
+/// The request for the generation of the rule set: answered by one message and an acknowledgement.
+pub(in crate::dataplane::nftables) fn generation_request(seq: u32) -> Vec<u8> {
+    const LEN: u32 = 20;
+    let kind = (libc::NFNL_SUBSYS_NFTABLES << 8 | libc::NFT_MSG_GETGEN) as u16;
+    let flags = (libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16;
+    let mut request = Vec::with_capacity(LEN as usize);
+    request.extend(LEN.to_ne_bytes());
+    request.extend(kind.to_ne_bytes());
+    request.extend(flags.to_ne_bytes());
+    request.extend(seq.to_ne_bytes());
+    // The kernel fills in the sender; family, version and resource say nothing here.
+    request.extend([0; 8]);
+    request
+}
+
+/// The generation that a message tells.
+pub(in crate::dataplane::nftables) fn parse_generation(message: &[u8]) -> Option<u32> {
+    const ATTRIBUTES: usize = 20;
+    const GENERATION: u16 = 1;
+    let mut rest = message.get(ATTRIBUTES..)?;
+    loop {
+        let (&[a, b, c, d], value) = rest.split_first_chunk::<4>()?;
+        let (len, kind) = (usize::from(u16::from_ne_bytes([a, b])), u16::from_ne_bytes([c, d]));
+        if kind == GENERATION {
+            return value.first_chunk::<4>().map(|bytes| u32::from_be_bytes(*bytes));
+        }
+        rest = rest.get(len.max(4).next_multiple_of(4)..)?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_generation_is_found_behind_other_attributes() {
+        let mut message = generation_request(7);
+        assert_eq!((message.len(), parse_generation(&message)), (20, None));
+        message.extend([6, 0, 9, 0, 1, 2, 0, 0]);
+        assert_eq!(parse_generation(&message), None);
+        message.extend([8, 0, 1, 0, 0, 0, 1, 2]);
+        assert_eq!(parse_generation(&message), Some(258));
+        message.truncate(message.len() - 1);
+        assert_eq!(parse_generation(&message), None, "cut off");
+    }
+}

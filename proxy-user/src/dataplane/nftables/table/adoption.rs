@@ -44,6 +44,27 @@ impl Table {
         Ok(())
     }
 
+    /// Whether every set and chain is there that this table has made. Elements are not looked at.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel cannot be asked.
+    pub(in crate::dataplane::nftables) fn looks_intact(
+        &self,
+        netlink: &mut Netlink,
+        node: Option<&NodePlan>,
+    ) -> io::Result<bool> {
+        let (sets, chains) = Found::names(netlink, &self.raw)?;
+        let fixed = node.map(|node| ruleset::static_chains(self.family, node, self.needs));
+        let is_there = |object: &Object| match object {
+            Object::Memory { .. } => sets.contains(&object.name()),
+            _ => chains.contains(&object.name()),
+        };
+        Ok(Map::ALL.iter().all(|map| sets.contains(map.name()))
+            && fixed.iter().flatten().all(|chain| chains.contains(&chain.spec.name))
+            && self.objects.keys().all(is_there))
+    }
+
     /// The slots that `stage` fills and where the kernel holds something else that nobody here knows of: endpoints
     /// changed while no agent ran, or it was killed before it deleted what it had vacated.
     pub(super) fn others(&self, netlink: &mut Netlink, stage: &Stage<'_>) -> io::Result<Slots> {

@@ -69,6 +69,8 @@ pub(super) struct Table {
     kept: Found,
     /// Whether a delta can be applied, and of which kind.
     pub(super) knowledge: Knowledge,
+    /// The generation of the rule set when it was last read.
+    pub(super) read_at: Option<u32>,
 }
 
 impl Table {
@@ -90,6 +92,7 @@ impl Table {
             found: None,
             kept: Found::nothing(family),
             knowledge: Knowledge::Lost,
+            read_at: None,
         }
     }
 
