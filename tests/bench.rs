@@ -9,7 +9,7 @@ use weir_tests::{
     bench::{
         Subject,
         paths::{Load, Route, Series, Traffic, Way},
-        programming::{Kind, Run},
+        programming::{Act, Kind, Run},
         report::Report,
     },
 };
@@ -64,6 +64,38 @@ fn was_programmed(run: &Run) -> Result<()> {
     assert_eq!(restart.failed, 0, "connections to a Service of before failed: {restart:?}");
     let kernel = run.kernel.context("no kernel memory")?;
     assert_eq!(kernel.maps > 0, run.subject == Subject::WeirEbpf, "{kernel:?}");
+    Ok(())
+}
+
+/// The same binary by another path is another subject.
+#[test]
+fn another_build_recovers_from_hostile_acts_beside_the_one_under_test() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let other = directory.path().join("before");
+    std::os::unix::fs::symlink(assets::weir()?, &other)?;
+    let (table, report) = measured(
+        &format!(
+            "--only hostile --hostile-services 20 --rounds 1 --bound 60 --subject \
+             weir-ebpf,weir-ebpf@{0},weir-nftables@{0}",
+            other.display()
+        ),
+        directory.path(),
+    )?;
+    let names = [
+        "weir eBPF".to_owned(),
+        format!("weir eBPF @ {}", other.display()),
+        format!("weir nftables @ {}", other.display()),
+    ];
+    assert!(names.iter().all(|name| report.versions[name].starts_with("weir ")), "{:?}", report.versions);
+    for (act, name) in Act::ALL.into_iter().flat_map(|act| names.iter().map(move |name| (act, name))) {
+        let of: Vec<_> = report
+            .recoveries
+            .iter()
+            .filter(|one| (one.act, one.subject.name()) == (act, name.as_str()))
+            .collect();
+        assert!(matches!(of[..], [one] if one.seconds.is_some()), "{act:?}, {name}: {of:?}");
+        assert!(table.contains(act.name()), "{table}");
+    }
     Ok(())
 }
 

@@ -130,11 +130,36 @@ impl Namespace {
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<thread::JoinHandle<T>> {
-        let file = self.file.try_clone()?;
         let door = self.cgroup.as_ref().map(Cgroup::door).transpose()?;
+        self.start(move || door.map_or(Ok(()), |door| door.enter()), work)
+    }
+
+    /// [`Namespace::thread`] outside the namespace's control group: programs attached there do not see the thread's
+    /// sockets, so packets are all that serves it.
+    ///
+    /// # Errors
+    ///
+    /// When no thread can be started.
+    ///
+    /// # Panics
+    ///
+    /// On the new thread, when the namespace cannot be entered.
+    pub fn thread_outside_group<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<thread::JoinHandle<T>> {
+        self.start(|| Ok(()), work)
+    }
+
+    fn start<T: Send + 'static>(
+        &self,
+        group: impl FnOnce() -> io::Result<()> + Send + 'static,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<thread::JoinHandle<T>> {
+        let file = self.file.try_clone()?;
         let label = self.label.clone();
         let inside = move || {
-            enter(&file, door.map_or(Ok(()), |door| door.enter()), &label);
+            enter(&file, group(), &label);
             work()
         };
         Ok(thread::Builder::new().name(format!("in-{}", self.label)).spawn(inside)?)

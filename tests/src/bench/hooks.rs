@@ -21,6 +21,7 @@ use super::{
     paths::client::{Crew, connect, datagrams, reset},
     report::grid,
     statistics::quantile,
+    subject::Subject,
 };
 
 /// How often a case is repeated for one figure.
@@ -32,6 +33,9 @@ const ROUNDS: usize = 9;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Cost {
+    /// Whose programs they are; nothing for those of the build under test.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub other: Option<Subject>,
     /// Services there were.
     pub services: u32,
     /// The program.
@@ -70,7 +74,13 @@ pub(super) fn measure(
             ensure!(runs > 0, "{program} does not run for {case}");
             nanoseconds.push(after.0.saturating_sub(before.0) as f64 / runs as f64);
         }
-        costs.push(Cost { services, program: program.to_owned(), case: case.to_owned(), nanoseconds });
+        costs.push(Cost {
+            other: None,
+            services,
+            program: program.to_owned(),
+            case: case.to_owned(),
+            nanoseconds,
+        });
     }
     Ok(costs)
 }
@@ -163,7 +173,8 @@ pub(super) fn table(costs: &[Cost]) -> Table {
     for cost in costs {
         table.add_row([
             cost.services.to_string(),
-            cost.program.clone(),
+            cost.other
+                .map_or_else(|| cost.program.clone(), |other| format!("{}, {}", cost.program, other.name())),
             cost.case.clone(),
             format!("{:.0}", quantile(cost.nanoseconds.clone(), 0.5)),
             format!("{:.0}", quantile(cost.nanoseconds.clone(), 0.0)),

@@ -3,7 +3,8 @@
 //! In: [`Options`]. Out: tables, and every sample in a JSON file, from which page and plots are made. There are these parts:
 //!
 //! - [`maps`]: the eBPF plane's maps by themselves,
-//! - [`programming`]: how fast the Services of an API server are programmed, and what it costs,
+//! - [`programming`]: how fast the Services of an API server are programmed, and what it costs; how long it takes to serve
+//!   again after a hostile act,
 //! - [`paths`]: traffic through Services beside the same traffic straight to their endpoints,
 //! - [`hooks`]: what the socket programs take,
 //! - [`dns`]: names answered on the node beside a real CoreDNS's answers, with an API server of their own.
@@ -50,6 +51,7 @@ mod rig;
 mod seed;
 pub mod statistics;
 mod subject;
+mod text;
 pub mod workload;
 
 /// kube-proxy's paths are not measured with more Services than this unless it is asked for: that alone takes minutes.
@@ -95,7 +97,8 @@ fn measure(options: &Options) -> Result<Report> {
         report.save(&options.output)?;
     }
     let counts = path_counts(options);
-    if !options.workloads().is_empty() || !counts.is_empty() {
+    let programmed = options.workloads().len() + options.hostile().len();
+    if programmed > 0 || !counts.is_empty() {
         let control_plane = rig::control_plane()?;
         // All threads of the runtime are in the namespace of the one that makes it.
         control_plane.run(|| {
@@ -156,14 +159,18 @@ impl Bench<'_> {
             self.program(workload)?;
             self.runtime.block_on(self.cluster.objects.shrink(workload))?;
         }
-        let all: BTreeSet<u32> =
-            many.iter().map(|workload| workload.services).chain(self.counts.iter().copied()).collect();
+        let hostile = self.options.hostile();
+        let programmed = many.iter().chain(&hostile).map(|workload| workload.services);
+        let all: BTreeSet<u32> = programmed.chain(self.counts.iter().copied()).collect();
         let mut existing = 0;
         for services in all {
             self.grow(existing, Workload::many(services))?;
             existing = services;
             if many.contains(&Workload::many(services)) {
                 self.program(Workload::many(services))?;
+            }
+            if hostile.contains(&Workload::many(services)) {
+                self.hostile(Workload::many(services))?;
             }
             if self.counts.contains(&services) {
                 self.paths(services)?;
@@ -189,15 +196,32 @@ impl Bench<'_> {
 
     fn program(&self, workload: Workload) -> Result<()> {
         let plan = self.options.programming();
-        let programming = Programming {
+        let keep = |run| self.keep(|report| report.programming.push(run));
+        self.programming(&plan).measure(workload, self.subjects, keep)
+    }
+
+    fn hostile(&self, workload: Workload) -> Result<()> {
+        let mut subjects = self.subjects.to_vec();
+        if self.options.subjects.is_empty() {
+            subjects.retain(|subject| subject.is_weir());
+            say(format_args!(
+                "hostile acts leave kube-proxy out, which looks at its rules only from time to time"
+            ));
+        }
+        let plan = self.options.programming();
+        let keep = |recovery| self.keep(|report| report.recoveries.push(recovery));
+        self.programming(&plan).recoveries(workload, &subjects, keep)
+    }
+
+    fn programming<'a>(&'a self, plan: &'a programming::Plan) -> Programming<'a> {
+        Programming {
             cluster: self.cluster,
             runtime: self.runtime,
             control_plane: self.control_plane,
-            plan: &plan,
+            plan,
             profiler: self.profiler,
             used: &self.used,
-        };
-        programming.measure(workload, self.subjects, |run| self.keep(|report| report.programming.push(run)))
+        }
     }
 
     fn paths(&self, services: u32) -> Result<()> {

@@ -17,18 +17,20 @@ use super::{
 /// KUBEBUILDER_ASSETS names a directory with etcd and kube-apiserver; kube-proxy is there or in PATH. WEIR_BIN names a
 /// release build of weir. `cargo xtask bench` sees to all that.
 ///
-/// Every case has a name: `maps`, `programming/SERVICESxENDPOINTS`, `paths/SERVICES/ROUTE/TRAFFIC/FAMILY`,
+/// Every case has a name: `maps`, `programming/SERVICESxENDPOINTS`, `hostile/SERVICESxENDPOINTS`, `paths/SERVICES/ROUTE/TRAFFIC/FAMILY`,
 /// `hooks/SERVICES`, `dns`. `--only` picks by parts of names.
 #[derive(Clone, Debug, Parser)]
 #[command(version)]
 pub struct Options {
-    /// Whom to measure; without this all that the machine can run.
-    #[arg(long = "subject", value_enum, value_delimiter = ',')]
+    /// What to measure; without this all that the machine can run: weir-ebpf, weir-nftables, kube-proxy-nftables,
+    /// kube-proxy-iptables, kube-proxy-ipvs. weir-ebpf@PATH and weir-nftables@PATH are another build of weir, so that
+    /// before and after stand in one run.
+    #[arg(long = "subject", value_name = "SUBJECT[@PATH]", value_delimiter = ',')]
     pub(super) subjects: Vec<Subject>,
     /// Measure only cases with this in their name; several times for more.
     #[arg(long, value_name = "PART_OF_A_NAME")]
     pub(super) only: Vec<String>,
-    /// Under 5 minutes: few rounds, at most 1000 Services, IPv6 by one route.
+    /// Under 5 minutes: few rounds, at most 1000 Services, IPv6 by one route, no hostile acts.
     #[arg(long)]
     pub(super) quick: bool,
     /// Name the cases and measure none.
@@ -40,7 +42,7 @@ pub struct Options {
     /// Programming: endpoints of the one Service with many; 0 leaves it out.
     #[arg(long, default_value_t = 10_000)]
     pub(super) wide: u32,
-    /// Programming and maps: how often each subject is started for each number of Services.
+    /// Programming, hostile acts and maps: how often each subject is started for each number of Services.
     #[arg(long, default_value_t = 2)]
     pub(super) rounds: u32,
     /// Programming: changes of each kind after each start.
@@ -52,10 +54,13 @@ pub struct Options {
     /// Programming: how many others in a second.
     #[arg(long, default_value_t = 100)]
     pub(super) churn: u32,
-    /// Programming: seconds that a subject has for the start, for each change, and for the restart; no further change is
+    /// Programming: seconds that a subject has for the start, for each change, for the restart, and after a hostile act; no further change is
     /// begun after so many either.
     #[arg(long, default_value_t = 120)]
     pub(super) bound: u64,
+    /// Hostile acts: numbers of Services.
+    #[arg(long, value_delimiter = ',', default_values_t = [10_000])]
+    pub(super) hostile_services: Vec<u32>,
     /// Maps: the number of Services.
     #[arg(long, default_value_t = 50_000)]
     pub(super) map_services: u32,
@@ -105,6 +110,7 @@ impl Options {
         };
         let mut settled = Self {
             services: sorted(&self.services),
+            hostile_services: sorted(&self.hostile_services),
             path_services: sorted(&self.path_services),
             ..self.clone()
         };
@@ -120,6 +126,7 @@ impl Options {
             settled.changes = settled.changes.min(1);
             settled.busy_changes = settled.busy_changes.min(2);
             settled.bound = settled.bound.min(15);
+            settled.hostile_services.clear();
             settled.map_services = settled.map_services.min(5000);
             settled.path_services = vec![100];
             settled.path_all = 100;
@@ -147,6 +154,13 @@ impl Options {
         let wide = (self.wide > 0).then(|| Workload::wide(self.wide));
         let all = wide.into_iter().chain(self.services.iter().copied().map(Workload::many));
         all.filter(|workload| self.selection().has(&format!("programming/{workload}"))).collect()
+    }
+
+    /// What there is when hostile acts are done.
+    #[must_use]
+    pub(super) fn hostile(&self) -> Vec<Workload> {
+        let all = self.hostile_services.iter().copied().map(Workload::many);
+        all.filter(|workload| self.selection().has(&format!("hostile/{workload}"))).collect()
     }
 
     /// What of the cases is measured.
@@ -194,6 +208,7 @@ impl Options {
         let maps = selection.has("maps").then(|| "maps".to_owned());
         let mut names: Vec<String> = maps.into_iter().collect();
         names.extend(self.workloads().iter().map(|workload| format!("programming/{workload}")));
+        names.extend(self.hostile().iter().map(|workload| format!("hostile/{workload}")));
         for &services in &self.path_services {
             let cases = selection.cases(services).into_iter();
             names.extend(cases.map(|(route, load)| case(services, route, load)));
@@ -287,6 +302,7 @@ mod tests {
         let of = |prefix: &str| names.iter().filter(|name| name.starts_with(prefix)).count();
         assert!(of("paths/1000/") > 60 && of("paths/50000/") == 3, "{names:?}");
         assert_eq!((of("programming/"), of("programming/1x10000"), of("maps")), (5, 1, 1));
+        assert_eq!((of("hostile/"), of("hostile/10000x5")), (1, 1));
     }
 
     #[test]

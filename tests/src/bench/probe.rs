@@ -13,6 +13,7 @@ use std::{
 
 use anyhow::Context as _;
 use nix::sys::socket::{setsockopt, sockopt};
+use socket2::{Domain, Socket, Type};
 
 use super::bound::Deadline;
 
@@ -27,14 +28,31 @@ const BEAT: Duration = Duration::from_millis(2);
 ///
 /// When nobody answers in time.
 fn connect(to: SocketAddrV4, patience: Duration) -> io::Result<(Ipv4Addr, Instant)> {
-    let mut stream = TcpStream::connect_timeout(&to.into(), patience)?;
+    let stream = TcpStream::connect_timeout(&to.into(), patience)?;
     let at = Instant::now();
+    Ok((answered(stream)?, at))
+}
+
+/// Which endpoint answers a client with this source address.
+///
+/// # Errors
+///
+/// When none answers in time.
+pub(super) fn answer_to(from: Ipv4Addr, to: SocketAddrV4) -> io::Result<Ipv4Addr> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    socket.bind(&SocketAddrV4::new(from, 0).into())?;
+    socket.connect_timeout(&to.into(), Duration::from_millis(200))?;
+    answered(socket.into())
+}
+
+/// The endpoint at the other end.
+fn answered(mut stream: TcpStream) -> io::Result<Ipv4Addr> {
     // Closed with a reset, or thousands of connections in TIME_WAIT would eat the port range.
     setsockopt(&stream, sockopt::Linger, &nix::libc::linger { l_onoff: 1, l_linger: 0 })?;
     stream.set_read_timeout(Some(Duration::from_secs(1)))?;
     let mut own = [0; 4];
     stream.read_exact(&mut own)?;
-    Ok((own.into(), at))
+    Ok(own.into())
 }
 
 /// How long one attempt may take and how long to wait for the next, so that the answer is right to a few per cent and
@@ -135,4 +153,26 @@ pub(super) fn alive(target: SocketAddrV4, stop: &AtomicBool) -> (u32, u32) {
         thread::sleep(BEAT);
     }
     (connects, failed)
+}
+
+/// Waits until `gone` answers none of these clients any more, and says when the last of them was answered by another.
+///
+/// # Errors
+///
+/// When it still does when the time is over.
+pub(super) fn all_moved(
+    clients: &[Ipv4Addr],
+    to: SocketAddrV4,
+    gone: Ipv4Addr,
+    deadline: Deadline,
+) -> anyhow::Result<Instant> {
+    let mut last = Instant::now();
+    for client in clients {
+        while answer_to(*client, to).map_or(true, |endpoint| endpoint == gone) {
+            deadline.check().with_context(|| format!("waiting for {gone} to leave {to}"))?;
+            thread::sleep(BEAT);
+        }
+        last = Instant::now();
+    }
+    Ok(last)
 }

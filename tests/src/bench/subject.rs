@@ -1,23 +1,24 @@
 //! What is compared, and how each is started.
 
 use std::{
-    fs,
+    fmt, fs,
     path::{Path, PathBuf},
     process::Command,
+    str::FromStr,
 };
 
-use anyhow::{Context as _, Result};
-use serde::{Deserialize, Serialize};
+use anyhow::{Context as _, Result, bail, ensure};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::{
     cluster::{CLUSTER_CIDRS, NODE},
     process::Process,
+    text::kept,
 };
-use crate::{assets, netns::Namespace};
+use crate::{assets, netns::Namespace, subject::Plane};
 
 /// A service proxy in one of its modes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Subject {
     /// This project's agent, Services at the socket (and nftables behind that).
     WeirEbpf,
@@ -29,6 +30,8 @@ pub enum Subject {
     KubeProxyIptables,
     /// kube-proxy with IPVS, where the kernel has it.
     KubeProxyIpvs,
+    /// Another build of the agent: the path of its binary. Subjects are copied everywhere, so that text is kept for good.
+    OtherWeir(Plane, &'static str),
 }
 
 /// Where the socket programs go.
@@ -41,7 +44,7 @@ pub(super) struct Roots {
 }
 
 impl Subject {
-    /// All of them.
+    /// All that need no path.
     pub(super) const ALL: [Self; 5] = [
         Self::WeirEbpf,
         Self::WeirNftables,
@@ -49,6 +52,17 @@ impl Subject {
         Self::KubeProxyIptables,
         Self::KubeProxyIpvs,
     ];
+
+    /// What the command line calls it, without the path of another build.
+    fn id(self) -> &'static str {
+        match self {
+            Self::WeirEbpf | Self::OtherWeir(Plane::Ebpf, _) => "weir-ebpf",
+            Self::WeirNftables | Self::OtherWeir(Plane::Nftables, _) => "weir-nftables",
+            Self::KubeProxyNftables => "kube-proxy-nftables",
+            Self::KubeProxyIptables => "kube-proxy-iptables",
+            Self::KubeProxyIpvs => "kube-proxy-ipvs",
+        }
+    }
 
     /// Its name in tables.
     #[must_use]
@@ -59,13 +73,26 @@ impl Subject {
             Self::KubeProxyNftables => "kube-proxy nftables",
             Self::KubeProxyIptables => "kube-proxy iptables",
             Self::KubeProxyIpvs => "kube-proxy ipvs",
+            Self::OtherWeir(Plane::Ebpf, path) => kept(format!("weir eBPF @ {path}")),
+            Self::OtherWeir(Plane::Nftables, path) => kept(format!("weir nftables @ {path}")),
+        }
+    }
+
+    /// The data plane of this project's agent, if it is that.
+    #[must_use]
+    pub fn plane(self) -> Option<Plane> {
+        match self {
+            Self::WeirEbpf => Some(Plane::Ebpf),
+            Self::WeirNftables => Some(Plane::Nftables),
+            Self::OtherWeir(plane, _) => Some(plane),
+            Self::KubeProxyNftables | Self::KubeProxyIptables | Self::KubeProxyIpvs => None,
         }
     }
 
     /// Whether it is this project's.
     #[must_use]
     pub fn is_weir(self) -> bool {
-        matches!(self, Self::WeirEbpf | Self::WeirNftables)
+        self.plane().is_some()
     }
 
     /// Why it cannot be measured on this machine, if the kernel lacks what it needs.
@@ -80,7 +107,15 @@ impl Subject {
     }
 
     fn program(self) -> Result<PathBuf> {
-        if self.is_weir() { assets::weir() } else { assets::kubernetes("kube-proxy") }
+        match self {
+            Self::WeirEbpf | Self::WeirNftables => assets::weir(),
+            Self::OtherWeir(_, path) => {
+                ensure!(Path::new(path).is_file(), "--subject {self}: {path} is not a file");
+                // Agents are started elsewhere.
+                Ok(fs::canonicalize(path)?)
+            }
+            _ => assets::kubernetes("kube-proxy"),
+        }
     }
 
     /// kube-proxy's `mode`; weir takes its own from a flag.
@@ -88,7 +123,7 @@ impl Subject {
         match self {
             Self::KubeProxyIptables => "iptables",
             Self::KubeProxyIpvs => "ipvs",
-            Self::WeirEbpf | Self::WeirNftables | Self::KubeProxyNftables => "nftables",
+            _ => "nftables",
         }
     }
 
@@ -100,10 +135,10 @@ impl Subject {
     pub(super) fn version(self) -> Result<String> {
         let own = version(&self.program()?)?;
         let tool = match self {
-            Self::WeirEbpf | Self::WeirNftables => return Ok(own),
             Self::KubeProxyNftables => "nft",
             Self::KubeProxyIptables => "iptables",
             Self::KubeProxyIpvs => "ipset",
+            _ => return Ok(own),
         };
         Ok(format!("{own}, {}", version(Path::new(tool))?))
     }
@@ -127,16 +162,57 @@ impl Subject {
         if self.is_weir() {
             arguments.insert(0, "run".to_owned());
         }
-        match self {
-            Self::WeirEbpf => arguments.extend([
+        match self.plane() {
+            Some(Plane::Ebpf) => arguments.extend([
                 "--proxy-mode=ebpf".to_owned(),
                 format!("--cgroup-root={}", roots.cgroup.display()),
                 format!("--bpf-root={}", roots.bpf.display()),
             ]),
-            Self::WeirNftables => arguments.push("--proxy-mode=nftables".to_owned()),
-            Self::KubeProxyNftables | Self::KubeProxyIptables | Self::KubeProxyIpvs => {}
+            Some(Plane::Nftables) => arguments.push("--proxy-mode=nftables".to_owned()),
+            None => {}
         }
         Process::start(node, &self.program()?, &arguments, directory)
+    }
+}
+
+impl fmt::Display for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.id())?;
+        if let Self::OtherWeir(_, path) = self { write!(f, "@{path}") } else { Ok(()) }
+    }
+}
+
+impl FromStr for Subject {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (id, path) = text.split_once('@').map_or((text, None), |(id, path)| (id, Some(path)));
+        let subject = Self::ALL.into_iter().find(|subject| subject.id() == id);
+        match (subject.map(|subject| (subject, subject.plane())), path) {
+            (Some((subject, _)), None) => Ok(subject),
+            (Some((_, Some(plane))), Some(path)) if !path.is_empty() => {
+                Ok(Self::OtherWeir(plane, kept(path.to_owned())))
+            }
+            (Some(_), Some(_)) => {
+                bail!("`{text}` is no subject: only weir-ebpf@PATH and weir-nftables@PATH name a binary")
+            }
+            (None, _) => {
+                let known = Self::ALL.map(Self::id).join(", ");
+                bail!("`{text}` is no subject; there are {known}, weir-ebpf@PATH and weir-nftables@PATH")
+            }
+        }
+    }
+}
+
+impl Serialize for Subject {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Subject {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
     }
 }
 
@@ -165,4 +241,31 @@ fn configuration(mode: &str, kubeconfig: &Path) -> String {
         },
     })
     .to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_build_is_told_apart_in_tables_and_samples() {
+        let [own, other]: [Subject; 2] =
+            ["weir-ebpf", "weir-ebpf@/tmp/before/weir"].map(|text| text.parse().unwrap());
+        assert_eq!((own, other.plane()), (Subject::WeirEbpf, Some(Plane::Ebpf)));
+        assert_eq!((own.name(), other.name()), ("weir eBPF", "weir eBPF @ /tmp/before/weir"));
+        for subject in Subject::ALL.into_iter().chain([other]) {
+            let text = serde_json::to_string(&subject).unwrap();
+            assert_eq!(serde_json::from_str::<Subject>(&text).unwrap(), subject, "{text}");
+        }
+    }
+
+    #[test]
+    fn only_weir_has_other_builds() {
+        for text in ["kube-proxy-nftables@/bin/kube-proxy", "weir-ebpf@", "weir-iptables@/bin/weir", ""] {
+            let error = text.parse::<Subject>().unwrap_err().to_string();
+            assert!(error.contains("weir-nftables@PATH"), "{error}");
+        }
+        let error = "weir-ebpf@/no/such/weir".parse::<Subject>().unwrap().version().unwrap_err().to_string();
+        assert!(error.contains("/no/such/weir is not a file"), "{error}");
+    }
 }

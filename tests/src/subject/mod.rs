@@ -46,7 +46,7 @@ pub enum Kind {
 }
 
 /// weir's data planes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub enum Plane {
     /// Everything by packets.
     Nftables,

@@ -32,7 +32,7 @@ use super::{
     statistics::quantiles,
     subject::Subject,
 };
-use crate::{cgroup::Cgroup, netns::Namespace};
+use crate::{cgroup::Cgroup, netns::Namespace, subject::Plane};
 
 pub mod client;
 mod cpu;
@@ -156,12 +156,13 @@ pub(super) fn measure(
         ));
         keep(Measured { series, costs: Vec::new() })?;
     }
-    if let Some(lane) = lanes.iter().find(|lane| lane.subject == Some(Subject::WeirEbpf))
-        && plan.selection.hooks(services)
-    {
-        keep(Measured { series: Vec::new(), costs: lane.costs(services)? })?;
-    }
-    Ok(())
+    let at_sockets = lanes.iter().filter(|lane| lane.subject.and_then(Subject::plane) == Some(Plane::Ebpf));
+    at_sockets.filter(|_| plan.selection.hooks(services)).try_for_each(|lane| {
+        let other = lane.subject.filter(|subject| *subject != Subject::WeirEbpf);
+        let mut costs = lane.costs(services)?;
+        costs.iter_mut().for_each(|cost| cost.other = other);
+        keep(Measured { series: Vec::new(), costs })
+    })
 }
 
 /// The topology without a proxy comes last.

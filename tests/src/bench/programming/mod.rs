@@ -3,11 +3,13 @@
 //! In: a cluster with a [`Workload`], subjects. Out: [`Run`]s. In each run one subject is started on a node of its own and
 //! goes through the phases of [`Phase`]: it is measured until every Service works, then with single changes, then with
 //! single changes while others go on all the time, then it is killed and started again. A phase that does not end in
-//! bounded time ends the run, and the table says so. Rounds alternate between the subjects.
+//! bounded time ends the run, and the table says so. Rounds alternate between the subjects. Beside that, [`Recovery`]s: how
+//! long a subject takes to serve again after a hostile act.
 
 mod changes;
 mod churn;
 mod record;
+mod recovery;
 mod start;
 mod table;
 
@@ -17,8 +19,11 @@ use anyhow::{Context as _, Result, anyhow};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
-pub use self::record::{Busy, Change, Kind, Phase, Restart, Run, Start};
-pub(super) use self::table::{kinds_table, start_table};
+pub(super) use self::table::{kinds_table, recovery_table, start_table};
+pub use self::{
+    record::{Busy, Change, Kind, Phase, Restart, Run, Start},
+    recovery::{Act, Recovery},
+};
 use super::{
     bound::{Deadline, in_time},
     cluster::Cluster,
@@ -115,14 +120,7 @@ impl Programming<'_> {
     }
 
     fn one(&self, subject: Subject, workload: Workload, round: u32) -> Result<Run> {
-        let mut trial = Trial {
-            node: Node::new(self.control_plane)?,
-            workload,
-            profile: None,
-            process: None,
-            directory: tempfile::tempdir()?,
-            run: Run::new(subject, workload, round, self.plan.bound),
-        };
+        let mut trial = self.trial(subject, workload, round)?;
         for phase in [Phase::Start, Phase::Idle, Phase::Busy, Phase::Restart] {
             let done = match phase {
                 Phase::Start => self.start(&mut trial),
@@ -137,6 +135,17 @@ impl Programming<'_> {
             }
         }
         finish(trial)
+    }
+
+    fn trial(&self, subject: Subject, workload: Workload, round: u32) -> Result<Trial<'_>> {
+        Ok(Trial {
+            node: Node::new(self.control_plane)?,
+            workload,
+            profile: None,
+            process: None,
+            directory: tempfile::tempdir()?,
+            run: Run::new(subject, workload, round, self.plan.bound),
+        })
     }
 
     fn deadline(&self) -> Deadline {

@@ -6,6 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    thread::JoinHandle,
     time::Instant,
 };
 
@@ -29,7 +30,7 @@ impl Programming<'_> {
         self.launch(trial)?;
         let workload = trial.workload;
         let process = trial.process.as_mut().context("it was just started")?;
-        let ready = all_work(&trial.node.namespace, workload, process, deadline)?;
+        let ready = all_work(&trial.node.namespace, Client::Usual, workload, Some(&mut *process), deadline)?;
         let cpu = process.cpu()?;
         let settled_cpu = process.settle(Deadline::after(PATIENCE))?;
         let start = Start {
@@ -50,7 +51,7 @@ impl Programming<'_> {
         Ok(())
     }
 
-    fn launch(&self, trial: &mut Trial<'_>) -> Result<()> {
+    pub(super) fn launch(&self, trial: &mut Trial<'_>) -> Result<()> {
         let Trial { node, directory, run, .. } = trial;
         let kubeconfig = self.cluster.kubeconfig();
         let process = run.subject.start(kubeconfig, &node.namespace, &node.roots, directory.path())?;
@@ -115,12 +116,35 @@ impl Programming<'_> {
     }
 }
 
+/// A client on the node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Client {
+    /// As processes there are: programs at sockets serve it, where there are any.
+    Usual,
+    /// One that no program sees: packets serve it.
+    ByPackets,
+}
+
+impl Client {
+    fn start<T: Send + 'static>(
+        self,
+        node: &Namespace,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<JoinHandle<T>> {
+        match self {
+            Self::Usual => node.thread(work),
+            Self::ByPackets => node.thread_outside_group(work),
+        }
+    }
+}
+
 /// When every Service worked: a spread of them is probed until all do, then each of the rest is connected to once, and
 /// waited for if it should not work yet.
-fn all_work(
+pub(super) fn all_work(
     node: &Namespace,
+    client: Client,
     workload: Workload,
-    process: &mut Process,
+    mut process: Option<&mut Process>,
     deadline: Deadline,
 ) -> Result<Instant> {
     let all: Vec<SocketAddrV4> = workload.services().map(|service| service.cluster_ip()).collect();
@@ -133,14 +157,15 @@ fn all_work(
         numbered.into_iter().map(|(_, address)| address).collect()
     };
     let (probed, rest) = (addresses(probed), addresses(rest));
-    let ready = join(node.thread(move || probe::all_answer(&probed, deadline))?, Some(process))?;
-    let late = node.thread(move || -> Result<Option<Instant>> {
+    let ready =
+        join(client.start(node, move || probe::all_answer(&probed, deadline))?, process.as_deref_mut())?;
+    let late = client.start(node, move || -> Result<Option<Instant>> {
         let missing = rest.into_iter().filter(|target| !probe::answers(*target)).collect::<Vec<_>>();
         if missing.is_empty() { Ok(None) } else { probe::all_answer(&missing, deadline).map(Some) }
     })?;
-    let late = join(late, Some(process))?;
+    let late = join(late, process)?;
     if late.is_some() {
-        say(format_args!("some Services came after those that were probed: the start is the last one's"));
+        say(format_args!("some Services came after those that were probed: the last one counts"));
     }
     Ok(late.unwrap_or(ready))
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use comfy_table::Table;
 
-use super::{Change, Kind, Phase, Run};
+use super::{Change, Kind, Phase, Recovery, Run};
 use crate::bench::{
     report::{bytes, grid, time},
     statistics::quantile,
@@ -164,6 +164,49 @@ fn busy_cells(runs: &[&Run], kind: Kind) -> Vec<String> {
         if pace.is_nan() { "-".to_owned() } else { format!("{pace:.0}") },
         time(quantile(cpu, 0.5)),
     ]
+}
+
+/// Serving again after hostile acts: one row for each workload, act and subject.
+#[must_use]
+pub(in crate::bench) fn recovery_table(all: &[Recovery]) -> Table {
+    let mut table = grid(
+        &[
+            "Services x endpoints",
+            "act",
+            "subject",
+            "until all worked p50",
+            "longest",
+            "n",
+            "CPU",
+            "failed meanwhile",
+        ],
+        &[1, 2],
+    );
+    let mut groups: BTreeMap<_, Vec<&Recovery>> = BTreeMap::new();
+    for one in all {
+        groups.entry((one.workload, one.act, one.subject)).or_default().push(one);
+    }
+    for ((workload, act, subject), group) in groups {
+        let seconds: Vec<f64> = group.iter().filter_map(|one| one.seconds).collect();
+        let late = group.iter().find(|one| one.seconds.is_none());
+        let longest = late.map_or_else(
+            || time(quantile(seconds.clone(), 1.0)),
+            |late| format!("> {:.0} s", late.bound_seconds),
+        );
+        let connects: u32 = group.iter().map(|one| one.connects).sum();
+        let failed: u32 = group.iter().map(|one| one.failed).sum();
+        table.add_row([
+            workload.to_string(),
+            act.name().to_owned(),
+            subject.name().to_owned(),
+            time(quantile(seconds.clone(), 0.5)),
+            longest,
+            group.len().to_string(),
+            time(quantile(group.iter().filter_map(|one| one.cpu_seconds).collect(), 0.5)),
+            if connects == 0 { "-".to_owned() } else { format!("{failed} of {connects}") },
+        ]);
+    }
+    table
 }
 
 #[cfg(test)]

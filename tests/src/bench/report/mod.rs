@@ -14,7 +14,7 @@ use super::{
     maps,
     options::Options,
     paths::{self, Series},
-    programming::{self, Run},
+    programming::{self, Recovery, Run},
     subject::{Subject, version},
 };
 use crate::assets;
@@ -59,6 +59,9 @@ pub struct Report {
     pub maps: Vec<maps::Run>,
     /// Each start of a subject, in the order they were made.
     pub programming: Vec<Run>,
+    /// What hostile acts cost, in the order they were done.
+    #[serde(default)]
+    pub recoveries: Vec<Recovery>,
     /// Rates of traffic, in the order they were measured.
     pub paths: Vec<Series>,
     /// What the socket programs took.
@@ -145,6 +148,7 @@ impl Report {
             latency_parts: super::statistics::PARTS.to_vec(),
             maps: Vec::new(),
             programming: Vec::new(),
+            recoveries: Vec::new(),
             paths: Vec::new(),
             hooks: Vec::new(),
         })
@@ -182,6 +186,11 @@ impl Report {
             (self.maps.is_empty(), "Maps of the eBPF plane by themselves", maps::table(&self.maps)),
             (programming, "Programming: start and restart", programming::start_table(&self.programming)),
             (programming, "Programming: single changes", programming::kinds_table(&self.programming)),
+            (
+                self.recoveries.is_empty(),
+                "Serving again after hostile acts (aim: 1 s)",
+                programming::recovery_table(&self.recoveries),
+            ),
             (paths, "Paths: part of straight, no proxy (95 %)", paths::ratio_table(&self.paths)),
             (paths, "Paths: rates and CPU time", paths::rate_table(&self.paths)),
             (paths, "Paths: latencies, IPv4", paths::latency_table(&self.paths)),

@@ -2,7 +2,7 @@
 //!
 //! In: a report. Out: files. The page in the repository is checked to be what its samples say.
 
-use std::{fmt::Write as _, fs, path::Path};
+use std::{collections::BTreeSet, fmt::Write as _, fs, path::Path};
 
 use anyhow::{Context as _, Result};
 use comfy_table::{Table, presets::ASCII_MARKDOWN};
@@ -106,6 +106,14 @@ fn parts(report: &Report) -> Vec<(&'static str, &'static str, Titled)> {
             ),
         ),
         (
+            "Serving again after hostile acts",
+            "recovery",
+            some(
+                !report.recoveries.is_empty(),
+                vec![("By act; the aim is 1 s", programming::recovery_table(&report.recoveries))],
+            ),
+        ),
+        (
             "Socket programs",
             "hooks",
             some(!report.hooks.is_empty(), vec![("By case", hooks::table(&report.hooks))]),
@@ -186,6 +194,11 @@ connections to a Service of before, from the kill on. Whoever does not end in th
 time, and goes no further. Memory of *maps* is their own account; memory of *rules* is what the kernel gave back when they were
 flushed: a difference on a living machine, which can be off by a megabyte.
 
+**Serving again after hostile acts.** Each act meets a subject of its own. Rules are flushed by `nft flush ruleset`, and *until all worked*
+is from then until a connection to every Service worked, by packets and, in eBPF mode, at sockets too. An interface that comes up is a
+pod's, and what counts is a new Service that is written at that moment. Of the sticky Service's two endpoints one goes, and what counts
+is the last of its clients that moves. *Failed meanwhile* counts connections by packets to a Service of before. The aim is a second.
+
 ## What to keep in mind
 
 The API server, etcd, the clients, the servers and the subject share the cores named above. A subject's work competes with the API
@@ -202,6 +215,7 @@ cargo xtask bench --only nodeport --subject weir-nftables,kube-proxy-nftables
 cargo xtask bench --list                         # the names that --only picks from
 cargo xtask bench --compare docs/benchmarks/samples.json bench.json
 cargo xtask bench --render bench.json            # this page
+cargo xtask bench --only hostile --subject weir-ebpf,weir-ebpf@before/weir    # another build in the same run
 cargo xtask bench --profile --only programming/10000 --subject weir-nftables    # folded stacks for flame graphs
 ```
 ";
@@ -443,7 +457,8 @@ fn by_services(runs: &[Run], value: fn(&Run) -> Option<f64>) -> Vec<Curve> {
         let points = all.into_iter().map(|(services, values)| (f64::from(services), quantile(values, 0.5)));
         Curve { subject: Some(subject), points: points.collect() }
     };
-    Subject::ALL.map(curve).into_iter().filter(|curve| !curve.points.is_empty()).collect()
+    let subjects: BTreeSet<Subject> = runs.iter().map(|run| run.subject).collect();
+    subjects.into_iter().map(curve).filter(|curve| !curve.points.is_empty()).collect()
 }
 
 /// Connects by numbers of Services, where there are several.
@@ -461,5 +476,6 @@ fn connects(series: &[Series]) -> Vec<Curve> {
         });
         Curve { subject: Some(subject), points: points.collect() }
     };
-    Subject::ALL.map(curve).into_iter().filter(|curve| curve.points.len() > 1).collect()
+    let subjects: BTreeSet<Subject> = series.iter().filter_map(|series| series.subject).collect();
+    subjects.into_iter().map(curve).filter(|curve| curve.points.len() > 1).collect()
 }

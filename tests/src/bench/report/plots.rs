@@ -7,7 +7,10 @@ use std::{collections::BTreeSet, ops::Range, path::Path};
 use anyhow::Result;
 use plotters::prelude::*;
 
-use crate::bench::{statistics::Estimate, subject::Subject};
+use crate::{
+    bench::{statistics::Estimate, subject::Subject},
+    subject::Plane,
+};
 
 /// Colours that are told apart in print too.
 #[must_use]
@@ -19,6 +22,8 @@ pub(super) fn colour(subject: Option<Subject>) -> RGBColor {
         Some(Subject::KubeProxyNftables) => RGBColor(213, 94, 0),
         Some(Subject::KubeProxyIptables) => RGBColor(230, 159, 0),
         Some(Subject::KubeProxyIpvs) => RGBColor(204, 121, 167),
+        Some(Subject::OtherWeir(Plane::Ebpf, _)) => RGBColor(0, 158, 115),
+        Some(Subject::OtherWeir(Plane::Nftables, _)) => RGBColor(240, 228, 66),
     }
 }
 

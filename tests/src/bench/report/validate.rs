@@ -22,6 +22,11 @@ impl Report {
                 format!("programming, {} with {}, round {}", run.subject.name(), run.workload, run.round)
             })?;
         }
+        for recovery in &self.recoveries {
+            let seconds = recovery.seconds.unwrap_or(0.0);
+            let right = seconds >= 0.0 && recovery.connects >= recovery.failed;
+            ensure!(right, "recovery is wrong: {recovery:?}");
+        }
         for series in &self.paths {
             measured(series).with_context(|| {
                 format!("paths, {} with {}: {series:?}", series.route.name(), series.services)
