@@ -270,9 +270,8 @@ async fn create_rich(shop: &Shop) {
     shop.service_with("outside", json!({"type": "ExternalName", "externalName": "example.org"})).await;
 }
 
-/// What nobody reads.
-const LEFT_OUT: [&str; 11] = [
-    ".metadata.uid",
+/// What weir does not read.
+const LEFT_OUT: [&str; 10] = [
     ".metadata.generation",
     ".metadata.managedFields",
     ".metadata.labels.app",
@@ -307,6 +306,54 @@ async fn objects_mean_in_protobuf_what_they_mean_in_json() {
         assert_eq!(seen, told.into_iter().filter(is_read).collect(), "{}", object.name());
         read += 1;
     }
+    source.end().await;
+}
+
+/// A field of a protobuf message that has contents of its own.
+fn field(number: u8, contents: &[u8]) -> Vec<u8> {
+    let length = u8::try_from(contents.len()).unwrap();
+    assert!(length < 128, "a longer one takes another length");
+    [&[number << 3 | 2, length], contents].concat()
+}
+
+/// Creates a Service whose annotation is no UTF-8, which an API server takes in protobuf.
+async fn create_strange(shop: &Shop, name: &str) {
+    let annotation = [field(1, b"note"), field(2, b"caf\xe9")].concat();
+    let metadata = [field(1, name.as_bytes()), field(12, &annotation)].concat();
+    let port = [field(2, b"TCP"), vec![3 << 3, 80]].concat();
+    let service = [field(1, &metadata), field(2, &field(1, &port)), field(3, &field(1, b""))].concat();
+    let types = [field(1, b"v1"), field(2, b"Service")].concat();
+    let body = [b"k8s\0".to_vec(), field(1, &types), field(2, &service)].concat();
+    let protobuf = "application/vnd.kubernetes.protobuf";
+    let request = http::Request::post(format!("/api/v1/namespaces/{NAMESPACE}/services"))
+        .header("content-type", protobuf)
+        .body(body)
+        .unwrap();
+    let created: Value = shop.0.request(request).await.unwrap();
+    assert_eq!(created["metadata"]["name"], name);
+}
+
+#[tokio::test]
+async fn services_with_text_that_is_no_utf8_come_like_others_and_nothing_is_listed_again() {
+    let server = ApiServer::start(&["--authorization-mode=AlwaysAllow"]).await.unwrap();
+    let shop = Shop::open(&server).await;
+    let mut names = vec!["+ServiceCIDR kubernetes".to_owned()];
+    for number in 0..12 {
+        create_strange(&shop, &format!("strange-{number}")).await;
+        shop.service(&format!("web-{number}")).await;
+        names.extend([format!("+Service strange-{number}"), format!("+Service web-{number}")]);
+    }
+    let mut source = Source::start(&server, "admin", &[]).await;
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    assert_eq!(source.initial().await, words(&names));
+    for number in 12..24 {
+        create_strange(&shop, &format!("strange-{number}")).await;
+        assert_eq!(source.next().await, format!("+Service strange-{number}"));
+    }
+    shop.delete_service("strange-12").await;
+    assert_eq!(source.next().await, "-Service strange-12");
+    let report = source.status.of(Kind::Service).report(Kind::Service);
+    assert_eq!((report.relists, report.errors), (1, 0), "{report:?}");
     source.end().await;
 }
 

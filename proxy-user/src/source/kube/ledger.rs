@@ -27,12 +27,14 @@ pub(super) struct Ledger {
     known: FxHashMap<ObjectName, u32>,
     list: u32,
     listing: bool,
+    /// Whether the running list has an object of which not even the name can be read.
+    unnamed: bool,
     synced: bool,
 }
 
 impl Ledger {
     pub(super) fn new(kind: Kind) -> Self {
-        Self { kind, known: FxHashMap::default(), list: 0, listing: false, synced: false }
+        Self { kind, known: FxHashMap::default(), list: 0, listing: false, unnamed: false, synced: false }
     }
 
     /// How many objects are known.
@@ -55,12 +57,26 @@ impl Ledger {
         (!std::mem::replace(&mut self.synced, true)).then_some(Change::Synced(self.kind))
     }
 
+    /// An object is there and cannot be read: what was told of it stays. Without its name any object may be meant, so that
+    /// the running list says nothing of what is gone.
+    pub(super) fn keep(&mut self, name: Option<&ObjectName>) {
+        match name {
+            Some(name) => {
+                if let Some(last) = self.known.get_mut(name) {
+                    *last = self.list;
+                }
+            }
+            None => self.unnamed = true,
+        }
+    }
+
     /// Takes in one event.
     pub(super) fn step<O: Named>(&mut self, event: Event<O>) -> Changes<O> {
         match event {
             Event::Init => {
                 self.list = self.list.wrapping_add(1);
                 self.listing = true;
+                self.unnamed = false;
                 Changes::new()
             }
             Event::InitApply(object) | Event::Apply(object) => {
@@ -76,12 +92,12 @@ impl Ledger {
     }
 
     fn complete<O>(&mut self) -> Changes<O> {
-        let list = self.list;
+        let (list, unnamed) = (self.list, self.unnamed);
         self.listing = false;
         let kind = self.kind;
         let mut changes: Changes<O> = self
             .known
-            .extract_if(|_, last| *last != list)
+            .extract_if(|_, last| *last != list && !unnamed)
             .map(|(name, _)| Change::Delete(kind, name))
             .collect();
         if self.known.capacity() > 4 * self.known.len() {
@@ -144,6 +160,20 @@ mod tests {
         let mut gone = play(&mut ledger, [Event::InitDone]);
         gone.sort();
         assert_eq!(gone, ["-a", "-c"]);
+    }
+
+    #[test]
+    fn what_a_list_has_and_cannot_be_read_stays_as_it_was() {
+        let mut ledger = Ledger::new(Kind::Service);
+        play(&mut ledger, listed(&["a", "b", "c"]));
+        play(&mut ledger, [Event::Init, Event::InitApply(service("a"))]);
+        ledger.keep(Some(&service("b").name()));
+        ledger.keep(Some(&service("never-told").name()));
+        assert_eq!(play(&mut ledger, [Event::InitDone]), ["-c"]);
+        play(&mut ledger, [Event::Init]);
+        ledger.keep(None);
+        assert_eq!(play(&mut ledger, [Event::InitDone]), Vec::<String>::new(), "it may be any of them");
+        assert_eq!(play(&mut ledger, listed(&["a"])), ["+a", "-b"], "the next list is whole");
     }
 
     #[test]

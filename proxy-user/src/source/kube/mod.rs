@@ -20,7 +20,9 @@ use super::{Change, PodChange, SourceStatus};
 
 mod connection;
 mod credentials;
+mod json;
 mod ledger;
+mod news;
 mod objects;
 mod pods;
 mod protobuf;

@@ -5,7 +5,7 @@
 
 use std::fmt::Debug;
 
-use futures::{StreamExt as _, stream::BoxStream};
+use futures::stream::BoxStream;
 use k8s_openapi::{
     api::{
         core::v1::{Node, NodeStatus, Service},
@@ -14,13 +14,10 @@ use k8s_openapi::{
     },
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
-use kube::{
-    Api, Client, Resource,
-    runtime::watcher::{self, Config, Event},
-};
+use kube::{Client, Resource, runtime::watcher::Config};
 use serde::de::DeserializeOwned;
 
-use super::{ledger::Named, protobuf};
+use super::{json, ledger::Named, news::Brought, protobuf};
 use crate::{
     model::ObjectName,
     source::{HEADLESS_LABEL, Kind, Object, PROXY_NAME_LABEL},
@@ -45,7 +42,7 @@ pub(super) enum Absent {
 
 /// A kind the source watches.
 pub(super) trait Watched:
-    Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static
+    Resource<DynamicType = ()> + Clone + Default + DeserializeOwned + Debug + Send + Sync + 'static
 {
     /// What objects of the stream are, of which this is one kind.
     type Object: Named + Send + 'static;
@@ -67,8 +64,8 @@ pub(super) trait Watched:
     fn trimmed(self) -> Self::Object;
 
     /// What the API server tells of the kind, for ever.
-    fn events(client: Client, config: Config) -> BoxStream<'static, watcher::Result<Event<Self>>> {
-        watcher::watcher(Api::all(client), config).boxed()
+    fn events(client: Client, config: Config) -> BoxStream<'static, Brought<Self>> {
+        json::events(client, config)
     }
 }
 
@@ -104,7 +101,7 @@ impl Watched for Service {
         Object::Service(Box::new(self))
     }
 
-    fn events(client: Client, config: Config) -> BoxStream<'static, watcher::Result<Event<Self>>> {
+    fn events(client: Client, config: Config) -> BoxStream<'static, Brought<Self>> {
         protobuf::events(client, config)
     }
 }
@@ -132,7 +129,7 @@ impl Watched for EndpointSlice {
         Object::EndpointSlice(Box::new(self))
     }
 
-    fn events(client: Client, config: Config) -> BoxStream<'static, watcher::Result<Event<Self>>> {
+    fn events(client: Client, config: Config) -> BoxStream<'static, Brought<Self>> {
         protobuf::events(client, config)
     }
 }

@@ -19,12 +19,14 @@ use kube::{
     Client,
     runtime::watcher::{self, Event, InitialListStrategy},
 };
+use rustc_hash::FxHashSet;
 use tokio::{sync::mpsc::Sender, task::JoinSet};
 use tracing::{debug, warn};
 
 use super::{
     connection::Connection,
     ledger::Ledger,
+    news::{News, Skipped},
     objects::{Absent, Watched},
     retry::{Refusal, Retry},
 };
@@ -34,6 +36,8 @@ use crate::source::{Change, SourceStatus};
 const GOOD_CONNECTION: Duration = Duration::from_secs(10);
 /// After this many streamed lists that ended early, lists are asked for in pages.
 const STREAMS_BROKEN_OFF: u32 = 3;
+/// Most objects that are warned of because they cannot be read.
+const MOST_SKIPPED: usize = 1024;
 
 /// Nobody receives changes any more.
 struct Closed;
@@ -65,6 +69,8 @@ pub(super) struct Watch<K: Watched> {
     asked: Instant,
     broken_off: u32,
     complaint: String,
+    /// The objects that could not be read and were warned of.
+    skipped: FxHashSet<String>,
 }
 
 impl<K: Watched> Watch<K> {
@@ -88,6 +94,7 @@ impl<K: Watched> Watch<K> {
             asked: Instant::now(),
             broken_off: 0,
             complaint: String::new(),
+            skipped: FxHashSet::default(),
         }
     }
 
@@ -120,9 +127,13 @@ impl<K: Watched> Watch<K> {
     /// Follows the server until lists are to be asked for in another way.
     async fn follow(&mut self) -> Result<(), Closed> {
         let mut events = K::events(self.client.clone(), self.config.clone());
-        while let Some(event) = events.next().await {
-            let again = match event {
-                Ok(event) => self.event(event).await?,
+        while let Some(news) = events.next().await {
+            let again = match news {
+                Ok(News::Event(event)) => self.event(event).await?,
+                Ok(News::Skipped(skipped)) => {
+                    self.skip(&skipped);
+                    false
+                }
                 Err(error) => self.error(&error).await?,
             };
             if again {
@@ -160,6 +171,18 @@ impl<K: Watched> Watch<K> {
         };
         self.pass_on(event).await?;
         Ok(false)
+    }
+
+    /// Goes on without an object that cannot be read. What it said before stays in force.
+    fn skip(&mut self, Skipped { name, place, reason }: &Skipped) {
+        self.ledger.keep(name.as_ref());
+        let object = name.as_ref().map_or_else(|| place.clone(), ToString::to_string);
+        if self.skipped.len() >= MOST_SKIPPED || !self.skipped.insert(object.clone()) {
+            debug!(kind = %K::KIND, object, reason, "skipped an object again that cannot be read");
+            return;
+        }
+        let kind = K::KIND;
+        warn!(%kind, object, reason, "skipped an object that cannot be read; what it said before stays in force");
     }
 
     async fn pass_on(&mut self, event: Event<K::Object>) -> Result<(), Closed> {

@@ -15,7 +15,7 @@ use prost::{
 };
 use tokio_util::codec::Decoder;
 
-use super::{LARGEST, MAGIC, Unreadable, message};
+use super::{LARGEST, MAGIC, Unreadable, message, object::text};
 
 /// A part of a list.
 pub(super) enum Part {
@@ -117,9 +117,8 @@ impl Decoder for Parts {
                     self.0 = At::Inside(left);
                     match tag {
                         1 => {
-                            return Ok(Some(Part::Version(
-                                message::ListMetadata::decode(contents)?.resource_version,
-                            )));
+                            let metadata = message::ListMetadata::decode(contents)?;
+                            return Ok(Some(Part::Version(text(&metadata.resource_version))));
                         }
                         2 => return Ok(Some(Part::Item(contents))),
                         _ => {}

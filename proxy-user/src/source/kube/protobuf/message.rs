@@ -1,17 +1,18 @@
-//! The messages, as far as somebody reads them.
+//! The messages, as far as weir reads them.
 //!
 //! Numbers and types are those of Kubernetes' `generated.proto` files (core/v1, discovery/v1, meta/v1, runtime), where a
 //! number never changes its meaning. What has another number is skipped, so nothing has to be taken off later.
-
-use std::collections::BTreeMap;
+//!
+//! Strings are bytes here, because an API server stores strings in protobuf that are no UTF-8, and one such annotation
+//! must not make its object unreadable.
 
 use prost::{Message, bytes::Bytes};
 
 /// meta/v1 `WatchEvent`.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct WatchEvent {
-    #[prost(string, tag = "1")]
-    pub(super) kind: String,
+    #[prost(bytes = "bytes", tag = "1")]
+    pub(super) kind: Bytes,
     #[prost(message, optional, tag = "2")]
     pub(super) object: Option<Raw>,
 }
@@ -30,28 +31,50 @@ pub(super) struct Unknown {
     pub(super) raw: Bytes,
 }
 
-/// Any object, as far as a bookmark has it.
+/// Any object, as far as it says which one it is and as of when.
 #[derive(Clone, PartialEq, Message)]
-pub(super) struct Marked {
+pub(super) struct Identified {
     #[prost(message, required, tag = "1")]
-    pub(super) metadata: Metadata,
+    pub(super) metadata: Identity,
+}
+
+/// As much of meta/v1 `ObjectMeta` as that takes.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Identity {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub(super) name: Bytes,
+    #[prost(bytes = "bytes", tag = "3")]
+    pub(super) namespace: Bytes,
+    #[prost(bytes = "bytes", tag = "6")]
+    pub(super) resource_version: Bytes,
 }
 
 /// meta/v1 `ObjectMeta`.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Metadata {
-    #[prost(string, tag = "1")]
-    pub(super) name: String,
-    #[prost(string, tag = "3")]
-    pub(super) namespace: String,
-    #[prost(string, tag = "6")]
-    pub(super) resource_version: String,
+    #[prost(bytes = "bytes", tag = "1")]
+    pub(super) name: Bytes,
+    #[prost(bytes = "bytes", tag = "3")]
+    pub(super) namespace: Bytes,
+    #[prost(bytes = "bytes", tag = "5")]
+    pub(super) uid: Bytes,
+    #[prost(bytes = "bytes", tag = "6")]
+    pub(super) resource_version: Bytes,
     #[prost(message, optional, tag = "8")]
     pub(super) creation_timestamp: Option<Time>,
-    #[prost(btree_map = "string, string", tag = "11")]
-    pub(super) labels: BTreeMap<String, String>,
-    #[prost(btree_map = "string, string", tag = "12")]
-    pub(super) annotations: BTreeMap<String, String>,
+    #[prost(message, repeated, tag = "11")]
+    pub(super) labels: Vec<Pair>,
+    #[prost(message, repeated, tag = "12")]
+    pub(super) annotations: Vec<Pair>,
+}
+
+/// An entry of a map; a later one replaces an earlier one with the same key.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Pair {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub(super) key: Bytes,
+    #[prost(bytes = "bytes", tag = "2")]
+    pub(super) value: Bytes,
 }
 
 /// meta/v1 `Time`.
@@ -66,10 +89,10 @@ pub(super) struct Time {
 /// meta/v1 `Status`.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Status {
-    #[prost(string, tag = "3")]
-    pub(super) message: String,
-    #[prost(string, tag = "4")]
-    pub(super) reason: String,
+    #[prost(bytes = "bytes", tag = "3")]
+    pub(super) message: Bytes,
+    #[prost(bytes = "bytes", tag = "4")]
+    pub(super) reason: Bytes,
     #[prost(int32, tag = "6")]
     pub(super) code: i32,
 }
@@ -90,43 +113,43 @@ pub(super) struct Service {
 pub(super) struct ServiceSpec {
     #[prost(message, repeated, tag = "1")]
     pub(super) ports: Vec<ServicePort>,
-    #[prost(string, tag = "3")]
-    pub(super) cluster_ip: String,
-    #[prost(string, tag = "4")]
-    pub(super) kind: String,
-    #[prost(string, repeated, tag = "5")]
-    pub(super) external_ips: Vec<String>,
-    #[prost(string, tag = "7")]
-    pub(super) session_affinity: String,
-    #[prost(string, repeated, tag = "9")]
-    pub(super) load_balancer_source_ranges: Vec<String>,
-    #[prost(string, tag = "10")]
-    pub(super) external_name: String,
-    #[prost(string, tag = "11")]
-    pub(super) external_traffic_policy: String,
+    #[prost(bytes = "bytes", tag = "3")]
+    pub(super) cluster_ip: Bytes,
+    #[prost(bytes = "bytes", tag = "4")]
+    pub(super) kind: Bytes,
+    #[prost(bytes = "bytes", repeated, tag = "5")]
+    pub(super) external_ips: Vec<Bytes>,
+    #[prost(bytes = "bytes", tag = "7")]
+    pub(super) session_affinity: Bytes,
+    #[prost(bytes = "bytes", repeated, tag = "9")]
+    pub(super) load_balancer_source_ranges: Vec<Bytes>,
+    #[prost(bytes = "bytes", tag = "10")]
+    pub(super) external_name: Bytes,
+    #[prost(bytes = "bytes", tag = "11")]
+    pub(super) external_traffic_policy: Bytes,
     #[prost(int32, tag = "12")]
     pub(super) health_check_node_port: i32,
     #[prost(bool, tag = "13")]
     pub(super) publish_not_ready_addresses: bool,
     #[prost(message, optional, tag = "14")]
     pub(super) session_affinity_config: Option<SessionAffinityConfig>,
-    #[prost(string, repeated, tag = "18")]
-    pub(super) cluster_ips: Vec<String>,
-    #[prost(string, repeated, tag = "19")]
-    pub(super) ip_families: Vec<String>,
-    #[prost(string, optional, tag = "22")]
-    pub(super) internal_traffic_policy: Option<String>,
-    #[prost(string, optional, tag = "23")]
-    pub(super) traffic_distribution: Option<String>,
+    #[prost(bytes = "bytes", repeated, tag = "18")]
+    pub(super) cluster_ips: Vec<Bytes>,
+    #[prost(bytes = "bytes", repeated, tag = "19")]
+    pub(super) ip_families: Vec<Bytes>,
+    #[prost(bytes = "bytes", optional, tag = "22")]
+    pub(super) internal_traffic_policy: Option<Bytes>,
+    #[prost(bytes = "bytes", optional, tag = "23")]
+    pub(super) traffic_distribution: Option<Bytes>,
 }
 
 /// core/v1 `ServicePort`.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct ServicePort {
-    #[prost(string, tag = "1")]
-    pub(super) name: String,
-    #[prost(string, tag = "2")]
-    pub(super) protocol: String,
+    #[prost(bytes = "bytes", tag = "1")]
+    pub(super) name: Bytes,
+    #[prost(bytes = "bytes", tag = "2")]
+    pub(super) protocol: Bytes,
     #[prost(int32, tag = "3")]
     pub(super) port: i32,
     #[prost(int32, tag = "5")]
@@ -164,10 +187,10 @@ pub(super) struct LoadBalancerStatus {
 /// core/v1 `LoadBalancerIngress`.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct LoadBalancerIngress {
-    #[prost(string, tag = "1")]
-    pub(super) ip: String,
-    #[prost(string, optional, tag = "3")]
-    pub(super) ip_mode: Option<String>,
+    #[prost(bytes = "bytes", tag = "1")]
+    pub(super) ip: Bytes,
+    #[prost(bytes = "bytes", optional, tag = "3")]
+    pub(super) ip_mode: Option<Bytes>,
 }
 
 /// discovery/v1 `EndpointSlice`.
@@ -179,23 +202,23 @@ pub(super) struct EndpointSlice {
     pub(super) endpoints: Vec<Endpoint>,
     #[prost(message, repeated, tag = "3")]
     pub(super) ports: Vec<EndpointPort>,
-    #[prost(string, tag = "4")]
-    pub(super) address_type: String,
+    #[prost(bytes = "bytes", tag = "4")]
+    pub(super) address_type: Bytes,
 }
 
 /// discovery/v1 `Endpoint`.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Endpoint {
-    #[prost(string, repeated, tag = "1")]
-    pub(super) addresses: Vec<String>,
+    #[prost(bytes = "bytes", repeated, tag = "1")]
+    pub(super) addresses: Vec<Bytes>,
     #[prost(message, required, tag = "2")]
     pub(super) conditions: EndpointConditions,
-    #[prost(string, optional, tag = "3")]
-    pub(super) hostname: Option<String>,
-    #[prost(string, optional, tag = "6")]
-    pub(super) node_name: Option<String>,
-    #[prost(string, optional, tag = "7")]
-    pub(super) zone: Option<String>,
+    #[prost(bytes = "bytes", optional, tag = "3")]
+    pub(super) hostname: Option<Bytes>,
+    #[prost(bytes = "bytes", optional, tag = "6")]
+    pub(super) node_name: Option<Bytes>,
+    #[prost(bytes = "bytes", optional, tag = "7")]
+    pub(super) zone: Option<Bytes>,
     #[prost(message, optional, tag = "8")]
     pub(super) hints: Option<EndpointHints>,
 }
@@ -223,17 +246,17 @@ pub(super) struct EndpointHints {
 /// discovery/v1 `ForZone` and `ForNode`.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Hint {
-    #[prost(string, tag = "1")]
-    pub(super) name: String,
+    #[prost(bytes = "bytes", tag = "1")]
+    pub(super) name: Bytes,
 }
 
 /// discovery/v1 `EndpointPort`.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct EndpointPort {
-    #[prost(string, optional, tag = "1")]
-    pub(super) name: Option<String>,
-    #[prost(string, optional, tag = "2")]
-    pub(super) protocol: Option<String>,
+    #[prost(bytes = "bytes", optional, tag = "1")]
+    pub(super) name: Option<Bytes>,
+    #[prost(bytes = "bytes", optional, tag = "2")]
+    pub(super) protocol: Option<Bytes>,
     #[prost(int32, optional, tag = "3")]
     pub(super) port: Option<i32>,
 }
@@ -241,6 +264,6 @@ pub(super) struct EndpointPort {
 /// meta/v1 `ListMeta`.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct ListMetadata {
-    #[prost(string, tag = "2")]
-    pub(super) resource_version: String,
+    #[prost(bytes = "bytes", tag = "2")]
+    pub(super) resource_version: Bytes,
 }

@@ -22,10 +22,10 @@ use http::{HeaderValue, Response, header};
 use http_body_util::BodyExt as _;
 use k8s_openapi::serde_json;
 use kube::{
-    Api, Client, Resource,
+    Client, Resource,
     api::{ListParams, WatchParams},
     client::Body,
-    core::{Request, Status},
+    core::{ObjectMeta, Request, Status},
     runtime::watcher::{self, Config, Event},
 };
 use prost::Message as _;
@@ -36,8 +36,15 @@ use tokio_util::{
 };
 use tracing::debug;
 
-use self::list::{Part, Parts};
 pub(super) use self::object::FromProtobuf;
+use self::{
+    list::{Part, Parts},
+    object::{identity, text},
+};
+use super::{
+    json,
+    news::{Brought, News, Skipped},
+};
 
 mod list;
 mod message;
@@ -70,8 +77,6 @@ enum Unreadable {
     Protobuf(#[from] prost::DecodeError),
     #[error("a list is not laid out as lists are")]
     List,
-    #[error("an event is {0}, which was not asked for")]
-    Kind(String),
     #[error(transparent)]
     Io(#[from] io::Error),
 }
@@ -93,25 +98,29 @@ type Events = FramedRead<Bytestream, LengthDelimitedCodec>;
 
 /// What it takes to follow a kind, be it in protobuf or, where there is none, in JSON.
 pub(super) trait Many:
-    FromProtobuf + Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static
+    FromProtobuf + Resource<DynamicType = ()> + Clone + Debug + Default + DeserializeOwned + Send + 'static
 {
 }
 
 impl<K> Many for K where
-    K: FromProtobuf + Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static
+    K: FromProtobuf
+        + Resource<DynamicType = ()>
+        + Clone
+        + Debug
+        + Default
+        + DeserializeOwned
+        + Send
+        + 'static
 {
 }
 
 /// Events of a kind, for ever; after an error the next poll tries again.
-pub(super) fn events<K: Many>(
-    client: Client,
-    config: Config,
-) -> BoxStream<'static, watcher::Result<Event<K>>> {
+pub(super) fn events<K: Many>(client: Client, config: Config) -> BoxStream<'static, Brought<K>> {
     let follower = Follower { client, config, state: State::Start };
     let events = stream::unfold(follower, |mut follower| async {
         loop {
-            if let Some(event) = follower.step().await.transpose() {
-                return Some((event, follower));
+            if let Some(news) = follower.step().await.transpose() {
+                return Some((news, follower));
             }
         }
     });
@@ -130,6 +139,8 @@ enum State<K> {
     Listing {
         parts: FramedRead<Bytestream, Parts>,
         version: String,
+        /// How many items have come.
+        items: usize,
     },
     Listed {
         version: String,
@@ -138,30 +149,30 @@ enum State<K> {
         events: Events,
         version: String,
     },
-    Json(BoxStream<'static, watcher::Result<Event<K>>>),
+    Json(BoxStream<'static, Brought<K>>),
 }
 
 impl<K: Many> Follower<K> {
-    /// Goes one step; answers with the event that it brought.
-    async fn step(&mut self) -> watcher::Result<Option<Event<K>>> {
+    /// Goes one step; answers with what it brought.
+    async fn step(&mut self) -> watcher::Result<Option<News<K>>> {
         match std::mem::replace(&mut self.state, State::Start) {
             State::Start => self.list().await,
-            State::Listing { mut parts, version } => {
+            State::Listing { mut parts, version, items } => {
                 let part = tokio::time::timeout(SILENCE, parts.next()).await;
                 let part = part.map_err(|_| Unreadable::Io(io::ErrorKind::TimedOut.into()));
                 match part.and_then(Option::transpose).map_err(list_failed)? {
                     Some(Part::Version(version)) => {
-                        self.state = State::Listing { parts, version };
+                        self.state = State::Listing { parts, version, items };
                         Ok(None)
                     }
                     Some(Part::Item(raw)) => {
-                        self.state = State::Listing { parts, version };
-                        Ok(Some(Event::InitApply(K::read(raw).map_err(Unreadable::from)?)))
+                        self.state = State::Listing { parts, version, items: items + 1 };
+                        Ok(Some(read(raw, Event::InitApply, || format!("item {items} of the list"))))
                     }
                     None if version.is_empty() => Err(watcher::Error::NoResourceVersion),
                     None => {
                         self.state = State::Listed { version };
-                        Ok(Some(Event::InitDone))
+                        Ok(Some(News::Event(Event::InitDone)))
                     }
                 }
             }
@@ -176,14 +187,14 @@ impl<K: Many> Follower<K> {
                 }
             }
             State::Json(mut events) => {
-                let event = events.next().await.transpose();
+                let news = events.next().await.transpose();
                 self.state = State::Json(events);
-                event
+                news
             }
         }
     }
 
-    async fn list(&mut self) -> watcher::Result<Option<Event<K>>> {
+    async fn list(&mut self) -> watcher::Result<Option<News<K>>> {
         let parameters = ListParams {
             label_selector: self.config.label_selector.clone(),
             field_selector: self.config.field_selector.clone(),
@@ -197,14 +208,15 @@ impl<K: Many> Follower<K> {
                 self.state = State::Listing {
                     parts: FramedRead::with_capacity(body, Parts::new(), CHUNK),
                     version: String::new(),
+                    items: 0,
                 };
-                Ok(Some(Event::Init))
+                Ok(Some(News::Event(Event::Init)))
             }
             Err(NoProtobuf) => Ok(self.resort_to_json()),
         }
     }
 
-    async fn watch(&mut self, version: String) -> watcher::Result<Option<Event<K>>> {
+    async fn watch(&mut self, version: String) -> watcher::Result<Option<News<K>>> {
         let parameters = WatchParams {
             label_selector: self.config.label_selector.clone(),
             field_selector: self.config.field_selector.clone(),
@@ -226,13 +238,13 @@ impl<K: Many> Follower<K> {
         }
     }
 
-    /// Takes in what a watch brought. What cannot be read is not asked for again from there, or it would come again.
+    /// Takes in what a watch brought. The watch goes on whatever one event is about.
     fn event(
         &mut self,
         event: io::Result<BytesMut>,
         events: Events,
         version: String,
-    ) -> watcher::Result<Option<Event<K>>> {
+    ) -> watcher::Result<Option<News<K>>> {
         let event = match event {
             Ok(event) => event,
             Err(error) => {
@@ -240,38 +252,55 @@ impl<K: Many> Follower<K> {
                 return Err(Unreadable::Io(error).into());
             }
         };
-        let message::WatchEvent { kind, object: raw } =
-            message::WatchEvent::decode(event.freeze()).map_err(Unreadable::from)?;
-        let raw = object(raw.unwrap_or_default().raw)?;
+        let mut message = message::WatchEvent::default();
+        let whole = message.merge(event.freeze()).map_err(Unreadable::from);
+        let kind = text(&message.kind);
+        let raw = whole.and_then(|()| object(message.object.unwrap_or_default().raw));
         if kind == "ERROR" {
-            let status = status(raw)?;
+            let status = raw.and_then(status)?;
             if status.code != 410 {
                 self.state = State::Watching { events, version };
             }
             return Err(watcher::Error::WatchError(status.boxed()));
         }
-        let version =
-            message::Marked::decode(raw.clone()).map_err(Unreadable::from)?.metadata.resource_version;
-        if version.is_empty() {
-            return Err(watcher::Error::NoResourceVersion);
-        }
-        let read = || K::read(raw).map_err(Unreadable::from);
-        let event = match kind.as_str() {
-            "ADDED" | "MODIFIED" => Some(Event::Apply(read()?)),
-            "DELETED" => Some(Event::Delete(read()?)),
-            "BOOKMARK" => None,
-            _ => return Err(Unreadable::Kind(kind).into()),
-        };
+        let metadata = raw.as_ref().map(|raw| identity(raw.clone())).unwrap_or_default();
+        // From where to go on if the watch ends: behind this event, if it says where that is.
+        let version = metadata.resource_version.clone().unwrap_or(version);
         self.state = State::Watching { events, version };
-        Ok(event)
+        let place = || format!("an event {kind}");
+        Ok(match (kind.as_str(), raw) {
+            ("ADDED" | "MODIFIED", Ok(raw)) => Some(read(raw, Event::Apply, place)),
+            ("DELETED", Ok(_)) if metadata.name.is_some() => {
+                Some(News::Event(Event::Delete(deleted(metadata))))
+            }
+            ("BOOKMARK", Ok(_)) => None,
+            (_, Ok(_)) => {
+                Some(News::Skipped(Skipped::new(&metadata, place(), &"such an event cannot be used")))
+            }
+            (_, Err(error)) => Some(News::Skipped(Skipped::new(&metadata, place(), &error))),
+        })
     }
 
-    fn resort_to_json(&mut self) -> Option<Event<K>> {
+    fn resort_to_json(&mut self) -> Option<News<K>> {
         debug!(kind = %K::kind(&()), "the API server does not speak protobuf; asking for JSON");
-        self.state =
-            State::Json(watcher::watcher(Api::all(self.client.clone()), self.config.clone()).boxed());
+        self.state = State::Json(json::events(self.client.clone(), self.config.clone()));
         None
     }
+}
+
+/// The object, as part of such an event.
+fn read<K: FromProtobuf>(raw: Bytes, event: fn(K) -> Event<K>, place: impl Fn() -> String) -> News<K> {
+    match K::read(raw.clone()) {
+        Ok(object) => News::Event(event(object)),
+        Err(error) => News::Skipped(Skipped::new(&identity(raw), place(), &error)),
+    }
+}
+
+/// An object of which only the name matters any more.
+fn deleted<K: Many>(metadata: ObjectMeta) -> K {
+    let mut object = K::default();
+    *object.meta_mut() = metadata;
+    object
 }
 
 /// Asks; an answer in another encoding than `accepted` names first is none.
@@ -314,7 +343,7 @@ fn object(bytes: Bytes) -> Result<Bytes, Unreadable> {
 
 fn status(raw: Bytes) -> Result<Status, Unreadable> {
     let message::Status { message, reason, code } = message::Status::decode(raw)?;
-    Ok(Status::failure(&message, &reason).with_code(u16::try_from(code).unwrap_or_default()))
+    Ok(Status::failure(&text(&message), &text(&reason)).with_code(u16::try_from(code).unwrap_or_default()))
 }
 
 /// What the server says why not, in whichever encoding.

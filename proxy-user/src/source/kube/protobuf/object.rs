@@ -1,7 +1,8 @@
 //! Messages as objects of `k8s_openapi`.
 //!
 //! In: messages. Out: objects that mean the same. Go writes an empty string, list or number where JSON has nothing, so
-//! empty is absent here, except where being absent means something else (W8).
+//! empty is absent here, except where being absent means something else (W8). What is no UTF-8 becomes what Go makes of it in
+//! JSON: replacement characters.
 
 use std::collections::BTreeMap;
 
@@ -37,24 +38,53 @@ impl FromProtobuf for discovery::EndpointSlice {
             message::EndpointSlice::decode(raw)?;
         Ok(Self {
             metadata: object_meta(metadata),
-            address_type,
+            address_type: text(&address_type),
             endpoints: Some(endpoints.into_iter().map(endpoint).collect()),
             ports: Some(ports.into_iter().map(endpoint_port).collect()),
         })
     }
 }
 
-/// What there is of it: in JSON it is there only when there is something.
-fn some(text: String) -> Option<String> {
-    (!text.is_empty()).then_some(text)
+/// The metadata of an object that may be unreadable beyond the first few fields, which say which object it is.
+pub(super) fn identity(raw: Bytes) -> meta::ObjectMeta {
+    let mut message = message::Identified::default();
+    // A message is filled field by field, so that what stands before the fault is there.
+    let _ = message.merge(raw);
+    let message::Identity { name, namespace, resource_version } = message.metadata;
+    meta::ObjectMeta {
+        name: some(&name),
+        namespace: some(&namespace),
+        resource_version: some(&resource_version),
+        ..Default::default()
+    }
+}
+
+/// The text that these bytes are.
+pub(super) fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// The same, if there is any: in JSON it is there only when there is something.
+fn some(bytes: &[u8]) -> Option<String> {
+    (!bytes.is_empty()).then(|| text(bytes))
+}
+
+/// The same, of a field that may be there without being anything.
+fn optional(bytes: Option<Bytes>) -> Option<String> {
+    bytes.map(|bytes| text(&bytes))
+}
+
+fn texts(list: &[Bytes]) -> Option<Vec<String>> {
+    filled(list.iter().map(|bytes| text(bytes)).collect())
 }
 
 fn filled<T>(list: Vec<T>) -> Option<Vec<T>> {
     (!list.is_empty()).then_some(list)
 }
 
-fn named(map: BTreeMap<String, String>) -> Option<BTreeMap<String, String>> {
-    (!map.is_empty()).then_some(map)
+fn named(pairs: &[message::Pair]) -> Option<BTreeMap<String, String>> {
+    let map = || pairs.iter().map(|message::Pair { key, value }| (text(key), text(value))).collect();
+    (!pairs.is_empty()).then(map)
 }
 
 fn number(number: i32) -> Option<i32> {
@@ -62,17 +92,18 @@ fn number(number: i32) -> Option<i32> {
 }
 
 fn object_meta(message: message::Metadata) -> meta::ObjectMeta {
-    let message::Metadata { name, namespace, resource_version, creation_timestamp, labels, annotations } =
+    let message::Metadata { name, namespace, uid, resource_version, creation_timestamp, labels, annotations } =
         message;
     // Go's zero time, which is no time, is before what a timestamp can be.
     let created = creation_timestamp.and_then(|time| Timestamp::new(time.seconds, time.nanos).ok());
     meta::ObjectMeta {
-        name: some(name),
-        namespace: some(namespace),
-        resource_version: some(resource_version),
+        name: some(&name),
+        namespace: some(&namespace),
+        uid: some(&uid),
+        resource_version: some(&resource_version),
         creation_timestamp: created.map(meta::Time),
-        labels: named(labels),
-        annotations: named(annotations),
+        labels: named(&labels),
+        annotations: named(&annotations),
         ..Default::default()
     }
 }
@@ -101,20 +132,20 @@ fn service_spec(message: message::ServiceSpec) -> core::ServiceSpec {
     });
     core::ServiceSpec {
         ports: filled(ports.into_iter().map(service_port).collect()),
-        cluster_ip: some(cluster_ip),
-        type_: some(kind),
-        external_ips: filled(external_ips),
-        session_affinity: some(session_affinity),
-        load_balancer_source_ranges: filled(load_balancer_source_ranges),
-        external_name: some(external_name),
-        external_traffic_policy: some(external_traffic_policy),
+        cluster_ip: some(&cluster_ip),
+        type_: some(&kind),
+        external_ips: texts(&external_ips),
+        session_affinity: some(&session_affinity),
+        load_balancer_source_ranges: texts(&load_balancer_source_ranges),
+        external_name: some(&external_name),
+        external_traffic_policy: some(&external_traffic_policy),
         health_check_node_port: number(health_check_node_port),
         publish_not_ready_addresses: publish_not_ready_addresses.then_some(true),
         session_affinity_config: affinity,
-        cluster_ips: filled(cluster_ips),
-        ip_families: filled(ip_families),
-        internal_traffic_policy,
-        traffic_distribution,
+        cluster_ips: texts(&cluster_ips),
+        ip_families: texts(&ip_families),
+        internal_traffic_policy: optional(internal_traffic_policy),
+        traffic_distribution: optional(traffic_distribution),
         ..Default::default()
     }
 }
@@ -122,8 +153,8 @@ fn service_spec(message: message::ServiceSpec) -> core::ServiceSpec {
 fn service_port(message: message::ServicePort) -> core::ServicePort {
     let message::ServicePort { name, protocol, port, node_port } = message;
     core::ServicePort {
-        name: some(name),
-        protocol: some(protocol),
+        name: some(&name),
+        protocol: some(&protocol),
         port,
         node_port: number(node_port),
         ..Default::default()
@@ -132,18 +163,18 @@ fn service_port(message: message::ServicePort) -> core::ServicePort {
 
 fn ingress(message: message::LoadBalancerIngress) -> core::LoadBalancerIngress {
     let message::LoadBalancerIngress { ip, ip_mode } = message;
-    core::LoadBalancerIngress { ip: some(ip), ip_mode, ..Default::default() }
+    core::LoadBalancerIngress { ip: some(&ip), ip_mode: optional(ip_mode), ..Default::default() }
 }
 
 fn endpoint(message: message::Endpoint) -> discovery::Endpoint {
     let message::Endpoint { addresses, conditions, hostname, node_name, zone, hints } = message;
     let message::EndpointConditions { ready, serving, terminating } = conditions;
     discovery::Endpoint {
-        addresses,
+        addresses: addresses.iter().map(|address| text(address)).collect(),
         conditions: Some(discovery::EndpointConditions { ready, serving, terminating }),
-        hostname,
-        node_name,
-        zone,
+        hostname: optional(hostname),
+        node_name: optional(node_name),
+        zone: optional(zone),
         hints: hints.map(endpoint_hints),
         ..Default::default()
     }
@@ -151,12 +182,12 @@ fn endpoint(message: message::Endpoint) -> discovery::Endpoint {
 
 fn endpoint_hints(message: message::EndpointHints) -> discovery::EndpointHints {
     let message::EndpointHints { for_zones, for_nodes } = message;
-    let zones = for_zones.into_iter().map(|message::Hint { name }| discovery::ForZone { name });
-    let nodes = for_nodes.into_iter().map(|message::Hint { name }| discovery::ForNode { name });
+    let zones = for_zones.into_iter().map(|message::Hint { name }| discovery::ForZone { name: text(&name) });
+    let nodes = for_nodes.into_iter().map(|message::Hint { name }| discovery::ForNode { name: text(&name) });
     discovery::EndpointHints { for_zones: filled(zones.collect()), for_nodes: filled(nodes.collect()) }
 }
 
 fn endpoint_port(message: message::EndpointPort) -> discovery::EndpointPort {
     let message::EndpointPort { name, protocol, port } = message;
-    discovery::EndpointPort { name, protocol, port, ..Default::default() }
+    discovery::EndpointPort { name: optional(name), protocol: optional(protocol), port, ..Default::default() }
 }

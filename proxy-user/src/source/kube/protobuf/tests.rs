@@ -1,19 +1,29 @@
 //! Lists in pieces, and what messages mean. Against a real API server: `tests/source_kube.rs`.
 
-use bytes::{Bytes, BytesMut};
+use std::sync::{Arc, Mutex};
+
+use bytes::{BufMut as _, Bytes, BytesMut};
+use futures::StreamExt as _;
+use http::{Request, Response, header};
 use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
+use kube::{
+    Client,
+    client::Body,
+    runtime::watcher::{Config, Event},
+};
 use prost::Message;
 use serde_json::json;
 use tokio_util::codec::Decoder as _;
 
 use super::{
-    MAGIC, Unreadable,
+    MAGIC, MEDIA_TYPE, Unreadable, events,
     list::{Part, Parts},
     message, object,
     object::FromProtobuf as _,
 };
+use crate::source::kube::news::{Brought, News};
 
-/// A list as servers write it, with fields that nobody reads.
+/// A list as servers write it, with fields that weir does not read.
 #[derive(Clone, PartialEq, Message)]
 struct List {
     #[prost(message, required, tag = "1")]
@@ -49,7 +59,7 @@ fn around(raw: Vec<u8>) -> Vec<u8> {
 }
 
 fn list(items: &[&'static [u8]]) -> Vec<u8> {
-    let metadata = message::ListMetadata { resource_version: "17".to_owned() };
+    let metadata = message::ListMetadata { resource_version: "17".into() };
     let items = items.iter().map(|item| Bytes::from_static(item)).collect();
     around(List { metadata, items, unknown: "skipped".to_owned() }.encode_to_vec())
 }
@@ -119,10 +129,140 @@ fn empty_is_absent() {
 
 #[test]
 fn w8_a_port_without_a_name_is_not_one_with_an_empty_name() {
-    let port =
-        |name: Option<&str>| message::EndpointPort { name: name.map(str::to_owned), ..Default::default() };
+    let port = |name: Option<&str>| message::EndpointPort {
+        name: name.map(|name| Bytes::copy_from_slice(name.as_bytes())),
+        ..Default::default()
+    };
     let message = message::EndpointSlice { ports: vec![port(None), port(Some(""))], ..Default::default() };
     let slice = EndpointSlice::read(message.encode_to_vec().into()).unwrap();
     let names: Vec<_> = slice.ports.unwrap().into_iter().map(|port| port.name).collect();
     assert_eq!(names, [None, Some(String::new())]);
+}
+
+fn metadata(name: &str, version: u64) -> message::Metadata {
+    let version = version.to_string().into();
+    let name = Bytes::copy_from_slice(name.as_bytes());
+    message::Metadata { name, namespace: "shop".into(), resource_version: version, ..Default::default() }
+}
+
+fn good(name: &str, version: u64) -> Vec<u8> {
+    message::Service { metadata: metadata(name, version), ..Default::default() }.encode_to_vec()
+}
+
+/// An object whose spec is longer than the object.
+fn broken(name: &str, version: u64) -> Vec<u8> {
+    let identified = message::Service { metadata: metadata(name, version), ..Default::default() };
+    let head = identified.encode_to_vec();
+    let spec = head.windows(2).rposition(|field| field == [0x12, 0x00]).unwrap();
+    [&head[..spec], &[0x12, 0x7f, 0x01]].concat()
+}
+
+/// An event as it comes in the stream of a watch.
+fn event(kind: &'static str, object: Vec<u8>) -> Vec<u8> {
+    let raw = Some(message::Raw { raw: around(object).into() });
+    let event = message::WatchEvent { kind: kind.into(), object: raw }.encode_to_vec();
+    let mut frame = BytesMut::new();
+    frame.put_u32(event.len().try_into().unwrap());
+    frame.extend_from_slice(&event);
+    frame.to_vec()
+}
+
+/// A client of a server that answers each request with the next of these, and what it is asked for.
+fn server(answers: Vec<Vec<u8>>) -> (Client, Arc<Mutex<Vec<String>>>) {
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let (seen, answers) = (Arc::clone(&asked), Arc::new(Mutex::new(answers.into_iter())));
+    let service = tower::service_fn(move |request: Request<Body>| {
+        seen.lock().unwrap().push(request.uri().query().unwrap_or_default().to_owned());
+        let answer = answers.lock().unwrap().next();
+        async move {
+            let Some(answer) = answer else { return std::future::pending().await };
+            let response = Response::builder().header(header::CONTENT_TYPE, MEDIA_TYPE);
+            Ok::<_, tower::BoxError>(response.body(Body::from(answer)).unwrap())
+        }
+    });
+    (Client::new(service, "default"), asked)
+}
+
+fn word(brought: Brought<Service>) -> String {
+    let name = |service: Service| service.metadata.name.unwrap_or_default();
+    match brought.unwrap() {
+        News::Event(Event::Init) => "list".to_owned(),
+        News::Event(Event::InitApply(service)) => format!("has {}", name(service)),
+        News::Event(Event::InitDone) => "whole".to_owned(),
+        News::Event(Event::Apply(service)) => format!("+{}", name(service)),
+        News::Event(Event::Delete(service)) => format!("-{}", name(service)),
+        News::Skipped(skipped) => {
+            skipped.name.map_or_else(|| skipped.place.clone(), |name| format!("skipped {name}"))
+        }
+    }
+}
+
+#[tokio::test]
+async fn objects_that_cannot_be_read_are_skipped_by_name_and_delay_and_repeat_nothing() {
+    let metadata = message::ListMetadata { resource_version: "17".into() };
+    let mut items: Vec<Bytes> = (0..12).map(|at| broken(&format!("bad-{at}"), 3).into()).collect();
+    items.insert(0, good("first", 1).into());
+    items.insert(7, Bytes::from_static(b"\xff\xff"));
+    items.push(good("last", 2).into());
+    let list = around(List { metadata, items, unknown: String::new() }.encode_to_vec());
+    let watch = [
+        event("MODIFIED", broken("first", 18)),
+        event("ADDED", good("new", 19)),
+        event("SURPRISE", good("new", 20)),
+        event("ADDED", b"\xff\xff".to_vec()),
+        event("DELETED", broken("last", 21)),
+        event("BOOKMARK", broken("", 22)),
+        event("ADDED", good("newer", 23)),
+    ];
+    let (client, asked) = server(vec![list, watch.concat()]);
+    let mut events = events::<Service>(client, Config::default());
+    let mut seen = Vec::new();
+    let all = async {
+        while seen.last().is_none_or(|word| word != "+newer") {
+            seen.push(word(events.next().await.unwrap()));
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(20), all).await.expect("it goes on");
+
+    let mut wanted = vec!["list".to_owned(), "has first".to_owned()];
+    wanted.extend((0..12).map(|at| format!("skipped shop/bad-{at}")));
+    wanted.insert(8, "item 7 of the list".to_owned());
+    wanted.extend(["has last", "whole", "skipped shop/first", "+new", "skipped shop/new"].map(str::to_owned));
+    wanted.extend(["an event ADDED", "-last", "+newer"].map(str::to_owned));
+    assert_eq!(seen, wanted);
+
+    // When the watch ends, it goes on behind what it brought last.
+    let again = async {
+        while asked.lock().unwrap().len() < 3 {
+            tokio::task::yield_now().await;
+        }
+    };
+    let again = tokio::time::timeout(std::time::Duration::from_secs(20), again);
+    tokio::select! {
+        brought = events.next() => panic!("the server said nothing, and still there is {:?}", brought.map(word)),
+        again = again => again.expect("it asks again"),
+    }
+    let asked = asked.lock().unwrap();
+    let versions =
+        asked.iter().map(|query| query.split('&').find(|part| part.starts_with("resourceVersion=")));
+    assert_eq!(versions.collect::<Vec<_>>(), [None, Some("resourceVersion=17"), Some("resourceVersion=23")]);
+}
+
+#[test]
+fn text_that_is_no_utf8_is_read_as_json_would_have_it() {
+    let pair =
+        |key: &'static [u8], value: &'static [u8]| message::Pair { key: key.into(), value: value.into() };
+    let metadata = message::Metadata {
+        labels: vec![pair(b"app", b"\xc3")],
+        annotations: vec![pair(b"weir.dev/on-backend-removal", b"reset"), pair(b"note\xff", b"caf\xe9")],
+        ..metadata("web", 5)
+    };
+    let spec = message::ServiceSpec { external_name: Bytes::from_static(b"\xfe"), ..Default::default() };
+    let message = message::Service { metadata, spec, ..Default::default() };
+    let service = Service::read(message.encode_to_vec().into()).unwrap();
+    let annotations = service.metadata.annotations.unwrap();
+    assert_eq!(annotations["weir.dev/on-backend-removal"], "reset");
+    assert_eq!(annotations["note\u{fffd}"], "caf\u{fffd}");
+    assert_eq!(service.metadata.labels.unwrap()["app"], "\u{fffd}");
+    assert_eq!(service.spec.unwrap().external_name.as_deref(), Some("\u{fffd}"));
 }
