@@ -24,6 +24,26 @@ pub fn parse_network(text: &str) -> Option<IpNet> {
     Some(IpNet::new(written(address)?, length).ok()?.trunc())
 }
 
+/// Why no Service can have this address, if that is so: it means something else on every machine, and to serve it would
+/// take that away from all processes there.
+#[must_use]
+pub fn unusable(address: IpAddr) -> Option<&'static str> {
+    let (unspecified, loopback, multicast, link_local) = match address {
+        IpAddr::V4(ip) => (ip.octets()[0] == 0, ip.is_loopback(), ip.is_multicast(), ip.is_link_local()),
+        IpAddr::V6(ip) => {
+            (ip.is_unspecified(), ip.is_loopback(), ip.is_multicast(), ip.is_unicast_link_local())
+        }
+    };
+    let reasons = [
+        (unspecified, "an address of this network, which no Service can have"),
+        (loopback, "a loopback address, which no Service can have"),
+        (multicast, "a multicast address, which no Service can have"),
+        (link_local, "a link-local address, which no Service can have"),
+        (address == Ipv4Addr::BROADCAST, "the broadcast address, which no Service can have"),
+    ];
+    reasons.into_iter().find_map(|(holds, reason)| holds.then_some(reason))
+}
+
 fn written(text: &str) -> Option<IpAddr> {
     text.parse().ok().or_else(|| decimal_octets(text)?.parse().ok())
 }
@@ -63,6 +83,48 @@ mod tests {
             ("example.org", None),
         ] {
             assert_eq!(parse_address(written), meant.map(|meant| meant.parse().unwrap()), "{written}");
+        }
+    }
+
+    #[test]
+    fn addresses_with_a_meaning_of_their_own_are_told_from_others() {
+        for bad in [
+            "0.0.0.0",
+            "0.1.2.3",
+            "127.0.0.1",
+            "127.255.0.9",
+            "169.254.169.254",
+            "224.0.0.1",
+            "239.255.255.255",
+            "255.255.255.255",
+            "::",
+            "::1",
+            "fe80::1",
+            "febf::1",
+            "ff02::1",
+            "::ffff:127.0.0.1",
+            "::ffff:0.0.0.0",
+        ] {
+            assert!(unusable(parse_address(bad).unwrap()).is_some(), "{bad}");
+        }
+        for good in [
+            "1.0.0.1",
+            "10.0.0.1",
+            "126.255.255.255",
+            "128.0.0.1",
+            "169.253.0.1",
+            "192.0.2.1",
+            "223.255.255.255",
+            "240.0.0.1",
+            "255.255.255.254",
+            "::2",
+            "2001:db8::1",
+            "fd00::1",
+            "fec0::1",
+            "64:ff9b::1",
+            "::ffff:10.0.0.1",
+        ] {
+            assert_eq!(unusable(parse_address(good).unwrap()), None, "{good}");
         }
     }
 

@@ -15,7 +15,7 @@ use tracing::warn;
 
 use super::{
     DetectLocal, Endpoints, Node, NodePortSetting, NodeView, ObjectName, Problem, Service, Settings, Slice,
-    parse_network,
+    Uid, parse_network,
 };
 use crate::source::{Change, Kind, Object};
 
@@ -40,6 +40,8 @@ pub struct Model {
     host_addresses: Option<Box<[IpAddr]>>,
     synced: Vec<Kind>,
     dirty: FxHashSet<ObjectName>,
+    /// What is wrong with Services, since it was last asked for.
+    ignored: BTreeMap<ObjectName, (Option<Uid>, String)>,
 }
 
 impl Model {
@@ -57,6 +59,7 @@ impl Model {
             host_addresses: None,
             synced: Vec::new(),
             dirty: FxHashSet::default(),
+            ignored: BTreeMap::new(),
         }
     }
 
@@ -106,6 +109,17 @@ impl Model {
         let mut dirty: Vec<ObjectName> = mem::take(&mut self.dirty).into_iter().collect();
         dirty.sort_unstable();
         dirty
+    }
+
+    /// What could not be understood in Services that came since this was last asked, or cannot be served for any.
+    pub fn take_ignored(&mut self) -> BTreeMap<ObjectName, (Option<Uid>, String)> {
+        mem::take(&mut self.ignored)
+    }
+
+    /// What tells a Service from an earlier one of the same name.
+    #[must_use]
+    pub fn uid(&self, name: &ObjectName) -> Option<Uid> {
+        self.services.get(name)?.service.as_ref()?.uid
     }
 
     /// A Service and its endpoints, if it is served.
@@ -161,6 +175,13 @@ impl Model {
         let mut problems = Vec::new();
         let read = Service::read(object, &self.settings, &mut problems);
         report("Service", &name, &problems);
+        match problems.is_empty() {
+            true => self.ignored.remove(&name),
+            false => {
+                let uid = object.metadata.uid.as_deref().and_then(Uid::read);
+                self.ignored.insert(name.clone(), (uid, note(&problems)))
+            }
+        };
         let Some(service) = read else { return self.remove_service(&name) };
         let entry = self.services.entry(service.name.clone()).or_default();
         if entry.service.as_deref() != Some(&service) {
@@ -266,8 +287,23 @@ impl Model {
     }
 }
 
+/// As many of an object's problems are logged and noted; the others are counted.
+const REPORTED: usize = 5;
+
 pub(super) fn report(kind: &str, name: &ObjectName, problems: &[Problem]) {
-    for Problem { field, value, reason } in problems {
+    for Problem { field, value, reason } in problems.iter().take(REPORTED) {
         warn!(kind, object = %name, field, value, "ignored a value: {reason}");
     }
+    if problems.len() > REPORTED {
+        warn!(kind, object = %name, more = problems.len() - REPORTED, "ignored more values");
+    }
+}
+
+/// The problems of an object in one text.
+fn note(problems: &[Problem]) -> String {
+    let mut words: Vec<String> = problems.iter().take(REPORTED).map(ToString::to_string).collect();
+    if problems.len() > REPORTED {
+        words.push(format!("and {} more", problems.len() - REPORTED));
+    }
+    words.join("; ")
 }

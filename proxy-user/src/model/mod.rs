@@ -21,8 +21,9 @@ mod service;
 mod settings;
 #[cfg(test)]
 mod tests;
+mod uid;
 
-pub use address::{parse_address, parse_network};
+pub use address::{parse_address, parse_network, unusable};
 pub use cluster::Model;
 pub use endpoint::{Candidate, Endpoint, Endpoints, Slice, SlicePort};
 pub use family::{Family, PerFamily, Protocol};
@@ -32,6 +33,7 @@ pub use pod::{Namespace, Pod, Reason, SOCKET_LB_KEY, SocketLb};
 pub use pods::{Bypassed, BypassedPod, Pods};
 pub use service::{Removal, Service, ServicePort};
 pub use settings::{DetectLocal, NodePortSetting, Settings};
+pub use uid::Uid;
 
 /// Namespace and name of an object; the namespace is empty for objects that have none.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -89,6 +91,21 @@ pub struct Problem {
 
 impl Problem {
     fn new(field: String, value: &str, reason: &'static str) -> Self {
-        Self { field, value: value.to_owned(), reason }
+        Self { field, value: shown(value), reason }
     }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { field, value, reason } = self;
+        write!(f, "`{field}` is ignored: `{value}` is {reason}")
+    }
+}
+
+/// As much of a value as a message shows: a value may be as long as its object.
+fn shown(value: &str) -> String {
+    const LONGEST: usize = 128;
+    let end = value.floor_char_boundary(LONGEST);
+    let more = if end < value.len() { "…" } else { "" };
+    format!("{}{more}", &value[..end])
 }

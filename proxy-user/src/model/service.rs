@@ -8,9 +8,12 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 use ipnet::IpNet;
 use jiff::SignedDuration;
 use k8s_openapi::api::core::v1 as api;
+use rustc_hash::FxHashSet;
 use serde::Serialize;
 
-use super::{Family, ObjectName, PerFamily, Problem, Protocol, Settings, parse_address, parse_network};
+use super::{
+    Family, ObjectName, PerFamily, Problem, Protocol, Settings, Uid, parse_address, parse_network, unusable,
+};
 
 /// A Service with this label, whatever its value, is another proxy's (W1).
 const PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
@@ -26,6 +29,8 @@ const DEFAULT_AFFINITY: u32 = 10_800;
 pub struct Service {
     /// Its name.
     pub name: ObjectName,
+    /// What tells it from an earlier one of the same name, where there is an API server.
+    pub uid: Option<Uid>,
     /// When it was created, in seconds since 1970; `i64::MAX` when nobody says. Decides conflicts (R12).
     pub created: i64,
     /// Its ClusterIP in each family; in a family without one the Service does not exist (W5).
@@ -104,6 +109,7 @@ impl Service {
         let health_check = kind == "LoadBalancer" && external_local;
         Some(Self {
             name: ObjectName::of(&service.metadata),
+            uid: service.metadata.uid.as_deref().and_then(Uid::read),
             created: service.metadata.creation_timestamp.as_ref().map_or(i64::MAX, |time| time.0.as_second()),
             cluster_ips,
             external_ips: read_external_ips(spec, settings, problems),
@@ -127,12 +133,12 @@ impl Service {
 /// The ClusterIP of each family (W5).
 fn read_cluster_ips(spec: &api::ServiceSpec, problems: &mut Vec<Problem>) -> PerFamily<Option<IpAddr>> {
     let mut found = PerFamily::default();
-    let mut take = |field: String, text: &str, wanted: Option<Family>| match parse_address(text) {
-        None => problems.push(Problem::new(field, text, "not an IP address")),
-        Some(ip) if wanted.is_some_and(|family| family != Family::of(ip)) => {
+    let mut take = |field: String, text: &str, wanted: Option<Family>| match read_address(text) {
+        Err(reason) => problems.push(Problem::new(field, text, reason)),
+        Ok(ip) if wanted.is_some_and(|family| family != Family::of(ip)) => {
             problems.push(Problem::new(field, text, "not of the family that spec.ipFamilies gives it"));
         }
-        Some(ip) => *found.get_mut(Family::of(ip)) = Some(ip),
+        Ok(ip) => *found.get_mut(Family::of(ip)) = Some(ip),
     };
     let families = spec.ip_families.as_deref().unwrap_or_default();
     if families.is_empty() {
@@ -148,6 +154,12 @@ fn read_cluster_ips(spec: &api::ServiceSpec, problems: &mut Vec<Problem>) -> Per
     found
 }
 
+/// An address that a Service can have, or why it cannot.
+fn read_address(text: &str) -> Result<IpAddr, &'static str> {
+    let address = parse_address(text).ok_or("not an IP address")?;
+    unusable(address).map_or(Ok(address), Err)
+}
+
 fn read_external_ips(
     spec: &api::ServiceSpec,
     settings: &Settings,
@@ -158,11 +170,10 @@ fn read_external_ips(
     }
     let ips = spec.external_ips.iter().flatten().enumerate();
     sorted(ips.filter_map(|(index, ip)| {
-        let known = parse_address(ip);
-        if known.is_none() {
-            problems.push(Problem::new(format!("spec.externalIPs[{index}]"), ip, "not an IP address"));
-        }
+        let known = read_address(ip);
         known
+            .map_err(|reason| problems.push(Problem::new(format!("spec.externalIPs[{index}]"), ip, reason)))
+            .ok()
     }))
 }
 
@@ -175,12 +186,8 @@ fn read_load_balancer_ips(service: &api::Service, problems: &mut Vec<Problem>) -
         if !matches!(entry.ip_mode.as_deref(), None | Some("VIP")) {
             return None;
         }
-        let known = parse_address(ip);
-        if known.is_none() {
-            let field = format!("status.loadBalancer.ingress[{index}].ip");
-            problems.push(Problem::new(field, ip, "not an IP address"));
-        }
-        known
+        let field = || format!("status.loadBalancer.ingress[{index}].ip");
+        read_address(ip).map_err(|reason| problems.push(Problem::new(field(), ip, reason))).ok()
     }))
 }
 
@@ -198,6 +205,7 @@ fn read_source_ranges(spec: &api::ServiceSpec, problems: &mut Vec<Problem>) -> B
 
 fn read_ports(spec: &api::ServiceSpec, problems: &mut Vec<Problem>) -> Box<[ServicePort]> {
     let mut ports: Vec<ServicePort> = Vec::new();
+    let mut known = FxHashSet::default();
     for (index, port) in spec.ports.iter().flatten().enumerate() {
         let field = |name: &str| format!("spec.ports[{index}].{name}");
         let protocol = port.protocol.as_deref().unwrap_or("TCP");
@@ -213,7 +221,7 @@ fn read_ports(spec: &api::ServiceSpec, problems: &mut Vec<Problem>) -> Box<[Serv
             None | Some("") => Arc::default(),
             Some(name) => name.into(),
         };
-        if ports.iter().any(|known| known.name == name && known.protocol == protocol) {
+        if !known.insert((Arc::clone(&name), protocol)) {
             problems.push(Problem::new(field("name"), &name, "another port has this name and protocol"));
             continue;
         }

@@ -331,3 +331,69 @@ fn w2_slices_of_unknown_services_concern_nobody_until_the_service_is_there() {
     model.apply(service("web", json!({ "clusterIP": "10.0.0.1", "ports": [{ "port": 80 }] })));
     assert!(!model.service(&named("web")).unwrap().1.is_empty());
 }
+
+#[test]
+fn addresses_that_mean_something_else_on_every_machine_are_left_out_and_the_rest_of_the_service_works() {
+    let (service, problems) = read_with(
+        &settings(),
+        json!({
+            "metadata": { "name": "web", "uid": "0b3c1f2e-0000-4abc-8def-00000000000a" },
+            "spec": {
+                "clusterIP": "10.0.0.1", "clusterIPs": ["10.0.0.1", "::1"], "ipFamilies": ["IPv4", "IPv6"],
+                "type": "LoadBalancer", "ports": [{ "port": 80 }],
+                "externalIPs": ["192.0.2.1", "0.0.0.0", "169.254.169.254", "224.0.0.1", "::ffff:127.0.0.1"],
+            },
+            "status": { "loadBalancer": { "ingress": [
+                { "ip": "127.0.0.1" }, { "ip": "198.51.100.1" }, { "ip": "::" }, { "ip": "fe80::1" },
+                { "ip": "255.255.255.255" },
+            ] } },
+        }),
+    );
+    let service = service.unwrap();
+    assert_eq!(service.cluster_ips, PerFamily { v4: Some("10.0.0.1".parse().unwrap()), v6: None });
+    assert_eq!(&*service.external_ips, ips(&["192.0.2.1"]));
+    assert_eq!(&*service.load_balancer_ips, ips(&["198.51.100.1"]));
+    let fields: Vec<&str> = problems.iter().map(|problem| problem.field.as_str()).collect();
+    assert_eq!(
+        fields,
+        [
+            "spec.clusterIPs[1]",
+            "spec.externalIPs[1]",
+            "spec.externalIPs[2]",
+            "spec.externalIPs[3]",
+            "spec.externalIPs[4]",
+            "status.loadBalancer.ingress[0].ip",
+            "status.loadBalancer.ingress[2].ip",
+            "status.loadBalancer.ingress[3].ip",
+            "status.loadBalancer.ingress[4].ip",
+        ]
+    );
+    assert_eq!(
+        problems[5].to_string(),
+        "`status.loadBalancer.ingress[0].ip` is ignored: `127.0.0.1` is a loopback address, which no Service can have"
+    );
+}
+
+#[test]
+fn what_is_ignored_of_a_service_is_kept_for_one_note_that_does_not_grow_with_the_object() {
+    let web = |ips: Vec<String>| {
+        service("web", json!({ "clusterIP": "10.0.0.1", "ports": [{ "port": 80 }], "externalIPs": ips }))
+    };
+    let many = (0..8000).map(|number| format!("127.0.{}.{}", number / 256, number % 256)).collect();
+    let mut model = model(settings(), [web(many)]);
+    let ignored = model.take_ignored();
+    let (_, note) = &ignored[&named("web")];
+    assert!(
+        note.starts_with("`spec.externalIPs[0]` is ignored: `127.0.0.0` is a loopback address"),
+        "{note}"
+    );
+    assert!(note.ends_with("and 7995 more"), "{note}");
+    assert!(model.take_ignored().is_empty());
+
+    model.apply(web(vec!["x".repeat(100_000)]));
+    model.apply(web(vec!["192.0.2.1".to_owned()]));
+    assert!(model.take_ignored().is_empty(), "it is right by now");
+    model.apply(web(vec!["x".repeat(100_000)]));
+    let ignored = model.take_ignored();
+    assert!(ignored[&named("web")].1.len() < 300, "{ignored:?}");
+}
