@@ -44,12 +44,19 @@ pub struct SlicePort {
     pub port: u16,
 }
 
+impl SlicePort {
+    /// By what a service port finds it (W6).
+    fn key(&self) -> (&str, Protocol) {
+        (&self.name, self.protocol)
+    }
+}
+
 /// One EndpointSlice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Slice {
     /// The family of its addresses.
     pub family: Family,
-    /// Its ports.
+    /// Its ports, sorted by name and protocol.
     pub ports: Box<[SlicePort]>,
     /// Its endpoints.
     pub endpoints: Box<[Endpoint]>,
@@ -75,9 +82,12 @@ impl Slice {
         };
         let family = Family::ALL.into_iter().find(|family| family.to_string() == slice.address_type)?;
         let endpoints = slice.endpoints.iter().flatten().enumerate();
+        let mut ports: Box<[SlicePort]> = slice.ports.iter().flatten().filter_map(read_port).collect();
+        // Stable, so that ports of one name stay in the slice's order.
+        ports.sort_by(|a, b| a.key().cmp(&b.key()));
         let read = Self {
             family,
-            ports: slice.ports.iter().flatten().filter_map(read_port).collect(),
+            ports,
             endpoints: endpoints
                 .filter_map(|(index, endpoint)| read_endpoint(index, endpoint, family, node_name, problems))
                 .collect(),
@@ -186,8 +196,9 @@ impl Endpoints {
         let slices = self.slices.iter().map(|(_, slice)| slice).filter(|slice| slice.family == family);
         let mut found: Vec<Candidate<'_>> = slices
             .flat_map(|slice| {
-                let ports = slice.ports.iter();
-                let ports = ports.filter(|known| *known.name == *port && known.protocol == protocol);
+                let first = slice.ports.partition_point(|known| known.key() < (port, protocol));
+                let ports = slice.ports[first..].iter();
+                let ports = ports.take_while(move |known| known.key() == (port, protocol));
                 ports.flat_map(|known| {
                     slice.endpoints.iter().map(|endpoint| Candidate { endpoint, port: known.port })
                 })

@@ -1,22 +1,72 @@
-//! Who has a frontend that several Services claim (R12).
+//! Which Service has a frontend that several claim (R12).
 //!
 //! In: the frontends that each Service wants. Out: one owner for each, the same whatever the order of events, and which
 //! Services win or lose one when a claim comes or goes.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use rustc_hash::FxHashMap;
 
-use super::Frontend;
+use super::{Destination, Frontend, ServicePlan};
 use crate::model::ObjectName;
 
-/// A Service's claim; the smaller one wins: the older Service, then the one with the smaller name.
+/// What an address is to the Service that claims it. What the cluster gave counts more than what a user wrote, because
+/// a user may write the address of another tenant's Service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Rank {
+    /// Its ClusterIP, or this node's address: the API server gives each ClusterIP and each NodePort to one Service.
+    Given,
+    /// An address that a load balancer's controller wrote into its status.
+    LoadBalancer,
+    /// An address that its spec names.
+    ExternalIp,
+}
+
+/// A Service's claim on one frontend; the smaller one wins: the higher rank, then the older Service, then the one with
+/// the smaller name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Claim {
+struct Claim {
+    rank: Rank,
     /// When the Service was created, in seconds since 1970.
-    pub(super) created: i64,
+    created: i64,
     /// The Service.
-    pub(super) service: ObjectName,
+    service: ObjectName,
+}
+
+/// All that one Service claims.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Wish {
+    created: i64,
+    /// Sorted, no frontend twice.
+    frontends: Vec<(Frontend, Rank)>,
+}
+
+impl Wish {
+    /// What the Service of a plan claims: these frontends.
+    pub(super) fn of(plan: &ServicePlan, frontends: impl Iterator<Item = Frontend>) -> Self {
+        let mut frontends: Vec<_> =
+            frontends.map(|frontend| (frontend, rank(plan, frontend.destination))).collect();
+        frontends.sort_unstable();
+        Self { created: plan.created, frontends }
+    }
+
+    fn claims<'a>(&'a self, service: &'a ObjectName) -> impl Iterator<Item = (Frontend, Claim)> + 'a {
+        self.frontends.iter().map(|(frontend, rank)| {
+            (*frontend, Claim { rank: *rank, created: self.created, service: service.clone() })
+        })
+    }
+}
+
+fn rank(plan: &ServicePlan, destination: Destination) -> Rank {
+    match destination {
+        Destination::NodePort(_) => Rank::Given,
+        Destination::Address(ip) if plan.cluster_ips.contains(&ip) => Rank::Given,
+        Destination::Address(ip) if plan.load_balancer_ips.binary_search(&ip).is_ok() => Rank::LoadBalancer,
+        Destination::Address(_) => Rank::ExternalIp,
+    }
 }
 
 /// Every claim on every frontend.
@@ -25,7 +75,7 @@ pub(super) struct Claims {
     owners: FxHashMap<Frontend, Claim>,
     /// Claims that lost, which are few.
     waiting: BTreeMap<Frontend, BTreeSet<Claim>>,
-    /// Claims that lost since somebody asked.
+    /// Claims that lost since they were last asked for.
     conflicts: Vec<Conflict>,
 }
 
@@ -38,6 +88,37 @@ pub struct Conflict {
     pub owner: ObjectName,
     /// The Service that does not get it.
     pub service: ObjectName,
+    /// Why.
+    pub precedence: Precedence,
+}
+
+/// Why one Service comes before another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precedence {
+    /// The address is its ClusterIP, which is none of the other.
+    ClusterIp,
+    /// The address is one of its load balancer, which is none of the other.
+    LoadBalancer,
+    /// It is older.
+    Age,
+    /// It is as old, and its name is the smaller one.
+    Name,
+}
+
+impl fmt::Display for Conflict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { frontend, owner, .. } = self;
+        match self.precedence {
+            Precedence::ClusterIp => write!(f, "{frontend} is at the ClusterIP of Service {owner}"),
+            Precedence::LoadBalancer => {
+                write!(f, "{frontend} is at a load balancer's address of Service {owner}")
+            }
+            Precedence::Age => write!(f, "{frontend} belongs to the older Service {owner}"),
+            Precedence::Name => {
+                write!(f, "{frontend} belongs to Service {owner}, which is as old and comes first by name")
+            }
+        }
+    }
 }
 
 impl Claims {
@@ -55,90 +136,103 @@ impl Claims {
     /// frontend by that.
     pub(super) fn replace(
         &mut self,
-        claim: &Claim,
-        before: &[Frontend],
-        now: &[Frontend],
+        service: &ObjectName,
+        before: &Wish,
+        now: &Wish,
     ) -> BTreeSet<ObjectName> {
         let mut affected = BTreeSet::new();
-        for frontend in before.iter().filter(|frontend| !now.contains(frontend)) {
-            affected.extend(self.release(frontend, &claim.service));
+        // Most changes are of endpoints.
+        if before == now {
+            return affected;
         }
-        for frontend in now {
-            affected.extend(self.assert(*frontend, claim));
+        let mut known = before.claims(service).peekable();
+        for (frontend, claim) in now.claims(service) {
+            while let Some((gone, claim)) = known.next_if(|(known, _)| *known < frontend) {
+                affected.extend(self.release(gone, &claim));
+            }
+            let had = known.next_if(|(known, _)| *known == frontend).map(|(_, claim)| claim);
+            if had.as_ref() != Some(&claim) {
+                affected.extend(self.assert(frontend, had.as_ref(), claim));
+            }
+        }
+        for (gone, claim) in known {
+            affected.extend(self.release(gone, &claim));
         }
         affected
     }
 
-    /// Forgets a Service's claim; returns who gets the frontend if somebody waited for it.
-    fn release(&mut self, frontend: &Frontend, service: &ObjectName) -> Option<ObjectName> {
-        if !self.owns(service, frontend) {
-            self.stop_waiting(frontend, service);
+    /// Forgets a claim; returns the Service that gets the frontend if one waited for it.
+    fn release(&mut self, frontend: Frontend, claim: &Claim) -> Option<ObjectName> {
+        if self.owners.get(&frontend) != Some(claim) {
+            self.stop_waiting(frontend, claim);
             return None;
         }
-        self.owners.remove(frontend);
-        let waiting = self.waiting.get_mut(frontend)?;
+        self.owners.remove(&frontend);
+        let waiting = self.waiting.get_mut(&frontend)?;
         let next = waiting.pop_first()?;
         if waiting.is_empty() {
-            self.waiting.remove(frontend);
+            self.waiting.remove(&frontend);
         }
         let winner = next.service.clone();
-        self.owners.insert(*frontend, next);
+        self.owners.insert(frontend, next);
         Some(winner)
     }
 
-    /// Makes or renews a claim; returns the other Service that loses or wins the frontend by it.
-    fn assert(&mut self, frontend: Frontend, claim: &Claim) -> Option<ObjectName> {
-        let Some(owner) = self.owners.get(&frontend) else {
-            self.owners.insert(frontend, claim.clone());
+    /// Makes a claim in place of the one that the Service `had`; returns the other Service that loses or wins the frontend
+    /// by it.
+    fn assert(&mut self, frontend: Frontend, had: Option<&Claim>, claim: Claim) -> Option<ObjectName> {
+        let Some(owner) = self.owners.get_mut(&frontend) else {
+            self.owners.insert(frontend, claim);
             return None;
         };
-        if owner == claim {
+        if Some(&*owner) == had {
+            *owner = claim;
+            return self.yield_to_waiting(frontend);
+        }
+        let waited = had.is_some_and(|had| self.stop_waiting(frontend, had));
+        let owner = self.owners.get_mut(&frontend)?;
+        if claim > *owner {
+            if !waited {
+                self.conflicts.push(conflict(frontend, owner, &claim));
+            }
+            self.waiting.entry(frontend).or_default().insert(claim);
             return None;
         }
-        let owner = owner.clone();
-        if owner.service == claim.service {
-            return self.renew(frontend, claim);
-        }
-        let known = self.stop_waiting(&frontend, &claim.service);
-        let (winner, loser) = if *claim < owner { (claim, &owner) } else { (&owner, claim) };
-        if !known || winner == claim {
-            self.conflicts.push(conflict(frontend, winner, loser));
-        }
-        self.waiting.entry(frontend).or_default().insert(loser.clone());
-        if winner == claim {
-            self.owners.insert(frontend, claim.clone());
-            return Some(owner.service);
-        }
-        None
+        self.conflicts.push(conflict(frontend, &claim, owner));
+        let loser = std::mem::replace(owner, claim);
+        let name = loser.service.clone();
+        self.waiting.entry(frontend).or_default().insert(loser);
+        Some(name)
     }
 
-    /// The owner's age changed: somebody who waits may be older now.
-    fn renew(&mut self, frontend: Frontend, claim: &Claim) -> Option<ObjectName> {
-        self.owners.insert(frontend, claim.clone());
-        let first = self.waiting.get(&frontend).and_then(BTreeSet::first)?;
-        if first > claim {
-            return None;
-        }
-        let lost = conflict(frontend, first, claim);
-        self.conflicts.push(lost);
-        let winner = self.release(&frontend, &claim.service)?;
-        self.waiting.entry(frontend).or_default().insert(claim.clone());
+    /// The owner's claim changed: one that waits may come before it now.
+    fn yield_to_waiting(&mut self, frontend: Frontend) -> Option<ObjectName> {
+        let (owner, waiting) = (self.owners.get_mut(&frontend)?, self.waiting.get_mut(&frontend)?);
+        waiting.first().filter(|first| *first < owner)?;
+        let first = waiting.pop_first()?;
+        self.conflicts.push(conflict(frontend, &first, owner));
+        let winner = first.service.clone();
+        waiting.insert(std::mem::replace(owner, first));
         Some(winner)
     }
 
-    /// Whether the Service waited for the frontend, which it does no longer.
-    fn stop_waiting(&mut self, frontend: &Frontend, service: &ObjectName) -> bool {
-        let Some(waiting) = self.waiting.get_mut(frontend) else { return false };
-        let known = waiting.len();
-        waiting.retain(|claim| claim.service != *service);
-        let stopped = waiting.len() < known;
+    /// Whether the claim waited for the frontend, which it does no longer.
+    fn stop_waiting(&mut self, frontend: Frontend, claim: &Claim) -> bool {
+        let Some(waiting) = self.waiting.get_mut(&frontend) else { return false };
+        let stopped = waiting.remove(claim);
         if waiting.is_empty() {
-            self.waiting.remove(frontend);
+            self.waiting.remove(&frontend);
         }
         stopped
     }
 }
 
 fn conflict(frontend: Frontend, owner: &Claim, loser: &Claim) -> Conflict {
-    Conflict { frontend, owner: owner.service.clone(), service: loser.service.clone() }
+    let precedence = match owner.rank {
+        Rank::Given if owner.rank < loser.rank => Precedence::ClusterIp,
+        Rank::LoadBalancer if owner.rank < loser.rank => Precedence::LoadBalancer,
+        _ if owner.created < loser.created => Precedence::Age,
+        _ => Precedence::Name,
+    };
+    Conflict { frontend, owner: owner.service.clone(), service: loser.service.clone(), precedence }
 }

@@ -5,6 +5,7 @@
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use ipnet::IpNet;
+use rustc_hash::FxHashSet;
 
 use super::{
     Backend, Destination, Frontend, FrontendPlan, HealthCheck, PortId, PortPlan, Removal, Route, ServicePlan,
@@ -16,19 +17,23 @@ use crate::model::{Candidate, Endpoints, Family, NodeView, Protocol, Service, Se
 /// Where a cluster's DNS answers.
 const DNS_PORT: u16 = 53;
 
+/// Most frontends of one Service. Every node programs each of them, so that without a bound one object could take
+/// seconds of every node's time and a large part of its memory.
+pub const MOST_FRONTENDS: usize = 16_384;
+
 /// What `service` means on `node`: one [`PortPlan`] for each of its ports in each of its families.
 #[must_use]
 pub fn plan_service(service: &Service, endpoints: &Endpoints, node: &NodeView) -> ServicePlan {
-    let mut ports = Vec::with_capacity(service.ports.len() * service.families().count());
-    let mut taken = Vec::new();
+    let share = Share::of(service);
+    let mut ports = Vec::with_capacity(share.ports.len() * service.families().count());
+    let mut taken = FxHashSet::default();
     for family in service.families() {
-        let planner = FamilyPlanner::new(service, family, node);
-        for port in &service.ports {
+        let planner = FamilyPlanner::new(service, family, node, &share);
+        for port in share.ports {
             let candidates = endpoints.of(&port.name, port.protocol, family);
             let mut plan = planner.port(port, &candidates);
-            plan.frontends.retain(|planned| !taken.contains(&planned.frontend));
             if service.ports.len() > 1 {
-                taken.extend(plan.frontends.iter().map(|planned| planned.frontend));
+                plan.frontends.retain(|planned| taken.insert(planned.frontend));
             }
             ports.push(Arc::new(plan));
         }
@@ -39,8 +44,58 @@ pub fn plan_service(service: &Service, endpoints: &Endpoints, node: &NodeView) -
         // A dual-stack Pod is one endpoint: the families list the same ones, or one of them lags behind.
         local_endpoints: service.families().map(|family| endpoints.local_ready(family)).max().unwrap_or(0),
     });
-    let cluster_ips = service.families().filter_map(|family| *service.cluster_ips.get(family)).collect();
-    ServicePlan { cluster_ips, ports, health_check, created: service.created }
+    ServicePlan {
+        cluster_ips: service.families().filter_map(|family| *service.cluster_ips.get(family)).collect(),
+        ports,
+        health_check,
+        created: service.created,
+        load_balancer_ips: service.load_balancer_ips.clone(),
+        beyond: share.beyond,
+    }
+}
+
+/// What of a Service is served, so that it has no more than [`MOST_FRONTENDS`]: ClusterIPs and NodePorts of the first
+/// ports, then addresses of all these ports, the load balancer's before external IPs.
+struct Share<'a> {
+    ports: &'a [ServicePort],
+    /// Sorted.
+    load_balancer_ips: Vec<IpAddr>,
+    /// Without those that are the load balancer's too: these are guarded as such (F7).
+    external_ips: Vec<IpAddr>,
+    /// How many frontends are left out.
+    beyond: usize,
+}
+
+impl<'a> Share<'a> {
+    fn of(service: &'a Service) -> Self {
+        let families = service.families().count().max(1);
+        let served = |ips: &[IpAddr]| -> Vec<IpAddr> {
+            ips.iter().copied().filter(|ip| service.cluster_ips.get(Family::of(*ip)).is_some()).collect()
+        };
+        let load_balancer_ips = served(&service.load_balancer_ips);
+        let mut external_ips = served(&service.external_ips);
+        external_ips.retain(|ip| load_balancer_ips.binary_search(ip).is_err());
+        let mut share = Self { ports: &service.ports, load_balancer_ips, external_ips, beyond: 0 };
+        let wanted = share.fixed(families) + share.ports.len() * share.addresses();
+        if wanted > MOST_FRONTENDS {
+            // A ClusterIP and a NodePort for each port and family.
+            share.ports = &share.ports[..share.ports.len().min(MOST_FRONTENDS / (2 * families))];
+            let addresses = (MOST_FRONTENDS - share.fixed(families)) / share.ports.len().max(1);
+            share.load_balancer_ips.truncate(addresses);
+            share.external_ips.truncate(addresses - share.load_balancer_ips.len());
+            share.beyond = wanted - share.fixed(families) - share.ports.len() * share.addresses();
+        }
+        share
+    }
+
+    /// How many ClusterIP and NodePort frontends there are.
+    fn fixed(&self, families: usize) -> usize {
+        self.ports.iter().map(|port| families * (1 + usize::from(port.node_port != 0))).sum()
+    }
+
+    fn addresses(&self) -> usize {
+        self.load_balancer_ips.len() + self.external_ips.len()
+    }
 }
 
 /// What all ports of a Service have in common in one family.
@@ -53,18 +108,13 @@ struct FamilyPlanner<'a> {
 }
 
 impl<'a> FamilyPlanner<'a> {
-    fn new(service: &'a Service, family: Family, node: &'a NodeView) -> Self {
+    fn new(service: &'a Service, family: Family, node: &'a NodeView, share: &Share<'_>) -> Self {
         let of_family = |ips: &[IpAddr]| -> Vec<IpAddr> {
             ips.iter().copied().filter(|ip| Family::of(*ip) == family).collect()
         };
-        let vips = of_family(&service.load_balancer_ips);
+        let vips = of_family(&share.load_balancer_ips);
         let allowed = allowed_sources(service, family, &vips, node);
-        // An address that is both an external IP and the load balancer's is guarded as the latter (F7).
-        let mut external: Vec<_> = of_family(&service.external_ips)
-            .into_iter()
-            .filter(|ip| !vips.contains(ip))
-            .map(|ip| (ip, None))
-            .collect();
+        let mut external: Vec<_> = of_family(&share.external_ips).into_iter().map(|ip| (ip, None)).collect();
         external.extend(vips.iter().map(|ip| (*ip, allowed.clone())));
         external.retain(|(ip, _)| *service.cluster_ips.get(family) != Some(*ip));
         Self { service, family, node, external }

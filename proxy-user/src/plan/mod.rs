@@ -27,8 +27,8 @@ mod planner;
 mod tests;
 mod topology;
 
-pub use claims::Conflict;
-pub use frontend::plan_service;
+pub use claims::{Conflict, Precedence};
+pub use frontend::{MOST_FRONTENDS, plan_service};
 pub use planner::{NoLocalEndpoints, Planner};
 
 /// Where traffic for a frontend is addressed to.
@@ -215,6 +215,12 @@ pub struct ServicePlan {
     /// When the Service was created, in seconds since 1970: of two that claim one frontend the older has it (R12).
     #[serde(skip)]
     pub created: i64,
+    /// The load balancer's addresses, sorted: of two that claim one frontend it counts what the address is to them (R12).
+    #[serde(skip)]
+    pub load_balancer_ips: Box<[IpAddr]>,
+    /// How many frontends the Service has beyond [`MOST_FRONTENDS`], which are not served.
+    #[serde(skip)]
+    pub beyond: usize,
 }
 
 /// Which addresses of this node serve NodePorts (R13, R14).

@@ -10,7 +10,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use super::{
     ClusterIpDelta, Delta, Destination, Frontend, FrontendPlan, HealthCheck, NodePlan, PortDelta, PortId,
     PortPlan, ServicePlan, Target,
-    claims::{Claim, Claims, Conflict},
+    claims::{Claims, Conflict, Wish},
     delta,
 };
 use crate::model::{Family, ObjectName, PerFamily};
@@ -36,6 +36,8 @@ pub struct NoLocalEndpoints {
 pub struct Planner {
     services: FxHashMap<ObjectName, Held>,
     claims: Claims,
+    /// The Services that have too many frontends, since they were last asked for, and by how many.
+    beyond: BTreeMap<ObjectName, usize>,
     /// How many Services have each ClusterIP.
     cluster_ips: FxHashMap<IpAddr, usize>,
     node: Option<Arc<NodePlan>>,
@@ -60,9 +62,11 @@ impl Planner {
     /// Replaces the plan of a Service; an empty plan forgets the Service. The next delta tells the difference.
     pub fn update(&mut self, name: &ObjectName, plan: ServicePlan) {
         let before = self.services.get(name).map(claimed).unwrap_or_default();
-        let now: Vec<Frontend> = plan.ports.iter().flat_map(|port| frontends(port)).collect();
-        let claim = Claim { created: plan.created, service: name.clone() };
-        let affected = self.claims.replace(&claim, &before, &now);
+        let now = Wish::of(&plan, plan.ports.iter().flat_map(|port| frontends(port)));
+        let affected = self.claims.replace(name, &before, &now);
+        if plan.beyond != self.service(name).map_or(0, |before| before.beyond) {
+            self.beyond.insert(name.clone(), plan.beyond);
+        }
         self.install(name, plan);
         for other in affected {
             if let Some(wanted) = self.services.get(&other).map(wanted) {
@@ -245,6 +249,11 @@ impl Planner {
         self.claims.take_conflicts()
     }
 
+    /// The Services that have come to have more frontends than one can have, and how many are not served.
+    pub fn take_beyond(&mut self) -> impl Iterator<Item = (ObjectName, usize)> + use<> {
+        std::mem::take(&mut self.beyond).into_iter().filter(|(_, beyond)| *beyond > 0)
+    }
+
     /// What every healthCheckNodePort answers (H1, H2), in no particular order.
     pub fn health_checks(&self) -> impl Iterator<Item = (&ObjectName, HealthCheck)> {
         self.services.iter().filter_map(|(name, held)| Some((name, held.plan.health_check?)))
@@ -357,20 +366,21 @@ fn find<'a>(plan: &'a ServicePlan, id: &PortId) -> Option<&'a Arc<PortPlan>> {
 }
 
 /// Every frontend a Service claims, those it has and those it does not get.
-fn claimed(held: &Held) -> Vec<Frontend> {
+fn claimed(held: &Held) -> Wish {
     let own = held.plan.ports.iter().flat_map(|port| frontends(port));
-    own.chain(held.withheld.iter().map(|(_, planned)| planned.frontend)).collect()
+    Wish::of(&held.plan, own.chain(held.withheld.iter().map(|(_, planned)| planned.frontend)))
 }
 
 /// A Service's plan as it was before others' frontends were left out.
 fn wanted(held: &Held) -> ServicePlan {
     let mut plan = ServicePlan::clone(&held.plan);
-    for (id, planned) in &held.withheld {
-        if let Some(port) = plan.ports.iter_mut().find(|port| port.id == *id) {
-            let port = Arc::make_mut(port);
-            port.frontends.push(planned.clone());
-            port.frontends.sort_unstable_by_key(|planned| planned.frontend);
-        }
+    // Those of one port stand together.
+    for withheld in held.withheld.chunk_by(|(one, _), (other, _)| one == other) {
+        let Some((id, _)) = withheld.first() else { continue };
+        let Ok(index) = plan.ports.binary_search_by(|port| port.id.cmp(id)) else { continue };
+        let port = Arc::make_mut(&mut plan.ports[index]);
+        port.frontends.extend(withheld.iter().map(|(_, planned)| planned.clone()));
+        port.frontends.sort_unstable_by_key(|planned| planned.frontend);
     }
     plan
 }

@@ -64,6 +64,120 @@ impl Rig {
 
 const IP: &str = "192.0.2.1";
 
+/// What an address is to a Service.
+#[derive(Clone, Copy, Debug)]
+enum Claim {
+    ClusterIp,
+    LoadBalancer,
+    ExternalIp,
+    /// It claims nothing but its own ClusterIP.
+    Nothing,
+}
+
+/// A Service created in this second that has [`IP`] as this.
+fn having(name: &str, created: u32, claim: Claim) -> Change {
+    let own = format!("10.0.0.{}", name.bytes().next().unwrap_or_default());
+    let cluster_ip = if matches!(claim, Claim::ClusterIp) { IP } else { &own };
+    let external = if matches!(claim, Claim::ExternalIp) { vec![IP] } else { Vec::new() };
+    let ingress = if matches!(claim, Claim::LoadBalancer) { json!([{ "ip": IP }]) } else { json!([]) };
+    full_service(json!({
+        "metadata": { "namespace": "ns", "name": name,
+                      "creationTimestamp": format!("2026-01-01T00:00:{created:02}Z") },
+        "spec": { "type": "LoadBalancer", "clusterIP": cluster_ip, "externalIPs": external,
+                  "ports": [{ "port": 80 }] },
+        "status": { "loadBalancer": { "ingress": ingress } },
+    }))
+}
+
+#[test]
+fn r12_no_external_ip_takes_an_address_from_the_service_that_the_cluster_gave_it_to() {
+    // The oldest one claims most and is given least.
+    let services = [
+        having("a", 1, Claim::ExternalIp),
+        having("b", 2, Claim::LoadBalancer),
+        having("c", 3, Claim::ClusterIp),
+    ];
+    for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
+        let mut rig = Rig::new();
+        let mut lost = std::collections::BTreeMap::new();
+        for index in order {
+            rig.step([services[index].clone()]);
+            for conflict in rig.planner.take_conflicts() {
+                lost.insert(conflict.service.name().to_owned(), conflict.to_string());
+            }
+        }
+        assert_eq!(rig.owners(IP), ["c"], "{order:?}");
+        let by = |loser: &str| lost.get(loser).map(String::as_str).unwrap_or_default();
+        let cluster = "192.0.2.1:80/TCP is at the ClusterIP of Service ns/c";
+        let balancer = "192.0.2.1:80/TCP is at a load balancer's address of Service ns/b";
+        assert!([cluster, balancer].contains(&by("a")), "{order:?}: {lost:?}");
+        assert_eq!(by("b"), cluster, "{order:?}");
+        assert!(!lost.contains_key("c"), "{order:?}: {lost:?}");
+
+        rig.step([Change::Delete(Kind::Service, named("c"))]);
+        assert_eq!(rig.owners(IP), ["b"], "{order:?}");
+        rig.step([having("b", 2, Claim::Nothing)]);
+        assert_eq!(rig.owners(IP), ["a"], "{order:?}");
+    }
+}
+
+#[test]
+fn r12_an_address_that_becomes_the_load_balancers_is_taken_from_an_older_external_ip() {
+    let mut rig = Rig::new();
+    rig.step([having("a", 1, Claim::ExternalIp), having("b", 2, Claim::ExternalIp)]);
+    assert_eq!(rig.owners(IP), ["a"]);
+    rig.step([having("b", 2, Claim::LoadBalancer)]);
+    assert_eq!(rig.owners(IP), ["b"]);
+    rig.step([having("b", 2, Claim::ExternalIp)]);
+    assert_eq!(rig.owners(IP), ["a"]);
+}
+
+#[test]
+fn r12_the_older_of_two_services_with_one_node_port_has_it_and_the_other_hears_of_it() {
+    let node_port = |name: &str, created: u32| {
+        full_service(json!({
+            "metadata": { "namespace": "ns", "name": name,
+                          "creationTimestamp": format!("2026-01-01T00:00:{created:02}Z") },
+            "spec": { "type": "NodePort", "clusterIP": format!("10.0.0.{created}"),
+                      "ports": [{ "port": 80, "nodePort": 30_080 }] },
+        }))
+    };
+    let mut rig = Rig::new();
+    rig.step([node_port("young", 2), node_port("old", 1)]);
+    let withheld: Vec<_> = rig.planner.withheld(&named("young")).map(|lost| lost.to_string()).collect();
+    assert_eq!(withheld, ["node:30080/TCP"]);
+    let told: Vec<_> = rig.planner.take_conflicts().iter().map(ToString::to_string).collect();
+    assert_eq!(told, ["node:30080/TCP belongs to the older Service ns/old"]);
+}
+
+proptest::proptest! {
+    /// Whatever came and went before, the owner follows from what is there now.
+    #[test]
+    fn r12_the_owner_does_not_depend_on_what_was_before(
+        steps in proptest::collection::vec((0..6_u8, 0..4_u32, 0..5_u8), 1..40)
+    ) {
+        let mut rig = Rig::new();
+        let mut there = std::collections::BTreeMap::new();
+        for (which, created, claim) in steps {
+            let name = char::from(b'a' + which).to_string();
+            let claims = [Claim::ClusterIp, Claim::LoadBalancer, Claim::ExternalIp, Claim::Nothing];
+            let change = match claims.get(usize::from(claim)) {
+                Some(claim) => having(&name, created, *claim),
+                None => Change::Delete(Kind::Service, named(&name)),
+            };
+            rig.step([change.clone()]);
+            match change {
+                Change::Apply(_) => there.insert(name, change),
+                _ => there.remove(&name),
+            };
+        }
+        let mut fresh = Rig::new();
+        fresh.step(there.into_values());
+        proptest::prop_assert_eq!(rig.owners(IP), fresh.owners(IP));
+        proptest::prop_assert!(rig.owners(IP).len() <= 1);
+    }
+}
+
 #[test]
 fn r12_the_older_service_has_the_frontend_whatever_the_order_of_arrival() {
     for (a, b, owner) in [(1, 2, "a"), (2, 1, "b"), (1, 1, "a")] {

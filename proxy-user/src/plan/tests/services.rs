@@ -9,7 +9,7 @@ use crate::{
         Family, Settings,
         fixture::{full_service, full_slice, model, named, node, service, settings, slice},
     },
-    plan::{FrontendPlan, HealthCheck, PortPlan, Removal, ServicePlan},
+    plan::{Destination, FrontendPlan, HealthCheck, MOST_FRONTENDS, Planner, PortPlan, Removal, ServicePlan},
     source::Change,
 };
 
@@ -296,4 +296,81 @@ fn a_service_that_is_not_served_has_an_empty_plan() {
     let headless = service("web", json!({ "clusterIP": "None", "ports": [{ "port": 80 }] }));
     assert_eq!(plan([headless]), ServicePlan::default());
     assert_eq!(model(Settings::default(), []).plan(&named("web")), ServicePlan::default());
+}
+
+/// A LoadBalancer Service with so many ports, each with a NodePort, and so many addresses of each sort.
+fn large(ports: u16, external_ips: u32, load_balancer_ips: u32) -> Change {
+    let address =
+        |net: u32| move |number: u32| std::net::Ipv4Addr::from_bits((net << 24) + number).to_string();
+    let port = |number: u16| json!({ "name": format!("p{number}"), "port": 1 + number, "nodePort": 30_000 + number });
+    let ingress = (0..load_balancer_ips).map(address(44)).map(|ip| json!({ "ip": ip }));
+    full_service(json!({
+        "metadata": { "namespace": "ns", "name": "web" },
+        "spec": {
+            "type": "LoadBalancer", "clusterIP": "10.0.0.1", "ports": (0..ports).map(port).collect::<Vec<_>>(),
+            "externalIPs": (0..external_ips).map(address(33)).collect::<Vec<_>>(),
+        },
+        "status": { "loadBalancer": { "ingress": ingress.collect::<Vec<_>>() } },
+    }))
+}
+
+/// How many frontends are at ClusterIPs, NodePorts, load balancer addresses and external IPs.
+fn sorts(plan: &ServicePlan) -> [usize; 4] {
+    let mut count = [0; 4];
+    for planned in plan.ports.iter().flat_map(|port| &port.frontends) {
+        let sort = match planned.frontend.destination {
+            Destination::NodePort(_) => 1,
+            Destination::Address(ip) if ip.to_string().starts_with("44.") => 2,
+            Destination::Address(ip) if ip.to_string().starts_with("33.") => 3,
+            Destination::Address(_) => 0,
+        };
+        count[sort] += 1;
+    }
+    count
+}
+
+#[test]
+fn a_service_has_no_more_frontends_than_one_can_have_and_the_first_ones_are_served() {
+    let small = plan([large(20, 100, 2)]);
+    assert_eq!((sorts(&small), small.beyond), ([20, 20, 40, 2000], 0));
+
+    let many = plan([large(20, 8000, 2)]);
+    let addresses = (MOST_FRONTENDS - 40) / 20;
+    assert_eq!(sorts(&many), [20, 20, 40, 20 * (addresses - 2)]);
+    assert_eq!(many.beyond, 20 * (8000 + 2) - 20 * addresses);
+    let first = "33.0.0.0:1/TCP".to_owned();
+    assert!(frontends(&many).contains(&first), "the smallest addresses are served");
+
+    let balanced = plan([large(20, 100, 8000)]);
+    assert_eq!(sorts(&balanced), [20, 20, 20 * addresses, 0]);
+
+    let ports = plan([large(20_000, 2, 2)]);
+    assert_eq!(sorts(&ports), [MOST_FRONTENDS / 2, MOST_FRONTENDS / 2, 0, 0]);
+    assert_eq!(ports.beyond, 20_000 * 6 - MOST_FRONTENDS);
+}
+
+#[test]
+fn that_a_service_has_too_many_frontends_is_told_when_it_comes_to_be_so() {
+    let mut model =
+        model(settings(), [large(20, 8000, 0), service("db", json!({ "clusterIP": "10.0.0.2" }))]);
+    let mut planner = Planner::default();
+    let mut told = |model: &mut crate::model::Model| {
+        for name in model.take_dirty() {
+            planner.update(&name, model.plan(&name));
+        }
+        planner.take_beyond().collect::<Vec<_>>()
+    };
+    let beyond = model.plan(&named("web")).beyond;
+    assert_eq!(told(&mut model), [(named("web"), beyond)]);
+    model.apply(slice(
+        "web-1",
+        "web",
+        json!([{ "name": "p0", "port": 80 }]),
+        json!([{ "addresses": ["10.1.0.1"] }]),
+    ));
+    assert_eq!(told(&mut model), [], "an endpoint changes nothing of it");
+    model.apply(large(20, 10, 0));
+    assert_eq!(told(&mut model), []);
+    model.apply(large(20, 8000, 0));
+    assert_eq!(told(&mut model), [(named("web"), beyond)]);
 }

@@ -294,7 +294,7 @@ impl Engine {
 
     /// Logs each frontend that two Services claim, and makes an event for the one that does not get it (R12).
     fn tell_of_conflicts(&mut self) {
-        for Conflict { frontend, owner, service } in self.planner.take_conflicts() {
+        for Conflict { frontend, owner, service, .. } in self.planner.take_conflicts() {
             tracing::warn!(%frontend, %owner, %service, "two Services claim one frontend: the older one has it");
             let note = format!("{frontend} belongs to the older Service {owner}");
             self.events.tell(Trouble::of_service(service, "FrontendTaken", "Program", note));
