@@ -21,8 +21,8 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use tokio::{sync::watch, time::timeout};
 use weir::{
-    model::ObjectName,
-    observe::{Events, Health, HealthCheckState, HealthChecks, Trouble},
+    model::{ObjectName, Uid},
+    observe::{Events, Health, HealthCheckState, HealthChecks, Metrics, Trouble},
     source::kube::{Connection, Credentials, KubeSource},
 };
 use weir_tests::apiserver::ApiServer;
@@ -50,10 +50,15 @@ fn rules() -> Value {
 
 /// An API server with a namespace, where the user `weir` may do what the chart lets it do.
 async fn start() -> (ApiServer, Client) {
+    start_with(rules()).await
+}
+
+/// The same where it may do this.
+async fn start_with(rules: Value) -> (ApiServer, Client) {
     let server = ApiServer::start(&["--authorization-mode=RBAC"]).await.unwrap();
     let admin = server.client().await.unwrap();
     create::<Namespace>(Api::all(admin.clone()), json!({"metadata": {"name": NAMESPACE}})).await;
-    let role = json!({"metadata": {"name": "weir"}, "rules": rules()});
+    let role = json!({"metadata": {"name": "weir"}, "rules": rules});
     create::<ClusterRole>(Api::all(admin.clone()), role).await;
     let binding = json!({
         "metadata": {"name": "weir"},
@@ -100,8 +105,18 @@ async fn event(admin: &Client, service: &str, wanted: impl Fn(&Event) -> bool) -
     timeout(PATIENCE, looking).await.expect("no such event")
 }
 
-fn trouble(service: &str, note: &str) -> Trouble {
-    Trouble::of_service(ObjectName::new(NAMESPACE, service), "FailedToProgram", "Program", note.to_owned())
+fn trouble(service: &Service, note: &str) -> Trouble {
+    let name = ObjectName::new(NAMESPACE, &service.name_any());
+    Trouble::of_service(name, "FailedToProgram", "Program", note.to_owned()).with_uid(uid(service))
+}
+
+fn uid(service: &Service) -> Option<Uid> {
+    Uid::read(&service.uid()?)
+}
+
+/// What writes events as the agent of a node, without waiting for other nodes.
+async fn agent(server: &ApiServer, node: &str) -> Events {
+    Events::start_within(weir(server).await, node, Metrics::new(), Duration::ZERO)
 }
 
 #[tokio::test]
@@ -109,11 +124,17 @@ async fn trouble_with_a_service_becomes_one_event_that_describe_finds() {
     let (server, admin) = start().await;
     let cart = service(&admin, "cart").await;
     let till = service(&admin, "till").await;
-    let events = Events::start(weir(&server).await, NODE);
-    events.tell(trouble("ghost", "there is no such Service"));
-    events.tell(trouble("cart", "the map is full"));
-    events.tell(trouble("cart", "the map is full"));
-    events.tell(trouble("till", &"é".repeat(1000)));
+    let events = agent(&server, NODE).await;
+    let ghost = ObjectName::new(NAMESPACE, "ghost");
+    events.tell(Trouble::of_service(
+        ghost,
+        "FailedToProgram",
+        "Program",
+        "there is no such Service".to_owned(),
+    ));
+    events.tell(trouble(&cart, "the map is full"));
+    events.tell(trouble(&cart, "the map is full"));
+    events.tell(trouble(&till, &"é".repeat(1000)));
 
     let about_till = event(&admin, "till", |_| true).await;
     assert_eq!(about_till.note, Some("é".repeat(512)), "no more than an API server takes");
@@ -150,7 +171,7 @@ async fn trouble_with_a_service_becomes_one_event_that_describe_finds() {
     let ghosts = ListParams::default().fields("involvedObject.name=ghost");
     assert_eq!(core.list(&ghosts).await.unwrap().items.len(), 0);
 
-    events.tell(trouble("cart", "the map is full again"));
+    events.tell(trouble(&cart, "the map is full again"));
     let counted = event(&admin, "cart", |event| event.series.is_some()).await;
     assert_eq!((counted.name_any(), counted.series.unwrap().count), (found.name_any(), 2));
 }
@@ -159,7 +180,7 @@ async fn trouble_with_a_service_becomes_one_event_that_describe_finds() {
 #[tokio::test]
 async fn a_start_is_told_of_the_node() {
     let (server, admin) = start().await;
-    let events = Events::start(weir(&server).await, NODE);
+    let events = agent(&server, NODE).await;
     events.tell(Trouble::starting());
     events.tell(Trouble::of_node(
         "FailedToStartMetricServer",
@@ -186,16 +207,65 @@ async fn a_start_is_told_of_the_node() {
     assert_eq!(told.collect::<Vec<_>>(), expected);
 }
 
+/// Waits until what was told of the agent on this node was written, and so what was told before.
+async fn written(admin: &Client, node: &str) {
+    let events: Api<CoreEvent> = Api::namespaced(admin.clone(), "default");
+    let about = ListParams::default().fields(&format!("involvedObject.kind=Node,involvedObject.uid={node}"));
+    let looking = async {
+        while events.list(&about).await.unwrap().items.is_empty() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(PATIENCE, looking).await.expect("no event about the node");
+}
+
+/// Tells of the same from many nodes, and answers with the events about the Service.
+async fn told_by_every_node(server: &ApiServer, admin: &Client) -> Vec<Event> {
+    let cart = service(admin, "cart").await;
+    let nodes: Vec<String> = (1..=5).map(|number| format!("n{number}")).collect();
+    let mut agents = Vec::new();
+    for node in &nodes {
+        let events = agent(server, node).await;
+        events.tell(trouble(&cart, "the kernel refuses it"));
+        events.tell(Trouble::starting());
+        agents.push(events);
+    }
+    for node in &nodes {
+        written(admin, node).await;
+    }
+    let events: Api<Event> = Api::namespaced(admin.clone(), NAMESPACE);
+    events.list(&ListParams::default().fields("regarding.name=cart")).await.unwrap().items
+}
+
+#[tokio::test]
+async fn what_every_node_sees_becomes_one_event_with_the_rights_of_the_chart() {
+    let (server, admin) = start().await;
+    let told = told_by_every_node(&server, &admin).await;
+    assert_eq!(told.len(), 1, "{told:#?}");
+    assert!(told[0].series.is_none(), "one node said it once: {told:#?}");
+}
+
+#[tokio::test]
+async fn what_every_node_sees_becomes_one_event_with_the_rights_of_kube_proxy() {
+    let mut rules = rules();
+    rules.as_array_mut().unwrap().retain(|rule| rule["verbs"] != json!(["get"]));
+    let (server, admin) = start_with(rules).await;
+    let told = told_by_every_node(&server, &admin).await;
+    assert_eq!(told.len(), 1, "{told:#?}");
+    assert!(told[0].series.is_none(), "one node said it once: {told:#?}");
+}
+
 #[tokio::test]
 async fn h6_a_health_check_port_that_is_taken_becomes_an_event() {
     let (server, admin) = start().await;
-    service(&admin, "cart").await;
-    let events = Events::start(weir(&server).await, NODE);
+    let cart = service(&admin, "cart").await;
+    let events = agent(&server, NODE).await;
     let (_stop, stopping) = watch::channel(false);
     let checks = HealthChecks::start(Health::new(PATIENCE), events, stopping);
     let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let address = taken.local_addr().unwrap();
-    let state = HealthCheckState { port: address.port(), local_endpoints: 1, addresses: vec![address.ip()] };
+    let addresses = vec![address.ip()];
+    let state = HealthCheckState { port: address.port(), local_endpoints: 1, addresses, uid: uid(&cart) };
     checks.set(ObjectName::new(NAMESPACE, "cart"), Some(state));
     let found = event(&admin, "cart", |_| true).await;
     assert_eq!(found.type_.as_deref(), Some("Warning"));

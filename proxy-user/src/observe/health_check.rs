@@ -23,7 +23,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::{Events, Health, Server, Trouble};
 use crate::{
-    model::{Family, ObjectName},
+    model::{Family, ObjectName, Uid},
     places::Places,
 };
 
@@ -36,6 +36,8 @@ pub struct HealthCheckState {
     pub local_endpoints: usize,
     /// Where it listens (H3).
     pub addresses: Vec<IpAddr>,
+    /// The Service's uid, for events about it.
+    pub uid: Option<Uid>,
 }
 
 /// Tells the servers what is in force.
@@ -98,7 +100,7 @@ fn change(
     places: &Places,
     stopping: &watch::Receiver<bool>,
 ) {
-    let Some(HealthCheckState { port, local_endpoints, addresses }) = state else {
+    let Some(HealthCheckState { port, local_endpoints, addresses, uid }) = state else {
         open.remove(&service);
         return;
     };
@@ -123,21 +125,23 @@ fn change(
         let server = Server::new("healthCheckNodePort", address, false, places.clone())
             .of_one_family()
             .without_keep_alive();
-        let tell = unable_to_listen(events.clone(), service.clone(), server.address);
+        let tell = unable_to_listen(events.clone(), service.clone(), uid, server.address);
         tokio::spawn(server.run_and_tell(router(answer.clone()), stopped.clone(), tell));
     }
     open.insert(service, Open { port, addresses, local_endpoints, _stop: stop });
 }
 
 /// Tells that a Service's server does not listen (H6).
-fn unable_to_listen(events: Events, service: ObjectName, address: SocketAddr) -> impl Fn(&io::Error) {
+fn unable_to_listen(
+    events: Events,
+    service: ObjectName,
+    uid: Option<Uid>,
+    address: SocketAddr,
+) -> impl Fn(&io::Error) {
     move |error| {
-        events.tell(Trouble::of_service(
-            service.clone(),
-            "FailedToStartServiceHealthcheck",
-            "Listen",
-            format!("the healthCheckNodePort cannot be listened on at {address}: {error}"),
-        ));
+        let note = format!("the healthCheckNodePort cannot be listened on at {address}: {error}");
+        let trouble = Trouble::of_service(service.clone(), "FailedToStartServiceHealthcheck", "Listen", note);
+        events.tell(trouble.with_uid(uid).of_this_node_alone());
     }
 }
 
@@ -202,7 +206,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::observe::Subject;
+    use crate::observe::{Metrics, Subject};
 
     const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
@@ -236,7 +240,7 @@ mod tests {
     }
 
     fn state(port: u16, local_endpoints: usize) -> Option<HealthCheckState> {
-        Some(HealthCheckState { port, local_endpoints, addresses: vec![LOCALHOST] })
+        Some(HealthCheckState { port, local_endpoints, addresses: vec![LOCALHOST], uid: None })
     }
 
     #[tokio::test]
@@ -280,7 +284,7 @@ mod tests {
     #[tokio::test]
     async fn h6_a_port_that_is_taken_makes_an_event_about_the_service() {
         let (_stop, stopping) = watch::channel(false);
-        let (events, mut troubles) = Events::channel();
+        let (events, mut troubles) = Events::channel(Metrics::new());
         let checks = HealthChecks::start(Health::new(Duration::from_secs(30)), events, places(), stopping);
         let taken = TcpListener::bind((LOCALHOST, 0)).await.unwrap();
         let port = taken.local_addr().unwrap().port();

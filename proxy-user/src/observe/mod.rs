@@ -15,6 +15,7 @@ mod names;
 mod planes;
 mod process;
 mod requests;
+mod scribe;
 mod server;
 mod services;
 mod sockets;

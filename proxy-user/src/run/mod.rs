@@ -45,6 +45,7 @@ mod choice;
 mod dns;
 mod engine;
 mod files;
+mod left_out;
 mod machine;
 mod planes;
 pub mod pods;
@@ -240,7 +241,7 @@ async fn start_source(
             let source = KubeSource { credentials, servers, node: config.model.node_name.clone() };
             let connection = Connection::open_with(source, manner(config, metrics)).await?;
             tracing::info!(node = config.model.node_name, server = %connection.server(), "watching the API server");
-            let events = Events::start(connection.client(), &config.model.node_name);
+            let events = Events::start(connection.client(), &config.model.node_name, metrics.clone());
             match &config.dns {
                 Some(_) => tokio::spawn(kube::watch_with_names(connection.clone(), changes, status)),
                 None => tokio::spawn(kube::watch(connection.clone(), changes, status)),

@@ -88,6 +88,7 @@ struct Weir {
     backends: Gauge,
     unprogrammed: Gauge,
     changes_applied: Counter,
+    events_dropped: Counter,
     reconciles: Labelled<Label, Counter>,
     refused: Labelled<Label, Counter>,
 }
@@ -237,6 +238,12 @@ impl Weir {
                 r,
                 "changes_applied",
                 "Service ports changed in the kernel",
+                Counter::default(),
+            ),
+            events_dropped: put(
+                r,
+                "events_dropped",
+                "Kubernetes events that were not written because there were too many",
                 Counter::default(),
             ),
             reconciles: put(
@@ -445,6 +452,11 @@ impl Metrics {
     /// So many service ports were changed in the kernel.
     pub fn changes_applied(&self, ports: usize) {
         self.0.weir.changes_applied.inc_by(ports as u64);
+    }
+
+    /// An event is not written, because there are too many.
+    pub fn event_dropped(&self) {
+        self.0.weir.events_dropped.inc();
     }
 
     /// Everything was compared with the kernel, for a reason such as `start`, `failure` or `flushed`.

@@ -6,7 +6,7 @@
 use std::collections::{BTreeSet, HashMap};
 
 use crate::{
-    model::{Family, ObjectName},
+    model::{Family, Model, ObjectName},
     observe::{HealthCheckState, HealthChecks},
     plan::{NodePortAddresses, Planner},
 };
@@ -35,7 +35,13 @@ impl Checks {
     /// Tells of the Services that were planned anew, now that their plans are in force. Of one with `refused` ports only
     /// that it has fewer endpoints is told before those ports are programmed, so that no load balancer sends
     /// clients to what is not served.
-    pub(super) fn tell(&mut self, planner: &Planner, families: &[Family], refused: &BTreeSet<ObjectName>) {
+    pub(super) fn tell(
+        &mut self,
+        model: &Model,
+        planner: &Planner,
+        families: &[Family],
+        refused: &BTreeSet<ObjectName>,
+    ) {
         let Some(servers) = &self.servers else { return };
         let mut waiting = Vec::new();
         for name in self.replanned.drain(..) {
@@ -44,6 +50,7 @@ impl Checks {
                 port: check.port,
                 local_endpoints: check.local_endpoints,
                 addresses: addresses(planner, families),
+                uid: model.uid(&name),
             });
             let known = self.told.get(&name);
             if known == state.as_ref() {

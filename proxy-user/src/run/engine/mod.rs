@@ -22,13 +22,13 @@ use std::{
 use k8s_openapi::jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{Addresses, census::Census, served};
+use super::{Addresses, census::Census, left_out, served};
 use crate::{
     dataplane::{Dataplane, conntrack::Suspects, nftables::News, sockets},
     dns::SharedNames,
     model::{Family, Model, PerFamily, Settings},
-    observe::{Events, Health, HealthChecks, Metrics, Trouble},
-    plan::{Conflict, Planner, PortId},
+    observe::{Events, Health, HealthChecks, Metrics},
+    plan::{Planner, PortId},
     source::{Change, Object},
 };
 
@@ -284,20 +284,11 @@ impl Engine {
             self.planner.update(&name, self.model.plan(&name));
             self.checks.replanned(name);
         }
-        self.tell_of_conflicts();
+        left_out::tell(&mut self.model, &mut self.planner, &self.events);
         self.planner.update_node(self.model.node_plan());
         if let Some(mut plane) = self.plane.take() {
             self.program(&mut *plane, started);
             self.plane = Some(plane);
-        }
-    }
-
-    /// Logs each frontend that two Services claim, and makes an event for the one that does not get it (R12).
-    fn tell_of_conflicts(&mut self) {
-        for Conflict { frontend, owner, service, .. } in self.planner.take_conflicts() {
-            tracing::warn!(%frontend, %owner, %service, "two Services claim one frontend: the older one has it");
-            let note = format!("{frontend} belongs to the older Service {owner}");
-            self.events.tell(Trouble::of_service(service, "FrontendTaken", "Program", note));
         }
     }
 }

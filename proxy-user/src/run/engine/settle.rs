@@ -16,6 +16,7 @@ use crate::{
     model::{Family, ObjectName, PerFamily},
     observe::Trouble,
     plan::{Delta, PortDelta, PortId},
+    run::left_out,
 };
 
 /// A delta that the data plane was told.
@@ -87,8 +88,9 @@ impl Engine {
             notes.entry(&port.service).or_default().push(format!("{port}: {problem}"));
         }
         for (service, notes) in notes {
-            let note = notes.join("; ");
-            self.events.tell(Trouble::of_service(service.clone(), "FailedToProgram", "Program", note));
+            let note = left_out::some_of(&notes);
+            let trouble = Trouble::of_service(service.clone(), "FailedToProgram", "Program", note);
+            self.events.tell(trouble.with_uid(self.model.uid(service)));
         }
         if !ports.is_empty() {
             self.retries.refused(fresh, Instant::now(), self.longest_retry);
@@ -115,7 +117,7 @@ impl Engine {
     /// Tells the health check servers of what is in force.
     pub(super) fn tell_health_checks(&mut self) {
         let refused = self.refused.keys().map(|port| port.service.clone()).collect();
-        self.checks.tell(&self.planner, &self.families, &refused);
+        self.checks.tell(&self.model, &self.planner, &self.families, &refused);
     }
 
     /// Says that everything of a family taken in so far is in force, but for ports that were refused.
