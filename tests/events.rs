@@ -23,6 +23,7 @@ use tokio::{sync::watch, time::timeout};
 use weir::{
     model::{ObjectName, Uid},
     observe::{Events, Health, HealthCheckState, HealthChecks, Metrics, Trouble},
+    places::Places,
     source::kube::{Connection, Credentials, KubeSource},
 };
 use weir_tests::apiserver::ApiServer;
@@ -261,7 +262,8 @@ async fn h6_a_health_check_port_that_is_taken_becomes_an_event() {
     let cart = service(&admin, "cart").await;
     let events = agent(&server, NODE).await;
     let (_stop, stopping) = watch::channel(false);
-    let checks = HealthChecks::start(Health::new(PATIENCE), events, stopping);
+    let places = Places::new(16, 16, Metrics::new().refused("health-connections"));
+    let checks = HealthChecks::start(Health::new(PATIENCE), events, places, stopping);
     let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let address = taken.local_addr().unwrap();
     let addresses = vec![address.ip()];

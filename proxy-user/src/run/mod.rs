@@ -277,6 +277,7 @@ fn manifest_source(config: &Config) -> anyhow::Result<ManifestSource> {
         source.service_ranges.clone_from(service_ranges);
     }
     source.status_file.clone_from(status_file);
+    source.last_good = Some(ManifestSource::place_until_reboot(dir));
     source.names = config.dns.is_some();
     Ok(source)
 }

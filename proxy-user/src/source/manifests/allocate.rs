@@ -198,7 +198,7 @@ fn at(network: IpAddr, position: u128) -> IpAddr {
 }
 
 /// FNV-1a, written out because the result must be the same in every build of every version.
-fn hash(text: &str) -> u64 {
+pub(super) fn hash(text: &str) -> u64 {
     text.bytes()
         .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }

@@ -4,7 +4,7 @@
 //! the first in the order of names is right, and the other is told so.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     ops::RangeInclusive,
     sync::Arc,
 };
@@ -126,7 +126,7 @@ impl Catalog {
         order.sort_by_key(|(key, entry)| (entry.file, entry.item.document, (*key).clone()));
         let mut taken = Taken::default();
         let mut holders: HashMap<Claim, &ObjectName> = HashMap::new();
-        let mut losers = Vec::new();
+        let mut losers = HashSet::new();
         for (key, entry) in order {
             let claims = service(entry).map(claims).unwrap_or_default();
             let lost = claims.iter().find_map(|(field, claim)| Some((field, *holders.get(claim)?)));
@@ -138,7 +138,7 @@ impl Catalog {
                     field: field.clone(),
                     reason: format!("is taken by Service {holder}"),
                 });
-                losers.push(key.clone());
+                losers.insert(key.clone());
                 continue;
             }
             for (_, claim) in claims {

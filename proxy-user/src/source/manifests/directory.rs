@@ -4,7 +4,8 @@
 //! read again only when its metadata says that it may have changed.
 
 use std::{
-    collections::BTreeMap,
+    borrow::Cow,
+    collections::{BTreeMap, BTreeSet, HashSet},
     ffi::OsStr,
     fs, io,
     os::unix::fs::MetadataExt,
@@ -16,6 +17,7 @@ use std::{
 use super::{
     ManifestError, ManifestSource,
     address::Ranges,
+    kept::Kept,
     parse::{Item, Parsed, parse},
 };
 
@@ -32,6 +34,8 @@ pub(super) struct File {
     /// What is odd about it.
     pub(super) warnings: Vec<String>,
     stamp: Option<Stamp>,
+    /// Whether it was ever right, in this process or, as far as is kept, in one before.
+    known: bool,
 }
 
 /// What tells one content of a file from another without reading it.
@@ -69,16 +73,19 @@ pub(super) struct Directory {
     path: PathBuf,
     status_file: Option<PathBuf>,
     ranges: Ranges,
+    kept: Kept,
     files: BTreeMap<Arc<str>, File>,
 }
 
 impl Directory {
-    pub(super) fn new(settings: &ManifestSource) -> Self {
+    /// The directory of these settings, with what is kept of its files.
+    pub(super) fn new(settings: &ManifestSource, kept: Kept) -> Self {
         let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         Self {
             path: absolute(&settings.directory),
             status_file: settings.status_file.as_deref().map(absolute),
             ranges: Ranges::new(&settings.service_ranges),
+            kept,
             files: BTreeMap::new(),
         }
     }
@@ -93,12 +100,12 @@ impl Directory {
         self.files.values().flat_map(|file| &file.errors)
     }
 
-    /// Looks at every file.
+    /// Looks at every file but those that are being written: these are as they were.
     ///
     /// # Errors
     ///
     /// When the directory cannot be listed; then everything is as it was.
-    pub(super) fn look(&mut self) -> io::Result<()> {
+    pub(super) fn look(&mut self, writing: &HashSet<PathBuf>) -> io::Result<()> {
         let mut names = Vec::new();
         for entry in fs::read_dir(&self.path)? {
             let path = entry?.path();
@@ -107,10 +114,18 @@ impl Directory {
             }
         }
         let mut before = std::mem::take(&mut self.files);
+        let there = names.iter().map(|path| file_name(path).into_owned()).collect::<BTreeSet<_>>();
         for path in names {
-            let name: Arc<str> = path.file_name().unwrap_or_default().to_string_lossy().into();
-            let mut file = before.remove(&name).unwrap_or_default();
-            match file.refresh(&name, &path, &self.ranges) {
+            let name: Arc<str> = file_name(&path).into();
+            let before = before.remove(&name);
+            if writing.contains(&path) {
+                self.files.extend(before.map(|file| (name, file)));
+                continue;
+            }
+            let mut file = before.unwrap_or_default();
+            let refreshed = file.refresh(&name, &path, &self.ranges, &mut self.kept);
+            file.recall(&name, &self.ranges, &self.kept);
+            match refreshed {
                 Ok(true) => {
                     self.files.insert(name, file);
                 }
@@ -122,13 +137,20 @@ impl Directory {
                 }
             }
         }
+        self.kept.retain(&there);
         Ok(())
     }
 }
 
 impl File {
     /// Reads the file if need be. Answers whether it is a file at all.
-    fn refresh(&mut self, name: &Arc<str>, path: &Path, ranges: &Ranges) -> io::Result<bool> {
+    fn refresh(
+        &mut self,
+        name: &Arc<str>,
+        path: &Path,
+        ranges: &Ranges,
+        kept: &mut Kept,
+    ) -> io::Result<bool> {
         let metadata = match fs::metadata(path) {
             // Gone since the directory was listed; a symlink that leads nowhere is there, though.
             Err(error) if error.kind() == io::ErrorKind::NotFound && fs::symlink_metadata(path).is_err() => {
@@ -146,7 +168,11 @@ impl File {
         let bytes = fs::read(path)?;
         self.stamp = stamp.is_settled().then_some(stamp);
         match String::from_utf8(bytes) {
-            Ok(text) => self.take_over(parse(name, &text, ranges)),
+            Ok(text) => {
+                if self.take_over(name, parse(name, &text, ranges)) {
+                    kept.keep(name, &text);
+                }
+            }
             Err(error) => {
                 let at = error.utf8_error().valid_up_to();
                 self.errors = vec![ManifestError::of_file(name, format!("is not UTF-8 text at byte {at}"))];
@@ -155,14 +181,36 @@ impl File {
         Ok(true)
     }
 
-    /// All of it or nothing.
-    fn take_over(&mut self, parsed: Parsed) {
+    /// All of it or nothing. Answers whether it is right.
+    fn take_over(&mut self, name: &str, parsed: Parsed) -> bool {
         self.errors = parsed.errors;
-        if self.errors.is_empty() {
+        if !self.errors.is_empty() {
+            return false;
+        }
+        self.warnings = parsed.warnings;
+        if parsed.items.is_empty() && !self.items.is_empty() {
+            let lost = self.items.len();
+            self.warnings.push(format!("{name}: has no object any more; the {lost} that it had are removed"));
+        }
+        self.items = parsed.items;
+        self.known = true;
+        true
+    }
+
+    /// Takes over what a file that is wrong said before this process began.
+    fn recall(&mut self, name: &Arc<str>, ranges: &Ranges, kept: &Kept) {
+        if std::mem::replace(&mut self.known, true) {
+            return;
+        }
+        let parsed = kept.text(name).map(|text| parse(name, &text, ranges)).unwrap_or_default();
+        if parsed.errors.is_empty() {
             self.items = parsed.items;
-            self.warnings = parsed.warnings;
         }
     }
+}
+
+fn file_name(path: &Path) -> Cow<'_, str> {
+    path.file_name().unwrap_or_default().to_string_lossy()
 }
 
 fn is_manifest(path: &Path) -> bool {

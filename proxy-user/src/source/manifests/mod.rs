@@ -9,11 +9,12 @@
 //! ```
 //!
 //! There is no API server here to reject nonsense or to fill in what was left out, so this room does both. A file counts
-//! as a whole: while anything in it is wrong, what it last said rightly stays in force. What is allocated depends on the
+//! as a whole: while anything in it is wrong, what it last said rightly stays in force, over restarts too. What is allocated depends on the
 //! directory's content alone, so every node with the same directory comes to the same addresses, now and after a
 //! restart.
 
 use std::{
+    collections::{HashMap, HashSet},
     ops::RangeInclusive,
     path::{Path, PathBuf},
     sync::Arc,
@@ -31,12 +32,14 @@ mod allocate;
 mod catalog;
 mod check;
 mod directory;
+mod kept;
 mod notices;
 mod parse;
 mod status;
 
 use catalog::Catalog;
 use directory::Directory;
+use kept::Kept;
 use notices::Notices;
 pub use parse::ManifestError;
 pub use status::{Allocation, FileStatus, ManifestStatus, NodePortAllocation};
@@ -59,11 +62,23 @@ pub struct ManifestSource {
     pub node_ports: RangeInclusive<u16>,
     /// A file to keep the [`ManifestStatus`] in, as JSON.
     pub status_file: Option<PathBuf>,
+    /// Where to keep what each file last said rightly, if not beside the status file.
+    pub last_good: Option<PathBuf>,
     /// Whether headless Services are wanted too, for their names.
     pub names: bool,
 }
 
+/// Where to keep what files last said rightly where nothing else is chosen: what is programmed does not live longer either.
+const LAST_GOOD: &str = "/run/weir/manifests";
+
 impl ManifestSource {
+    /// A place to keep what the files of this directory last said rightly, for as long as the machine runs.
+    #[must_use]
+    pub fn place_until_reboot(directory: &Path) -> PathBuf {
+        let absolute = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
+        Path::new(LAST_GOOD).join(format!("{:016x}", allocate::hash(&absolute.to_string_lossy())))
+    }
+
     /// The manifests in `directory` for `node`, with the ranges Kubernetes has by default: 10.96.0.0/16,
     /// fd00:10:96::/112 and 30000 to 32767.
     #[must_use]
@@ -77,6 +92,7 @@ impl ManifestSource {
             service_ranges: vec![v4.into(), v6.into()],
             node_ports: 30000..=32767,
             status_file: None,
+            last_good: None,
             names: false,
         }
     }
@@ -105,8 +121,10 @@ pub enum LoadError {
 ///
 /// When the directory cannot be read, or anything in it is wrong.
 pub fn load_once(settings: &ManifestSource) -> Result<Vec<Change>, LoadError> {
-    let mut directory = Directory::new(settings);
-    directory.look().map_err(|source| LoadError::Directory { path: settings.directory.clone(), source })?;
+    let mut directory = Directory::new(settings, Kept::new(None));
+    directory
+        .look(&HashSet::new())
+        .map_err(|source| LoadError::Directory { path: settings.directory.clone(), source })?;
     let mut catalog = Catalog::new(settings);
     let mut changes = catalog.update(directory.files());
     let errors: Vec<_> = directory.errors().chain(catalog.errors()).cloned().collect();
@@ -130,8 +148,9 @@ pub async fn watch(
     let mut synced = false;
     loop {
         notices.attach();
+        let writing = notices.writing();
         let look = tokio::task::spawn_blocking(move || {
-            let found = state.look();
+            let found = state.look(&writing);
             (state, found)
         });
         // Only a panic or the end of the runtime gets in the way, and neither leaves anything to watch with.
@@ -187,13 +206,15 @@ struct State {
 
 impl State {
     fn new(settings: ManifestSource) -> Self {
-        let (directory, catalog) = (Directory::new(&settings), Catalog::new(&settings));
+        let beside = settings.status_file.as_deref().map(kept::beside);
+        let kept = Kept::new(beside.or_else(|| settings.last_good.clone()));
+        let (directory, catalog) = (Directory::new(&settings, kept), Catalog::new(&settings));
         Self { settings, directory, catalog, status: ManifestStatus::default() }
     }
 
-    /// Looks at the directory and answers what has changed.
-    fn look(&mut self) -> Vec<Change> {
-        let error = self.directory.look().err().map(|error| {
+    /// Looks at the directory, but not at files that are being written, and answers what has changed.
+    fn look(&mut self, writing: &HashSet<PathBuf>) -> Vec<Change> {
+        let error = self.directory.look(writing).err().map(|error| {
             format!("cannot read the directory of manifests `{}`: {error}", self.settings.directory.display())
         });
         let changes = match &error {
@@ -219,9 +240,11 @@ impl State {
                 }
             }
         }
+        let before: HashMap<&str, &FileStatus> =
+            self.status.files.iter().map(|file| (file.name.as_str(), file)).collect();
         for file in &status.files {
-            let before = self.status.files.iter().find(|before| before.name == file.name);
-            let known: &[String] = before.map_or(&[], |before| &before.errors);
+            let known: HashSet<&String> =
+                before.get(file.name.as_str()).into_iter().flat_map(|before| &before.errors).collect();
             for error in file.errors.iter().filter(|error| !known.contains(error)) {
                 error!(file = file.name, still_in_force = file.objects, "{error}");
             }
@@ -229,7 +252,8 @@ impl State {
                 info!(file = file.name, objects = file.objects, "the manifest file is good again");
             }
         }
-        for warning in status.warnings.iter().filter(|warning| !self.status.warnings.contains(warning)) {
+        let known: HashSet<&String> = self.status.warnings.iter().collect();
+        for warning in status.warnings.iter().filter(|warning| !known.contains(warning)) {
             warn!("{warning}");
         }
     }

@@ -4,7 +4,7 @@
 //! parent is watched for a directory that is removed, replaced or not there yet.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fs,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
@@ -17,14 +17,14 @@ use notify::{
 };
 use tokio::{
     sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
-    time::{Instant, timeout},
+    time::{Instant, timeout_at},
 };
 use tracing::{debug, warn};
 
 /// So long nothing must happen before the directory is looked at.
 const QUIET: Duration = Duration::from_millis(20);
-/// So long a file that is being written is waited for.
-const WRITER: Duration = Duration::from_secs(1);
+/// So long a file that is being written is not read. Other files are.
+const WRITER: Duration = Duration::from_secs(30);
 /// So long a directory that never comes to rest is waited for.
 const RESTLESS: Duration = Duration::from_secs(3);
 
@@ -47,6 +47,9 @@ pub(super) struct Notices {
     notices: UnboundedReceiver<Notice>,
     attached: Option<(u64, u64)>,
     parent: Option<(u64, u64)>,
+    /// The files that are being written, and until when that is waited for.
+    writing: HashMap<PathBuf, Instant>,
+    longest: Duration,
 }
 
 impl Notices {
@@ -60,7 +63,15 @@ impl Notices {
                 |error| warn!(%error, "cannot watch for changed files; looking every second instead"),
             )
             .ok();
-        Self { directory, watcher, notices, attached: None, parent: None }
+        Self {
+            directory,
+            watcher,
+            notices,
+            attached: None,
+            parent: None,
+            writing: HashMap::new(),
+            longest: WRITER,
+        }
     }
 
     /// Whether changes will be noticed by themselves.
@@ -77,32 +88,56 @@ impl Notices {
         follow(watcher, &self.directory, &mut self.attached);
     }
 
-    /// Waits until something has happened and then nothing more for a while.
+    /// The files that are being written now and should not be read yet.
+    pub(super) fn writing(&mut self) -> HashSet<PathBuf> {
+        while let Ok(notice) = self.notices.try_recv() {
+            self.take(notice);
+        }
+        let now = Instant::now();
+        self.writing.retain(|_, until| *until > now);
+        self.writing.keys().cloned().collect()
+    }
+
+    /// Waits until something has happened and then nothing more for a while, or until a file has been written to for so
+    /// long that it is read all the same. That a file is being written is nothing to look at yet.
     pub(super) async fn settled(&mut self) {
-        let mut writing = HashSet::new();
-        let Some(first) = self.notices.recv().await else { return std::future::pending().await };
-        self.take(first, &mut writing);
-        let latest = Instant::now() + RESTLESS;
-        while Instant::now() < latest {
-            let patience = if writing.is_empty() { QUIET } else { WRITER };
-            match timeout(patience, self.notices.recv()).await {
-                Ok(Some(notice)) => self.take(notice, &mut writing),
-                Ok(None) | Err(_) => return,
+        let mut latest: Option<Instant> = None;
+        loop {
+            let until =
+                latest.map_or_else(|| self.longest_wait(), |latest| latest.min(Instant::now() + QUIET));
+            match timeout_at(until, self.notices.recv()).await {
+                Ok(Some(notice)) => {
+                    if self.take(notice) {
+                        latest.get_or_insert_with(|| Instant::now() + RESTLESS);
+                    }
+                }
+                Ok(None) => return std::future::pending().await,
+                Err(_) => return,
             }
         }
     }
 
-    fn take(&mut self, notice: Notice, writing: &mut HashSet<PathBuf>) {
+    /// When the first file is read that is written to for too long.
+    fn longest_wait(&self) -> Instant {
+        let never = Instant::now() + Duration::from_secs(86_400);
+        self.writing.values().copied().min().unwrap_or(never)
+    }
+
+    /// Answers whether there may be something new to read.
+    fn take(&mut self, notice: Notice) -> bool {
         match notice {
             Notice::Writing(path) => {
-                writing.insert(path);
+                let until = Instant::now() + self.longest;
+                self.writing.entry(path).or_insert(until);
+                return false;
             }
             Notice::Written(path) => {
-                writing.remove(&path);
+                self.writing.remove(&path);
             }
             Notice::Directory => self.attached = None,
             Notice::Other => {}
         }
+        true
     }
 }
 
@@ -139,6 +174,43 @@ fn note(directory: &Path, event: notify::Result<Event>, notices: &UnboundedSende
         (EventKind::Remove(_) | EventKind::Modify(ModifyKind::Name(_)), Some(path)) => Notice::Written(path),
         _ => Notice::Other,
     };
-    // Nobody listens any more when the source ends.
+    // The receiver is gone when the source ends.
     let _ = notices.send(notice);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_file_that_stays_open_is_waited_for_but_not_for_ever() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.yaml");
+        let mut notices = Notices::new(directory.path());
+        notices.longest = Duration::from_millis(300);
+        notices.attach();
+        let mut file = fs::File::create(&path).unwrap();
+        file.write_all(b"# begun").unwrap();
+        let open = async {
+            while !notices.writing().contains(&path) {
+                tokio::task::yield_now().await;
+            }
+            while !notices.writing().is_empty() {
+                notices.settled().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), open).await.expect("it is read at last");
+
+        file.write_all(b", and ended").unwrap();
+        drop(file);
+        let closed = async {
+            notices.settled().await;
+            while !notices.writing().is_empty() {
+                notices.settled().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), closed).await.expect("it is closed");
+    }
 }
