@@ -5,6 +5,8 @@
 use std::net::IpAddr;
 
 use k8s_openapi::api::discovery::v1 as api;
+use rustc_hash::FxHashMap;
+use smallvec::SmallVec;
 
 use super::{Family, ObjectName, Problem, Protocol, parse_address};
 
@@ -94,6 +96,18 @@ impl Slice {
         };
         let namespace = slice.metadata.namespace.as_deref().unwrap_or_default();
         Some((ObjectName::new(namespace, service), read))
+    }
+}
+
+impl Slice {
+    /// The ports of this name and protocol.
+    fn named<'a>(&'a self, key: (&'a str, Protocol)) -> impl Iterator<Item = &'a SlicePort> {
+        let first = self.ports.partition_point(|known| known.key() < key);
+        self.ports[first..].iter().take_while(move |known| known.key() == key)
+    }
+
+    fn has(&self, port: &SlicePort) -> bool {
+        self.named(port.key()).any(|known| known == port)
     }
 }
 
@@ -196,10 +210,7 @@ impl Endpoints {
         let slices = self.slices.iter().map(|(_, slice)| slice).filter(|slice| slice.family == family);
         let mut found: Vec<Candidate<'_>> = slices
             .flat_map(|slice| {
-                let first = slice.ports.partition_point(|known| known.key() < (port, protocol));
-                let ports = slice.ports[first..].iter();
-                let ports = ports.take_while(move |known| known.key() == (port, protocol));
-                ports.flat_map(|known| {
+                slice.named((port, protocol)).flat_map(|known| {
                     slice.endpoints.iter().map(|endpoint| Candidate { endpoint, port: known.port })
                 })
             })
@@ -218,16 +229,31 @@ impl Endpoints {
     /// How many distinct addresses of local ready endpoints there are, over all ports (H2).
     #[must_use]
     pub fn local_ready(&self, family: Family) -> usize {
-        let slices = self.slices.iter().map(|(_, slice)| slice).filter(|slice| slice.family == family);
-        let mut ports: Vec<(&str, Protocol)> =
-            slices.flat_map(|slice| &slice.ports).map(|port| (&*port.name, port.protocol)).collect();
-        ports.sort_unstable();
-        ports.dedup();
-        let all = ports.into_iter().flat_map(|(port, protocol)| self.of(port, protocol, family));
-        let local = all.filter(|candidate| candidate.endpoint.local && candidate.endpoint.ready);
-        let mut addresses: Vec<IpAddr> = local.map(|candidate| candidate.endpoint.address).collect();
-        addresses.sort_unstable();
-        addresses.dedup();
-        addresses.len()
+        let slices = self.slices.iter().map(|(_, slice)| slice);
+        let slices = slices.filter(|slice| slice.family == family && !slice.ports.is_empty());
+        let mut listed: FxHashMap<IpAddr, Listings<'_>> = FxHashMap::default();
+        for slice in slices {
+            for endpoint in &slice.endpoints {
+                listed.entry(endpoint.address).or_default().push((slice, endpoint));
+            }
+        }
+        listed.values().filter(|listings| is_local_ready(listings)).count()
     }
+}
+
+/// Where an address is listed, in the order of slice names: mostly once.
+type Listings<'a> = SmallVec<[(&'a Slice, &'a Endpoint); 1]>;
+
+/// Whether an address is one of a local ready endpoint for at least one port.
+fn is_local_ready(listings: &Listings<'_>) -> bool {
+    let wanted = |endpoint: &Endpoint| endpoint.local && endpoint.ready;
+    let count = listings.iter().filter(|(_, endpoint)| wanted(endpoint)).count();
+    if count == 0 || count == listings.len() {
+        return count > 0;
+    }
+    // Which of the listings counts (E3) may be another one from port to port.
+    listings.iter().flat_map(|(slice, _)| &slice.ports).any(|port| {
+        let having = || listings.iter().filter(|(slice, _)| slice.has(port)).map(|(_, endpoint)| *endpoint);
+        having().rfind(|endpoint| !endpoint.terminating).or_else(|| having().next()).is_some_and(wanted)
+    })
 }

@@ -50,3 +50,61 @@ pub(super) fn some_of<T: Display>(all: &[T]) -> String {
     }
     words.join("; ")
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::{
+        model::fixture::{model, named, service, settings},
+        observe::Metrics,
+    };
+
+    #[test]
+    fn each_service_and_reason_is_told_once_with_a_note_that_counts() {
+        let ips = |first: u8, count: u32| -> Vec<String> {
+            (0..count).map(|number| format!("{first}.0.{}.{}", number >> 8, number & 255)).collect()
+        };
+        let web = |name: &str, own: u8, external_ips: Vec<String>| {
+            let spec = json!({
+                "clusterIP": format!("10.0.0.{own}"), "externalIPs": external_ips, "ports": [{ "port": 80 }],
+            });
+            service(name, spec)
+        };
+        let mut model = model(
+            settings(),
+            [
+                web("a", 1, ips(198, 400)),
+                web("b", 2, ips(198, 400)),
+                web("c", 3, ips(127, 400)),
+                web("d", 4, ips(44, 20_000)),
+                web("e", 5, ips(45, 1)),
+            ],
+        );
+        let mut planner = Planner::default();
+        for name in model.take_dirty() {
+            planner.update(&name, model.plan(&name));
+        }
+        let (events, mut troubles) = Events::channel(Metrics::new());
+        tell(&mut model, &mut planner, &events);
+        let mut told = BTreeMap::new();
+        while let Ok(trouble) = troubles.try_recv() {
+            let words = (trouble.about, trouble.note);
+            assert!(told.insert(trouble.reason, words).is_none(), "{told:?}");
+        }
+        let reasons = told.iter().map(|(reason, (about, _))| (*reason, about.clone()));
+        let about = |name: &str| crate::observe::Subject::Service(named(name));
+        assert_eq!(
+            reasons.collect::<Vec<_>>(),
+            [("FrontendTaken", about("b")), ("TooManyFrontends", about("d")), ("ValueIgnored", about("c"))]
+        );
+        let note = |reason: &str| told[reason].1.as_str();
+        assert!(note("FrontendTaken").starts_with("198.0.0.0:80/TCP belongs to Service ns/a"));
+        assert!(note("FrontendTaken").ends_with("and 392 more"), "{}", note("FrontendTaken"));
+        assert!(note("TooManyFrontends").starts_with("3617 frontends"), "{}", note("TooManyFrontends"));
+        assert!(note("ValueIgnored").ends_with("and 395 more"), "{}", note("ValueIgnored"));
+        tell(&mut model, &mut planner, &events);
+        assert!(troubles.try_recv().is_err(), "it is told once");
+    }
+}

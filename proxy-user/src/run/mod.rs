@@ -378,6 +378,7 @@ pub fn plan(loaded: Loaded) -> anyhow::Result<(State, BTreeMap<Frontend, PortId>
     for name in model.take_dirty() {
         planner.update(&name, model.plan(&name));
     }
+    left_out::tell(&mut model, &mut planner, &Events::logged());
     planner.update_node(model.node_plan());
     let mut memory = Memory::default();
     memory.apply(&planner.complete())?;

@@ -295,3 +295,36 @@ fn an_endpoint_is_small_because_a_cluster_has_many() {
     assert!(size_of::<Endpoint>() <= 40);
     assert!(size_of::<super::super::Service>() <= 200);
 }
+
+proptest::proptest! {
+    /// However endpoints are spread over slices and ports, the count is that of the endpoints that count for some port.
+    #[test]
+    fn h2_local_ready_endpoints_are_those_that_count_for_some_port(
+        slices in proptest::collection::vec(
+            (
+                proptest::collection::vec((0..3_u8, 1..3_u16), 0..3),
+                proptest::collection::vec((0..3_u8, 0..8_u8), 0..4),
+            ),
+            1..4,
+        )
+    ) {
+        let slices = slices.iter().enumerate().map(|(at, (ports, endpoints))| {
+            let ports = ports.iter().map(|(name, port)| json!({ "name": name.to_string(), "port": port }));
+            let endpoints = endpoints.iter().map(|(address, flags)| json!({
+                "addresses": [format!("10.1.0.{address}")],
+                "nodeName": if flags & 1 == 0 { "node-a" } else { "node-b" },
+                "conditions": { "ready": flags & 2 == 0, "terminating": flags & 4 == 0 },
+            }));
+            slice(&format!("web-{at}"), "web", ports.collect(), endpoints.collect())
+        });
+        let model = web(slices);
+        let (_, endpoints) = model.service(&named("web")).unwrap();
+        let mut wanted = std::collections::BTreeSet::new();
+        for name in ["0", "1", "2"] {
+            let candidates = endpoints.of(name, Protocol::Tcp, Family::V4).into_iter();
+            let local = candidates.filter(|candidate| candidate.endpoint.local && candidate.endpoint.ready);
+            wanted.extend(local.map(|candidate| candidate.endpoint.address));
+        }
+        proptest::prop_assert_eq!(endpoints.local_ready(Family::V4), wanted.len());
+    }
+}
