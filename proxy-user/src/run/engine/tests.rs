@@ -232,7 +232,8 @@ async fn r12_who_does_not_get_a_frontend_hears_of_it() {
     };
     let mut rig = Rig::with([claiming("api", "10.0.0.1"), claiming("web", "10.0.0.2")]).await;
     let trouble = tokio::time::timeout(PATIENCE, rig.troubles.recv()).await.unwrap().unwrap();
-    let note = "198.51.100.1:80/TCP belongs to Service ns/api, which is as old and comes first by name".to_owned();
+    let note =
+        "198.51.100.1:80/TCP belongs to Service ns/api, which is as old and comes first by name".to_owned();
     assert_eq!(trouble, Trouble::of_service(named("web"), "FrontendTaken", "Program", note));
     rig.end().await;
 }
