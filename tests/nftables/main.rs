@@ -22,7 +22,9 @@ use weir::{
 };
 
 mod names;
+mod outage;
 mod refusals;
+mod shapes;
 mod slots;
 
 /// Runs `test` in a network namespace of its own, which goes with the thread.

@@ -1,6 +1,9 @@
 //! What the kernel refuses, and what another program takes away meanwhile: no other service port notices.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
 use weir::{
     dataplane::{Dataplane as _, Error, nftables::Nftables},
@@ -109,6 +112,13 @@ fn many(family: Family, count: u16) -> Vec<Arc<PortPlan>> {
     plans.collect()
 }
 
+/// Whether the error blames another program and no service port.
+fn took_away(error: &Error) -> bool {
+    let Error::Partly(short) = error else { return false };
+    let blames = |error: &Error| matches!(error, Error::Kernel(text) if text.contains("another program"));
+    short.refused.is_empty() && short.failed.iter().all(|(_, error)| blames(error))
+}
+
 /// The error says at once that something is missing, and service ports are not to blame.
 #[test]
 fn what_another_program_takes_away_is_no_fault_of_service_ports() {
@@ -120,11 +130,38 @@ fn what_another_program_takes_away_is_no_fault_of_service_ports() {
             nft(&["delete", "table", table, "weir"]);
             let ports: Vec<_> = plans.iter().map(|plan| change(None, Some(plan))).collect();
             let error = plane.apply(&Delta { ports, ..Delta::default() }).unwrap_err();
-            assert!(matches!(&error, Error::Kernel(text) if text.contains("took")), "{error:?}");
+            assert!(took_away(&error), "{error:?}");
             plane.reread().unwrap();
             plane.apply(&start(&plans.iter().collect::<Vec<_>>())).unwrap();
             plans.iter().step_by(50).for_each(|plan| assert_installed(&mut plane, plan));
             plane.remove().unwrap();
         }
+    });
+}
+
+/// Whenever it happens, writing ends there, and no service port is named for it.
+#[test]
+fn a_table_that_is_taken_away_in_the_middle_of_a_start_ends_it_and_the_next_start_makes_it_whole() {
+    in_namespace(|| {
+        let plans: Vec<_> = Family::ALL.into_iter().flat_map(|family| many(family, 3000)).collect();
+        let delta = start(&plans.iter().collect::<Vec<_>>());
+        let mut plane = Nftables::open(both()).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let flushing = std::thread::spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                nft(&["flush", "ruleset"]);
+            }
+        });
+        for _ in 0..10 {
+            let result = plane.apply(&delta);
+            assert!(result.as_ref().err().is_none_or(took_away), "{result:?}");
+            plane.reread().unwrap();
+        }
+        stop.store(true, Ordering::Relaxed);
+        flushing.join().unwrap();
+        plane.reread().unwrap();
+        plane.apply(&delta).unwrap();
+        plans.iter().step_by(1000).for_each(|plan| assert_installed(&mut plane, plan));
     });
 }

@@ -212,11 +212,7 @@ async fn device(handle: &rtnetlink::Handle) -> Result<Option<u32>, rtnetlink::Er
 }
 
 /// Removes the chains from the tables of iptables' legacy variant.
-async fn remove_legacy_chains(
-    families: PerFamily<bool>,
-    removed: &mut Removed,
-    failed: &mut Vec<Error>,
-) {
+async fn remove_legacy_chains(families: PerFamily<bool>, removed: &mut Removed, failed: &mut Vec<Error>) {
     let families = Family::ALL.into_iter().filter(|family| *families.get(*family));
     let tables = families.map(|family| legacy::tables(family).into_iter().map(move |name| (family, name)));
     let tables: Vec<_> = tables.flatten().collect();

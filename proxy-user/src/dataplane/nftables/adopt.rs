@@ -16,7 +16,7 @@ use rustc_hash::FxBuildHasher;
 
 use super::{
     element,
-    netlink::{self, Bytes, Dump, Element, Value},
+    netlink::{self, Bytes, ChainSpec, Dump, Element, Hooked, ReadChain, SetSpec, Value},
     object::Object,
     ruleset::{self, Map},
     socket::Netlink,
@@ -40,8 +40,12 @@ pub(super) struct Found {
     reach: HashMap<Bytes, Vec<Range<u32>>>,
     /// The elements of the maps that always exist; of slots only those that are left over, without their values.
     pub(super) elements: BTreeMap<Map, Elements>,
-    /// Whether every map is of the shape this version writes.
+    /// How those of the chains are hooked that are.
+    hooked: HashMap<String, Hooked>,
+    /// Whether every set, map and chain is of the shape this version writes, or can be replaced alone.
     pub(super) fits: bool,
+    /// Whether a table that was built in place of this one is there.
+    pub(super) has_stand_in: bool,
 }
 
 impl Found {
@@ -54,24 +58,31 @@ impl Found {
             buckets: HashMap::new(),
             reach: HashMap::new(),
             elements: BTreeMap::new(),
+            hooked: HashMap::new(),
             fits: true,
+            has_stand_in: false,
         }
     }
 
-    pub(super) fn read(netlink: &mut Netlink, table: &nftnl::Table, family: Family) -> io::Result<Self> {
+    /// Which sets, maps and chains there are, and whether they are of the right shape.
+    pub(super) fn outlines(netlink: &mut Netlink, table: &nftnl::Table, family: Family) -> io::Result<Self> {
         let mut found = Self::nothing(family);
         let sets = Self::sets(netlink, table)?;
-        found.fits = Map::ALL.iter().all(|map| {
-            let spec = map.spec(family);
-            let shape = sets.iter().find(|(name, ..)| *name == spec.name);
-            shape.is_none_or(|(_, key_len, flags)| {
-                *key_len == spec.key_len && flags & !MAP_FLAG == spec.flags & !MAP_FLAG
-            })
-        }) && sets
-            .iter()
-            .all(|(name, ..)| Map::ALL.iter().any(|map| map.name() == name) || Object::parse(name).is_some());
-        found.sets = sets.into_iter().map(|(name, ..)| name).collect();
-        found.chains = Self::chains(netlink, table)?;
+        let chains = Self::chains(netlink, table)?;
+        found.has_stand_in = chains.iter().any(|chain| chain.table == ruleset::STAND_IN);
+        let name = table.get_name().to_string_lossy();
+        for chain in chains.into_iter().filter(|chain| chain.table == name) {
+            found.hooked.extend(chain.hooked.map(|hooked| (chain.name.clone(), hooked)));
+            found.chains.insert(chain.name);
+        }
+        let like = |set: &SetSpec| ruleset::set_of(&set.name, family).is_none_or(|spec| set.is_like(&spec));
+        found.fits = sets.iter().all(like) && !found.hooked.keys().any(|name| ruleset::is_led_to(name));
+        found.sets = sets.into_iter().map(|set| set.name).collect();
+        Ok(found)
+    }
+
+    pub(super) fn read(netlink: &mut Netlink, table: &nftnl::Table, family: Family) -> io::Result<Self> {
+        let mut found = Self::outlines(netlink, table, family)?;
         found.counters = Self::counters(netlink, table)?.into_iter().map(|(name, _)| name).collect();
         for map in Map::ALL.into_iter().filter(|map| found.sets.contains(map.name())) {
             if !map.holds_slots() {
@@ -84,15 +95,6 @@ impl Found {
         let buckets = found.elements.get(&Map::Buckets).into_iter().flatten();
         found.reach = buckets.filter_map(|((key, _), value)| Some((key.clone(), reach(value)?))).collect();
         Ok(found)
-    }
-
-    /// The names of the sets and maps, and of the chains.
-    pub(super) fn names(
-        netlink: &mut Netlink,
-        table: &nftnl::Table,
-    ) -> io::Result<(HashSet<String>, HashSet<String>)> {
-        let sets = Self::sets(netlink, table)?.into_iter().map(|(name, ..)| name).collect();
-        Ok((sets, Self::chains(netlink, table)?))
     }
 
     /// Leaves over what a frontend found here reaches and will not when it leads to `object`.
@@ -182,7 +184,12 @@ impl Found {
         Ok(())
     }
 
-    fn sets(netlink: &mut Netlink, table: &nftnl::Table) -> io::Result<Vec<(String, u32, u32)>> {
+    /// Whether the chain is there and hooked as this one.
+    pub(super) fn is_hooked_as(&self, chain: &ChainSpec) -> bool {
+        self.hooked.get(&chain.name) == chain.hooked().as_ref()
+    }
+
+    fn sets(netlink: &mut Netlink, table: &nftnl::Table) -> io::Result<Vec<SetSpec>> {
         retried(|| {
             let mut sets = Vec::new();
             let request = |seq| netlink::dump_request(table, Dump::Sets, seq);
@@ -191,14 +198,11 @@ impl Found {
         })
     }
 
-    fn chains(netlink: &mut Netlink, table: &nftnl::Table) -> io::Result<HashSet<String>> {
+    fn chains(netlink: &mut Netlink, table: &nftnl::Table) -> io::Result<Vec<ReadChain>> {
         retried(|| {
-            let mut chains = HashSet::new();
+            let mut chains = Vec::new();
             let request = |seq| netlink::dump_request(table, Dump::Chains, seq);
-            netlink.ask(request, |message| {
-                let named = netlink::parse_chain(message);
-                chains.extend(named.filter(|(table, _)| table == ruleset::TABLE).map(|(_, name)| name));
-            })?;
+            netlink.ask(request, |message| chains.extend(netlink::parse_chain(message)))?;
             Ok(chains)
         })
     }
@@ -257,8 +261,6 @@ impl Found {
         self.elements.get_mut(&map)?.remove(&(key.clone(), key_end.cloned()))
     }
 }
-
-const MAP_FLAG: u32 = libc::NFT_SET_MAP as u32;
 
 fn by_key(Element { key, key_end, value }: Element) -> ((Bytes, Option<Bytes>), Value) {
     ((key, key_end), value)

@@ -32,6 +32,8 @@ mod table;
 mod vacated;
 mod watch;
 
+use table::Table;
+
 pub(super) use netlink::xtables;
 
 pub use drops::{Dropped, Drops};
@@ -40,7 +42,7 @@ pub use watch::{News, Seen, Watch};
 /// Services in nftables.
 pub struct Nftables {
     netlink: socket::Netlink,
-    tables: Vec<table::Table>,
+    tables: Vec<Table>,
     node: Option<std::sync::Arc<NodePlan>>,
 }
 
@@ -72,7 +74,7 @@ impl Nftables {
         let netlink =
             socket::Netlink::open().map_err(|source| io_error("opening a netlink socket", source))?;
         let families = Family::ALL.into_iter().filter(|family| *families.get(*family));
-        Ok(Self { netlink, tables: families.map(table::Table::new).collect(), node: None })
+        Ok(Self { netlink, tables: families.map(Table::new).collect(), node: None })
     }
 
     /// Reads what is counted, on a socket of its own.
@@ -99,36 +101,77 @@ fn io_error(context: &str, source: io::Error) -> Error {
     Error::Io { context: context.to_owned(), source }
 }
 
-/// Makes `delta` true in one family, and names the service ports that could not be programmed. A ClusterIP refuses unknown
-/// ports (F4), so it comes after the ports it has and goes before them.
+/// Makes `delta` true in one family, and names the service ports that could not be programmed.
 fn apply_family(
     netlink: &mut socket::Netlink,
-    table: &mut table::Table,
+    table: &mut Table,
+    delta: &Delta,
+    node: &NodePlan,
+) -> Result<Vec<(PortId, String)>, Error> {
+    if table.is_beyond_repair() {
+        return rebuild(netlink, table, delta, node);
+    }
+    let refused = write(netlink, table, delta, node)?;
+    if delta.complete && std::mem::take(&mut table.has_stand_in) {
+        let removed = Table::stand_in(table.family).remove(netlink);
+        removed.map_err(|error| problem("removing the stand-in", table, error))?;
+    }
+    Ok(refused)
+}
+
+/// Builds the table anew while another one, of the same content, serves in its place.
+fn rebuild(
+    netlink: &mut socket::Netlink,
+    table: &mut Table,
     delta: &Delta,
     node: &NodePlan,
 ) -> Result<Vec<(PortId, String)>, Error> {
     let family = table.family;
-    let problem = |what: &str, error: io::Error| {
-        let context = format!("{what} of table {} weir", dump::nft_family(family));
-        match error.raw_os_error() {
-            Some(libc::ENOENT) => Error::Kernel(format!("{context}: another program took part of it away")),
-            _ => io_error(&context, error),
-        }
-    };
-    if delta.node.is_some() || table.found.is_some() {
-        table.apply_node(netlink, node).map_err(|error| problem("writing the chains", error))?;
+    tracing::warn!(%family, "the table is of another shape than this version needs, it is built anew");
+    let mut stand_in = Table::stand_in(family);
+    stand_in.reread(netlink).map_err(|error| problem("reading the stand-in", table, error))?;
+    if stand_in.is_beyond_repair() {
+        stand_in.start_over(netlink).map_err(|error| problem("emptying the stand-in", table, error))?;
     }
-    table.remove_cluster_ips(netlink, delta).map_err(|error| problem("removing ClusterIPs", error))?;
+    write(netlink, &mut stand_in, delta, node)?;
+    table.start_over(netlink).map_err(|error| problem("replacing", table, error))?;
+    let refused = write(netlink, table, delta, node)?;
+    stand_in.remove(netlink).map_err(|error| problem("removing the stand-in", table, error))?;
+    Ok(refused)
+}
+
+/// Writes `delta` into one table. A ClusterIP refuses unknown ports (F4), so it comes after the ports it has and goes
+/// before them.
+fn write(
+    netlink: &mut socket::Netlink,
+    table: &mut Table,
+    delta: &Delta,
+    node: &NodePlan,
+) -> Result<Vec<(PortId, String)>, Error> {
+    let family = table.family;
+    if delta.node.is_some() || table.found.is_some() {
+        table.apply_node(netlink, node).map_err(|error| problem("writing the chains", table, error))?;
+    }
+    table.remove_cluster_ips(netlink, delta).map_err(|error| problem("removing ClusterIPs", table, error))?;
     let ports: Vec<&PortDelta> = delta.ports.iter().filter(|port| family_of(port) == Some(family)).collect();
-    let refused =
-        table.apply_ports(netlink, &ports, node).map_err(|error| problem("writing the elements", error))?;
-    table.add_cluster_ips(netlink, delta).map_err(|error| problem("writing the ClusterIPs", error))?;
+    let refused = table
+        .apply_ports(netlink, &ports, node)
+        .map_err(|error| problem("writing the elements", table, error))?;
+    table.add_cluster_ips(netlink, delta).map_err(|error| problem("writing the ClusterIPs", table, error))?;
     if delta.complete {
         table
             .remove_leftovers(netlink, node, &plans_of(&refused, &ports))
-            .map_err(|error| problem("removing leftovers", error))?;
+            .map_err(|error| problem("removing leftovers", table, error))?;
     }
     Ok(refused)
+}
+
+fn problem(what: &str, table: &Table, error: io::Error) -> Error {
+    let context = describe(&format!("{what} of"), table.family);
+    match error.raw_os_error() {
+        Some(libc::ENOENT) => Error::Kernel(format!("{context}: another program took part of it away")),
+        _ => io_error(&context, error),
+    }
 }
 
 /// What those ports should have been.
@@ -208,13 +251,13 @@ impl Dataplane for Nftables {
 
     fn remove(&mut self) -> Result<(), Error> {
         for table in &mut self.tables {
-            let mut transaction = netlink::Transaction::new(&table.raw);
-            transaction.delete_table();
-            match self.netlink.commit(&transaction.finish()) {
-                Err(error) if error.raw_os_error() != Some(libc::ENOENT) => {
-                    return Err(io_error("removing our tables", error));
-                }
-                _ => {}
+            let mut tables = vec![&mut *table];
+            let mut stand_in = Table::stand_in(tables[0].family);
+            if tables[0].has_stand_in {
+                tables.push(&mut stand_in);
+            }
+            for table in tables {
+                table.remove(&mut self.netlink).map_err(|error| io_error("removing our tables", error))?;
             }
         }
         self.reread()
@@ -233,7 +276,7 @@ enum Knowledge {
 }
 
 /// Reads a table back.
-fn reread(table: &mut table::Table, netlink: &mut socket::Netlink) -> Result<(), Error> {
+fn reread(table: &mut Table, netlink: &mut socket::Netlink) -> Result<(), Error> {
     let family = table.family;
     table.knowledge = Knowledge::Lost;
     let fail = |error| io_error(&describe("reading", family), error);

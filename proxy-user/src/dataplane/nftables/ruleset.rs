@@ -13,6 +13,7 @@ use super::{
     drops::{self, Reason},
     expr,
     netlink::{ChainSpec, Expr, SetSpec, ValueKind},
+    object::Object,
 };
 use crate::{
     model::{Family, Protocol},
@@ -21,6 +22,8 @@ use crate::{
 
 /// The table's name, in family `ip` and in family `ip6`.
 pub(super) const TABLE: &str = "weir";
+/// The name of the table that serves while the other one is built anew.
+pub(super) const STAND_IN: &str = "weir-next";
 
 /// A map or set that always exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -457,6 +460,34 @@ pub(super) const REMEMBER: [&str; 3] = ["remember-prerouting", "remember-output"
 /// Every chain that may be there or not. Those that lead to others come first, as they have to when they go.
 pub(super) fn optional_chains() -> impl Iterator<Item = &'static str> {
     ANSWERED.into_iter().chain(GUARD).chain(REMEMBER)
+}
+
+/// Every name that a chain may have which is there whatever Services there are, or because of some.
+pub(super) fn is_static(name: &str) -> bool {
+    const ALWAYS: [&str; 7] = [
+        drops::NO_LOCAL_ENDPOINTS,
+        "nat-prerouting",
+        "nat-output",
+        "filter-input",
+        "filter-output",
+        "filter-forward",
+        "nat-postrouting",
+    ];
+    ALWAYS.contains(&name) || optional_chains().any(|optional| optional == name)
+}
+
+/// Whether a chain of this name is one that others lead to, and no base chain.
+pub(super) fn is_led_to(name: &str) -> bool {
+    name == drops::NO_LOCAL_ENDPOINTS || name == REMEMBER[2] || Object::parse(name).is_some()
+}
+
+/// The set or map of this name, if it is one of ours.
+pub(super) fn set_of(name: &str, family: Family) -> Option<SetSpec> {
+    let map = Map::ALL.into_iter().find(|map| map.name() == name);
+    map.map(|map| map.spec(family)).or_else(|| match Object::parse(name)? {
+        memory @ Object::Memory { .. } => Some(memory_spec(name, memory.comment(), family)),
+        _ => None,
+    })
 }
 
 /// Matches what comes from neither a pod nor this host.

@@ -25,8 +25,8 @@ pub(in crate::dataplane) mod xtables;
 
 pub(super) use descriptor::{OwnSocket, borrow, ignore_sender, report_briefly};
 pub(super) use read::{
-    Dump, NEW_GENERATION, dump_request, generation_request, get_request, parse_chain, parse_counter,
-    parse_elements, parse_generation, parse_set,
+    Dump, NEW_GENERATION, ReadChain, dump_request, generation_request, get_request, parse_chain,
+    parse_counter, parse_elements, parse_generation, parse_set,
 };
 
 /// Key or value bytes; an IPv6 key with a source range is the longest.
@@ -91,6 +91,14 @@ pub(super) enum ValueKind {
     Verdict,
 }
 
+impl SetSpec {
+    /// Whether rules and elements that are made for the one can be used with the other.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        let shape = |spec: &Self| (spec.key_type, spec.key_len, spec.value, spec.flags, spec.size);
+        shape(self) == shape(other) && (other.parts.is_empty() || self.parts == other.parts)
+    }
+}
+
 /// A set or map.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct SetSpec {
@@ -109,6 +117,9 @@ pub(super) struct SetSpec {
     pub(super) userdata: Vec<u8>,
 }
 
+/// Type, hook and priority of a base chain that is there.
+pub(super) type Hooked = (String, u32, i32);
+
 /// A chain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ChainSpec {
@@ -122,6 +133,17 @@ pub(super) struct ChainSpec {
 impl ChainSpec {
     pub(super) fn regular(name: &str) -> Self {
         Self { name: name.to_owned(), hook: None, userdata: Vec::new() }
+    }
+
+    /// How it is hooked, as it is read back.
+    pub(super) fn hooked(&self) -> Option<Hooked> {
+        let (kind, hook, priority) = self.hook?;
+        let kind = match kind {
+            ChainType::Filter => "filter",
+            ChainType::Route => "route",
+            ChainType::Nat => "nat",
+        };
+        Some((kind.to_owned(), hook as u32, priority))
     }
 }
 
@@ -324,7 +346,7 @@ impl<'a> Transaction<'a> {
 
 /// Names come from fixed tables and from Kubernetes names, which have no NUL; one that has is cut there and then
 /// refused by the kernel as unknown.
-fn c_string(name: &str) -> CString {
+pub(super) fn c_string(name: &str) -> CString {
     CString::new(name.split('\0').next().unwrap_or_default()).unwrap_or_default()
 }
 
@@ -384,6 +406,34 @@ impl RawSet {
         unsafe { sys::nftnl_set_get_u32(self.0.as_ptr(), attribute as u16) }
     }
 
+    /// What this version would write to make such a set.
+    fn spec(&self) -> SetSpec {
+        let value = match (self.get_u32(sys::NFTNL_SET_FLAGS) & MAP, self.get_u32(sys::NFTNL_SET_DATA_TYPE)) {
+            (0, _) => ValueKind::None,
+            (_, VERDICT_TYPE) => ValueKind::Verdict,
+            (_, nft_type) => ValueKind::Data { nft_type, len: self.get_u32(sys::NFTNL_SET_DATA_LEN) },
+        };
+        SetSpec {
+            name: self.name(),
+            key_type: self.get_u32(sys::NFTNL_SET_KEY_TYPE),
+            key_len: self.get_u32(sys::NFTNL_SET_KEY_LEN),
+            value,
+            flags: self.get_u32(sys::NFTNL_SET_FLAGS) & !MAP,
+            size: self.get_u32(sys::NFTNL_SET_DESC_SIZE),
+            parts: self.get_data(sys::NFTNL_SET_DESC_CONCAT),
+            userdata: Vec::new(),
+        }
+    }
+
+    fn get_data(&self, attribute: u32) -> Vec<u8> {
+        let mut len = 0;
+        // SAFETY: the set is valid; what is pointed to lives as long as it, is `len` bytes long, and is copied.
+        unsafe {
+            let data = sys::nftnl_set_get_data(self.0.as_ptr(), attribute as u16, &raw mut len).cast::<u8>();
+            if data.is_null() { Vec::new() } else { std::slice::from_raw_parts(data, len as usize).to_vec() }
+        }
+    }
+
     fn name(&self) -> String {
         // SAFETY: the pointer is null or a NUL-terminated string owned by the set.
         unsafe { owned_string(sys::nftnl_set_get_str(self.0.as_ptr(), sys::NFTNL_SET_NAME as u16)) }
@@ -415,6 +465,7 @@ struct SetMessage<'a> {
 }
 
 const VERDICT_TYPE: u32 = 0xffff_ff00;
+const MAP: u32 = libc::NFT_SET_MAP as u32;
 
 // SAFETY: a set message has a name, a few numbers and some bytes of user data: far below the largest message.
 unsafe impl NlMsg for SetMessage<'_> {
@@ -424,7 +475,7 @@ unsafe impl NlMsg for SetMessage<'_> {
         set.set_u32(sys::NFTNL_SET_ID, self.id);
         set.set_u32(sys::NFTNL_SET_KEY_TYPE, *key_type);
         set.set_u32(sys::NFTNL_SET_KEY_LEN, *key_len);
-        let map = if *value == ValueKind::None { 0 } else { libc::NFT_SET_MAP as u32 };
+        let map = if *value == ValueKind::None { 0 } else { MAP };
         set.set_u32(sys::NFTNL_SET_FLAGS, *flags | map);
         match *value {
             ValueKind::None => {}

@@ -9,7 +9,9 @@ use nftnl::{
     nftnl_sys::{self as sys, libc},
 };
 
-use super::{Bytes, Element, RawCounter, RawSet, Value, allocated, c_string, header, owned_string};
+use super::{
+    Bytes, Element, Hooked, RawCounter, RawSet, SetSpec, Value, allocated, c_string, header, owned_string,
+};
 
 /// What can be dumped from a table.
 #[derive(Clone, Copy, Debug)]
@@ -84,28 +86,44 @@ fn checked(message: &[u8]) -> Option<*const libc::nlmsghdr> {
     (message.len() >= size_of::<libc::nlmsghdr>() && header.is_aligned()).then_some(header)
 }
 
-/// Name, key length, flags of a set, from one message of a [`Dump::Sets`].
-pub(in crate::dataplane::nftables) fn parse_set(table: &Table, message: &[u8]) -> Option<(String, u32, u32)> {
+/// A set, from one message of a [`Dump::Sets`].
+pub(in crate::dataplane::nftables) fn parse_set(table: &Table, message: &[u8]) -> Option<SetSpec> {
     let header = checked(message)?;
     let set = RawSet::new(table, c"");
     // SAFETY: `header` starts a whole message, and `set` is valid.
     if unsafe { sys::nftnl_set_nlmsg_parse(header, set.0.as_ptr()) } < 0 {
         return None;
     }
-    Some((set.name(), set.get_u32(sys::NFTNL_SET_KEY_LEN), set.get_u32(sys::NFTNL_SET_FLAGS)))
+    Some(set.spec())
 }
 
-/// Table and name of a chain, from one message of a [`Dump::Chains`].
-pub(in crate::dataplane::nftables) fn parse_chain(message: &[u8]) -> Option<(String, String)> {
+/// A chain that is there.
+pub(in crate::dataplane::nftables) struct ReadChain {
+    pub(in crate::dataplane::nftables) table: String,
+    pub(in crate::dataplane::nftables) name: String,
+    pub(in crate::dataplane::nftables) hooked: Option<Hooked>,
+}
+
+/// A chain, from one message of a [`Dump::Chains`].
+pub(in crate::dataplane::nftables) fn parse_chain(message: &[u8]) -> Option<ReadChain> {
     let header = checked(message)?;
     // SAFETY: `header` starts a whole message; the chain is freed before return, after its strings were copied.
     unsafe {
         let chain = allocated(sys::nftnl_chain_alloc()).as_ptr();
         let parsed = sys::nftnl_chain_nlmsg_parse(header, chain) >= 0;
         let text = |attribute: u32| owned_string(sys::nftnl_chain_get_str(chain, attribute as u16));
-        let names = parsed.then(|| (text(sys::NFTNL_CHAIN_TABLE), text(sys::NFTNL_CHAIN_NAME)));
+        let hooked = sys::nftnl_chain_is_set(chain, sys::NFTNL_CHAIN_HOOKNUM as u16).then(|| {
+            let hook = sys::nftnl_chain_get_u32(chain, sys::NFTNL_CHAIN_HOOKNUM as u16);
+            let priority = sys::nftnl_chain_get_s32(chain, sys::NFTNL_CHAIN_PRIO as u16);
+            (text(sys::NFTNL_CHAIN_TYPE), hook, priority)
+        });
+        let read = parsed.then(|| ReadChain {
+            table: text(sys::NFTNL_CHAIN_TABLE),
+            name: text(sys::NFTNL_CHAIN_NAME),
+            hooked,
+        });
         sys::nftnl_chain_free(chain);
-        names
+        read
     }
 }
 

@@ -10,11 +10,11 @@ use crate::{
     dataplane::nftables::{
         adopt::Found,
         drops::NO_LOCAL_ENDPOINTS,
-        netlink::{Bytes, Element, Transaction, Value},
+        netlink::{Bytes, ChainSpec, Element, Transaction, Value},
         object::Object,
-        ruleset::{self, Map, Needs},
+        ruleset::{self, Map},
         socket::Netlink,
-        stage::{FIRST_BUCKET, Stage},
+        stage::Stage,
     },
     plan::{NodePlan, PortPlan},
 };
@@ -35,16 +35,11 @@ impl Table {
             let slots = vacated.chain(left.into_iter().flatten().map(|(key, _)| key));
             found.elements.entry(map).or_default().extend(slots.map(|key| (key, Value::None)));
         }
-        *self = Self::new(self.family);
-        self.next_bucket =
-            found.buckets.values().max().map_or(FIRST_BUCKET, |most| (most + 1).max(FIRST_BUCKET));
-        let any = |names: &[&str]| names.iter().any(|name| found.chains.contains(*name));
-        self.needs = Needs { affinity: any(&ruleset::REMEMBER), guards: any(&ruleset::GUARD) };
-        self.found = Some(found);
+        self.begin_anew(found);
         Ok(())
     }
 
-    /// Whether every set and chain is there that this table has made. Elements are not looked at.
+    /// Whether every set and chain is there that this table has made, as it was made. Elements are not looked at.
     ///
     /// # Errors
     ///
@@ -54,14 +49,16 @@ impl Table {
         netlink: &mut Netlink,
         node: Option<&NodePlan>,
     ) -> io::Result<bool> {
-        let (sets, chains) = Found::names(netlink, &self.raw)?;
+        let found = Found::outlines(netlink, &self.raw, self.family)?;
         let fixed = node.map(|node| ruleset::static_chains(self.family, node, self.needs));
         let is_there = |object: &Object| match object {
-            Object::Memory { .. } => sets.contains(&object.name()),
-            _ => chains.contains(&object.name()),
+            Object::Memory { .. } => found.sets.contains(&object.name()),
+            _ => found.chains.contains(&object.name()),
         };
-        Ok(Map::ALL.iter().all(|map| sets.contains(map.name()))
-            && fixed.iter().flatten().all(|chain| chains.contains(&chain.spec.name))
+        let is_hooked = |spec: &ChainSpec| found.chains.contains(&spec.name) && found.is_hooked_as(spec);
+        Ok(found.fits
+            && Map::ALL.iter().all(|map| found.sets.contains(map.name()))
+            && fixed.iter().flatten().all(|chain| is_hooked(&chain.spec))
             && self.objects.keys().all(is_there))
     }
 
@@ -100,7 +97,7 @@ impl Table {
         let Some(mut found) = self.found.take() else { return Ok(()) };
         self.kept = found.keep(refused);
         found.leave_slots_of_the_rest();
-        let mut leftovers = found.elements;
+        let mut leftovers = std::mem::take(&mut found.elements);
         for (map, elements) in &mut leftovers {
             if *map == Map::Buckets {
                 let known = |name: &str| {
@@ -124,6 +121,8 @@ impl Table {
                 netlink.commit(&transaction.finish())?;
             }
         }
+        // Rules of others may lead to chains that are to go.
+        self.remove_unknown(netlink, &found);
         let needs = self.needs_after(&Stage::default());
         if needs != self.needs {
             let mut transaction = Transaction::new(&self.raw);
@@ -131,8 +130,9 @@ impl Table {
             netlink.commit(&transaction.finish())?;
             self.needs = needs;
         }
-        let names = found.chains.iter().chain(&found.sets);
-        for object in names.filter_map(|name| Object::parse(name)) {
+        let chains = found.chains.iter().filter_map(|name| Object::parse(name));
+        let sets = found.sets.iter().filter(|name| ruleset::set_of(name, self.family).is_some());
+        for object in chains.chain(sets.filter_map(|name| Object::parse(name))) {
             if !self.objects.contains_key(&object) {
                 self.objects.insert(object.clone(), Live { uses: 0, bucket: 0 });
                 self.trash.push(object);
@@ -140,5 +140,35 @@ impl Table {
         }
         self.empty_trash(netlink);
         Ok(())
+    }
+
+    /// Removes chains and sets that no Service or node of this version has: another version left them, or another program
+    /// put them there. What cannot be removed stays, and is in nothing's way.
+    fn remove_unknown(&self, netlink: &mut Netlink, found: &Found) {
+        let is_ours = |name: &str| ruleset::is_static(name) || Object::parse(name).is_some();
+        let chains: Vec<String> = found.chains.iter().filter(|name| !is_ours(name)).cloned().collect();
+        let is_ours = |name: &str| ruleset::set_of(name, self.family).is_some();
+        let sets: Vec<String> = found.sets.iter().filter(|name| !is_ours(name)).cloned().collect();
+        if chains.is_empty() && sets.is_empty() {
+            return;
+        }
+        tracing::warn!(family = %self.family, ?chains, ?sets, "the table has what weir does not know, removing it");
+        let remove = |netlink: &mut Netlink, chains: &[String], sets: &[String]| {
+            let mut transaction = Transaction::new(&self.raw);
+            chains.iter().for_each(|chain| transaction.flush_chain(chain));
+            chains.iter().for_each(|chain| transaction.delete_chain(chain));
+            sets.iter().for_each(|set| transaction.delete_set(set));
+            netlink.commit(&transaction.finish())
+        };
+        if remove(netlink, &chains, &sets).is_ok() {
+            return;
+        }
+        let alone = std::slice::from_ref;
+        let each = chains.iter().map(|chain| (alone(chain), &[][..]));
+        for (chains, sets) in each.chain(sets.iter().map(|set| (&[][..], alone(set)))) {
+            if let Err(error) = remove(netlink, chains, sets) {
+                tracing::warn!(family = %self.family, ?chains, ?sets, %error, "cannot be removed and stays");
+            }
+        }
     }
 }

@@ -20,7 +20,7 @@ use super::{
     Knowledge,
     adopt::Found,
     element,
-    netlink::{Bytes, ChainSpec, Element, Transaction, Value},
+    netlink::{Bytes, ChainSpec, Element, Transaction, Value, c_string},
     object::Object,
     ruleset::{self, Map, Needs, address_bytes, userdata},
     socket::Netlink,
@@ -71,17 +71,30 @@ pub(super) struct Table {
     pub(super) knowledge: Knowledge,
     /// The generation of the rule set when it was last read.
     pub(super) read_at: Option<u32>,
+    /// How often in a row the kernel refused what every node has.
+    node_refusals: u32,
+    /// Whether the table is there that served while this one was built anew.
+    pub(super) has_stand_in: bool,
 }
 
 impl Table {
     pub(super) fn new(family: Family) -> Self {
-        let (name, protocol) = match family {
-            Family::V4 => (c"weir", nftnl::ProtoFamily::Ipv4),
-            Family::V6 => (c"weir", nftnl::ProtoFamily::Ipv6),
+        Self::named(ruleset::TABLE, family)
+    }
+
+    /// The table that serves while the other one is built anew.
+    pub(super) fn stand_in(family: Family) -> Self {
+        Self::named(ruleset::STAND_IN, family)
+    }
+
+    fn named(name: &str, family: Family) -> Self {
+        let protocol = match family {
+            Family::V4 => nftnl::ProtoFamily::Ipv4,
+            Family::V6 => nftnl::ProtoFamily::Ipv6,
         };
         Self {
             family,
-            raw: nftnl::Table::new(name, protocol),
+            raw: nftnl::Table::new(c_string(name), protocol),
             objects: FxHashMap::default(),
             hairpins: FxHashMap::default(),
             next_bucket: FIRST_BUCKET,
@@ -93,7 +106,29 @@ impl Table {
             kept: Found::nothing(family),
             knowledge: Knowledge::Lost,
             read_at: None,
+            node_refusals: 0,
+            has_stand_in: false,
         }
+    }
+
+    /// Forgets everything in favour of what the kernel holds.
+    fn begin_anew(&mut self, found: Found) {
+        let name = self.raw.get_name().to_string_lossy();
+        let any = |names: &[&str]| names.iter().any(|name| found.chains.contains(*name));
+        *self = Self {
+            next_bucket: found
+                .buckets
+                .values()
+                .max()
+                .map_or(FIRST_BUCKET, |most| (most + 1).max(FIRST_BUCKET)),
+            needs: Needs { affinity: any(&ruleset::REMEMBER), guards: any(&ruleset::GUARD) },
+            node_refusals: self.node_refusals,
+            knowledge: self.knowledge,
+            read_at: self.read_at,
+            has_stand_in: found.has_stand_in,
+            found: Some(found),
+            ..Self::named(&name, self.family)
+        };
     }
 
     /// What the kernel is known to hold besides what was written.

@@ -18,6 +18,15 @@ use crate::{
     plan::NodePlan,
 };
 
+/// So often the kernel may refuse what every node has before it is given up to change what is there.
+const MOST_NODE_REFUSALS: u32 = 2;
+
+/// Whether the kernel may have refused something because of what is there in its place.
+fn cannot_be_changed(error: &io::Error) -> bool {
+    use libc::{EBUSY, EEXIST, EINVAL, EOPNOTSUPP};
+    matches!(error.raw_os_error(), Some(EOPNOTSUPP | EEXIST | EINVAL | EBUSY))
+}
+
 /// Takes chains out; those that lead to others come first.
 fn remove_chains(transaction: &mut Transaction<'_>, names: &[&str]) {
     for name in names {
@@ -39,11 +48,28 @@ impl Table {
         netlink: &mut Netlink,
         node: &NodePlan,
     ) -> io::Result<()> {
-        if self.found.as_ref().is_some_and(|found| !found.fits) {
-            self.start_over(netlink)?;
+        let result = self.write_node(netlink, node);
+        match &result {
+            Ok(()) => self.node_refusals = 0,
+            Err(error) if cannot_be_changed(error) => {
+                self.node_refusals = self.node_refusals.saturating_add(1)
+            }
+            Err(_) => {}
+        }
+        result
+    }
+
+    /// Whether what is there cannot be changed into what should be there: its shape is another one, or the kernel has said
+    /// so more than once.
+    pub(in crate::dataplane::nftables) fn is_beyond_repair(&self) -> bool {
+        self.found.as_ref().is_some_and(|found| !found.fits) || self.node_refusals >= MOST_NODE_REFUSALS
+    }
+
+    fn write_node(&mut self, netlink: &mut Netlink, node: &NodePlan) -> io::Result<()> {
+        if self.found.is_some() {
+            self.wake(netlink)?;
         }
         let mut transaction = Transaction::new(&self.raw);
-        transaction.add_table();
         for map in Map::ALL {
             if self.found.as_ref().is_some_and(|found| !found.sets.contains(map.name())) {
                 transaction.add_set(&map.spec(self.family));
@@ -59,7 +85,15 @@ impl Table {
             .filter(|name| self.found.as_ref().is_some_and(|found| found.chains.contains(*name)))
             .filter(|name| chains.iter().all(|chain| chain.spec.name != *name))
             .collect();
+        // A base chain cannot be moved; in one transaction with its successor it can go.
+        let moved = chains.iter().filter(|chain| {
+            let moved =
+                |found: &Found| found.chains.contains(&chain.spec.name) && !found.is_hooked_as(&chain.spec);
+            self.found.as_ref().is_some_and(moved)
+        });
+        let moved: Vec<&str> = moved.map(|chain| &*chain.spec.name).collect();
         remove_chains(&mut transaction, &left);
+        remove_chains(&mut transaction, &moved);
         for chain in &chains {
             transaction.add_chain(&chain.spec);
             transaction.flush_chain(&chain.spec.name);
@@ -74,7 +108,7 @@ impl Table {
         }
         netlink.commit(&transaction.finish())?;
         if let Some(found) = &mut self.found {
-            found.chains.retain(|name| !left.contains(&name.as_str()));
+            found.chains.retain(|name| !left.contains(&name.as_str()) && !moved.contains(&name.as_str()));
             found.counters.extend(Reason::ALL.map(|reason| reason.name().to_owned()));
         }
         self.apply_node_ips(netlink, node)?;
@@ -101,15 +135,32 @@ impl Table {
         }
     }
 
-    /// Takes the whole table away, in one transaction with an empty one in its place.
-    fn start_over(&mut self, netlink: &mut Netlink) -> io::Result<()> {
-        tracing::warn!(family = %self.family, "the table is from another version of weir; it is built anew");
+    /// Makes the table where there is none, and one that is switched off work again. The kernel takes that only without
+    /// changes of chains.
+    fn wake(&self, netlink: &mut Netlink) -> io::Result<()> {
         let mut transaction = Transaction::new(&self.raw);
+        transaction.add_table();
+        netlink.commit(&transaction.finish())
+    }
+
+    /// Takes the whole table away, in one transaction with an empty one in its place.
+    pub(in crate::dataplane::nftables) fn start_over(&mut self, netlink: &mut Netlink) -> io::Result<()> {
+        let mut transaction = Transaction::new(&self.raw);
+        transaction.add_table();
         transaction.delete_table();
         transaction.add_table();
         netlink.commit(&transaction.finish())?;
-        self.found = Some(Found::nothing(self.family));
+        self.begin_anew(Found::nothing(self.family));
+        self.node_refusals = 0;
         Ok(())
+    }
+
+    /// Takes the whole table away. None is as good.
+    pub(in crate::dataplane::nftables) fn remove(&mut self, netlink: &mut Netlink) -> io::Result<()> {
+        let mut transaction = Transaction::new(&self.raw);
+        transaction.add_table();
+        transaction.delete_table();
+        netlink.commit(&transaction.finish())
     }
 
     fn apply_node_ips(&mut self, netlink: &mut Netlink, node: &NodePlan) -> io::Result<()> {
