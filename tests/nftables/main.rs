@@ -21,6 +21,7 @@ use weir::{
     },
 };
 
+mod many;
 mod names;
 mod outage;
 mod refusals;

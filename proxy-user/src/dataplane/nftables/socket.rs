@@ -15,6 +15,9 @@ use super::netlink::OwnSocket;
 /// Large enough for the messages of one dump step, which the kernel keeps below 32 KiB, and for any error report.
 pub(super) const BUFFER: usize = 1 << 16;
 
+/// What the kernel counts for one report: an acknowledgement of a few bytes takes a whole buffer of its own.
+const BYTES_A_REPORT: usize = 1024;
+
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const NLM_F_DUMP_INTR: u16 = 0x10;
@@ -63,7 +66,8 @@ impl Netlink {
     /// The first error the kernel reported for the batch. `ENOBUFS` says that reports were lost.
     pub(super) fn commit(&mut self, batch: &[u8]) -> io::Result<()> {
         self.discard();
-        grow(&self.socket.0, batch.len(), batch.len() / 8)?;
+        let messages = mnl::NlMessages::new(batch).count();
+        grow(&self.socket.0, batch.len(), messages * BYTES_A_REPORT)?;
         self.socket.0.send(batch)?;
         self.drain()
     }
@@ -75,7 +79,6 @@ impl Netlink {
     ///
     /// When the batch could not be sent, or `ENOBUFS` when reports were lost.
     pub(super) fn try_out(&mut self, batch: &[u8]) -> io::Result<Vec<(usize, io::Error)>> {
-        const BYTES_A_REPORT: usize = 1024;
         self.discard();
         let mut places = HashMap::new();
         for (index, message) in mnl::NlMessages::new(batch).enumerate().skip(1) {
