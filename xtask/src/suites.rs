@@ -34,9 +34,37 @@ pub(crate) struct Options {
     /// Say which suites there are and run none
     #[arg(long)]
     list: bool,
+    #[command(flatten)]
+    chaos: Chaos,
     /// Passed to the tests: a part of their names, or options as in `cargo test -- --help`
     #[arg(last = true)]
     args: Vec<String>,
+}
+
+/// What the suite `chaos` can be told.
+#[derive(clap::Args)]
+struct Chaos {
+    /// Suite chaos: how many minutes it lasts, both data planes together [default: 3]
+    #[arg(long, value_name = "N")]
+    minutes: Option<f64>,
+    /// Suite chaos: do what a run with this seed did
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Suite chaos: only acts with one of these in their names
+    #[arg(long, value_name = "PART,…")]
+    acts: Option<String>,
+}
+
+impl Chaos {
+    /// The variables that the suite reads.
+    fn environment(&self) -> impl Iterator<Item = (&'static str, OsString)> {
+        let variables = [
+            ("WEIR_CHAOS_MINUTES", self.minutes.map(|minutes| minutes.to_string())),
+            ("WEIR_CHAOS_SEED", self.seed.map(|seed| seed.to_string())),
+            ("WEIR_CHAOS_ACTS", self.acts.clone()),
+        ];
+        variables.into_iter().filter_map(|(name, value)| Some((name, value?.into())))
+    }
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -104,7 +132,8 @@ pub(crate) fn run(machine: &Machine, options: &Options) -> Result<()> {
     machine.as_root(&machine.path, "testing with real packets")?;
     setup::run(machine, Level::Test)?;
     process::run(machine.cargo().args(["build", "--workspace", "--bins"]))?;
-    let environment = environment(machine, &metadata.target_directory.join("debug"))?;
+    let mut environment = environment(machine, &metadata.target_directory.join("debug"))?;
+    environment.extend(options.chaos.environment());
     let mut outcomes = Vec::new();
     for (index, suite) in suites.iter().enumerate() {
         println!("\n==== suite {} of {}: {}", index + 1, suites.len(), suite.name);
@@ -284,6 +313,13 @@ mod tests {
         assert_eq!(names(&["packets", "unit"]).unwrap().len(), 2);
         let error = names(&["unit", "pakets"]).unwrap_err().to_string();
         assert!(error.contains("pakets") && error.contains("packets"), "{error}");
+    }
+
+    #[test]
+    fn the_chaos_suite_is_told_only_what_was_said() {
+        let chaos = Chaos { minutes: Some(60.0), seed: None, acts: Some("flush".to_owned()) };
+        let said: Vec<_> = chaos.environment().collect();
+        assert_eq!(said, [("WEIR_CHAOS_MINUTES", "60".into()), ("WEIR_CHAOS_ACTS", "flush".into())]);
     }
 
     #[test]

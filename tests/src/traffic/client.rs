@@ -175,7 +175,8 @@ impl Flow {
     }
 
     /// Ends the flow with a reset where there is such a thing, so that its port is free at once; passes on what was said.
-    pub(super) fn abort(self, answer: Answer) -> Answer {
+    #[must_use]
+    pub fn abort(self, answer: Answer) -> Answer {
         // Without it the port rests a minute, which only a client in a great hurry would notice.
         let _ = self.socket.set_linger(Some(Duration::ZERO));
         answer
