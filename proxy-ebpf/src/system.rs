@@ -78,6 +78,115 @@ pub fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Where a link leads from and to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CgroupLink {
+    /// The program's id.
+    pub program: u32,
+    /// The id of the cgroup, which is its inode's number; 0 when the link is detached.
+    pub cgroup: u64,
+    /// Which hook.
+    pub attach_type: u32,
+}
+
+/// What is known of a link of a cgroup (`BPF_OBJ_GET_INFO_BY_FD`).
+///
+/// # Errors
+///
+/// What the kernel answers.
+pub fn cgroup_link(link: impl AsFd) -> io::Result<CgroupLink> {
+    const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+    /// `struct bpf_link_info` as far as its part about cgroups.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Info {
+        kind: u32,
+        id: u32,
+        program: u32,
+        padding: u32,
+        cgroup: u64,
+        attach_type: u32,
+        rest: u32,
+    }
+    #[repr(C)]
+    struct Attributes {
+        fd: u32,
+        length: u32,
+        info: u64,
+    }
+    let mut info = Info::default();
+    let attributes = Attributes {
+        fd: number(link.as_fd().as_raw_fd())?,
+        length: size_of::<Info>() as u32,
+        info: (&raw mut info).expose_provenance() as u64,
+    };
+    // SAFETY: the command reads `attributes` up to the size given, and writes no more of `info` than the length in there
+    // says, which is its size; both live until the call returns.
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_OBJ_GET_INFO_BY_FD, &raw const attributes, size_of::<Attributes>())
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(CgroupLink { program: info.program, cgroup: info.cgroup, attach_type: info.attach_type })
+}
+
+/// Attaches a program to a hook of a cgroup (`BPF_LINK_CREATE`, Linux 5.7), for as long as the descriptor or a pin lives.
+///
+/// # Errors
+///
+/// What the kernel answers.
+pub fn link_to_cgroup(program: impl AsFd, cgroup: impl AsFd, attach_type: u32) -> io::Result<OwnedFd> {
+    const BPF_LINK_CREATE: libc::c_int = 28;
+    #[repr(C)]
+    struct Attributes {
+        program: u32,
+        target: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+    let attributes = Attributes {
+        program: number(program.as_fd().as_raw_fd())?,
+        target: number(cgroup.as_fd().as_raw_fd())?,
+        attach_type,
+        flags: 0,
+    };
+    // SAFETY: the command reads `attributes`, which lives until the call returns, up to the size given and no further;
+    // both descriptors are open for as long as their owners are borrowed.
+    let fd = unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_LINK_CREATE, &raw const attributes, size_of::<Attributes>())
+    };
+    let fd = libc::c_int::try_from(fd).map_err(|_| io::Error::other("not a descriptor"))?;
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Gives a link a path on a bpffs (`BPF_OBJ_PIN`).
+///
+/// # Errors
+///
+/// What the kernel answers: `EEXIST` when the path is taken.
+pub fn pin(link: impl AsFd, path: &Path) -> io::Result<()> {
+    const BPF_OBJ_PIN: libc::c_int = 6;
+    #[repr(C)]
+    struct Attributes {
+        path: u64,
+        fd: u32,
+        flags: u32,
+    }
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let attributes =
+        Attributes { path: path.as_ptr() as u64, fd: number(link.as_fd().as_raw_fd())?, flags: 0 };
+    // SAFETY: the command reads `attributes` up to the size given and the string it points to, which ends with a zero;
+    // both live until the call returns.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_PIN, &raw const attributes, size_of::<Attributes>()) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// `struct` of `BPF_MAP_LOOKUP_BATCH` and `BPF_MAP_UPDATE_BATCH`.
 #[repr(C)]
 #[derive(Default)]

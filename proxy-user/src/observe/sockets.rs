@@ -17,6 +17,7 @@ pub(super) struct SocketMetrics {
     room: Labelled<Label, Gauge>,
     troubles: Labelled<Label, Counter>,
     closed: Labelled<Label, Counter>,
+    attached_anew: Counter,
     bypassed: Labelled<Label, Gauge>,
     waiting: Gauge,
 }
@@ -39,6 +40,12 @@ impl SocketMetrics {
                 "Sockets closed because their backend serves no longer",
                 Labelled::default(),
             ),
+            attached_anew: put(
+                r,
+                "programs_attached_anew",
+                "Kernel programs attached anew because another program had detached them",
+                Counter::default(),
+            ),
             bypassed: put(r, "bypassed_pods", "Pods whose sockets are left alone", Labelled::default()),
             waiting: put(
                 r,
@@ -60,6 +67,10 @@ impl SocketMetrics {
 
     pub(super) fn count_closed(&self, protocol: &'static str, more: u64) {
         self.closed.get_or_create(&[("protocol", protocol)]).inc_by(more);
+    }
+
+    pub(super) fn count_attached_anew(&self, more: u64) {
+        self.attached_anew.inc_by(more);
     }
 
     /// Replaces what was there: a reason without pods is not shown.

@@ -195,7 +195,7 @@ fn go_along(
     connection: Option<Connection>,
     metrics: &Metrics,
 ) -> anyhow::Result<(Opened, Option<Place>)> {
-    let Planes { plane, foreign, sockets, dropped, counted } = planes;
+    let Planes { plane, foreign, sockets, dropped, counted, links } = planes;
     metrics.count_drops(move || planes::drops(&dropped));
     if let Some(counted) = counted {
         metrics.count_services(move || sockets::counts(&counted));
@@ -209,6 +209,9 @@ fn go_along(
                 sockets::watch_bypassed(census, metrics);
             }
             sockets::watch_troubles(&maps, metrics)?;
+            if let Some(links) = links {
+                sockets::keep_attached(links, place.clone(), metrics)?;
+            }
             sockets::forget_clients(&maps)?;
             sockets::close(&maps, metrics)?
         }

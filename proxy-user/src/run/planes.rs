@@ -12,7 +12,7 @@ use crate::{
     config::Config,
     dataplane::{
         Dataplane, Stack,
-        ebpf::{Counted, Ebpf, Place, Retired},
+        ebpf::{Counted, Ebpf, Links, Place, Retired},
         nftables::{Dropped, Drops, News, Nftables, Seen, Watch},
         probe::Probe,
     },
@@ -32,6 +32,8 @@ pub(super) struct Planes {
     pub(super) dropped: Drops,
     /// What the sockets' plane counts.
     pub(super) counted: Option<Counted>,
+    /// How the programs of the sockets' plane are attached.
+    pub(super) links: Option<Links>,
 }
 
 impl Planes {
@@ -45,6 +47,7 @@ impl Planes {
         let probe = || Probe::of(&place.cgroup_root, &place.bpf_root);
         let sockets = choose(config.mode, probe, |probe| Ebpf::open(place.clone(), probe.set_retval))?;
         let counted = sockets.as_ref().map(Ebpf::counted);
+        let links = sockets.as_ref().map(Ebpf::links);
         let (plane, sockets): (Box<dyn Dataplane>, _) = match sockets {
             Some(sockets) => {
                 let stack = Stack::new(packets, sockets).serving_as("ebpf").with_retry(config.sync_period);
@@ -55,7 +58,7 @@ impl Planes {
                 (Box::new(stack), None)
             }
         };
-        Ok(Self { plane, foreign, sockets, dropped, counted })
+        Ok(Self { plane, foreign, sockets, dropped, counted, links })
     }
 
     /// The name of what serves, as `/proxyMode` tells it.

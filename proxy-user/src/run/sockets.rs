@@ -4,6 +4,7 @@
 //! engine ──Suspects──▶ closing (own thread) ──▶ sockets of backends that serve no longer
 //! programs ──troubles (map)──▶ watching (task) ──▶ log, metrics
 //! affinities (map) ──▶ forgetting (own thread)
+//! links ──▶ attaching anew (own thread) ──▶ log, metrics
 //! pods ──▶ bypass (see `pods`) ──▶ metrics
 //! ```
 
@@ -15,7 +16,7 @@ use tokio::sync::watch;
 
 use crate::{
     dataplane::{
-        ebpf::{BypassCensus, Counted, Place, forget_clients as forget},
+        ebpf::{BypassCensus, Counted, Links, Place, forget_clients as forget},
         sockets::{Sockets, Suspects},
     },
     observe::{Metrics, PortCount},
@@ -27,6 +28,9 @@ const NAMESPACES: &str = "/run/netns";
 
 /// How often the programs' counters are looked at.
 const LOOK: Duration = Duration::from_secs(5);
+
+/// How often the links of the programs are looked at.
+const LOOK_AT_LINKS: Duration = Duration::from_secs(2);
 
 /// How often sticky clients whose time is over are removed.
 const FORGET: Duration = Duration::from_secs(60);
@@ -109,8 +113,38 @@ pub(super) fn watch_troubles(maps: &Path, metrics: &Metrics) -> anyhow::Result<(
     Ok(())
 }
 
-/// Ends when somebody has removed the pins of programs or maps that were there, as `weir cleanup` does. Without its links a
-/// program is detached, and everything beside the plane holds maps that no program reads; packets serve meanwhile, and
+/// Attaches programs anew that others have detached, behind the engine's back, and counts that.
+pub(super) fn keep_attached(links: Links, place: Place, metrics: &Metrics) -> anyhow::Result<()> {
+    let metrics = metrics.clone();
+    std::thread::Builder::new().name("links".to_owned()).spawn(move || {
+        let mut last_failure = None;
+        loop {
+            std::thread::sleep(LOOK_AT_LINKS);
+            match links.repair(|| place.is_in_use()) {
+                Ok(repaired) if repaired.is_empty() => last_failure = None,
+                Ok(repaired) => {
+                    let names = repaired.iter().filter_map(|pin| pin.file_name());
+                    let names: Vec<_> = names.map(|name| name.to_string_lossy()).collect();
+                    tracing::warn!(
+                        links = names.join(", "),
+                        "another program detached our kernel programs or removed their links; they are attached anew"
+                    );
+                    metrics.count_attached_anew(repaired.len() as u64);
+                }
+                Err(error) => {
+                    let text = error.to_string();
+                    if last_failure.as_ref() != Some(&text) {
+                        tracing::error!(error = text, "kernel programs are detached; packets are served meanwhile");
+                        last_failure = Some(text);
+                    }
+                }
+            }
+        }
+    })?;
+    Ok(())
+}
+
+/// Ends when the pins of maps that were there are gone, as after `weir cleanup`. The programs are detached then, and everything beside the plane holds maps that no program reads; packets serve meanwhile, and
 /// whoever starts the agent again gets new ones.
 pub(super) async fn removed(place: Option<Place>) {
     let Some(place) = place else { return std::future::pending().await };

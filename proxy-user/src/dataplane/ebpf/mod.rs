@@ -27,6 +27,7 @@ mod element;
 #[cfg(test)]
 mod fixture;
 mod found;
+mod links;
 mod maps;
 mod numbers;
 mod object;
@@ -40,6 +41,7 @@ mod write;
 
 pub use bypass::{Bypass, Census as BypassCensus, Error as BypassError};
 pub use counted::Counted;
+pub use links::Links;
 pub use maps::{Fault, forget_clients};
 pub use object::Place;
 pub use problem::Problem;
@@ -98,6 +100,12 @@ impl Ebpf {
         self.whole = whole::Whole::default();
         self.numbered.clear();
         Ok(())
+    }
+
+    /// The links of the programs, for what keeps them up while this works.
+    #[must_use]
+    pub fn links(&self) -> Links {
+        self.object.links()
     }
 
     /// A way to read what is counted while this works.

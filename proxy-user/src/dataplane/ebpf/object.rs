@@ -12,7 +12,7 @@
 use std::{
     fs::{self, File},
     io,
-    os::unix::fs::MetadataExt as _,
+    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
 };
 
@@ -31,6 +31,7 @@ use tracing::debug;
 
 use super::{
     PROGRAMS,
+    links::Links,
     maps::{Maps, is_missing},
     problem::Problem,
     said::{self, Listener},
@@ -91,6 +92,7 @@ pub(super) struct Object {
     pub(super) sizes: Sizes,
     set_retval: bool,
     attached: bool,
+    links: Links,
     /// Logs what the programs say, where somebody wants to know.
     listener: Option<Listener>,
 }
@@ -124,10 +126,10 @@ impl Place {
         self.bpf_root.join(format!("link-{program}"))
     }
 
-    /// Whether there are links of programs, and the maps of this layout.
+    /// Whether there are maps of this layout. Links that are missing are made anew.
     #[must_use]
     pub fn is_in_use(&self) -> bool {
-        self.link("connect4").exists() && self.map("frontends").exists()
+        self.map("frontends").exists()
     }
 
     /// Takes the programs away, then the maps. Nothing there is fine.
@@ -212,7 +214,12 @@ impl Object {
         }
         check_layout(&place)?;
         let (ebpf, maps, listener) = load(&place, &sizes, set_retval, &[])?;
-        Ok(Self { place, ebpf, maps, sizes, set_retval, attached: false, listener })
+        Ok(Self { place, ebpf, maps, sizes, set_retval, attached: false, links: Links::default(), listener })
+    }
+
+    /// The links, for what keeps them up.
+    pub(super) fn links(&self) -> Links {
+        self.links.clone()
     }
 
     /// Where it all is.
@@ -270,6 +277,8 @@ impl Object {
 
     /// Attaches every program, in the place of the one that is attached already where there is one.
     pub(super) fn attach(&mut self) -> Result<(), Problem> {
+        let links = self.links.clone();
+        let mut attached = links.while_attaching();
         let root = &self.place.cgroup_root;
         let cgroup = File::open(root).map_err(|error| Problem::file("opening the cgroup", root, error))?;
         let number =
@@ -278,7 +287,7 @@ impl Object {
         let moved = settings.cgroup != number;
         let mut programs: Vec<_> = self.ebpf.programs_mut().collect();
         programs.sort_by_key(|(name, _)| (leads(name), *name));
-        for (name, program) in programs {
+        for (name, program) in &mut programs {
             let link = self.place.link(name);
             if !moved && switch(&link, program.fd().map_err(|error| Problem::program(name, error))?)? {
                 continue;
@@ -287,9 +296,22 @@ impl Object {
             discard(&link)?;
             fresh.pin(&link).map_err(|error| Problem::file("pinning", &link, io::Error::other(error)))?;
         }
+        let pinned = programs.iter().map(|(name, program)| {
+            let program = program.fd().map_err(|error| Problem::program(name, error))?;
+            let program = program.as_fd().try_clone_to_owned();
+            let link = self.place.link(name);
+            Ok((
+                link.clone(),
+                program.map_err(|error| Problem::file("keeping the program of", &link, error))?,
+            ))
+        });
+        let pinned = pinned.collect::<Result<Vec<_>, Problem>>()?;
+        attached
+            .are(root, pinned)
+            .map_err(|error| Problem::file("looking at the links in", &self.place.bpf_root, error))?;
         settings.cgroup = number;
         settings.layout = LAYOUT_VERSION;
-        self.set_settings(settings)?;
+        self.maps.set_settings(settings)?;
         self.attached = true;
         self.place.clear_other_layouts().map_err(|error| {
             Problem::file("removing maps of another layout from", &self.place.bpf_root, error)
@@ -300,6 +322,10 @@ impl Object {
     /// were led, and so do the maps.
     pub(super) fn step_aside(&mut self) -> Result<(), Problem> {
         self.attached = false;
+        let links = self.links.clone();
+        let mut attached = links.while_attaching();
+        // They are not to be brought back.
+        attached.clear();
         self.ebpf
             .programs()
             .filter(|(name, _)| leads(name))
@@ -317,6 +343,7 @@ impl Object {
     /// Takes programs and maps away.
     pub(super) fn clear(&mut self) -> io::Result<()> {
         self.attached = false;
+        self.links.while_attaching().clear();
         self.place.clear()
     }
 }

@@ -438,6 +438,11 @@ impl Metrics {
         self.0.sockets.count_closed(protocol, more);
     }
 
+    /// Kernel programs that others detached were attached anew.
+    pub fn count_attached_anew(&self, more: u64) {
+        self.0.sockets.count_attached_anew(more);
+    }
+
     /// How many pods' sockets are left alone, by reason, and how many should be and are not yet.
     pub fn set_bypassed(&self, pods: BTreeMap<&'static str, usize>, waiting: usize) {
         let pods = pods.into_iter().map(|(reason, count)| (reason, whole(count)));
