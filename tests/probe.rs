@@ -98,6 +98,29 @@ fn without_any_cgroup_mounted_it_names_the_directory() -> Result<()> {
     Ok(())
 }
 
+/// What a container runtime gives a container: a cgroup namespace whose root is the container's own cgroup.
+#[test]
+fn in_a_container_without_the_nodes_cgroups_it_says_so() -> Result<()> {
+    let mounted = BpfFs::new()?;
+    let (outer, inner) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let root = inner.path().display().to_string();
+    let probe = format!(
+        "mount -t cgroup2 none {root}; exec {} probe -o json --bpf-root {} --cgroup-root {root}",
+        assets::weir()?.display(),
+        mounted.0.path().display()
+    );
+    let script = "mount -t cgroup2 none $OUTER; own=$OUTER/weir-container-$$; mkdir $own
+        sh -ec \"echo 0 > $own/cgroup.procs; exec unshare --cgroup --mount sh -ec '$PROBE'\" || code=$?
+        rmdir $own; exit $code";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-ec", script]).env("OUTER", outer.path()).env("PROBE", probe);
+    let there = said(&mut command)?;
+    assert_eq!(there["usable"], false, "{there:#}");
+    assert_eq!(found(&there, "no"), [format!("cgroup v2 at {root}")], "{there:#}");
+    ensure!(there.to_string().contains("is the cgroup of weir's own container"), "{there:#}");
+    Ok(())
+}
+
 /// Loads weir's programs after what ends them has become a jump to nowhere.
 fn load_broken() -> Result<(), EbpfError> {
     const EXIT: [u8; 8] = [0x95, 0, 0, 0, 0, 0, 0, 0];

@@ -61,7 +61,10 @@ pub(super) fn directories(cgroup_root: &Path, bpf_root: &Path) -> [Finding; 2] {
             "cgroup v2",
             cgroup_root,
             "Its processes' sockets are the ones served; --cgroup-root names another place.",
-            on(cgroup_root, CGROUP2_SUPER_MAGIC),
+            match on(cgroup_root, CGROUP2_SUPER_MAGIC) {
+                Answer::Yes => serves_the_node(cgroup_root, &own_cgroup(), std::process::id()),
+                other => other,
+            },
         ),
         finding(
             "bpffs",
@@ -78,6 +81,34 @@ fn on(directory: &Path, wanted: FsType) -> Answer {
         Ok(_) => Answer::No(format!("{} is on another file system", directory.display())),
         Err(error) => Answer::No(format!("{}: {}", directory.display(), error.desc())),
     }
+}
+
+/// What `/proc/self/cgroup` says of the tree of version 2.
+fn own_cgroup() -> String {
+    let told = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    told.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or_default().to_owned()
+}
+
+/// Whether other processes than those of this container are in the cgroup. In a cgroup namespace of its own, as container
+/// runtimes make one, a container sees its own cgroup as the root of the tree: programs there would serve weir alone. The
+/// tree of a node has cgroups below, and so has that of a node which is a container itself, as kind's are. The root of all
+/// cgroups is a node's in any case; only it has no type.
+fn serves_the_node(cgroup_root: &Path, own: &str, process: u32) -> Answer {
+    let is_inside = || {
+        let processes = fs::read_to_string(cgroup_root.join("cgroup.procs")).unwrap_or_default();
+        processes.lines().any(|line| line.parse() == Ok(process))
+    };
+    let has_cgroups = || {
+        let entries = fs::read_dir(cgroup_root).into_iter().flatten().flatten();
+        entries.into_iter().any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+    };
+    if own == "/" && cgroup_root.join("cgroup.type").exists() && is_inside() && !has_cgroups() {
+        let root = cgroup_root.display();
+        return Answer::No(format!(
+            "{root} is the cgroup of weir's own container; mount the node's /sys/fs/cgroup into the container"
+        ));
+    }
+    Answer::Yes
 }
 
 /// Whether programs are attached by links, which outlive the agent when they are pinned.
@@ -132,6 +163,25 @@ mod tests {
         ] {
             assert_eq!(allows(mask), expected, "{mask:x}");
         }
+    }
+
+    #[test]
+    fn the_cgroup_of_a_container_is_not_the_nodes() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path();
+        fs::write(root.join("cgroup.procs"), "1\n4711\n").unwrap();
+        assert_eq!(serves_the_node(root, "/", 4711), Answer::Yes, "the root of all");
+        fs::write(root.join("cgroup.type"), "domain\n").unwrap();
+        let answer = serves_the_node(root, "/", 4711);
+        assert!(matches!(&answer, Answer::No(why) if why.contains("own container")), "{answer:?}");
+        assert_eq!(serves_the_node(root, "/system.slice/weir.service", 4711), Answer::Yes, "a service");
+        assert_eq!(
+            serves_the_node(root, "/", 4712),
+            Answer::Yes,
+            "a container on a node that is a container"
+        );
+        fs::create_dir(root.join("kubepods.slice")).unwrap();
+        assert_eq!(serves_the_node(root, "/", 4711), Answer::Yes, "a node that is a container");
     }
 
     #[test]
