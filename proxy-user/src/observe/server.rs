@@ -3,7 +3,7 @@
 //! In: an address and a router. Out: answers, until told to stop. Anyone who reaches the node reaches some of these
 //! servers, so a client has to say what it wants soon, and holds no more than its share of the connections.
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{convert::Infallible, io, net::SocketAddr, time::Duration};
 
 use axum::Router;
 use hyper::server::conn::http1;
@@ -118,6 +118,19 @@ impl Server {
                 () = tokio::time::sleep(self.retry) => {}
                 () = stopped(&mut stop) => return Ok(()),
             }
+        }
+    }
+
+    /// Serves `router` until this is dropped. While the address cannot be listened on, which is expected, it tries again
+    /// often and says nothing.
+    pub async fn run_quietly(self, router: Router) -> Infallible {
+        // Its sender lives as long as this.
+        let (_never, stop) = watch::channel(false);
+        loop {
+            if let Ok(listener) = self.listen().await {
+                self.serve(listener, router.clone(), stop.clone()).await;
+            }
+            tokio::time::sleep(PAUSE).await;
         }
     }
 

@@ -8,8 +8,10 @@
 
 use std::{
     collections::BTreeMap,
+    convert::Infallible,
     net::IpAddr,
     path::{Path, PathBuf},
+    pin::pin,
     sync::Arc,
 };
 
@@ -46,6 +48,7 @@ mod dns;
 mod engine;
 mod files;
 mod left_out;
+mod lock;
 mod machine;
 mod planes;
 pub mod pods;
@@ -58,6 +61,7 @@ pub use reload::Again;
 
 use engine::{Engine, Inputs, Opened};
 use files::Files;
+use lock::{Holder, Lock};
 use planes::Planes;
 
 /// Changes that may wait between a source and the engine; a source that is further ahead waits itself.
@@ -85,8 +89,23 @@ pub fn run(loaded: Loaded, again: Again) -> anyhow::Result<()> {
     let result = runtime.block_on(async {
         tokio::spawn(reload::follow_hangups(Arc::clone(&again), telemetry));
         let (config, document) = (loaded.config.clone(), loaded.document.clone());
-        let changed = reload::changed(loaded.config.file.clone(), loaded, again, reload::LOOK);
-        serve(config, document, files, changed).await
+        let mut changed = pin!(reload::changed(loaded.config.file.clone(), loaded, again, reload::LOOK));
+        let lock = tokio::select! {
+            // In this order, so that a free lock is taken before anything else is begun.
+            biased;
+            lock = Lock::take(say_waiting) => lock,
+            never = stand_by(&config, files) => match never {},
+            name = signalled() => {
+                tracing::info!(signal = name?, "stopping; this agent has programmed nothing");
+                return Ok(Ended::Told);
+            }
+            () = &mut changed => return Ok(Ended::Changed),
+        };
+        let ended = serve(config, document, files, changed).await;
+        if matches!(ended, Ok(Ended::Changed)) {
+            lock.keep_over_exec();
+        }
+        ended
     });
     // A watch thread may be waiting in the kernel; it holds nothing that needs an orderly end.
     runtime.shutdown_background();
@@ -94,6 +113,20 @@ pub fn run(loaded: Loaded, again: Again) -> anyhow::Result<()> {
         Ended::Told => Ok(()),
         Ended::Changed => Err(reload::start_anew()),
     }
+}
+
+fn say_waiting(Holder { process }: Holder) {
+    tracing::warn!(process, "another agent serves this node; this one waits until that one ends");
+}
+
+/// Answers on `/healthz` that this node is not ready, for as long as another agent serves it. That agent has the port as a
+/// rule, and answers itself.
+async fn stand_by(config: &Config, files: Files) -> Infallible {
+    let Some(address) = config.healthz else { return std::future::pending().await };
+    let metrics = Metrics::new();
+    let router = health_router(&Health::new(config.sync_period), &metrics);
+    let server = Server::new("healthz", address, false, files.health(&metrics));
+    server.run_quietly(router).await
 }
 
 /// Why the agent ends without an error.
@@ -439,6 +472,12 @@ pub fn cleanup_kube_proxy(excluded: &[IpNet], log: &LogArgs) -> anyhow::Result<(
 /// When something could not be removed.
 pub fn cleanup(kernel: &KernelArgs, log: &LogArgs, stay: bool) -> anyhow::Result<()> {
     Telemetry::init(log.config())?;
+    if let Some(Holder { process }) = Holder::of_this_node() {
+        tracing::warn!(
+            process,
+            "an agent serves this node; what is removed now, it programs again, so end it first"
+        );
+    }
     let place = Place { bpf_root: kernel.bpf_root.clone(), cgroup_root: PathBuf::new() };
     let packets = Nftables::open(PerFamily { v4: true, v6: true })?;
     Stack::new(packets, Retired::new(place)).remove()?;

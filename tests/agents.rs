@@ -1,0 +1,358 @@
+//! What others do to a running agent: a second agent on the node, links that are removed, a bpffs that is out of sight.
+
+use std::{
+    fs::{self, File, Permissions},
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::Child,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use weir_tests::{
+    assets, bpffs::BpfFs, cgroup::Cgroup, keeper::end, netns::Namespace, subject::Plane, wait::await_that,
+};
+
+const CONFIG: &str = "apiVersion: kubeproxy.config.k8s.io/v1alpha1
+kind: KubeProxyConfiguration
+# A network namespace other than the first may not change these.
+conntrack: {maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}
+";
+
+/// A node with a directory of manifests.
+struct Node {
+    namespace: Namespace,
+    /// The cgroup whose sockets are served. The agents are outside of it.
+    pods: PathBuf,
+    files: tempfile::TempDir,
+    bpffs: BpfFs,
+    /// Last, because it can go only when nothing is left in it.
+    group: Cgroup,
+}
+
+impl Node {
+    fn new(label: &str) -> Result<Self> {
+        let group = Cgroup::new(label)?;
+        let namespace = Namespace::within(&group.child("host")?, label)?;
+        namespace.ip(&["addr add 192.168.77.11/24 dev lo".to_owned()])?;
+        let pods = group.path().join("pods");
+        let node = Self { namespace, pods, files: tempfile::tempdir()?, bpffs: BpfFs::new()?, group };
+        node.make_cgroup()?;
+        fs::create_dir(node.path("manifests"))?;
+        node.publish("web", 10)?;
+        Ok(node)
+    }
+
+    /// Makes the cgroup of the pods, which may have been there before.
+    fn make_cgroup(&self) -> Result<()> {
+        fs::create_dir(&self.pods).with_context(|| format!("making {}", self.pods.display()))?;
+        Ok(fs::write(self.pods.join("cgroup.type"), "threaded")?)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.files.path().join(name)
+    }
+
+    /// A Service at 10.96.0.`last`.
+    fn publish(&self, name: &str, last: u8) -> Result<()> {
+        let text = format!(
+            "apiVersion: v1
+kind: Service
+metadata: {{name: {name}, namespace: default}}
+spec: {{clusterIP: 10.96.0.{last}, ports: [{{port: 80}}]}}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {{name: {name}-1, namespace: default, labels: {{kubernetes.io/service-name: {name}}}}}
+addressType: IPv4
+ports: [{{port: 8080}}]
+endpoints: [{{addresses: [10.244.1.11], conditions: {{ready: true}}}}]
+"
+        );
+        let draft = self.path("draft");
+        fs::write(&draft, text)?;
+        Ok(fs::rename(draft, self.path("manifests").join(format!("{name}.yaml")))?)
+    }
+
+    /// Whether a Service at 10.96.0.`last` is programmed.
+    fn has(&self, last: u8) -> bool {
+        let rules = self.namespace.stdout("nft", &["list", "table", "ip", "weir"]).unwrap_or_default();
+        rules.contains(&format!("10.96.0.{last} "))
+    }
+
+    fn bpf_root(&self) -> Result<PathBuf> {
+        self.bpffs.directory("weir")
+    }
+
+    /// Writes the configuration of an agent that has its own ports for health and metrics.
+    fn configure(&self, name: &str, port: u16, more: &str) -> Result<PathBuf> {
+        let (file, draft) = (self.path(&format!("{name}.yaml")), self.path("draft"));
+        let ports =
+            format!("healthzBindAddress: 127.0.0.1:{port}\nmetricsBindAddress: 127.0.0.1:{}\n", port + 1);
+        fs::write(&draft, format!("{CONFIG}{ports}{more}"))?;
+        fs::rename(draft, &file)?;
+        Ok(file)
+    }
+
+    /// Starts an agent with its own ports for health and metrics.
+    fn start(&self, name: &str, plane: Plane, port: u16) -> Result<Agent> {
+        self.start_by(&[], &assets::weir()?, name, plane, port, &self.bpf_root()?)
+    }
+
+    fn start_by(
+        &self,
+        before: &[&str],
+        weir: &Path,
+        name: &str,
+        plane: Plane,
+        port: u16,
+        bpf_root: &Path,
+    ) -> Result<Agent> {
+        let log = self.path(name);
+        let output = File::create(&log)?;
+        let errors = output.try_clone()?;
+        let config = self.configure(name, port, "")?;
+        let mode = match plane {
+            Plane::Nftables => "nftables",
+            Plane::Ebpf => "ebpf",
+        };
+        let mut words: Vec<String> = before.iter().map(|word| (*word).to_owned()).collect();
+        words.extend([
+            weir.display().to_string(),
+            "run".to_owned(),
+            format!("--config={}", config.display()),
+            format!("--source=manifests:{}", self.path("manifests").display()),
+            "--hostname-override=node-1".to_owned(),
+            format!("--proxy-mode={mode}"),
+            format!("--cgroup-root={}", self.pods.display()),
+            format!("--bpf-root={}", bpf_root.display()),
+        ]);
+        let child = self.namespace.spawn(Path::new(&words[0]), |command| {
+            command.args(&words[1..]).stdout(output).stderr(errors);
+        })?;
+        Ok(Agent { child, log, port })
+    }
+
+    fn get(&self, port: u16, path: &str) -> Result<String> {
+        self.namespace.run(|| {
+            let at = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+            let mut stream = TcpStream::connect_timeout(&at, Duration::from_secs(5))?;
+            stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+            write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
+            let mut text = String::new();
+            stream.read_to_string(&mut text)?;
+            Ok(text)
+        })
+    }
+
+    /// The code that an agent's `/healthz` answers.
+    fn health(&self, agent: &Agent) -> Option<u16> {
+        self.get(agent.port, "/healthz").ok()?.split(' ').nth(1)?.parse().ok()
+    }
+
+    /// The sum of a metric of an agent.
+    fn metric(&self, agent: &Agent, name: &str) -> u64 {
+        let page = self.get(agent.port + 1, "/metrics").unwrap_or_default();
+        let lines = page.lines().filter(|line| line.starts_with(name));
+        lines.filter_map(|line| line.rsplit_once(' ')?.1.parse::<u64>().ok()).sum()
+    }
+
+    /// Connects from the cgroup of the pods to the first Service, whether or not anything answers there.
+    fn connect_as_a_pod(&self) {
+        let enter =
+            format!("echo 0 > {}/cgroup.threads; exec 3<>/dev/tcp/10.96.0.10/80", self.pods.display());
+        // Nothing answers at the backend; what counts is which way the socket was led.
+        let _ = self.namespace.output("timeout", &["0.2", "bash", "-c", &enter]);
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let removed = fs::remove_dir(&self.pods);
+        assert!(removed.is_ok() || std::thread::panicking(), "{} of {:?}", self.pods.display(), self.group);
+    }
+}
+
+struct Agent {
+    child: Child,
+    log: PathBuf,
+    port: u16,
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        end(&mut self.child);
+    }
+}
+
+impl Agent {
+    fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    fn says(&self, text: &str) -> usize {
+        self.log().matches(text).count()
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        Ok(kill(Pid::from_raw(self.child.id().try_into()?), signal)?)
+    }
+}
+
+const WAITS: &str = "another agent serves this node";
+
+fn a_second_agent_waits(plane: Plane) -> Result<()> {
+    let node = Node::new("second")?;
+    let first = node.start("first.log", plane, 20256)?;
+    await_that("the first agent serves", || node.health(&first) == Some(200));
+    let second = node.start("second.log", plane, 21256)?;
+    await_that("the second agent says that it waits", || second.says(WAITS) == 1);
+    ensure!(second.says(&format!("process={}", first.child.id())) == 1, "{}", second.log());
+    await_that("the second agent is not ready", || node.health(&second) == Some(503));
+    // Only the first does anything.
+    node.publish("more", 11)?;
+    await_that("the first agent follows", || node.has(11));
+    ensure!(first.says("changed our tables") == 0, "{}", first.log());
+
+    first.signal(Signal::SIGKILL)?;
+    await_that("the second agent serves", || node.health(&second) == Some(200));
+    node.publish("last", 12)?;
+    await_that("the second agent follows", || node.has(12));
+    ensure!(second.says(WAITS) == 1, "{}", second.log());
+    Ok(())
+}
+
+#[test]
+fn a_second_agent_with_nftables_waits_until_the_first_is_gone() -> Result<()> {
+    a_second_agent_waits(Plane::Nftables)
+}
+
+#[test]
+fn a_second_agent_with_sockets_waits_until_the_first_is_gone() -> Result<()> {
+    a_second_agent_waits(Plane::Ebpf)
+}
+
+#[test]
+fn an_agent_that_starts_anew_with_another_configuration_stays_the_only_one() -> Result<()> {
+    let node = Node::new("anew")?;
+    let first = node.start("first.log", Plane::Nftables, 20256)?;
+    await_that("the first agent serves", || node.health(&first) == Some(200));
+    let second = node.start("second.log", Plane::Nftables, 21256)?;
+    await_that("the second agent waits", || second.says(WAITS) == 1);
+    for round in 1..=3 {
+        for agent in [&first, &second] {
+            let name = agent.log.file_name().and_then(|name| name.to_str()).context("no name")?;
+            node.configure(name, agent.port, &format!("clusterCIDR: 10.24{round}.0.0/16\n"))?;
+        }
+        await_that("the first agent starts anew", || first.says("starting anew") == round);
+        await_that("the first agent serves again", || {
+            first.says("in force") > round && node.health(&first) == Some(200)
+        });
+        await_that("the second agent starts anew, and waits", || second.says(WAITS) == round + 1);
+    }
+    ensure!(second.says("in force") == 0, "{}", second.log());
+    Ok(())
+}
+
+#[test]
+fn a_process_without_rights_cannot_keep_the_agent_from_serving() -> Result<()> {
+    let node = Node::new("rogue")?;
+    let script = "use Socket; $| = 1; socket(S, AF_UNIX, SOCK_STREAM, 0) or die;
+        bind(S, pack('S a*', AF_UNIX, qq(\\0weir-agent))) or die; listen(S, 5) or die; print qq(bound\\n); sleep 600";
+    let log = node.path("rogue.log");
+    let output = File::create(&log)?;
+    let mut rogue = node.namespace.spawn(Path::new("setpriv"), |command| {
+        command
+            .args(["--reuid=65534", "--regid=65534", "--clear-groups", "perl", "-e", script])
+            .stdout(output);
+    })?;
+    await_that("the name is taken", || fs::read_to_string(&log).is_ok_and(|log| log.contains("bound")));
+    let agent = node.start("agent.log", Plane::Nftables, 20256)?;
+    await_that("the agent serves", || node.health(&agent) == Some(200));
+    ensure!(agent.says("nothing keeps a second agent from serving") == 1, "{}", agent.log());
+    end(&mut rogue);
+    Ok(())
+}
+
+#[test]
+fn cleanup_says_that_an_agent_serves_the_node() -> Result<()> {
+    let node = Node::new("cleanup")?;
+    let agent = node.start("agent.log", Plane::Nftables, 20256)?;
+    await_that("the agent serves", || node.health(&agent) == Some(200));
+    let root = format!("--bpf-root={}", node.bpf_root()?.display());
+    let weir = assets::weir()?.display().to_string();
+    let output = node.namespace.output(&weir, &["cleanup", &root])?;
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success() && told.contains("an agent serves this node"), "{told}");
+    await_that("the agent has repaired its tables", || node.has(10));
+    drop(agent);
+    let output = node.namespace.output(&weir, &["cleanup", &root])?;
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success() && !told.contains("an agent serves this node"), "{told}");
+    Ok(())
+}
+
+#[test]
+fn links_that_are_removed_or_detached_are_there_again() -> Result<()> {
+    let node = Node::new("links")?;
+    let agent = node.start("agent.log", Plane::Ebpf, 20256)?;
+    await_that("the agent serves", || node.health(&agent) == Some(200));
+    let served = || node.metric(&agent, "weir_service_connections_total{");
+    node.connect_as_a_pod();
+    await_that("a socket is led", || served() == 1);
+
+    let root = node.bpf_root()?;
+    for (round, link) in (1..).zip(["link-recvmsg4", "link-connect4"]) {
+        fs::remove_file(root.join(link))?;
+        await_that(&format!("{link} is there again\n{}", agent.log()), || {
+            root.join(link).exists() && node.metric(&agent, "weir_programs_attached_anew_total") == round
+        });
+    }
+    let before = served();
+    node.connect_as_a_pod();
+    await_that("a socket is led again", || served() > before);
+
+    // All links lead nowhere when their cgroup is gone.
+    fs::remove_dir(&node.pods)?;
+    node.make_cgroup()?;
+    let links = fs::read_dir(&root)?.flatten();
+    let links = links.filter(|entry| entry.file_name().to_string_lossy().starts_with("link-")).count() as u64;
+    await_that(&format!("all are attached to the new cgroup\n{}", agent.log()), || {
+        node.metric(&agent, "weir_programs_attached_anew_total") == 2 + links
+    });
+    let before = served();
+    node.connect_as_a_pod();
+    await_that("a socket is led in the new cgroup", || served() > before);
+    ensure!(agent.says("are attached anew") >= 3, "{}", agent.log());
+    Ok(())
+}
+
+#[test]
+fn without_a_look_at_the_bpffs_nftables_serves() -> Result<()> {
+    let node = Node::new("blind")?;
+    // Its own copy, because the way to the built one may be closed to others.
+    fs::set_permissions(node.files.path(), Permissions::from_mode(0o755))?;
+    let copy = node.path("weir");
+    fs::copy(assets::weir()?, &copy)?;
+    let closed = node.path("closed");
+    fs::create_dir_all(closed.join("weir"))?;
+    fs::set_permissions(&closed, Permissions::from_mode(0o700))?;
+    let rights = [
+        "setpriv",
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+        "--inh-caps=+net_admin",
+        "--ambient-caps=+net_admin",
+    ];
+    let agent = node.start_by(&rights, &copy, "agent.log", Plane::Nftables, 20256, &closed.join("weir"))?;
+    await_that(&format!("the agent serves\n{}", agent.log()), || node.health(&agent) == Some(200));
+    ensure!(agent.says("may not look for kernel programs") == 1, "{}", agent.log());
+    Ok(())
+}
