@@ -12,7 +12,7 @@ use crate::{
         ObjectName,
         fixture::{full_slice, named, service, settings},
     },
-    observe::HealthCheckState,
+    observe::{HealthCheckState, Trouble},
     plan::{Delta, Destination},
     source::Kind,
 };
