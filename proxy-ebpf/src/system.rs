@@ -377,6 +377,84 @@ pub fn knows_links() -> io::Result<bool> {
     }
 }
 
+/// The programs attached to a cgroup itself at one hook, and how they were attached (`BPF_PROG_QUERY`, Linux 4.15).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Attached {
+    /// `BPF_F_ALLOW_OVERRIDE`, `BPF_F_ALLOW_MULTI` or neither.
+    pub flags: u32,
+    /// The programs' ids.
+    pub programs: Vec<u32>,
+}
+
+/// Asks which programs are attached to a cgroup at the hook `attach_type`.
+///
+/// # Errors
+///
+/// What the kernel answers: `EINVAL` for a hook that it does not know.
+pub fn attached(cgroup: impl AsFd, attach_type: u32) -> io::Result<Attached> {
+    const BPF_PROG_QUERY: libc::c_int = 16;
+    /// The kernel lets no more be attached to one cgroup at one hook.
+    const MOST: usize = 64;
+    #[repr(C)]
+    struct Attributes {
+        target: u32,
+        attach_type: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        programs: u64,
+        count: u32,
+        padding: u32,
+    }
+    let mut programs = vec![0_u32; MOST];
+    let mut attributes = Attributes {
+        target: number(cgroup.as_fd().as_raw_fd())?,
+        attach_type,
+        query_flags: 0,
+        attach_flags: 0,
+        programs: programs.as_mut_ptr().expose_provenance() as u64,
+        count: MOST as u32,
+        padding: 0,
+    };
+    // SAFETY: the command reads and writes `attributes` up to the size given, and writes at most `count` ids to `programs`,
+    // which has room for them; both live until the call returns.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_QUERY, &raw mut attributes, size_of::<Attributes>()) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    programs.truncate(attributes.count as usize);
+    Ok(Attached { flags: attributes.attach_flags, programs })
+}
+
+/// Attaches a program to a cgroup as one that suffers no other beside it (`BPF_PROG_ATTACH` without flags), which weir
+/// itself never does. It stays until it is detached or the cgroup goes.
+///
+/// # Errors
+///
+/// What the kernel answers: `EPERM` when others are attached.
+pub fn attach_alone(cgroup: impl AsFd, program: impl AsFd, attach_type: u32) -> io::Result<()> {
+    const BPF_PROG_ATTACH: libc::c_int = 8;
+    #[repr(C)]
+    struct Attributes {
+        target: u32,
+        program: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+    let attributes = Attributes {
+        target: number(cgroup.as_fd().as_raw_fd())?,
+        program: number(program.as_fd().as_raw_fd())?,
+        attach_type,
+        flags: 0,
+    };
+    // SAFETY: the command reads `attributes`, which lives until the call returns, up to the size given and no further;
+    // both descriptors are open for as long as their owners are borrowed.
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attributes, size_of::<Attributes>())
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 macro_rules! plain {
     ($($kind:ty),+) => {
         $(

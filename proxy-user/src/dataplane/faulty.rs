@@ -21,6 +21,7 @@ pub struct Faults(Arc<Mutex<Always>>);
 struct Always {
     services: BTreeSet<ObjectName>,
     families: BTreeSet<Family>,
+    calls: bool,
 }
 
 impl Faults {
@@ -42,6 +43,11 @@ impl Faults {
         } else {
             families.remove(&family)
         };
+    }
+
+    /// Whether each call fails whole, before it does anything.
+    pub fn fail_calls(&self, fail: bool) {
+        self.always().calls = fail;
     }
 
     fn always(&self) -> MutexGuard<'_, Always> {
@@ -199,8 +205,9 @@ fn injected() -> Error {
 
 impl<D: Dataplane> Dataplane for Faulty<D> {
     fn apply(&mut self, delta: &Delta) -> Result<(), Error> {
+        let always = self.faults.always().calls;
         let fails = self.happens(self.calls);
-        if fails && self.happens(50) {
+        if always || fails && self.happens(50) {
             self.standing = PerFamily { v4: Standing::Failed, v6: Standing::Failed };
             return Err(injected());
         }
@@ -249,6 +256,7 @@ impl<D: Dataplane> Dataplane for Faulty<D> {
     }
 
     fn remove(&mut self) -> Result<(), Error> {
+        self.known.clear();
         self.inner.remove()
     }
 }

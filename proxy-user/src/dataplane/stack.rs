@@ -314,3 +314,136 @@ impl<P: Dataplane, S: Dataplane + Send> Dataplane for Stack<P, S> {
         [self.packets.fill(), self.front.plane.fill()].concat()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::{
+        dataplane::{Faults, Faulty, Memory},
+        model::fixture::{model, named, service, settings},
+        plan::Planner,
+        source::Change,
+    };
+
+    const SERVES: &str = "front";
+
+    /// Services that are planned and told to a stack whose front plane has faults.
+    struct Rig {
+        planner: Planner,
+        stack: Stack<Memory, Faulty<Memory>>,
+        faults: Faults,
+    }
+
+    impl Rig {
+        fn new() -> Self {
+            let faults = Faults::default();
+            let front = Faulty::with(Memory::default(), faults.clone());
+            let stack = Stack::new(Memory::default(), front).serving_as(SERVES).with_retry(FIRST_RETRY);
+            let mut rig = Self { planner: Planner::default(), stack, faults };
+            rig.plan([at("web", "10.0.0.1"), at("api", "10.0.0.2")]);
+            rig.planner.update_node(model(settings(), []).node_plan());
+            let everything = rig.planner.complete();
+            rig.stack.apply(&everything).unwrap();
+            rig
+        }
+
+        fn plan(&mut self, changes: impl IntoIterator<Item = Change>) {
+            let mut model = model(settings(), changes);
+            for name in model.take_dirty() {
+                self.planner.update(&name, model.plan(&name));
+            }
+        }
+
+        /// Tells what changed, and everything once that is wanted, as the engine does.
+        fn tell(&mut self) -> Result<(), Error> {
+            let delta = self.planner.take_delta();
+            let told = self.stack.apply(&delta);
+            if let Some(at) = self.stack.wants_everything() {
+                std::thread::sleep(at.saturating_duration_since(Instant::now()));
+                let everything = self.planner.complete();
+                self.stack.apply(&everything)?;
+            }
+            told
+        }
+
+        fn standing(&self) -> (bool, u64) {
+            self.stack.standing().first().map(|front| (front.active, front.failures)).unwrap()
+        }
+
+        fn fronts(&mut self) -> usize {
+            self.stack.sockets().dump().unwrap().frontends.len()
+        }
+
+        fn packets(&mut self) -> usize {
+            self.stack.packets().dump().unwrap().frontends.len()
+        }
+    }
+
+    fn at(name: &str, ip: &str) -> Change {
+        service(name, json!({ "clusterIP": ip, "ports": [{ "port": 80 }] }))
+    }
+
+    #[test]
+    fn a_front_plane_that_keeps_failing_steps_aside_until_it_works_again() {
+        let mut rig = Rig::new();
+        assert_eq!((rig.standing(), rig.fronts()), ((true, 0), 2));
+        rig.faults.fail_calls(true);
+        for number in 3..10_u64 {
+            rig.plan([at(&format!("web{number}"), &format!("10.0.0.{number}"))]);
+            rig.tell().unwrap();
+            assert_eq!(rig.packets() as u64, number, "packets have every change at once");
+        }
+        assert!(!rig.standing().0 && rig.standing().1 >= u64::from(PATIENCE));
+        assert_eq!(rig.fronts(), 0, "nothing of it is in the way");
+        rig.faults.fail_calls(false);
+        rig.tell().unwrap();
+        assert_eq!((rig.standing().0, rig.fronts()), (true, 9));
+        assert_eq!(rig.stack.wants_everything(), None);
+    }
+
+    #[test]
+    fn a_port_that_only_the_front_plane_refuses_is_left_to_the_packets_and_tried_again() {
+        let mut rig = Rig::new();
+        rig.faults.refuse(named("web"), true);
+        rig.plan([at("web", "10.0.0.3")]);
+        let Err(Error::Partly(short)) = rig.tell() else { panic!("it is not told") };
+        assert!(short.refused.is_empty() && short.failed.is_empty());
+        let left: Vec<PortId> = short.left.into_iter().map(|(id, _)| id).collect();
+        assert_eq!((left.len(), rig.packets(), rig.standing()), (1, 2, (true, 0)));
+        rig.faults.refuse(named("web"), false);
+        rig.planner.left(left);
+        rig.planner.retry();
+        rig.tell().unwrap();
+        assert_eq!(rig.stack.sockets().dump().unwrap(), rig.stack.packets().dump().unwrap());
+        rig.planner.update(&named("web"), crate::plan::ServicePlan::default());
+        rig.tell().unwrap();
+        assert_eq!((rig.fronts(), rig.packets()), (1, 1));
+    }
+
+    #[test]
+    fn what_only_the_front_plane_took_goes_with_the_service() {
+        let faults = Faults::default();
+        let packets = Faulty::with(Memory::default(), faults.clone());
+        let mut stack = Stack::new(packets, Memory::default()).serving_as(SERVES);
+        let mut planner = Planner::default();
+        let mut known = model(settings(), [at("web", "10.0.0.1"), at("api", "10.0.0.2")]);
+        for name in known.take_dirty() {
+            planner.update(&name, known.plan(&name));
+        }
+        planner.update_node(known.node_plan());
+        faults.refuse(named("web"), true);
+        let everything = planner.complete();
+        let Err(Error::Partly(short)) = stack.apply(&everything) else { panic!("it is not told") };
+        assert_eq!(short.refused.len(), 1);
+        assert_eq!(stack.sockets().dump().unwrap().frontends.len(), 2);
+        planner.settled(&everything, &[short.refused[0].0.clone()]);
+        planner.update(&named("web"), crate::plan::ServicePlan::default());
+        stack.apply(&planner.take_delta()).unwrap();
+        assert!(planner.take_stray().v4, "only a comparison finds what is left of it");
+        stack.reread_family(Family::V4).unwrap();
+        stack.apply(&planner.complete()).unwrap();
+        assert_eq!(stack.sockets().dump().unwrap().frontends.len(), 1);
+    }
+}

@@ -12,6 +12,7 @@ use axum::{
 };
 use jiff::Timestamp;
 use serde_json::{Value, json};
+use tokio::sync::watch;
 
 use super::{Metrics, indicators::Indicators};
 
@@ -23,10 +24,10 @@ const NOSNIFF: (HeaderName, &str) = (header::X_CONTENT_TYPE_OPTIONS, "nosniff");
 const PATHS: &str = "/configz /flagz /healthz /metrics /metrics/slis /proxyMode /statusz";
 
 /// What this agent was told at its start.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct About {
-    /// The name of the data plane that serves.
-    pub proxy_mode: &'static str,
+    /// The name of the data plane that serves now.
+    pub proxy_mode: watch::Receiver<&'static str>,
     /// The configuration in kube-proxy's format.
     pub configuration: Value,
     /// The words of the command line, the program's name left out.
@@ -56,7 +57,7 @@ pub fn admin_router(metrics: &Metrics, about: About) -> Router {
     Router::new()
         .route("/metrics", any(move || rendered(metrics.clone())))
         .route("/metrics/slis", delete(reset).fallback(indicators))
-        .route("/proxyMode", any(move || std::future::ready(([TEXT, NOSNIFF], proxy_mode))))
+        .route("/proxyMode", any(move || std::future::ready(([TEXT, NOSNIFF], *proxy_mode.borrow()))))
         .route("/healthz", any(healthz))
         .route("/configz", any(move || shared([JSON, NOSNIFF], &configuration)))
         .route("/flagz", any(move || shared([TEXT], &flags)))

@@ -231,7 +231,7 @@ mod tests {
     fn about() -> About {
         let configuration = serde_json::json!({"mode": "auto"});
         About {
-            proxy_mode: "nftables",
+            proxy_mode: watch::channel("nftables").1,
             configuration,
             words: vec!["run".to_owned(), "--profiling".to_owned()],
         }

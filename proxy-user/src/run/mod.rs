@@ -183,8 +183,9 @@ async fn serve(
     // Sources and engine are at work on their own threads meanwhile.
     let planes = Planes::open(&config)?;
     let words = std::env::args().skip(1).collect();
-    let about = About { proxy_mode: planes.mode(), configuration: document, words };
-    let (opened, sockets) = go_along(planes, connection, &metrics)?;
+    let (mode_in, mode) = watch::channel(planes.mode());
+    let about = About { proxy_mode: mode, configuration: document, words };
+    let (opened, sockets) = go_along(planes, connection, &metrics, mode_in)?;
     // An engine that is gone has panicked, which is found out when it is joined.
     let _ = open.send(opened);
     let told = events;
@@ -227,6 +228,7 @@ fn go_along(
     planes: Planes,
     connection: Option<Connection>,
     metrics: &Metrics,
+    mode: watch::Sender<&'static str>,
 ) -> anyhow::Result<(Opened, Option<Place>)> {
     let Planes { plane, foreign, sockets, dropped, counted, links } = planes;
     metrics.count_drops(move || planes::drops(&dropped));
@@ -250,7 +252,7 @@ fn go_along(
         }
         None => None,
     };
-    Ok((Opened { plane, foreign, sockets: closing }, sockets))
+    Ok((Opened { plane, foreign, sockets: closing, mode }, sockets))
 }
 
 /// A source at work.

@@ -7,12 +7,12 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::sync::watch;
 
-use super::choice::choose;
+use super::{choice::choose, sockets};
 use crate::{
     config::Config,
     dataplane::{
         Dataplane, Stack,
-        ebpf::{Counted, Ebpf, Links, Place, Retired},
+        ebpf::{Counted, Ebpf, Links, Place, Retired, no_rivals},
         nftables::{Dropped, Drops, News, Nftables, Seen, Watch},
         probe::Probe,
     },
@@ -45,12 +45,17 @@ impl Planes {
         let dropped = packets.drops()?;
         let place = Place { bpf_root: config.bpf_root.clone(), cgroup_root: config.cgroup_root.clone() };
         let probe = || Probe::of(&place.cgroup_root, &place.bpf_root);
-        let sockets = choose(config.mode, probe, |probe| Ebpf::open(place.clone(), probe.set_retval))?;
+        let open = |probe: &Probe| {
+            no_rivals(&place.cgroup_root)?;
+            anyhow::Ok(Ebpf::open(place.clone(), probe.set_retval)?)
+        };
+        let sockets = choose(config.mode, probe, open)?;
         let counted = sockets.as_ref().map(Ebpf::counted);
         let links = sockets.as_ref().map(Ebpf::links);
         let (plane, sockets): (Box<dyn Dataplane>, _) = match sockets {
             Some(sockets) => {
-                let stack = Stack::new(packets, sockets).serving_as("ebpf").with_retry(config.sync_period);
+                let stack =
+                    Stack::new(packets, sockets).serving_as(sockets::MODE).with_retry(config.sync_period);
                 (Box::new(stack), Some(place))
             }
             None => {
@@ -63,7 +68,7 @@ impl Planes {
 
     /// The name of what serves, as `/proxyMode` tells it.
     pub(super) fn mode(&self) -> &'static str {
-        if self.sockets.is_some() { "ebpf" } else { "nftables" }
+        if self.sockets.is_some() { sockets::MODE } else { "nftables" }
     }
 }
 

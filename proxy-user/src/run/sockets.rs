@@ -26,6 +26,9 @@ use crate::{
 /// Where network namespaces of pods have names, if their runtime gives them some.
 const NAMESPACES: &str = "/run/netns";
 
+/// What `/proxyMode` says while the sockets' plane serves.
+pub(super) const MODE: &str = "ebpf";
+
 /// How often the programs' counters are looked at.
 const LOOK: Duration = Duration::from_secs(5);
 

@@ -33,6 +33,7 @@ mod numbers;
 mod object;
 mod problem;
 mod retired;
+mod rivals;
 mod said;
 mod slots;
 mod stage;
@@ -46,6 +47,7 @@ pub use maps::{Fault, forget_clients};
 pub use object::Place;
 pub use problem::Problem;
 pub use retired::Retired;
+pub use rivals::{Rivalry, no_rivals};
 
 /// The kernel programs and their maps, an ELF object for `aya`, aligned as its reader wants it.
 pub static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/weir-programs"));

@@ -58,6 +58,8 @@ pub(super) struct Opened {
     pub(super) foreign: watch::Receiver<News>,
     /// Is told which backends serve no longer, once that is in force.
     pub(super) sockets: Option<std::sync::mpsc::Sender<sockets::Suspects>>,
+    /// Is told the name of the plane that serves.
+    pub(super) mode: watch::Sender<&'static str>,
 }
 
 /// When a table is compared of which it is not known whether another program touched it.
@@ -94,6 +96,7 @@ pub(super) struct Engine {
     /// The service ports that one plane leaves to another.
     left: BTreeMap<PortId, String>,
     retries: Retries,
+    mode: Option<watch::Sender<&'static str>>,
     /// What was last heard of foreign changes.
     news: News,
     /// When something is to be tried again.
@@ -133,6 +136,7 @@ impl Engine {
             refused: BTreeMap::new(),
             left: BTreeMap::new(),
             retries: Retries::default(),
+            mode: None,
             news: News::default(),
             wake: None,
             pending: (0, 0),
@@ -199,7 +203,8 @@ impl Engine {
                 }
                 opened = &mut opened, if self.plane.is_none() => {
                     // Without one the agent ends, and says why.
-                    let Ok(Opened { plane, foreign: news, sockets }) = opened else { return };
+                    let Ok(Opened { plane, foreign: news, sockets, mode }) = opened else { return };
+                    self.mode = Some(mode);
                     (self.plane, self.sockets, foreign) = (Some(plane), sockets, Some(news));
                 }
                 news = next(&mut foreign) => self.notice(news),

@@ -129,8 +129,12 @@ impl Engine {
         for Fill { map, elements, room } in plane.fill() {
             self.metrics.set_fill(map, elements, room);
         }
-        for Standing { plane, active, failures } in plane.standing() {
-            self.metrics.set_plane(plane, active, failures);
+        let standing = plane.standing();
+        for Standing { plane, active, failures } in &standing {
+            self.metrics.set_plane(plane, *active, *failures);
+        }
+        if let (Some(mode), Some(serves)) = (&self.mode, standing.iter().find(|standing| standing.active)) {
+            mode.send_if_modified(|mode| std::mem::replace(mode, serves.plane) != serves.plane);
         }
         self.metrics.set_unprogrammed(self.refused.len());
         self.metrics.set_left_to_packets(self.left.len());

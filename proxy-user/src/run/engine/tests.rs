@@ -105,7 +105,8 @@ impl Rig {
             .with_retry(Duration::from_secs(3600));
         let (change, changes) = mpsc::channel(64);
         let (foreign, news) = watch::channel(News::default());
-        let opened = Opened { plane: Box::new(plane.clone()), foreign: news, sockets: None };
+        let mode = watch::channel("").0;
+        let opened = Opened { plane: Box::new(plane.clone()), foreign: news, sockets: None, mode };
         let engine = tokio::spawn(async move {
             let (open, opening) = oneshot::channel();
             assert!(open.send(opened).is_ok(), "nobody waits for the plane");
