@@ -89,6 +89,7 @@ fn names_and_types_are_kube_proxys() {
         weir_changes_applied_total counter
         weir_events_dropped_total counter
         weir_reconciles_total counter
+        weir_programs_attached_anew_total counter
         weir_bypassed_pods_waiting gauge
         weir_dns_answered_addresses gauge
         weir_ports_left_to_packets gauge
