@@ -21,6 +21,7 @@ use weir::{
     },
 };
 
+mod chains;
 mod many;
 mod names;
 mod outage;

@@ -241,7 +241,8 @@ pub struct NodePlan {
     pub node_port_addresses: PerFamily<NodePortAddresses>,
     /// Whether processes of this node reach NodePorts on 127.0.0.1 or ::1 (R13), where a plane can do that.
     pub loopback_node_ports: PerFamily<bool>,
-    /// This host's own addresses but loopback ones, of both families, sorted.
+    /// This host's own addresses of both families, sorted, without loopback ones and without those IPv6 link-local ones
+    /// that no setting names.
     pub host_addresses: Vec<IpAddr>,
     /// The packet mark that asks for masquerading (R8), one bit.
     pub masquerade_mark: u32,

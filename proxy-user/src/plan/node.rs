@@ -27,17 +27,19 @@ impl Model {
         let cidrs: Vec<IpNet> = self.service_cidrs().filter(|cidr| served(Family::of(cidr.addr()))).collect();
         let mut service_cidrs = IpNet::aggregate(&cidrs);
         service_cidrs.sort_unstable();
+        let node_port_addresses =
+            PerFamily { v4: self.node_port_addresses(Family::V4), v6: self.node_port_addresses(Family::V6) };
+        let host_addresses = self.host_addresses().unwrap_or_default().iter().copied();
+        let host_addresses =
+            host_addresses.filter(|address| matters(*address, &node_port_addresses)).collect();
         NodePlan {
             local_traffic: self.node_view().local_traffic.clone(),
-            node_port_addresses: PerFamily {
-                v4: self.node_port_addresses(Family::V4),
-                v6: self.node_port_addresses(Family::V6),
-            },
+            node_port_addresses,
             loopback_node_ports: PerFamily {
                 v4: settings.loopback_node_ports.v4 && served(Family::V4),
                 v6: settings.loopback_node_ports.v6 && served(Family::V6),
             },
-            host_addresses: self.host_addresses().unwrap_or_default().to_vec(),
+            host_addresses,
             masquerade_mark: 1_u32.checked_shl(settings.masquerade_bit.into()).unwrap_or_default(),
             service_cidrs,
             answers_names: settings.dns_service.is_some(),
@@ -73,4 +75,16 @@ impl Model {
         addresses.dedup();
         NodePortAddresses::Only(addresses)
     }
+}
+
+/// Whether a plan names an address of this host. With each pod an IPv6 link-local address comes to the host's end of its
+/// link. No Service has one, and where all addresses serve NodePorts, the kernel is asked for each packet whether its
+/// destination is local. So such an address matters only where it was asked for by network.
+fn matters(address: IpAddr, node_ports: &PerFamily<NodePortAddresses>) -> bool {
+    let is_link_local = matches!(address, IpAddr::V6(address) if address.is_unicast_link_local());
+    let serves = || match node_ports.get(Family::of(address)) {
+        NodePortAddresses::AnyLocal => false,
+        NodePortAddresses::Only(addresses) => addresses.contains(&address),
+    };
+    !is_link_local || serves()
 }

@@ -309,6 +309,7 @@ pub(super) mod userdata {
 }
 
 /// A chain that always exists, with its rules.
+#[derive(PartialEq, Eq)]
 pub(super) struct StaticChain {
     pub(super) spec: ChainSpec,
     pub(super) rules: Vec<Vec<Expr>>,

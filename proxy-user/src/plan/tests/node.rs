@@ -52,6 +52,24 @@ fn r13_to_r15_node_ports_answer_where_the_setting_and_the_interfaces_agree() {
     }
 }
 
+/// A pod that starts brings the host a link-local address, which must not cost a change of the node's plan.
+#[test]
+fn link_local_addresses_are_planned_for_only_where_a_setting_names_them() {
+    let pods = "fe80::1 fe80::2";
+    let cidrs = |net: &str| NodePortSetting::Cidrs(vec![net.parse().unwrap()]);
+    for (setting, expected) in [
+        (NodePortSetting::All, "192.0.2.1 2001:db8::1"),
+        (cidrs("2001:db8::/32"), "192.0.2.1 2001:db8::1"),
+        (cidrs("fe80::/127"), "192.0.2.1 2001:db8::1 fe80::1"),
+    ] {
+        let mut model = model(Settings { node_port_addresses: setting, ..settings() }, []);
+        let host = ["192.0.2.1 2001:db8::1 ", pods].concat();
+        model.set_host_addresses(host.split(' ').map(|ip| ip.parse().unwrap()).collect());
+        let planned: Vec<_> = model.node_plan().host_addresses.iter().map(ToString::to_string).collect();
+        assert_eq!(planned.join(" "), expected);
+    }
+}
+
 #[test]
 fn r14_before_the_interfaces_are_known_only_single_addresses_count() {
     let nets = ["192.0.2.1/32", "127.0.0.1/32", "10.0.0.0/8"].map(|net| net.parse().unwrap()).to_vec();

@@ -134,7 +134,7 @@ impl Table {
         let sets = found.sets.iter().filter(|name| ruleset::set_of(name, self.family).is_some());
         for object in chains.chain(sets.filter_map(|name| Object::parse(name))) {
             if !self.objects.contains_key(&object) {
-                self.objects.insert(object.clone(), Live { uses: 0, bucket: 0 });
+                self.objects.insert(object.clone(), Live { uses: 0, held: 0, bucket: 0 });
                 self.trash.push(object);
             }
         }

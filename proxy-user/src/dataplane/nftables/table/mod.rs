@@ -4,7 +4,7 @@
 //! by itself: which shared objects exist, how many uses each has, and which bucket number leads where.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     io,
 };
 
@@ -40,12 +40,24 @@ type Slots = FxHashSet<(Map, Bytes)>;
 /// works on one, and everybody else who changes rules waits.
 const ELEMENTS_A_TRANSACTION: usize = 8192;
 
+/// Most chains that stay though no service port uses them: a number of endpoints that a Service had is often had again.
+const MOST_IDLE: usize = 16;
+
 /// An object that exists in the kernel.
 #[derive(Clone, Copy, Debug)]
 struct Live {
     uses: u64,
+    /// How many forks lead to it, used or not.
+    held: u32,
     /// The bucket that leads to it, 0 for what has none.
     bucket: u32,
+}
+
+impl Live {
+    /// Whether nothing leads to it any more.
+    const fn is_free(&self) -> bool {
+        self.uses == 0 && self.held == 0
+    }
 }
 
 pub(super) struct Table {
@@ -61,8 +73,14 @@ pub(super) struct Table {
     guarded: u64,
     /// Slots to delete with the next change.
     vacated: Vacated,
-    /// Objects nobody uses that could not be removed yet.
+    /// Chains for all that no service port uses now, the longest unused first.
+    idle: VecDeque<Object>,
+    /// Objects without a use that could not be removed yet.
     trash: Vec<Object>,
+    /// What the chains were last written for.
+    written_for: Option<NodePlan>,
+    /// What the set of this node's addresses holds.
+    node_ips: Vec<Element>,
     /// What the kernel held when it was last read, less what has been asked for since. `None` in normal work.
     pub(super) found: Option<Found>,
     /// What was found of service ports that the kernel refused to change.
@@ -101,7 +119,10 @@ impl Table {
             needs: Needs::default(),
             guarded: 0,
             vacated: Vacated::default(),
+            idle: VecDeque::new(),
             trash: Vec::new(),
+            written_for: None,
+            node_ips: Vec::new(),
             found: None,
             kept: Found::nothing(family),
             knowledge: Knowledge::Lost,
@@ -457,16 +478,22 @@ impl Table {
     }
 
     fn remember_uses(&mut self, stage: &Stage<'_>, made: FxHashMap<Object, u32>) {
+        let mut new = Vec::new();
         for (object, bucket) in made {
             self.next_bucket = self.next_bucket.max(bucket + 1);
-            self.objects.insert(object, Live { uses: 0, bucket });
+            let before = self.objects.get(&object).copied();
+            let held = before.map_or(0, |live| live.held);
+            self.objects.insert(object.clone(), Live { uses: 0, held, bucket });
+            if before.is_none() {
+                new.push(object);
+            }
         }
+        new.iter().for_each(|object| self.hold_parts(object, 1));
         for (object, change) in &stage.uses {
             let Some(live) = self.objects.get_mut(object) else { continue };
             live.uses = live.uses.saturating_add_signed(*change);
-            // A picker that all share stays: its number of endpoints will be some Service's again.
-            if live.uses == 0 && object.sticky().is_some() {
-                self.trash.push(object.clone());
+            if live.is_free() {
+                self.set_aside(object);
             }
         }
         self.guarded = self.guarded.saturating_add_signed(stage.guarded);
@@ -481,26 +508,53 @@ impl Table {
         }
     }
 
-    /// Removes objects nobody uses. Before kernel 6.2 a chain counts as used for a while after the last element that
+    /// Counts a fork in or out at the chains it leads to.
+    fn hold_parts(&mut self, fork: &Object, change: i32) {
+        for part in fork.parts() {
+            let Some(live) = self.objects.get_mut(part) else { continue };
+            live.held = live.held.saturating_add_signed(change);
+            if live.is_free() {
+                self.set_aside(part);
+            }
+        }
+    }
+
+    /// What belonged to one service port goes at once. What all share may stay for a while.
+    fn set_aside(&mut self, object: &Object) {
+        if object.sticky().is_some() {
+            self.trash.push(object.clone());
+            return;
+        }
+        self.idle.retain(|idle| idle != object);
+        self.idle.push_back(object.clone());
+        let too_many = self.idle.len().saturating_sub(MOST_IDLE);
+        self.trash.extend(self.idle.drain(..too_many));
+    }
+
+    /// Removes objects without a use. Before kernel 6.2 a chain counts as used for a while after the last element that
     /// led to it is gone; what cannot be removed is tried again after the next change.
     fn empty_trash(&mut self, netlink: &mut Netlink) {
-        let mut trash = std::mem::take(&mut self.trash);
-        trash.retain(|object| self.objects.get(object).is_some_and(|live| live.uses == 0));
-        trash.sort_unstable();
-        trash.dedup();
-        // Last made, first removed: chains go before the memories they name.
-        for object in trash.into_iter().rev() {
+        let mut trash: BTreeSet<Object> = std::mem::take(&mut self.trash).into_iter().collect();
+        let mut left = Vec::new();
+        // Last made, first removed: chains go before the maps and the chains that they name, and these may be free only then.
+        while let Some(object) = trash.pop_last() {
+            if !self.objects.get(&object).is_some_and(Live::is_free) {
+                continue;
+            }
             match self.delete_object(netlink, &object) {
                 Ok(()) => {
                     self.kept.forget(&object.name());
                     self.objects.remove(&object);
+                    self.hold_parts(&object, -1);
+                    trash.extend(self.trash.drain(..));
                 }
                 Err(error) => {
                     tracing::debug!(object = object.name(), %error, "is still in use, will be removed later");
-                    self.trash.push(object);
+                    left.push(object);
                 }
             }
         }
+        self.trash = left;
     }
 
     fn delete_object(&self, netlink: &mut Netlink, object: &Object) -> io::Result<()> {

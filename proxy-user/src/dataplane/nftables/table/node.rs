@@ -10,12 +10,13 @@ use crate::{
         adopt::Found,
         drops::{NO_LOCAL_ENDPOINTS, Reason},
         netlink::{Bytes, Element, Transaction, Value},
+        object::Object,
         ruleset::{self, Map, Needs, StaticChain, address_bytes},
         socket::Netlink,
         stage::{DROP_BUCKET, PASS_BUCKET},
     },
-    model::Family,
-    plan::NodePlan,
+    model::{Family, PerFamily},
+    plan::{NodePlan, NodePortAddresses},
 };
 
 /// So often the kernel may refuse what every node has before it is given up to change what is there.
@@ -37,8 +38,38 @@ fn remove_chains(transaction: &mut Transaction<'_>, names: &[&str]) {
     }
 }
 
+/// Makes chains where they are not there, and puts rules in place of those that they have.
+fn write_chains(transaction: &mut Transaction<'_>, chains: &[&StaticChain]) {
+    for chain in chains {
+        transaction.add_chain(&chain.spec);
+        transaction.flush_chain(&chain.spec.name);
+    }
+    for chain in chains {
+        for rule in &chain.rules {
+            transaction.add_rule(&chain.spec.name, rule);
+        }
+    }
+}
+
+/// The part of a plan that rules may depend on: addresses stand in sets.
+fn rules_of(node: &NodePlan) -> NodePlan {
+    use crate::plan::NodePortAddresses::{AnyLocal, Only};
+    let without = |addresses: &NodePortAddresses| match addresses {
+        AnyLocal => AnyLocal,
+        Only(_) => Only(Vec::new()),
+    };
+    let NodePlan { node_port_addresses: serving, .. } = node;
+    NodePlan {
+        node_port_addresses: PerFamily { v4: without(&serving.v4), v6: without(&serving.v6) },
+        host_addresses: Vec::new(),
+        loopback_node_ports: PerFamily::default(),
+        ..node.clone()
+    }
+}
+
 impl Table {
-    /// Makes the static objects and rules right for `node`, and the rules of every chain that depend on it.
+    /// Makes the static objects and rules right for `node`, and the rules of every chain that depend on it. What was
+    /// written before and is to stay as it is costs nothing.
     ///
     /// # Errors
     ///
@@ -69,6 +100,22 @@ impl Table {
         if self.found.is_some() {
             self.wake(netlink)?;
         }
+        let rules = rules_of(node);
+        if self.found.is_some() {
+            self.write_all(netlink, node)?;
+            self.apply_verdict_buckets(netlink)?;
+            self.node_ips = Found::elements(netlink, &self.raw, Map::NodeIps.name())?;
+        } else if self.written_for.as_ref() != Some(&rules) {
+            self.trash.extend(self.idle.drain(..));
+            self.empty_trash(netlink);
+            self.rewrite_what_differs(netlink, node)?;
+        }
+        self.written_for = Some(rules);
+        self.apply_node_ips(netlink, node)
+    }
+
+    /// Makes what is missing, and writes every chain.
+    fn write_all(&mut self, netlink: &mut Netlink, node: &NodePlan) -> io::Result<()> {
         let mut transaction = Transaction::new(&self.raw);
         for map in Map::ALL {
             if self.found.as_ref().is_some_and(|found| !found.sets.contains(map.name())) {
@@ -94,15 +141,7 @@ impl Table {
         let moved: Vec<&str> = moved.map(|chain| &*chain.spec.name).collect();
         remove_chains(&mut transaction, &left);
         remove_chains(&mut transaction, &moved);
-        for chain in &chains {
-            transaction.add_chain(&chain.spec);
-            transaction.flush_chain(&chain.spec.name);
-        }
-        for chain in &chains {
-            for rule in &chain.rules {
-                transaction.add_rule(&chain.spec.name, rule);
-            }
-        }
+        write_chains(&mut transaction, &chains.iter().collect::<Vec<_>>());
         for object in self.objects.keys() {
             rewrite(&mut transaction, object, self.family, node);
         }
@@ -111,8 +150,32 @@ impl Table {
             found.chains.retain(|name| !left.contains(&name.as_str()) && !moved.contains(&name.as_str()));
             found.counters.extend(Reason::ALL.map(|reason| reason.name().to_owned()));
         }
-        self.apply_node_ips(netlink, node)?;
-        self.apply_verdict_buckets(netlink)
+        Ok(())
+    }
+
+    /// Writes the chains that say something else for `node` than they said before.
+    fn rewrite_what_differs(&self, netlink: &mut Netlink, node: &NodePlan) -> io::Result<()> {
+        let before = self.written_for.as_ref();
+        let family = self.family;
+        let chains = ruleset::static_chains(family, node, self.needs);
+        let old = before.map(|before| ruleset::static_chains(family, before, self.needs)).unwrap_or_default();
+        let left = ruleset::optional_chains().filter(|name| {
+            let has = |chains: &[StaticChain]| chains.iter().any(|chain| chain.spec.name == *name);
+            has(&old) && !has(&chains)
+        });
+        let mut transaction = Transaction::new(&self.raw);
+        remove_chains(&mut transaction, &left.collect::<Vec<_>>());
+        write_chains(
+            &mut transaction,
+            &chains.iter().filter(|chain| !old.contains(chain)).collect::<Vec<_>>(),
+        );
+        let differs = |object: &&Object| {
+            before.is_none_or(|before| object.rules(family, before) != object.rules(family, node))
+        };
+        for object in self.objects.keys().filter(differs) {
+            rewrite(&mut transaction, object, family, node);
+        }
+        netlink.commit(&transaction.finish())
     }
 
     /// Adds the chains that `needs` asks for and takes out those it does not.
@@ -163,6 +226,7 @@ impl Table {
         netlink.commit(&transaction.finish())
     }
 
+    /// The kernel's set of this node's addresses, the one thing here that depends on them.
     fn apply_node_ips(&mut self, netlink: &mut Netlink, node: &NodePlan) -> io::Result<()> {
         use crate::plan::NodePortAddresses::{AnyLocal, Only};
         let addresses = match node.node_port_addresses.get(self.family) {
@@ -171,8 +235,9 @@ impl Table {
         };
         let wanted = addresses.iter().filter(|address| Family::of(**address) == self.family);
         let wanted: Vec<_> = wanted.map(|address| member(Bytes::from_vec(address_bytes(*address)))).collect();
-        let present = Found::elements(netlink, &self.raw, Map::NodeIps.name())?;
-        self.replace(netlink, Map::NodeIps, &present, &wanted)
+        self.replace(netlink, Map::NodeIps, &self.node_ips, &wanted)?;
+        self.node_ips = wanted;
+        Ok(())
     }
 
     fn apply_verdict_buckets(&mut self, netlink: &mut Netlink) -> io::Result<()> {
