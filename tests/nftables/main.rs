@@ -21,6 +21,7 @@ use weir::{
     },
 };
 
+mod affinity;
 mod chains;
 mod many;
 mod names;
@@ -316,43 +317,37 @@ fn chains_for_answers_to_names_are_there_only_while_names_are_answered() {
 /// Every packet passes a base chain, so those that only some Services need go with the last of them; but not before all
 /// Services are known after a restart, or F7 would not hold meanwhile.
 #[test]
-fn chains_for_source_ranges_and_affinity_are_there_only_while_a_service_needs_them() {
+fn chains_for_source_ranges_are_there_only_while_a_service_needs_them() {
     in_namespace(|| {
-        let there = || {
-            let listed = nft(&["list", "chains"]);
-            ["chain guard-", "chain remember-", "chain remember {"].map(|chain| listed.matches(chain).count())
-        };
-        let plain = |number, affinity| {
-            let mut plan = port(Family::V4, number, &[1, 2, 3], affinity);
+        let there = || nft(&["list", "chains"]).matches("chain guard-").count();
+        let plain = |number| {
+            let mut plan = port(Family::V4, number, &[1, 2, 3], None);
             plan.frontends.truncate(2);
             Arc::new(plan)
         };
         let guarded = Arc::new(port(Family::V4, 1, &[1, 2, 3], None));
-        let (unguarded, sticky) = (plain(1, None), plain(2, Some(60)));
+        let (unguarded, other) = (plain(1), plain(2));
         let mut plane = Nftables::open(both()).unwrap();
         plane.apply(&start(&[&unguarded])).unwrap();
-        assert_eq!(there(), [0, 0, 0]);
+        assert_eq!(there(), 0);
         plane.apply(&step(Some(&unguarded), Some(&guarded))).unwrap();
-        assert_eq!(there(), [2, 0, 0]);
-        plane.apply(&step(None, Some(&sticky))).unwrap();
-        assert_eq!(there(), [2, 2, 1]);
+        assert_eq!(there(), 2);
 
         drop(plane);
         let mut plane = Nftables::open(both()).unwrap();
         plane.apply(&Delta { complete: false, ..start(&[]) }).unwrap();
-        assert_eq!(there(), [2, 2, 1], "nobody knows yet that there is no such Service");
-        let ports = vec![change(None, Some(&guarded))];
+        assert_eq!(there(), 2, "it is not known yet that there is no such Service");
+        let ports = vec![change(None, Some(&other))];
         plane.apply(&Delta { ports, complete: true, ..Delta::default() }).unwrap();
-        assert_eq!(there(), [2, 0, 0], "now it is known");
-        assert_installed(&mut plane, &guarded);
+        assert_eq!(there(), 0, "now it is known");
+        assert_installed(&mut plane, &other);
 
         drop(plane);
         let mut plane = Nftables::open(both()).unwrap();
-        plane.apply(&start(&[&guarded, &sticky])).unwrap();
+        plane.apply(&start(&[&guarded, &other])).unwrap();
+        assert_eq!(there(), 2);
         plane.apply(&step(Some(&guarded), Some(&unguarded))).unwrap();
-        assert_eq!(there(), [0, 2, 1]);
-        plane.apply(&step(Some(&sticky), None)).unwrap();
-        assert_eq!(there(), [0, 0, 0]);
+        assert_eq!(there(), 0);
         assert_installed(&mut plane, &unguarded);
     });
 }
@@ -558,47 +553,5 @@ fn a_family_whose_table_another_program_owns_costs_the_other_family_nothing() {
         plane.reread_family(Family::V6).unwrap();
         plane.apply(&start(&[&first, &second, &six])).unwrap();
         [&first, &second, &six].into_iter().for_each(|plan| assert_installed(&mut plane, plan));
-    });
-}
-
-/// What the clients of a sticky service port are remembered with.
-fn remembered(map: &str) -> Vec<String> {
-    let listed = nft(&["list", "map", "ip", "weir", map]);
-    let clients = listed.split_inclusive(" . 8080").filter(|text| text.contains("expires"));
-    clients.filter_map(|text| Some(text.rsplit_once(" : ")?.1.to_owned())).collect()
-}
-
-#[test]
-fn a5_clients_of_an_endpoint_that_left_are_forgotten_also_if_it_left_while_no_agent_ran() {
-    in_namespace(|| {
-        let mut plane = Nftables::open(both()).unwrap();
-        let plans =
-            [&[1, 2, 3][..], &[1, 2], &[1]].map(|backends| Arc::new(port(Family::V4, 1, backends, Some(60))));
-        let [three, two, one] = &plans;
-        let delta = |before, after, complete: bool| Delta {
-            node: complete.then(|| Arc::new(node())),
-            ports: vec![change(before, Some(after))],
-            complete,
-            ..Delta::default()
-        };
-        plane.apply(&delta(None, three, true)).unwrap();
-        let listed = nft(&["list", "maps", "ip"]);
-        let map =
-            listed.split_whitespace().find(|word| word.starts_with("memory-cluster")).unwrap().to_owned();
-        let clients = [1, 2, 3].map(|n| format!("192.0.2.{n} timeout 1h : 10.244.0.{n} . 8080")).join(", ");
-        nft(&["add", "element", "ip", "weir", &map, &format!("{{ {clients} }}")]);
-        assert_eq!(remembered(&map).len(), 3);
-        // A6: room for all clients of a service port, however many endpoints it has.
-        assert!(nft(&["list", "map", "ip", "weir", &map]).contains("size 1048576"));
-
-        plane.apply(&delta(Some(three), two, false)).unwrap();
-        let mut left = remembered(&map);
-        left.sort();
-        assert_eq!(left, ["10.244.0.1 . 8080", "10.244.0.2 . 8080"]);
-
-        drop(plane);
-        let mut plane = Nftables::open(both()).unwrap();
-        plane.apply(&delta(None, one, true)).unwrap();
-        assert_eq!(remembered(&map), ["10.244.0.1 . 8080"]);
     });
 }

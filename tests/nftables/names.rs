@@ -31,7 +31,7 @@ fn service_ports_with_the_longest_names_are_programmed_told_apart_listed_and_ado
                 let comment = format!("comment \"{}/{}\"", plan.id.service.name(), plan.id.port);
                 assert!(listed.contains(&comment), "{comment} is not in {listed}");
             }
-            assert_eq!(listed.matches("map memory-").count(), 8, "{listed}");
+            assert_eq!(listed.matches("map clients-").count(), 8, "{listed}");
         };
         let mut plane = Nftables::open(both()).unwrap();
         plane.apply(&start(&plans)).unwrap();

@@ -85,11 +85,13 @@ impl Found {
         let mut found = Self::outlines(netlink, table, family)?;
         found.counters = Self::counters(netlink, table)?.into_iter().map(|(name, _)| name).collect();
         for map in Map::ALL.into_iter().filter(|map| found.sets.contains(map.name())) {
-            if !map.holds_slots() {
+            if map.is_adopted_whole() {
                 let elements = Self::elements(netlink, table, map.name())?;
                 found.elements.insert(map, elements.into_iter().map(by_key).collect());
             }
         }
+        // Which numbers clients may remember is not known then.
+        found.fits &= !found.sets.contains(Map::Numbered.name()) || super::table::given_by(&found).is_some();
         let buckets = found.elements.get(&Map::Buckets).into_iter().flatten();
         found.buckets = buckets.filter_map(|((key, _), value)| bucket(key, value)).collect();
         let buckets = found.elements.get(&Map::Buckets).into_iter().flatten();
@@ -177,7 +179,7 @@ impl Found {
 
     /// Reads also the maps of slots, for those who want to see everything.
     pub(super) fn read_slots(&mut self, netlink: &mut Netlink, table: &nftnl::Table) -> io::Result<()> {
-        for map in Map::ALL.into_iter().filter(|map| map.holds_slots()) {
+        for map in Map::ALL.into_iter().filter(|map| !map.is_adopted_whole()) {
             let elements = Self::elements(netlink, table, map.name())?;
             self.elements.insert(map, elements.into_iter().map(by_key).collect());
         }

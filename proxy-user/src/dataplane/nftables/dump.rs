@@ -12,6 +12,7 @@ use super::{
     object::{End, Masquerade, Object, Scope},
     ruleset::Map,
     socket::Netlink,
+    sticky::Sticky,
     table::Table,
 };
 use crate::{
@@ -37,7 +38,8 @@ pub(super) fn read(
 ) -> io::Result<()> {
     let mut found = Found::read(netlink, &table.raw, table.family)?;
     found.read_slots(netlink, &table.raw)?;
-    let reader = Reader { family: table.family, pods_are_told, buckets: buckets(&found), found };
+    let numbers = numbers(netlink, table, &found)?;
+    let reader = Reader { family: table.family, pods_are_told, buckets: buckets(&found), numbers, found };
     let cluster_ips = reader.keys(Map::ClusterIps);
     state
         .cluster_ips
@@ -57,6 +59,27 @@ struct Reader {
     found: Found,
     /// What each bucket leads to, for pods and this host, and for everybody else.
     buckets: HashMap<Bytes, [End; 2]>,
+    /// The numbers in the slots of sticky ports.
+    numbers: HashMap<(Sticky, Scope), Vec<Bytes>>,
+}
+
+fn numbers(
+    netlink: &mut Netlink,
+    table: &Table,
+    found: &Found,
+) -> io::Result<HashMap<(Sticky, Scope), Vec<Bytes>>> {
+    let mut numbers = HashMap::new();
+    for name in &found.sets {
+        if let Some(Object::Slots { sticky, scope }) = Object::parse(name) {
+            let elements = Found::elements(netlink, &table.raw, name)?.into_iter();
+            let values = elements.filter_map(|element| match element.value {
+                Value::Data(number) => Some(number),
+                _ => None,
+            });
+            numbers.insert((sticky, scope), values.collect());
+        }
+    }
+    Ok(numbers)
 }
 
 fn buckets(found: &Found) -> HashMap<Bytes, [End; 2]> {
@@ -101,6 +124,10 @@ impl Reader {
                     outcome: self.backends(frontend, &key, *scope, *count),
                     masquerade: told(*masquerade),
                 },
+                (Some(Object::StickyPicker { sticky, scope, masquerade, .. }), _) => Installed {
+                    outcome: self.numbered(frontend, sticky, *scope),
+                    masquerade: told(*masquerade),
+                },
                 (_, End::Drop) => Installed { outcome: Outcome::Drop, masquerade: false },
                 _ => Installed { outcome: Outcome::Reject, masquerade: false },
             }
@@ -115,7 +142,7 @@ impl Reader {
             },
             host: treated(inside, |masquerade| masquerade != Masquerade::Nobody),
             outside,
-            affinity: self.affinity(frontend, &key),
+            affinity: self.affinity(map, &key),
             allowed_sources: self.allowed_sources(&key),
             answered_here: self.found.get(Map::Answered, &key, None).is_some(),
         }
@@ -127,10 +154,19 @@ impl Reader {
             Destination::NodePort(_) => Map::NodePortBackends,
         };
         let slots = scope.first_slot()..scope.first_slot() + count;
-        let backends = slots.filter_map(|slot| {
-            let Value::Data(value) = self.found.get(map, &element::slot_key(key, slot), None)? else {
-                return None;
-            };
+        let slots = slots.map(|slot| element::slot_key(key, slot));
+        self.outcome(frontend, slots.filter_map(|key| self.found.get(map, &key, None)))
+    }
+
+    /// The backends in the slots of a sticky port.
+    fn numbered(&self, frontend: &Frontend, sticky: &Sticky, scope: Scope) -> Outcome {
+        let numbers = self.numbers.get(&(sticky.clone(), scope)).into_iter().flatten();
+        self.outcome(frontend, numbers.filter_map(|number| self.found.get(Map::Numbered, number, None)))
+    }
+
+    fn outcome<'a>(&self, frontend: &Frontend, backends: impl Iterator<Item = &'a Value>) -> Outcome {
+        let backends = backends.filter_map(|value| {
+            let Value::Data(value) = value else { return None };
             let (address, port) = element::backend_of(self.family, value)?;
             Some(Backend { address, port, local: self.is_local(address, frontend.protocol, port) })
         });
@@ -143,16 +179,14 @@ impl Reader {
         self.found.get(Map::Hairpin, &element::hairpin_key(address, protocol, port), None).is_some()
     }
 
-    fn affinity(&self, frontend: &Frontend, key: &Bytes) -> Option<u32> {
-        let map = match frontend.destination {
-            Destination::Address(_) => Map::Affinity,
-            Destination::NodePort(_) => Map::NodePortAffinity,
-        };
-        let Value::Goto(name) = self.found.get(map, key, None)? else { return None };
-        let object = Object::parse(name)?;
-        object.parts().chain([&object]).find_map(|object| match object {
-            Object::Recorder { seconds, .. } => Some(*seconds),
-            _ => None,
+    /// For how long clients are remembered: the names of the chains say it.
+    fn affinity(&self, map: Map, key: &Bytes) -> Option<u32> {
+        self.ends(map, key)?.iter().find_map(|end| match end {
+            End::Chain(object) => match **object {
+                Object::StickyPicker { seconds, .. } => Some(seconds),
+                _ => None,
+            },
+            End::Drop | End::Pass => None,
         })
     }
 

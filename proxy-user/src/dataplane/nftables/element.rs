@@ -29,8 +29,6 @@ pub(super) enum Leads {
     Bucket(Object),
     /// By its bucket to the end: dropped, or passed on untranslated.
     Verdict(Verdict),
-    /// To a recorder.
-    Chain(Object),
 }
 
 /// Buckets without a chain.
@@ -224,9 +222,9 @@ fn frontend_items(port: &PortPlan, plan: &FrontendPlan, items: &mut Vec<Item>) -
     };
     let key = frontend_key(&plan.frontend);
     let (main, outside) = columns(&plan.route)?;
-    let (map, affinity, refused) = match space {
-        Space::Service => (Map::Services, Map::Affinity, Map::Refused),
-        Space::NodePort => (Map::NodePorts, Map::NodePortAffinity, Map::RefusedNodePorts),
+    let (map, refused) = match space {
+        Space::Service => (Map::Services, Map::Refused),
+        Space::NodePort => (Map::NodePorts, Map::RefusedNodePorts),
     };
     let refuses = |column: &Column| column.target == Target::Reject;
     if refuses(&main) || outside.as_ref().is_some_and(refuses) {
@@ -236,10 +234,10 @@ fn frontend_items(port: &PortPlan, plan: &FrontendPlan, items: &mut Vec<Item>) -
     if !refuses(&main) || outside.is_some() {
         items.push(Item::new(map, key.clone(), leads(port, space, &main, outside.as_ref())?));
     }
-    if let Some(recorder) = recorder(port, &main, outside.as_ref()) {
-        items.push(Item::new(affinity, key.clone(), Leads::Chain(recorder)));
+    // The slots of a sticky port are its own, not each frontend's.
+    if port.affinity.is_none() {
+        slot_items(port, plan, space, &key, items);
     }
-    slot_items(port, plan, space, &key, items);
     guard_items(plan, &key, items);
     answered_items(plan, &key, items);
     Ok(())
@@ -271,24 +269,19 @@ fn picker(port: &PortPlan, space: Space, scope: Scope, masquerade: Masquerade) -
     let count = u32::try_from(count).ok().filter(|count| *count < most).ok_or_else(|| {
         format!("{count} endpoints are more than the {most} that one service port can have")
     })?;
-    let sticky = port.affinity.map(|_| Sticky::of(&port.id));
-    Ok(Object::Picker { space, scope, count, masquerade, sticky })
+    Ok(match port.affinity {
+        Some(seconds) => Object::StickyPicker { sticky: Sticky::of(&port.id), scope, seconds, masquerade },
+        None => Object::Picker { space, scope, count, masquerade },
+    })
 }
 
-/// What remembers the choice of a sticky port: only where there was one.
-fn recorder(port: &PortPlan, main: &Column, outside: Option<&Column>) -> Option<Object> {
-    let seconds = port.affinity?;
-    let of = |column: &Column| {
-        let scope = scope_of(column.target)?;
-        Some(Object::Recorder { sticky: Sticky::of(&port.id), scope, seconds })
-    };
-    match (of(main), outside.and_then(of)) {
-        (Some(inside), Some(outside)) => {
-            let chain = |recorder| End::Chain(Box::new(recorder));
-            Some(Object::Fork { inside: chain(inside), outside: chain(outside) })
-        }
-        (inside, outside) => inside.or(outside),
-    }
+/// The backend sets for which a sticky port remembers clients: also one that is empty for now, since its memory holds
+/// nothing then that is believed.
+pub(super) fn remembered_sets(port: &PortPlan) -> impl Iterator<Item = Scope> {
+    let is_local = |treatment: Treatment| matches!(treatment.target, Target::Local | Target::Drop);
+    let routes = || port.frontends.iter().map(|plan| plan.route);
+    let local = routes().any(|Route { pod, host, outside }| [pod, host, outside].into_iter().any(is_local));
+    [Some(Scope::Cluster), local.then_some(Scope::Local)].into_iter().flatten()
 }
 
 fn slot_items(port: &PortPlan, plan: &FrontendPlan, space: Space, key: &[u8], items: &mut Vec<Item>) {

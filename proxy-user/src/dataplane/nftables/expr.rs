@@ -314,26 +314,6 @@ fn ct(key: i32, dreg: u32) -> Expr {
     }
 }
 
-fn ct_original(key: i32, dreg: u32) -> Expr {
-    let mut ct = ct(key, dreg);
-    ct.attributes.push((sys::NFTNL_EXPR_CT_DIR, U8(0)));
-    ct
-}
-
-/// `ct original ip daddr`.
-pub(super) fn original_address(family: Family, dreg: u32) -> Expr {
-    let key = match family {
-        Family::V4 => libc::NFT_CT_DST_IP,
-        Family::V6 => libc::NFT_CT_DST_IP6,
-    };
-    ct_original(key, dreg)
-}
-
-/// `ct original proto-dst`.
-pub(super) fn original_port(dreg: u32) -> Expr {
-    ct_original(libc::NFT_CT_PROTO_DST, dreg)
-}
-
 fn ct_bit(key: i32, bit: u32, set: bool) -> [Expr; 3] {
     [ct(key, word(0)), bitwise(word(0), &bit.to_ne_bytes(), &[0; 4]), compare(word(0), !set, &[0; 4])]
 }
@@ -371,16 +351,28 @@ pub(super) fn reject(family: Family) -> Expr {
     }
 }
 
-/// `update @MAP { key timeout SECONDS : data }`.
-pub(super) fn remember(map: &str, key: u32, data: u32, seconds: u32) -> Expr {
+fn write_from_packet(map: &str, operation: i32, key: u32, data: u32) -> Expr {
     Expr {
         kind: c"dynset",
         attributes: vec![
             (sys::NFTNL_EXPR_DYNSET_SET_NAME, name(map)),
-            (sys::NFTNL_EXPR_DYNSET_OP, U32(libc::NFT_DYNSET_OP_UPDATE as u32)),
+            (sys::NFTNL_EXPR_DYNSET_OP, U32(operation as u32)),
             (sys::NFTNL_EXPR_DYNSET_SREG_KEY, U32(key)),
             (sys::NFTNL_EXPR_DYNSET_SREG_DATA, U32(data)),
-            (sys::NFTNL_EXPR_DYNSET_TIMEOUT, U64(u64::from(seconds) * 1000)),
         ],
     }
+}
+
+/// `update @MAP { key timeout SECONDS : data }`. An element that is there gets the timeout, and keeps its data. A map that
+/// is full ends the rule.
+pub(super) fn remember(map: &str, key: u32, data: u32, seconds: u32) -> Expr {
+    let mut update = write_from_packet(map, libc::NFT_DYNSET_OP_UPDATE, key, data);
+    update.attributes.push((sys::NFTNL_EXPR_DYNSET_TIMEOUT, U64(u64::from(seconds) * 1000)));
+    update
+}
+
+/// `delete @MAP { key : data }`, whatever the data is.
+pub(super) fn forget(map: &str, key: u32, data: u32) -> Expr {
+    const NFT_DYNSET_OP_DELETE: i32 = 2;
+    write_from_packet(map, NFT_DYNSET_OP_DELETE, key, data)
 }

@@ -18,6 +18,7 @@ use crate::{
 
 mod adopt;
 mod answered;
+mod choice;
 mod drops;
 mod dump;
 mod element;

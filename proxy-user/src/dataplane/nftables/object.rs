@@ -1,21 +1,18 @@
 //! Objects made on demand and shared: chains that pick a backend, and what remembers the choice.
 //!
 //! In: what a service port needs. Out: names, rules. Names say everything about an object, so that a dump can be read
-//! back by name alone: `service-cluster-3-masquerade`, `node-port-local-2/default/web/http/tcp`.
+//! back by name alone: `service-cluster-3-masquerade`, `sticky-local-10800/default/web/http/tcp`.
 
 use std::ops::Range;
 
 use super::{
     drops::NO_LOCAL_ENDPOINTS,
     expr,
-    netlink::Expr,
+    netlink::{Expr, SetSpec},
     ruleset::{self, Map},
     sticky::Sticky,
 };
-use crate::{
-    model::{Family, Protocol},
-    plan::NodePlan,
-};
+use crate::{model::Family, plan::NodePlan};
 
 /// Which table of frontends a chain works for: NodePorts have no address in their key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -55,12 +52,16 @@ pub(super) enum Masquerade {
 /// An object that exists as long as something uses it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Object {
-    /// The map client → backend of a sticky port.
-    Memory { sticky: Sticky, scope: Scope },
-    /// The chain that writes into the memory, with its timeout in seconds.
-    Recorder { sticky: Sticky, scope: Scope, seconds: u32 },
+    /// The map client → number of its backend, of one backend set of a sticky port.
+    Clients { sticky: Sticky, scope: Scope },
+    /// The map slot → number of the backend there.
+    Slots { sticky: Sticky, scope: Scope },
+    /// The chain that believes the one and picks from the other. What it says depends on how many slots there are.
+    Choice { sticky: Sticky, scope: Scope },
+    /// The chain that leads to a choice, masquerading or not; its name says for how long clients are remembered.
+    StickyPicker { sticky: Sticky, scope: Scope, seconds: u32, masquerade: Masquerade },
     /// The chain that sends a flow to one of `count` backends.
-    Picker { space: Space, scope: Scope, count: u32, masquerade: Masquerade, sticky: Option<Sticky> },
+    Picker { space: Space, scope: Scope, count: u32, masquerade: Masquerade },
     /// The chain that leads what comes from outside elsewhere than pods and this host (R6).
     Fork { inside: End, outside: End },
 }
@@ -140,9 +141,13 @@ impl Object {
     /// The name without the port.
     fn words(&self) -> String {
         match self {
-            Self::Memory { scope, .. } => format!("memory-{}", word_of(&SCOPES, scope)),
-            Self::Recorder { scope, seconds, .. } => format!("record-{}-{seconds}", word_of(&SCOPES, scope)),
-            Self::Picker { space, scope, count, masquerade, .. } => format!(
+            Self::Clients { scope, .. } => format!("clients-{}", word_of(&SCOPES, scope)),
+            Self::Slots { scope, .. } => format!("slots-{}", word_of(&SCOPES, scope)),
+            Self::Choice { scope, .. } => format!("choice-{}", word_of(&SCOPES, scope)),
+            Self::StickyPicker { scope, seconds, masquerade, .. } => {
+                format!("sticky-{}-{seconds}{}", word_of(&SCOPES, scope), word_of(&MASQUERADES, masquerade))
+            }
+            Self::Picker { space, scope, count, masquerade } => format!(
                 "{}-{}-{count}{}",
                 word_of(&SPACES, space),
                 word_of(&SCOPES, scope),
@@ -171,25 +176,28 @@ impl Object {
         let scope_of = |text: &str| {
             SCOPES.iter().find_map(|(scope, word)| Some((*scope, text.strip_prefix(word)?.to_owned())))
         };
-        if let Some(rest) = words.strip_prefix("memory-") {
-            let (scope, rest) = scope_of(rest)?;
-            return rest.is_empty().then_some(Self::Memory { sticky: sticky?, scope });
+        let of_port: [(&str, fn(Sticky, Scope) -> Self); 3] = [
+            ("clients-", |sticky, scope| Self::Clients { sticky, scope }),
+            ("slots-", |sticky, scope| Self::Slots { sticky, scope }),
+            ("choice-", |sticky, scope| Self::Choice { sticky, scope }),
+        ];
+        for (prefix, object) in of_port {
+            if let Some((scope, rest)) = words.strip_prefix(prefix).and_then(scope_of) {
+                return rest.is_empty().then_some(object(sticky?, scope));
+            }
         }
-        if let Some(rest) = words.strip_prefix("record-") {
+        if let Some(rest) = words.strip_prefix("sticky-") {
             let (scope, rest) = scope_of(rest)?;
-            let seconds = rest.strip_prefix('-')?.parse().ok()?;
-            return Some(Self::Recorder { sticky: sticky?, scope, seconds });
+            let (seconds, masquerade) = number_and_masquerade(&rest)?;
+            return Some(Self::StickyPicker { sticky: sticky?, scope, seconds, masquerade });
         }
         let (space, rest) = SPACES
             .iter()
             .find_map(|(space, word)| Some((*space, words.strip_prefix(word)?.strip_prefix('-')?)))?;
         let (scope, rest) = scope_of(rest)?;
-        let rest = rest.strip_prefix('-')?;
-        let digits = rest.find(|character: char| !character.is_ascii_digit()).unwrap_or(rest.len());
-        let (count, rest) = rest.split_at(digits);
-        let masquerade = MASQUERADES.iter().find(|(_, word)| *word == rest)?.0;
-        let count = count.parse().ok().filter(|count| *count < Scope::Local.first_slot())?;
-        Some(Self::Picker { space, scope, count, masquerade, sticky })
+        let (count, masquerade) = number_and_masquerade(&rest)?;
+        let is_picker = sticky.is_none() && count < Scope::Local.first_slot();
+        is_picker.then_some(Self::Picker { space, scope, count, masquerade })
     }
 
     /// The chains that this one leads to, which must be there as long as it is.
@@ -201,16 +209,24 @@ impl Object {
         ends.into_iter().flatten()
     }
 
-    /// Everything that must be there as long as it is: its parts, what they remember with, and itself.
+    /// Everything that must be there as long as it is: its parts, what they choose from, and itself.
     pub(super) fn needed(&self) -> Vec<Self> {
         let chains = || self.parts().chain([self]);
-        let memories = chains().filter_map(|object| match object {
-            Self::Recorder { sticky, scope, .. } | Self::Picker { sticky: Some(sticky), scope, .. } => {
-                Some(Self::Memory { sticky: sticky.clone(), scope: *scope })
-            }
-            _ => None,
+        let of_port = chains().flat_map(|object| match object {
+            Self::StickyPicker { sticky, scope, .. } => Self::remembering(sticky, *scope).to_vec(),
+            _ => Vec::new(),
         });
-        memories.chain(chains().cloned()).collect()
+        of_port.chain(chains().cloned()).collect()
+    }
+
+    /// What one backend set of a sticky port remembers its clients with.
+    pub(super) fn remembering(sticky: &Sticky, scope: Scope) -> [Self; 3] {
+        let sticky = || sticky.clone();
+        [
+            Self::Clients { sticky: sticky(), scope },
+            Self::Slots { sticky: sticky(), scope },
+            Self::Choice { sticky: sticky(), scope },
+        ]
     }
 
     /// The slots of a frontend that it and its parts pick from.
@@ -225,99 +241,98 @@ impl Object {
     /// Whether frontends lead to it by a bucket.
     pub(super) fn has_bucket(&self) -> bool {
         match self {
-            Self::Memory { .. } | Self::Recorder { .. } => false,
-            Self::Picker { .. } => true,
-            Self::Fork { .. } => self.parts().all(Self::has_bucket),
+            Self::Clients { .. } | Self::Slots { .. } | Self::Choice { .. } => false,
+            Self::StickyPicker { .. } | Self::Picker { .. } | Self::Fork { .. } => true,
         }
     }
 
     /// The port this object belongs to alone, if it is not shared by all.
     pub(super) fn sticky(&self) -> Option<&Sticky> {
         match self {
-            Self::Memory { sticky, .. } | Self::Recorder { sticky, .. } => Some(sticky),
-            Self::Picker { sticky, .. } => sticky.as_ref(),
+            Self::Clients { sticky, .. }
+            | Self::Slots { sticky, .. }
+            | Self::Choice { sticky, .. }
+            | Self::StickyPicker { sticky, .. } => Some(sticky),
+            Self::Picker { .. } => None,
             Self::Fork { .. } => self.parts().find_map(Self::sticky),
         }
     }
 
-    /// The rules of a chain; a map has none.
+    /// The map that it is, if it is one.
+    pub(super) fn map(&self, family: Family) -> Option<SetSpec> {
+        match self {
+            Self::Clients { .. } => Some(ruleset::clients_spec(&self.name(), self.comment(), family)),
+            Self::Slots { .. } => Some(ruleset::slots_spec(&self.name(), self.comment(), family)),
+            _ => None,
+        }
+    }
+
+    /// The rules of a chain that the node may change. A map has none, and those of a choice follow its slots.
     pub(super) fn rules(&self, family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
         match self {
-            Self::Memory { .. } => Vec::new(),
-            Self::Recorder { sticky, scope, seconds } => {
-                let memory = Self::Memory { sticky: sticky.clone(), scope: *scope }.name();
-                let words = expr::address_words(family);
-                vec![vec![
-                    expr::source_address(family, expr::word(0)),
-                    expr::destination_address(family, expr::word(words)),
-                    expr::destination_port(expr::word(2 * words)),
-                    expr::remember(&memory, expr::word(0), expr::word(words), *seconds),
-                ]]
+            Self::Clients { .. } | Self::Slots { .. } | Self::Choice { .. } => Vec::new(),
+            Self::StickyPicker { sticky, scope, masquerade, .. } => {
+                let choice = Self::Choice { sticky: sticky.clone(), scope: *scope };
+                let mut rules = masquerade.rules(family, node);
+                rules.push(vec![expr::goto(&choice.name())]);
+                rules
             }
-            Self::Picker { .. } => self.picker_rules(family, node),
+            Self::Picker { space, scope, count, masquerade } => {
+                let mut rules = masquerade.rules(family, node);
+                rules.push(pick(family, *space, *scope, *count));
+                rules
+            }
             Self::Fork { inside, outside } => vec![
                 [ruleset::from_outside(family, node), vec![outside.verdict()]].concat(),
                 vec![inside.verdict()],
             ],
         }
     }
+}
 
-    fn picker_rules(&self, family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
-        let Self::Picker { space, scope, count, masquerade, sticky } = self else { return Vec::new() };
+/// `-` and a number, then what masquerading is called.
+fn number_and_masquerade(text: &str) -> Option<(u32, Masquerade)> {
+    let rest = text.strip_prefix('-')?;
+    let digits = rest.find(|character: char| !character.is_ascii_digit()).unwrap_or(rest.len());
+    let (number, rest) = rest.split_at(digits);
+    let masquerade = MASQUERADES.iter().find(|(_, word)| *word == rest)?.0;
+    Some((number.parse().ok()?, masquerade))
+}
+
+impl Masquerade {
+    /// How a picker begins. The bucket number has done its work: the packet leaves with the default priority.
+    fn rules(self, family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
         let mark = ruleset::mark(node.masquerade_mark);
-        // The bucket number has done its work: the packet leaves with the default priority.
         let forget = vec![expr::constant(expr::word(0), &[0; 4]), expr::set_priority(expr::word(0))];
-        let mut rules = match masquerade {
-            Masquerade::Nobody => vec![forget],
-            Masquerade::Everybody => vec![[forget, mark].concat()],
-            Masquerade::Foreign => vec![forget, [ruleset::not_from_pod(family, node), mark].concat()],
-            Masquerade::Host => vec![forget, [expr::source_is_local(true).to_vec(), mark].concat()],
-        };
-        if let Some(sticky) = sticky {
-            let memory = Self::Memory { sticky: sticky.clone(), scope: *scope }.name();
-            // `nft` reads a translation to a port back only behind a match on the protocol.
-            let protocol = Protocol::ALL.into_iter().find(|protocol| {
-                sticky
-                    .text()
-                    .rsplit('/')
-                    .next()
-                    .is_some_and(|name| name.eq_ignore_ascii_case(&protocol.to_string()))
-            });
-            let is_protocol = protocol.map(|protocol| {
-                [expr::protocol(expr::word(0)), expr::compare(expr::word(0), true, &[protocol.number()])]
-            });
-            rules.push(
-                is_protocol
-                    .into_iter()
-                    .flatten()
-                    .chain([
-                        expr::source_address(family, expr::word(0)),
-                        expr::map(expr::word(0), &memory, expr::word(0)),
-                        expr::dnat(family),
-                    ])
-                    .collect(),
-            );
+        match self {
+            Self::Nobody => vec![forget],
+            Self::Everybody => vec![[forget, mark].concat()],
+            Self::Foreign => vec![forget, [ruleset::not_from_pod(family, node), mark].concat()],
+            Self::Host => vec![forget, [expr::source_is_local(true).to_vec(), mark].concat()],
         }
-        let (key, words, backends) = match space {
-            Space::Service => {
-                (ruleset::load_frontend(family), expr::address_words(family) + 2, Map::Backends)
-            }
-            Space::NodePort => (ruleset::load_node_port(), 2, Map::NodePortBackends),
-        };
-        let pick = vec![
-            expr::random(*count, scope.first_slot(), expr::word(words)),
-            expr::map(expr::word(0), backends.name(), expr::word(0)),
-            expr::dnat(family),
-        ];
-        rules.push([key, pick].concat());
-        rules
     }
+}
+
+fn pick(family: Family, space: Space, scope: Scope, count: u32) -> Vec<Expr> {
+    let (key, words, backends) = match space {
+        Space::Service => (ruleset::load_frontend(family), expr::address_words(family) + 2, Map::Backends),
+        Space::NodePort => (ruleset::load_node_port(), 2, Map::NodePortBackends),
+    };
+    let pick = vec![
+        expr::random(count, scope.first_slot(), expr::word(words)),
+        expr::map(expr::word(0), backends.name(), expr::word(0)),
+        expr::dnat(family),
+    ];
+    [key, pick].concat()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{model::ObjectName, plan::PortId};
+    use crate::{
+        model::{ObjectName, Protocol},
+        plan::PortId,
+    };
 
     fn sticky(namespace: &str, service: &str, port: &str) -> Sticky {
         let (service, port) = (ObjectName::new(namespace, service), port.into());
@@ -328,13 +343,14 @@ mod tests {
     fn objects(sticky: &Sticky, number: u32) -> Vec<Object> {
         let mut objects = Vec::new();
         for (scope, _) in SCOPES {
-            objects.push(Object::Memory { sticky: sticky.clone(), scope });
-            objects.push(Object::Recorder { sticky: sticky.clone(), scope, seconds: number });
-            for (space, _) in SPACES {
-                for (masquerade, _) in MASQUERADES {
-                    for sticky in [None, Some(sticky.clone())] {
-                        objects.push(Object::Picker { space, scope, count: number, masquerade, sticky });
-                    }
+            let sticky = || sticky.clone();
+            objects.push(Object::Clients { sticky: sticky(), scope });
+            objects.push(Object::Slots { sticky: sticky(), scope });
+            objects.push(Object::Choice { sticky: sticky(), scope });
+            for (masquerade, _) in MASQUERADES {
+                objects.push(Object::StickyPicker { sticky: sticky(), scope, seconds: number, masquerade });
+                for (space, _) in SPACES {
+                    objects.push(Object::Picker { space, scope, count: number, masquerade });
                 }
             }
         }

@@ -10,13 +10,14 @@ use nftnl::{ChainType, Hook, nftnl_sys::libc};
 
 use super::{
     answered::{left_alone, untracked_rules},
+    choice,
     drops::{self, Reason},
     expr,
     netlink::{ChainSpec, Expr, SetSpec, ValueKind},
     object::Object,
 };
 use crate::{
-    model::{Family, Protocol},
+    model::Family,
     plan::{LocalTraffic, NodePlan, NodePortAddresses},
 };
 
@@ -52,10 +53,10 @@ pub(super) enum Map {
     Guarded,
     /// The sources they let in.
     AllowedSources,
-    /// Frontend → the chain that remembers the choice (A1 to A5).
-    Affinity,
-    /// NodePort → the chain that remembers the choice.
-    NodePortAffinity,
+    /// Number → the backend that a sticky port knows by it. It goes with the backend, and so does every memory of it (A5).
+    Numbered,
+    /// The one element says up to which number they may have been given to backends.
+    NumbersGiven,
     /// Frontends left alone while their address is this host's own: a process here answers.
     Answered,
 }
@@ -74,8 +75,8 @@ impl Map {
         Self::Hairpin,
         Self::Guarded,
         Self::AllowedSources,
-        Self::Affinity,
-        Self::NodePortAffinity,
+        Self::Numbered,
+        Self::NumbersGiven,
         Self::Answered,
     ];
 
@@ -93,8 +94,8 @@ impl Map {
             Self::Hairpin => "hairpin",
             Self::Guarded => "guarded",
             Self::AllowedSources => "allowed-sources",
-            Self::Affinity => "affinity",
-            Self::NodePortAffinity => "node-port-affinity",
+            Self::Numbered => "numbered",
+            Self::NumbersGiven => "numbers-given",
             Self::Answered => "answered-here",
         }
     }
@@ -102,6 +103,11 @@ impl Map {
     /// Whether it holds an element for each endpoint of each frontend.
     pub(super) const fn holds_slots(self) -> bool {
         matches!(self, Self::Backends | Self::NodePortBackends)
+    }
+
+    /// Whether adoption reads it whole. Of what has an element for each endpoint only single elements are asked for.
+    pub(super) const fn is_adopted_whole(self) -> bool {
+        !self.holds_slots() && !matches!(self, Self::Numbered)
     }
 
     /// Where the slots of these frontends are.
@@ -121,13 +127,16 @@ impl Map {
             | Self::Refused
             | Self::Guarded
             | Self::AllowedSources
-            | Self::Affinity
             | Self::Hairpin
             | Self::Answered => Some(expr::address_len(family) as usize + SERVICE),
-            Self::NodePorts | Self::RefusedNodePorts | Self::NodePortAffinity => Some(SERVICE),
-            Self::Buckets | Self::Backends | Self::NodePortBackends | Self::ClusterIps | Self::NodeIps => {
-                None
-            }
+            Self::NodePorts | Self::RefusedNodePorts => Some(SERVICE),
+            Self::Buckets
+            | Self::Backends
+            | Self::NodePortBackends
+            | Self::ClusterIps
+            | Self::NodeIps
+            | Self::Numbered
+            | Self::NumbersGiven => None,
         }
     }
 
@@ -145,8 +154,8 @@ impl Map {
             Self::AllowedSources => {
                 (&[Part::Address, Part::Protocol, Part::Port, Part::Address], ValueKind::None)
             }
-            Self::Affinity => (&FRONTEND, ValueKind::Verdict),
-            Self::NodePortAffinity => (&NODE_PORT, ValueKind::Verdict),
+            Self::Numbered => (&[Part::Bucket], endpoint(family)),
+            Self::NumbersGiven => (&[Part::Bucket], BUCKET),
         };
         let mut spec = set_spec(self.name(), family, key, value);
         if self == Self::AllowedSources {
@@ -158,7 +167,8 @@ impl Map {
             Self::Backends | Self::NodePortBackends => {
                 spec.userdata = userdata::slots(family, self == Self::Backends);
             }
-            Self::Buckets => spec.userdata = userdata::host_order(true, false),
+            Self::Buckets | Self::Numbered => spec.userdata = userdata::host_order(true, false),
+            Self::NumbersGiven => spec.userdata = userdata::host_order(true, true),
             _ if value == BUCKET => spec.userdata = userdata::host_order(false, true),
             _ => {}
         }
@@ -226,12 +236,21 @@ fn set_spec(name: &str, family: Family, key: &[Part], value: ValueKind) -> SetSp
 /// Clients remembered for one service port, at most. Beyond it new clients are served but not remembered.
 const MOST_REMEMBERED: u32 = 1 << 20;
 
-/// The map of one service port's remembered clients: client → backend.
-pub(super) fn memory_spec(name: &str, comment: Option<&str>, family: Family) -> SetSpec {
-    let mut spec = set_spec(name, family, &[Part::Address], endpoint(family));
-    spec.userdata = comment.map(userdata::comment_of_set).unwrap_or_default();
+/// The map of one service port's remembered clients: client → number.
+pub(super) fn clients_spec(name: &str, comment: Option<&str>, family: Family) -> SetSpec {
+    let mut spec = set_spec(name, family, &[Part::Address], BUCKET);
+    spec.userdata =
+        [userdata::host_order(false, true), comment.map(userdata::comment_of_set).unwrap_or_default()]
+            .concat();
     spec.flags = libc::NFT_SET_TIMEOUT as u32 | libc::NFT_SET_EVAL as u32;
     spec.size = MOST_REMEMBERED;
+    spec
+}
+
+/// The map of one service port's slots: slot → number.
+pub(super) fn slots_spec(name: &str, comment: Option<&str>, family: Family) -> SetSpec {
+    let mut spec = set_spec(name, family, &[Part::Slot], BUCKET);
+    spec.userdata = [userdata::numbers(), comment.map(userdata::comment_of_set).unwrap_or_default()].concat();
     spec
 }
 
@@ -283,19 +302,31 @@ pub(super) mod userdata {
         [number(0, key.into()), number(1, value.into()), number(6, 0)].concat()
     }
 
+    const META: u32 = 9;
+
+    /// Which random number is drawn does not matter.
+    fn slot() -> Vec<u8> {
+        const NUMGEN: u32 = 23;
+        expression(NUMGEN, &[number(0, 1), number(1, 2), number(2, 0)])
+    }
+
+    /// `typeof numgen random mod 2 : meta priority`.
+    pub(super) fn numbers() -> Vec<u8> {
+        const META_PRIORITY: u32 = 2;
+        let priority = expression(META, &[number(0, META_PRIORITY)]);
+        [number(0, 1), number(1, 1), field(3, &slot()), field(4, &priority), number(6, 0)].concat()
+    }
+
     /// `typeof [ip daddr .] meta l4proto . th dport . numgen random mod 2 : ip daddr . th dport`.
     pub(super) fn slots(family: Family, with_address: bool) -> Vec<u8> {
-        const META: u32 = 9;
         const META_L4PROTO: u32 = 16;
-        const NUMGEN: u32 = 23;
         let address = match family {
             Family::V4 => payload(12, 12),
             Family::V6 => payload(13, 9),
         };
         let port = payload(11, 2);
         let protocol = expression(META, &[number(0, META_L4PROTO)]);
-        let slot = expression(NUMGEN, &[number(0, 1), number(1, 2), number(2, 0)]);
-        let key = [vec![protocol, port.clone(), slot]].concat();
+        let key = [vec![protocol, port.clone(), slot()]].concat();
         let key = if with_address { [vec![address.clone()], key].concat() } else { key };
         [
             number(0, 0),
@@ -405,8 +436,6 @@ fn to_bucket(map: Map) -> Vec<Expr> {
 /// What some Service needs besides what every node has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Needs {
-    /// Choices are remembered (A3).
-    pub(super) affinity: bool,
     /// Sources are let in or not (F7).
     pub(super) guards: bool,
 }
@@ -417,6 +446,7 @@ pub(super) fn static_chains(family: Family, node: &NodePlan, needs: Needs) -> Ve
     let filter = ChainType::Filter;
     let mut chains = vec![
         drops::no_local_endpoints(),
+        choice::to_numbered(family),
         base("nat-prerouting", ChainType::Nat, PreRouting, -100, dispatch_rules(family, node, true)),
         base("nat-output", ChainType::Nat, Out, -100, dispatch_rules(family, node, false)),
         base("filter-input", filter, In, 0, input_rules(family, node)),
@@ -428,14 +458,6 @@ pub(super) fn static_chains(family: Family, node: &NodePlan, needs: Needs) -> Ve
         let [coming_in, going_out] = GUARD;
         chains.push(base(coming_in, filter, PreRouting, -110, vec![guard_rule(family)]));
         chains.push(base(going_out, filter, Out, -110, vec![guard_rule(family)]));
-    }
-    if needs.affinity {
-        let [coming_in, going_out, all] = REMEMBER;
-        let spec = ChainSpec::regular(all);
-        chains.push(StaticChain { spec, rules: remember_rules(family) });
-        let rule = [expr::new_flow().to_vec(), expr::translated().to_vec(), vec![expr::jump(all)]].concat();
-        chains.push(base(coming_in, filter, PreRouting, -99, vec![rule.clone()]));
-        chains.push(base(going_out, filter, Out, -99, vec![rule]));
     }
     if node.answers_names {
         let [coming_in, going_out] = ANSWERED;
@@ -455,12 +477,10 @@ fn base(name: &str, kind: ChainType, hook: Hook, priority: i32, rules: Vec<Vec<E
 const ANSWERED: [&str; 2] = ["answered-prerouting", "answered-output"];
 /// The chains that are there only while some Service lets only some sources in.
 pub(super) const GUARD: [&str; 2] = ["guard-prerouting", "guard-output"];
-/// The chains that are there only while some Service has session affinity; the last is what the others lead to.
-pub(super) const REMEMBER: [&str; 3] = ["remember-prerouting", "remember-output", "remember"];
 
 /// Every chain that may be there or not. Those that lead to others come first, as they have to when they go.
 pub(super) fn optional_chains() -> impl Iterator<Item = &'static str> {
-    ANSWERED.into_iter().chain(GUARD).chain(REMEMBER)
+    ANSWERED.into_iter().chain(GUARD)
 }
 
 /// Every name that a chain may have which is there whatever Services there are, or because of some.
@@ -479,16 +499,13 @@ pub(super) fn is_static(name: &str) -> bool {
 
 /// Whether a chain of this name is one that others lead to, and no base chain.
 pub(super) fn is_led_to(name: &str) -> bool {
-    name == drops::NO_LOCAL_ENDPOINTS || name == REMEMBER[2] || Object::parse(name).is_some()
+    name == drops::NO_LOCAL_ENDPOINTS || name == choice::TO_NUMBERED || Object::parse(name).is_some()
 }
 
 /// The set or map of this name, if it is one of ours.
 pub(super) fn set_of(name: &str, family: Family) -> Option<SetSpec> {
     let map = Map::ALL.into_iter().find(|map| map.name() == name);
-    map.map(|map| map.spec(family)).or_else(|| match Object::parse(name)? {
-        memory @ Object::Memory { .. } => Some(memory_spec(name, memory.comment(), family)),
-        _ => None,
-    })
+    map.map(|map| map.spec(family)).or_else(|| Object::parse(name)?.map(family))
 }
 
 /// Matches what comes from neither a pod nor this host.
@@ -567,7 +584,7 @@ fn refuse_rules(family: Family, node: &NodePlan, exception: Option<Vec<Expr>>) -
         ];
         [in_network, Reason::UnallocatedAddress.drop()].concat()
     });
-    let mut rules = vec![only_new_flows()];
+    let mut rules = vec![only_new_flows(), choice::number_is_left_behind()];
     rules.extend(exception);
     rules.extend([refused(family), unknown_port(family)].into_iter().chain(unallocated));
     rules
@@ -607,30 +624,4 @@ fn masquerade_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
         ],
     ];
     vec![marked, hairpin.concat()]
-}
-
-/// A3: once for each new flow, after translation, when the chosen backend is the packet's destination. `nft` prints
-/// `ct original proto-dst` only behind a match on the protocol.
-fn remember_rules(family: Family) -> Vec<Vec<Expr>> {
-    let words = expr::address_words(family);
-    let mut rules = Vec::new();
-    for protocol in Protocol::ALL {
-        let is_protocol =
-            vec![expr::protocol(expr::word(0)), expr::compare(expr::word(0), true, &[protocol.number()])];
-        let frontend = vec![
-            expr::original_address(family, expr::word(0)),
-            expr::protocol(expr::word(words)),
-            expr::original_port(expr::word(words + 1)),
-        ];
-        let node_port = vec![
-            expr::original_address(family, expr::word(0)),
-            expr::in_set(expr::word(0), Map::NodeIps.name()),
-            expr::protocol(expr::word(0)),
-            expr::original_port(expr::word(1)),
-        ];
-        let by = |map: Map| vec![expr::map(expr::word(0), map.name(), expr::VERDICT)];
-        rules.push([is_protocol.clone(), frontend, by(Map::Affinity)].concat());
-        rules.push([is_protocol, node_port, by(Map::NodePortAffinity)].concat());
-    }
-    rules
 }

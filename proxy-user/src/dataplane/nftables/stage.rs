@@ -73,8 +73,8 @@ impl<'a> Stage<'a> {
             }
         }
         for (plan, change) in [(&port.after, 1), (&port.before, -1)] {
-            for memory in plan.as_deref().into_iter().flat_map(memories) {
-                *self.uses.entry(memory).or_default() += change;
+            for object in plan.as_deref().into_iter().flat_map(remembering) {
+                *self.uses.entry(object).or_default() += change;
             }
         }
         self.ports.push(port);
@@ -99,7 +99,6 @@ impl<'a> Stage<'a> {
             Leads::Verdict(Verdict::Drop) => (bucket_value(DROP_BUCKET), None),
             Leads::Verdict(Verdict::Pass) => (bucket_value(PASS_BUCKET), None),
             Leads::Bucket(object) => (Value::None, Some(object)),
-            Leads::Chain(object) => (Value::Goto(object.name()), Some(object)),
         };
         if let Some(object) = &object {
             self.use_object(object, 1);
@@ -115,7 +114,7 @@ impl<'a> Stage<'a> {
             *self.hairpins.entry(item.key).or_default() -= 1;
             return;
         }
-        if let Leads::Bucket(object) | Leads::Chain(object) = &item.leads {
+        if let Leads::Bucket(object) = &item.leads {
             self.use_object(object, -1);
         }
         self.guarded -= i64::from(item.map == Map::Guarded);
@@ -128,18 +127,13 @@ fn key(item: &Item) -> ItemKey {
     (item.map, item.key.clone(), item.key_end.clone())
 }
 
-/// The memories a port needs, one for each of its backend sets that has members.
-pub(super) fn memories(port: &PortPlan) -> Vec<Object> {
-    use super::object::Scope::{Cluster, Local};
+/// What a sticky port remembers its clients with.
+pub(super) fn remembering(port: &PortPlan) -> Vec<Object> {
     if port.affinity.is_none() {
         return Vec::new();
     }
     let sticky = Sticky::of(&port.id);
-    [(Cluster, &port.cluster), (Local, &port.local)]
-        .into_iter()
-        .filter(|(_, backends)| !backends.is_empty())
-        .map(|(scope, _)| Object::Memory { sticky: sticky.clone(), scope })
-        .collect()
+    element::remembered_sets(port).flat_map(|scope| Object::remembering(&sticky, scope)).collect()
 }
 
 pub(super) fn bucket_value(bucket: u32) -> Value {

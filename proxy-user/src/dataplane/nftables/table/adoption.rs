@@ -5,7 +5,7 @@
 
 use std::io;
 
-use super::{FxHashSet, Live, Slots, Table, chunks};
+use super::{FxHashSet, Live, Numbers, Slots, Table, chunks};
 use crate::{
     dataplane::nftables::{
         adopt::Found,
@@ -51,9 +51,9 @@ impl Table {
     ) -> io::Result<bool> {
         let found = Found::outlines(netlink, &self.raw, self.family)?;
         let fixed = node.map(|node| ruleset::static_chains(self.family, node, self.needs));
-        let is_there = |object: &Object| match object {
-            Object::Memory { .. } => found.sets.contains(&object.name()),
-            _ => found.chains.contains(&object.name()),
+        let is_there = |object: &Object| {
+            let names = if object.map(self.family).is_some() { &found.sets } else { &found.chains };
+            names.contains(&object.name())
         };
         let is_hooked = |spec: &ChainSpec| found.chains.contains(&spec.name) && found.is_hooked_as(spec);
         Ok(found.fits
@@ -97,6 +97,7 @@ impl Table {
         let Some(mut found) = self.found.take() else { return Ok(()) };
         self.kept = found.keep(refused);
         found.leave_slots_of_the_rest();
+        let numbers = self.numbers_left_over(netlink, &found)?;
         let mut leftovers = std::mem::take(&mut found.elements);
         for (map, elements) in &mut leftovers {
             if *map == Map::Buckets {
@@ -107,7 +108,9 @@ impl Table {
                 elements.retain(|_, value| matches!(value, Value::Goto(name) if !known(name)));
             }
         }
-        for (map, elements) in leftovers.into_iter().filter(|(map, _)| *map != Map::NodeIps) {
+        for (map, elements) in
+            leftovers.into_iter().filter(|(map, _)| !matches!(map, Map::NodeIps | Map::NumbersGiven))
+        {
             let mut gone = Vec::new();
             for ((key, key_end), _) in elements {
                 // A slot is only known to be reached; somebody may have taken it away.
@@ -123,6 +126,11 @@ impl Table {
         }
         // Rules of others may lead to chains that are to go.
         self.remove_unknown(netlink, &found);
+        for (gone, _) in chunks(&numbers, &[]) {
+            let mut transaction = Transaction::new(&self.raw);
+            transaction.delete_elements(Map::Numbered.name(), gone);
+            netlink.commit(&transaction.finish())?;
+        }
         let needs = self.needs_after(&Stage::default());
         if needs != self.needs {
             let mut transaction = Transaction::new(&self.raw);

@@ -11,25 +11,28 @@ use std::{
 use rustc_hash::FxBuildHasher;
 
 mod adoption;
+mod affinity;
 mod node;
 mod refusal;
 
 use refusal::Refused;
 
+pub(super) use affinity::given_by;
+use affinity::{Numbers, Steps};
+
 use super::{
     Knowledge,
     adopt::Found,
-    element,
     netlink::{Bytes, ChainSpec, Element, Transaction, Value, c_string},
     object::Object,
     ruleset::{self, Map, Needs, address_bytes, userdata},
     socket::Netlink,
-    stage::{FIRST_BUCKET, ItemKey, PASS_BUCKET, Stage, bucket_value, memories},
+    stage::{FIRST_BUCKET, ItemKey, PASS_BUCKET, Stage, bucket_value},
     vacated::Vacated,
 };
 use crate::{
     model::Family,
-    plan::{ClusterIpDelta, Delta, NodePlan, PortDelta, PortId, PortPlan},
+    plan::{ClusterIpDelta, Delta, NodePlan, PortDelta, PortId},
 };
 
 pub(super) type FxHashMap<K, V> = HashMap<K, V, FxBuildHasher>;
@@ -77,6 +80,8 @@ pub(super) struct Table {
     idle: VecDeque<Object>,
     /// Objects without a use that could not be removed yet.
     trash: Vec<Object>,
+    /// The numbers of sticky ports' backends.
+    numbers: Numbers,
     /// What the chains were last written for.
     written_for: Option<NodePlan>,
     /// What the set of this node's addresses holds.
@@ -121,6 +126,7 @@ impl Table {
             vacated: Vacated::default(),
             idle: VecDeque::new(),
             trash: Vec::new(),
+            numbers: Numbers::default(),
             written_for: None,
             node_ips: Vec::new(),
             found: None,
@@ -142,7 +148,8 @@ impl Table {
                 .values()
                 .max()
                 .map_or(FIRST_BUCKET, |most| (most + 1).max(FIRST_BUCKET)),
-            needs: Needs { affinity: any(&ruleset::REMEMBER), guards: any(&ruleset::GUARD) },
+            needs: Needs { guards: any(&ruleset::GUARD) },
+            numbers: Numbers::after(&found),
             node_refusals: self.node_refusals,
             knowledge: self.knowledge,
             read_at: self.read_at,
@@ -265,18 +272,15 @@ impl Table {
 
     /// Sends a transaction and, once the kernel has taken it, remembers what it changed.
     fn commit(&mut self, netlink: &mut Netlink, stage: &Stage<'_>, node: &NodePlan) -> io::Result<()> {
-        let outdated = self.outdated(&stage.ports);
-        for (memory, stay) in &outdated {
-            self.forget_clients(netlink, memory, stay)?;
-        }
+        let numbers = self.number_steps(netlink, stage)?;
         let needs = self.needs_after(stage);
-        let (made, taken) = match self.send(netlink, stage, node, needs, &Slots::default()) {
+        let (made, taken) = match self.send(netlink, stage, &numbers, node, needs, &Slots::default()) {
             Err(error) if matches!(error.raw_os_error(), Some(libc::EEXIST | libc::EBUSY)) => {
                 let others = self.others(netlink, stage)?;
                 if others.is_empty() {
                     return Err(error);
                 }
-                self.send(netlink, stage, node, needs, &others)?
+                self.send(netlink, stage, &numbers, node, needs, &others)?
             }
             result => result?,
         };
@@ -294,10 +298,8 @@ impl Table {
         for (map, key, end) in taken {
             held.take(map, &key, end.as_ref());
         }
+        self.remember_numbers(numbers);
         self.remember_uses(stage, made);
-        for (memory, stay) in &outdated {
-            self.forget_clients(netlink, memory, stay)?;
-        }
         Ok(())
     }
 
@@ -307,12 +309,13 @@ impl Table {
         &self,
         netlink: &mut Netlink,
         stage: &Stage<'_>,
+        numbers: &Steps,
         node: &NodePlan,
         needs: Needs,
         others: &Slots,
     ) -> io::Result<(FxHashMap<Object, u32>, Vec<ItemKey>)> {
         let mut transaction = Transaction::new(&self.raw);
-        let written = self.write(&mut transaction, stage, node, needs, others);
+        let written = self.write(&mut transaction, stage, numbers, node, needs, others);
         netlink.commit(&transaction.finish())?;
         Ok(written)
     }
@@ -321,11 +324,13 @@ impl Table {
         &self,
         transaction: &mut Transaction<'_>,
         stage: &Stage<'_>,
+        numbers: &Steps,
         node: &NodePlan,
         needs: Needs,
         others: &Slots,
     ) -> (FxHashMap<Object, u32>, Vec<ItemKey>) {
         let made = self.make_objects(transaction, stage, node);
+        self.write_numbers(transaction, numbers);
         let taken = self.write_elements(transaction, stage, &made, others);
         self.follow_needs(transaction, node, needs);
         (made, taken)
@@ -338,27 +343,10 @@ impl Table {
 
     /// What is needed once `stage` is in force. What was found stays until everything has been asked for.
     fn needs_after(&self, stage: &Stage<'_>) -> Needs {
-        let uses = |object: &Object| {
-            self.objects.get(object).map_or(0, |live| live.uses as i64)
-                + stage.uses.get(object).copied().unwrap_or(0)
-        };
-        let recorder = |object: &&Object| matches!(object, Object::Recorder { .. });
         let adopting = self.found.is_some();
         let kept = |map| self.kept.elements.get(&map).is_some_and(|elements| !elements.is_empty());
-        Needs {
-            affinity: adopting && self.needs.affinity
-                || kept(Map::Affinity)
-                || kept(Map::NodePortAffinity)
-                || self
-                    .objects
-                    .keys()
-                    .chain(stage.uses.keys())
-                    .filter(recorder)
-                    .any(|object| uses(object) > 0),
-            guards: adopting && self.needs.guards
-                || kept(Map::Guarded)
-                || self.guarded.saturating_add_signed(stage.guarded) > 0,
-        }
+        let guarded = self.guarded.saturating_add_signed(stage.guarded) > 0;
+        Needs { guards: guarded || kept(Map::Guarded) || adopting && self.needs.guards }
     }
 
     /// Writes the objects that `stage` is the first to use; answers with their bucket numbers.
@@ -368,7 +356,7 @@ impl Table {
         stage: &Stage<'_>,
         node: &NodePlan,
     ) -> FxHashMap<Object, u32> {
-        // Sorted: memories come before the chains that name them.
+        // Sorted: maps come before the chains that name them, and chains before those that lead to them.
         let mut wanted: Vec<_> = stage.uses.iter().filter(|(_, change)| **change > 0).collect();
         wanted.sort_unstable();
         let mut made = FxHashMap::default();
@@ -380,9 +368,9 @@ impl Table {
             }
             let name = object.name();
             let held = self.held();
-            if let Object::Memory { .. } = object {
+            if let Some(spec) = object.map(self.family) {
                 if !held.sets.contains(&name) {
-                    transaction.add_set(&ruleset::memory_spec(&name, object.comment(), self.family));
+                    transaction.add_set(&spec);
                 }
                 made.insert(object.clone(), 0);
                 continue;
@@ -560,7 +548,7 @@ impl Table {
     fn delete_object(&self, netlink: &mut Netlink, object: &Object) -> io::Result<()> {
         let name = object.name();
         let mut transaction = Transaction::new(&self.raw);
-        if let Object::Memory { .. } = object {
+        if object.map(self.family).is_some() {
             transaction.delete_set(&name);
         } else {
             if let Some(Live { bucket: bucket @ FIRST_BUCKET.., .. }) = self.objects.get(object) {
@@ -572,66 +560,17 @@ impl Table {
         }
         netlink.commit(&transaction.finish())
     }
-
-    /// Each memory whose set backends leave, with those that stay. Which left while no agent ran nobody knows.
-    fn outdated(&self, ports: &[&PortDelta]) -> Vec<(Object, FxHashSet<Bytes>)> {
-        let found = |memory: &Object| self.held().sets.contains(&memory.name());
-        let mut outdated = Vec::new();
-        for port in ports {
-            let Some(after) = &port.after else { continue };
-            for memory in memories(port.before.as_ref().unwrap_or(after)) {
-                let Object::Memory { scope, .. } = &memory else { continue };
-                let values = |plan: &PortPlan| -> FxHashSet<Bytes> {
-                    element::backends(plan, *scope).iter().map(element::backend_value).collect()
-                };
-                let stay = values(after);
-                let some_left = match &port.before {
-                    Some(before) => !values(before).is_subset(&stay),
-                    None => found(&memory),
-                };
-                if some_left {
-                    outdated.push((memory, stay));
-                }
-            }
-        }
-        outdated
-    }
-
-    /// Lets clients forget all backends but those that stay (A5). Clients come and go by themselves meanwhile, so an
-    /// entry that is gone when its turn comes only means to look again.
-    fn forget_clients(
-        &self,
-        netlink: &mut Netlink,
-        memory: &Object,
-        stay: &FxHashSet<Bytes>,
-    ) -> io::Result<()> {
-        const TRIES: usize = 5;
-        let name = memory.name();
-        for attempt in 1.. {
-            let mut clients = Found::elements(netlink, &self.raw, &name)?;
-            clients.retain(|client| matches!(&client.value, Value::Data(value) if !stay.contains(value)));
-            if clients.is_empty() {
-                return Ok(());
-            }
-            let mut transaction = Transaction::new(&self.raw);
-            transaction.delete_elements(&name, &clients);
-            match netlink.commit(&transaction.finish()) {
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) && attempt < TRIES => {}
-                result => return result,
-            }
-        }
-        Ok(())
-    }
 }
 
-/// Empties a chain and writes its rules.
+/// Empties a chain and writes its rules, if the node has a say in them.
 fn rewrite(transaction: &mut Transaction<'_>, object: &Object, family: Family, node: &NodePlan) {
-    if let Object::Memory { .. } = object {
+    let rules = object.rules(family, node);
+    if rules.is_empty() {
         return;
     }
     let name = object.name();
     transaction.flush_chain(&name);
-    for rule in object.rules(family, node) {
+    for rule in rules {
         transaction.add_rule(&name, &rule);
     }
 }

@@ -4,7 +4,11 @@
 
 use std::io;
 
-use super::{Table, bucket_element, member, rewrite};
+use super::{
+    Table,
+    affinity::{given, given_by},
+    bucket_element, member, rewrite,
+};
 use crate::{
     dataplane::nftables::{
         adopt::Found,
@@ -122,6 +126,9 @@ impl Table {
                 transaction.add_set(&map.spec(self.family));
             }
         }
+        if self.found.as_ref().is_some_and(|found| given_by(found).is_none()) {
+            transaction.add_elements(Map::NumbersGiven.name(), &[given(0)]);
+        }
         for counter in Reason::ALL.map(Reason::name) {
             if self.found.as_ref().is_some_and(|found| !found.counters.contains(counter)) {
                 transaction.add_counter(counter);
@@ -149,6 +156,8 @@ impl Table {
         if let Some(found) = &mut self.found {
             found.chains.retain(|name| !left.contains(&name.as_str()) && !moved.contains(&name.as_str()));
             found.counters.extend(Reason::ALL.map(|reason| reason.name().to_owned()));
+            let Element { key, value, .. } = given(0);
+            found.elements.entry(Map::NumbersGiven).or_default().entry((key, None)).or_insert(value);
         }
         Ok(())
     }
@@ -228,10 +237,9 @@ impl Table {
 
     /// The kernel's set of this node's addresses, the one thing here that depends on them.
     fn apply_node_ips(&mut self, netlink: &mut Netlink, node: &NodePlan) -> io::Result<()> {
-        use crate::plan::NodePortAddresses::{AnyLocal, Only};
         let addresses = match node.node_port_addresses.get(self.family) {
-            AnyLocal => &node.host_addresses,
-            Only(addresses) => addresses,
+            NodePortAddresses::AnyLocal => &[][..],
+            NodePortAddresses::Only(addresses) => addresses,
         };
         let wanted = addresses.iter().filter(|address| Family::of(**address) == self.family);
         let wanted: Vec<_> = wanted.map(|address| member(Bytes::from_vec(address_bytes(*address)))).collect();

@@ -13,7 +13,7 @@ use crate::{
         netlink::{About, Transaction},
         object::Object,
         socket::Netlink,
-        stage::{Stage, memories},
+        stage::{Stage, remembering},
     },
     plan::{NodePlan, PortDelta, PortId, PortPlan},
 };
@@ -133,7 +133,8 @@ impl Table {
             _ => Slots::default(),
         };
         let mut transaction = Transaction::on_trial(&self.raw);
-        self.write(&mut transaction, &stage, node, self.needs_after(&stage), &others);
+        let numbers = self.number_steps(netlink, &stage)?;
+        self.write(&mut transaction, &stage, &numbers, node, self.needs_after(&stage), &others);
         let (batch, about) = transaction.finish_trial();
         let mut problems: HashMap<About, String> = HashMap::new();
         for (index, (place, error)) in netlink.try_out(&batch)?.into_iter().enumerate() {
@@ -176,10 +177,10 @@ fn keys(plan: &PortPlan) -> Vec<About> {
 
 fn objects(plan: &PortPlan) -> Vec<About> {
     let led_to = items(plan).into_iter().flat_map(|item| match item.leads {
-        Leads::Bucket(object) | Leads::Chain(object) => object.needed(),
+        Leads::Bucket(object) => object.needed(),
         Leads::Nowhere | Leads::To(_) | Leads::Verdict(_) => Vec::new(),
     });
-    let mut objects: Vec<Object> = led_to.chain(memories(plan)).collect();
+    let mut objects: Vec<Object> = led_to.chain(remembering(plan)).collect();
     objects.sort_unstable();
     objects.dedup();
     objects.into_iter().map(|object| About::Object(object.name())).collect()
