@@ -29,6 +29,7 @@ mod outage;
 mod refusals;
 mod shapes;
 mod slots;
+mod sources;
 
 /// Runs `test` in a network namespace of its own, which goes with the thread.
 fn in_namespace(test: impl FnOnce() + Send + 'static) {

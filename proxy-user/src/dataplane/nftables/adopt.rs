@@ -92,7 +92,7 @@ impl Found {
         }
         // Which numbers clients may remember is not known then.
         found.fits &= !found.sets.contains(Map::Numbered.name()) || super::table::given_by(&found).is_some();
-        let buckets = found.elements.get(&Map::Buckets).into_iter().flatten();
+        let buckets = Map::BUCKETS.iter().filter_map(|map| found.elements.get(map)).flatten();
         found.buckets = buckets.filter_map(|((key, _), value)| bucket(key, value)).collect();
         let buckets = found.elements.get(&Map::Buckets).into_iter().flatten();
         found.reach = buckets.filter_map(|((key, _), value)| Some((key.clone(), reach(value)?))).collect();
@@ -153,9 +153,10 @@ impl Found {
         kept.sets = self.sets.extract_if(is_needed).collect();
         kept.chains = self.chains.extract_if(is_needed).collect();
         kept.buckets = self.buckets.extract_if(|name, _| needed.contains(name)).collect();
-        if let Some(buckets) = self.elements.get_mut(&Map::Buckets) {
+        for map in Map::BUCKETS {
+            let Some(buckets) = self.elements.get_mut(&map) else { continue };
             let is_needed = |_: &(Bytes, Option<Bytes>), value: &mut Value| matches!(value, Value::Goto(name) if needed.contains(name));
-            kept.elements.insert(Map::Buckets, buckets.extract_if(is_needed).collect());
+            kept.elements.insert(map, buckets.extract_if(is_needed).collect());
         }
         kept.reach = self.reach.clone();
         kept
@@ -169,7 +170,7 @@ impl Found {
     }
 
     fn chains_by_bucket(&self) -> HashMap<Bytes, String> {
-        let buckets = self.elements.get(&Map::Buckets).into_iter().flatten();
+        let buckets = Map::BUCKETS.iter().filter_map(|map| self.elements.get(map)).flatten();
         let chains = buckets.filter_map(|((key, _), value)| match value {
             Value::Goto(name) => Some((key.clone(), name.clone())),
             _ => None,

@@ -12,6 +12,7 @@ use super::{
     object::{End, Masquerade, Object, Scope},
     ruleset::Map,
     socket::Netlink,
+    sources::range_of,
     sticky::Sticky,
     table::Table,
 };
@@ -39,7 +40,9 @@ pub(super) fn read(
     let mut found = Found::read(netlink, &table.raw, table.family)?;
     found.read_slots(netlink, &table.raw)?;
     let numbers = numbers(netlink, table, &found)?;
-    let reader = Reader { family: table.family, pods_are_told, buckets: buckets(&found), numbers, found };
+    let sources = sources(netlink, table, &found)?;
+    let reader =
+        Reader { family: table.family, pods_are_told, buckets: buckets(&found), numbers, sources, found };
     let cluster_ips = reader.keys(Map::ClusterIps);
     state
         .cluster_ips
@@ -61,6 +64,24 @@ struct Reader {
     buckets: HashMap<Bytes, [End; 2]>,
     /// The numbers in the slots of sticky ports.
     numbers: HashMap<(Sticky, Scope), Vec<Bytes>>,
+    /// What each guard lets in.
+    sources: HashMap<Object, Vec<ipnet::IpNet>>,
+}
+
+fn sources(
+    netlink: &mut Netlink,
+    table: &Table,
+    found: &Found,
+) -> io::Result<HashMap<Object, Vec<ipnet::IpNet>>> {
+    let mut sources = HashMap::new();
+    for name in &found.sets {
+        if let Some(set @ Object::Sources(_)) = Object::parse(name) {
+            let elements = Found::elements(netlink, &table.raw, name)?;
+            let ranges = elements.iter().filter_map(|element| range_of(table.family, element));
+            sources.insert(Object::Guard { sources: Box::new(set) }, ranges.collect());
+        }
+    }
+    Ok(sources)
 }
 
 fn numbers(
@@ -191,15 +212,9 @@ impl Reader {
     }
 
     fn allowed_sources(&self, key: &Bytes) -> Option<Vec<ipnet::IpNet>> {
-        self.found.get(Map::Guarded, key, None)?;
-        let ranges = self.found.elements.get(&Map::AllowedSources).into_iter().flatten();
-        let networks = ranges.filter_map(|((first, last), _)| {
-            let first = first.strip_prefix(key.as_slice())?;
-            let last = last.as_ref()?.strip_prefix(key.as_slice())?;
-            let address = |bytes| Some(element::split_address(self.family, bytes)?.0);
-            element::network_of(address(first)?, address(last)?)
-        });
-        let mut networks: Vec<_> = networks.collect();
+        let Value::Data(bucket) = self.found.get(Map::Guarded, key, None)? else { return None };
+        let Value::Goto(guard) = self.found.get(Map::Guards, bucket, None)? else { return None };
+        let mut networks = self.sources.get(&Object::parse(guard)?)?.clone();
         networks.sort_unstable();
         Some(networks)
     }

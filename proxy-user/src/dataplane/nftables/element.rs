@@ -5,12 +5,11 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use ipnet::IpNet;
-
 use super::{
     netlink::Bytes,
     object::{End, Masquerade, Object, Scope, Space},
     ruleset::{Map, address_bytes},
+    sources::Sources,
     sticky::Sticky,
 };
 use crate::{
@@ -307,21 +306,8 @@ fn answered_items(plan: &FrontendPlan, key: &Bytes, items: &mut Vec<Item>) {
 }
 
 fn guard_items(plan: &FrontendPlan, key: &Bytes, items: &mut Vec<Item>) {
-    let Some(sources) = &plan.allowed_sources else { return };
-    items.push(Item::member(Map::Guarded, key.clone()));
-    for net in sources.iter() {
-        let (mut first, mut last) = (key.clone(), key.clone());
-        push_word(&mut first, &address_bytes(net.network()));
-        push_word(&mut last, &address_bytes(net.broadcast()));
-        items.push(Item { map: Map::AllowedSources, key: first, key_end: Some(last), leads: Leads::Nowhere });
+    if let Some(sources) = &plan.allowed_sources {
+        let guard = Object::Guard { sources: Box::new(Object::Sources(Sources::of(sources))) };
+        items.push(Item::new(Map::Guarded, key.clone(), Leads::Bucket(guard)));
     }
-}
-
-/// The network whose first and last address these are.
-pub(super) fn network_of(first: IpAddr, last: IpAddr) -> Option<IpNet> {
-    let longest = if first.is_ipv4() { 32 } else { 128 };
-    (0..=longest).find_map(|prefix| {
-        let net = IpNet::new(first, prefix).ok()?;
-        (net.network() == first && net.broadcast() == last).then_some(net)
-    })
 }

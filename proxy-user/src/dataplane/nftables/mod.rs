@@ -27,6 +27,7 @@ mod netlink;
 mod object;
 mod ruleset;
 mod socket;
+mod sources;
 mod stage;
 mod sticky;
 mod table;

@@ -8,8 +8,9 @@ use std::ops::Range;
 use super::{
     drops::NO_LOCAL_ENDPOINTS,
     expr,
-    netlink::{Expr, SetSpec},
+    netlink::{Element, Expr, SetSpec},
     ruleset::{self, Map},
+    sources::Sources,
     sticky::Sticky,
 };
 use crate::{model::Family, plan::NodePlan};
@@ -60,6 +61,10 @@ pub(super) enum Object {
     Choice { sticky: Sticky, scope: Scope },
     /// The chain that leads to a choice, masquerading or not; its name says for how long clients are remembered.
     StickyPicker { sticky: Sticky, scope: Scope, seconds: u32, masquerade: Masquerade },
+    /// The set of the only sources that some frontends let in (F7).
+    Sources(Sources),
+    /// The chain that drops what comes from others.
+    Guard { sources: Box<Self> },
     /// The chain that sends a flow to one of `count` backends.
     Picker { space: Space, scope: Scope, count: u32, masquerade: Masquerade },
     /// The chain that leads what comes from outside elsewhere than pods and this host (R6).
@@ -112,6 +117,8 @@ impl End {
 
 const DROP: &str = "drop";
 const PASS: &str = "pass";
+const SOURCES: &str = "sources-";
+const GUARD: &str = "guard-";
 /// Stands between the two sides in the name of a fork.
 const OUTSIDE: &str = "-outside-";
 
@@ -147,6 +154,8 @@ impl Object {
             Self::StickyPicker { scope, seconds, masquerade, .. } => {
                 format!("sticky-{}-{seconds}{}", word_of(&SCOPES, scope), word_of(&MASQUERADES, masquerade))
             }
+            Self::Sources(sources) => format!("{SOURCES}{}", sources.hash()),
+            Self::Guard { sources } => sources.words().replacen(SOURCES, GUARD, 1),
             Self::Picker { space, scope, count, masquerade } => format!(
                 "{}-{}-{count}{}",
                 word_of(&SPACES, space),
@@ -186,6 +195,13 @@ impl Object {
                 return rest.is_empty().then_some(object(sticky?, scope));
             }
         }
+        let set_of = |words: &str, prefix| Sources::read(words.strip_prefix(prefix)?).map(Self::Sources);
+        if let Some(sources) = set_of(words, SOURCES) {
+            return Some(sources);
+        }
+        if let Some(sources) = set_of(words, GUARD) {
+            return Some(Self::Guard { sources: Box::new(sources) });
+        }
         if let Some(rest) = words.strip_prefix("sticky-") {
             let (scope, rest) = scope_of(rest)?;
             let (seconds, masquerade) = number_and_masquerade(&rest)?;
@@ -200,10 +216,11 @@ impl Object {
         is_picker.then_some(Self::Picker { space, scope, count, masquerade })
     }
 
-    /// The chains that this one leads to, which must be there as long as it is.
+    /// The chains that this one leads to, or the set that it asks: they must be there as long as it is.
     pub(super) fn parts(&self) -> impl Iterator<Item = &Self> {
         let ends = match self {
             Self::Fork { inside, outside } => [inside.object(), outside.object()],
+            Self::Guard { sources } => [Some(&**sources), None],
             _ => [None, None],
         };
         ends.into_iter().flatten()
@@ -238,11 +255,12 @@ impl Object {
         ranges.collect()
     }
 
-    /// Whether frontends lead to it by a bucket.
-    pub(super) fn has_bucket(&self) -> bool {
+    /// The map of the buckets by which frontends lead to it, if they do.
+    pub(super) const fn buckets(&self) -> Option<Map> {
         match self {
-            Self::Clients { .. } | Self::Slots { .. } | Self::Choice { .. } => false,
-            Self::StickyPicker { .. } | Self::Picker { .. } | Self::Fork { .. } => true,
+            Self::Clients { .. } | Self::Slots { .. } | Self::Choice { .. } | Self::Sources(_) => None,
+            Self::Guard { .. } => Some(Map::Guards),
+            Self::StickyPicker { .. } | Self::Picker { .. } | Self::Fork { .. } => Some(Map::Buckets),
         }
     }
 
@@ -253,7 +271,7 @@ impl Object {
             | Self::Slots { sticky, .. }
             | Self::Choice { sticky, .. }
             | Self::StickyPicker { sticky, .. } => Some(sticky),
-            Self::Picker { .. } => None,
+            Self::Sources(_) | Self::Guard { .. } | Self::Picker { .. } => None,
             Self::Fork { .. } => self.parts().find_map(Self::sticky),
         }
     }
@@ -263,14 +281,29 @@ impl Object {
         match self {
             Self::Clients { .. } => Some(ruleset::clients_spec(&self.name(), self.comment(), family)),
             Self::Slots { .. } => Some(ruleset::slots_spec(&self.name(), self.comment(), family)),
+            Self::Sources(_) => Some(ruleset::sources_spec(&self.name(), family)),
             _ => None,
         }
+    }
+
+    /// The elements that its map has for as long as it is there; none where those change.
+    pub(super) fn elements(&self) -> Vec<Element> {
+        match self {
+            Self::Sources(sources) => sources.elements(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Whether it may be of use again to other service ports than those that it was made for.
+    pub(super) fn is_worth_keeping(&self) -> bool {
+        matches!(self, Self::Picker { .. } | Self::Fork { .. }) && self.sticky().is_none()
     }
 
     /// The rules of a chain that the node may change. A map has none, and those of a choice follow its slots.
     pub(super) fn rules(&self, family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
         match self {
-            Self::Clients { .. } | Self::Slots { .. } | Self::Choice { .. } => Vec::new(),
+            Self::Clients { .. } | Self::Slots { .. } | Self::Choice { .. } | Self::Sources(_) => Vec::new(),
+            Self::Guard { sources } => ruleset::guard_rules(family, &sources.name()),
             Self::StickyPicker { sticky, scope, masquerade, .. } => {
                 let choice = Self::Choice { sticky: sticky.clone(), scope: *scope };
                 let mut rules = masquerade.rules(family, node);
@@ -354,6 +387,9 @@ mod tests {
                 }
             }
         }
+        let ranges = ["192.0.2.0/24".parse().unwrap()].into();
+        let sources = || Object::Sources(Sources::of(&ranges));
+        let of_sources = [sources(), Object::Guard { sources: Box::new(sources()) }];
         let forks = objects.iter().flat_map(|object| {
             let chain = || End::Chain(Box::new(object.clone()));
             let pairs = [(chain(), chain()), (chain(), End::Drop), (End::Pass, chain())];
@@ -361,6 +397,7 @@ mod tests {
         });
         let forks: Vec<_> = forks.collect();
         objects.extend(forks);
+        objects.extend(of_sources);
         objects
     }
 

@@ -49,10 +49,10 @@ pub(super) enum Map {
     NodeIps,
     /// Local backends as seen from themselves (R9).
     Hairpin,
-    /// Frontends that let only some sources in (F7).
+    /// Frontend that lets only some sources in → bucket (F7).
     Guarded,
-    /// The sources they let in.
-    AllowedSources,
+    /// Bucket → the chain that lets them in.
+    Guards,
     /// Number → the backend that a sticky port knows by it. It goes with the backend, and so does every memory of it (A5).
     Numbered,
     /// The one element says up to which number they may have been given to backends.
@@ -74,11 +74,14 @@ impl Map {
         Self::NodeIps,
         Self::Hairpin,
         Self::Guarded,
-        Self::AllowedSources,
+        Self::Guards,
         Self::Numbered,
         Self::NumbersGiven,
         Self::Answered,
     ];
+
+    /// Those that lead from buckets to chains.
+    pub(super) const BUCKETS: [Self; 2] = [Self::Buckets, Self::Guards];
 
     pub(super) const fn name(self) -> &'static str {
         match self {
@@ -92,8 +95,8 @@ impl Map {
             Self::ClusterIps => "cluster-ips",
             Self::NodeIps => "node-ips",
             Self::Hairpin => "hairpin",
-            Self::Guarded => "guarded",
-            Self::AllowedSources => "allowed-sources",
+            Self::Guarded => "source-ranges",
+            Self::Guards => "guards",
             Self::Numbered => "numbered",
             Self::NumbersGiven => "numbers-given",
             Self::Answered => "answered-here",
@@ -123,14 +126,12 @@ impl Map {
     pub(super) const fn frontend_len(self, family: Family) -> Option<usize> {
         const SERVICE: usize = 8;
         match self {
-            Self::Services
-            | Self::Refused
-            | Self::Guarded
-            | Self::AllowedSources
-            | Self::Hairpin
-            | Self::Answered => Some(expr::address_len(family) as usize + SERVICE),
+            Self::Services | Self::Refused | Self::Guarded | Self::Hairpin | Self::Answered => {
+                Some(expr::address_len(family) as usize + SERVICE)
+            }
             Self::NodePorts | Self::RefusedNodePorts => Some(SERVICE),
             Self::Buckets
+            | Self::Guards
             | Self::Backends
             | Self::NodePortBackends
             | Self::ClusterIps
@@ -142,32 +143,26 @@ impl Map {
 
     pub(super) fn spec(self, family: Family) -> SetSpec {
         let (key, value): (&[Part], ValueKind) = match self {
-            Self::Services => (&FRONTEND, BUCKET),
+            Self::Services | Self::Guarded => (&FRONTEND, BUCKET),
             Self::NodePorts => (&NODE_PORT, BUCKET),
-            Self::Buckets => (&[Part::Bucket], ValueKind::Verdict),
+            Self::Buckets | Self::Guards => (&[Part::Bucket], ValueKind::Verdict),
             Self::Backends => (&[Part::Address, Part::Protocol, Part::Port, Part::Slot], endpoint(family)),
             Self::NodePortBackends => (&[Part::Protocol, Part::Port, Part::Slot], endpoint(family)),
-            Self::Refused | Self::Guarded | Self::Answered => (&FRONTEND, ValueKind::None),
+            Self::Refused | Self::Answered => (&FRONTEND, ValueKind::None),
             Self::RefusedNodePorts => (&NODE_PORT, ValueKind::None),
             Self::ClusterIps | Self::NodeIps => (&[Part::Address], ValueKind::None),
             Self::Hairpin => (&[Part::Address, Part::Address, Part::Protocol, Part::Port], ValueKind::None),
-            Self::AllowedSources => {
-                (&[Part::Address, Part::Protocol, Part::Port, Part::Address], ValueKind::None)
-            }
             Self::Numbered => (&[Part::Bucket], endpoint(family)),
             Self::NumbersGiven => (&[Part::Bucket], BUCKET),
         };
         let mut spec = set_spec(self.name(), family, key, value);
-        if self == Self::AllowedSources {
-            const NFT_SET_CONCAT: u32 = 0x80;
-            spec.flags = libc::NFT_SET_INTERVAL as u32 | NFT_SET_CONCAT;
-            spec.parts = key.iter().map(|part| part.len(family) as u8).collect();
-        }
         match self {
             Self::Backends | Self::NodePortBackends => {
                 spec.userdata = userdata::slots(family, self == Self::Backends);
             }
-            Self::Buckets | Self::Numbered => spec.userdata = userdata::host_order(true, false),
+            Self::Buckets | Self::Guards | Self::Numbered => {
+                spec.userdata = userdata::host_order(true, false)
+            }
             Self::NumbersGiven => spec.userdata = userdata::host_order(true, true),
             _ if value == BUCKET => spec.userdata = userdata::host_order(false, true),
             _ => {}
@@ -251,6 +246,16 @@ pub(super) fn clients_spec(name: &str, comment: Option<&str>, family: Family) ->
 pub(super) fn slots_spec(name: &str, comment: Option<&str>, family: Family) -> SetSpec {
     let mut spec = set_spec(name, family, &[Part::Slot], BUCKET);
     spec.userdata = [userdata::numbers(), comment.map(userdata::comment_of_set).unwrap_or_default()].concat();
+    spec
+}
+
+/// The set of the sources in one list of ranges.
+pub(super) fn sources_spec(name: &str, family: Family) -> SetSpec {
+    const NFT_SET_CONCAT: u32 = 0x80;
+    let key = [Part::Address, Part::Port];
+    let mut spec = set_spec(name, family, &key, ValueKind::None);
+    spec.flags = libc::NFT_SET_INTERVAL as u32 | NFT_SET_CONCAT;
+    spec.parts = key.iter().map(|part| part.len(family) as u8).collect();
     spec
 }
 
@@ -424,12 +429,12 @@ fn to_node(family: Family, node: &NodePlan) -> Vec<Expr> {
     }
 }
 
-fn to_bucket(map: Map) -> Vec<Expr> {
+fn to_bucket(map: Map, buckets: Map) -> Vec<Expr> {
     vec![
         expr::map(expr::word(0), map.name(), expr::word(0)),
         expr::set_priority(expr::word(0)),
         expr::priority(expr::word(0)),
-        expr::map(expr::word(0), Map::Buckets.name(), expr::VERDICT),
+        expr::map(expr::word(0), buckets.name(), expr::VERDICT),
     ]
 }
 
@@ -515,26 +520,26 @@ pub(super) fn from_outside(family: Family, node: &NodePlan) -> Vec<Expr> {
 
 /// R1: an exact frontend before a NodePort.
 fn dispatch_rules(family: Family, node: &NodePlan, coming_in: bool) -> Vec<Vec<Expr>> {
-    let services = [load_frontend(family), to_bucket(Map::Services)].concat();
-    let node_ports = [to_node(family, node), load_node_port(), to_bucket(Map::NodePorts)].concat();
+    let services = [load_frontend(family), to_bucket(Map::Services, Map::Buckets)].concat();
+    let node_ports =
+        [to_node(family, node), load_node_port(), to_bucket(Map::NodePorts, Map::Buckets)].concat();
     left_alone(family, node, coming_in).into_iter().chain([services, node_ports]).collect()
 }
 
 /// F7: before translation, so that it holds whatever would happen next.
 fn guard_rule(family: Family) -> Vec<Expr> {
-    let source = expr::address_words(family) + 2;
-    [
-        expr::new_flow().to_vec(),
-        load_frontend(family),
-        vec![expr::in_set(expr::word(0), Map::Guarded.name())],
-        load_frontend(family),
-        vec![
-            expr::source_address(family, expr::word(source)),
-            expr::not_in_set(expr::word(0), Map::AllowedSources.name()),
-        ],
-        Reason::SourceNotAllowed.drop(),
-    ]
-    .concat()
+    [expr::new_flow().to_vec(), load_frontend(family), to_bucket(Map::Guarded, Map::Guards)].concat()
+}
+
+/// Lets in only some sources.
+pub(super) fn guard_rules(family: Family, sources: &str) -> Vec<Vec<Expr>> {
+    let source = vec![
+        expr::source_address(family, expr::word(0)),
+        expr::destination_port(expr::word(expr::address_words(family))),
+        expr::not_in_set(expr::word(0), sources),
+    ];
+    let forget = vec![expr::constant(expr::word(0), &[0; 4]), expr::set_priority(expr::word(0))];
+    vec![forget, [source, Reason::SourceNotAllowed.drop()].concat()]
 }
 
 /// Lets everything pass that is no flow's first packet, so that only those meet the rules behind.

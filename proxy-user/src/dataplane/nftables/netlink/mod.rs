@@ -304,6 +304,13 @@ impl<'a> Transaction<'a> {
         self.elements(set, elements, MsgType::Del, 0);
     }
 
+    /// Removes every element of a set.
+    pub(super) fn flush_set(&mut self, set: &str) {
+        let (table, name, kind) = (self.table, c_string(set), MsgType::Del);
+        let message = ElementsMessage { table, set: &name, elements: &[], kind, flags: 0 };
+        self.push(&message, kind, || About::Object(set.to_owned()));
+    }
+
     fn elements(&mut self, set: &str, elements: &[Element], kind: MsgType, flags: i32) {
         let name = c_string(set);
         let mut rest = elements;

@@ -100,7 +100,7 @@ impl Table {
         let numbers = self.numbers_left_over(netlink, &found)?;
         let mut leftovers = std::mem::take(&mut found.elements);
         for (map, elements) in &mut leftovers {
-            if *map == Map::Buckets {
+            if Map::BUCKETS.contains(map) {
                 let known = |name: &str| {
                     name == NO_LOCAL_ENDPOINTS
                         || Object::parse(name).is_some_and(|object| self.objects.contains_key(&object))

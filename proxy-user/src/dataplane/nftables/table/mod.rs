@@ -363,15 +363,19 @@ impl Table {
         let mut next = self.next_bucket;
         for (object, _) in wanted {
             // One without its bucket is left over, and could not be removed yet.
-            if self.objects.get(object).is_some_and(|live| live.bucket > 0 || !object.has_bucket()) {
+            if self.objects.get(object).is_some_and(|live| live.bucket > 0 || object.buckets().is_none()) {
                 continue;
             }
             let name = object.name();
             let held = self.held();
             if let Some(spec) = object.map(self.family) {
+                let elements = object.elements();
                 if !held.sets.contains(&name) {
                     transaction.add_set(&spec);
+                } else if !elements.is_empty() {
+                    transaction.flush_set(&name);
                 }
+                transaction.add_elements(&name, &elements);
                 made.insert(object.clone(), 0);
                 continue;
             }
@@ -379,12 +383,11 @@ impl Table {
             transaction.add_chain(&ChainSpec { userdata, ..ChainSpec::regular(&name) });
             rewrite(transaction, object, self.family, node);
             let known = held.buckets.get(&name).copied();
-            let bucket = match (object.has_bucket(), known) {
-                (true, None) => {
+            let bucket = match (object.buckets(), known) {
+                (Some(buckets), None) => {
                     let bucket = next;
                     next += 1;
-                    transaction
-                        .add_elements(Map::Buckets.name(), &[bucket_element(bucket, Value::Goto(name))]);
+                    transaction.add_elements(buckets.name(), &[bucket_element(bucket, Value::Goto(name))]);
                     bucket
                 }
                 (_, known) => known.unwrap_or(0),
@@ -428,7 +431,7 @@ impl Table {
             gone.entry(*map).or_default().extend(back.cloned());
             let elements = elements.iter().map(|(element, object)| {
                 let mut element = element.clone();
-                if let Some(object) = object.as_ref().filter(|object| object.has_bucket()) {
+                if let Some(object) = object.as_ref().filter(|object| object.buckets().is_some()) {
                     let live = self.objects.get(object).map(|live| live.bucket);
                     let bucket = made.get(object).copied().or(live).unwrap_or(PASS_BUCKET);
                     element.value = bucket_value(bucket);
@@ -507,9 +510,9 @@ impl Table {
         }
     }
 
-    /// What belonged to one service port goes at once. What all share may stay for a while.
+    /// What all service ports may have in common stays for a while. The rest goes at once.
     fn set_aside(&mut self, object: &Object) {
-        if object.sticky().is_some() {
+        if !object.is_worth_keeping() {
             self.trash.push(object.clone());
             return;
         }
@@ -551,9 +554,10 @@ impl Table {
         if object.map(self.family).is_some() {
             transaction.delete_set(&name);
         } else {
-            if let Some(Live { bucket: bucket @ FIRST_BUCKET.., .. }) = self.objects.get(object) {
-                let element = bucket_element(*bucket, Value::None);
-                transaction.delete_elements(Map::Buckets.name(), &[element]);
+            if let (Some(buckets), Some(Live { bucket: bucket @ FIRST_BUCKET.., .. })) =
+                (object.buckets(), self.objects.get(object))
+            {
+                transaction.delete_elements(buckets.name(), &[bucket_element(*bucket, Value::None)]);
             }
             transaction.flush_chain(&name);
             transaction.delete_chain(&name);

@@ -1,0 +1,115 @@
+//! Lists of source ranges (F7), as they appear in names of sets and chains.
+//!
+//! In: the ranges that a frontend lets in. Out: a name that is the same for the same list, and the elements of its set.
+//! All frontends with the same list share one set, which never changes; so a change of one Service costs the same however
+//! many ranges other Services have. One set for all would be copied whole by the kernel at each change.
+
+use std::{
+    cmp::Ordering,
+    fmt::Write as _,
+    hash::{Hash, Hasher},
+    sync::Arc,
+};
+
+use ipnet::IpNet;
+use sha2::{Digest as _, Sha256};
+
+use super::{
+    element,
+    netlink::{Bytes, Element, Value},
+    ruleset::address_bytes,
+};
+use crate::model::Family;
+
+/// One list of source ranges.
+#[derive(Clone, Debug)]
+pub(super) struct Sources {
+    hash: Arc<str>,
+    /// The ranges; none where the list is only known by its name.
+    ranges: Arc<[IpNet]>,
+}
+
+impl Sources {
+    pub(super) fn of(ranges: &Arc<[IpNet]>) -> Self {
+        let mut digest = Sha256::new();
+        for range in ranges.iter() {
+            digest.update(format!("{range} "));
+        }
+        let mut hash = String::new();
+        for byte in &digest.finalize()[..16] {
+            let _ = write!(hash, "{byte:02x}");
+        }
+        Self { hash: hash.into(), ranges: Arc::clone(ranges) }
+    }
+
+    /// The list of this hash.
+    pub(super) fn read(hash: &str) -> Option<Self> {
+        let is_hash = hash.len() == 32 && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
+        is_hash.then(|| Self { hash: hash.into(), ranges: Arc::new([]) })
+    }
+
+    pub(super) fn hash(&self) -> &str {
+        &self.hash
+    }
+
+    /// The elements of the set.
+    pub(super) fn elements(&self) -> Vec<Element> {
+        let elements = self.ranges.iter().map(|range| Element {
+            key: key(&address_bytes(range.network()), u16::MIN),
+            key_end: Some(key(&address_bytes(range.broadcast()), u16::MAX)),
+            value: Value::None,
+        });
+        elements.collect()
+    }
+}
+
+/// An address, and a port that any packet has: the kernel has sets of ranges that many packets can look into at the same
+/// time only for concatenations.
+fn key(address: &[u8], port: u16) -> Bytes {
+    let mut key = Bytes::from_slice(address);
+    key.extend_from_slice(&port.to_be_bytes());
+    key.extend_from_slice(&[0; 2]);
+    key
+}
+
+/// The range of an element.
+pub(super) fn range_of(family: Family, element: &Element) -> Option<IpNet> {
+    let (first, _) = element::split_address(family, &element.key)?;
+    let (last, _) = element::split_address(family, element.key_end.as_ref()?)?;
+    network_of(first, last)
+}
+
+/// The network whose first and last address these are.
+fn network_of(first: std::net::IpAddr, last: std::net::IpAddr) -> Option<IpNet> {
+    let longest = if first.is_ipv4() { 32 } else { 128 };
+    (0..=longest).find_map(|prefix| {
+        let net = IpNet::new(first, prefix).ok()?;
+        (net.network() == first && net.broadcast() == last).then_some(net)
+    })
+}
+
+impl PartialEq for Sources {
+    fn eq(&self, other: &Self) -> bool {
+        self.hash == other.hash
+    }
+}
+
+impl Eq for Sources {}
+
+impl Hash for Sources {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.hash.hash(state);
+    }
+}
+
+impl PartialOrd for Sources {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Sources {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.hash.cmp(&other.hash)
+    }
+}
