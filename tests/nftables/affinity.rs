@@ -246,3 +246,27 @@ fn affinity_comes_and_goes_and_its_timeout_changes_while_the_port_serves() {
         }
     });
 }
+
+/// One site has more IPv6 addresses than any memory.
+#[test]
+fn a6_clients_of_one_site_do_not_fill_the_memory() {
+    /// More than come through before the site is told from others.
+    const FLOOD: u16 = 8192;
+    in_namespace(|| {
+        link_up();
+        let _backends = Everybody::new(Family::V6);
+        std::fs::write("/proc/sys/net/ipv6/ip_nonlocal_bind", "1").unwrap();
+        let mut plane = Nftables::open(both()).unwrap();
+        plane.apply(&start(&[&sticky(Family::V6, &[1, 2])])).unwrap();
+        let send = |client: String| {
+            let socket = UdpSocket::bind((client.parse::<IpAddr>().unwrap(), 20_000)).unwrap();
+            socket.send_to(b"x", (address(Family::V6, 1), 80)).unwrap();
+        };
+        (0..FLOOD).for_each(|number| send(format!("2001:db8:1::{number:x}")));
+        send("2001:db8:2::1".to_owned());
+        let listed = nft(&["list", "map", "ip6", "weir", "clients-cluster/default/svc-1/http/udp"]);
+        let remembered = listed.matches("expires").count();
+        assert!((1000..usize::from(FLOOD)).contains(&remembered), "{remembered} clients");
+        assert!(listed.contains("2001:db8:2::1 "), "the client of another site");
+    });
+}

@@ -85,15 +85,38 @@ pub(super) fn rules(
     let remember =
         [client_and_number(family), vec![expr::remember(&clients, expr::word(0), number, seconds)]].concat();
     let forget = vec![expr::forget(&clients, expr::word(0), number)];
-    vec![
+    let mut rules = vec![
         [known, remember.clone(), vec![expr::jump(TO_NUMBERED)]].concat(),
         [has_number(), client_and_number(family), forget].concat(),
         draw(&slots, count),
+        not_remembered(family),
         // A6: where there is no room left, the client is served all the same.
         remember,
         vec![expr::jump(TO_NUMBERED)],
         // The backend left between two look-ups. The first slot is there as long as any is.
         draw(&slots, 1),
         vec![expr::goto(TO_NUMBERED)],
+    ];
+    rules.retain(|rule| !rule.is_empty());
+    rules
+}
+
+/// New clients of one IPv6 network that are remembered at once, and later in each second. What one site has are 2^80
+/// addresses, and with a memory that one of them could fill other clients would not be remembered. No client has that
+/// many IPv4 addresses.
+fn not_remembered(family: Family) -> Vec<Expr> {
+    const SITE: [u8; 16] = [255, 255, 255, 255, 255, 255, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    const BURST: u32 = 4096;
+    const RATE: u64 = 16;
+    // All that may be remembered at once has come back by then.
+    const SECONDS: u32 = 300;
+    if family == Family::V4 {
+        return Vec::new();
+    }
+    vec![
+        expr::source_address(family, expr::word(0)),
+        expr::bitwise(expr::word(0), &SITE, &[0; 16]),
+        expr::too_often(Map::Newcomers.name(), expr::word(0), SECONDS, RATE, BURST),
+        expr::jump(TO_NUMBERED),
     ]
 }

@@ -8,7 +8,7 @@ use nftnl::nftnl_sys::{self as sys, libc};
 use smallvec::SmallVec;
 
 use super::netlink::{
-    Attribute::{Bytes, Name, U8, U32, U64},
+    Attribute::{self, Bytes, Name, U8, U32, U64},
     Expr,
 };
 use crate::model::Family;
@@ -34,11 +34,11 @@ pub(super) const fn address_len(family: Family) -> u32 {
     }
 }
 
-fn name(text: &str) -> super::netlink::Attribute {
+fn name(text: &str) -> Attribute {
     Name(CString::new(text).unwrap_or_default())
 }
 
-fn bytes(data: &[u8]) -> super::netlink::Attribute {
+fn bytes(data: &[u8]) -> Attribute {
     Bytes(SmallVec::from_slice(data))
 }
 
@@ -375,4 +375,31 @@ pub(super) fn remember(map: &str, key: u32, data: u32, seconds: u32) -> Expr {
 pub(super) fn forget(map: &str, key: u32, data: u32) -> Expr {
     const NFT_DYNSET_OP_DELETE: i32 = 2;
     write_from_packet(map, NFT_DYNSET_OP_DELETE, key, data)
+}
+
+/// `update @SET { key timeout SECONDS limit rate over RATE/second burst BURST packets }`: goes on where the key has come
+/// more often than that. A set that is full ends the rule.
+pub(super) fn too_often(set: &str, key: u32, seconds: u32, rate: u64, burst: u32) -> Expr {
+    const NFT_LIMIT_F_INV: u32 = 1;
+    const ONE_SECOND: u64 = 1;
+    let limit = Expr {
+        kind: c"limit",
+        attributes: vec![
+            (sys::NFTNL_EXPR_LIMIT_RATE, U64(rate)),
+            (sys::NFTNL_EXPR_LIMIT_UNIT, U64(ONE_SECOND)),
+            (sys::NFTNL_EXPR_LIMIT_BURST, U32(burst)),
+            (sys::NFTNL_EXPR_LIMIT_TYPE, U32(libc::NFT_LIMIT_PKTS as u32)),
+            (sys::NFTNL_EXPR_LIMIT_FLAGS, U32(NFT_LIMIT_F_INV)),
+        ],
+    };
+    Expr {
+        kind: c"dynset",
+        attributes: vec![
+            (sys::NFTNL_EXPR_DYNSET_SET_NAME, name(set)),
+            (sys::NFTNL_EXPR_DYNSET_OP, U32(libc::NFT_DYNSET_OP_UPDATE as u32)),
+            (sys::NFTNL_EXPR_DYNSET_SREG_KEY, U32(key)),
+            (sys::NFTNL_EXPR_DYNSET_TIMEOUT, U64(u64::from(seconds) * 1000)),
+            (sys::NFTNL_EXPR_DYNSET_EXPR, Attribute::Expr(Box::new(limit))),
+        ],
+    }
 }

@@ -55,6 +55,8 @@ pub(super) enum Map {
     Guards,
     /// Number → the backend that a sticky port knows by it. It goes with the backend, and so does every memory of it (A5).
     Numbered,
+    /// IPv6 networks of which clients came that were not remembered yet, with how often they did.
+    Newcomers,
     /// The one element says up to which number they may have been given to backends.
     NumbersGiven,
     /// Frontends left alone while their address is this host's own: a process here answers.
@@ -62,7 +64,7 @@ pub(super) enum Map {
 }
 
 impl Map {
-    pub(super) const ALL: [Self; 15] = [
+    pub(super) const ALL: [Self; 16] = [
         Self::Services,
         Self::NodePorts,
         Self::Buckets,
@@ -76,6 +78,7 @@ impl Map {
         Self::Guarded,
         Self::Guards,
         Self::Numbered,
+        Self::Newcomers,
         Self::NumbersGiven,
         Self::Answered,
     ];
@@ -98,6 +101,7 @@ impl Map {
             Self::Guarded => "source-ranges",
             Self::Guards => "guards",
             Self::Numbered => "numbered",
+            Self::Newcomers => "newcomers",
             Self::NumbersGiven => "numbers-given",
             Self::Answered => "answered-here",
         }
@@ -110,7 +114,7 @@ impl Map {
 
     /// Whether adoption reads it whole. Of what has an element for each endpoint only single elements are asked for.
     pub(super) const fn is_adopted_whole(self) -> bool {
-        !self.holds_slots() && !matches!(self, Self::Numbered)
+        !self.holds_slots() && !matches!(self, Self::Numbered | Self::Newcomers)
     }
 
     /// Where the slots of these frontends are.
@@ -137,6 +141,7 @@ impl Map {
             | Self::ClusterIps
             | Self::NodeIps
             | Self::Numbered
+            | Self::Newcomers
             | Self::NumbersGiven => None,
         }
     }
@@ -150,7 +155,7 @@ impl Map {
             Self::NodePortBackends => (&[Part::Protocol, Part::Port, Part::Slot], endpoint(family)),
             Self::Refused | Self::Answered => (&FRONTEND, ValueKind::None),
             Self::RefusedNodePorts => (&NODE_PORT, ValueKind::None),
-            Self::ClusterIps | Self::NodeIps => (&[Part::Address], ValueKind::None),
+            Self::ClusterIps | Self::NodeIps | Self::Newcomers => (&[Part::Address], ValueKind::None),
             Self::Hairpin => (&[Part::Address, Part::Address, Part::Protocol, Part::Port], ValueKind::None),
             Self::Numbered => (&[Part::Bucket], endpoint(family)),
             Self::NumbersGiven => (&[Part::Bucket], BUCKET),
@@ -164,6 +169,10 @@ impl Map {
                 spec.userdata = userdata::host_order(true, false)
             }
             Self::NumbersGiven => spec.userdata = userdata::host_order(true, true),
+            Self::Newcomers => {
+                spec.flags = libc::NFT_SET_TIMEOUT as u32 | libc::NFT_SET_EVAL as u32;
+                spec.size = MOST_NEWCOMERS;
+            }
             _ if value == BUCKET => spec.userdata = userdata::host_order(false, true),
             _ => {}
         }
@@ -230,6 +239,9 @@ fn set_spec(name: &str, family: Family, key: &[Part], value: ValueKind) -> SetSp
 
 /// Clients remembered for one service port, at most. Beyond it new clients are served but not remembered.
 const MOST_REMEMBERED: u32 = 1 << 20;
+
+/// Networks that are told apart when their clients come, at most. Those beyond it may all be remembered.
+const MOST_NEWCOMERS: u32 = 1 << 16;
 
 /// The map of one service port's remembered clients: client → number.
 pub(super) fn clients_spec(name: &str, comment: Option<&str>, family: Family) -> SetSpec {

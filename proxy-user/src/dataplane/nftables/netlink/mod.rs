@@ -40,6 +40,8 @@ pub(super) enum Attribute {
     U8(u8),
     Bytes(Bytes),
     Name(CString),
+    /// An expression that each element of a set has for itself.
+    Expr(Box<Expr>),
 }
 
 /// One expression of a rule: libnftnl's name for its kind, and its attributes.
@@ -55,13 +57,14 @@ fn allocated<T>(pointer: *mut T) -> NonNull<T> {
 }
 
 impl Expression for Expr {
-    fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
+    fn to_expr(&self, rule: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
         // SAFETY: `kind` is a NUL-terminated string that outlives the call.
         let expr = allocated(unsafe { sys::nftnl_expr_alloc(self.kind.as_ptr()) });
         let raw = expr.as_ptr();
         for (attribute, value) in &self.attributes {
             let attribute = *attribute as u16;
-            // SAFETY: `raw` was just allocated; libnftnl copies what it is given before it returns.
+            // SAFETY: `raw` was just allocated; libnftnl copies what it is given before it returns, but for an expression,
+            // which is made here and which it owns and frees from then on.
             unsafe {
                 match value {
                     Attribute::U8(value) => sys::nftnl_expr_set_u8(raw, attribute, *value),
@@ -72,6 +75,9 @@ impl Expression for Expr {
                     }
                     Attribute::Name(value) => {
                         sys::nftnl_expr_set_str(raw, attribute, value.as_ptr());
+                    }
+                    Attribute::Expr(value) => {
+                        sys::nftnl_expr_set(raw, attribute, value.to_expr(rule).as_ptr().cast(), 0);
                     }
                 }
             }
