@@ -46,8 +46,9 @@ impl Everybody {
     fn new(family: Family) -> Self {
         let add = |address: IpAddr, device: &str| {
             let address = format!("{address}/{}", if address.is_ipv4() { 32 } else { 128 });
-            let status =
-                Command::new("ip").args(["address", "add", &address, "dev", device]).status().unwrap();
+            let arguments = ["address", "add", &address, "dev", device, "nodad"];
+            let arguments = &arguments[..if address.contains(':') { 6 } else { 5 }];
+            let status = Command::new("ip").args(arguments).status().unwrap();
             assert!(status.success(), "{address}");
         };
         (0..CLIENTS).for_each(|number| add(client(family, number), "lo"));

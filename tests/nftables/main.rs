@@ -320,7 +320,10 @@ fn chains_for_answers_to_names_are_there_only_while_names_are_answered() {
 #[test]
 fn chains_for_source_ranges_are_there_only_while_a_service_needs_them() {
     in_namespace(|| {
-        let there = || nft(&["list", "chains"]).matches("chain guard-").count();
+        let there = || {
+            let listed = nft(&["list", "chains"]);
+            ["chain guard-prerouting", "chain guard-output"].map(|chain| listed.matches(chain).count())
+        };
         let plain = |number| {
             let mut plan = port(Family::V4, number, &[1, 2, 3], None);
             plan.frontends.truncate(2);
@@ -330,25 +333,25 @@ fn chains_for_source_ranges_are_there_only_while_a_service_needs_them() {
         let (unguarded, other) = (plain(1), plain(2));
         let mut plane = Nftables::open(both()).unwrap();
         plane.apply(&start(&[&unguarded])).unwrap();
-        assert_eq!(there(), 0);
+        assert_eq!(there(), [0; 2]);
         plane.apply(&step(Some(&unguarded), Some(&guarded))).unwrap();
-        assert_eq!(there(), 2);
+        assert_eq!(there(), [1; 2]);
 
         drop(plane);
         let mut plane = Nftables::open(both()).unwrap();
         plane.apply(&Delta { complete: false, ..start(&[]) }).unwrap();
-        assert_eq!(there(), 2, "it is not known yet that there is no such Service");
+        assert_eq!(there(), [1; 2], "it is not known yet that there is no such Service");
         let ports = vec![change(None, Some(&other))];
         plane.apply(&Delta { ports, complete: true, ..Delta::default() }).unwrap();
-        assert_eq!(there(), 0, "now it is known");
+        assert_eq!(there(), [0; 2], "now it is known");
         assert_installed(&mut plane, &other);
 
         drop(plane);
         let mut plane = Nftables::open(both()).unwrap();
         plane.apply(&start(&[&guarded, &other])).unwrap();
-        assert_eq!(there(), 2);
+        assert_eq!(there(), [1; 2]);
         plane.apply(&step(Some(&guarded), Some(&unguarded))).unwrap();
-        assert_eq!(there(), 0);
+        assert_eq!(there(), [0; 2]);
         assert_installed(&mut plane, &unguarded);
     });
 }

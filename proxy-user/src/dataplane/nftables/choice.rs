@@ -53,7 +53,7 @@ fn client_and_number(family: Family) -> Vec<Expr> {
     vec![expr::source_address(family, expr::word(0)), expr::priority(expr::word(expr::address_words(family)))]
 }
 
-fn draw(slots: &str, count: u32) -> Vec<Expr> {
+fn draw_one(slots: &str, count: u32) -> Vec<Expr> {
     vec![
         expr::random(count, 0, expr::word(0)),
         expr::map(expr::word(0), slots, expr::word(0)),
@@ -61,9 +61,34 @@ fn draw(slots: &str, count: u32) -> Vec<Expr> {
     ]
 }
 
-/// The rules of a choice among `count` backends. What is remembered of a backend that left is not believed, because its
-/// number leads nowhere, and is deleted, because an update leaves the number of an element as it is.
-pub(super) fn rules(
+/// The rules that believe what a client remembers. What is remembered of a backend that left is not believed, because its
+/// number leads nowhere, and is deleted, because an update leaves the number of an element as it is. They are written
+/// once: when a rule first looks into a map, the kernel walks the map, and this one may hold all clients.
+pub(super) fn choice(family: Family, sticky: &Sticky, scope: Scope, seconds: u32) -> Vec<Vec<Expr>> {
+    let clients = Object::Clients { sticky: sticky.clone(), scope }.name();
+    let draw = Object::Draw { sticky: sticky.clone(), scope }.name();
+    let number = expr::word(expr::address_words(family));
+    let known = vec![
+        expr::source_address(family, expr::word(0)),
+        expr::map(expr::word(0), &clients, expr::word(0)),
+        expr::set_priority(expr::word(0)),
+    ];
+    let forget = vec![expr::forget(&clients, expr::word(0), number)];
+    vec![
+        [known, remember(family, &clients, seconds), vec![expr::jump(TO_NUMBERED)]].concat(),
+        [has_number(), client_and_number(family), forget].concat(),
+        vec![expr::goto(&draw)],
+    ]
+}
+
+/// A3: each new flow winds the clock again.
+fn remember(family: Family, clients: &str, seconds: u32) -> Vec<Expr> {
+    let number = expr::word(expr::address_words(family));
+    [client_and_number(family), vec![expr::remember(clients, expr::word(0), number, seconds)]].concat()
+}
+
+/// The rules that draw one of `count` slots. They look into the slots only, of which there are few.
+pub(super) fn draw(
     family: Family,
     sticky: &Sticky,
     scope: Scope,
@@ -75,26 +100,14 @@ pub(super) fn rules(
     }
     let clients = Object::Clients { sticky: sticky.clone(), scope }.name();
     let slots = Object::Slots { sticky: sticky.clone(), scope }.name();
-    let number = expr::word(expr::address_words(family));
-    let known = vec![
-        expr::source_address(family, expr::word(0)),
-        expr::map(expr::word(0), &clients, expr::word(0)),
-        expr::set_priority(expr::word(0)),
-    ];
-    // A3: each new flow winds the clock again.
-    let remember =
-        [client_and_number(family), vec![expr::remember(&clients, expr::word(0), number, seconds)]].concat();
-    let forget = vec![expr::forget(&clients, expr::word(0), number)];
     let mut rules = vec![
-        [known, remember.clone(), vec![expr::jump(TO_NUMBERED)]].concat(),
-        [has_number(), client_and_number(family), forget].concat(),
-        draw(&slots, count),
+        draw_one(&slots, count),
         not_remembered(family),
         // A6: where there is no room left, the client is served all the same.
-        remember,
+        remember(family, &clients, seconds),
         vec![expr::jump(TO_NUMBERED)],
         // The backend left between two look-ups. The first slot is there as long as any is.
-        draw(&slots, 1),
+        draw_one(&slots, 1),
         vec![expr::goto(TO_NUMBERED)],
     ];
     rules.retain(|rule| !rule.is_empty());

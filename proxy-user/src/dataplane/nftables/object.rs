@@ -57,7 +57,9 @@ pub(super) enum Object {
     Clients { sticky: Sticky, scope: Scope },
     /// The map slot → number of the backend there.
     Slots { sticky: Sticky, scope: Scope },
-    /// The chain that believes the one and picks from the other. What it says depends on how many slots there are.
+    /// The chain that draws one of the slots and remembers it. What it says depends on how many there are.
+    Draw { sticky: Sticky, scope: Scope },
+    /// The chain that believes what a client remembers, or goes on to draw.
     Choice { sticky: Sticky, scope: Scope },
     /// The chain that leads to a choice, masquerading or not; its name says for how long clients are remembered.
     StickyPicker { sticky: Sticky, scope: Scope, seconds: u32, masquerade: Masquerade },
@@ -135,6 +137,9 @@ fn word_of<T: PartialEq>(words: &[(T, &'static str)], value: &T) -> &'static str
     words.iter().find(|(candidate, _)| candidate == value).map_or("", |(_, word)| word)
 }
 
+/// What makes an object of one backend set of a sticky port.
+type OfSet = fn(Sticky, Scope) -> Object;
+
 impl Object {
     pub(super) fn name(&self) -> String {
         format!("{}{}", self.words(), self.sticky().map(Sticky::text).unwrap_or_default())
@@ -150,6 +155,7 @@ impl Object {
         match self {
             Self::Clients { scope, .. } => format!("clients-{}", word_of(&SCOPES, scope)),
             Self::Slots { scope, .. } => format!("slots-{}", word_of(&SCOPES, scope)),
+            Self::Draw { scope, .. } => format!("draw-{}", word_of(&SCOPES, scope)),
             Self::Choice { scope, .. } => format!("choice-{}", word_of(&SCOPES, scope)),
             Self::StickyPicker { scope, seconds, masquerade, .. } => {
                 format!("sticky-{}-{seconds}{}", word_of(&SCOPES, scope), word_of(&MASQUERADES, masquerade))
@@ -185,9 +191,10 @@ impl Object {
         let scope_of = |text: &str| {
             SCOPES.iter().find_map(|(scope, word)| Some((*scope, text.strip_prefix(word)?.to_owned())))
         };
-        let of_port: [(&str, fn(Sticky, Scope) -> Self); 3] = [
+        let of_port: [(&str, OfSet); 4] = [
             ("clients-", |sticky, scope| Self::Clients { sticky, scope }),
             ("slots-", |sticky, scope| Self::Slots { sticky, scope }),
+            ("draw-", |sticky, scope| Self::Draw { sticky, scope }),
             ("choice-", |sticky, scope| Self::Choice { sticky, scope }),
         ];
         for (prefix, object) in of_port {
@@ -237,11 +244,12 @@ impl Object {
     }
 
     /// What one backend set of a sticky port remembers its clients with.
-    pub(super) fn remembering(sticky: &Sticky, scope: Scope) -> [Self; 3] {
+    pub(super) fn remembering(sticky: &Sticky, scope: Scope) -> [Self; 4] {
         let sticky = || sticky.clone();
         [
             Self::Clients { sticky: sticky(), scope },
             Self::Slots { sticky: sticky(), scope },
+            Self::Draw { sticky: sticky(), scope },
             Self::Choice { sticky: sticky(), scope },
         ]
     }
@@ -258,7 +266,11 @@ impl Object {
     /// The map of the buckets by which frontends lead to it, if they do.
     pub(super) const fn buckets(&self) -> Option<Map> {
         match self {
-            Self::Clients { .. } | Self::Slots { .. } | Self::Choice { .. } | Self::Sources(_) => None,
+            Self::Clients { .. }
+            | Self::Slots { .. }
+            | Self::Draw { .. }
+            | Self::Choice { .. }
+            | Self::Sources(_) => None,
             Self::Guard { .. } => Some(Map::Guards),
             Self::StickyPicker { .. } | Self::Picker { .. } | Self::Fork { .. } => Some(Map::Buckets),
         }
@@ -269,6 +281,7 @@ impl Object {
         match self {
             Self::Clients { sticky, .. }
             | Self::Slots { sticky, .. }
+            | Self::Draw { sticky, .. }
             | Self::Choice { sticky, .. }
             | Self::StickyPicker { sticky, .. } => Some(sticky),
             Self::Sources(_) | Self::Guard { .. } | Self::Picker { .. } => None,
@@ -302,7 +315,11 @@ impl Object {
     /// The rules of a chain that the node may change. A map has none, and those of a choice follow its slots.
     pub(super) fn rules(&self, family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
         match self {
-            Self::Clients { .. } | Self::Slots { .. } | Self::Choice { .. } | Self::Sources(_) => Vec::new(),
+            Self::Clients { .. }
+            | Self::Slots { .. }
+            | Self::Draw { .. }
+            | Self::Choice { .. }
+            | Self::Sources(_) => Vec::new(),
             Self::Guard { sources } => ruleset::guard_rules(family, &sources.name()),
             Self::StickyPicker { sticky, scope, masquerade, .. } => {
                 let choice = Self::Choice { sticky: sticky.clone(), scope: *scope };
@@ -379,6 +396,7 @@ mod tests {
             let sticky = || sticky.clone();
             objects.push(Object::Clients { sticky: sticky(), scope });
             objects.push(Object::Slots { sticky: sticky(), scope });
+            objects.push(Object::Draw { sticky: sticky(), scope });
             objects.push(Object::Choice { sticky: sticky(), scope });
             for (masquerade, _) in MASQUERADES {
                 objects.push(Object::StickyPicker { sticky: sticky(), scope, seconds: number, masquerade });

@@ -102,7 +102,7 @@ impl Map {
             Self::Guards => "guards",
             Self::Numbered => "numbered",
             Self::Newcomers => "newcomers",
-            Self::NumbersGiven => "numbers-given",
+            Self::NumbersGiven => "last-number",
             Self::Answered => "answered-here",
         }
     }

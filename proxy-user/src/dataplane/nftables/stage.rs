@@ -22,6 +22,9 @@ pub(super) const FIRST_BUCKET: u32 = 16;
 pub(super) const DROP_BUCKET: u32 = 3;
 pub(super) const PASS_BUCKET: u32 = 2;
 
+/// An object of single service ports costs a transaction about as much as this many elements: itself and its rules.
+const OBJECT: usize = 6;
+
 /// One transaction in the making.
 #[derive(Default)]
 pub(super) struct Stage<'a> {
@@ -37,7 +40,7 @@ pub(super) struct Stage<'a> {
     pub(super) gone: BTreeMap<Map, Vec<Element>>,
     /// Elements, with the object they lead to.
     pub(super) come: BTreeMap<Map, Vec<(Element, Option<Object>)>>,
-    /// How many elements that is.
+    /// How many elements that is, with what the objects of single ports come to.
     pub(super) elements: usize,
 }
 
@@ -75,7 +78,10 @@ impl<'a> Stage<'a> {
         for (plan, change) in [(&port.after, 1), (&port.before, -1)] {
             for object in plan.as_deref().into_iter().flat_map(remembering) {
                 *self.uses.entry(object).or_default() += change;
+                self.elements += OBJECT;
             }
+            let sticky = plan.as_deref().filter(|plan| plan.affinity.is_some());
+            self.elements += sticky.map_or(0, |plan| plan.cluster.len() + plan.local.len());
         }
         self.ports.push(port);
         Ok(())
@@ -89,6 +95,9 @@ impl<'a> Stage<'a> {
 
     fn add(&mut self, item: Item) {
         self.elements += 1;
+        if let Leads::Bucket(Object::StickyPicker { .. } | Object::Guard { .. }) = &item.leads {
+            self.elements += OBJECT;
+        }
         if item.map == Map::Hairpin {
             *self.hairpins.entry(item.key).or_default() += 1;
             return;

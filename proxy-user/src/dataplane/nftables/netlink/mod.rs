@@ -57,7 +57,14 @@ fn allocated<T>(pointer: *mut T) -> NonNull<T> {
 }
 
 impl Expression for Expr {
-    fn to_expr(&self, rule: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
+    fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
+        self.made()
+    }
+}
+
+impl Expr {
+    /// The expression as libnftnl has it, for what it is added to.
+    fn made(&self) -> NonNull<sys::nftnl_expr> {
         // SAFETY: `kind` is a NUL-terminated string that outlives the call.
         let expr = allocated(unsafe { sys::nftnl_expr_alloc(self.kind.as_ptr()) });
         let raw = expr.as_ptr();
@@ -77,7 +84,7 @@ impl Expression for Expr {
                         sys::nftnl_expr_set_str(raw, attribute, value.as_ptr());
                     }
                     Attribute::Expr(value) => {
-                        sys::nftnl_expr_set(raw, attribute, value.to_expr(rule).as_ptr().cast(), 0);
+                        sys::nftnl_expr_set(raw, attribute, value.made().as_ptr().cast(), 0);
                     }
                 }
             }
@@ -283,6 +290,12 @@ impl<'a> Transaction<'a> {
     pub(super) fn flush_chain(&mut self, name: &str) {
         let message = Plain { table: self.table, what: Named::RulesOf, name: c_string(name) };
         self.push(&message, MsgType::Del, || About::Object(name.to_owned()));
+    }
+
+    /// Puts these rules in place of those that a chain has.
+    pub(super) fn replace_rules(&mut self, name: &str, rules: &[Vec<Expr>]) {
+        self.flush_chain(name);
+        rules.iter().for_each(|rule| self.add_rule(name, rule));
     }
 
     /// Appends a rule to a chain.

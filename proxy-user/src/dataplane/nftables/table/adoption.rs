@@ -5,7 +5,7 @@
 
 use std::io;
 
-use super::{FxHashSet, Live, Numbers, Slots, Table, chunks};
+use super::{FxHashSet, Live, Slots, Table, chunks};
 use crate::{
     dataplane::nftables::{
         adopt::Found,

@@ -165,12 +165,16 @@ impl Table {
             transaction.delete_elements(&slots, &before.slots_beyond(after));
             transaction.add_elements(&slots, &after.slots_beyond(before));
             let (count, seconds) = (after.count(), after.seconds.unwrap_or(0));
+            let sticky = || sticky.clone();
             if before.count() != count || before.seconds != after.seconds {
-                let name = Object::Choice { sticky: sticky.clone(), scope: *scope }.name();
-                transaction.flush_chain(&name);
-                for rule in choice::rules(self.family, sticky, *scope, count, seconds) {
-                    transaction.add_rule(&name, &rule);
-                }
+                let draw = Object::Draw { sticky: sticky(), scope: *scope };
+                let rules = choice::draw(self.family, &sticky(), *scope, count, seconds);
+                transaction.replace_rules(&draw.name(), &rules);
+            }
+            if before.seconds != after.seconds {
+                let choice = Object::Choice { sticky: sticky(), scope: *scope };
+                let rules = choice::choice(self.family, &sticky(), *scope, seconds);
+                transaction.replace_rules(&choice.name(), &rules);
             }
         }
     }
