@@ -6,7 +6,7 @@
 use std::{collections::VecDeque, fs, net::IpAddr, path::PathBuf, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
-use proxy_ebpf::{Endpoint, FrontendKey, flag};
+use proxy_ebpf::flag;
 use similar::TextDiff;
 use weir::{
     dataplane::{
@@ -85,11 +85,10 @@ impl Plane for Ebpf {
     }
 
     fn node_ips(&mut self, place: &Place) -> Result<Vec<IpAddr>> {
-        let frontends = Maps::read(place)?.frontends;
+        let addresses = Maps::read(place)?.addresses;
         let nodes =
-            frontends.iter().filter(|(_, value)| value.flags & (flag::NODE | flag::LOOPBACK) == flag::NODE);
-        let address = |key: &FrontendKey| Endpoint { address: key.address, ..Endpoint::default() }.ip();
-        let mut all: Vec<IpAddr> = nodes.map(|(key, _)| address(key)).collect();
+            addresses.iter().filter(|(_, flags)| **flags & (flag::NODE | flag::LOOPBACK) == flag::NODE);
+        let mut all: Vec<IpAddr> = nodes.map(|(key, _)| key.endpoint().ip()).collect();
         all.sort_unstable();
         Ok(all)
     }

@@ -5,7 +5,7 @@
 
 use core::{
     mem::size_of,
-    net::{IpAddr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 /// An IPv6 address, or an IPv4 one in its IPv4-mapped form (RFC 4291, 2.5.5.2): the bytes of the wire, in words because
@@ -25,17 +25,53 @@ pub struct Endpoint {
 }
 
 impl FrontendKey {
-    /// A frontend: an address, a port and the IP protocol number.
+    /// What clients reach at an address of its own: an address, a port and the IP protocol number.
     #[must_use]
     pub const fn new(address: IpAddr, port: u16, protocol: u8) -> Self {
-        Self { address: wire(address), port: port.to_be(), protocol, zero: 0 }
+        Self { address: wire(address), port: port.to_be(), protocol, kind: kind::FRONTEND }
+    }
+
+    /// A NodePort of the family that an address is of.
+    #[must_use]
+    pub const fn node_port(of: IpAddr, port: u16, protocol: u8) -> Self {
+        let unspecified = match of {
+            IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        };
+        Self { kind: kind::NODE_PORT, ..Self::new(unspecified, port, protocol) }
     }
 
     /// What holds for all ports of an address that no other entry names.
     #[must_use]
     pub const fn whole(address: IpAddr) -> Self {
-        Self::new(address, 0, 0)
+        Self { kind: kind::ADDRESS, ..Self::new(address, 0, 0) }
     }
+
+    /// The address and the port.
+    #[must_use]
+    pub const fn endpoint(&self) -> Endpoint {
+        Endpoint { address: self.address, port: self.port, zero: 0 }
+    }
+
+    /// What tells this key from others, in as many bits as [`FrontendValue`] has room for.
+    #[inline(always)]
+    const fn check(&self) -> u64 {
+        let rest = self.port as u64 | (self.protocol as u64) << 16 | (self.kind as u64) << 24;
+        mix(&self.address, rest)
+    }
+}
+
+/// A number that each bit of an address and of what goes with it changes. A program can afford it: three multiplications.
+#[inline(always)]
+const fn mix(address: &Address, rest: u64) -> u64 {
+    let first = address[0] as u64 | (address[1] as u64) << 32;
+    let last = address[2] as u64 | (address[3] as u64) << 32;
+    let mut mixed = first.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    mixed ^= mixed >> 32;
+    mixed = (mixed ^ last).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed ^= mixed >> 29;
+    mixed = (mixed ^ rest).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ mixed >> 32
 }
 
 impl Endpoint {
@@ -79,34 +115,151 @@ pub const fn wire(address: IpAddr) -> Address {
 }
 
 /// Key of `frontends`: what a client asks for.
-///
-/// A NodePort has the unspecified address of its family. An address by itself, with port and protocol zero, says what
-/// holds for its other ports.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FrontendKey {
-    /// The address.
+    /// The address; of a NodePort the unspecified one of its family.
     pub address: Address,
     /// The port, its bytes in the order of the wire.
     pub port: u16,
     /// The IP protocol number.
     pub protocol: u8,
-    /// Always zero.
-    pub zero: u8,
+    /// A [`kind`], because no destination is a NodePort's key: a client that connects to the unspecified address means
+    /// itself.
+    pub kind: u8,
 }
 
-/// Where one class of clients goes.
+/// [`FrontendKey::kind`].
+pub mod kind {
+    /// A port at an address.
+    pub const FRONTEND: u8 = 0;
+    /// A NodePort, at all addresses of the node that serve those.
+    pub const NODE_PORT: u8 = 1;
+    /// An address by itself, without port and protocol: what holds for its other ports.
+    pub const ADDRESS: u8 = 2;
+}
+
+/// Value of `frontends`: one word, which a program reads at once.
+///
+/// The kernel hands the element of a frontend that is removed or replaced to the next one that is written (since
+/// Linux 6.1 at once), so a program that has found an element may read another frontend's value there. Therefore the value
+/// says whose it is, and nothing else is behind a pointer into this map.
+///
+/// ```text
+/// bits   0 to 23: the number of the service port; of an address by itself its flags
+/// bits 24 and 25: the column of the record that the port leads to
+/// bit         26: sockets leave the frontend to the packets
+/// bits  28 to 63: a check of the key
+/// ```
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FrontendValue(pub u64);
+
+impl FrontendValue {
+    /// One more than the largest number of a service port.
+    pub const NUMBERS: u32 = 1 << 24;
+    const PACKETS: u64 = 1 << 26;
+    const CHECK: u64 = u64::MAX << 28;
+
+    /// The value of a frontend of a service port.
+    #[must_use]
+    pub const fn new(key: &FrontendKey, number: u32, column: u32, packets: bool) -> Self {
+        let packets = if packets { Self::PACKETS } else { 0 };
+        let number = number & (Self::NUMBERS - 1);
+        Self(key.check() & Self::CHECK | packets | ((column as u64) & 3) << 24 | number as u64)
+    }
+
+    /// The value of an address by itself.
+    #[must_use]
+    pub const fn whole(key: &FrontendKey, flags: u32) -> Self {
+        Self::new(key, flags, 0, false)
+    }
+
+    /// Whether this is the value of a frontend, and not of one that has its element now.
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_of(self, key: &FrontendKey) -> bool {
+        (self.0 ^ key.check()) & Self::CHECK == 0
+    }
+
+    /// The service port's number in `ports`, `affinities` and `tallies`.
+    #[must_use]
+    #[inline(always)]
+    pub const fn number(self) -> u32 {
+        self.0 as u32 & (Self::NUMBERS - 1)
+    }
+
+    /// [`flag`]s of an address by itself.
+    #[must_use]
+    #[inline(always)]
+    pub const fn flags(self) -> u32 {
+        self.number()
+    }
+
+    /// Which of [`Record::columns`] holds.
+    #[must_use]
+    #[inline(always)]
+    pub const fn column(self) -> u32 {
+        (self.0 >> 24) as u32 & 3
+    }
+
+    /// Whether sockets leave this to the packets, whatever the record says: because of the sources that are let in, or
+    /// because of the address.
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_for_packets(self) -> bool {
+        self.0 & Self::PACKETS != 0
+    }
+}
+
+/// Element of `records`: what a service port does. It is not changed while `ports` leads to it; a change of the port is
+/// another record, and one store into `ports`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Choice {
-    /// The first slot of the backend set.
+pub struct Record {
+    /// [`flag`]s.
+    pub flags: u32,
+    /// How long a client stays with its backend, in seconds; 0 without session affinity.
+    pub affinity: u32,
+    /// The list of the sources that are let in, for packets; always zero, which is none.
+    pub sources: u32,
+    /// Always zero.
+    pub zero: u32,
+    /// The slots of the sets [`set::CLUSTER`] and [`set::LOCAL`].
+    pub sets: [Slots; 2],
+    /// Where flows go: frontends that are treated alike have a column in common.
+    pub columns: [Column; Record::COLUMNS],
+}
+
+impl Record {
+    /// How many columns there are: a Service has one for its ClusterIP and one for what is reached from outside.
+    pub const COLUMNS: usize = 4;
+    /// The record that leaves everything to the packets.
+    pub const NOTHING: u32 = 0;
+}
+
+/// Some slots in a row.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Slots {
+    /// The first of them; 0 where there are none.
     pub first: u32,
-    /// How many slots the set has.
+    /// How many.
     pub count: u32,
-    /// The set's number in `members`.
-    pub set: u32,
-    /// A `Verdict`.
-    pub verdict: u32,
+}
+
+/// Where flows of each source class go: a [`verdict`] each, and [`verdict::MASQUERADE`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Column {
+    /// From other network namespaces than the host's.
+    pub pod: u8,
+    /// From the host's network namespace.
+    pub host: u8,
+    /// From outside; no socket.
+    pub outside: u8,
+    /// Always zero.
+    pub zero: u8,
 }
 
 /// Numbers of a service port's sets in `members`: the port's number times four, and one of these.
@@ -133,35 +286,34 @@ pub mod set {
     }
 }
 
-/// [`Choice::verdict`]: what happens to a new flow.
+/// What happens to a new flow.
 pub mod verdict {
     /// Not for sockets: the packets decide.
-    pub const PASS: u32 = 0;
-    /// To one of the slots.
-    pub const SERVE: u32 = 1;
+    pub const PASS: u8 = 0;
     /// Refused.
-    pub const REFUSE: u32 = 2;
+    pub const REFUSE: u8 = 1;
+    /// Dropped, which only packets can be.
+    pub const DROP: u8 = 2;
+    /// To a slot of the set [`super::set::CLUSTER`].
+    pub const CLUSTER: u8 = 4;
+    /// To a slot of the set [`super::set::LOCAL`].
+    pub const LOCAL: u8 = 5;
+    /// Added to the others: packets get the node's address for their source.
+    pub const MASQUERADE: u8 = 8;
+
+    /// The set that a flow goes to; nothing where it goes to none.
+    #[must_use]
+    #[inline(always)]
+    pub const fn set(verdict: u8) -> Option<u32> {
+        match verdict & !MASQUERADE {
+            CLUSTER => Some(super::set::CLUSTER),
+            LOCAL => Some(super::set::LOCAL),
+            _ => None,
+        }
+    }
 }
 
-/// Value of `frontends`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct FrontendValue {
-    /// The service port's number in `affinities` and `tallies`.
-    pub port: u32,
-    /// [`flag`]s.
-    pub flags: u32,
-    /// How long a client stays with its backend, in seconds; 0 without session affinity.
-    pub affinity: u32,
-    /// Always zero.
-    pub zero: u32,
-    /// For sockets in other network namespaces than the host's.
-    pub pod: Choice,
-    /// For sockets in the host's network namespace.
-    pub host: Choice,
-}
-
-/// [`FrontendValue::flags`].
+/// [`FrontendValue::flags`] and [`Record::flags`].
 pub mod flag {
     /// An address by itself: a ClusterIP, whose other ports are refused (F4).
     pub const CLUSTER_IP: u32 = 1;
@@ -169,7 +321,7 @@ pub mod flag {
     pub const NODE: u32 = 2;
     /// With [`NODE`]: only for sockets in the host's network namespace, because everybody has this address.
     pub const LOOPBACK: u32 = 4;
-    /// The backends are in `members`, because somebody has to remember them.
+    /// A record: the backends are in `members`, because somebody has to remember them.
     pub const MEMBERS: u32 = 8;
 }
 
@@ -177,10 +329,48 @@ pub mod flag {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MemberKey {
-    /// [`Choice::set`].
+    /// A [`set::number`].
     pub set: u32,
     /// The backend.
     pub backend: Endpoint,
+}
+
+/// Value of `members`: since when a backend is in a set, and, as in [`FrontendValue`], whose value this is.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Member(pub u64);
+
+impl Member {
+    /// The time is in units of so many bits of a nanosecond: 65 µs. It lasts for nine years of a machine that runs.
+    const UNIT: u32 = 16;
+    const CHECK: u64 = (1 << 22) - 1;
+
+    /// The value of a member that joined at this time, in nanoseconds of CLOCK_MONOTONIC.
+    #[must_use]
+    pub const fn new(key: &MemberKey, joined: u64) -> Self {
+        Self((joined >> Self::UNIT) << 22 | key.check() & Self::CHECK)
+    }
+
+    /// Whether this is the value of a member, and not of one that has its element now.
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_of(self, key: &MemberKey) -> bool {
+        (self.0 ^ key.check()) & Self::CHECK == 0
+    }
+
+    /// Whether it joined before a time, or at about that.
+    #[must_use]
+    #[inline(always)]
+    pub const fn joined_before(self, time: u64) -> bool {
+        self.0 >> 22 <= time >> Self::UNIT
+    }
+}
+
+impl MemberKey {
+    #[inline(always)]
+    const fn check(&self) -> u64 {
+        mix(&self.backend.address, self.set as u64 | (self.backend.port as u64) << 32) >> 42
+    }
 }
 
 /// Key of `affinities`.
@@ -189,7 +379,7 @@ pub struct MemberKey {
 pub struct AffinityKey {
     /// The cookie of the client's network namespace: a pod has one of its own, and the host's processes share one.
     pub client: u64,
-    /// [`FrontendValue::port`].
+    /// [`FrontendValue::number`].
     pub port: u32,
     /// Always zero.
     pub zero: u32,
@@ -349,9 +539,10 @@ pub mod trouble {
 const _: () = {
     assert!(size_of::<Endpoint>() == 20);
     assert!(size_of::<FrontendKey>() == 20);
-    assert!(size_of::<Choice>() == 16);
-    assert!(size_of::<FrontendValue>() == 48);
+    assert!(size_of::<FrontendValue>() == 8);
+    assert!(size_of::<Record>() == 48);
     assert!(size_of::<MemberKey>() == 24);
+    assert!(size_of::<Member>() == 8);
     assert!(size_of::<AffinityKey>() == 16);
     assert!(size_of::<Affinity>() == 40);
     assert!(size_of::<Tally>() == 16);
@@ -380,5 +571,43 @@ mod tests {
     #[test]
     fn the_unspecified_addresses_of_the_families_differ() {
         assert_ne!(wire("0.0.0.0".parse().unwrap()), wire("::".parse().unwrap()));
+    }
+
+    #[test]
+    fn a_value_says_what_it_was_given_and_of_which_frontend_it_is() {
+        let key = FrontendKey::new("10.96.0.10".parse().unwrap(), 80, 6);
+        let value = FrontendValue::new(&key, FrontendValue::NUMBERS - 1, 3, false);
+        assert!(value.is_of(&key) && !value.is_for_packets());
+        assert_eq!((value.number(), value.column()), (FrontendValue::NUMBERS - 1, 3));
+        let value = FrontendValue::new(&key, 0, 1, true);
+        assert!(value.is_of(&key) && value.is_for_packets());
+        assert_eq!((value.number(), value.column()), (0, 1));
+    }
+
+    #[test]
+    fn no_two_frontends_nearby_have_one_check() {
+        let mut seen = std::collections::HashSet::new();
+        let addresses = ["10.96.0.0", "fd00:10:96::", "::", "0.0.0.0"];
+        for (address, last) in
+            addresses.into_iter().flat_map(|address| (0..64).map(move |last| (address, last)))
+        {
+            let mut key = FrontendKey::new(address.parse().unwrap(), 0, 0);
+            key.address[3] = (u32::from_be(key.address[3]) + last).to_be();
+            for port in 1..64_u16 {
+                for (protocol, kind) in [(6, 0), (17, 0), (6, 1), (17, 1)] {
+                    let key = FrontendKey { port: port.to_be(), protocol, kind, ..key };
+                    assert!(seen.insert(FrontendValue::new(&key, 0, 0, false).0), "{key:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_member_knows_its_key_and_since_when_it_is_there() {
+        let backend = Endpoint::new("10.244.0.2".parse().unwrap(), 8080);
+        let (key, other) = (MemberKey { set: 4, backend }, MemberKey { set: 5, backend });
+        let member = Member::new(&key, 1_000_000_000);
+        assert!(member.is_of(&key) && !member.is_of(&other));
+        assert!(member.joined_before(1_000_000_000) && !member.joined_before(999_900_000));
     }
 }

@@ -5,7 +5,9 @@
 //! their IPv4-mapped form, so that both families, and IPv6 sockets that speak IPv4, go through the same maps.
 //!
 //! ```text
-//! frontends  address:port/protocol → first slot and number of slots, for pods and for the host
+//! frontends  address:port/protocol → number of the service port, and which column of its record
+//! ports      number → record: one store switches a service port with all its frontends
+//! records    number → slots of the backend sets, affinity, and what happens to whom
 //! slots      number → backend; every backend set has a range of its own
 //! members    backend set and backend → since when; only for sets somebody has to remember backends of
 //! affinities service port and client → backend and when it was last chosen
@@ -30,4 +32,4 @@ pub use layout::*;
 pub use select::select;
 
 /// Version of the map layout. Pinned maps of another version are never read as if they were this one.
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 4;

@@ -2,7 +2,7 @@
 //! tests with one command; `proxy-user/build.rs` builds it for the kernel.
 //!
 //! ```text
-//! connect4/6      ─┐           ┌─▶ frontends ─▶ (affinities, members) ─▶ slots
+//! connect4/6      ─┐           ┌─▶ frontends ─▶ ports ─▶ records ─▶ (affinities, members) ─▶ slots
 //! sendmsg4/6      ─┴─ resolve ─┘
 //!                                  origins (connected sockets), flows (unconnected ones)
 //! recvmsg4/6      ─┬─ told ◀────────┘

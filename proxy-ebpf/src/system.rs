@@ -3,10 +3,10 @@
 //! In: descriptors. Out: what the kernel answers.
 
 use crate::{
-    Affinity, AffinityKey, Endpoint, Flows, FrontendKey, FrontendValue, MemberKey, Origin, Seat, Settings,
-    Tally,
+    Affinity, AffinityKey, Endpoint, Flows, FrontendKey, FrontendValue, Member, MemberKey, Origin, Record,
+    Seat, Settings, Tally,
 };
-use aya::maps::{MapData, MapType};
+use aya::maps::{Array, IterableMap as _, MapData, MapType};
 use std::{
     ffi::CString,
     io,
@@ -15,6 +15,8 @@ use std::{
         unix::ffi::OsStrExt as _,
     },
     path::Path,
+    ptr::NonNull,
+    sync::atomic::{AtomicU64, Ordering},
     vec,
     vec::Vec,
 };
@@ -216,25 +218,87 @@ impl Batch {
     }
 }
 
-/// Writes elements of `slots` that follow each other, with one call (`BPF_MAP_UPDATE_BATCH`, Linux 5.6): with one for
+/// Writes elements of an array that follow each other, with one call (`BPF_MAP_UPDATE_BATCH`, Linux 5.6): with one for
 /// each, most of the time that filling 250,000 takes goes into entering the kernel.
 ///
 /// # Errors
 ///
 /// What the kernel answers: `E2BIG` when there are not so many.
-pub fn write_slots(map: impl AsFd, first: u32, backends: &[Endpoint]) -> io::Result<()> {
+pub fn write_all<V: aya::Pod>(array: &Array<MapData, V>, first: u32, values: &[V]) -> io::Result<()> {
     const BPF_MAP_UPDATE_BATCH: libc::c_int = 26;
-    let keys: Vec<u32> = (first..).take(backends.len()).collect();
+    let keys: Vec<u32> = (first..).take(values.len()).collect();
     let mut batch = Batch {
         keys: keys.as_ptr().expose_provenance() as u64,
-        values: backends.as_ptr().expose_provenance() as u64,
-        count: u32::try_from(backends.len()).map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?,
-        map: number(map.as_fd().as_raw_fd())?,
+        values: values.as_ptr().expose_provenance() as u64,
+        count: u32::try_from(values.len()).map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?,
+        map: number(array.map().fd().as_fd().as_raw_fd())?,
         ..Batch::default()
     };
-    // SAFETY: this command only reads keys and values, of which there are `count`, of the sizes the map has; they live
-    // until the call returns, and the descriptor is open for as long as its owner is borrowed.
+    // SAFETY: this command only reads keys and values, of which there are `count`, of the sizes the map has, as its type
+    // was checked for; they live until the call returns, and the descriptor is open for as long as its owner is borrowed.
     unsafe { batch.call(BPF_MAP_UPDATE_BATCH) }
+}
+
+/// The elements of an array of words, in memory that the kernel shares with us (Linux 5.5): a store is seen by programs as a
+/// whole, which the kernel does not promise of an element that it copies.
+#[derive(Debug)]
+pub struct Words {
+    start: NonNull<AtomicU64>,
+    count: usize,
+}
+
+// SAFETY: the memory belongs to no thread, and is used by atomic loads and stores alone.
+unsafe impl Send for Words {}
+
+impl Words {
+    /// Maps an array.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers; `EINVAL` when it is no array of words.
+    pub fn of(array: &Array<MapData, u64>) -> io::Result<Self> {
+        let count = array.len() as usize;
+        let map = array.map().fd().as_fd().as_raw_fd();
+        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+        // SAFETY: a new mapping, at a place that the kernel chooses, of a descriptor that is open.
+        let start =
+            unsafe { libc::mmap(std::ptr::null_mut(), count * size_of::<u64>(), protection, flags, map, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = NonNull::new(start.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::EFAULT))?;
+        Ok(Self { start, count })
+    }
+
+    /// A word; nothing where there are not so many.
+    #[must_use]
+    pub fn get(&self, index: u32) -> Option<u64> {
+        self.word(index).map(|word| word.load(Ordering::Relaxed))
+    }
+
+    /// Stores a word, after everything that was written before.
+    ///
+    /// # Errors
+    ///
+    /// `E2BIG` when there are not so many.
+    pub fn set(&self, index: u32, value: u64) -> io::Result<()> {
+        let word = self.word(index).ok_or_else(|| io::Error::from_raw_os_error(libc::E2BIG))?;
+        word.store(value, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn word(&self, index: u32) -> Option<&AtomicU64> {
+        let index = index as usize;
+        // SAFETY: within the mapping, which begins at a page and lives as long as this.
+        (index < self.count).then(|| unsafe { self.start.add(index).as_ref() })
+    }
+}
+
+impl Drop for Words {
+    fn drop(&mut self) {
+        // SAFETY: the mapping that `of` made, to which no reference is left.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.count * size_of::<u64>()) };
+    }
 }
 
 /// Reads a hash or an array, many elements with one call (`BPF_MAP_LOOKUP_BATCH`, Linux 5.6). An element that is there
@@ -458,7 +522,7 @@ pub fn attach_alone(cgroup: impl AsFd, program: impl AsFd, attach_type: u32) -> 
 macro_rules! plain {
     ($($kind:ty),+) => {
         $(
-            // SAFETY: `repr(C)` and integers only, without padding: any bytes are a value, and all bytes are initialised.
+            // SAFETY: `repr(C)` or `repr(transparent)` and integers only, without padding: any bytes are a value, and all bytes are initialised.
             unsafe impl aya::Pod for $kind {}
         )+
     };
@@ -467,8 +531,10 @@ macro_rules! plain {
 plain!(
     FrontendKey,
     FrontendValue,
+    Record,
     Endpoint,
     MemberKey,
+    Member,
     AffinityKey,
     Affinity,
     Tally,

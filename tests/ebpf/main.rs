@@ -32,6 +32,7 @@ use weir::{
 };
 use weir_tests::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace, wait::await_that};
 
+mod apart;
 mod told;
 
 fn node() -> Arc<NodePlan> {
@@ -292,7 +293,7 @@ fn a_port_that_does_not_fit_is_named_and_the_others_are_served() -> Result<()> {
         let served = port(Family::V4, Protocol::Tcp, &[listener.local_addr()?]);
         let delta = come(crowd(10, 3).chain([served]));
         let Err(Error::Partly(short)) = plane.apply(&delta) else { bail!("nothing failed") };
-        let names: Vec<String> = short.refused.iter().map(|(id, _)| id.service.to_string()).collect();
+        let names: Vec<String> = short.left.iter().map(|(id, _)| id.service.to_string()).collect();
         assert_eq!(names, ["crowd/service-000011"]);
         let frontends = plane.dump()?.frontends;
         assert_eq!(frontends.len(), before.frontends.len() + 4);
@@ -383,7 +384,7 @@ fn a_map_of_another_layout_under_our_name_is_refused_by_name() -> Result<()> {
     HashMap::<_, u32, u32>::create(1, 0)?.pin(rig.place.maps().join("frontends"))?;
     let Err(problem) = open(&rig.place) else { bail!("it was opened") };
     let text = problem.to_string();
-    assert!(text.contains("v3/frontends is of another layout"), "{text}");
+    assert!(text.contains("v4/frontends is of another layout"), "{text}");
     Ok(())
 }
 

@@ -8,12 +8,12 @@ use aya_ebpf::{
     helpers::generated::{bpf_get_netns_cookie, bpf_set_retval},
     programs::SockContext,
 };
-use proxy_ebpf::{Address, FrontendKey, Settings, flag, trouble};
+use proxy_ebpf::{Address, Settings, trouble};
 
 use super::{
     ALLOW,
     maps::{self, HOMES},
-    resolve::{self, node_port},
+    resolve,
     socket::{self, Family, MAPPED, TCP, UDP},
 };
 
@@ -57,8 +57,8 @@ pub(super) fn bound(context: &SockContext, family: Family) -> i32 {
 /// A pod that binds a Service's own address answers there itself, to whoever asks in the same pod.
 #[inline(always)]
 fn note_home(namespace: u64, address: &Address, port: u16, protocol: u32) {
-    let frontend = FrontendKey { address: *address, port, protocol: protocol as u8, zero: 0 };
-    if resolve::get(frontend).is_some() && HOMES.insert(namespace, 1_u32, 0).is_err() {
+    let is_service = resolve::is_frontend(address, port, protocol);
+    if is_service && HOMES.insert(namespace, 1_u32, 0).is_err() {
         maps::count(trouble::HOMES);
     }
 }
@@ -70,11 +70,9 @@ fn is_taken(address: &Address, port: u16, protocol: u32) -> bool {
     if all_v6 || (v4 && address[3] == 0) {
         // An IPv6 socket on every address has the IPv4 ones too, unless it says that it does not want them, which is
         // not to be seen here.
-        return node_port(v4, port, protocol).is_some();
+        return resolve::is_node_port(v4, port, protocol);
     }
-    let key = FrontendKey { address: *address, port: 0, protocol: 0, zero: 0 };
-    let on_node = resolve::get(key).is_some_and(|whole| whole.flags & flag::NODE != 0);
-    on_node && node_port(v4, port, protocol).is_some()
+    resolve::is_on_node(address) && resolve::is_node_port(v4, port, protocol)
 }
 
 /// Says that the address is in use; where the kernel cannot, it says that it is not permitted.

@@ -11,19 +11,26 @@ use aya_ebpf::{
 };
 use core::arch::asm;
 use proxy_ebpf::{
-    Affinity, AffinityKey, Endpoint, Flows, FrontendKey, FrontendValue, MemberKey, Origin, Seat, Settings,
-    Tally, trouble,
+    Affinity, AffinityKey, Endpoint, Flows, FrontendKey, FrontendValue, Member, MemberKey, Origin, Record,
+    Seat, Settings, Tally, trouble,
 };
 
 #[map(name = "frontends")]
 pub(super) static FRONTENDS: HashMap<FrontendKey, FrontendValue> =
     HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
 
+/// Of whole pages, so that the agent switches a service port by one store.
+#[map(name = "ports")]
+pub(super) static PORTS: Array<u64> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+#[map(name = "records")]
+pub(super) static RECORDS: Array<Record> = Array::with_max_entries(1, 0);
+
 #[map(name = "slots")]
 pub(super) static SLOTS: Array<Endpoint> = Array::with_max_entries(1, 0);
 
 #[map(name = "members")]
-pub(super) static MEMBERS: HashMap<MemberKey, u64> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
+pub(super) static MEMBERS: HashMap<MemberKey, Member> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
 
 #[map(name = "affinities")]
 pub(super) static AFFINITIES: HashMap<AffinityKey, Affinity> =

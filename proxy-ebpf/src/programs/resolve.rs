@@ -2,22 +2,27 @@
 //!
 //! In: an address, a port, a protocol and who asks. Out: the frontend, and one of its backends: the one the client is
 //! to stay with, or one by chance.
+//!
+//! An element of a hash may be another's by the time it is read, so its value says whose it is. Numbers of ports, records
+//! and slots are given to others only when no program runs any more that could have read them.
 
 use aya_ebpf::{
     bindings::BPF_NOEXIST,
     helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_ns},
 };
 use proxy_ebpf::{
-    Affinity, AffinityKey, Choice, Endpoint, FrontendKey, FrontendValue, MemberKey, flag, select, trouble,
-    verdict,
+    Address, Affinity, AffinityKey, Endpoint, FrontendKey, FrontendValue, Member, MemberKey, Record, Slots,
+    flag, kind, select, set, trouble, verdict,
 };
 
 use super::{
-    maps::{self, AFFINITIES, FRONTENDS, MEMBERS, SLOTS, TALLIES},
+    maps::{self, AFFINITIES, FRONTENDS, MEMBERS, PORTS, RECORDS, SLOTS, TALLIES},
     socket::{self, Client, MAPPED, is_v4},
 };
 
 const SECOND: u64 = 1_000_000_000;
+/// How often an element is looked for that was another's when it was read.
+const TRIES: u32 = 2;
 
 /// What an address and port is to a client.
 pub(super) enum Found {
@@ -26,45 +31,132 @@ pub(super) enum Found {
     /// A port the Service of this ClusterIP does not have (F4).
     UnknownPort,
     /// A frontend.
-    Frontend(&'static FrontendValue),
+    Frontend(Frontend),
+}
+
+/// A frontend, as it was at one instant.
+#[derive(Clone, Copy)]
+pub(super) struct Frontend {
+    value: FrontendValue,
+    record: &'static Record,
+}
+
+/// What a frontend does for a client.
+#[derive(Clone, Copy)]
+pub(super) struct Choice {
+    verdict: u8,
+    slots: Slots,
+    /// The set's number in `members`.
+    set: u32,
+}
+
+/// An element of `frontends`.
+enum Element {
+    Absent,
+    /// It was there, and was removed or replaced again and again while it was read.
+    Fleeting,
+    There(FrontendValue),
 }
 
 /// Looks a destination up: exactly (R1), then as a port of its address, then as a NodePort (R13).
 #[inline(always)]
 pub(super) fn find(to: &Endpoint, protocol: u32, client: Client) -> Found {
-    let exact = FrontendKey { address: to.address, port: to.port, protocol: protocol as u8, zero: 0 };
-    if let Some(frontend) = get(exact) {
-        return Found::Frontend(frontend);
+    let exact =
+        FrontendKey { address: to.address, port: to.port, protocol: protocol as u8, kind: kind::FRONTEND };
+    match get(&exact) {
+        Element::There(value) => return frontend(value),
+        // Left to the packets, which decide by what is there when they come.
+        Element::Fleeting => return Found::Nothing,
+        Element::Absent => {}
     }
-    let Some(whole) = get(FrontendKey { port: 0, protocol: 0, ..exact }) else { return Found::Nothing };
-    if whole.flags & flag::CLUSTER_IP != 0 {
+    let whole = FrontendKey { port: 0, protocol: 0, kind: kind::ADDRESS, ..exact };
+    let Element::There(whole) = get(&whole) else { return Found::Nothing };
+    if whole.flags() & flag::CLUSTER_IP != 0 {
         return Found::UnknownPort;
     }
-    if whole.flags & flag::LOOPBACK != 0 && !client.host {
+    if whole.flags() & flag::LOOPBACK != 0 && !client.host {
         return Found::Nothing;
     }
-    node_port(is_v4(&to.address), to.port, protocol).map_or(Found::Nothing, Found::Frontend)
+    match get(&node_port(is_v4(&to.address), to.port, protocol)) {
+        Element::There(value) => frontend(value),
+        _ => Found::Nothing,
+    }
 }
 
-/// The NodePort of a family.
+/// The key of a NodePort of a family.
 #[inline(always)]
-pub(super) fn node_port(v4: bool, port: u16, protocol: u32) -> Option<&'static FrontendValue> {
+fn node_port(v4: bool, port: u16, protocol: u32) -> FrontendKey {
     let address = if v4 { [0, 0, MAPPED, 0] } else { [0; 4] };
-    get(FrontendKey { address, port, protocol: protocol as u8, zero: 0 })
+    FrontendKey { address, port, protocol: protocol as u8, kind: kind::NODE_PORT }
+}
+
+/// Whether there is a NodePort.
+#[inline(always)]
+pub(super) fn is_node_port(v4: bool, port: u16, protocol: u32) -> bool {
+    matches!(get(&node_port(v4, port, protocol)), Element::There(_))
+}
+
+/// Whether there is a frontend at an address and a port.
+#[inline(always)]
+pub(super) fn is_frontend(address: &Address, port: u16, protocol: u32) -> bool {
+    let key = FrontendKey { address: *address, port, protocol: protocol as u8, kind: kind::FRONTEND };
+    matches!(get(&key), Element::There(_))
+}
+
+/// Whether an address is one of this node's that serve NodePorts.
+#[inline(always)]
+pub(super) fn is_on_node(address: &Address) -> bool {
+    let key = FrontendKey { address: *address, port: 0, protocol: 0, kind: kind::ADDRESS };
+    matches!(get(&key), Element::There(whole) if whole.flags() & flag::NODE != 0)
 }
 
 /// An element of `frontends`.
 #[inline(always)]
-pub(super) fn get(key: FrontendKey) -> Option<&'static FrontendValue> {
-    // SAFETY: elements of this map are allocated one by one and freed after a grace period, which a program's run is
-    // within; a changed frontend is another element.
-    unsafe { FRONTENDS.get(key) }
+fn get(key: &FrontendKey) -> Element {
+    for _ in 0..TRIES {
+        let Some(value) = FRONTENDS.get_ptr(key) else { return Element::Absent };
+        // SAFETY: an aligned word of the map. Volatile, because it is to be read once.
+        let value = unsafe { value.read_volatile() };
+        if value.is_of(key) {
+            return Element::There(value);
+        }
+    }
+    Element::Fleeting
+}
+
+/// What a frontend leads to now.
+#[inline(always)]
+fn frontend(value: FrontendValue) -> Found {
+    let Some(port) = PORTS.get_ptr(value.number()) else { return Found::Nothing };
+    // SAFETY: an aligned word of the map. Volatile, because it is to be read once.
+    let record = unsafe { port.read_volatile() };
+    match RECORDS.get(record as u32) {
+        Some(record) => Found::Frontend(Frontend { value, record }),
+        None => Found::Nothing,
+    }
 }
 
 /// What a frontend does for a client.
 #[inline(always)]
-pub(super) fn choice(frontend: &FrontendValue, client: Client) -> &Choice {
-    if client.host { &frontend.host } else { &frontend.pod }
+pub(super) fn choice(frontend: Frontend, client: Client) -> Choice {
+    let column = &frontend.record.columns[frontend.value.column() as usize];
+    let verdict = if client.host { column.host } else { column.pod };
+    let verdict =
+        if frontend.value.is_for_packets() { verdict::PASS } else { verdict & !verdict::MASQUERADE };
+    let kind = u32::from(verdict == verdict::LOCAL);
+    Choice {
+        verdict,
+        slots: frontend.record.sets[kind as usize],
+        set: set::number(frontend.value.number(), kind),
+    }
+}
+
+impl Choice {
+    /// Whether packets decide about this client.
+    #[inline(always)]
+    pub(super) fn is_for_packets(self) -> bool {
+        self.verdict == verdict::PASS || self.verdict == verdict::DROP
+    }
 }
 
 /// The time, in nanoseconds of CLOCK_MONOTONIC.
@@ -77,19 +169,26 @@ pub(super) fn now() -> u64 {
 /// Whether a backend has been in a set since before `chosen`, without a break (A4, A5).
 #[inline(always)]
 pub(super) fn is_member(set: u32, backend: &Endpoint, chosen: u64) -> bool {
-    // SAFETY: as in `get`; the value is a word.
-    let joined = unsafe { MEMBERS.get(MemberKey { set, backend: *backend }) };
-    joined.is_some_and(|joined| *joined <= chosen)
+    let key = MemberKey { set, backend: *backend };
+    for _ in 0..TRIES {
+        let Some(member) = MEMBERS.get_ptr(&key) else { return false };
+        // SAFETY: an aligned word of the map. Volatile, because it is to be read once.
+        let member: Member = unsafe { member.read_volatile() };
+        if member.is_of(&key) {
+            return member.joined_before(chosen);
+        }
+    }
+    false
 }
 
 /// The backend for a new flow.
 #[inline(always)]
-pub(super) fn pick(frontend: &FrontendValue, choice: &Choice, client: Client, now: u64) -> Option<Endpoint> {
-    if frontend.affinity == 0 {
+pub(super) fn pick(frontend: Frontend, choice: Choice, client: Client, now: u64) -> Option<Endpoint> {
+    if frontend.record.affinity == 0 {
         return draw(choice);
     }
-    let key = AffinityKey { client: client.namespace, port: frontend.port, zero: 0 };
-    let until = now.wrapping_add(u64::from(frontend.affinity) * SECOND);
+    let key = AffinityKey { client: client.namespace, port: frontend.value.number(), zero: 0 };
+    let until = now.wrapping_add(u64::from(frontend.record.affinity) * SECOND);
     if let Some(known) = AFFINITIES.get_ptr_mut(key) {
         // SAFETY: elements of this map are allocated one by one and freed after a grace period. Several processors may
         // write one at a time, and each writes a backend of the set.
@@ -115,10 +214,11 @@ pub(super) fn pick(frontend: &FrontendValue, choice: &Choice, client: Client, no
 
 /// One of the backends, each as likely as the other (R4).
 #[inline(always)]
-fn draw(choice: &Choice) -> Option<Endpoint> {
+fn draw(choice: Choice) -> Option<Endpoint> {
     // SAFETY: takes nothing and touches nothing but the generator.
     let random = unsafe { bpf_get_prandom_u32() };
-    let slot = select(random, choice.count).and_then(|slot| SLOTS.get(choice.first.wrapping_add(slot)));
+    let slot = select(random, choice.slots.count);
+    let slot = slot.and_then(|slot| SLOTS.get(choice.slots.first.wrapping_add(slot)));
     match slot {
         // SAFETY: an element of the map.
         Some(backend) if backend.port != 0 => Some(unsafe { socket::read(backend) }),
@@ -131,8 +231,8 @@ fn draw(choice: &Choice) -> Option<Endpoint> {
 
 /// Counts a flow that was led to a backend.
 #[inline(always)]
-pub(super) fn served(frontend: &FrontendValue) {
-    if let Some(tally) = TALLIES.get_ptr_mut(frontend.port) {
+pub(super) fn served(frontend: Frontend) {
+    if let Some(tally) = TALLIES.get_ptr_mut(frontend.value.number()) {
         // SAFETY: an aligned word of the map, which programs change by this addition only.
         unsafe { maps::add(&raw mut (*tally).served, 1) };
     }
@@ -140,8 +240,8 @@ pub(super) fn served(frontend: &FrontendValue) {
 
 /// Counts a flow that was refused for want of endpoints.
 #[inline(always)]
-pub(super) fn refused(frontend: &FrontendValue) {
-    if let Some(tally) = TALLIES.get_ptr_mut(frontend.port) {
+pub(super) fn refused(frontend: Frontend) {
+    if let Some(tally) = TALLIES.get_ptr_mut(frontend.value.number()) {
         // SAFETY: as in `served`.
         unsafe { maps::add(&raw mut (*tally).refused, 1) };
     }
@@ -149,12 +249,13 @@ pub(super) fn refused(frontend: &FrontendValue) {
 
 /// Whether a frontend leads somewhere.
 #[inline(always)]
-pub(super) fn serves(choice: &Choice) -> bool {
-    choice.verdict == verdict::SERVE
+pub(super) fn serves(choice: Choice) -> bool {
+    verdict::set(choice.verdict).is_some()
 }
 
-/// Whether a frontend's backends can be asked for by [`is_member`].
+/// Whether a backend still serves what it began, in the set of those that do.
 #[inline(always)]
-pub(super) fn has_members(frontend: &FrontendValue) -> bool {
-    frontend.flags & flag::MEMBERS != 0
+pub(super) fn still_serves(frontend: Frontend, backend: &Endpoint, since: u64) -> bool {
+    let serving = set::number(frontend.value.number(), set::SERVING);
+    frontend.record.flags & flag::MEMBERS != 0 && is_member(serving, backend, since)
 }

@@ -24,6 +24,11 @@ pub(super) const UDP: u32 = 17;
 /// Where IPv4-mapped addresses begin, the third word of four.
 pub(super) const MAPPED: u32 = 0xffff_u32.to_be();
 
+/// The last word of `127.0.0.1`.
+const LOOPBACK_V4: u32 = 0x7f00_0001_u32.to_be();
+/// The last word of `::1`.
+const LOOPBACK: u32 = 1_u32.to_be();
+
 /// The family a hook is for.
 #[derive(Clone, Copy)]
 pub(super) enum Family {
@@ -71,15 +76,23 @@ pub(super) fn same_address(a: &Address, b: &Address) -> bool {
     a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3]
 }
 
-/// The address the hook is about: a destination, or a source to show.
+/// The address the hook is about: a destination, or a source to show. A client that asks for no address in particular means
+/// itself, as the kernel has it (`0.0.0.0`, `::` and the IPv4-mapped form of the one), so it asks for the loopback address.
 #[inline(always)]
 pub(super) fn address(context: &SockAddrContext, family: Family) -> Endpoint {
     // SAFETY: the kernel hands every program of this kind a valid context; the verifier checks each access.
     let user = unsafe { &*context.sock_addr };
-    let address = match family {
+    let mut address = match family {
         Family::V4 => [0, 0, MAPPED, user.user_ip4],
         Family::V6 => [user.user_ip6[0], user.user_ip6[1], user.user_ip6[2], user.user_ip6[3]],
     };
+    if address[3] == 0 && (address[0] | address[1]) == 0 {
+        match address[2] {
+            0 => address[3] = LOOPBACK,
+            MAPPED => address[3] = LOOPBACK_V4,
+            _ => {}
+        }
+    }
     Endpoint { address, port: user.user_port as u16, zero: 0 }
 }
 
@@ -181,8 +194,7 @@ fn is_bypassed() -> bool {
         if id == 0 {
             return false;
         }
-        // SAFETY: elements of this map are allocated one by one, so none turns into another while it is looked at.
-        if unsafe { BYPASSED.get(id) }.is_some() {
+        if BYPASSED.get_ptr(id).is_some() {
             return true;
         }
     }
@@ -194,8 +206,7 @@ fn is_bypassed() -> bool {
 /// bound a Service's address, because to look for a socket costs as much as all the rest.
 #[inline(always)]
 pub(super) fn is_at_home(context: &SockAddrContext, client: Client, protocol: u32, to: &Endpoint) -> bool {
-    // SAFETY: elements of this map are allocated one by one, so none turns into another while it is looked at.
-    if client.host || unsafe { HOMES.get(client.namespace) }.is_none() {
+    if client.host || HOMES.get_ptr(client.namespace).is_none() {
         return false;
     }
     // Nothing is zeroed, because that becomes a call of `memset`, byte by byte. The source is nobody's: no socket is

@@ -5,12 +5,12 @@
 //! as it is: the packet rules beside these programs have every Service.
 
 use aya_ebpf::{helpers::generated::bpf_set_retval, programs::SockAddrContext};
-use proxy_ebpf::{Endpoint, FLOWS as MOST_FLOWS, Flows, FrontendValue, Origin, set, trouble, verdict};
+use proxy_ebpf::{Endpoint, FLOWS as MOST_FLOWS, Flows, Origin, trouble};
 
 use super::{
     ALLOW,
     maps::{self, FLOWS},
-    resolve::{self, Found},
+    resolve::{self, Found, Frontend},
     search::Search,
     seats,
     socket::{self, Client, Family, TCP, UDP},
@@ -39,7 +39,7 @@ pub(super) fn connect(context: &SockAddrContext, family: Family) -> i32 {
         Found::Frontend(frontend) => frontend,
     };
     let choice = resolve::choice(frontend, client);
-    if choice.verdict == verdict::PASS || socket::is_at_home(context, client, protocol, &to) {
+    if choice.is_for_packets() || socket::is_at_home(context, client, protocol, &to) {
         return ALLOW;
     }
     if !resolve::serves(choice) {
@@ -77,7 +77,7 @@ pub(super) fn send(context: &SockAddrContext, family: Family) -> i32 {
         Found::Frontend(frontend) => frontend,
     };
     let choice = resolve::choice(frontend, client);
-    if choice.verdict == verdict::PASS {
+    if choice.is_for_packets() {
         return ALLOW;
     }
     match flow(context, &to, frontend, client) {
@@ -94,12 +94,7 @@ pub(super) fn send(context: &SockAddrContext, family: Family) -> i32 {
 /// The backend this socket's datagrams to a Service go to: the same one for as long as it serves, as connection tracking
 /// would have it (K2). `None` when there is none, or none can be remembered.
 #[inline(always)]
-fn flow(
-    context: &SockAddrContext,
-    to: &Endpoint,
-    frontend: &FrontendValue,
-    client: Client,
-) -> Option<Endpoint> {
+fn flow(context: &SockAddrContext, to: &Endpoint, frontend: Frontend, client: Client) -> Option<Endpoint> {
     // SAFETY: the socket is the hook's own, which holds its lock.
     let flows = unsafe { FLOWS.get_or_insert_ptr_mut(context, None) };
     if flows.is_null() {
@@ -115,7 +110,7 @@ fn flow(
     let backend = unsafe { socket::read(&raw const known.backend) };
     if socket::same(&known.service, to)
         && now.wrapping_sub(known.since) <= REST
-        && (socket::same(&backend, to) || still_serves(frontend, &backend, known.since))
+        && (socket::same(&backend, to) || resolve::still_serves(frontend, &backend, known.since))
     {
         known.since = now;
         return Some(backend);
@@ -128,12 +123,6 @@ fn flow(
     resolve::served(frontend);
     tell::led(context, to, &backend);
     Some(backend)
-}
-
-#[inline(always)]
-fn still_serves(frontend: &FrontendValue, backend: &Endpoint, since: u64) -> bool {
-    let serving = set::number(frontend.port, set::SERVING);
-    resolve::has_members(frontend) && resolve::is_member(serving, backend, since)
 }
 
 /// Somebody sent to this socket from an address and port that are a frontend's too: he has the number of a NodePort for

@@ -37,6 +37,7 @@ pub use stack::Stack;
 ///   the plane keeps what it has: what the delta calls `before` or, when the delta was a complete one, what was found
 ///   in the kernel. The caller tells the port again later, with the same `before`; after a complete delta that is `None`,
 ///   and the plane replaces what it kept.
+///   A plane in front of another lets go of the port instead, and says that it has left it: then it has nothing of it.
 /// - A **family** whose table cannot be written. The other family's part of the delta is in place. From then on the plane
 ///   leaves this family alone, until [`Dataplane::reread_family`] and a complete delta put it right.
 /// - A **plane** of several that fails ([`Stack`]). The others serve, and say with [`Dataplane::wants_everything`] when

@@ -111,15 +111,16 @@ impl<S: Dataplane> Front<S> {
     /// Applies a delta that is for it; answers with the ports that it leaves to the packets.
     fn apply(&mut self, delta: &Delta) -> Vec<(PortId, String)> {
         let result = if std::mem::take(&mut self.unknown) { self.plane.reread() } else { Ok(()) };
-        let refused = match result.and_then(|()| self.plane.apply(&self.as_it_knows(delta))) {
-            Ok(()) => Vec::new(),
-            Err(Error::Partly(Shortfall { refused, failed, .. })) if failed.is_empty() => refused,
+        let (mut refused, left) = match result.and_then(|()| self.plane.apply(&self.as_it_knows(delta))) {
+            Ok(()) => (Vec::new(), Vec::new()),
+            Err(Error::Partly(Shortfall { refused, left, failed })) if failed.is_empty() => (refused, left),
             Err(error) => {
                 self.failed(&error);
                 return Vec::new();
             }
         };
-        self.settle(delta, &refused);
+        self.settle(delta, &refused, &left);
+        refused.extend(left);
         refused
     }
 
@@ -140,7 +141,7 @@ impl<S: Dataplane> Front<S> {
     }
 
     /// Remembers what it has apart from what the caller takes it for, after it took a delta in.
-    fn settle(&mut self, delta: &Delta, refused: &[(PortId, String)]) {
+    fn settle(&mut self, delta: &Delta, refused: &[(PortId, String)], left: &[(PortId, String)]) {
         let had = if delta.complete {
             self.apart.clear();
             BTreeMap::new()
@@ -153,6 +154,7 @@ impl<S: Dataplane> Front<S> {
             let before = had.get(id).cloned().unwrap_or_else(|| port.before.clone());
             self.apart.insert(id.clone(), before);
         }
+        self.apart.extend(left.iter().map(|(id, _)| (id.clone(), None)));
         if !delta.complete {
             return;
         }

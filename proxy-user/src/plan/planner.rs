@@ -121,7 +121,8 @@ impl Planner {
             if before.is_none() && after.is_none() && self.found.remove(&id) {
                 *self.stray.get_mut(id.family) = true;
             }
-            if before != after {
+            // One that a plane has left is told again also when it is to be by now what it was.
+            if before != after || (after.is_some() && repeated.contains(&id)) {
                 changes.push(PortDelta { before, after });
             }
         }

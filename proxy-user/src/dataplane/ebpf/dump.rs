@@ -2,11 +2,9 @@
 //!
 //! In: the maps. Out: a [`State`] as far as sockets go; see [`State::for_sockets`].
 
-use std::net::IpAddr;
+use proxy_ebpf::{FrontendKey, Record, Slots, flag, kind, verdict};
 
-use proxy_ebpf::{Choice, FrontendKey, FrontendValue, flag, verdict};
-
-use super::{element::unspecified, maps::Maps, problem::Problem};
+use super::{element::Set, found, maps::Maps, problem::Problem};
 use crate::{
     dataplane::{Installed, InstalledFrontend, Outcome, State},
     model::{Family, Protocol},
@@ -15,51 +13,53 @@ use crate::{
 
 pub(super) fn read(maps: &Maps) -> Result<State, Problem> {
     let mut state = State::default();
-    for (key, value) in maps.frontends()? {
-        let address = proxy_ebpf::Endpoint { address: key.address, port: key.port, zero: 0 };
-        if key.port == 0 {
-            if value.flags & flag::CLUSTER_IP != 0 {
-                state.cluster_ips.push(address.ip());
+    let frontends = maps.frontends()?;
+    let ports = maps.ports(found::numbers(&frontends))?;
+    for (key, value) in frontends.into_iter().filter(|(key, value)| value.is_of(key)) {
+        if key.kind == kind::ADDRESS {
+            if value.flags() & flag::CLUSTER_IP != 0 {
+                state.cluster_ips.push(key.endpoint().ip());
             }
             continue;
         }
-        let Some(frontend) = frontend(&key, address.ip(), address.port()) else { continue };
-        state.frontends.insert(frontend, installed(maps, &value)?);
+        let Some(frontend) = frontend(&key) else { continue };
+        let Some((_, record)) = ports.get(&value.number()) else { continue };
+        let column = record.columns[value.column() as usize];
+        let of = |verdict| {
+            let outcome = if value.is_for_packets() { verdict::PASS } else { verdict };
+            let outcome = outcome_of(maps, record, outcome)?;
+            Ok::<_, Problem>(Installed { outcome, masquerade: false })
+        };
+        let installed = InstalledFrontend::for_sockets(of(column.pod)?, of(column.host)?, record.affinity);
+        state.frontends.insert(frontend, installed);
     }
     state.cluster_ips.sort_unstable();
     Ok(state)
 }
 
-fn frontend(key: &FrontendKey, address: IpAddr, port: u16) -> Option<Frontend> {
+fn frontend(key: &FrontendKey) -> Option<Frontend> {
     let protocol = Protocol::ALL.into_iter().find(|protocol| protocol.number() == key.protocol)?;
-    let family = Family::of(address);
-    let destination = if address == unspecified(family) {
-        Destination::NodePort(family)
-    } else {
-        Destination::Address(address)
+    let endpoint = key.endpoint();
+    let destination = match key.kind {
+        kind::NODE_PORT => Destination::NodePort(Family::of(endpoint.ip())),
+        _ => Destination::Address(endpoint.ip()),
     };
-    Some(Frontend { destination, protocol, port })
+    Some(Frontend { destination, protocol, port: endpoint.port() })
 }
 
-fn installed(maps: &Maps, value: &FrontendValue) -> Result<InstalledFrontend, Problem> {
-    let pod = outcome(maps, &value.pod)?;
-    let host = outcome(maps, &value.host)?;
-    Ok(InstalledFrontend::for_sockets(pod, host, value.affinity))
-}
-
-fn outcome(maps: &Maps, choice: &Choice) -> Result<Installed, Problem> {
-    let outcome = match choice.verdict {
-        verdict::SERVE => {
-            let mut backends = Vec::new();
-            for slot in choice.first..choice.first.saturating_add(choice.count) {
-                let slot = maps.slot(slot)?;
-                backends.push(Backend { address: slot.ip(), port: slot.port(), local: false });
-            }
-            backends.sort_unstable();
-            Outcome::Backends(backends)
-        }
-        verdict::REFUSE => Outcome::Reject,
-        _ => Outcome::Packets,
+fn outcome_of(maps: &Maps, record: &Record, verdict: u8) -> Result<Outcome, Problem> {
+    let set = match verdict & !verdict::MASQUERADE {
+        verdict::CLUSTER => Set::Cluster,
+        verdict::LOCAL => Set::Local,
+        verdict::REFUSE => return Ok(Outcome::Reject),
+        _ => return Ok(Outcome::Packets),
     };
-    Ok(Installed { outcome, masquerade: false })
+    let Slots { first, count } = record.sets[set.index()];
+    let mut backends = Vec::new();
+    for slot in first..first.saturating_add(count) {
+        let slot = maps.slot(slot)?;
+        backends.push(Backend { address: slot.ip(), port: slot.port(), local: false });
+    }
+    backends.sort_unstable();
+    Ok(Outcome::Backends(backends))
 }

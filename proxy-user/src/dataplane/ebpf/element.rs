@@ -4,12 +4,12 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use proxy_ebpf::{Choice, Endpoint, FrontendKey, FrontendValue, MemberKey, flag, set, verdict};
+use proxy_ebpf::{Column, Endpoint, FrontendKey, MemberKey, Record, Slots, flag, set};
 
 use super::slots::Range;
 use crate::{
     model::{Family, Protocol},
-    plan::{Backend, Destination, Frontend, FrontendPlan, PortPlan, Target, Treatment},
+    plan::{Backend, Destination, Frontend, FrontendPlan, PortPlan},
 };
 
 /// The two backend sets of a service port.
@@ -37,7 +37,7 @@ impl Set {
         }
     }
 
-    const fn index(self) -> usize {
+    pub(super) const fn index(self) -> usize {
         match self {
             Self::Cluster => 0,
             Self::Local => 1,
@@ -50,6 +50,8 @@ impl Set {
 pub(super) struct Site {
     /// Its number.
     pub(super) port: u32,
+    /// Its record; [`Record::NOTHING`] before there is one.
+    pub(super) record: u32,
     ranges: [Range; 2],
     /// Whether it has session affinity, which is counted.
     pub(super) sticky: bool,
@@ -57,7 +59,7 @@ pub(super) struct Site {
 
 impl Site {
     pub(super) fn new(port: u32, sticky: bool) -> Self {
-        Self { port, ranges: [Range::default(); 2], sticky }
+        Self { port, record: Record::NOTHING, ranges: [Range::default(); 2], sticky }
     }
 
     pub(super) fn range(&self, set: Set) -> Range {
@@ -100,52 +102,50 @@ pub(super) fn endpoint(backend: &Backend) -> Endpoint {
 
 /// The key of a frontend.
 pub(super) fn key(frontend: &Frontend) -> FrontendKey {
-    let address = match frontend.destination {
-        Destination::Address(address) => address,
-        Destination::NodePort(family) => unspecified(family),
-    };
-    FrontendKey::new(address, frontend.port, frontend.protocol.number())
+    let protocol = frontend.protocol.number();
+    match frontend.destination {
+        Destination::Address(address) => FrontendKey::new(address, frontend.port, protocol),
+        Destination::NodePort(family) => FrontendKey::node_port(any(family), frontend.port, protocol),
+    }
 }
 
-/// What stands for every address of this node.
-pub(super) fn unspecified(family: Family) -> IpAddr {
+/// An address of a family.
+fn any(family: Family) -> IpAddr {
     match family {
         Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
         Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
     }
 }
 
-/// The value of a frontend. What only packets can decide is left to them: sources that are not let in (F7), because a
-/// socket that connects may not have its address yet, what is answered here for as long as somebody does, and addresses
-/// that are `theirs` for another reason.
-pub(super) fn value(plan: &PortPlan, planned: &FrontendPlan, site: &Site, theirs: bool) -> FrontendValue {
-    let theirs = theirs || planned.allowed_sources.is_some() || planned.answered_here;
-    let choice = |treatment: Treatment| match treatment.target {
-        _ if theirs => Choice::default(),
-        Target::Cluster => serve(site, Set::Cluster),
-        Target::Local => serve(site, Set::Local),
-        Target::Reject => Choice { verdict: verdict::REFUSE, ..Choice::default() },
-        Target::Drop => Choice::default(),
-    };
-    FrontendValue {
-        port: site.port,
-        flags: if has_members(plan) { flag::MEMBERS } else { 0 },
-        affinity: plan.affinity.unwrap_or(0),
-        zero: 0,
-        pod: choice(planned.route.pod),
-        host: choice(planned.route.host),
-    }
+/// Whether only packets can decide about a frontend: sources that are not let in (F7), because a socket that connects may
+/// not have its address yet, and what is answered here for as long as somebody does.
+pub(super) fn is_for_packets(planned: &FrontendPlan) -> bool {
+    planned.allowed_sources.is_some() || planned.answered_here
 }
 
-fn serve(site: &Site, set: Set) -> Choice {
-    let Range { first, count } = site.range(set);
-    Choice { first, count, set: set.number(site.port), verdict: verdict::SERVE }
+/// The record of a port whose frontends have these columns.
+pub(super) fn record(plan: &PortPlan, site: &Site, columns: [Column; Record::COLUMNS]) -> Record {
+    let slots = |set: Set| {
+        let Range { first, count } = site.range(set);
+        Slots { first: if count == 0 { 0 } else { first }, count }
+    };
+    Record {
+        flags: if has_members(plan) { flag::MEMBERS } else { 0 },
+        affinity: plan.affinity.unwrap_or(0),
+        sources: 0,
+        zero: 0,
+        sets: Set::ALL.map(slots),
+        columns,
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dataplane::ebpf::fixture::{address, backend, port};
+    use crate::{
+        dataplane::ebpf::fixture::{address, backend, port},
+        plan::Target,
+    };
 
     fn site() -> Site {
         let mut site = Site::new(3, false);
@@ -154,40 +154,24 @@ mod tests {
         site
     }
 
-    fn value_of(plan: &PortPlan, theirs: bool) -> FrontendValue {
-        value(plan, &plan.frontends[0], &site(), theirs)
+    fn record_of(plan: &PortPlan) -> Record {
+        record(plan, &site(), [Column::default(); Record::COLUMNS])
     }
 
     #[test]
-    fn pods_and_the_host_each_get_what_their_route_says() {
-        let cluster = Choice { first: 10, count: 2, set: 12, verdict: verdict::SERVE };
-        let local = Choice { first: 20, count: 1, set: 13, verdict: verdict::SERVE };
-        let refuse = Choice { verdict: verdict::REFUSE, ..Choice::default() };
-        let all = [
-            (Target::Cluster, cluster),
-            (Target::Local, local),
-            (Target::Reject, refuse),
-            // F2: a socket cannot be left waiting, so its packets are dropped.
-            (Target::Drop, Choice::default()),
-        ];
-        for ((pod, for_pod), (host, for_host)) in all.into_iter().flat_map(|pod| all.map(|host| (pod, host)))
-        {
-            let plan = port("web", &[]).at(address("10.96.0.1"), 80, [pod, host]);
-            let value = value_of(&plan, false);
-            assert_eq!((value.port, value.pod, value.host), (3, for_pod, for_host), "{pod:?} and {host:?}");
-        }
+    fn a_record_has_the_slots_of_both_sets() {
+        let sets = record_of(&port("web", &["10.244.0.1", "10.244.0.2"])).sets;
+        assert_eq!(sets, [Slots { first: 10, count: 2 }, Slots { first: 20, count: 1 }]);
     }
 
     #[test]
     fn what_only_packets_can_decide_is_left_to_them() {
-        let plan =
-            port("web", &["10.244.0.1"]).at(address("198.51.100.1"), 80, [Target::Cluster, Target::Reject]);
-        let pass = Choice::default();
-        assert_eq!(pass.verdict, verdict::PASS);
-        let value = value_of(&plan, true);
-        assert_eq!((value.pod, value.host), (pass, pass), "an address of the host's own");
-        let value = value_of(&plan.guarded("203.0.113.0/24"), false);
-        assert_eq!((value.pod, value.host), (pass, pass), "F7");
+        let plan = port("web", &["10.244.0.1"]).at(address("198.51.100.1"), 80, [Target::Cluster; 2]);
+        assert!(!is_for_packets(&plan.frontends[0]));
+        let mut answered = plan.frontends[0].clone();
+        answered.answered_here = true;
+        assert!(is_for_packets(&answered));
+        assert!(is_for_packets(&plan.guarded("203.0.113.0/24").frontends[0]), "F7");
     }
 
     #[test]
@@ -200,27 +184,29 @@ mod tests {
             members(plan, 3).map(of).collect::<Vec<_>>()
         };
         let entry = |set, ip: &str| (set, ip.to_owned());
-        assert_eq!((sets(&plan), value_of(&plan, false).flags), (vec![], 0));
+        assert_eq!((sets(&plan), record_of(&plan).flags), (vec![], 0));
 
         plan.affinity = Some(60);
         let sticky = [entry(12, "10.244.0.1"), entry(12, "10.244.0.2"), entry(13, "10.244.0.2")];
         assert_eq!(sets(&plan), sticky, "A1");
-        let value = value_of(&plan, false);
-        assert_eq!((value.flags, value.affinity), (flag::MEMBERS, 60));
+        let record = record_of(&plan);
+        assert_eq!((record.flags, record.affinity), (flag::MEMBERS, 60));
 
         plan.id.protocol = Protocol::Udp;
         assert_eq!(sets(&plan), [&sticky[..], &[entry(14, "10.244.0.3")]].concat());
         plan.affinity = None;
         assert_eq!(sets(&plan), [entry(14, "10.244.0.3")], "K2");
-        assert_eq!(value_of(&plan, false).flags, flag::MEMBERS);
+        assert_eq!(record_of(&plan).flags, flag::MEMBERS);
     }
 
     #[test]
-    fn a_node_port_has_the_unspecified_address_of_its_family() {
+    fn no_destination_is_a_node_ports_key() {
         for (family, unspecified) in [(Family::V4, "0.0.0.0"), (Family::V6, "::")] {
             let destination = Destination::NodePort(family);
             let found = key(&Frontend { destination, protocol: Protocol::Udp, port: 30080 });
-            assert_eq!(found, FrontendKey::new(unspecified.parse().unwrap(), 30080, 17));
+            let unspecified = unspecified.parse().unwrap();
+            assert_eq!(found, FrontendKey::node_port(unspecified, 30080, 17));
+            assert_ne!(found, FrontendKey::new(unspecified, 30080, 17));
         }
         assert!(!is_for_sockets(Protocol::Sctp));
     }

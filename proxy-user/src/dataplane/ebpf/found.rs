@@ -1,8 +1,8 @@
 //! What the maps held when they were read: the memory of whoever ran before.
 //!
-//! In: the maps. Out: which number and which slots a service port has already, and what is left over in the end.
+//! In: the maps. Out: which number, record and slots a service port has already, and what is left over in the end.
 
-use proxy_ebpf::{Endpoint, FrontendKey, FrontendValue, MemberKey, set};
+use proxy_ebpf::{Endpoint, FrontendKey, FrontendValue, MemberKey, Record, kind};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::{
@@ -17,49 +17,53 @@ use crate::plan::PortPlan;
 #[derive(Default)]
 pub(super) struct Found {
     pub(super) frontends: FxHashMap<FrontendKey, FrontendValue>,
-    pub(super) members: FxHashMap<MemberKey, u64>,
+    pub(super) members: FxHashSet<MemberKey>,
     slots: Vec<Endpoint>,
+    /// The record that each port leads to, and what it says.
+    ports: FxHashMap<u32, (u32, Record)>,
     /// The numbers of ports.
     numbers: FxHashSet<u32>,
-    /// The numbers of ports that stay as they are.
-    spared: FxHashSet<u32>,
-    /// How long each range is that frontends lead to, by where it begins.
+    /// The records that ports lead to.
+    records: FxHashSet<u32>,
+    /// How long each range is that records lead to, by where it begins.
     ranges: FxHashMap<u32, u32>,
 }
 
 impl Found {
     pub(super) fn read(maps: &Maps) -> Result<Self, Problem> {
-        let mut found = Self::of(maps.frontends()?, maps.members()?, Vec::new());
-        found.slots = maps.slots(found.end())?;
+        let frontends = maps.frontends()?;
+        let ports = maps.ports(numbers(&frontends))?;
+        let mut found = Self::of(frontends, ports, maps.members()?, Vec::new());
+        let end = found.taken().iter().map(|range| range.first.saturating_add(range.count)).max();
+        found.slots = maps.slots(end.unwrap_or(0))?;
         Ok(found)
     }
 
     pub(super) fn of(
         frontends: FxHashMap<FrontendKey, FrontendValue>,
-        members: FxHashMap<MemberKey, u64>,
+        ports: FxHashMap<u32, (u32, Record)>,
+        members: FxHashSet<MemberKey>,
         slots: Vec<Endpoint>,
     ) -> Self {
-        let ports = frontends.iter().filter(|(key, _)| key.port != 0);
-        let numbers = ports.map(|(_, value)| value.port).collect();
-        let ranges = apart(ranges(&frontends).collect());
-        Self { frontends, members, slots, numbers, ranges, ..Self::default() }
+        let numbers = numbers(&frontends);
+        let records = ports.values().map(|(record, _)| *record).collect();
+        let ranges = apart(ranges(&ports).collect());
+        Self { frontends, members, slots, ports, numbers, records, ranges }
     }
 
-    /// One more than the last slot that a frontend leads to.
-    fn end(&self) -> u32 {
-        ranges(&self.frontends).map(|range| range.first.saturating_add(range.count)).max().unwrap_or(0)
-    }
-
-    /// The ranges that frontends lead to, several times where several do.
+    /// The ranges that records lead to, several times where several do.
     pub(super) fn taken(&self) -> Vec<Range> {
-        ranges(&self.frontends).collect()
+        ranges(&self.ports).collect()
     }
 
     /// The numbers that nobody claimed.
     pub(super) fn unclaimed_numbers(&self) -> Vec<u32> {
-        let mut numbers: Vec<u32> = self.numbers.iter().copied().collect();
-        numbers.sort_unstable();
-        numbers
+        sorted(&self.numbers)
+    }
+
+    /// The records that nobody claimed.
+    pub(super) fn unclaimed_records(&self) -> Vec<u32> {
+        sorted(&self.records)
     }
 
     /// The ranges that nobody claimed.
@@ -73,19 +77,20 @@ impl Found {
     /// Where a service port is, as far as one of its frontends tells. Of two ports that find the same number the first
     /// has it. A set that is not there as it should be has an empty range.
     pub(super) fn claim(&mut self, plan: &PortPlan) -> Option<Site> {
-        let known = plan.frontends.iter().map(|planned| element::key(&planned.frontend));
-        let known: Vec<FrontendValue> = known.filter_map(|key| self.frontends.get(&key).copied()).collect();
-        let port = known.first()?.port;
+        let mut keys = plan.frontends.iter().map(|planned| element::key(&planned.frontend));
+        let port = keys.find_map(|key| self.frontends.get(&key).filter(|value| value.is_of(&key)))?.number();
         if !self.numbers.remove(&port) {
             return None;
         }
         let mut site = Site::new(port, plan.affinity.is_some());
+        let Some((number, record)) = self.ports.get(&port).copied() else { return Some(site) };
+        if self.records.contains(&number) {
+            site.record = number;
+        }
         for set in Set::ALL {
-            let choices = known.iter().flat_map(|value| [value.pod, value.host]);
-            let mut ranges = choices
-                .filter(|choice| choice.set == set.number(port) && choice.count > 0)
-                .map(|choice| Range { first: choice.first, count: choice.count });
-            if let Some(range) = ranges.find(|range| self.holds(*range, plan, set)) {
+            let slots = record.sets[set.index()];
+            let range = Range { first: slots.first, count: slots.count };
+            if range.count > 0 && self.holds(range, plan, set) {
                 self.ranges.remove(&range.first);
                 site.set_range(set, range);
             }
@@ -93,20 +98,20 @@ impl Found {
         Some(site)
     }
 
-    /// Leaves alone these frontends and what is under this number, because it could not be brought to what it should be.
-    pub(super) fn spare(&mut self, frontends: impl Iterator<Item = FrontendKey>, number: u32) {
-        frontends.for_each(|key| {
-            self.frontends.remove(&key);
-        });
-        self.spared.insert(number);
+    /// What the record of a claimed port says, as long as nobody else has claimed that.
+    pub(super) fn record(&self, site: &Site) -> Option<Record> {
+        let (number, record) = self.ports.get(&site.port)?;
+        (*number == site.record && self.records.contains(number)).then_some(*record)
     }
 
-    /// What nobody claimed and is not spared.
-    pub(super) fn unclaimed(&self) -> (Vec<FrontendKey>, Vec<MemberKey>) {
-        let spared = |number: u32| self.spared.contains(&number);
-        let frontends = self.frontends.iter().filter(|(key, value)| key.port == 0 || !spared(value.port));
-        let members = self.members.keys().filter(|member| !spared(set::port(member.set)));
-        (frontends.map(|(key, _)| *key).collect(), members.copied().collect())
+    /// A port keeps its record.
+    pub(super) fn claim_record(&mut self, number: u32) {
+        self.records.remove(&number);
+    }
+
+    /// What nobody claimed.
+    pub(super) fn unclaimed(self) -> (Vec<FrontendKey>, FxHashSet<MemberKey>) {
+        (self.frontends.into_keys().collect(), self.members)
     }
 
     /// Whether a range holds exactly the backends of a set, in any order.
@@ -124,9 +129,21 @@ impl Found {
     }
 }
 
-fn ranges(frontends: &FxHashMap<FrontendKey, FrontendValue>) -> impl Iterator<Item = Range> + '_ {
-    let choices = frontends.values().flat_map(|value| [value.pod, value.host]);
-    choices.map(|choice| Range { first: choice.first, count: choice.count })
+/// The numbers of the ports that frontends lead to. An element that is not its key's leads nowhere.
+pub(super) fn numbers(frontends: &FxHashMap<FrontendKey, FrontendValue>) -> FxHashSet<u32> {
+    let ports = frontends.iter().filter(|(key, value)| key.kind != kind::ADDRESS && value.is_of(key));
+    ports.map(|(_, value)| value.number()).collect()
+}
+
+fn sorted(numbers: &FxHashSet<u32>) -> Vec<u32> {
+    let mut numbers: Vec<u32> = numbers.iter().copied().collect();
+    numbers.sort_unstable();
+    numbers
+}
+
+fn ranges(ports: &FxHashMap<u32, (u32, Record)>) -> impl Iterator<Item = Range> + '_ {
+    let slots = ports.values().flat_map(|(_, record)| record.sets);
+    slots.map(|slots| Range { first: slots.first, count: slots.count })
 }
 
 /// The ranges, each once. Of ranges that overlap, which nobody of us writes, the later ones are left out.

@@ -10,9 +10,10 @@ use aya::{
 };
 use nix::time::{ClockId, clock_gettime};
 use proxy_ebpf::{
-    Affinity, AffinityKey, Endpoint, FrontendKey, FrontendValue, MemberKey, Settings, Tally, system,
+    Affinity, AffinityKey, Endpoint, FrontendKey, FrontendValue, Member, MemberKey, Record, Settings, Tally,
+    system,
 };
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::problem::Problem;
 
@@ -24,8 +25,10 @@ const IF_ABSENT: u64 = 1;
 
 pub(super) struct Maps {
     frontends: HashMap<MapData, FrontendKey, FrontendValue>,
+    ports: system::Words,
+    records: Array<MapData, Record>,
     slots: Array<MapData, Endpoint>,
-    members: HashMap<MapData, MemberKey, u64>,
+    members: HashMap<MapData, MemberKey, Member>,
     affinities: HashMap<MapData, AffinityKey, Affinity>,
     tallies: Array<MapData, Tally>,
     settings: Array<MapData, Settings>,
@@ -37,8 +40,11 @@ impl Maps {
     /// Takes the maps out of a loaded object.
     pub(super) fn of(ebpf: &mut Ebpf) -> Result<Self, Problem> {
         let mut take = |name: &'static str| ebpf.take_map(name).ok_or(Problem::Object(name));
+        let ports: Array<MapData, u64> = typed("ports", take("ports")?)?;
         Ok(Self {
             frontends: typed("frontends", take("frontends")?)?,
+            ports: system::Words::of(&ports).map_err(|error| Problem::map("ports", error.into()))?,
+            records: typed("records", take("records")?)?,
             slots: typed("slots", take("slots")?)?,
             members: typed("members", take("members")?)?,
             affinities: typed("affinities", take("affinities")?)?,
@@ -87,12 +93,52 @@ impl Maps {
         removed("frontends", self.frontends.remove(key))
     }
 
-    pub(super) fn members(&self) -> Result<FxHashMap<MemberKey, u64>, Problem> {
-        all("members", self.members.map())
+    /// The record that each of these ports leads to, and what it says.
+    pub(super) fn ports(
+        &self,
+        numbers: impl IntoIterator<Item = u32>,
+    ) -> Result<FxHashMap<u32, (u32, Record)>, Problem> {
+        let led = numbers.into_iter().filter_map(|number| Some((number, self.ports.get(number)? as u32)));
+        let led: Vec<(u32, u32)> = led.collect();
+        let end = led.iter().map(|(_, record)| record.saturating_add(1)).max().unwrap_or(0);
+        let mut records = Vec::new();
+        let read =
+            system::read_first(self.records.map(), end as usize, |_: u32, record| records.push(record));
+        read.map_err(|error| Problem::map("records", error.into()))?;
+        let found = |(number, record): (u32, u32)| {
+            records.get(record as usize).map(|content: &Record| (number, (record, *content)))
+        };
+        Ok(led.into_iter().filter_map(found).collect())
     }
 
-    pub(super) fn set_member(&mut self, member: &MemberKey, joined: u64) -> Result<(), Problem> {
-        self.write("members", |maps| maps.members.insert(member, joined, ANY))
+    /// Has a port lead to a record, and with it all its frontends.
+    pub(super) fn set_port(&mut self, number: u32, record: u32) -> Result<(), Problem> {
+        self.write("ports", |maps| Ok(maps.ports.set(number, record.into())?))
+    }
+
+    /// Leaves a port to the packets; it may not have been there.
+    pub(super) fn clear_port(&mut self, number: u32) {
+        // Beyond the end there is nothing to clear.
+        let _ = self.ports.set(number, Record::NOTHING.into());
+    }
+
+    pub(super) fn record(&self, number: u32) -> Result<Record, Problem> {
+        self.records.get(&number, ANY).map_err(|error| Problem::map("records", error))
+    }
+
+    pub(super) fn set_record(&mut self, number: u32, record: &Record) -> Result<(), Problem> {
+        self.write("records", |maps| maps.records.set(number, record, ANY))
+    }
+
+    /// Every member, but for elements that are not their key's.
+    pub(super) fn members(&self) -> Result<FxHashSet<MemberKey>, Problem> {
+        let members: FxHashMap<MemberKey, Member> = all("members", self.members.map())?;
+        let right = members.into_iter().filter(|(key, member)| member.is_of(key));
+        Ok(right.map(|(key, _)| key).collect())
+    }
+
+    pub(super) fn set_member(&mut self, key: &MemberKey, joined: u64) -> Result<(), Problem> {
+        self.write("members", |maps| maps.members.insert(key, Member::new(key, joined), ANY))
     }
 
     /// Removes a member; false when there was none.
@@ -120,7 +166,7 @@ impl Maps {
         if backends.is_empty() {
             return Ok(());
         }
-        self.write("slots", |maps| Ok(system::write_slots(maps.slots.map().fd(), first, backends)?))
+        self.write("slots", |maps| Ok(system::write_all(&maps.slots, first, backends)?))
     }
 
     pub(super) fn reset_tally(&mut self, port: u32) -> Result<(), Problem> {
@@ -147,7 +193,16 @@ impl Maps {
             "frontends" => copy(&old.frontends, &mut new.frontends),
             "members" => copy(&old.members, &mut new.members),
             "affinities" => copy(&old.affinities, &mut new.affinities),
-            "slots" => Ok(system::write_slots(new.slots.map().fd(), 0, &old.read_slots(slots_in_use)?)?),
+            "slots" => Ok(system::write_all(&new.slots, 0, &old.read_slots(slots_in_use)?)?),
+            "ports" => {
+                let words = (0..).map_while(|number| Some((number, old.ports.get(number)?)));
+                Ok(words.into_iter().try_for_each(|(number, record)| new.ports.set(number, record))?)
+            }
+            "records" => {
+                let mut records = Vec::new();
+                system::read_all(old.records.map(), |_: u32, record: Record| records.push(record))?;
+                Ok(system::write_all(&new.records, 0, &records)?)
+            }
             _ => (0..old.tallies.len())
                 .try_for_each(|port| new.tallies.set(port, old.tallies.get(&port, ANY)?, ANY)),
         })

@@ -8,8 +8,9 @@
 //!                    └────────────────────────────────────────────────────────────────────────────┘
 //! ```
 //! A change is published in an order in which a program that looks at any time finds the old backends or the new ones:
-//! members, fresh slots, one write for each frontend; then frontends that are gone, members that are gone, and the old
-//! slots rest before others get them.
+//! members, fresh slots, a fresh record; then one store leads the port and all its frontends there; then frontends that
+//! come, those that are gone, and members that are gone. The old slots, the old record, and the number of a port that is
+//! gone rest before others get them.
 
 #![forbid(unsafe_code)]
 
@@ -21,6 +22,7 @@ use super::{Dataplane, Error, Fill, Shortfall, State};
 use crate::plan::{Delta, NodePlan};
 
 mod bypass;
+mod columns;
 mod counted;
 mod dump;
 mod element;
@@ -29,7 +31,6 @@ mod fixture;
 mod found;
 mod links;
 mod maps;
-mod numbers;
 mod object;
 mod problem;
 mod retired;
@@ -94,11 +95,13 @@ impl Ebpf {
     }
 
     fn read(&mut self) -> Result<(), Problem> {
+        // What programs that run now are led to rests until they have ended.
+        let rested = stage::settle();
         let found = found::Found::read(&self.object.maps)?;
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
         self.used =
             Used { frontends: count(found.frontends.len()), members: count(found.members.len()), sticky: 0 };
-        self.ground = stage::Ground::of(found);
+        self.ground = stage::Ground::of(found, Instant::now(), rested);
         self.whole = whole::Whole::default();
         self.numbered.clear();
         Ok(())
@@ -138,14 +141,15 @@ impl Dataplane for Ebpf {
         let now = Instant::now();
         self.whole.expect(&node, &delta.cluster_ips, delta.complete);
         let ground = &mut self.ground;
-        let steps: Vec<stage::Step> = delta
+        let mut steps: Vec<stage::Step> = delta
             .ports
             .iter()
             .filter(|port| port.id().is_some_and(|id| element::is_for_sockets(id.protocol)))
             .filter_map(|port| ground.step(port, now))
             .collect();
+        self.arrange(&mut steps, now)?;
         self.make_room(&steps, delta);
-        let failed = self.write(&steps, delta, now)?;
+        let left = self.write(&steps, delta, now)?;
         for step in &steps {
             self.numbered.set(&step.id, self.ground.ports.get(&step.id).map(|site| site.port));
         }
@@ -156,12 +160,10 @@ impl Dataplane for Ebpf {
             }
         }
         self.whole.settled()?;
-        Shortfall::of_ports(failed).into_result()
+        Shortfall { left, ..Shortfall::default() }.into_result()
     }
 
     fn reread(&mut self) -> Result<(), Error> {
-        // What rested is forgotten, and free.
-        stage::settle();
         Ok(self.read()?)
     }
 
@@ -174,9 +176,10 @@ impl Dataplane for Ebpf {
         let fill = |map, elements, room| Fill { map, elements, room };
         vec![
             fill("frontends", self.used.frontends, sizes.frontends),
+            fill("records", self.ground.records.end(), sizes.records),
             fill("slots", self.ground.slots.end(), sizes.slots),
             fill("members", self.used.members, sizes.members),
-            fill("tallies", self.ground.numbers.end(), sizes.tallies),
+            fill("tallies", self.ground.numbers.end(), sizes.ports),
         ]
     }
 

@@ -3,7 +3,7 @@
 //! In: how large the maps have to be. Out: maps to write, and programs that read them, attached to a cgroup.
 //!
 //! ```text
-//! <bpf-root>/v3/frontends, …   the maps of layout 3: whoever starts next finds them as they are
+//! <bpf-root>/v4/frontends, …   the maps of layout 4: whoever starts next finds them as they are
 //! <bpf-root>/link-connect4, …  the links: programs stay attached while nobody runs
 //! ```
 //! To make a map larger is the same as to upgrade: new maps are filled, new programs that use them are loaded, and each
@@ -24,8 +24,8 @@ use aya::{
     },
 };
 use proxy_ebpf::{
-    Affinity, AffinityKey, Endpoint, Flows, FrontendKey, FrontendValue, LAYOUT_VERSION, MemberKey, Origin,
-    Seat, Settings, Tally, system,
+    Affinity, AffinityKey, Endpoint, Flows, FrontendKey, FrontendValue, LAYOUT_VERSION, Member, MemberKey,
+    Origin, Record, Seat, Settings, Tally, system,
 };
 use tracing::debug;
 
@@ -41,24 +41,27 @@ use super::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Sizes {
     pub(super) frontends: u32,
+    pub(super) ports: u32,
+    pub(super) records: u32,
     pub(super) slots: u32,
     pub(super) members: u32,
     pub(super) affinities: u32,
-    pub(super) tallies: u32,
 }
 
 impl Sizes {
     /// What a node without Services starts with.
     pub(super) const LEAST: Self =
-        Self { frontends: 1024, slots: 1024, members: 256, affinities: 64, tallies: 512 };
+        Self { frontends: 1024, ports: 512, records: 2048, slots: 1024, members: 256, affinities: 64 };
 
-    fn named(&self) -> [(&'static str, u32); 5] {
+    fn named(&self) -> [(&'static str, u32); 7] {
         [
             ("frontends", self.frontends),
+            ("ports", self.ports),
+            ("tallies", self.ports),
+            ("records", self.records),
             ("slots", self.slots),
             ("members", self.members),
             ("affinities", self.affinities),
-            ("tallies", self.tallies),
         ]
     }
 
@@ -73,10 +76,11 @@ impl Sizes {
         };
         Self {
             frontends: grow(self.frontends, needed.frontends),
+            ports: grow(self.ports, needed.ports),
+            records: grow(self.records, needed.records),
             slots: grow(self.slots, needed.slots),
             members: grow(self.members, needed.members),
             affinities: grow(self.affinities, needed.affinities),
-            tallies: grow(self.tallies, needed.tallies),
         }
     }
 }
@@ -202,10 +206,11 @@ impl Object {
         let mut sizes = Sizes::LEAST;
         for (name, size) in [
             ("frontends", &mut sizes.frontends),
+            ("ports", &mut sizes.ports),
+            ("records", &mut sizes.records),
             ("slots", &mut sizes.slots),
             ("members", &mut sizes.members),
             ("affinities", &mut sizes.affinities),
-            ("tallies", &mut sizes.tallies),
         ] {
             discard(&place.next_map(name))?;
             if let Some(found) = room(&place.map(name))? {
@@ -412,10 +417,12 @@ fn check_layout(place: &Place) -> Result<(), Problem> {
 }
 
 /// Bytes of every map's keys and values.
-const SHAPES: [(&str, usize, usize); 12] = [
+const SHAPES: [(&str, usize, usize); 14] = [
     ("frontends", size_of::<FrontendKey>(), size_of::<FrontendValue>()),
+    ("ports", size_of::<u32>(), size_of::<u64>()),
+    ("records", size_of::<u32>(), size_of::<Record>()),
     ("slots", size_of::<u32>(), size_of::<Endpoint>()),
-    ("members", size_of::<MemberKey>(), size_of::<u64>()),
+    ("members", size_of::<MemberKey>(), size_of::<Member>()),
     ("affinities", size_of::<AffinityKey>(), size_of::<Affinity>()),
     ("tallies", size_of::<u32>(), size_of::<Tally>()),
     ("settings", size_of::<u32>(), size_of::<Settings>()),

@@ -1,7 +1,8 @@
-//! Who has which slots.
+//! Who has which elements of an array: slots, records and the numbers of ports.
 //!
-//! In: sets of backends that want a range of slots, and ranges that nobody leads to any more. Out: ranges. One that was
-//! given back rests for a while: a program that looked up its frontend before may still be about to read it.
+//! In: sets of backends that want a range of slots, ports that want a number and a record, and what is led to no more.
+//! Out: ranges. One that was given back rests for a while: a program that read what led to it may still be about to read
+//! it. Nothing else keeps it from reading another port's there.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -15,6 +16,10 @@ pub(super) const REST: Duration = Duration::from_secs(1);
 const LONG_REST: Duration = Duration::from_secs(10);
 /// Most slots that rest while there are others; then the programs are waited for.
 const MOST_RESTING: u32 = 4096;
+/// Most records that do: one for each change of a port.
+pub(super) const MOST_RESTING_RECORDS: u32 = 1024;
+/// Most numbers that do: one for each port that goes.
+pub(super) const MOST_RESTING_NUMBERS: u32 = 256;
 
 /// Some slots in a row. An empty one has no place.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -24,8 +29,9 @@ pub(super) struct Range {
 }
 
 /// Hands out ranges, the smallest that fits first.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Slots {
+    most_resting: u32,
     /// Everything from here on was never given out.
     end: u32,
     /// Free ranges by where they begin; no two touch.
@@ -36,18 +42,47 @@ pub(super) struct Slots {
     resting_slots: u32,
 }
 
+impl Default for Slots {
+    fn default() -> Self {
+        Self::new(MOST_RESTING)
+    }
+}
+
 impl Slots {
-    /// Slots of which these ranges are taken.
-    pub(super) fn with_taken(mut taken: Vec<Range>) -> Self {
-        let mut slots = Self::default();
+    /// None taken yet, of which so many may rest.
+    pub(super) fn new(most_resting: u32) -> Self {
+        Self {
+            most_resting,
+            end: 0,
+            free: BTreeMap::new(),
+            by_length: BTreeSet::new(),
+            resting: VecDeque::new(),
+            resting_slots: 0,
+        }
+    }
+
+    /// The same of which these ranges are taken. The others have to rest first when programs may still run that were led
+    /// there.
+    pub(super) fn with_taken(mut self, mut taken: Vec<Range>, now: Instant, rested: bool) -> Self {
         taken.sort_unstable_by_key(|range| range.first);
         for range in taken.into_iter().filter(|range| range.count > 0) {
-            if range.first > slots.end {
-                slots.insert(Range { first: slots.end, count: range.first - slots.end });
+            if range.first > self.end {
+                let hole = Range { first: self.end, count: range.first - self.end };
+                if rested { self.insert(hole) } else { self.give_back(hole, now) }
             }
-            slots.end = slots.end.max(range.first.saturating_add(range.count));
+            self.end = self.end.max(range.first.saturating_add(range.count));
         }
-        slots
+        self
+    }
+
+    /// One of them. `settled` as in [`Slots::take`].
+    pub(super) fn take_one(&mut self, now: Instant, settled: impl FnOnce() -> bool) -> u32 {
+        self.take(1, now, settled).first
+    }
+
+    /// Takes one back.
+    pub(super) fn give_one_back(&mut self, place: u32, now: Instant) {
+        self.give_back(Range { first: place, count: 1 }, now);
     }
 
     /// How many slots there have to be.
@@ -73,7 +108,7 @@ impl Slots {
         Range { first, count }
     }
 
-    /// Takes back a range that no frontend leads to any more.
+    /// Takes back a range that nothing leads to any more.
     pub(super) fn give_back(&mut self, range: Range, now: Instant) {
         if range.count > 0 {
             self.resting_slots += range.count;
@@ -83,7 +118,7 @@ impl Slots {
 
     /// Frees what rested long enough, when it is worth the waiting.
     fn wake(&mut self, now: Instant, settled: impl FnOnce() -> bool) {
-        if self.resting_slots < MOST_RESTING.max(self.end / 4) {
+        if self.resting_slots < self.most_resting.max(self.end / 4) {
             return;
         }
         let rested = |since: &Instant, rest| now.duration_since(*since) >= rest;
@@ -152,10 +187,18 @@ mod tests {
     #[test]
     fn what_lies_between_taken_ranges_is_free() {
         let taken = vec![Range { first: 6, count: 2 }, Range { first: 0, count: 2 }];
-        let mut slots = Slots::with_taken(taken);
         let now = Instant::now();
+        let mut slots = Slots::default().with_taken(taken, now, true);
         assert_eq!(slots.take(4, now, || true), Range { first: 2, count: 4 });
         assert_eq!(slots.take(1, now, || true), Range { first: 8, count: 1 });
+    }
+
+    #[test]
+    fn what_may_still_be_read_rests_at_a_start_too() {
+        let (taken, now) = (vec![Range { first: 1, count: 1 }], Instant::now());
+        let mut slots = Slots::new(1).with_taken(taken, now, false);
+        assert_eq!(slots.take_one(now, || panic!("it still rests")), 2);
+        assert_eq!(slots.take_one(now + REST, || true), 0);
     }
 
     proptest! {

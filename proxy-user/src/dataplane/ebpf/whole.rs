@@ -131,7 +131,8 @@ impl Whole {
 }
 
 fn entry(address: IpAddr, flags: u32) -> (FrontendKey, FrontendValue) {
-    (FrontendKey::whole(address), FrontendValue { flags, ..FrontendValue::default() })
+    let key = FrontendKey::whole(address);
+    (key, FrontendValue::whole(&key, flags))
 }
 
 /// The addresses where sockets find NodePorts (R13, R14), with their flags. Loopback ones are for the host's own
@@ -184,8 +185,7 @@ mod tests {
     }
 
     fn of_node(whole: &Whole) -> Vec<(IpAddr, u32)> {
-        let address = |key: FrontendKey| proxy_ebpf::Endpoint { address: key.address, port: 0, zero: 0 }.ip();
-        whole.of_node().map(|(key, value)| (address(key), value.flags)).collect()
+        whole.of_node().map(|(key, value)| (key.endpoint().ip(), value.flags())).collect()
     }
 
     #[test]
@@ -217,7 +217,7 @@ mod tests {
         whole.expect(&node(&["10.96.0.10"]), &known, true);
         assert!(theirs(&whole, dns) && !theirs(&whole, web));
         assert_eq!(whole.of_cluster_ip(dns), None);
-        assert_eq!(whole.of_cluster_ip(web).map(|(_, value)| value.flags), Some(flag::CLUSTER_IP));
+        assert_eq!(whole.of_cluster_ip(web).map(|(_, value)| value.flags()), Some(flag::CLUSTER_IP));
         assert!(whole.settled().is_ok());
 
         whole.expect(&node(&[]), &[], false);

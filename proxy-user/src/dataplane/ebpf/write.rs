@@ -1,6 +1,7 @@
 //! Writes steps into the maps, in an order that nobody notices.
 //!
-//! In: [`Step`]s. Out: maps that say so, or as they were for the ports that failed.
+//! In: [`Step`]s. Out: maps that say so. A port that cannot be written is left to the packets, which have it as it is to
+//! be: what it was may lead to backends that are gone.
 
 use std::{net::IpAddr, time::Instant};
 
@@ -23,16 +24,14 @@ const CLIENTS: u32 = 512;
 /// every pod speaks to every sticky Service; if they do, `weir_program_troubles_total` counts who was not remembered.
 const MOST_CLIENTS: u32 = 1 << 19;
 
-/// What a step changed, to go back.
-#[derive(Default)]
-struct Undo {
-    /// Frontends as they were.
-    frontends: Vec<(FrontendKey, Option<FrontendValue>)>,
-    /// Members that came.
-    members: Vec<MemberKey>,
-}
-
 impl Ebpf {
+    /// Says of each step what is to be written.
+    pub(super) fn arrange(&mut self, steps: &mut [Step], now: Instant) -> Result<(), Problem> {
+        let (maps, is_theirs) = (&self.object.maps, self.whole.is_theirs());
+        let (there, record) = (|key: &FrontendKey| maps.frontend(key), |number| maps.record(number));
+        steps.iter_mut().try_for_each(|step| self.ground.arrange(step, &is_theirs, there, record, now))
+    }
+
     /// Makes the maps large enough. If the kernel has no memory for that, what does not fit fails by itself.
     pub(super) fn make_room(&mut self, steps: &[Step], delta: &Delta) {
         let needed = self.needed(steps, delta);
@@ -43,18 +42,12 @@ impl Ebpf {
     }
 
     fn needed(&self, steps: &[Step], delta: &Delta) -> Sizes {
-        let found = self.ground.found.as_ref();
-        let is_theirs = |_: &FrontendKey| false;
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
         let (mut frontends, mut members, mut sticky) = (0, 0, self.used.sticky);
         for step in steps {
-            let (had, had_members) = (step.had(&is_theirs).count(), step.had_members());
-            let new = |key: &FrontendKey| !found.is_some_and(|found| found.frontends.contains_key(key));
-            frontends += match step.before {
-                Some(_) => step.wanted(&is_theirs).count().saturating_sub(had),
-                None => step.wanted(&is_theirs).filter(|(key, _)| new(key)).count(),
-            };
-            members += step.wanted_members().iter().filter(|member| !had_members.contains(member)).count();
+            frontends += step.turns.iter().filter(|turn| turn.known.is_none()).count();
+            let had = step.had_members();
+            members += step.wanted_members().iter().filter(|member| !had.contains(member)).count();
             let is_sticky = |side: &Option<(_, Site)>| side.as_ref().is_some_and(|(_, site)| site.sticky);
             sticky += u32::from(is_sticky(&step.after) && !is_sticky(&step.before));
         }
@@ -62,81 +55,79 @@ impl Ebpf {
         let whole = delta.cluster_ips.len() + self.whole.of_node().count();
         Sizes {
             frontends: self.used.frontends.saturating_add(count(frontends + whole)),
+            ports: self.ground.numbers.end(),
+            records: self.ground.records.end(),
             slots: self.ground.slots.end(),
             members: self.used.members.saturating_add(count(members)),
             affinities: sticky.saturating_mul(CLIENTS).min(MOST_CLIENTS),
-            tallies: self.ground.numbers.end(),
         }
     }
 
-    /// Writes everything there is to write. Returns the ports that failed; they are as they were.
+    /// Writes everything there is to write. Returns the ports that failed; they are left to the packets.
     pub(super) fn write(
         &mut self,
         steps: &[Step],
         delta: &Delta,
         now: Instant,
     ) -> Result<Vec<(PortId, String)>, Problem> {
-        let is_theirs = self.whole.is_theirs();
-        let mut released = FxHashSet::default();
-        for step in steps {
-            released.extend(step.had(&is_theirs).map(|(key, _)| key));
-        }
-        let mut moved = FxHashSet::default();
-        if !released.is_empty() {
-            let taken = steps.iter().flat_map(|step| step.wanted(&is_theirs));
-            moved.extend(taken.filter_map(|(key, _)| released.take(&key)));
-        }
         let joined = monotonic();
-        let (mut failed, mut lacking) = (Vec::new(), FxHashSet::default());
-        let mut done = Vec::with_capacity(steps.len());
+        let (mut done, mut left, mut failed) = (Vec::with_capacity(steps.len()), Vec::new(), Vec::new());
         for step in steps {
-            let Some(problem) = self.publish(step, joined, &is_theirs)? else {
-                done.push(step);
-                continue;
-            };
-            self.ground.undo(step, now);
-            failed.push((step.id.clone(), problem.to_string()));
-            let wanted = || step.wanted(&is_theirs).map(|(key, _)| key);
-            // What the port has it keeps; what it should have had from another port nobody has.
-            released.extend(wanted().filter(|key| moved.contains(key)));
-            let had: FxHashSet<FrontendKey> = step.had(&is_theirs).map(|(key, _)| key).collect();
-            released.retain(|key| !had.contains(key));
-            lacking.extend(wanted().filter(|key| !had.contains(key)).map(|key| key.address));
-            if let (Some(found), Some((_, site))) = (&mut self.ground.found, &step.after) {
-                found.spare(wanted(), site.port);
+            match self.publish(step, joined) {
+                Ok(()) => done.push(step),
+                Err(problem) => {
+                    step.sites().for_each(|site| self.object.maps.clear_port(site.port));
+                    failed.push((step.id.clone(), problem.to_string()));
+                    left.push(step);
+                }
             }
         }
+        let lacking = left.iter().flat_map(|step| step.wanted()).map(|key| key.address).collect();
         self.write_addresses(delta, &lacking)?;
-        for key in released {
+        for key in released(&done, &left) {
             self.remove_frontend(&key)?;
         }
+        for step in left {
+            self.remove_members(step.had_members().into_iter().chain(step.wanted_members()))?;
+            self.retired(step);
+            self.ground.lost(step, now);
+        }
         for step in done {
-            self.retire(step)?;
+            let wanted = step.wanted_members();
+            self.remove_members(step.had_members().into_iter().filter(|member| !wanted.contains(member)))?;
+            self.retired(step);
+            if let Some((_, site)) = &step.after {
+                self.used.sticky += u32::from(site.sticky);
+            }
             self.ground.done(step, now);
         }
         Ok(failed)
     }
 
-    /// Members, slots, then frontends. Returns why it failed; then the port is as it was. After an error it may not be.
-    fn publish(
-        &mut self,
-        step: &Step,
-        joined: u64,
-        is_theirs: &dyn Fn(&FrontendKey) -> bool,
-    ) -> Result<Option<Problem>, Problem> {
-        let Some((plan, site)) = &step.after else { return Ok(None) };
-        let mut undo = Undo::default();
-        let published = self.publish_backends(step, joined, (plan, site), &mut undo);
-        match published.and_then(|()| self.write_frontends(step, is_theirs, &mut undo)) {
-            Ok(()) => {
-                self.used.sticky += u32::from(site.sticky);
-                Ok(None)
-            }
-            Err(problem) => {
-                self.take_back(undo)?;
-                Ok(Some(problem))
+    /// Members, slots and the record; then the port is switched by one store, with all its frontends; then those that
+    /// come. A frontend that is to be treated otherwise than those it shares a column with is left to the packets
+    /// meanwhile, with its port.
+    fn publish(&mut self, step: &Step, joined: u64) -> Result<(), Problem> {
+        let Some((plan, site)) = &step.after else { return Ok(()) };
+        self.publish_backends(step, joined, (plan, site))?;
+        if step.turns_own() {
+            self.object.maps.clear_port(site.port);
+        }
+        for turn in step.turns.iter().filter(|turn| turn.is_own()) {
+            self.write_frontend(turn.key, turn.known, turn.wanted)?;
+        }
+        if step.record.is_some() || step.turns_own() {
+            self.object.maps.set_port(site.port, site.record)?;
+        }
+        for turn in step.turns.iter().filter(|turn| !turn.is_own()) {
+            self.write_frontend(turn.key, turn.known, turn.wanted)?;
+        }
+        if let Some(found) = &mut self.ground.found {
+            for key in step.wanted() {
+                found.frontends.remove(&key);
             }
         }
+        Ok(())
     }
 
     fn publish_backends(
@@ -144,22 +135,23 @@ impl Ebpf {
         step: &Step,
         joined: u64,
         (plan, site): (&PortPlan, &Site),
-        undo: &mut Undo,
     ) -> Result<(), Problem> {
         if step.is_new {
             self.object.maps.reset_tally(site.port)?;
         }
         let had = step.had_members();
         for member in step.wanted_members().into_iter().filter(|member| !had.contains(member)) {
-            let found = self.ground.found.as_mut();
-            if found.is_some_and(|found| found.members.remove(&member).is_some()) {
+            if self.ground.found.as_mut().is_some_and(|found| found.members.remove(&member)) {
                 continue;
             }
             self.object.maps.set_member(&member, joined)?;
             self.used.members += 1;
-            undo.members.push(member);
         }
-        step.fresh.iter().try_for_each(|set| self.write_slots(*set, plan, site.range(*set).first))
+        step.fresh.iter().try_for_each(|set| self.write_slots(*set, plan, site.range(*set).first))?;
+        match &step.record {
+            Some(record) => self.object.maps.set_record(site.record, record),
+            None => Ok(()),
+        }
     }
 
     fn write_slots(&mut self, set: Set, plan: &PortPlan, first: u32) -> Result<(), Problem> {
@@ -167,47 +159,15 @@ impl Ebpf {
         self.object.maps.set_slots(first, &backends)
     }
 
-    fn write_frontends(
-        &mut self,
-        step: &Step,
-        is_theirs: &dyn Fn(&FrontendKey) -> bool,
-        undo: &mut Undo,
-    ) -> Result<(), Problem> {
-        let had: Vec<(FrontendKey, FrontendValue)> = step.had(is_theirs).collect();
-        for (key, value) in step.wanted(is_theirs) {
-            let found = self.ground.found.as_mut().and_then(|found| found.frontends.remove(&key));
-            let known = found
-                .or_else(|| had.iter().find(|(old, _)| *old == key).map(|(_, old)| *old))
-                // One that another port is about to give up.
-                .or_else(|| self.object.maps.frontend(&key));
-            if known != Some(value) {
-                self.insert_frontend(key, value, known.is_some())?;
-                undo.frontends.push((key, known));
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes a frontend; `there` if there is one already.
-    fn insert_frontend(
+    fn write_frontend(
         &mut self,
         key: FrontendKey,
+        known: Option<FrontendValue>,
         value: FrontendValue,
-        there: bool,
     ) -> Result<(), Problem> {
         self.object.maps.set_frontend(&key, &value)?;
-        self.used.frontends += u32::from(!there);
+        self.used.frontends += u32::from(known.is_none());
         Ok(())
-    }
-
-    fn take_back(&mut self, undo: Undo) -> Result<(), Problem> {
-        for (key, known) in undo.frontends.into_iter().rev() {
-            match known {
-                Some(value) => self.insert_frontend(key, value, true)?,
-                None => self.remove_frontend(&key)?,
-            }
-        }
-        self.remove_members(undo.members)
     }
 
     fn remove_frontend(&mut self, key: &FrontendKey) -> Result<(), Problem> {
@@ -217,14 +177,10 @@ impl Ebpf {
         Ok(())
     }
 
-    /// Takes away what nobody is led to any more.
-    fn retire(&mut self, step: &Step) -> Result<(), Problem> {
-        let wanted = step.wanted_members();
-        self.remove_members(step.had_members().into_iter().filter(|member| !wanted.contains(member)))?;
+    fn retired(&mut self, step: &Step) {
         if let Some((_, site)) = &step.before {
             self.used.sticky = self.used.sticky.saturating_sub(u32::from(site.sticky));
         }
-        Ok(())
     }
 
     fn remove_members(&mut self, members: impl IntoIterator<Item = MemberKey>) -> Result<(), Problem> {
@@ -244,7 +200,7 @@ impl Ebpf {
             for ip in self.whole.host().to_vec() {
                 let known = self.object.maps.frontend(&FrontendKey::whole(ip));
                 let in_found = self.ground.found.is_some();
-                if !in_found && known.is_some_and(|known| known.flags & flag::CLUSTER_IP != 0) {
+                if !in_found && known.is_some_and(|known| known.flags() & flag::CLUSTER_IP != 0) {
                     self.whole.came_home(ip);
                 }
             }
@@ -262,7 +218,7 @@ impl Ebpf {
         for address in lacking {
             let ip = Endpoint { address: *address, ..Endpoint::default() }.ip();
             let known = self.object.maps.frontend(&FrontendKey::whole(ip));
-            if known.is_some_and(|known| known.flags & flag::CLUSTER_IP != 0) {
+            if known.is_some_and(|known| known.flags() & flag::CLUSTER_IP != 0) {
                 self.write_cluster_ip(ip, lacking)?;
             }
         }
@@ -299,7 +255,7 @@ impl Ebpf {
     fn write_whole(&mut self, key: FrontendKey, value: FrontendValue) -> Result<(), Problem> {
         let found = self.ground.found.as_mut().and_then(|found| found.frontends.remove(&key));
         let known = found.or_else(|| self.object.maps.frontend(&key));
-        if known == Some(value) { Ok(()) } else { self.insert_frontend(key, value, known.is_some()) }
+        if known == Some(value) { Ok(()) } else { self.write_frontend(key, known, value) }
     }
 
     /// Removes what a complete delta did not name.
@@ -309,4 +265,16 @@ impl Ebpf {
         frontends.iter().try_for_each(|key| self.remove_frontend(key))?;
         self.remove_members(members)
     }
+}
+
+/// The frontends that ports gave up, or could not be given, and that no other port has got.
+fn released(done: &[&Step], left: &[&Step]) -> FxHashSet<FrontendKey> {
+    let mut released: FxHashSet<FrontendKey> = done.iter().chain(left).flat_map(|step| step.had()).collect();
+    released.extend(left.iter().flat_map(|step| step.wanted()));
+    if !released.is_empty() {
+        for key in done.iter().flat_map(|step| step.wanted()) {
+            released.remove(&key);
+        }
+    }
+    released
 }
