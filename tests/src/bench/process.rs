@@ -123,7 +123,8 @@ impl Process {
             thread::sleep(WINDOW);
             self.check()?;
             let now = self.cpu()?;
-            quiet = if now - last < WINDOW / 100 { quiet + 1 } else { 0 };
+            // The time of a thread that has ended is counted in ticks only, so the sum may go back a little.
+            quiet = if now.saturating_sub(last) < WINDOW / 100 { quiet + 1 } else { 0 };
             last = now;
         }
         Ok(last)
