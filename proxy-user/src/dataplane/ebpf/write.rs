@@ -82,8 +82,11 @@ impl Ebpf {
                 }
             }
         }
-        let lacking = left.iter().flat_map(|step| step.wanted()).map(|key| key.address).collect();
-        self.write_addresses(delta, &lacking)?;
+        let lacking: FxHashSet<Address> =
+            left.iter().flat_map(|step| step.wanted()).map(|key| key.address).collect();
+        self.withhold(&lacking)?;
+        // A frontend that went to another port must not stay with the old one because an address cannot be written.
+        let addresses = self.write_addresses(delta, &lacking);
         for key in released(&done, &left) {
             self.remove_frontend(&key)?;
         }
@@ -101,7 +104,7 @@ impl Ebpf {
             }
             self.ground.done(step, now);
         }
-        Ok(failed)
+        addresses.map(|()| failed)
     }
 
     /// Members, slots and the record; then the port is switched by one store, with all its frontends; then those that
@@ -192,9 +195,20 @@ impl Ebpf {
         Ok(())
     }
 
+    /// Leaves ClusterIPs that are `lacking` frontends to the packets for now, or else sockets would refuse what the packets
+    /// serve.
+    fn withhold(&mut self, lacking: &FxHashSet<Address>) -> Result<(), Problem> {
+        for address in lacking {
+            let ip = Endpoint { address: *address, ..Endpoint::default() }.ip();
+            let known = self.object.maps.frontend(&FrontendKey::whole(ip));
+            if known.is_some_and(|known| known.flags() & flag::CLUSTER_IP != 0) {
+                self.write_cluster_ip(ip, lacking)?;
+            }
+        }
+        Ok(())
+    }
+
     /// ClusterIPs and the node's addresses as a whole: after the frontends of those that come, before those that go.
-    /// An address that is `lacking` frontends is left to the packets for now, or else sockets would refuse what the
-    /// packets serve.
     fn write_addresses(&mut self, delta: &Delta, lacking: &FxHashSet<Address>) -> Result<(), Problem> {
         if delta.node.is_some() || delta.complete {
             for ip in self.whole.host().to_vec() {
@@ -214,13 +228,6 @@ impl Ebpf {
         }
         for ip in self.whole.take_withheld() {
             self.write_cluster_ip(ip, lacking)?;
-        }
-        for address in lacking {
-            let ip = Endpoint { address: *address, ..Endpoint::default() }.ip();
-            let known = self.object.maps.frontend(&FrontendKey::whole(ip));
-            if known.is_some_and(|known| known.flags() & flag::CLUSTER_IP != 0) {
-                self.write_cluster_ip(ip, lacking)?;
-            }
         }
         for change in &delta.cluster_ips {
             match *change {
