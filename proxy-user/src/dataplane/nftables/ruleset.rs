@@ -502,8 +502,9 @@ pub(super) fn optional_chains() -> impl Iterator<Item = &'static str> {
 
 /// Every name that a chain may have which is there whatever Services there are, or because of some.
 pub(super) fn is_static(name: &str) -> bool {
-    const ALWAYS: [&str; 7] = [
+    const ALWAYS: [&str; 8] = [
         drops::NO_LOCAL_ENDPOINTS,
+        choice::TO_NUMBERED,
         "nat-prerouting",
         "nat-output",
         "filter-input",

@@ -238,7 +238,7 @@ impl Table {
     /// The kernel's set of this node's addresses, the one thing here that depends on them.
     fn apply_node_ips(&mut self, netlink: &mut Netlink, node: &NodePlan) -> io::Result<()> {
         let addresses = match node.node_port_addresses.get(self.family) {
-            NodePortAddresses::AnyLocal => &[][..],
+            NodePortAddresses::AnyLocal => &node.host_addresses[..],
             NodePortAddresses::Only(addresses) => addresses,
         };
         let wanted = addresses.iter().filter(|address| Family::of(**address) == self.family);
