@@ -171,7 +171,7 @@ pub(super) fn now() -> u64 {
 pub(super) fn is_member(set: u32, backend: &Endpoint, chosen: u64) -> bool {
     let key = MemberKey { set, backend: *backend };
     for _ in 0..TRIES {
-        let Some(member) = MEMBERS.get_ptr(&key) else { return false };
+        let Some(member) = MEMBERS.get_ptr(key) else { return false };
         // SAFETY: an aligned word of the map. Volatile, because it is to be read once.
         let member: Member = unsafe { member.read_volatile() };
         if member.is_of(&key) {
