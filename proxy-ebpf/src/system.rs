@@ -490,35 +490,6 @@ pub fn attached(cgroup: impl AsFd, attach_type: u32) -> io::Result<Attached> {
     Ok(Attached { flags: attributes.attach_flags, programs })
 }
 
-/// Attaches a program to a cgroup as one that suffers no other beside it (`BPF_PROG_ATTACH` without flags), which weir
-/// itself never does. It stays until it is detached or the cgroup goes.
-///
-/// # Errors
-///
-/// What the kernel answers: `EPERM` when others are attached.
-pub fn attach_alone(cgroup: impl AsFd, program: impl AsFd, attach_type: u32) -> io::Result<()> {
-    const BPF_PROG_ATTACH: libc::c_int = 8;
-    #[repr(C)]
-    struct Attributes {
-        target: u32,
-        program: u32,
-        attach_type: u32,
-        flags: u32,
-    }
-    let attributes = Attributes {
-        target: number(cgroup.as_fd().as_raw_fd())?,
-        program: number(program.as_fd().as_raw_fd())?,
-        attach_type,
-        flags: 0,
-    };
-    // SAFETY: the command reads `attributes`, which lives until the call returns, up to the size given and no further;
-    // both descriptors are open for as long as their owners are borrowed.
-    let result = unsafe {
-        libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attributes, size_of::<Attributes>())
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
 macro_rules! plain {
     ($($kind:ty),+) => {
         $(
