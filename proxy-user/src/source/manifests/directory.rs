@@ -36,6 +36,8 @@ pub(super) struct File {
     stamp: Option<Stamp>,
     /// Whether it was ever right, in this process or, as far as is kept, in one before.
     known: bool,
+    /// Whether what it says could not be kept.
+    unkept: bool,
 }
 
 /// What tells one content of a file from another without reading it.
@@ -138,7 +140,24 @@ impl Directory {
             }
         }
         self.kept.retain(&there);
+        self.keep_late(writing);
         Ok(())
+    }
+
+    /// Keeps what could not be kept before, because a disk that was full may have room again. Ends with the first file
+    /// that still cannot be kept: the others would be read in vain at every look.
+    fn keep_late(&mut self, writing: &HashSet<PathBuf>) {
+        let Self { path, ranges, kept, files, .. } = self;
+        for (name, file) in files.iter_mut().filter(|(_, file)| file.unkept && file.errors.is_empty()) {
+            let path = path.join(&**name);
+            if writing.contains(&path) {
+                continue;
+            }
+            file.stamp = None;
+            if file.refresh(name, &path, ranges, kept).is_err() || file.unkept {
+                break;
+            }
+        }
     }
 }
 
@@ -170,7 +189,7 @@ impl File {
         match String::from_utf8(bytes) {
             Ok(text) => {
                 if self.take_over(name, parse(name, &text, ranges)) {
-                    kept.keep(name, &text);
+                    self.unkept = !kept.keep(name, &text);
                 }
             }
             Err(error) => {

@@ -34,17 +34,20 @@ impl Kept {
             .ok()
     }
 
-    /// Keeps what a file says.
-    pub(super) fn keep(&mut self, name: &str, text: &str) {
-        let Some(directory) = &self.directory else { return };
-        if let Err(error) = write(directory, name, text)
-            && !std::mem::replace(&mut self.complained, true)
-        {
+    /// Keeps what a file says. Answers whether that could be done, or need not be.
+    pub(super) fn keep(&mut self, name: &str, text: &str) -> bool {
+        let Some(directory) = &self.directory else { return true };
+        let Err(error) = write(directory, name, text) else {
+            self.complained = false;
+            return true;
+        };
+        if !std::mem::replace(&mut self.complained, true) {
             warn!(
                 directory = %directory.display(), %error,
                 "cannot keep what manifest files say; a restart will forget it for files that are wrong then"
             );
         }
+        false
     }
 
     /// Forgets the files that are not among these.

@@ -27,6 +27,17 @@ impl Fixture {
         fs::write(self.directory.path().join(name), text).unwrap();
     }
 
+    /// Waits until files are so old that they are not read again for their age.
+    fn await_old_files(&self) {
+        use std::{os::unix::fs::MetadataExt, time::SystemTime};
+        let changed = |entry: fs::DirEntry| entry.metadata().unwrap().ctime() as u64;
+        let last = fs::read_dir(self.directory.path()).unwrap().map(|entry| changed(entry.unwrap())).max();
+        let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+        while last.is_some_and(|last| now() <= last + 3) {
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+    }
+
     fn remove(&self, name: &str) {
         fs::remove_file(self.directory.path().join(name)).unwrap();
     }
@@ -190,6 +201,25 @@ fn what_a_file_said_before_it_broke_stays_in_force_over_a_restart() {
     fixture.write("a.yaml", broken);
     restart(&mut fixture);
     assert_eq!(fixture.look(), ["+Service default/b2"]);
+}
+
+#[test]
+fn what_files_said_is_kept_when_there_is_room_again() {
+    let disk = tempfile::tempdir().unwrap();
+    let full = disk.path().join("full");
+    fs::write(&full, "").unwrap();
+    let mut fixture = Fixture::new(&[("a.yaml", &service("a", "")), ("b.yaml", &service("b", ""))]);
+    fixture.state.settings.last_good = Some(full.join("kept"));
+    fixture.state = State::new(fixture.state.settings.clone());
+    fixture.await_old_files();
+    assert_eq!(fixture.look(), ["+Service default/a", "+Service default/b"]);
+    fs::remove_file(&full).unwrap();
+    assert_eq!(fixture.look(), Vec::<String>::new());
+    for name in ["a.yaml", "b.yaml"] {
+        fixture.write(name, "kind: Service");
+    }
+    fixture.state = State::new(fixture.state.settings.clone());
+    assert_eq!(fixture.look(), ["+Service default/a", "+Service default/b"]);
 }
 
 #[test]
