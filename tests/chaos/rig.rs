@@ -326,7 +326,7 @@ fn wire(topology: &Topology) -> Result<()> {
 
 /// A mount namespace whose `/run` is small and of its own, as a container's is.
 fn own_run(topology: &Topology) -> Result<Child> {
-    let script = "mount -t tmpfs -o size=256k tmpfs /run && exec sleep infinity";
+    let script = "mount -t tmpfs -o size=16m tmpfs /run && exec sleep infinity";
     let mut child = topology.at(Place::Host(1)).spawn(Path::new("unshare"), |command| {
         command.args(["--mount", "--propagation", "private", "sh", "-c", script]);
     })?;

@@ -64,10 +64,14 @@ pub fn end(process: &mut Child) {
     let _ = process.wait();
 }
 
-/// The end of a log file, for messages.
+/// The end of a log file, for messages. Before it come the last warnings and errors, which a start with many servers
+/// would push out of it.
 #[must_use]
 pub fn tail(log: &Path) -> String {
     let text = std::fs::read_to_string(log).unwrap_or_default();
     let lines: Vec<&str> = text.lines().collect();
-    lines[lines.len().saturating_sub(30)..].join("\n")
+    let (before, end) = lines.split_at(lines.len().saturating_sub(30));
+    let troubles: Vec<&str> =
+        before.iter().copied().filter(|line| line.contains(" WARN ") || line.contains(" ERROR ")).collect();
+    [&troubles[troubles.len().saturating_sub(20)..], end].concat().join("\n")
 }

@@ -12,6 +12,8 @@ use crate::{
 const DAY: i64 = 86_400;
 /// What the agent may need beside what it uses, for one that is not killed.
 const ROOM: u64 = 48 << 20;
+/// More bytes than the agent's `/run` has.
+const RUN: usize = 32 << 20;
 /// The file of Services that come while the agent is killed.
 const GROWTH: &str = "growth";
 
@@ -67,12 +69,12 @@ pub(crate) const ACTS: &[Act] = &[
     .ending_the_agent(),
     Act::new("fill the disk at /run", |rig, _| {
         // The disk is full when this fails, which is what it is for.
-        let _ = fs::write(rig.run_directory().join("filler"), vec![0; 1 << 20]);
+        let _ = fs::write(rig.run_directory().join("filler"), vec![0; RUN]);
         nothing()
     })
     .undone(|rig| Ok(fs::remove_file(rig.run_directory().join("filler"))?)),
     Act::new("fill the disk at /run and start the agent again", |rig, _| {
-        let _ = fs::write(rig.run_directory().join("filler"), vec![0; 1 << 20]);
+        let _ = fs::write(rig.run_directory().join("filler"), vec![0; RUN]);
         rig.kill_agent()?;
         rig.start_agent()?;
         nothing()
