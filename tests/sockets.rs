@@ -160,14 +160,16 @@ impl Client<'_> {
     }
 
     fn led_at(self, since: u64, origins: &mut Origins, service: &str) -> Self {
+        let cookie = self.socket.cookie().unwrap();
         let origin = Origin {
+            cookie,
             since,
             service: Endpoint::new(at(service).ip(), at(service).port()),
             backend: Endpoint::new(self.backend.ip(), self.backend.port()),
             protocol: self.protocol.number().into(),
-            zero: 0,
+            group: 0,
         };
-        origins.remember(self.socket.cookie().unwrap(), &origin);
+        origins.remember(cookie, &origin);
         self
     }
 
@@ -211,11 +213,7 @@ struct Origins {
 impl Origins {
     /// The maps twice: for the test, and for who closes sockets.
     fn new() -> (Self, [MapData; 2]) {
-        Self::with_room(1 << 10)
-    }
-
-    fn with_room(elements: u32) -> (Self, [MapData; 2]) {
-        let mut ebpf = EbpfLoader::new().map_max_entries("origins", elements).load(PROGRAMS).unwrap();
+        let mut ebpf = EbpfLoader::new().load(PROGRAMS).unwrap();
         let (Some(Map::HashMap(origins)), Some(Map::Array(seats))) =
             (ebpf.take_map("origins"), ebpf.take_map("seats"))
         else {
@@ -435,31 +433,6 @@ fn namespaces_without_a_name_are_found_by_their_processes_and_come_and_go() {
     drop(pod);
     sockets.take_in(in_force(true, []));
     assert_eq!(host.namespace.run(|| sockets.sweep()), Closed::default());
-}
-
-#[test]
-fn sockets_that_went_without_a_word_are_forgotten_when_the_map_fills_up() {
-    const ROOM: u32 = 8;
-    let (host, pod) = (Place::new("host"), Place::new("pod"));
-    let (mut origins, maps) = Origins::with_room(ROOM);
-    let names = named(&[&pod]);
-    let mut sockets = host.namespace.run(|| sockets(maps, names.path()));
-    let open = [host.client(Tcp, A, false), host.client(Udp, A6, false), pod.client(Tcp, A, true)];
-    let cookies = open.each_ref().map(|client| client.socket.cookie().unwrap());
-    let old = Origin { since: 1, protocol: 6, ..Origin::default() };
-    for cookie in cookies.into_iter().chain([u64::MAX]) {
-        origins.origins.insert(cookie, old, 0).unwrap();
-    }
-    assert_eq!(host.namespace.run(|| sockets.tidy()), 0, "half full is not full");
-
-    let young = Origin { since: now(), ..old };
-    origins.origins.insert(u64::MAX - 1, young, 0).unwrap();
-    assert_eq!(host.namespace.run(|| sockets.tidy()), 1);
-    let mut left: Vec<u64> = origins.origins.keys().map(Result::unwrap).collect();
-    left.sort_unstable();
-    let mut expected = [&cookies[..], &[u64::MAX - 1]].concat();
-    expected.sort_unstable();
-    assert_eq!(left, expected);
 }
 
 #[test]

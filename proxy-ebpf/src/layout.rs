@@ -377,24 +377,35 @@ impl MemberKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct AffinityKey {
-    /// The cookie of the client's network namespace: a pod has one of its own, and the host's processes share one.
-    pub client: u64,
+    /// The client: an address, or a network namespace as [`namespace`] has it.
+    pub client: Address,
     /// [`FrontendValue::number`].
     pub port: u32,
-    /// Always zero.
-    pub zero: u32,
 }
 
-/// Value of `affinities`.
+/// What a network namespace is where a client is expected: its cookie behind ff00::, which is multicast and so no client's
+/// address. A pod has a namespace of its own, and the host's processes share one.
+#[must_use]
+#[inline(always)]
+pub const fn namespace(cookie: u64) -> Address {
+    [0xff00_0000_u32.to_be(), 0, (cookie >> 32) as u32, cookie as u32]
+}
+
+/// Value of `affinities`. It never changes: a client that is remembered anew has another.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Affinity {
+    /// Its key once more. The kernel hands a removed element to the next client at once, so a program that read one looks
+    /// here last, whether it was still its own.
+    pub key: AffinityKey,
+    /// The backend.
+    pub backend: Endpoint,
     /// When the backend was last chosen, in nanoseconds of CLOCK_MONOTONIC.
     pub chosen: u64,
     /// When the client is forgotten, by the timeout that held then (A5).
     pub until: u64,
-    /// The backend.
-    pub backend: Endpoint,
+    /// The group of processes that it counts for, in `accounts`.
+    pub group: u32,
     /// Always zero.
     pub zero: u32,
 }
@@ -409,12 +420,14 @@ pub struct Tally {
     pub refused: u64,
 }
 
-/// Value of `origins`, whose keys are sockets' cookies, and part of [`Flows`]. What a socket was told: it asked for
-/// `service` and got `backend`.
+/// Value of `origins`, whose keys are sockets' cookies. What a connected socket was told: it asked for `service` and got
+/// `backend`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Origin {
-    /// When, in nanoseconds of CLOCK_MONOTONIC; 0 where nothing was told.
+    /// The socket, as in [`Affinity::key`].
+    pub cookie: u64,
+    /// When, in nanoseconds of CLOCK_MONOTONIC.
     pub since: u64,
     /// What it asked for.
     pub service: Endpoint,
@@ -422,8 +435,8 @@ pub struct Origin {
     pub backend: Endpoint,
     /// The IP protocol number.
     pub protocol: u32,
-    /// Always zero.
-    pub zero: u32,
+    /// The group of processes that it counts for, in `accounts`.
+    pub group: u32,
 }
 
 /// Element of `seats`: what a connected socket was told, at the place its cookie leads to. Whoever finds that taken is in
@@ -466,11 +479,12 @@ impl Seat {
     #[inline(always)]
     pub const fn origin(&self) -> Origin {
         Origin {
+            cookie: self.cookie,
             since: self.since,
             service: Endpoint { address: self.address, port: self.port, zero: 0 },
             backend: self.backend,
             protocol: self.protocol as u32,
-            zero: 0,
+            group: 0,
         }
     }
 }
@@ -479,21 +493,59 @@ impl Seat {
 /// table would be out of the processor's caches.
 pub const SEATS: u32 = 1 << 12;
 
-/// How many Service addresses an unconnected socket can be in conversation with at a time: a power of two.
-pub const FLOWS: usize = 64;
+/// How many sockets `made` knows: a power of two.
+pub const MADE: u32 = 1 << 14;
 
-/// Value of `flows`.
+/// How many elements `homes` has: a power of two. Cookies of network namespaces are dealt out in sequence.
+pub const HOMES: u32 = 1 << 12;
+
+/// How many Service addresses an unconnected socket remembers before it needs a [`Crowd`].
+pub const FEW: usize = 4;
+
+/// How many more it remembers then: a power of two.
+pub const MANY: usize = 64;
+
+/// A Service that an unconnected socket sent to. Of words and half words, so that four with what belongs to them are 184
+/// bytes: with what the kernel adds that is 256, the size it allocates.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flow {
+    /// When the socket last sent there, in nanoseconds of CLOCK_MONOTONIC, the low half first; 0 in a free place.
+    pub since: [u32; 2],
+    /// The address it asked for.
+    pub service: Address,
+    /// The address it got.
+    pub backend: Address,
+    /// The port it asked for, its bytes in the order of the wire.
+    pub service_port: u16,
+    /// The port it got, its bytes in the order of the wire.
+    pub backend_port: u16,
+}
+
+/// Value of `flows`: what an unconnected socket was told.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flows {
+    /// Those in use come first. One for each Service address.
+    pub flows: [Flow; FEW],
+    /// The group of processes that it counts for, in `accounts`.
+    pub group: u32,
+    /// Whether the socket has a [`Crowd`] too.
+    pub crowded: u32,
+}
+
+/// Value of `crowds`: what an unconnected socket was told that speaks to more Services at a time than `flows` holds.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Crowd {
     /// What a search remembers while it is under way.
     pub since: u64,
-    /// Which of `origins` was found last.
+    /// Which of `flows` was found last.
     pub place: u32,
     /// Always zero.
     pub zero: u32,
-    /// Those in use come first. One for each Service address, and [`Origin::since`] is when the socket last sent there.
-    pub origins: [Origin; FLOWS],
+    /// As in [`Flows`].
+    pub flows: [Flow; MANY],
 }
 
 /// Value of `settings`, which has an element for each of its two writers: [`Settings::PLANE`] and [`Settings::PODS`].
@@ -519,18 +571,21 @@ impl Settings {
 
 /// Elements of `troubles`: what went wrong inside the programs, counted.
 pub mod trouble {
-    /// A new client of a Service with session affinity could not be remembered.
+    /// A new client of a Service with session affinity could not be remembered, because there is no room or its group of
+    /// processes has its share.
     pub const AFFINITY_FULL: u32 = 0;
-    /// An unconnected socket could not be remembered, so it was not led to a backend; its packets are.
+    /// An unconnected socket could not be remembered, because there is no memory or its group of processes has its share,
+    /// so it was not led to a backend; its packets are.
     pub const STORAGE: u32 = 1;
-    /// An unconnected socket spoke to more than [`super::FLOWS`] Service addresses at a time; the one it had not sent
-    /// to for longest was forgotten.
+    /// An unconnected socket spoke to more Service addresses at a time than it may remember; the one it had not sent to for
+    /// longest was forgotten.
     pub const FLOWS: u32 = 2;
     /// A slot was out of range or empty: a map was changed by others.
     pub const SLOT: u32 = 3;
     /// A pod that listens on a Service's address itself could not be remembered; it is led to the Service.
     pub const HOMES: u32 = 4;
-    /// A connected socket could not be remembered, so it was not led to a backend; its packets are.
+    /// A connected socket could not be remembered, because there is no room or its group of processes has its share, so it
+    /// was not led to a backend; its packets are.
     pub const ORIGINS: u32 = 5;
     /// How many there are.
     pub const COUNT: u32 = 6;
@@ -543,15 +598,18 @@ const _: () = {
     assert!(size_of::<Record>() == 48);
     assert!(size_of::<MemberKey>() == 24);
     assert!(size_of::<Member>() == 8);
-    assert!(size_of::<AffinityKey>() == 16);
-    assert!(size_of::<Affinity>() == 40);
+    assert!(size_of::<AffinityKey>() == 20);
+    assert!(size_of::<Affinity>() == 64);
     assert!(size_of::<Tally>() == 16);
-    assert!(size_of::<Origin>() == 56);
+    assert!(size_of::<Origin>() == 64);
     assert!(size_of::<Seat>() == 64);
     assert!(SEATS.is_power_of_two());
-    assert!(size_of::<Flows>() == 16 + 56 * FLOWS);
+    assert!(MADE.is_power_of_two() && HOMES.is_power_of_two());
+    assert!(size_of::<Flow>() == 44);
+    assert!(size_of::<Flows>() == 184);
+    assert!(size_of::<Crowd>() == 16 + 44 * MANY);
     assert!(size_of::<Settings>() == 24);
-    assert!(FLOWS.is_power_of_two());
+    assert!(MANY.is_power_of_two());
 };
 
 #[cfg(test)]
@@ -566,6 +624,15 @@ mod tests {
             assert_eq!((endpoint.ip(), endpoint.port()), (address, 0x1234));
             assert_eq!(endpoint.port.to_ne_bytes(), [0x12, 0x34]);
         }
+    }
+
+    #[test]
+    fn a_namespace_is_no_address_that_a_client_has() {
+        for cookie in [0, 1, u64::from(u32::MAX) + 1, u64::MAX] {
+            let client = Endpoint { address: namespace(cookie), ..Endpoint::default() };
+            assert!(client.ip().is_multicast(), "{}", client.ip());
+        }
+        assert_ne!(namespace(1), namespace(1 << 32));
     }
 
     #[test]

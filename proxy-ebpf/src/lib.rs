@@ -10,12 +10,14 @@
 //! records    number → slots of the backend sets, affinity, and what happens to whom
 //! slots      number → backend; every backend set has a range of its own
 //! members    backend set and backend → since when; only for sets somebody has to remember backends of
-//! affinities service port and client → backend and when it was last chosen
+//! affinities client and service port → backend and when it was last chosen
 //! tallies    service port → what was done
 //! origins    socket → which Service address it asked for and which backend it got (connected sockets)
-//! flows      socket → the same for each Service an unconnected socket sent to
+//! flows      socket → the same for each Service an unconnected socket sent to; crowds: for more than a few
+//! made       place of a cookie → the socket that a process made last there
+//! accounts   group of processes → how much of what all share it has
 //! bypassed   cgroup → not to be touched
-//! homes      network namespace → somebody in it is bound to a Service's address
+//! homes      place of a network namespace → how many sockets in it are bound to a Service's address, which are in bound
 //! ```
 
 #![no_std]
@@ -23,6 +25,7 @@
 #[cfg(not(target_arch = "bpf"))]
 extern crate std;
 
+pub mod account;
 mod layout;
 mod select;
 #[cfg(not(target_arch = "bpf"))]
@@ -32,4 +35,4 @@ pub use layout::*;
 pub use select::select;
 
 /// Version of the map layout. Pinned maps of another version are never read as if they were this one.
-pub const LAYOUT_VERSION: u32 = 4;
+pub const LAYOUT_VERSION: u32 = 5;

@@ -7,8 +7,9 @@
 //!                                  origins (connected sockets), flows (unconnected ones)
 //! recvmsg4/6      ─┬─ told ◀────────┘
 //! getpeername4/6  ─┘
-//! post_bind4/6    ──▶ frontends
-//! sock_release    ──▶ origins: forgets the socket
+//! post_bind4/6    ──▶ frontends, homes
+//! sock_create     ──▶ made: this one will be released
+//! sock_release    ──▶ origins, homes, accounts: forgets the socket
 //! ```
 
 #![cfg_attr(target_arch = "bpf", no_std)]

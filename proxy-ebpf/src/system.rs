@@ -3,8 +3,8 @@
 //! In: descriptors. Out: what the kernel answers.
 
 use crate::{
-    Affinity, AffinityKey, Endpoint, Flows, FrontendKey, FrontendValue, Member, MemberKey, Origin, Record,
-    Seat, Settings, Tally,
+    Affinity, AffinityKey, Endpoint, FrontendKey, FrontendValue, Member, MemberKey, Origin, Record, Seat,
+    Settings, Tally,
 };
 use aya::maps::{Array, IterableMap as _, MapData, MapType};
 use std::{
@@ -511,6 +511,5 @@ plain!(
     Tally,
     Origin,
     Seat,
-    Flows,
     Settings
 );

@@ -33,6 +33,7 @@ use weir::{
 use weir_tests::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace, wait::await_that};
 
 mod apart;
+mod room;
 mod told;
 
 fn node() -> Arc<NodePlan> {
@@ -202,7 +203,7 @@ fn open_on_host(place: &Place) -> Result<Ebpf> {
 struct Rig {
     inside: Namespace,
     place: Place,
-    _cgroup: Cgroup,
+    cgroup: Cgroup,
     _files: BpfFs,
 }
 
@@ -211,7 +212,7 @@ impl Rig {
         let cgroup = Cgroup::new("rig")?;
         let files = BpfFs::new()?;
         let place = Place { bpf_root: files.directory("weir")?, cgroup_root: cgroup.path().to_owned() };
-        Ok(Self { inside: Namespace::within(&cgroup, "rig")?, place, _cgroup: cgroup, _files: files })
+        Ok(Self { inside: Namespace::within(&cgroup, "rig")?, place, cgroup, _files: files })
     }
 }
 
@@ -384,7 +385,7 @@ fn a_map_of_another_layout_under_our_name_is_refused_by_name() -> Result<()> {
     HashMap::<_, u32, u32>::create(1, 0)?.pin(rig.place.maps().join("frontends"))?;
     let Err(problem) = open(&rig.place) else { bail!("it was opened") };
     let text = problem.to_string();
-    assert!(text.contains("v4/frontends is of another layout"), "{text}");
+    assert!(text.contains("v5/frontends is of another layout"), "{text}");
     Ok(())
 }
 

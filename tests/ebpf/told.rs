@@ -7,13 +7,16 @@ use std::{
     thread,
 };
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use aya::maps::{Array, HashMap, Map, MapData};
 use nix::sys::resource::{Resource, setrlimit};
 use proxy_ebpf::{Endpoint, Origin, SEATS, Seat, trouble};
 use socket2::SockRef;
 use weir::{
-    dataplane::{Dataplane as _, ebpf::Place},
+    dataplane::{
+        Dataplane as _,
+        ebpf::{Place, usage},
+    },
     model::{Family, Protocol},
 };
 
@@ -112,13 +115,22 @@ fn more_sockets_than_seats_that_come_at_the_same_time_are_all_remembered_and_all
             assert_eq!(known, open);
             assert_eq!(seated.len() + others.len(), sockets.len(), "each once");
             assert!(!others.is_empty(), "there are fewer seats than sockets");
+            assert_eq!(counted(&rig.place)?, u32::try_from(others.len())?);
             drop(sockets);
             assert_eq!(told.read()?, (vec![], vec![]));
+            assert_eq!(counted(&rig.place)?, 0);
             assert!(told.seats.iter().all(|seat| seat.is_ok_and(|seat| seat.claims == 0)));
         }
         plane.remove()?;
         Ok(())
     })
+}
+
+/// How many sockets without a seat all groups of processes have.
+fn counted(place: &Place) -> Result<u32> {
+    let all = usage(&place.maps())?;
+    let origins = all.iter().find(|usage| usage.map == "origins").and_then(|usage| usage.elements);
+    Ok(origins.context("`origins` does not tell")?.0)
 }
 
 /// The maps of connected sockets.

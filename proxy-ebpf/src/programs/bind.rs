@@ -1,19 +1,17 @@
 //! NodePorts cannot be taken: a process in the host's network namespace that binds one would wait for connections which
 //! the frontend gets. And a pod that binds a Service's address is remembered.
 //!
-//! In: a socket that has just been bound. Out: a refusal, if this address and port is a NodePort's; or an element of `homes`.
+//! In: a socket that has just been bound. Out: a refusal, if this address and port is a NodePort's; or one more in `homes`.
 
 use aya_ebpf::{
     EbpfContext as _,
     helpers::generated::{bpf_get_netns_cookie, bpf_set_retval},
     programs::SockContext,
 };
-use proxy_ebpf::{Address, Settings, trouble};
+use proxy_ebpf::{Address, Settings};
 
 use super::{
-    ALLOW,
-    maps::{self, HOMES},
-    resolve,
+    ALLOW, home, maps, resolve,
     socket::{self, Family, MAPPED, TCP, UDP},
 };
 
@@ -48,7 +46,7 @@ pub(super) fn bound(context: &SockContext, family: Family) -> i32 {
     // A port in the host's order, unlike everywhere else.
     let port = (socket.src_port as u16).to_be();
     if namespace != socket::host(settings.host) {
-        note_home(namespace, &address, port, protocol);
+        note_home(context, namespace, &address, port, protocol);
         return ALLOW;
     }
     if is_taken(&address, port, protocol) { refuse() } else { ALLOW }
@@ -56,10 +54,9 @@ pub(super) fn bound(context: &SockContext, family: Family) -> i32 {
 
 /// A pod that binds a Service's own address answers there itself, to whoever asks in the same pod.
 #[inline(always)]
-fn note_home(namespace: u64, address: &Address, port: u16, protocol: u32) {
-    let is_service = resolve::is_frontend(address, port, protocol);
-    if is_service && HOMES.insert(namespace, 1_u32, 0).is_err() {
-        maps::count(trouble::HOMES);
+fn note_home(context: &SockContext, namespace: u64, address: &Address, port: u16, protocol: u32) {
+    if resolve::is_frontend(address, port, protocol) {
+        home::note(context, namespace);
     }
 }
 

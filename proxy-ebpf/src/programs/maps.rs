@@ -11,8 +11,8 @@ use aya_ebpf::{
 };
 use core::arch::asm;
 use proxy_ebpf::{
-    Affinity, AffinityKey, Endpoint, Flows, FrontendKey, FrontendValue, Member, MemberKey, Origin, Record,
-    Seat, Settings, Tally, trouble,
+    Affinity, AffinityKey, Crowd, Endpoint, Flows, FrontendKey, FrontendValue, Member, MemberKey, Origin,
+    Record, Seat, Settings, Tally, account, trouble,
 };
 
 #[map(name = "frontends")]
@@ -42,8 +42,13 @@ pub(super) static TALLIES: Array<Tally> = Array::with_max_entries(1, 0);
 #[map(name = "bypassed")]
 pub(super) static BYPASSED: HashMap<u64, u32> = HashMap::with_max_entries(8192, BPF_F_NO_PREALLOC);
 
+/// How many sockets in the network namespaces that lead to a place are bound to a Service's address.
 #[map(name = "homes")]
-pub(super) static HOMES: HashMap<u64, u32> = HashMap::with_max_entries(8192, BPF_F_NO_PREALLOC);
+pub(super) static HOMES: Array<u64> = Array::with_max_entries(proxy_ebpf::HOMES, 0);
+
+/// Sockets that `homes` counts.
+#[btf_map(name = "bound")]
+pub(super) static BOUND: SkStorage<u64> = SkStorage::new();
 
 #[map(name = "settings")]
 pub(super) static SETTINGS: Array<Settings> = Array::with_max_entries(2, 0);
@@ -51,16 +56,37 @@ pub(super) static SETTINGS: Array<Settings> = Array::with_max_entries(2, 0);
 #[map(name = "troubles")]
 pub(super) static TROUBLES: PerCpuArray<u64> = PerCpuArray::with_max_entries(trouble::COUNT, 0);
 
-/// As many connections as connection tracking has room for by default, which all of these would be in without us.
 #[map(name = "origins")]
-pub(super) static ORIGINS: HashMap<u64, Origin> = HashMap::with_max_entries(1 << 18, BPF_F_NO_PREALLOC);
+pub(super) static ORIGINS: HashMap<u64, Origin> =
+    HashMap::with_max_entries(account::MOST_ORIGINS, BPF_F_NO_PREALLOC);
 
 /// Of whole pages, so that a seat is one line of a cache.
 #[map(name = "seats")]
 pub(super) static SEATS: Array<Seat> = Array::with_max_entries(proxy_ebpf::SEATS, BPF_F_MMAPABLE);
 
+/// Cookies of sockets, each at the place it leads to.
+#[map(name = "made")]
+pub(super) static MADE: Array<u64> = Array::with_max_entries(proxy_ebpf::MADE, 0);
+
 #[btf_map(name = "flows")]
 pub(super) static FLOWS: SkStorage<Flows> = SkStorage::new();
+
+#[btf_map(name = "crowds")]
+pub(super) static CROWDS: SkStorage<Crowd> = SkStorage::new();
+
+#[map(name = "accounts")]
+pub(super) static ACCOUNTS: Array<u64> = Array::with_max_entries(account::COUNT, 0);
+
+/// How many elements `affinities` has room for, which is the agent's business.
+#[unsafe(no_mangle)]
+static CLIENTS_ROOM: u32 = 0;
+
+/// How many elements `affinities` has room for.
+#[inline(always)]
+pub(super) fn room_for_clients() -> u32 {
+    // SAFETY: as in `can_refuse`.
+    unsafe { core::ptr::read_volatile(&raw const CLIENTS_ROOM) }
+}
 
 /// Whether this kernel has `bpf_set_retval` (5.18). Where it has not, a refusal could only be EPERM, so it is left to
 /// the packets.

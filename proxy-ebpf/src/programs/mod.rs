@@ -8,7 +8,11 @@ use aya_ebpf::{
     programs::{SockAddrContext, SockContext},
 };
 
+mod account;
 mod bind;
+mod flows;
+mod home;
+mod made;
 mod maps;
 mod resolve;
 mod search;
@@ -58,10 +62,19 @@ fn post_bind6(context: SockContext) -> i32 {
     bind::bound(&context, Family::V6)
 }
 
+/// The hook `sock_create`.
+#[cgroup_sock(sock_create)]
+fn sock_create(context: SockContext) -> i32 {
+    made::note(&context);
+    ALLOW
+}
+
 /// The hook `sock_release`.
 #[cgroup_sock(sock_release)]
 fn sock_release(context: SockContext) -> i32 {
     seats::forget(&context);
+    flows::forget(&context);
+    home::forget(&context);
     ALLOW
 }
 

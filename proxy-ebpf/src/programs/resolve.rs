@@ -7,15 +7,16 @@
 //! and slots are given to others only when no program runs any more that could have read them.
 
 use aya_ebpf::{
-    bindings::BPF_NOEXIST,
+    bindings::{BPF_EXIST, BPF_NOEXIST},
     helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_ns},
 };
 use proxy_ebpf::{
     Address, Affinity, AffinityKey, Endpoint, FrontendKey, FrontendValue, Member, MemberKey, Record, Slots,
-    flag, kind, select, set, trouble, verdict,
+    account, flag, kind, namespace, select, set, trouble, verdict,
 };
 
 use super::{
+    account as accounts,
     maps::{self, AFFINITIES, FRONTENDS, MEMBERS, PORTS, RECORDS, SLOTS, TALLIES},
     socket::{self, Client, MAPPED, is_v4},
 };
@@ -187,29 +188,68 @@ pub(super) fn pick(frontend: Frontend, choice: Choice, client: Client, now: u64)
     if frontend.record.affinity == 0 {
         return draw(choice);
     }
-    let key = AffinityKey { client: client.namespace, port: frontend.value.number(), zero: 0 };
-    let until = now.wrapping_add(u64::from(frontend.record.affinity) * SECOND);
-    if let Some(known) = AFFINITIES.get_ptr_mut(key) {
-        // SAFETY: elements of this map are allocated one by one and freed after a grace period. Several processors may
-        // write one at a time, and each writes a backend of the set.
-        let (known, backend) = unsafe { (&mut *known, socket::read(&raw const (*known).backend)) };
-        let stays = now <= known.until && is_member(choice.set, &backend, known.chosen);
-        let backend = if stays { backend } else { draw(choice)? };
-        *known = Affinity { chosen: now, until, backend, zero: 0 };
-        return Some(backend);
+    let key = AffinityKey { client: namespace(client.namespace), port: frontend.value.number() };
+    let life = u64::from(frontend.record.affinity) * SECOND;
+    let Some(known) = remembered(&key) else { return meet(key, choice, client, [now, life]) };
+    let stays = now <= known.until && is_member(choice.set, &known.backend, known.chosen);
+    // To write it down costs as much as the rest, so a client that comes all the time has it done now and then.
+    if stays && now.wrapping_sub(known.chosen) < (life >> 8).min(SECOND) {
+        return Some(known.backend);
     }
+    let backend = if stays { known.backend } else { draw(choice)? };
+    let affinity =
+        Affinity { key, backend, chosen: now, until: now.wrapping_add(life), group: known.group, zero: 0 };
+    // A client whose time was over may have been removed meanwhile: then the next connection is its first.
+    let _ = AFFINITIES.insert(key, affinity, BPF_EXIST.into());
+    Some(backend)
+}
+
+/// The backend of a client that is not known yet.
+#[inline(always)]
+fn meet(key: AffinityKey, choice: Choice, client: Client, [now, life]: [u64; 2]) -> Option<Endpoint> {
     let backend = draw(choice)?;
-    let affinity = Affinity { chosen: now, until, backend, zero: 0 };
-    if AFFINITIES.insert(key, affinity, BPF_NOEXIST.into()).is_ok() {
-        return Some(backend);
-    }
-    // Another socket of the client was faster: both stay with its backend.
-    if let Some(known) = AFFINITIES.get_ptr(key) {
-        // SAFETY: as above.
-        return Some(unsafe { socket::read(&raw const (*known).backend) });
+    let group = accounts::group(client.namespace);
+    if accounts::may_take(account::CLIENTS, group, maps::room_for_clients()) {
+        let affinity = Affinity { key, backend, chosen: now, until: now.wrapping_add(life), group, zero: 0 };
+        if AFFINITIES.insert(key, affinity, BPF_NOEXIST.into()).is_ok() {
+            accounts::add(account::CLIENTS, group, 1);
+            return Some(backend);
+        }
+        // Another socket of the client was faster: both stay with its backend.
+        if let Some(known) = remembered(&key)
+            && is_member(choice.set, &known.backend, known.chosen)
+        {
+            return Some(known.backend);
+        }
     }
     maps::count(trouble::AFFINITY_FULL);
     Some(backend)
+}
+
+/// What is remembered for a client. The element may be another client's by the time it is read, so the key in it is read
+/// last.
+#[inline(always)]
+fn remembered(key: &AffinityKey) -> Option<Affinity> {
+    let found = AFFINITIES.get_ptr(key)?;
+    // SAFETY: an element of the map, whose memory stays what it is for as long as a program runs. Volatile, so that it is
+    // done in this order.
+    unsafe {
+        let known = Affinity {
+            key: *key,
+            backend: socket::read(&raw const (*found).backend),
+            chosen: (&raw const (*found).chosen).read_volatile(),
+            until: (&raw const (*found).until).read_volatile(),
+            group: (&raw const (*found).group).read_volatile(),
+            zero: 0,
+        };
+        let client = &raw const (*found).key.client;
+        let is_own = (&raw const (*found).key.port).read_volatile() == key.port
+            && (&raw const (*client)[2]).read_volatile() == key.client[2]
+            && (&raw const (*client)[3]).read_volatile() == key.client[3]
+            && (&raw const (*client)[0]).read_volatile() == key.client[0]
+            && (&raw const (*client)[1]).read_volatile() == key.client[1];
+        is_own.then_some(known)
+    }
 }
 
 /// One of the backends, each as likely as the other (R4).

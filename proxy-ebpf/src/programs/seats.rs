@@ -8,19 +8,30 @@
 use aya_ebpf::{
     EbpfContext,
     bindings::{BPF_EXIST, BPF_NOEXIST},
-    helpers::generated::bpf_get_current_ancestor_cgroup_id,
 };
-use proxy_ebpf::{Endpoint, Origin, SEATS as MOST, Seat, trouble};
+use proxy_ebpf::{Endpoint, Origin, SEATS as MOST, Seat, account, trouble};
 
 use super::{
+    account as accounts, made,
     maps::{self, ORIGINS, SEATS},
-    socket,
+    socket::{self, Client},
 };
+
+/// Whether what this socket is told will be forgotten when it is closed: a process made it, or it is remembered already.
+#[inline(always)]
+pub(super) fn is_forgotten_in_time(cookie: u64) -> bool {
+    if made::is_known(cookie) {
+        return true;
+    }
+    let Some(seat) = seat(cookie) else { return false };
+    // SAFETY: an element of the map. Whether it is this socket's does not change while the socket connects.
+    unsafe { (*seat).cookie == cookie || (has_others(seat) && element(cookie).is_some()) }
+}
 
 /// Remembers what a socket is told now. False where there is no room.
 #[inline(always)]
-pub(super) fn remember(context: &impl EbpfContext, origin: &Origin) -> bool {
-    let cookie = socket::cookie(context);
+pub(super) fn remember(origin: &mut Origin, client: Client) -> bool {
+    let cookie = origin.cookie;
     let Some(seat) = seat(cookie) else { return false };
     if take(seat, cookie) {
         // One that connects again may have found its seat taken before.
@@ -28,13 +39,21 @@ pub(super) fn remember(context: &impl EbpfContext, origin: &Origin) -> bool {
         write(seat, cookie, origin);
         return true;
     }
-    if ORIGINS.insert(cookie, origin, BPF_NOEXIST.into()).is_ok() {
-        // SAFETY: an element of the map, whose `claims` changes by additions only.
-        unsafe { maps::add(&raw mut (*seat).claims, Seat::OTHER) };
-        return true;
-    }
-    // It connects again, or there is no room.
-    let kept = ORIGINS.insert(cookie, origin, BPF_EXIST.into()).is_ok();
+    let kept = if let Some(known) = element(cookie) {
+        // It connects again.
+        origin.group = known.group;
+        ORIGINS.insert(cookie, &*origin, BPF_EXIST.into()).is_ok()
+    } else {
+        origin.group = accounts::group(client.namespace);
+        let is_new = accounts::may_take(account::ORIGINS, origin.group, account::MOST_ORIGINS)
+            && ORIGINS.insert(cookie, &*origin, BPF_NOEXIST.into()).is_ok();
+        if is_new {
+            accounts::add(account::ORIGINS, origin.group, 1);
+            // SAFETY: an element of the map, whose `claims` changes by additions only.
+            unsafe { maps::add(&raw mut (*seat).claims, Seat::OTHER) };
+        }
+        is_new
+    };
     if !kept {
         maps::count(trouble::ORIGINS);
     }
@@ -45,15 +64,13 @@ pub(super) fn remember(context: &impl EbpfContext, origin: &Origin) -> bool {
 #[inline(always)]
 pub(super) fn recall(context: &impl EbpfContext) -> Option<(Endpoint, Endpoint)> {
     let cookie = socket::cookie(context);
-    // SAFETY: an element of the map. Whose it is does not change while this socket, which is not closed, has it.
+    // SAFETY: an element of the map. Whether it is this socket's does not change while the socket is not closed.
     let seat = unsafe { &*seat(cookie)? };
     if seat.cookie == cookie {
         let service = Endpoint { address: seat.address, port: seat.port, zero: 0 };
         return Some((seat.backend, service));
     }
-    // SAFETY: elements of this map are allocated one by one and freed after a grace period, which a program's run is
-    // within; a socket that connects again gets another.
-    let origin = unsafe { ORIGINS.get(cookie) }?;
+    let origin = element(cookie)?;
     Some((origin.backend, origin.service))
 }
 
@@ -74,11 +91,41 @@ pub(super) fn forget(context: &impl EbpfContext) {
 
 #[inline(always)]
 fn forget_element(seat: *mut Seat, cookie: u64) {
-    // SAFETY: an element of the map, whose `claims` changes by additions only.
+    if !has_others(seat) {
+        return;
+    }
+    let Some(known) = element(cookie) else { return };
+    if ORIGINS.remove(cookie).is_ok() {
+        accounts::add(account::ORIGINS, known.group, -1);
+        // SAFETY: an element of the map, whose `claims` changes by additions only.
+        unsafe { maps::add(&raw mut (*seat).claims, -Seat::OTHER) };
+    }
+}
+
+/// Whether sockets that have their place here are in the hash.
+#[inline(always)]
+fn has_others(seat: *const Seat) -> bool {
+    // SAFETY: an element of the map.
+    unsafe { claims(seat) >= Seat::OTHER as u64 }
+}
+
+/// What the hash has for a socket. The element may be another socket's by the time it is read, so the cookie in it is read
+/// last.
+#[inline(always)]
+fn element(cookie: u64) -> Option<Origin> {
+    let found = ORIGINS.get_ptr(cookie)?;
+    // SAFETY: an element of the map, whose memory stays what it is for as long as a program runs. Volatile, so that it is
+    // done in this order.
     unsafe {
-        if claims(seat) >= Seat::OTHER as u64 && ORIGINS.remove(cookie).is_ok() {
-            maps::add(&raw mut (*seat).claims, -Seat::OTHER);
-        }
+        let known = Origin {
+            cookie,
+            since: 0,
+            service: socket::read(&raw const (*found).service),
+            backend: socket::read(&raw const (*found).backend),
+            protocol: 0,
+            group: (&raw const (*found).group).read_volatile(),
+        };
+        ((&raw const (*found).cookie).read_volatile() == cookie).then_some(known)
     }
 }
 
@@ -107,7 +154,7 @@ fn take(seat: *mut Seat, cookie: u64) -> bool {
         if (*seat).cookie == cookie {
             return true;
         }
-        if Seat::is_taken(claims(seat)) || is_kernel() {
+        if Seat::is_taken(claims(seat)) {
             return false;
         }
         maps::add(&raw mut (*seat).claims, Seat::CLAIM);
@@ -117,14 +164,6 @@ fn take(seat: *mut Seat, cookie: u64) -> bool {
         maps::add(&raw mut (*seat).claims, -Seat::CLAIM);
         false
     }
-}
-
-/// Whether the kernel opened the socket for itself, as NFS does. No program runs when it closes that, so the seat would be
-/// lost; elements of the hash are looked after by the agent. Its threads are in the root of all cgroups.
-#[inline(always)]
-fn is_kernel() -> bool {
-    // SAFETY: the helper takes any level, and answers 0 beyond the last.
-    unsafe { bpf_get_current_ancestor_cgroup_id(1) == 0 }
 }
 
 /// Writes what a socket is told. The agent, which reads while this is under way, finds no time there.

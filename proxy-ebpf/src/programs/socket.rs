@@ -16,7 +16,10 @@ use aya_ebpf::{
 };
 use proxy_ebpf::{Address, Endpoint, Settings};
 
-use super::maps::{BYPASSED, HOMES, SETTINGS};
+use super::{
+    home,
+    maps::{BYPASSED, SETTINGS},
+};
 
 pub(super) const TCP: u32 = 6;
 pub(super) const UDP: u32 = 17;
@@ -143,6 +146,17 @@ pub(super) fn cookie(context: &impl EbpfContext) -> u64 {
     unsafe { bpf_get_socket_cookie(context.as_ptr()) }
 }
 
+/// Whether the socket has a peer.
+#[inline(always)]
+pub(super) fn is_connected(context: &SockAddrContext) -> bool {
+    const ESTABLISHED: u32 = 1;
+    // SAFETY: the kernel hands every program of this kind a valid context with a socket in it.
+    unsafe {
+        let socket = (*context.sock_addr).__bindgen_anon_1.sk;
+        !socket.is_null() && (&raw const (*socket).state).read_volatile() == ESTABLISHED
+    }
+}
+
 /// The protocol of the socket.
 #[inline(always)]
 pub(super) fn protocol(context: &SockAddrContext) -> u32 {
@@ -206,7 +220,7 @@ fn is_bypassed() -> bool {
 /// bound a Service's address, because to look for a socket costs as much as all the rest.
 #[inline(always)]
 pub(super) fn is_at_home(context: &SockAddrContext, client: Client, protocol: u32, to: &Endpoint) -> bool {
-    if client.host || HOMES.get_ptr(client.namespace).is_none() {
+    if client.host || !home::is_any(client.namespace) {
         return false;
     }
     // Nothing is zeroed, because that becomes a call of `memset`, byte by byte. The source is nobody's: no socket is

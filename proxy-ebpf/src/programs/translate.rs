@@ -5,13 +5,11 @@
 //! as it is: the packet rules beside these programs have every Service.
 
 use aya_ebpf::{helpers::generated::bpf_set_retval, programs::SockAddrContext};
-use proxy_ebpf::{Endpoint, FLOWS as MOST_FLOWS, Flows, Origin, trouble};
+use proxy_ebpf::{Endpoint, Origin, trouble};
 
 use super::{
-    ALLOW,
-    maps::{self, FLOWS},
+    ALLOW, flows, maps,
     resolve::{self, Found, Frontend},
-    search::Search,
     seats,
     socket::{self, Client, Family, TCP, UDP},
     tell,
@@ -19,8 +17,6 @@ use super::{
 
 const REFUSE: i32 = 0;
 const ECONNREFUSED: i32 = 111;
-/// A flow that rested this long may go to another backend: what connection tracking grants a UDP stream.
-const REST: u64 = 120_000_000_000;
 
 /// A socket connects. For TCP this is every connection; a UDP socket gets a peer.
 #[inline(always)]
@@ -49,10 +45,14 @@ pub(super) fn connect(context: &SockAddrContext, family: Family) -> i32 {
         resolve::refused(frontend);
         return refuse(context, &to);
     }
+    let cookie = socket::cookie(context);
+    if !seats::is_forgotten_in_time(cookie) {
+        return ALLOW;
+    }
     let now = resolve::now();
     let Some(backend) = resolve::pick(frontend, choice, client, now) else { return ALLOW };
-    let origin = Origin { since: now, service: to, backend, protocol, zero: 0 };
-    if !seats::remember(context, &origin) {
+    let mut origin = Origin { cookie, since: now, service: to, backend, protocol, group: 0 };
+    if !seats::remember(&mut origin, client) {
         return ALLOW;
     }
     socket::set_address(context, family, &backend);
@@ -95,75 +95,51 @@ pub(super) fn send(context: &SockAddrContext, family: Family) -> i32 {
 /// would have it (K2). `None` when there is none, or none can be remembered.
 #[inline(always)]
 fn flow(context: &SockAddrContext, to: &Endpoint, frontend: Frontend, client: Client) -> Option<Endpoint> {
-    // SAFETY: the socket is the hook's own, which holds its lock.
-    let flows = unsafe { FLOWS.get_or_insert_ptr_mut(context, None) };
-    if flows.is_null() {
-        maps::count(trouble::STORAGE);
-        return None;
-    }
-    // SAFETY: not null, of this socket, and nobody else writes it while the socket is locked.
-    let flows = unsafe { &mut *flows };
     let choice = resolve::choice(frontend, client);
     let now = resolve::now();
-    let known = &mut flows.origins[place(flows, to)];
-    // SAFETY: an element of the array.
-    let backend = unsafe { socket::read(&raw const known.backend) };
-    if socket::same(&known.service, to)
-        && now.wrapping_sub(known.since) <= REST
-        && (socket::same(&backend, to) || resolve::still_serves(frontend, &backend, known.since))
-    {
-        known.since = now;
-        return Some(backend);
+    let known = flows::find(context, to);
+    if let Some(flow) = &known {
+        let (since, backend) = (flows::since(flow), flows::backend(flow));
+        if now.wrapping_sub(since) <= flows::REST
+            && (socket::same(&backend, to) || resolve::still_serves(frontend, &backend, since))
+        {
+            known.map(|flow| flows::touch(flow, now));
+            return Some(backend);
+        }
     }
     if !resolve::serves(choice) || socket::is_at_home(context, client, UDP, to) {
         return None;
     }
     let backend = resolve::pick(frontend, choice, client, now)?;
-    *known = Origin { since: now, service: *to, backend, protocol: UDP, zero: 0 };
+    let Some(flow) = known.or_else(|| flows::place(context, client, now)) else {
+        maps::count(trouble::STORAGE);
+        return None;
+    };
+    flows::begin(flow, to, &backend, now);
     resolve::served(frontend);
     tell::led(context, to, &backend);
     Some(backend)
 }
 
-/// Somebody sent to this socket from an address and port that are a frontend's too: he has the number of a NodePort for
-/// his own, as a client behind a masquerade or a process that chose it may. What the socket sends there is an answer to
-/// him, so it is to go where it is sent: a flow whose backend is its own Service.
+/// A datagram came to this socket from an address and port that are a frontend's too: its sender has the number of a
+/// NodePort for its own, as a client behind a masquerade or a process that chose it may. What the socket sends there is an
+/// answer, so it is to go where it is sent: a flow whose backend is its own Service. A socket with a peer sends to that, and
+/// what is not led to a backend needs no such flow.
 #[inline(always)]
 pub(super) fn expect_answer(context: &SockAddrContext, from: &Endpoint) {
-    if socket::protocol(context) != UDP {
+    if socket::protocol(context) != UDP || socket::is_connected(context) {
         return;
     }
     let Some(client) = socket::client(context) else { return };
-    let Found::Frontend(_) = resolve::find(from, UDP, client) else { return };
-    // SAFETY: the socket is the hook's own, which holds its lock.
-    let flows = unsafe { FLOWS.get_or_insert_ptr_mut(context, None) };
-    if flows.is_null() {
-        maps::count(trouble::STORAGE);
+    let Found::Frontend(frontend) = resolve::find(from, UDP, client) else { return };
+    if resolve::choice(frontend, client).is_for_packets() {
         return;
     }
-    // SAFETY: not null, of this socket, and nobody else writes it while the socket is locked.
-    let flows = unsafe { &mut *flows };
-    let place = place(flows, from);
-    flows.origins[place] =
-        Origin { since: resolve::now(), service: *from, backend: *from, protocol: UDP, zero: 0 };
-}
-
-/// Where a Service's flow is among a socket's, or is to be: a free place, else the one that rested longest.
-#[inline(always)]
-fn place(flows: &mut Flows, to: &Endpoint) -> usize {
-    let mut search = Search::new(flows);
-    for place in 0..MOST_FLOWS {
-        let flow = search.flow(place);
-        if flow.since == 0 || socket::same(&flow.service, to) {
-            search.take(place);
-            return search.found();
-        }
-        if flow.since < search.since() {
-            search.take(place);
-        }
+    let now = resolve::now();
+    match flows::find(context, from).or_else(|| flows::place(context, client, now)) {
+        Some(flow) => flows::begin(flow, from, from, now),
+        None => maps::count(trouble::STORAGE),
     }
-    maps::count(trouble::FLOWS);
-    search.found()
 }
 
 /// Refuses, and says so to the process; where the kernel cannot, the packets are refused instead.

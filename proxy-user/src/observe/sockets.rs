@@ -15,6 +15,8 @@ use super::metrics::{Label, put};
 pub(super) struct SocketMetrics {
     elements: Labelled<Label, Gauge>,
     room: Labelled<Label, Gauge>,
+    bytes: Labelled<Label, Gauge>,
+    refused: Labelled<Label, Counter>,
     troubles: Labelled<Label, Counter>,
     closed: Labelled<Label, Counter>,
     attached_anew: Counter,
@@ -28,6 +30,13 @@ impl SocketMetrics {
         Self {
             elements: put(r, "map_elements", "Elements in a map of the kernel programs", Labelled::default()),
             room: put(r, "map_max_elements", "Elements it has room for before it grows", Labelled::default()),
+            bytes: put(r, "map_bytes", "Kernel memory that it takes", Labelled::default()),
+            refused: put(
+                r,
+                "sockets_refused",
+                "Sockets and clients that there was no room to remember",
+                Labelled::default(),
+            ),
             troubles: put(
                 r,
                 "program_troubles",
@@ -59,6 +68,14 @@ impl SocketMetrics {
     pub(super) fn set_fill(&self, map: &'static str, elements: u32, room: u32) {
         self.elements.get_or_create(&[("map", map)]).set(elements.into());
         self.room.get_or_create(&[("map", map)]).set(room.into());
+    }
+
+    pub(super) fn set_bytes(&self, map: &'static str, bytes: u64) {
+        self.bytes.get_or_create(&[("map", map)]).set(i64::try_from(bytes).unwrap_or(i64::MAX));
+    }
+
+    pub(super) fn count_refused(&self, reason: &'static str, more: u64) {
+        self.refused.get_or_create(&[("reason", reason)]).inc_by(more);
     }
 
     pub(super) fn count_trouble(&self, trouble: &'static str, more: u64) {

@@ -244,6 +244,7 @@ fn go_along(
                 sockets::watch_bypassed(census, metrics);
             }
             sockets::watch_troubles(&maps, metrics)?;
+            sockets::watch_usage(&maps, metrics);
             if let Some(links) = links {
                 sockets::keep_attached(links, place.clone(), metrics)?;
             }

@@ -3,6 +3,7 @@
 //! ```text
 //! engine ──Suspects──▶ closing (own thread) ──▶ sockets of backends that serve no longer
 //! programs ──troubles (map)──▶ watching (task) ──▶ log, metrics
+//! maps ──what they hold and cost──▶ watching (task) ──▶ metrics
 //! affinities (map) ──▶ forgetting (own thread)
 //! links ──▶ attaching anew (own thread) ──▶ log, metrics
 //! pods ──▶ bypass (see `pods`) ──▶ metrics
@@ -16,7 +17,7 @@ use tokio::sync::watch;
 
 use crate::{
     dataplane::{
-        ebpf::{BypassCensus, Counted, Links, Place, forget_clients as forget},
+        ebpf::{BypassCensus, Counted, Links, Place, Usage, forget_clients as forget, usage},
         sockets::{Sockets, Suspects},
     },
     observe::{Metrics, PortCount},
@@ -35,8 +36,8 @@ const LOOK: Duration = Duration::from_secs(5);
 /// How often the links of the programs are looked at.
 const LOOK_AT_LINKS: Duration = Duration::from_secs(2);
 
-/// How often sticky clients whose time is over are removed.
-const FORGET: Duration = Duration::from_secs(60);
+/// How often sticky clients are looked at for those to forget.
+const FORGET: Duration = Duration::from_secs(10);
 
 /// What each of [`proxy_ebpf::trouble`] is called, and what it means.
 const TROUBLES: [(&str, &str); proxy_ebpf::trouble::COUNT as usize] = [
@@ -49,6 +50,14 @@ const TROUBLES: [(&str, &str); proxy_ebpf::trouble::COUNT as usize] = [
     ("slots", "the map of backends was not as it should be; were our maps changed by others?"),
     ("homes-full", "pods that listen on a Service's address themselves are led to the Service all the same"),
     ("origins-full", "connected sockets could not be remembered; their packets are led to backends instead"),
+];
+
+/// Those of [`TROUBLES`] that a bound is the reason of, and what was refused.
+const REFUSED: [(&str, &str); 4] = [
+    ("affinity-full", "clients"),
+    ("socket-storage", "flows"),
+    ("flows-full", "crowds"),
+    ("origins-full", "origins"),
 ];
 
 /// Closes sockets whose backend serves no longer, behind the engine's back. Where that is not possible, one warning says
@@ -96,6 +105,7 @@ pub(super) fn watch_troubles(maps: &Path, metrics: &Metrics) -> anyhow::Result<(
     let map = PerCpuArray::<_, u64>::try_from(Map::PerCpuArray(map))?;
     let metrics = metrics.clone();
     TROUBLES.iter().for_each(|(name, _)| metrics.count_trouble(name, 0));
+    REFUSED.iter().for_each(|(_, reason)| metrics.count_refused_socket(reason, 0));
     tokio::spawn(async move {
         let mut known = [None; TROUBLES.len()];
         let mut interval = tokio::time::interval(LOOK);
@@ -109,6 +119,10 @@ pub(super) fn watch_troubles(maps: &Path, metrics: &Metrics) -> anyhow::Result<(
                 if more > 0 {
                     tracing::warn!(trouble = name, times = more, "{meaning}");
                     metrics.count_trouble(name, more);
+                    let refused = REFUSED.iter().find(|(trouble, _)| *trouble == name);
+                    if let Some((_, reason)) = refused {
+                        metrics.count_refused_socket(reason, more);
+                    }
                 }
             }
         }
@@ -147,6 +161,29 @@ pub(super) fn keep_attached(links: Links, place: Place, metrics: &Metrics) -> an
     Ok(())
 }
 
+/// Keeps the metrics at what the maps hold and cost.
+pub(super) fn watch_usage(maps: &Path, metrics: &Metrics) {
+    let (maps, metrics) = (maps.to_owned(), metrics.clone());
+    tokio::spawn(async move {
+        let mut interval = tokio::time::interval(LOOK);
+        loop {
+            interval.tick().await;
+            let usage = usage(&maps).unwrap_or_else(|error| {
+                tracing::debug!(%error, "cannot read what the maps hold");
+                Vec::new()
+            });
+            for Usage { map, elements, bytes } in usage {
+                if let Some((elements, room)) = elements {
+                    metrics.set_fill(map, elements, room);
+                }
+                if let Some(bytes) = bytes {
+                    metrics.set_map_bytes(map, bytes);
+                }
+            }
+        }
+    });
+}
+
 /// Ends when the pins of maps that were there are gone, as after `weir cleanup`. The programs are detached then, and everything beside the plane holds maps that no program reads; packets serve meanwhile, and
 /// whoever starts the agent again gets new ones.
 pub(super) async fn removed(place: Option<Place>) {
@@ -163,15 +200,15 @@ pub(super) async fn removed(place: Option<Place>) {
     }
 }
 
-/// Removes sticky clients whose time is over, so that they do not fill the map.
+/// Removes sticky clients whose time is over, and those of groups that have too many, so that they do not fill the map.
 pub(super) fn forget_clients(maps: &Path) -> anyhow::Result<()> {
     let maps = maps.to_owned();
     std::thread::Builder::new().name("affinity".to_owned()).spawn(move || {
         loop {
             std::thread::sleep(FORGET);
             match forget(&maps) {
-                Ok(clients) => tracing::debug!(clients, "forgot sticky clients whose time is over"),
-                Err(error) => tracing::warn!(%error, "sticky clients whose time is over are not forgotten"),
+                Ok(clients) => tracing::debug!(clients, "forgot sticky clients"),
+                Err(error) => tracing::warn!(%error, "sticky clients are not forgotten"),
             }
         }
     })?;

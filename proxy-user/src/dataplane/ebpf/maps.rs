@@ -2,7 +2,7 @@
 //!
 //! In: keys and values. Out: the kernel's answers, as [`Problem`]s that name the map. A map that is full says so here.
 
-use std::{hash::Hash, io, path::Path};
+use std::{hash::Hash, io};
 
 use aya::{
     Ebpf,
@@ -223,33 +223,6 @@ impl Maps {
     }
 }
 
-/// Removes the clients whose time is over from the map pinned in this directory, which may be another one than the last
-/// time. Returns how many. The programs do not wait for this: to them such a client is a new one.
-///
-/// A client that comes at this very moment may be forgotten with them: he got a backend by chance, and gets one by chance
-/// once more.
-///
-/// # Errors
-///
-/// When the map is not there, or cannot be read.
-pub fn forget_clients(maps: &Path) -> Result<usize, Problem> {
-    let pinned = MapData::from_pin(maps.join("affinities"));
-    let pinned = pinned.map_err(|error| Problem::map("affinities", error))?;
-    let mut map: HashMap<_, AffinityKey, Affinity> = typed("affinities", Map::HashMap(pinned))?;
-    let now = monotonic();
-    let mut over = Vec::new();
-    for entry in map.iter() {
-        let (client, affinity) = entry.map_err(|error| Problem::map("affinities", error))?;
-        if affinity.until < now {
-            over.push(client);
-        }
-    }
-    for client in &over {
-        removed("affinities", map.remove(client))?;
-    }
-    Ok(over.len())
-}
-
 /// Now, in nanoseconds of the clock that programs read.
 pub(super) fn monotonic() -> u64 {
     clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |now| {
@@ -258,7 +231,7 @@ pub(super) fn monotonic() -> u64 {
     })
 }
 
-fn typed<M: TryFrom<Map, Error = MapError>>(name: &'static str, map: Map) -> Result<M, Problem> {
+pub(super) fn typed<M: TryFrom<Map, Error = MapError>>(name: &'static str, map: Map) -> Result<M, Problem> {
     M::try_from(map).map_err(|error| Problem::map(name, error))
 }
 
@@ -275,7 +248,7 @@ where
     Ok(elements)
 }
 
-fn removed(name: &'static str, result: Result<(), MapError>) -> Result<bool, Problem> {
+pub(super) fn removed(name: &'static str, result: Result<(), MapError>) -> Result<bool, Problem> {
     match result {
         Ok(()) => Ok(true),
         Err(error) if is_missing(&error) => Ok(false),

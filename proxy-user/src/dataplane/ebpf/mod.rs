@@ -22,6 +22,7 @@ use super::{Dataplane, Error, Fill, Shortfall, State};
 use crate::plan::{Delta, NodePlan};
 
 mod bypass;
+mod clients;
 mod columns;
 mod counted;
 mod dump;
@@ -38,17 +39,20 @@ mod rivals;
 mod said;
 mod slots;
 mod stage;
+mod usage;
 mod whole;
 mod write;
 
 pub use bypass::{Bypass, Census as BypassCensus, Error as BypassError};
+pub use clients::forget_clients;
 pub use counted::Counted;
 pub use links::Links;
-pub use maps::{Fault, forget_clients};
+pub use maps::Fault;
 pub use object::Place;
 pub use problem::Problem;
 pub use retired::Retired;
 pub use rivals::{Rivalry, no_rivals};
+pub use usage::{Usage, usage};
 
 /// The kernel programs and their maps, an ELF object for `aya`, aligned as its reader wants it.
 pub static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/weir-programs"));

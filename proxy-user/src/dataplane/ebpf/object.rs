@@ -3,7 +3,7 @@
 //! In: how large the maps have to be. Out: maps to write, and programs that read them, attached to a cgroup.
 //!
 //! ```text
-//! <bpf-root>/v4/frontends, …   the maps of layout 4: whoever starts next finds them as they are
+//! <bpf-root>/v5/frontends, …   the maps of layout 5: whoever starts next finds them as they are
 //! <bpf-root>/link-connect4, …  the links: programs stay attached while nobody runs
 //! ```
 //! To make a map larger is the same as to upgrade: new maps are filled, new programs that use them are loaded, and each
@@ -24,8 +24,8 @@ use aya::{
     },
 };
 use proxy_ebpf::{
-    Affinity, AffinityKey, Endpoint, Flows, FrontendKey, FrontendValue, LAYOUT_VERSION, Member, MemberKey,
-    Origin, Record, Seat, Settings, Tally, system,
+    Affinity, AffinityKey, Crowd, Endpoint, Flows, FrontendKey, FrontendValue, LAYOUT_VERSION, Member,
+    MemberKey, Origin, Record, Seat, Settings, Tally, system,
 };
 use tracing::debug;
 
@@ -86,7 +86,10 @@ impl Sizes {
 }
 
 /// The maps that never grow.
-const FIXED: [&str; 7] = ["settings", "troubles", "bypassed", "homes", "origins", "seats", "flows"];
+const FIXED: [&str; 11] = [
+    "settings", "troubles", "bypassed", "homes", "bound", "made", "origins", "seats", "flows", "crowds",
+    "accounts",
+];
 
 /// Everything of ours in the kernel.
 pub(super) struct Object {
@@ -361,9 +364,11 @@ fn load(
     next: &[&'static str],
 ) -> Result<(Ebpf, Maps, Option<Listener>), Problem> {
     let set_retval = u32::from(set_retval);
+    let clients = sizes.affinities;
     let mut loader = EbpfLoader::new();
     // The programs look into no structures of the kernel's own, so its types, megabytes of them, need not be read.
     loader.btf(None).override_global("SET_RETVAL", &set_retval, true);
+    loader.override_global("CLIENTS_ROOM", &clients, true);
     let level = if said::is_wanted() { aya_log::Level::Trace as u8 } else { 0 };
     loader.override_global(said::LEVEL, &level, true);
     for (name, size) in sizes.named() {
@@ -417,7 +422,7 @@ fn check_layout(place: &Place) -> Result<(), Problem> {
 }
 
 /// Bytes of every map's keys and values.
-const SHAPES: [(&str, usize, usize); 14] = [
+const SHAPES: [(&str, usize, usize); 18] = [
     ("frontends", size_of::<FrontendKey>(), size_of::<FrontendValue>()),
     ("ports", size_of::<u32>(), size_of::<u64>()),
     ("records", size_of::<u32>(), size_of::<Record>()),
@@ -428,11 +433,20 @@ const SHAPES: [(&str, usize, usize); 14] = [
     ("settings", size_of::<u32>(), size_of::<Settings>()),
     ("troubles", size_of::<u32>(), size_of::<u64>()),
     ("bypassed", size_of::<u64>(), size_of::<u32>()),
-    ("homes", size_of::<u64>(), size_of::<u32>()),
+    ("homes", size_of::<u32>(), size_of::<u64>()),
+    ("bound", size_of::<u32>(), size_of::<u64>()),
+    ("made", size_of::<u32>(), size_of::<u64>()),
     ("origins", size_of::<u64>(), size_of::<Origin>()),
     ("seats", size_of::<u32>(), size_of::<Seat>()),
     ("flows", size_of::<u32>(), size_of::<Flows>()),
+    ("crowds", size_of::<u32>(), size_of::<Crowd>()),
+    ("accounts", size_of::<u32>(), size_of::<u64>()),
 ];
+
+/// The names of all maps.
+pub(super) fn names() -> impl Iterator<Item = &'static str> {
+    SHAPES.iter().map(|(name, ..)| *name)
+}
 
 /// Removes a pin that may not be there.
 fn discard(path: &Path) -> Result<(), Problem> {

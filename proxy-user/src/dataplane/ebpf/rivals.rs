@@ -14,7 +14,8 @@ use aya::programs::loaded_programs;
 use proxy_ebpf::system::{Attached, attached};
 
 /// The hooks of our programs, with the number that the kernel has for each.
-const HOOKS: [(&str, u32); 11] = [
+const HOOKS: [(&str, u32); 12] = [
+    ("sock_create", 2),
     ("connect4", 10),
     ("connect6", 11),
     ("post_bind4", 12),

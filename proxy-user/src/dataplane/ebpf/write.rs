@@ -20,9 +20,19 @@ use crate::plan::{ClusterIpDelta, Delta, PortId, PortPlan};
 
 /// What each sticky service port has room for: the clients are the pods of this node, and its host.
 const CLIENTS: u32 = 512;
+/// What the first sticky service port brings: an eighth of it is room for every client of a pod with many network namespaces.
+const LEAST_CLIENTS: u32 = 1 << 14;
 /// What all of them together have room for, and twice that with the room to grow: each costs a bucket of 16 bytes. Not
-/// every pod speaks to every sticky Service; if they do, `weir_program_troubles_total` counts who was not remembered.
+/// every pod speaks to every sticky Service; if they do, those that came first are forgotten before their time.
 const MOST_CLIENTS: u32 = 1 << 19;
+
+/// How many clients there is to be room for with so many sticky service ports.
+fn room_for_clients(sticky: u32) -> u32 {
+    match sticky {
+        0 => 0,
+        _ => sticky.saturating_mul(CLIENTS).clamp(LEAST_CLIENTS, MOST_CLIENTS),
+    }
+}
 
 impl Ebpf {
     /// Says of each step what is to be written.
@@ -59,7 +69,7 @@ impl Ebpf {
             records: self.ground.records.end(),
             slots: self.ground.slots.end(),
             members: self.used.members.saturating_add(count(members)),
-            affinities: sticky.saturating_mul(CLIENTS).min(MOST_CLIENTS),
+            affinities: room_for_clients(sticky),
         }
     }
 

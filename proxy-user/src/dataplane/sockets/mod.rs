@@ -25,7 +25,7 @@ use std::{
 
 use aya::maps::MapData;
 use nix::time::{ClockId, clock_gettime};
-use rustc_hash::{FxHashMap, FxHashSet};
+use rustc_hash::FxHashMap;
 use socket2::Socket;
 
 use self::{
@@ -49,9 +49,6 @@ pub use suspect::Suspects;
 
 /// After a sweep the room rests this many times as long as it took, so that it never takes more than a quarter of a CPU.
 const REST: u32 = 3;
-
-/// How often the map is looked at for elements that nobody removes.
-const TIDY: Duration = Duration::from_secs(60);
 
 /// How many sockets were closed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -93,19 +90,15 @@ impl Sockets {
     /// As [`Sockets::open`].
     pub fn new(origins: MapData, seats: MapData, names: impl Into<PathBuf>) -> Result<Self, Error> {
         supported()?;
-        let origins = Origins::new(origins, seats)?;
         let namespaces = Namespaces { names: names.into(), processes: "/proc".into() };
-        Ok(Self { origins, namespaces, judge: Judge::default(), complaint: None })
+        Ok(Self { origins: Origins { origins, seats }, namespaces, judge: Judge::default(), complaint: None })
     }
 
     /// Closes sockets as `suspects` arrive and their times come, until nobody can send any more. `report` is told what
     /// was closed. To be run on a thread of its own, because the thread enters other network namespaces.
     pub fn run(mut self, suspects: &Receiver<Suspects>, mut report: impl FnMut(Closed)) {
-        let mut tidied = Instant::now();
         loop {
-            let until_tidy = TIDY.saturating_sub(tidied.elapsed());
-            let wait = self.wait().map_or(until_tidy, |wait| wait.min(until_tidy));
-            match suspects.recv_timeout(wait) {
+            match suspects.recv_timeout(self.wait().unwrap_or(Duration::MAX)) {
                 Ok(first) => {
                     self.take_in(first);
                     suspects.try_iter().for_each(|later| self.take_in(later));
@@ -114,11 +107,6 @@ impl Sockets {
                 Err(RecvTimeoutError::Disconnected) => return,
             }
             let started = Instant::now();
-            if tidied.elapsed() >= TIDY {
-                let lost = self.tidy();
-                tracing::debug!(lost, "forgot sockets of the kernel that are gone");
-                tidied = Instant::now();
-            }
             let closed = self.sweep();
             if closed != Closed::default() {
                 tracing::info!(tcp = closed.tcp, udp = closed.udp, "closed sockets whose backend is gone");
@@ -181,47 +169,6 @@ impl Sockets {
             Ok(())
         });
         visited.map_err(failed("going through the network namespaces"))
-    }
-
-    /// Forgets what sockets of the kernel were told that are gone, once the map is half full. Says of how many.
-    pub fn tidy(&mut self) -> usize {
-        match self.origins.old(clock()).and_then(|old| self.without_socket(old)) {
-            Ok(lost) => {
-                self.origins.forget(&lost);
-                lost.len()
-            }
-            Err(error) => {
-                self.complain(&error.to_string());
-                0
-            }
-        }
-    }
-
-    /// Those of these cookies that no connected socket has; none where not every namespace can be seen.
-    fn without_socket(&self, mut cookies: FxHashSet<u64>) -> Result<FxHashSet<u64>, Error> {
-        if cookies.is_empty() {
-            return Ok(cookies);
-        }
-        let visited = self.namespaces.each(|| {
-            let mut channel = SockDiag::open()?;
-            for (protocol, family) in [Protocol::Tcp, Protocol::Udp]
-                .into_iter()
-                .flat_map(|protocol| Family::ALL.map(|family| (protocol, family)))
-            {
-                channel.walk(protocol, family, |found| {
-                    cookies.remove(&found.cookie);
-                })?;
-            }
-            Ok(())
-        });
-        let failures = visited.map_err(failed("going through the network namespaces"))?;
-        match failures.first {
-            None => Ok(cookies),
-            Some(source) => Err(Error::Io {
-                context: "looking for sockets in every network namespace".to_owned(),
-                source,
-            }),
-        }
     }
 
     fn complain(&mut self, problem: &str) {

@@ -418,6 +418,16 @@ impl Metrics {
         self.0.sockets.set_fill(map, elements, room);
     }
 
+    /// What one of the sockets' plane's maps takes of the kernel's memory.
+    pub fn set_map_bytes(&self, map: &'static str, bytes: u64) {
+        self.0.sockets.set_bytes(map, bytes);
+    }
+
+    /// A bound was met: this many more sockets or clients found no room.
+    pub fn count_refused_socket(&self, reason: &'static str, more: u64) {
+        self.0.sockets.count_refused(reason, more);
+    }
+
     /// The kernel programs could not do something, this many times more.
     pub fn count_trouble(&self, trouble: &'static str, more: u64) {
         self.0.sockets.count_trouble(trouble, more);
