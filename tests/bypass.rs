@@ -98,19 +98,19 @@ impl Pins {
         let files = BpfFs::new().unwrap();
         let cgroup_root = tree.0.path().to_owned();
         let place = Place { bpf_root: files.directory("weir").unwrap(), cgroup_root };
-        fs::create_dir(place.maps()).unwrap();
+        fs::create_dir(place.sockets()).unwrap();
         let map = HashMap::<MapData, u64, u32>::create(capacity, 0).unwrap();
-        map.pin(place.maps().join("bypassed")).unwrap();
+        map.pin(place.sockets().join("bypassed")).unwrap();
         let mut map = Array::<MapData, Settings>::create(2, 0).unwrap();
         for element in [Settings::PLANE, Settings::PODS] {
             map.set(element, settings(), 0).unwrap();
         }
-        map.pin(place.maps().join("settings")).unwrap();
+        map.pin(place.sockets().join("settings")).unwrap();
         Self { _files: files, place }
     }
 
     fn data(&self, name: &str) -> MapData {
-        MapData::from_pin(self.place.maps().join(name)).unwrap()
+        MapData::from_pin(self.place.sockets().join(name)).unwrap()
     }
 
     fn map(&self) -> HashMap<MapData, u64, u32> {
@@ -141,7 +141,7 @@ struct Rig {
 
 impl Rig {
     fn start(place: &Place) -> Self {
-        let bypass = Bypass::open(&place.maps(), &place.cgroup_root).unwrap();
+        let bypass = Bypass::open(&place.sockets(), &place.cgroup_root).unwrap();
         let (wanted, receiver) = watch::channel(Arc::default());
         Self { wanted, census: bypass.census(), task: tokio::spawn(bypass.run(receiver)) }
     }
@@ -379,7 +379,7 @@ async fn what_is_written_in_the_cluster_is_what_the_map_holds() {
     };
     let connection = Connection::open(settings).await.unwrap();
     let status = Arc::new(SourceStatus::default());
-    let mut census = pods::start(connection, status, &pins.place.maps(), &pins.place.cgroup_root).unwrap();
+    let mut census = pods::start(connection, status, &pins.place.sockets(), &pins.place.cgroup_root).unwrap();
 
     let client = server.client().await.unwrap();
     let pods: Api<Pod> = Api::namespaced(client.clone(), "default");

@@ -90,3 +90,10 @@ fn without_the_right_to_mount_ebpf_fails_and_auto_leaves_it_to_nftables() -> Res
     assert!(said.ends_with("\ntmpfs\n"), "{said}");
     Ok(())
 }
+
+#[test]
+fn for_nftables_alone_files_that_are_on_no_bpffs_stay() -> Result<()> {
+    let said = prepared("mkdir $PLACE/weir; touch $PLACE/weir/diary; $WEIR nftables >&2; ls $PLACE/weir")?;
+    assert_eq!(said, "diary\n");
+    Ok(())
+}

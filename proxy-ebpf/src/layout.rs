@@ -554,7 +554,7 @@ pub struct Crowd {
 pub struct Settings {
     /// The cookie of the host's network namespace; 0 for the initial one.
     pub host: u64,
-    /// [`super::LAYOUT_VERSION`].
+    /// [`super::SERVICES_VERSION`].
     pub layout: u32,
     /// How many cgroups are bypassed; their map is not looked into while this is 0.
     pub bypassed: u32,

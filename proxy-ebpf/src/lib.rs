@@ -34,5 +34,10 @@ pub mod system;
 pub use layout::*;
 pub use select::select;
 
-/// Version of the map layout. Pinned maps of another version are never read as if they were this one.
-pub const LAYOUT_VERSION: u32 = 5;
+/// Version of the layout of the maps of Services: `frontends`, `ports`, `tallies`, `records`, `slots`, `members` and
+/// `affinities`. Pinned maps of another version are never read as if they were this one.
+pub const SERVICES_VERSION: u32 = 5;
+
+/// Version of the layout of all other maps, which remember sockets and know nothing of Services: an agent whose maps of
+/// Services are laid out anew goes on with these. What `accounts` says of `affinities` is counted anew every few seconds.
+pub const SOCKETS_VERSION: u32 = 5;

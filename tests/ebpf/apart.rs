@@ -49,7 +49,7 @@ fn service(family: Family, at: u16, number: u8) -> Arc<PortPlan> {
 
 /// Writes the elements of both frontends in turn, with what is in them, so that each gets the memory of the other.
 fn rewrite(place: &Place, keys: [FrontendKey; 2], stop: &AtomicBool) -> Result<u64> {
-    let map = Map::HashMap(MapData::from_pin(place.maps().join("frontends"))?);
+    let map = Map::HashMap(MapData::from_pin(place.services().join("frontends"))?);
     let mut map: HashMap<_, FrontendKey, FrontendValue> = map.try_into()?;
     let values = [map.get(&keys[0], 0)?, map.get(&keys[1], 0)?];
     let mut rounds = 0;

@@ -33,6 +33,7 @@ use weir::{
 use weir_tests::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace, wait::await_that};
 
 mod apart;
+mod killed;
 mod room;
 mod told;
 
@@ -381,11 +382,11 @@ fn programs_say_what_they_do_at_the_level_trace_also_after_growing() -> Result<(
 #[test]
 fn a_map_of_another_layout_under_our_name_is_refused_by_name() -> Result<()> {
     let rig = Rig::new()?;
-    fs::create_dir(rig.place.maps())?;
-    HashMap::<_, u32, u32>::create(1, 0)?.pin(rig.place.maps().join("frontends"))?;
+    fs::create_dir(rig.place.sockets())?;
+    HashMap::<_, u32, u32>::create(1, 0)?.pin(rig.place.sockets().join("origins"))?;
     let Err(problem) = open(&rig.place) else { bail!("it was opened") };
     let text = problem.to_string();
-    assert!(text.contains("v5/frontends is of another layout"), "{text}");
+    assert!(text.contains("sockets-5/origins is of another layout"), "{text}");
     Ok(())
 }
 

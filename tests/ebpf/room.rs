@@ -35,7 +35,7 @@ const DESCRIPTORS: u64 = 1 << 14;
 
 /// How many elements a map has that counts them.
 fn elements(place: &Place, map: &str) -> Result<u32> {
-    let all = usage(&place.maps())?;
+    let all = usage(place)?;
     let found = all.iter().find(|usage| usage.map == map).and_then(|usage| usage.elements);
     found.map(|(elements, _)| elements).with_context(|| format!("{map} does not tell"))
 }
@@ -200,7 +200,7 @@ fn pods_that_listen_on_a_service_address_count_until_they_are_gone_however_many_
     rig.inside.run(|| -> Result<()> {
         let mut plane = open_on_host(&rig.place)?;
         let homes = || -> Result<u64> {
-            let map = MapData::from_pin(rig.place.maps().join("homes"))?;
+            let map = MapData::from_pin(rig.place.sockets().join("homes"))?;
             let homes: Array<_, u64> = Map::Array(map).try_into()?;
             Ok(homes.iter().collect::<Result<Vec<_>, _>>()?.into_iter().sum())
         };
@@ -256,7 +256,7 @@ fn throw_away_namespaces_take_no_room_from_clients_of_other_groups() -> Result<(
             let plan = sticky(port(family, Protocol::Udp, &backends));
             let ports = 100..100 + PORTS;
             plane.apply(&complete(ports.clone().map(|number| numbered(&plan, number)).collect()))?;
-            let room = usage(&rig.place.maps())?.into_iter().find(|usage| usage.map == "affinities");
+            let room = usage(&rig.place)?.into_iter().find(|usage| usage.map == "affinities");
             let (_, room) = room.and_then(|usage| usage.elements).context("affinities do not tell")?;
             let namespaces = room / 9 / u32::from(PORTS) + 2;
             let throw_away = || {
@@ -275,7 +275,7 @@ fn throw_away_namespaces_take_no_room_from_clients_of_other_groups() -> Result<(
             };
             assert!(within(&modest, stays)?, "a client of another group is remembered");
             assert_eq!((elements(&rig.place, "affinities")?, refused()?), (taken + 1, before));
-            let forgotten = u32::try_from(forget_clients(&rig.place.maps())?)?;
+            let forgotten = u32::try_from(forget_clients(&rig.place)?)?;
             assert!((taken / 5..taken / 3).contains(&forgotten), "{forgotten} of {taken}");
             assert_eq!(elements(&rig.place, "affinities")?, taken + 1 - forgotten);
             assert!(within(&modest, stays)?);

@@ -29,8 +29,8 @@ const BPF_F_NO_PREALLOC: u32 = 1;
 fn sockets_are_remembered_until_they_are_closed_and_one_too_many_is_left_alone() -> Result<()> {
     let rig = Rig::new()?;
     // Room for one socket without a seat, found as another agent would have left it.
-    fs::create_dir(rig.place.maps())?;
-    HashMap::<_, u64, Origin>::create(1, BPF_F_NO_PREALLOC)?.pin(rig.place.maps().join("origins"))?;
+    fs::create_dir(rig.place.sockets())?;
+    HashMap::<_, u64, Origin>::create(1, BPF_F_NO_PREALLOC)?.pin(rig.place.sockets().join("origins"))?;
     rig.inside.run(|| -> Result<()> {
         let mut plane = open(&rig.place)?;
         let mut told = Told::open(&rig.place)?;
@@ -128,7 +128,7 @@ fn more_sockets_than_seats_that_come_at_the_same_time_are_all_remembered_and_all
 
 /// How many sockets without a seat all groups of processes have.
 fn counted(place: &Place) -> Result<u32> {
-    let all = usage(&place.maps())?;
+    let all = usage(place)?;
     let origins = all.iter().find(|usage| usage.map == "origins").and_then(|usage| usage.elements);
     Ok(origins.context("`origins` does not tell")?.0)
 }
@@ -143,7 +143,7 @@ type Known = Vec<(u64, Origin)>;
 
 impl Told {
     fn open(place: &Place) -> Result<Self> {
-        let map = |name| MapData::from_pin(place.maps().join(name));
+        let map = |name| MapData::from_pin(place.sockets().join(name));
         Ok(Self {
             seats: Map::Array(map("seats")?).try_into()?,
             origins: Map::HashMap(map("origins")?).try_into()?,

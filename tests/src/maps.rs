@@ -83,7 +83,7 @@ impl Maps {
     ///
     /// When they are not there, or are not what they should be.
     pub fn read(place: &Place) -> Result<Self> {
-        let directory = place.maps();
+        let directory = place.services();
         let ports: Array<_, u64> = Map::Array(pinned(&directory, "ports")?).try_into()?;
         let records: Array<_, Record> = Map::Array(pinned(&directory, "records")?).try_into()?;
         let slots: Array<_, Endpoint> = Map::Array(pinned(&directory, "slots")?).try_into()?;

@@ -26,7 +26,8 @@ use crate::{
 pub(super) fn ensure(config: &Config) -> anyhow::Result<()> {
     if config.mode == ProxyMode::Nftables {
         let place = Place { bpf_root: config.bpf_root.clone(), cgroup_root: config.cgroup_root.clone() };
-        return place.clear().with_context(|| format!("clearing {}", config.bpf_root.display()));
+        let ours = place.is_on_bpffs().and_then(|may_be| if may_be { place.clear() } else { Ok(()) });
+        return ours.with_context(|| format!("clearing {}", config.bpf_root.display()));
     }
     match (made(&config.bpf_root), config.mode) {
         (Err(error), ProxyMode::Ebpf) => Err(error),

@@ -237,18 +237,18 @@ fn go_along(
     }
     let closing = match &sockets {
         Some(place) => {
-            let maps = place.maps();
+            let maps = place.sockets();
             if let Some(connection) = connection {
                 let status = Arc::new(SourceStatus::default());
                 let census = pods::start(connection, status, &maps, &place.cgroup_root)?;
                 sockets::watch_bypassed(census, metrics);
             }
             sockets::watch_troubles(&maps, metrics)?;
-            sockets::watch_usage(&maps, metrics);
+            sockets::watch_usage(place.clone(), metrics);
             if let Some(links) = links {
                 sockets::keep_attached(links, place.clone(), metrics)?;
             }
-            sockets::forget_clients(&maps)?;
+            sockets::forget_clients(place.clone())?;
             sockets::close(&maps, metrics)?
         }
         None => None,

@@ -162,13 +162,13 @@ pub(super) fn keep_attached(links: Links, place: Place, metrics: &Metrics) -> an
 }
 
 /// Keeps the metrics at what the maps hold and cost.
-pub(super) fn watch_usage(maps: &Path, metrics: &Metrics) {
-    let (maps, metrics) = (maps.to_owned(), metrics.clone());
+pub(super) fn watch_usage(place: Place, metrics: &Metrics) {
+    let metrics = metrics.clone();
     tokio::spawn(async move {
         let mut interval = tokio::time::interval(LOOK);
         loop {
             interval.tick().await;
-            let usage = usage(&maps).unwrap_or_else(|error| {
+            let usage = usage(&place).unwrap_or_else(|error| {
                 tracing::debug!(%error, "cannot read what the maps hold");
                 Vec::new()
             });
@@ -201,12 +201,11 @@ pub(super) async fn removed(place: Option<Place>) {
 }
 
 /// Removes sticky clients whose time is over, and those of groups that have too many, so that they do not fill the map.
-pub(super) fn forget_clients(maps: &Path) -> anyhow::Result<()> {
-    let maps = maps.to_owned();
+pub(super) fn forget_clients(place: Place) -> anyhow::Result<()> {
     std::thread::Builder::new().name("affinity".to_owned()).spawn(move || {
         loop {
             std::thread::sleep(FORGET);
-            match forget(&maps) {
+            match forget(&place) {
                 Ok(clients) => tracing::debug!(clients, "forgot sticky clients"),
                 Err(error) => tracing::warn!(%error, "sticky clients are not forgotten"),
             }

@@ -146,7 +146,7 @@ fn one(shape: Shape, services: u32, changes: u32, cgroup: &Path) -> Result<Run> 
     let (mut plane, adopted_seconds, adopted_cpu_seconds) = open()?;
     let changed_seconds = changed(&mut plane, shape, &ports, changes)?;
     let came_seconds = came(&mut plane, shape, services, changes)?;
-    let maps = maps(&place.maps())?;
+    let maps = [maps(&place.services())?, maps(&place.sockets())?].concat();
     plane.remove()?;
     Ok(Run {
         shape,

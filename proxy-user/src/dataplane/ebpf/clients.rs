@@ -9,20 +9,21 @@
 //! three quarters of the room are taken    ──▶ half of it stays: of the groups with most clients the oldest go
 //! ```
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, path::PathBuf};
 
 use aya::maps::{Array, HashMap, IterableMap as _, Map, MapData};
 use proxy_ebpf::{Affinity, AffinityKey, account, system};
 
 use super::{
     maps::{monotonic, removed, typed},
+    place::Place,
     problem::Problem,
 };
 
 /// A client, when it was last seen, and the group it counts for.
 type Known = (AffinityKey, u64, u32);
 
-/// Removes clients from the map pinned in this directory, which may be another one than the last time. Returns how many. The
+/// Removes clients from the map of this place, which may be another one than the last time. Returns how many. The
 /// programs do not wait for this: to them such a client is a new one.
 ///
 /// A client that comes at this very moment may be forgotten with them: its backend was chosen by chance, and is once more.
@@ -30,11 +31,13 @@ type Known = (AffinityKey, u64, u32);
 /// # Errors
 ///
 /// When a map is not there, or cannot be read.
-pub fn forget_clients(maps: &Path) -> Result<usize, Problem> {
-    let open = |name| MapData::from_pin(maps.join(name)).map_err(|error| Problem::map(name, error));
+pub fn forget_clients(place: &Place) -> Result<usize, Problem> {
+    let open = |directory: PathBuf, name| {
+        MapData::from_pin(directory.join(name)).map_err(|error| Problem::map(name, error))
+    };
     let mut affinities: HashMap<_, AffinityKey, Affinity> =
-        typed("affinities", Map::HashMap(open("affinities")?))?;
-    let mut accounts: Array<_, u64> = typed("accounts", Map::Array(open("accounts")?))?;
+        typed("affinities", Map::HashMap(open(place.services(), "affinities")?))?;
+    let mut accounts: Array<_, u64> = typed("accounts", Map::Array(open(place.sockets(), "accounts")?))?;
     let info = affinities.map().info().map_err(|error| Problem::map("affinities", error))?;
     let (mut gone, mut known) = (Vec::new(), Vec::new());
     let now = monotonic();

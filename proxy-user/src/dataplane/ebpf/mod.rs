@@ -16,7 +16,7 @@
 
 use std::{collections::BTreeMap, net::UdpSocket, sync::Arc, time::Instant};
 
-use proxy_ebpf::{LAYOUT_VERSION, Settings, system};
+use proxy_ebpf::{SERVICES_VERSION, Settings, system};
 
 use super::{Dataplane, Error, Fill, Shortfall, State};
 use crate::plan::{Delta, NodePlan};
@@ -27,16 +27,20 @@ mod columns;
 mod counted;
 mod dump;
 mod element;
+mod files;
 #[cfg(test)]
 mod fixture;
 mod found;
+mod generations;
 mod links;
 mod maps;
 mod object;
+mod place;
 mod problem;
 mod retired;
 mod rivals;
 mod said;
+mod sizes;
 mod slots;
 mod stage;
 mod usage;
@@ -46,9 +50,10 @@ mod write;
 pub use bypass::{Bypass, Census as BypassCensus, Error as BypassError};
 pub use clients::forget_clients;
 pub use counted::Counted;
+pub use files::Interrupt;
 pub use links::Links;
 pub use maps::Fault;
-pub use object::Place;
+pub use place::Place;
 pub use problem::Problem;
 pub use retired::Retired;
 pub use rivals::{Rivalry, no_rivals};
@@ -83,9 +88,22 @@ impl Ebpf {
     ///
     /// When the kernel does not take the programs, or the place is not as it should be.
     pub fn open(place: Place, set_retval: bool) -> Result<Self, Problem> {
-        let mut object = object::Object::open(place, set_retval)?;
+        Self::open_with(place, set_retval, files::Files::default())
+    }
+
+    /// The same, told of each operation on a name in the BPF file system before it is done, for tests.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Ebpf::open`].
+    pub fn open_interrupted(place: Place, set_retval: bool, interrupt: Interrupt) -> Result<Self, Problem> {
+        Self::open_with(place, set_retval, files::Files::interrupted_by(interrupt))
+    }
+
+    fn open_with(place: Place, set_retval: bool, files: files::Files) -> Result<Self, Problem> {
+        let mut object = object::Object::open(place, set_retval, files)?;
         let known = object.settings()?;
-        object.set_settings(Settings { host: host_namespace(), layout: LAYOUT_VERSION, ..known })?;
+        object.set_settings(Settings { host: host_namespace(), layout: SERVICES_VERSION, ..known })?;
         let mut plane = Self {
             object,
             ground: stage::Ground::default(),
@@ -120,7 +138,7 @@ impl Ebpf {
     /// A way to read what is counted while this works.
     #[must_use]
     pub fn counted(&self) -> Counted {
-        Counted::new(self.numbered.clone(), self.object.place().maps().join("tallies"))
+        Counted::new(self.numbered.clone(), self.object.place().services().join("tallies"))
     }
 }
 

@@ -2,15 +2,11 @@
 //!
 //! In: how large the maps have to be. Out: maps to write, and programs that read them, attached to a cgroup.
 //!
-//! ```text
-//! <bpf-root>/v5/frontends, …   the maps of layout 5: whoever starts next finds them as they are
-//! <bpf-root>/link-connect4, …  the links: programs stay attached while nobody runs
-//! ```
-//! To make a map larger is the same as to upgrade: new maps are filled, new programs that use them are loaded, and each
-//! link is switched from the old program to the new one at one instant. Neither costs a connection.
+//! To make a map larger is the same as to upgrade: a new generation of the maps is filled, new programs that use it are
+//! loaded, and each link is switched from the old program to the new one at one instant. Neither costs a connection.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     io,
     os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
@@ -23,80 +19,31 @@ use aya::{
         CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, ProgramError, ProgramFd, links::FdLink,
     },
 };
-use proxy_ebpf::{
-    Affinity, AffinityKey, Crowd, Endpoint, Flows, FrontendKey, FrontendValue, LAYOUT_VERSION, Member,
-    MemberKey, Origin, Record, Seat, Settings, Tally, system,
-};
-use tracing::debug;
+use proxy_ebpf::{SERVICES_VERSION, Settings, system};
 
 use super::{
     PROGRAMS,
+    files::Files,
+    generations::Generations,
     links::Links,
     maps::{Maps, is_missing},
+    place::{HOOKS, Place, leads},
     problem::Problem,
     said::{self, Listener},
+    sizes::{SERVICES, SOCKETS, Shape, Sizes},
 };
-
-/// The maps that grow, and how many elements each has room for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Sizes {
-    pub(super) frontends: u32,
-    pub(super) ports: u32,
-    pub(super) records: u32,
-    pub(super) slots: u32,
-    pub(super) members: u32,
-    pub(super) affinities: u32,
-}
-
-impl Sizes {
-    /// What a node without Services starts with.
-    pub(super) const LEAST: Self =
-        Self { frontends: 1024, ports: 512, records: 2048, slots: 1024, members: 256, affinities: 64 };
-
-    fn named(&self) -> [(&'static str, u32); 7] {
-        [
-            ("frontends", self.frontends),
-            ("ports", self.ports),
-            ("tallies", self.ports),
-            ("records", self.records),
-            ("slots", self.slots),
-            ("members", self.members),
-            ("affinities", self.affinities),
-        ]
-    }
-
-    /// Room for `needed` and as much again where these sizes are too small; the same where they are not.
-    pub(super) fn grown_to(&self, needed: &Self) -> Self {
-        let grow = |have: u32, need: u32| {
-            if need <= have {
-                have
-            } else {
-                need.saturating_mul(2).checked_next_power_of_two().unwrap_or(u32::MAX)
-            }
-        };
-        Self {
-            frontends: grow(self.frontends, needed.frontends),
-            ports: grow(self.ports, needed.ports),
-            records: grow(self.records, needed.records),
-            slots: grow(self.slots, needed.slots),
-            members: grow(self.members, needed.members),
-            affinities: grow(self.affinities, needed.affinities),
-        }
-    }
-}
-
-/// The maps that never grow.
-const FIXED: [&str; 11] = [
-    "settings", "troubles", "bypassed", "homes", "bound", "made", "origins", "seats", "flows", "crowds",
-    "accounts",
-];
 
 /// Everything of ours in the kernel.
 pub(super) struct Object {
     place: Place,
+    files: Files,
     ebpf: Ebpf,
     pub(super) maps: Maps,
     pub(super) sizes: Sizes,
+    /// Which generation of the maps of Services this is.
+    generation: u32,
+    /// Whether programs that are attached use it.
+    serves: bool,
     set_retval: bool,
     attached: bool,
     links: Links,
@@ -104,125 +51,50 @@ pub(super) struct Object {
     listener: Option<Listener>,
 }
 
-/// Where things are.
-#[derive(Clone, Debug)]
-pub struct Place {
-    /// A directory of ours in a BPF file system.
-    pub bpf_root: PathBuf,
-    /// The cgroup, of version 2, whose processes' sockets are served.
-    pub cgroup_root: PathBuf,
-}
-
-impl Place {
-    /// The directory of the maps of this layout.
-    #[must_use]
-    pub fn maps(&self) -> PathBuf {
-        self.bpf_root.join(format!("v{LAYOUT_VERSION}"))
-    }
-
-    fn map(&self, name: &str) -> PathBuf {
-        self.maps().join(name)
-    }
-
-    /// Where a larger map waits until it is in use.
-    fn next_map(&self, name: &str) -> PathBuf {
-        self.maps().join(format!("{name}-next"))
-    }
-
-    fn link(&self, program: &str) -> PathBuf {
-        self.bpf_root.join(format!("link-{program}"))
-    }
-
-    /// Whether there are maps of this layout. Links that are missing are made anew.
-    #[must_use]
-    pub fn is_in_use(&self) -> bool {
-        self.map("frontends").exists()
-    }
-
-    /// Takes the programs away, then the maps. Nothing there is fine.
-    ///
-    /// # Errors
-    ///
-    /// When something of ours cannot be removed.
-    pub fn clear(&self) -> io::Result<()> {
-        let mut found: Vec<PathBuf> = Vec::new();
-        match fs::read_dir(&self.bpf_root) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(error),
-            Ok(entries) => {
-                for entry in entries {
-                    found.push(entry?.path());
-                }
-            }
-        }
-        let links = found.iter().filter_map(|path| Some((leads(name_of(path).strip_prefix("link-")?), path)));
-        let (leading, others): (Vec<_>, Vec<_>) = links.partition(|(leads, _)| *leads);
-        leading.iter().chain(&others).try_for_each(|(_, path)| fs::remove_file(path))?;
-        found.iter().filter(|path| is_layout(path)).try_for_each(remove_directory)?;
-        match fs::remove_dir(&self.bpf_root) {
-            // Somebody made it for us, or keeps something else there.
-            Err(error) if error.kind() != io::ErrorKind::NotFound => debug!(%error, "the directory stays"),
-            _ => {}
-        }
-        Ok(())
-    }
-
-    /// Removes the maps of other layouts, once nothing uses them.
-    fn clear_other_layouts(&self) -> io::Result<()> {
-        let ours = self.maps();
-        for entry in fs::read_dir(&self.bpf_root)? {
-            let path = entry?.path();
-            if is_layout(&path) && path != ours {
-                remove_directory(&path)?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Whether a program leads sockets to backends. Such are attached last and detached first, so that there is always one to
-/// say what a socket asked for, and one to forget it.
-fn leads(program: &str) -> bool {
-    program.starts_with("connect") || program.starts_with("sendmsg")
-}
-
-fn name_of(path: &Path) -> String {
-    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
-}
-
-fn is_layout(path: &Path) -> bool {
-    name_of(path).strip_prefix('v').is_some_and(|version| version.parse::<u32>().is_ok())
-}
-
-fn remove_directory(path: &PathBuf) -> io::Result<()> {
-    for entry in fs::read_dir(path)? {
-        fs::remove_file(entry?.path())?;
-    }
-    fs::remove_dir(path)
-}
-
 impl Object {
-    /// Loads the programs, with the maps that are there or with new ones. Nothing is attached yet.
-    pub(super) fn open(place: Place, set_retval: bool) -> Result<Self, Problem> {
-        fs::create_dir_all(place.maps())
-            .map_err(|error| Problem::file("making the directory", &place.maps(), error))?;
-        let mut sizes = Sizes::LEAST;
-        for (name, size) in [
-            ("frontends", &mut sizes.frontends),
-            ("ports", &mut sizes.ports),
-            ("records", &mut sizes.records),
-            ("slots", &mut sizes.slots),
-            ("members", &mut sizes.members),
-            ("affinities", &mut sizes.affinities),
-        ] {
-            discard(&place.next_map(name))?;
-            if let Some(found) = room(&place.map(name))? {
-                *size = found;
-            }
+    /// Loads the programs, with the maps that are there or with new ones. Nothing is attached yet, but what an agent began
+    /// that was killed is brought to an end: all programs that are attached use the same maps as these.
+    pub(super) fn open(place: Place, set_retval: bool, mut files: Files) -> Result<Self, Problem> {
+        place.make(&mut files)?;
+        let generations = Generations::of(&place);
+        let serving = generations.serving(&place)?;
+        let current = generations.current();
+        let generation = match serving.generation.or(current) {
+            Some(generation) => generation,
+            None => generations.all()?.last().map_or(1, |last| last + 1),
+        };
+        let directory = generations.path(generation);
+        files.make_directory(&directory)?;
+        let sizes = Sizes::found(|name| {
+            Ok::<_, Problem>(pinned(&directory.join(name))?.map(|map| map.max_entries()))
+        })?;
+        let pins = Pins::find(&place, &directory)?;
+        let mut loaded = load(&pins, &sizes, set_retval)?;
+        pin(&mut files, &loaded, &place, &directory)?;
+        let maps = Maps::of(&mut loaded.ebpf)?;
+        let Loaded { ebpf, listener } = loaded;
+        let serves = serving.generation.is_some();
+        let mut object = Self {
+            place,
+            files,
+            ebpf,
+            maps,
+            sizes,
+            generation,
+            serves,
+            set_retval,
+            attached: false,
+            links: Links::default(),
+            listener,
+        };
+        if serving.mixed {
+            object.switch_links()?;
         }
-        check_layout(&place)?;
-        let (ebpf, maps, listener) = load(&place, &sizes, set_retval, &[])?;
-        Ok(Self { place, ebpf, maps, sizes, set_retval, attached: false, links: Links::default(), listener })
+        if current != Some(generation) {
+            generations.publish(&mut object.files, generation)?;
+        }
+        generations.keep(&mut object.files, generation)?;
+        Ok(object)
     }
 
     /// The links, for what keeps them up.
@@ -237,50 +109,86 @@ impl Object {
 
     /// Makes maps larger, keeping what they hold.
     pub(super) fn grow(&mut self, sizes: Sizes, slots_in_use: u32) -> Result<(), Problem> {
-        let larger: Vec<&'static str> = self
-            .sizes
-            .named()
-            .iter()
-            .zip(sizes.named())
-            .filter(|((_, have), (_, want))| want > have)
-            .map(|((name, _), _)| *name)
-            .collect();
+        let both = self.sizes.named().into_iter().zip(sizes.named());
+        let larger: Vec<&'static str> =
+            both.filter(|((_, have), (_, want))| want > have).map(|((name, _), _)| name).collect();
         if larger.is_empty() {
             return Ok(());
         }
-        for name in &larger {
-            discard(&self.place.next_map(name))?;
+        let generations = Generations::of(&self.place);
+        let next = generations.all()?.last().map_or(1, |last| last + 1);
+        if let Err(problem) = self.grow_into(next, &sizes, &larger, slots_in_use) {
+            if let Err(error) = generations.keep(&mut self.files, self.generation) {
+                tracing::warn!(%error, "maps that are not used stay in memory");
+            }
+            return Err(problem);
         }
-        let (ebpf, maps, listener) = load(&self.place, &sizes, self.set_retval, &larger)?;
+        generations.publish(&mut self.files, next)?;
+        generations.keep(&mut self.files, next)?;
+        tracing::info!(?sizes, "made maps larger: {}", larger.join(", "));
+        Ok(())
+    }
+
+    /// Fills a generation and has the attached programs use it; after an error they use the one that there was.
+    fn grow_into(
+        &mut self,
+        next: u32,
+        sizes: &Sizes,
+        larger: &[&'static str],
+        slots_in_use: u32,
+    ) -> Result<(), Problem> {
+        let generations = Generations::of(&self.place);
+        let mut pins = Pins::find(&self.place, &generations.path(self.generation))?;
+        pins.0.retain(|(name, _)| !larger.contains(name));
+        let mut loaded = load(&pins, sizes, self.set_retval)?;
+        let directory = generations.path(next);
+        self.files.make_directory(&directory)?;
+        pin(&mut self.files, &loaded, &self.place, &directory)?;
+        let maps = Maps::of(&mut loaded.ebpf)?;
         let mut old = std::mem::replace(&mut self.maps, maps);
         self.maps.inherit(&mut old);
-        let old_ebpf = std::mem::replace(&mut self.ebpf, ebpf);
+        let old_ebpf = std::mem::replace(&mut self.ebpf, loaded.ebpf);
         let filled = larger.iter().try_for_each(|name| self.maps.copy(name, &old, slots_in_use));
-        let switched = filled.and_then(|()| if self.attached { self.attach() } else { Ok(()) });
+        let switched = filled.and_then(|()| self.take_over());
         if let Err(problem) = switched {
             old.inherit(&mut self.maps);
             (self.maps, self.ebpf) = (old, old_ebpf);
-            if self.attached {
-                self.attach()?;
-            }
+            self.take_over()?;
             return Err(problem);
         }
         if larger.contains(&"affinities") {
             // Clients that came while the programs were switched.
             self.maps.add_affinities(&old)?;
         }
-        for name in &larger {
-            let (from, to) = (self.place.next_map(name), self.place.map(name));
-            fs::rename(&from, &to).map_err(|error| Problem::file("renaming", &from, error))?;
-        }
-        tracing::info!(?sizes, "made maps larger: {}", larger.join(", "));
-        (self.sizes, self.listener) = (sizes, listener);
+        (self.sizes, self.generation, self.listener) = (*sizes, next, loaded.listener);
         Ok(())
     }
 
     /// Whether the programs are attached by us.
     pub(super) fn is_attached(&self) -> bool {
         self.attached
+    }
+
+    /// Has the sockets meet these programs, if they meet some: all of them where we have attached them, and otherwise those
+    /// that have a link.
+    fn take_over(&mut self) -> Result<(), Problem> {
+        match (self.attached, self.serves) {
+            (true, _) => self.attach(),
+            (false, true) => self.switch_links(),
+            (false, false) => Ok(()),
+        }
+    }
+
+    /// Puts these programs in the place of those that are attached, wherever there is a link.
+    fn switch_links(&mut self) -> Result<(), Problem> {
+        let mut programs: Vec<_> = self.ebpf.programs().collect();
+        programs.sort_by_key(|(name, _)| (leads(name), *name));
+        for (name, program) in programs {
+            let link = self.place.link(name);
+            self.files.touch(&link);
+            switch(&link, program.fd().map_err(|error| Problem::program(name, error))?)?;
+        }
+        Ok(())
     }
 
     /// Attaches every program, in the place of the one that is attached already where there is one.
@@ -297,11 +205,13 @@ impl Object {
         programs.sort_by_key(|(name, _)| (leads(name), *name));
         for (name, program) in &mut programs {
             let link = self.place.link(name);
+            self.files.touch(&link);
             if !moved && switch(&link, program.fd().map_err(|error| Problem::program(name, error))?)? {
                 continue;
             }
             let fresh = attach(program, &cgroup).map_err(|error| Problem::program(name, error))?;
-            discard(&link)?;
+            self.files.discard(&link)?;
+            self.files.touch(&link);
             fresh.pin(&link).map_err(|error| Problem::file("pinning", &link, io::Error::other(error)))?;
         }
         let pinned = programs.iter().map(|(name, program)| {
@@ -318,10 +228,10 @@ impl Object {
             .are(root, pinned)
             .map_err(|error| Problem::file("looking at the links in", &self.place.bpf_root, error))?;
         settings.cgroup = number;
-        settings.layout = LAYOUT_VERSION;
+        settings.layout = SERVICES_VERSION;
         self.maps.set_settings(settings)?;
-        self.attached = true;
-        self.place.clear_other_layouts().map_err(|error| {
+        (self.attached, self.serves) = (true, true);
+        self.place.clear_other_layouts(&mut self.files).map_err(|error| {
             Problem::file("removing maps of another layout from", &self.place.bpf_root, error)
         })
     }
@@ -334,10 +244,8 @@ impl Object {
         let mut attached = links.while_attaching();
         // They are not to be brought back.
         attached.clear();
-        self.ebpf
-            .programs()
-            .filter(|(name, _)| leads(name))
-            .try_for_each(|(name, _)| discard(&self.place.link(name)))
+        let leading = HOOKS.iter().filter(|hook| leads(hook)).map(|hook| self.place.link(hook));
+        leading.collect::<Vec<_>>().iter().try_for_each(|link| self.files.discard(link))
     }
 
     pub(super) fn settings(&self) -> Result<Settings, Problem> {
@@ -350,19 +258,49 @@ impl Object {
 
     /// Takes programs and maps away.
     pub(super) fn clear(&mut self) -> io::Result<()> {
-        self.attached = false;
+        (self.attached, self.serves) = (false, false);
         self.links.while_attaching().clear();
         self.place.clear()
     }
 }
 
-/// Loads the object with its pinned maps; those named in `next` are made anew, pinned beside the old ones.
-fn load(
-    place: &Place,
-    sizes: &Sizes,
-    set_retval: bool,
-    next: &[&'static str],
-) -> Result<(Ebpf, Maps, Option<Listener>), Problem> {
+/// The maps that are there, by name.
+struct Pins(Vec<(&'static str, PathBuf)>);
+
+impl Pins {
+    /// Finds the maps of Services in a directory, and those of sockets. Refuses maps that are not as this layout has them:
+    /// somebody else's, or those of a version that forgot to say that its layout is another.
+    fn find(place: &Place, services: &Path) -> Result<Self, Problem> {
+        let mut pins = Vec::new();
+        for (name, key, value, path) in paths(place, services) {
+            let Some(info) = pinned(&path)? else { continue };
+            let found = [info.key_size(), info.value_size()];
+            let expected = [key, value].map(|size| u32::try_from(size).unwrap_or(u32::MAX));
+            if found != expected {
+                return Err(Problem::Layout { path, found, expected });
+            }
+            pins.push((name, path));
+        }
+        Ok(Self(pins))
+    }
+}
+
+/// Every map, with the bytes of its keys and values and where it is pinned.
+fn paths(place: &Place, services: &Path) -> impl Iterator<Item = (&'static str, usize, usize, PathBuf)> {
+    let at = |shapes: &'static [Shape], directory: PathBuf| {
+        shapes.iter().map(move |(name, key, value)| (*name, *key, *value, directory.join(name)))
+    };
+    at(&SERVICES, services.to_owned()).chain(at(&SOCKETS, place.sockets()))
+}
+
+/// The programs, with maps.
+struct Loaded {
+    ebpf: Ebpf,
+    listener: Option<Listener>,
+}
+
+/// Loads the object with these pinned maps; all others are made anew.
+fn load(pins: &Pins, sizes: &Sizes, set_retval: bool) -> Result<Loaded, Problem> {
     let set_retval = u32::from(set_retval);
     let clients = sizes.affinities;
     let mut loader = EbpfLoader::new();
@@ -372,11 +310,10 @@ fn load(
     let level = if said::is_wanted() { aya_log::Level::Trace as u8 } else { 0 };
     loader.override_global(said::LEVEL, &level, true);
     for (name, size) in sizes.named() {
-        let path = if next.contains(&name) { place.next_map(name) } else { place.map(name) };
-        loader.map_pin_path(name, path).map_max_entries(name, size);
+        loader.map_max_entries(name, size);
     }
-    for name in FIXED {
-        loader.map_pin_path(name, place.map(name));
+    for (name, path) in &pins.0 {
+        loader.map_pin_path(name, path.as_path());
     }
     let mut ebpf = loader.load(PROGRAMS).map_err(|error| Problem::Load(Box::new(error)))?;
     for (name, program) in ebpf.programs_mut() {
@@ -388,13 +325,15 @@ fn load(
         loaded.map_err(|error| Problem::program(name, error))?;
     }
     let listener = if level == 0 { None } else { Some(Listener::to(&mut ebpf)?) };
-    let maps = Maps::of(&mut ebpf)?;
-    Ok((ebpf, maps, listener))
+    Ok(Loaded { ebpf, listener })
 }
 
-/// How many elements the map pinned at a path has room for, if there is one.
-fn room(path: &Path) -> Result<Option<u32>, Problem> {
-    Ok(pinned(path)?.map(|info| info.max_entries()))
+/// Pins the maps of loaded programs that are not pinned where they should be.
+fn pin(files: &mut Files, loaded: &Loaded, place: &Place, services: &Path) -> Result<(), Problem> {
+    for (name, _, _, path) in paths(place, services).filter(|(.., path)| !path.exists()) {
+        files.pin(loaded.ebpf.map(name).ok_or(Problem::Object(name))?, &path)?;
+    }
+    Ok(())
 }
 
 fn pinned(path: &Path) -> Result<Option<MapInfo>, Problem> {
@@ -403,56 +342,6 @@ fn pinned(path: &Path) -> Result<Option<MapInfo>, Problem> {
         Ok(map) => map.info().map(Some).map_err(failed),
         Err(error) if is_missing(&error) => Ok(None),
         Err(error) => Err(failed(error)),
-    }
-}
-
-/// Refuses maps that are not as this layout has them: somebody else's, or those of a version that forgot to say that its
-/// layout is another.
-fn check_layout(place: &Place) -> Result<(), Problem> {
-    for (name, key, value) in SHAPES {
-        let path = place.map(name);
-        let Some(info) = pinned(&path)? else { continue };
-        let found = [info.key_size(), info.value_size()];
-        let expected = [key, value].map(|size| u32::try_from(size).unwrap_or(u32::MAX));
-        if found != expected {
-            return Err(Problem::Layout { path, found, expected });
-        }
-    }
-    Ok(())
-}
-
-/// Bytes of every map's keys and values.
-const SHAPES: [(&str, usize, usize); 18] = [
-    ("frontends", size_of::<FrontendKey>(), size_of::<FrontendValue>()),
-    ("ports", size_of::<u32>(), size_of::<u64>()),
-    ("records", size_of::<u32>(), size_of::<Record>()),
-    ("slots", size_of::<u32>(), size_of::<Endpoint>()),
-    ("members", size_of::<MemberKey>(), size_of::<Member>()),
-    ("affinities", size_of::<AffinityKey>(), size_of::<Affinity>()),
-    ("tallies", size_of::<u32>(), size_of::<Tally>()),
-    ("settings", size_of::<u32>(), size_of::<Settings>()),
-    ("troubles", size_of::<u32>(), size_of::<u64>()),
-    ("bypassed", size_of::<u64>(), size_of::<u32>()),
-    ("homes", size_of::<u32>(), size_of::<u64>()),
-    ("bound", size_of::<u32>(), size_of::<u64>()),
-    ("made", size_of::<u32>(), size_of::<u64>()),
-    ("origins", size_of::<u64>(), size_of::<Origin>()),
-    ("seats", size_of::<u32>(), size_of::<Seat>()),
-    ("flows", size_of::<u32>(), size_of::<Flows>()),
-    ("crowds", size_of::<u32>(), size_of::<Crowd>()),
-    ("accounts", size_of::<u32>(), size_of::<u64>()),
-];
-
-/// The names of all maps.
-pub(super) fn names() -> impl Iterator<Item = &'static str> {
-    SHAPES.iter().map(|(name, ..)| *name)
-}
-
-/// Removes a pin that may not be there.
-fn discard(path: &Path) -> Result<(), Problem> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Problem::file("removing", path, error)),
-        _ => Ok(()),
     }
 }
 

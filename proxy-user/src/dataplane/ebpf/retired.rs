@@ -34,7 +34,9 @@ impl Retired {
 impl Dataplane for Retired {
     fn apply(&mut self, delta: &Delta) -> Result<(), Error> {
         if delta.complete && !self.done {
-            if self.is_out_of_sight() {
+            if !self.place.is_on_bpffs().unwrap_or(true) {
+                tracing::debug!(directory = %self.place.bpf_root.display(), "no kernel programs can be there");
+            } else if self.is_out_of_sight() {
                 tracing::warn!(
                     directory = %self.place.bpf_root.display(),
                     "this agent may not look for kernel programs of an earlier agent; if there are any, they lead to backends that are gone, and `weir cleanup` as root removes them"

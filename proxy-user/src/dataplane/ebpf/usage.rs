@@ -10,8 +10,9 @@ use proxy_ebpf::{Crowd, Flows, SEATS, Seat, account, system};
 
 use super::{
     maps::{is_missing, typed},
-    object,
+    place::Place,
     problem::Problem,
+    sizes::{SERVICES, SOCKETS},
 };
 
 /// What the kernel has for each socket beside the values of its storages.
@@ -30,21 +31,23 @@ pub struct Usage {
     pub bytes: Option<u64>,
 }
 
-/// What the maps pinned in a directory hold and cost. The elements of those that Services are in the plane knows.
+/// What the maps of a place hold and cost. The elements of those that Services are in the plane knows.
 ///
 /// # Errors
 ///
 /// When a map that is there cannot be read.
-pub fn usage(maps: &Path) -> Result<Vec<Usage>, Problem> {
-    let accounts: Array<_, u64> = typed("accounts", Map::Array(open(maps, "accounts")?))?;
+pub fn usage(place: &Place) -> Result<Vec<Usage>, Problem> {
+    let accounts: Array<_, u64> = typed("accounts", Map::Array(open(&place.sockets(), "accounts")?))?;
     let counted = |thing: u32| -> Result<u32, Problem> {
         let count =
             accounts.get(&account::of_all(thing), 0).map_err(|error| Problem::map("accounts", error))?;
         Ok(u32::try_from(count).unwrap_or(u32::MAX))
     };
     let mut all = Vec::new();
-    for map in object::names() {
-        let data = match MapData::from_pin(maps.join(map)) {
+    let services = SERVICES.iter().map(|(map, ..)| (*map, place.services()));
+    let sockets = SOCKETS.iter().map(|(map, ..)| (*map, place.sockets()));
+    for (map, directory) in services.chain(sockets) {
+        let data = match MapData::from_pin(directory.join(map)) {
             Ok(data) => data,
             Err(error) if is_missing(&error) => continue,
             Err(error) => return Err(Problem::map(map, error)),

@@ -12,8 +12,8 @@ use super::{
     Ebpf,
     element::{self, Set, Site},
     maps::monotonic,
-    object::Sizes,
     problem::Problem,
+    sizes::Sizes,
     stage::Step,
 };
 use crate::plan::{ClusterIpDelta, Delta, PortId, PortPlan};

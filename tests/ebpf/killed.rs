@@ -1,0 +1,178 @@
+//! An agent that is killed between any two things it does to names in the BPF file system, and names that are not ours.
+
+use std::{
+    fs,
+    net::{TcpListener, TcpStream},
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
+};
+
+use anyhow::{Context as _, Result, ensure};
+use aya::maps::HashMap;
+use weir::{
+    dataplane::{
+        Dataplane as _,
+        ebpf::{Ebpf, Place},
+        probe::Probe,
+    },
+    model::{Family, Protocol},
+    plan::{PortDelta, PortPlan},
+};
+use weir_tests::{bpffs::BpfFs, wait::await_that};
+
+use super::{Rig, come, complete, crowd, open, port, service_ip};
+
+/// So many Services that the maps of an agent that has none have to grow.
+const MANY: u32 = 1100;
+
+/// Opens a place, serves, and makes the maps grow, until it is killed before the operation of this number.
+fn killed(place: &Place, web: &Arc<PortPlan>, before: u32) -> Result<bool> {
+    let set_retval = Probe::of(&place.cgroup_root, &place.bpf_root).set_retval;
+    let done = AtomicU32::new(0);
+    let done = Arc::new(done);
+    let counted = Arc::clone(&done);
+    let interrupt = move |_: &Path| {
+        if counted.fetch_add(1, Relaxed) == before {
+            // No more of this agent is run but that its descriptors are closed.
+            resume_unwind(Box::new("killed"));
+        }
+    };
+    let agent = || -> Result<()> {
+        let mut plane = Ebpf::open_interrupted(place.clone(), set_retval, Box::new(interrupt))?;
+        plane.apply(&complete(vec![Arc::clone(web)]))?;
+        plane.apply(&come(crowd(0, MANY)))?;
+        Ok(())
+    };
+    match catch_unwind(AssertUnwindSafe(agent)) {
+        Ok(result) => result.map(|()| false),
+        Err(_) => Ok(true),
+    }
+}
+
+/// Whether a client has come.
+fn is_asked(listener: &TcpListener) -> bool {
+    listener.accept().is_ok()
+}
+
+/// The generations that there are, and the one that `current` leads to.
+fn generations(place: &Place) -> Result<(Vec<String>, String)> {
+    let current = fs::read_link(place.services())?;
+    let above = place.services().parent().context("a directory above")?.to_owned();
+    let mut names = Vec::new();
+    for entry in fs::read_dir(above)? {
+        names.push(entry?.file_name().to_string_lossy().into_owned());
+    }
+    names.retain(|name| name != "current");
+    Ok((names, current.to_string_lossy().into_owned()))
+}
+
+#[test]
+fn whoever_starts_after_an_agent_that_was_killed_anywhere_serves_what_is_to_be() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.inside.run(|| -> Result<()> {
+        let (first, second) = (TcpListener::bind("127.0.0.1:0")?, TcpListener::bind("127.0.0.1:0")?);
+        [&first, &second].into_iter().try_for_each(|listener| listener.set_nonblocking(true))?;
+        let web = |listener: &TcpListener| -> Result<_> {
+            Ok(port(Family::V4, Protocol::Tcp, &[listener.local_addr()?]))
+        };
+        let (old, new) = (web(&first)?, web(&second)?);
+        for before in 0.. {
+            let was_killed = killed(&rig.place, &old, before)?;
+            let served = rig.place.bpf_root.join("link-connect4").exists();
+            if served {
+                TcpStream::connect((service_ip(Family::V4), 80)).context("a pinned program serves")?;
+                await_that(&format!("the old backend is asked, killed before operation {before}"), || {
+                    is_asked(&first)
+                });
+            }
+            let mut heir = open(&rig.place).with_context(|| format!("opening after {before} operations"))?;
+            if served {
+                TcpStream::connect((service_ip(Family::V4), 80))
+                    .context("an open must not end what serves")?;
+                await_that("the old backend is asked after the open", || is_asked(&first));
+            }
+            // What is written now is what programs read: they and the agent have the same maps.
+            heir.apply(&complete(vec![Arc::clone(&old)]))?;
+            let change = PortDelta { before: Some(Arc::clone(&old)), after: Some(Arc::clone(&new)) };
+            heir.apply(&weir::plan::Delta { ports: vec![change], ..Default::default() })?;
+            TcpStream::connect((service_ip(Family::V4), 80))
+                .with_context(|| format!("killed before {before}"))?;
+            await_that(&format!("the new backend is asked, killed before operation {before}"), || {
+                is_asked(&second)
+            });
+            assert_eq!(heir.dump()?.frontends.len(), 2);
+            let (all, current) = generations(&rig.place)?;
+            assert_eq!(all, [current], "killed before operation {before}");
+            heir.remove()?;
+            // The kernel detaches programs whose links are gone when it gets round to it.
+            let leads = || TcpStream::connect((service_ip(Family::V4), 80)).is_ok();
+            await_that("nothing serves any more", || !leads());
+            while is_asked(&second) {}
+            if !was_killed {
+                ensure!(before > 40, "only {before} operations");
+                return Ok(());
+            }
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn sockets_are_remembered_when_the_maps_of_services_are_laid_out_anew() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.inside.run(|| -> Result<()> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let web = port(Family::V4, Protocol::Tcp, &[listener.local_addr()?]);
+        let mut former = open(&rig.place)?;
+        former.apply(&complete(vec![Arc::clone(&web)]))?;
+        let socket = TcpStream::connect((service_ip(Family::V4), 80))?;
+        drop(former);
+        // As an agent with another layout would have left it.
+        let ours = rig.place.services().parent().context("a directory above")?.to_owned();
+        let other = ours.with_file_name("services-4000000");
+        fs::rename(&ours, &other)?;
+        let mut plane = open(&rig.place)?;
+        assert!(other.exists(), "programs still use it");
+        assert_eq!(socket.peer_addr()?, (service_ip(Family::V4), 80).into());
+        plane.apply(&complete(vec![web]))?;
+        assert!(!other.exists());
+        assert_eq!(socket.peer_addr()?, (service_ip(Family::V4), 80).into());
+        TcpStream::connect((service_ip(Family::V4), 80))?;
+        plane.remove()?;
+        Ok(())
+    })
+}
+
+#[test]
+fn nothing_is_removed_that_is_not_a_pin_of_ours() -> Result<()> {
+    let elsewhere = tempfile::tempdir()?;
+    let place = Place { bpf_root: elsewhere.path().to_owned(), cgroup_root: "/".into() };
+    for name in ["v1", "services-5", "services-5/g1", "sockets-5"] {
+        fs::create_dir(elsewhere.path().join(name))?;
+    }
+    let files = ["v1/frontends", "services-5/g1/frontends", "sockets-5/origins", "link-connect4"];
+    files.iter().try_for_each(|name| fs::write(elsewhere.path().join(name), "a file"))?;
+    let refused = place.clear().map_err(|error| error.to_string());
+    assert!(refused.is_err_and(|text| text.contains("not in a BPF file system")));
+    assert!(files.iter().all(|name| elsewhere.path().join(name).exists()));
+
+    let files = BpfFs::new()?;
+    let place = Place { bpf_root: files.directory("weir")?, cgroup_root: "/".into() };
+    let (ours, others) =
+        (["v1/frontends", "v3/slots-next", "link-connect4", "sockets-5/seats"], ["v1/flows2", "other"]);
+    for name in ours.iter().chain(&others) {
+        let path = place.bpf_root.join(name);
+        fs::create_dir_all(path.parent().context("a directory")?)?;
+        HashMap::<_, u32, u32>::create(1, 0)?.pin(&path)?;
+    }
+    fs::create_dir(place.bpf_root.join("vault"))?;
+    place.clear()?;
+    assert!(ours.iter().all(|name| !place.bpf_root.join(name).exists()));
+    assert!(others.iter().all(|name| place.bpf_root.join(name).exists()));
+    assert!(place.bpf_root.join("vault").exists());
+    Ok(())
+}
