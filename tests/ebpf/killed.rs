@@ -4,7 +4,7 @@ use std::{
     fs,
     net::{TcpListener, TcpStream},
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering::Relaxed},
@@ -12,15 +12,16 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use aya::maps::HashMap;
+use aya::maps::{Array, HashMap, MapInfo};
+use proxy_ebpf::Endpoint;
 use weir::{
     dataplane::{
         Dataplane as _,
-        ebpf::{Ebpf, Place},
+        ebpf::{Ebpf, Place, name_again},
         probe::Probe,
     },
     model::{Family, Protocol},
-    plan::{PortDelta, PortPlan},
+    plan::{Delta, PortDelta, PortPlan},
 };
 use weir_tests::{bpffs::BpfFs, wait::await_that};
 
@@ -98,7 +99,7 @@ fn whoever_starts_after_an_agent_that_was_killed_anywhere_serves_what_is_to_be()
             // What is written now is what programs read: they and the agent have the same maps.
             heir.apply(&complete(vec![Arc::clone(&old)]))?;
             let change = PortDelta { before: Some(Arc::clone(&old)), after: Some(Arc::clone(&new)) };
-            heir.apply(&weir::plan::Delta { ports: vec![change], ..Default::default() })?;
+            heir.apply(&Delta { ports: vec![change], ..Default::default() })?;
             TcpStream::connect((service_ip(Family::V4), 80))
                 .with_context(|| format!("killed before {before}"))?;
             await_that(&format!("the new backend is asked, killed before operation {before}"), || {
@@ -117,6 +118,91 @@ fn whoever_starts_after_an_agent_that_was_killed_anywhere_serves_what_is_to_be()
                 return Ok(());
             }
         }
+        Ok(())
+    })
+}
+
+/// Every map of a place, with where it is pinned and its number.
+fn maps(place: &Place) -> Result<Vec<(PathBuf, u32)>> {
+    let mut maps = Vec::new();
+    for directory in [place.services(), place.sockets()] {
+        for entry in fs::read_dir(directory)? {
+            let path = entry?.path();
+            let number = MapInfo::from_pin(&path)?.id();
+            maps.push((path, number));
+        }
+    }
+    maps.sort_unstable();
+    Ok(maps)
+}
+
+#[test]
+fn a_map_without_a_name_gets_it_again_and_no_service_reaches_another() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.inside.run(|| -> Result<()> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        listener.set_nonblocking(true)?;
+        let web = port(Family::V4, Protocol::Tcp, &[listener.local_addr()?]);
+        let serves = || -> Result<()> {
+            let socket = TcpStream::connect((service_ip(Family::V4), 80))?;
+            await_that("its own backend is asked", || is_asked(&listener));
+            assert_eq!(socket.peer_addr()?, (service_ip(Family::V4), 80).into());
+            Ok(())
+        };
+        let mut plane = open(&rig.place)?;
+        plane.apply(&complete(vec![Arc::clone(&web)]))?;
+        let early = TcpStream::connect((service_ip(Family::V4), 80))?;
+        await_that("its own backend is asked", || is_asked(&listener));
+        let whole = maps(&rig.place)?;
+        ensure!(whole.len() == 18, "{whole:?}");
+        for (pin, _) in &whole {
+            fs::remove_file(pin)?;
+            assert_eq!(name_again(&rig.place)?.len(), 1, "{} while an agent runs", pin.display());
+            assert_eq!(maps(&rig.place)?, whole);
+            fs::remove_file(pin)?;
+            drop(plane);
+            plane = open(&rig.place)?;
+            assert_eq!(maps(&rig.place)?, whole, "{} while none runs", pin.display());
+            serves()?;
+            plane.apply(&complete(vec![Arc::clone(&web)]))?;
+            serves()?;
+            assert_eq!(early.peer_addr()?, (service_ip(Family::V4), 80).into());
+        }
+        // All at once, of Services as of sockets.
+        whole.iter().try_for_each(|(pin, _)| fs::remove_file(pin))?;
+        drop(plane);
+        plane = open(&rig.place)?;
+        serves()?;
+        plane.apply(&complete(vec![web]))?;
+        serves()?;
+        plane.remove()?;
+        Ok(())
+    })
+}
+
+/// Another program's map under the name of one of ours: the programs that are attached are to read what the agent writes.
+#[test]
+fn programs_meet_the_maps_that_the_agent_writes_whatever_their_names_lead_to() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.inside.run(|| -> Result<()> {
+        let (first, second) = (TcpListener::bind("127.0.0.1:0")?, TcpListener::bind("127.0.0.1:0")?);
+        [&first, &second].into_iter().try_for_each(|listener| listener.set_nonblocking(true))?;
+        let web = |listener: &TcpListener| -> Result<_> {
+            Ok(port(Family::V4, Protocol::Tcp, &[listener.local_addr()?]))
+        };
+        let mut plane = open(&rig.place)?;
+        plane.apply(&complete(vec![web(&first)?]))?;
+        drop(plane);
+        let slots = rig.place.services().join("slots");
+        let room = MapInfo::from_pin(&slots)?.max_entries();
+        fs::remove_file(&slots)?;
+        Array::<_, [u8; size_of::<Endpoint>()]>::create(room, 0)?.pin(&slots)?;
+        let mut plane = open(&rig.place)?;
+        plane.apply(&Delta { complete: false, ..complete(vec![web(&second)?]) })?;
+        TcpStream::connect((service_ip(Family::V4), 80))?;
+        await_that("the backend that was written is asked", || is_asked(&second));
+        assert!(!is_asked(&first));
+        plane.remove()?;
         Ok(())
     })
 }

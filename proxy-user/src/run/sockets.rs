@@ -5,11 +5,15 @@
 //! programs ──troubles (map)──▶ watching (task) ──▶ log, metrics
 //! maps ──what they hold and cost──▶ watching (task) ──▶ metrics
 //! affinities (map) ──▶ forgetting (own thread)
-//! links ──▶ attaching anew (own thread) ──▶ log, metrics
+//! links, names of maps ──▶ attaching and naming anew (own thread) ──▶ log, metrics
 //! pods ──▶ bypass (see `pods`) ──▶ metrics
 //! ```
 
-use std::{path::Path, sync::mpsc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::mpsc,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use aya::maps::{Map, MapData, PerCpuArray};
@@ -17,7 +21,9 @@ use tokio::sync::watch;
 
 use crate::{
     dataplane::{
-        ebpf::{BypassCensus, Counted, Links, Place, Usage, forget_clients as forget, usage},
+        ebpf::{
+            BypassCensus, Counted, Links, Place, Problem, Usage, forget_clients as forget, name_again, usage,
+        },
         sockets::{Sockets, Suspects},
     },
     observe::{Metrics, PortCount},
@@ -130,35 +136,53 @@ pub(super) fn watch_troubles(maps: &Path, metrics: &Metrics) -> anyhow::Result<(
     Ok(())
 }
 
-/// Attaches programs anew that others have detached, behind the engine's back, and counts that.
+/// Attaches programs anew that others have detached, and gives maps their names again, behind the engine's back.
 pub(super) fn keep_attached(links: Links, place: Place, metrics: &Metrics) -> anyhow::Result<()> {
     let metrics = metrics.clone();
     std::thread::Builder::new().name("links".to_owned()).spawn(move || {
-        let mut last_failure = None;
+        let (mut last_failure, mut last_name) = (None, None);
         loop {
             std::thread::sleep(LOOK_AT_LINKS);
-            match links.repair(|| place.is_in_use()) {
-                Ok(repaired) if repaired.is_empty() => last_failure = None,
-                Ok(repaired) => {
-                    let names = repaired.iter().filter_map(|pin| pin.file_name());
-                    let names: Vec<_> = names.map(|name| name.to_string_lossy()).collect();
-                    tracing::warn!(
-                        links = names.join(", "),
-                        "another program detached our kernel programs or removed their links; they are attached anew"
-                    );
-                    metrics.count_attached_anew(repaired.len() as u64);
-                }
-                Err(error) => {
-                    let text = error.to_string();
-                    if last_failure.as_ref() != Some(&text) {
-                        tracing::error!(error = text, "kernel programs are detached; packets are served meanwhile");
-                        last_failure = Some(text);
-                    }
-                }
+            let repaired = links.repair(|| place.is_in_use());
+            let repaired = new_failure(repaired, &mut last_failure, |error| {
+                tracing::error!(error, "kernel programs are detached; packets are served meanwhile");
+            });
+            if !repaired.is_empty() {
+                tracing::warn!(
+                    links = file_names(&repaired),
+                    "another program detached our kernel programs or removed their links; they are attached anew"
+                );
+                metrics.count_attached_anew(repaired.len() as u64);
+            }
+            let named = new_failure(name_again(&place), &mut last_name, |error| {
+                tracing::warn!(error, "our maps have no names; the next agent will begin with empty ones");
+            });
+            if !named.is_empty() {
+                let maps = file_names(&named);
+                tracing::warn!(maps, "another program removed the names of our maps; they have them again");
             }
         }
     })?;
     Ok(())
+}
+
+/// What was found; of a failure that is not the last one once more, `say` is told.
+fn new_failure(
+    found: Result<Vec<PathBuf>, Problem>,
+    last: &mut Option<String>,
+    say: impl FnOnce(&str),
+) -> Vec<PathBuf> {
+    let failure = found.as_ref().err().map(ToString::to_string);
+    if let Some(error) = failure.as_deref().filter(|_| failure != *last) {
+        say(error);
+    }
+    *last = failure;
+    found.unwrap_or_default()
+}
+
+fn file_names(paths: &[PathBuf]) -> String {
+    let names = paths.iter().filter_map(|path| path.file_name());
+    names.map(|name| name.to_string_lossy()).collect::<Vec<_>>().join(", ")
 }
 
 /// Keeps the metrics at what the maps hold and cost.
@@ -184,19 +208,20 @@ pub(super) fn watch_usage(place: Place, metrics: &Metrics) {
     });
 }
 
-/// Ends when the pins of maps that were there are gone, as after `weir cleanup`. The programs are detached then, and everything beside the plane holds maps that no program reads; packets serve meanwhile, and
-/// whoever starts the agent again gets new ones.
+/// Ends when all pins that were there are gone, as after `weir cleanup`. The kernel has detached the programs then, and
+/// everything beside the plane holds maps that no program reads; packets serve meanwhile, and the next start of the agent
+/// makes new ones.
 pub(super) async fn removed(place: Option<Place>) {
     let Some(place) = place else { return std::future::pending().await };
     let mut interval = tokio::time::interval(LOOK);
-    let mut was_in_use = false;
+    let mut was_there = false;
     loop {
         interval.tick().await;
-        let in_use = place.is_in_use();
-        if was_in_use && !in_use {
+        let gone = place.is_gone();
+        if was_there && gone {
             return;
         }
-        was_in_use = in_use;
+        was_there = !gone;
     }
 }
 

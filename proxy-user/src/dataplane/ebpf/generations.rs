@@ -10,21 +10,15 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
-    path::{Path, PathBuf},
-};
-
-use aya::{
-    maps::MapData,
-    programs::{
-        links::{FdLink, PinnedLink},
-        loaded_programs,
-    },
+    path::PathBuf,
 };
 
 use super::{
     files::Files,
-    place::{HOOKS, Place, numbered},
+    named::{pinned_in, used_by_programs},
+    place::{Place, numbered},
     problem::Problem,
+    sizes::SERVICES,
 };
 
 /// The directory of all generations.
@@ -33,9 +27,11 @@ pub(super) struct Generations(PathBuf);
 /// Which generation serves.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Serving {
-    /// The newest that an attached program uses.
+    /// The newest that an attached program uses, or else the one that is published.
     pub(super) generation: Option<u32>,
-    /// Whether another attached program uses an older one.
+    /// Whether attached programs use maps of some generation.
+    pub(super) attached: bool,
+    /// Whether one of them does not use this generation, or not it alone.
     pub(super) mixed: bool,
 }
 
@@ -89,92 +85,78 @@ impl Generations {
         files.remove_directory(&path).map_err(|error| Problem::file("removing", &path, error))
     }
 
-    /// Which generation the attached programs use.
+    /// Which generation to go on with: the one that the attached programs use, or else the one that `current` leads to.
     pub(super) fn serving(&self, place: &Place) -> Result<Serving, Problem> {
         let mut generations = BTreeMap::new();
         for generation in self.all()? {
-            generations.insert(generation, maps_in(&self.path(generation))?);
+            let maps = pinned_in(&self.path(generation))?;
+            generations.insert(generation, maps.into_values().collect());
         }
-        Ok(Serving::of(&generations, &used_by_programs(place)?))
+        let is_of_services = |name: &str| SERVICES.iter().any(|(service, ..)| *service == name);
+        let programs: Vec<BTreeSet<u32>> = used_by_programs(place)?
+            .into_iter()
+            .map(|maps| maps.into_iter().filter(|(name, _)| is_of_services(name)).map(|(_, id)| id).collect())
+            .collect();
+        Ok(Serving::of(&generations, &programs, self.current()))
     }
 }
 
 impl Serving {
-    /// `generations` are the maps of each, and `programs` those that each program uses. Maps that did not grow belong to
-    /// several generations.
-    fn of(generations: &BTreeMap<u32, BTreeSet<u32>>, programs: &[BTreeSet<u32>]) -> Self {
-        let known: BTreeSet<u32> = generations.values().flatten().copied().collect();
-        let fits = |program: &BTreeSet<u32>| -> Vec<u32> {
-            let used: BTreeSet<u32> = program.intersection(&known).copied().collect();
-            let fitting = generations.iter().filter(|(_, maps)| !used.is_empty() && used.is_subset(maps));
-            fitting.map(|(generation, _)| *generation).collect()
+    /// `generations` are the maps of each, and `programs` the maps of Services that each program uses. Maps that did not
+    /// grow belong to several generations.
+    fn of(
+        generations: &BTreeMap<u32, BTreeSet<u32>>,
+        programs: &[BTreeSet<u32>],
+        current: Option<u32>,
+    ) -> Self {
+        let ours = |program: &&BTreeSet<u32>| generations.values().any(|maps| !maps.is_disjoint(program));
+        let programs: Vec<&BTreeSet<u32>> = programs.iter().filter(ours).collect();
+        let first = |program: &&BTreeSet<u32>| {
+            let mut fitting = generations.iter().filter(|(_, maps)| program.is_subset(maps));
+            fitting.next().map(|(generation, _)| *generation)
         };
-        let fitting: Vec<Vec<u32>> =
-            programs.iter().map(fits).filter(|fitting| !fitting.is_empty()).collect();
-        let generation = fitting.iter().filter_map(|fitting| fitting.first()).max().copied();
-        let mixed = generation.is_some_and(|newest| fitting.iter().any(|fitting| !fitting.contains(&newest)));
-        Self { generation, mixed }
+        let generation = programs.iter().filter_map(first).max().or(current);
+        let maps = generation.and_then(|generation| generations.get(&generation));
+        let fits = |program: &&BTreeSet<u32>| maps.is_some_and(|maps| program.is_subset(maps));
+        Self { generation, attached: !programs.is_empty(), mixed: !programs.iter().all(fits) }
     }
-}
-
-/// The numbers of the maps that are pinned in a directory.
-fn maps_in(path: &Path) -> Result<BTreeSet<u32>, Problem> {
-    let failed = |path: &Path, error: io::Error| Problem::file("opening the map pinned at", path, error);
-    let mut maps = BTreeSet::new();
-    for entry in fs::read_dir(path).map_err(|error| failed(path, error))? {
-        let pin = entry.map_err(|error| failed(path, error))?.path();
-        let id = MapData::from_pin(&pin).and_then(|map| Ok(map.info()?.id()));
-        maps.insert(id.map_err(|error| failed(&pin, io::Error::other(error)))?);
-    }
-    Ok(maps)
-}
-
-/// The maps that each program behind a pinned link uses.
-fn used_by_programs(place: &Place) -> Result<Vec<BTreeSet<u32>>, Problem> {
-    let mut programs = BTreeSet::new();
-    for link in HOOKS.iter().map(|hook| place.link(hook)).filter(|link| link.exists()) {
-        let id = PinnedLink::from_pin(&link).and_then(|link| Ok(FdLink::from(link).info()?.program_id()));
-        programs.insert(id.map_err(|error| Problem::file("opening", &link, io::Error::other(error)))?);
-    }
-    if programs.is_empty() {
-        return Ok(Vec::new());
-    }
-    let mut used = Vec::new();
-    // A program of somebody else's may go while they are read.
-    for program in loaded_programs().filter_map(Result::ok).filter(|program| programs.contains(&program.id()))
-    {
-        let maps = program.map_ids().map_err(|error| Problem::program("of a pinned link", error))?;
-        used.push(maps.unwrap_or_default().into_iter().collect());
-    }
-    Ok(used)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Generation 1 with maps 1 and 2, generation 2 with 3 in the place of 1.
-    fn serving(programs: &[&[u32]]) -> (Option<u32>, bool) {
+    /// Generation 1 with maps 1 and 2, generation 2 with 3 in the place of 1; `current` leads to 2.
+    fn serving(programs: &[&[u32]]) -> Serving {
         let set = |maps: &[u32]| maps.iter().copied().collect::<BTreeSet<u32>>();
         let generations = BTreeMap::from([(1, set(&[1, 2])), (2, set(&[2, 3]))]);
         let programs: Vec<BTreeSet<u32>> = programs.iter().map(|maps| set(maps)).collect();
-        let Serving { generation, mixed } = Serving::of(&generations, &programs);
-        (generation, mixed)
+        Serving::of(&generations, &programs, Some(2))
+    }
+
+    fn goes_on(generation: u32, attached: bool, mixed: bool) -> Serving {
+        Serving { generation: Some(generation), attached, mixed }
     }
 
     #[test]
     fn what_programs_use_says_which_generation_serves() {
-        assert_eq!(serving(&[]), (None, false), "nothing is attached");
-        assert_eq!(serving(&[&[9], &[]]), (None, false), "programs of another layout");
-        assert_eq!(serving(&[&[1, 2, 9], &[9]]), (Some(1), false), "no link was switched yet");
-        assert_eq!(serving(&[&[1, 2], &[2, 3]]), (Some(2), true), "some were");
-        assert_eq!(serving(&[&[2, 3], &[2], &[9]]), (Some(2), false), "all were");
+        assert_eq!(serving(&[]), goes_on(2, false, false), "nothing is attached");
+        assert_eq!(serving(&[&[9], &[]]), goes_on(2, false, false), "programs of another layout");
+        assert_eq!(serving(&[&[1, 2], &[]]), goes_on(1, true, false), "no link was switched yet");
+        assert_eq!(serving(&[&[1, 2], &[2, 3]]), goes_on(2, true, true), "some were");
+        assert_eq!(serving(&[&[2, 3], &[2]]), goes_on(2, true, false), "all were");
+    }
+
+    #[test]
+    fn a_program_with_a_map_that_has_no_name_is_to_be_switched() {
+        assert_eq!(serving(&[&[1, 2, 9]]), goes_on(2, true, true), "alone");
+        assert_eq!(serving(&[&[1, 2], &[2, 9]]), goes_on(1, true, true), "beside one that uses a generation");
     }
 
     #[test]
     fn a_map_that_did_not_grow_does_not_tell() {
-        assert_eq!(serving(&[&[1], &[2]]), (Some(1), false));
-        assert_eq!(serving(&[&[2], &[3]]), (Some(2), false));
-        assert_eq!(serving(&[&[2]]), (Some(1), false));
+        assert_eq!(serving(&[&[1], &[2]]), goes_on(1, true, false));
+        assert_eq!(serving(&[&[2], &[3]]), goes_on(2, true, false));
+        assert_eq!(serving(&[&[2]]), goes_on(1, true, false));
     }
 }

@@ -27,6 +27,7 @@ use super::{
     generations::Generations,
     links::Links,
     maps::{Maps, is_missing},
+    named::name_with,
     place::{HOOKS, Place, leads},
     problem::Problem,
     said::{self, Listener},
@@ -57,9 +58,13 @@ impl Object {
     pub(super) fn open(place: Place, set_retval: bool, mut files: Files) -> Result<Self, Problem> {
         place.make(&mut files)?;
         let generations = Generations::of(&place);
+        let named = name_with(&mut files, &place)?;
+        if !named.is_empty() {
+            tracing::warn!(maps = ?named, "another program removed the names of our maps; they have them again");
+        }
         let serving = generations.serving(&place)?;
         let current = generations.current();
-        let generation = match serving.generation.or(current) {
+        let generation = match serving.generation {
             Some(generation) => generation,
             None => generations.all()?.last().map_or(1, |last| last + 1),
         };
@@ -73,7 +78,6 @@ impl Object {
         pin(&mut files, &loaded, &place, &directory)?;
         let maps = Maps::of(&mut loaded.ebpf)?;
         let Loaded { ebpf, listener } = loaded;
-        let serves = serving.generation.is_some();
         let mut object = Self {
             place,
             files,
@@ -81,7 +85,7 @@ impl Object {
             maps,
             sizes,
             generation,
-            serves,
+            serves: serving.attached,
             set_retval,
             attached: false,
             links: Links::default(),

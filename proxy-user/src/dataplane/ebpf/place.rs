@@ -100,6 +100,12 @@ impl Place {
         self.services().join("frontends").exists()
     }
 
+    /// Whether neither maps nor links are there, as after `weir cleanup`.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        !self.is_in_use() && !HOOKS.iter().any(|hook| self.link(hook).exists())
+    }
+
     /// Makes the directories, and sees that they are nobody else's.
     pub(super) fn make(&self, files: &mut Files) -> Result<(), Problem> {
         files.make_directory(&self.bpf_root)?;
