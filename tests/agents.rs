@@ -4,19 +4,28 @@ use std::{
     fs::{self, File, Permissions},
     io::{Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpStream},
-    os::unix::fs::PermissionsExt as _,
+    os::{fd::AsFd as _, unix::fs::PermissionsExt as _},
     path::{Path, PathBuf},
     process::Child,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
+use aya::{EbpfLoader, programs::CgroupSockAddr};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use proxy_ebpf::system;
+use weir::dataplane::ebpf::PROGRAMS;
 use weir_tests::{
-    assets, bpffs::BpfFs, cgroup::Cgroup, keeper::end, netns::Namespace, subject::Plane, wait::await_that,
+    assets,
+    bpffs::BpfFs,
+    cgroup::Cgroup,
+    keeper::end,
+    netns::Namespace,
+    subject::{Kind, Plane},
+    wait::await_that,
 };
 
 const CONFIG: &str = "apiVersion: kubeproxy.config.k8s.io/v1alpha1
@@ -102,7 +111,7 @@ endpoints: [{{addresses: [10.244.1.11], conditions: {{ready: true}}}}]
 
     /// Starts an agent with its own ports for health and metrics.
     fn start(&self, name: &str, plane: Plane, port: u16) -> Result<Agent> {
-        self.start_by(&[], &assets::weir()?, name, plane, port, &self.bpf_root()?)
+        self.start_by(&[], &assets::weir()?, name, Kind::Weir(plane).mode(), port, &self.bpf_root()?)
     }
 
     fn start_by(
@@ -110,7 +119,7 @@ endpoints: [{{addresses: [10.244.1.11], conditions: {{ready: true}}}}]
         before: &[&str],
         weir: &Path,
         name: &str,
-        plane: Plane,
+        mode: &str,
         port: u16,
         bpf_root: &Path,
     ) -> Result<Agent> {
@@ -118,10 +127,6 @@ endpoints: [{{addresses: [10.244.1.11], conditions: {{ready: true}}}}]
         let output = File::create(&log)?;
         let errors = output.try_clone()?;
         let config = self.configure(name, port, "")?;
-        let mode = match plane {
-            Plane::Nftables => "nftables",
-            Plane::Ebpf => "ebpf",
-        };
         let mut words: Vec<String> = before.iter().map(|word| (*word).to_owned()).collect();
         words.extend([
             weir.display().to_string(),
@@ -252,7 +257,7 @@ fn an_agent_that_starts_anew_with_another_configuration_stays_the_only_one() -> 
         }
         await_that("the first agent starts anew", || first.says("starting anew") == round);
         await_that("the first agent serves again", || {
-            first.says("in force") > round && node.health(&first) == Some(200)
+            first.says("watching manifests") == round + 1 && node.health(&first) == Some(200)
         });
         await_that("the second agent starts anew, and waits", || second.says(WAITS) == round + 1);
     }
@@ -295,6 +300,36 @@ fn cleanup_says_that_an_agent_serves_the_node() -> Result<()> {
     let output = node.namespace.output(&weir, &["cleanup", &root])?;
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(output.status.success() && !told.contains("an agent serves this node"), "{told}");
+    Ok(())
+}
+
+/// Attaches a program to a cgroup as old agents did, so that no other may stand beside it.
+fn attach_alone(cgroup: &Path) -> Result<()> {
+    /// `BPF_CGROUP_INET4_CONNECT`
+    const CONNECT4: u32 = 10;
+    let mut foreign = EbpfLoader::new().load(PROGRAMS)?;
+    let program: &mut CgroupSockAddr =
+        foreign.program_mut("connect4").context("there is no program connect4")?.try_into()?;
+    program.load()?;
+    Ok(system::attach_alone(File::open(cgroup)?, program.fd()?.as_fd(), CONNECT4)?)
+}
+
+#[test]
+fn a_program_that_suffers_no_other_is_named_and_packets_serve() -> Result<()> {
+    let node = Node::new("alone")?;
+    attach_alone(&node.pods)?;
+    let told = format!("at connect4 of {}", node.pods.display());
+    let start = |name, mode, port| node.start_by(&[], &assets::weir()?, name, mode, port, &node.bpf_root()?);
+    let mut strict = start("strict.log", "ebpf", 20256)?;
+    await_that("an agent that may use nothing else ends", || {
+        strict.child.try_wait().is_ok_and(|ended| ended.is_some_and(|status| !status.success()))
+    });
+    ensure!(strict.says(&told) == 1, "{}", strict.log());
+    let agent = start("auto.log", "auto", 21256)?;
+    await_that("the agent serves", || node.health(&agent) == Some(200) && node.has(10));
+    ensure!(agent.says(&told) == 1, "{}", agent.log());
+    let mode = node.get(agent.port + 1, "/proxyMode")?;
+    ensure!(mode.ends_with("nftables"), "{mode}");
     Ok(())
 }
 
@@ -351,7 +386,7 @@ fn without_a_look_at_the_bpffs_nftables_serves() -> Result<()> {
         "--inh-caps=+net_admin",
         "--ambient-caps=+net_admin",
     ];
-    let agent = node.start_by(&rights, &copy, "agent.log", Plane::Nftables, 20256, &closed.join("weir"))?;
+    let agent = node.start_by(&rights, &copy, "agent.log", "nftables", 20256, &closed.join("weir"))?;
     await_that(&format!("the agent serves\n{}", agent.log()), || node.health(&agent) == Some(200));
     ensure!(agent.says("may not look for kernel programs") == 1, "{}", agent.log());
     Ok(())

@@ -76,7 +76,7 @@ pub fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
+    // SAFETY: the kernel has just made this descriptor for us, and nothing else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -162,7 +162,7 @@ pub fn link_to_cgroup(program: impl AsFd, cgroup: impl AsFd, attach_type: u32) -
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
+    // SAFETY: the kernel has just made this descriptor for us, and nothing else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -488,6 +488,35 @@ pub fn attached(cgroup: impl AsFd, attach_type: u32) -> io::Result<Attached> {
     }
     programs.truncate(attributes.count as usize);
     Ok(Attached { flags: attributes.attach_flags, programs })
+}
+
+/// Attaches a program to a cgroup as one that suffers no other beside it (`BPF_PROG_ATTACH` without flags), which weir
+/// itself never does: tests are such a program. It stays until the cgroup goes.
+///
+/// # Errors
+///
+/// What the kernel answers: `EPERM` when others are attached.
+pub fn attach_alone(cgroup: impl AsFd, program: impl AsFd, attach_type: u32) -> io::Result<()> {
+    const BPF_PROG_ATTACH: libc::c_int = 8;
+    #[repr(C)]
+    struct Attributes {
+        target: u32,
+        program: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+    let attributes = Attributes {
+        target: number(cgroup.as_fd().as_raw_fd())?,
+        program: number(program.as_fd().as_raw_fd())?,
+        attach_type,
+        flags: 0,
+    };
+    // SAFETY: the command reads `attributes`, which lives until the call returns, up to the size given and no further;
+    // both descriptors are open for as long as their owners are borrowed.
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attributes, size_of::<Attributes>())
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 macro_rules! plain {

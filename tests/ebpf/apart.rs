@@ -235,7 +235,7 @@ fn a_port_that_cannot_be_written_is_left_to_the_packets_and_the_others_change() 
             assert_eq!(
                 error,
                 Err(std::io::ErrorKind::NetworkUnreachable),
-                "nobody led it, and no packet can leave here"
+                "no program led it, and no packet can leave here"
             );
             // And as soon as it can be written it is there again.
             plane.fail_writes(None);

@@ -72,7 +72,7 @@ fn generations(place: &Place) -> Result<(Vec<String>, String)> {
 }
 
 #[test]
-fn whoever_starts_after_an_agent_that_was_killed_anywhere_serves_what_is_to_be() -> Result<()> {
+fn an_agent_that_starts_after_one_was_killed_anywhere_serves_what_is_to_be() -> Result<()> {
     let rig = Rig::new()?;
     rig.inside.run(|| -> Result<()> {
         let (first, second) = (TcpListener::bind("127.0.0.1:0")?, TcpListener::bind("127.0.0.1:0")?);

@@ -280,6 +280,32 @@ fn sticky(port: Arc<PortPlan>) -> Arc<PortPlan> {
 }
 
 #[test]
+fn a_plane_that_steps_aside_leaves_new_sockets_to_packets_and_old_ones_as_they_are() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.inside.run(|| -> Result<()> {
+        let mut plane = open(&rig.place)?;
+        for family in Family::ALL {
+            let listener = TcpListener::bind((loopback(family), 0))?;
+            let web = port(family, Protocol::Tcp, &[listener.local_addr()?]);
+            let service = SocketAddr::new(service_ip(family), 80);
+            plane.reread()?;
+            plane.apply(&complete(vec![Arc::clone(&web)]))?;
+            let early = TcpStream::connect(service)?;
+            plane.step_aside()?;
+            // The kernel detaches programs whose links are gone when it gets round to it. No packet can leave here.
+            await_that("sockets are not led", || TcpStream::connect(service).is_err());
+            assert_eq!(early.peer_addr()?, service, "{family}");
+            plane.reread()?;
+            plane.apply(&complete(vec![web]))?;
+            assert_eq!(TcpStream::connect(service)?.peer_addr()?, service);
+            assert_eq!(early.peer_addr()?, service, "{family}");
+        }
+        plane.remove()?;
+        Ok(())
+    })
+}
+
+#[test]
 fn a_port_that_does_not_fit_is_named_and_the_others_are_served() -> Result<()> {
     let rig = Rig::new()?;
     rig.inside.run(|| -> Result<()> {
