@@ -143,7 +143,7 @@ pub mod kind {
 ///
 /// The kernel hands the element of a frontend that is removed or replaced to the next one that is written (since
 /// Linux 6.1 at once), so a program that has found an element may read another frontend's value there. Therefore the value
-/// says whose it is, and nothing else is behind a pointer into this map.
+/// says which key it belongs to, and nothing else is behind a pointer into this map.
 ///
 /// ```text
 /// bits   0 to 23: the number of the service port; of an address by itself its flags
@@ -321,7 +321,7 @@ pub mod flag {
     pub const NODE: u32 = 2;
     /// With [`NODE`]: only for sockets in the host's network namespace, because everybody has this address.
     pub const LOOPBACK: u32 = 4;
-    /// A record: the backends are in `members`, because somebody has to remember them.
+    /// A record: the backends are in `members`, because unconnected sockets or sticky clients have to remember them.
     pub const MEMBERS: u32 = 8;
 }
 

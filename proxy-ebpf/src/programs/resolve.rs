@@ -3,7 +3,7 @@
 //! In: an address, a port, a protocol and who asks. Out: the frontend, and one of its backends: the one the client is
 //! to stay with, or one by chance.
 //!
-//! An element of a hash may be another's by the time it is read, so its value says whose it is. Numbers of ports, records
+//! An element of a hash may be another's by the time it is read, so its value says which key it belongs to. Numbers of ports, records
 //! and slots are given to others only when no program runs any more that could have read them.
 
 use aya_ebpf::{

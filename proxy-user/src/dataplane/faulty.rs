@@ -164,7 +164,7 @@ impl<D> Faulty<D> {
         }
     }
 
-    /// Who takes a delta in, and who fails at that.
+    /// Which plane takes a delta in, and which ports fail at that.
     fn parties(&mut self, delta: &Delta, failed: &mut Vec<(Family, Error)>) -> PerFamily<bool> {
         let broken = self.faults.always().families.clone();
         let mut part = PerFamily::default();

@@ -1,6 +1,6 @@
 //! Listens for HTTP, as long and as stubbornly as kube-proxy does (P8).
 //!
-//! In: an address and a router. Out: answers, until told to stop. Anyone who reaches the node reaches some of these
+//! In: an address and a router. Out: answers, until told to stop. Any client that reaches the node reaches some of these
 //! servers, so a client has to say what it wants soon, and holds no more than its share of the connections.
 
 use std::{convert::Infallible, io, net::SocketAddr, time::Duration};

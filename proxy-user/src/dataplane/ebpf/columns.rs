@@ -7,7 +7,7 @@ use proxy_ebpf::{Column, Record, verdict};
 
 use crate::plan::{Route, Target, Treatment};
 
-/// The columns of a record, and who has which.
+/// The columns of a record, and which frontend has which.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Columns {
     pub(super) columns: [Column; Record::COLUMNS],

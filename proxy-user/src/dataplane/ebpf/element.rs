@@ -118,7 +118,7 @@ fn any(family: Family) -> IpAddr {
 }
 
 /// Whether only packets can decide about a frontend: sources that are not let in (F7), because a socket that connects may
-/// not have its address yet, and what is answered here for as long as somebody does.
+/// not have its address yet, and what is answered here for as long as a frontend does.
 pub(super) fn is_for_packets(planned: &FrontendPlan) -> bool {
     planned.allowed_sources.is_some() || planned.answered_here
 }

@@ -1,6 +1,6 @@
 //! What is done to names in the BPF file system, one operation at a time.
 //!
-//! In: paths. Out: names that are there, or are not. An agent may be killed between any two of these, and whoever opens the
+//! In: paths. Out: names that are there, or are not. An agent may be killed between any two of these, and the agent that opens the
 //! place next has to find its way; tests stop here.
 
 use std::{
@@ -16,7 +16,7 @@ use super::problem::Problem;
 /// Is told of each operation on a name before it is done, for tests: one that does not return is a kill.
 pub type Interrupt = Box<dyn FnMut(&Path) + Send>;
 
-/// Who does it.
+/// What does it: each operation by itself.
 #[derive(Default)]
 pub(super) struct Files(Option<Interrupt>);
 

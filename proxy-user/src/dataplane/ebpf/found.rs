@@ -1,4 +1,4 @@
-//! What the maps held when they were read: the memory of whoever ran before.
+//! What the maps held when they were read: the memory of the agent that ran before.
 //!
 //! In: the maps. Out: which number, record and slots a service port has already, and what is left over in the end.
 
@@ -56,17 +56,17 @@ impl Found {
         ranges(&self.ports).collect()
     }
 
-    /// The numbers that nobody claimed.
+    /// The numbers that no port claimed.
     pub(super) fn unclaimed_numbers(&self) -> Vec<u32> {
         sorted(&self.numbers)
     }
 
-    /// The records that nobody claimed.
+    /// The records that no port claimed.
     pub(super) fn unclaimed_records(&self) -> Vec<u32> {
         sorted(&self.records)
     }
 
-    /// The ranges that nobody claimed.
+    /// The ranges that no port claimed.
     pub(super) fn unclaimed_ranges(&self) -> Vec<Range> {
         let ranges = self.ranges.iter().map(|(&first, &count)| Range { first, count });
         let mut ranges: Vec<Range> = ranges.collect();
@@ -98,7 +98,7 @@ impl Found {
         Some(site)
     }
 
-    /// What the record of a claimed port says, as long as nobody else has claimed that.
+    /// What the record of a claimed port says, as long as no other port has claimed that.
     pub(super) fn record(&self, site: &Site) -> Option<Record> {
         let (number, record) = self.ports.get(&site.port)?;
         (*number == site.record && self.records.contains(number)).then_some(*record)
@@ -109,7 +109,7 @@ impl Found {
         self.records.remove(&number);
     }
 
-    /// What nobody claimed.
+    /// What no port claimed.
     pub(super) fn unclaimed(self) -> (Vec<FrontendKey>, FxHashSet<MemberKey>) {
         (self.frontends.into_keys().collect(), self.members)
     }

@@ -4,7 +4,7 @@
 //!
 //! Maps grow by a new generation: a directory of its own, in which those that stay are pinned too. It serves when programs
 //! that use it are attached, and `current` leads to it from then on. An agent that is killed on the way leaves programs of
-//! both, or a name that leads to the wrong one, so whoever starts next goes by what programs use: their links are switched
+//! both, or a name that leads to the wrong one, so the next agent goes by what programs use: their links are switched
 //! when the generation is filled, not before.
 
 use std::{

@@ -48,7 +48,7 @@ pub(super) struct Object {
     set_retval: bool,
     attached: bool,
     links: Links,
-    /// Logs what the programs say, where somebody wants to know.
+    /// Logs what the programs say, where the log level asks for it.
     listener: Option<Listener>,
 }
 
@@ -273,7 +273,7 @@ struct Pins(Vec<(&'static str, PathBuf)>);
 
 impl Pins {
     /// Finds the maps of Services in a directory, and those of sockets. Refuses maps that are not as this layout has them:
-    /// somebody else's, or those of a version that forgot to say that its layout is another.
+    /// another program's, or those of a version that forgot to say that its layout is another.
     fn find(place: &Place, services: &Path) -> Result<Self, Problem> {
         let mut pins = Vec::new();
         for (name, key, value, path) in paths(place, services) {

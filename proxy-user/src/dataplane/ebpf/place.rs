@@ -1,10 +1,10 @@
 //! The names of our programs and maps in the BPF file system.
 //!
 //! ```text
-//! <bpf-root>/services-5/current → g2   the maps of Services: whoever starts next finds them as they are
+//! <bpf-root>/services-5/current → g2   the maps of Services: the next agent finds them as they are
 //! <bpf-root>/services-5/g2/frontends, …
 //! <bpf-root>/sockets-5/origins, …      what sockets were told, and what else has nothing to do with Services
-//! <bpf-root>/link-connect4, …          the links: programs stay attached while nobody runs
+//! <bpf-root>/link-connect4, …          the links: programs stay attached while no agent runs
 //! ```
 //! Each group of maps has a version of its own, so that sockets are remembered when the maps of Services are laid out anew.
 //! Only names of this form are ever removed, and only where a BPF file system is.
@@ -106,7 +106,7 @@ impl Place {
         !self.is_in_use() && !HOOKS.iter().any(|hook| self.link(hook).exists())
     }
 
-    /// Makes the directories, and sees that they are nobody else's.
+    /// Makes the directories, and sees that no other user can write there.
     pub(super) fn make(&self, files: &mut Files) -> Result<(), Problem> {
         files.make_directory(&self.bpf_root)?;
         self.check().map_err(|error| Problem::file("using", &self.bpf_root, error))?;
@@ -164,7 +164,7 @@ impl Place {
         }
         self.clear_layouts(&mut files, |_| false)?;
         match fs::remove_dir(&self.bpf_root) {
-            // Somebody made it for us, or keeps something else there.
+            // It is a mount point, or another program keeps something there.
             Err(error) if error.kind() != io::ErrorKind::NotFound => debug!(%error, "the directory stays"),
             _ => {}
         }

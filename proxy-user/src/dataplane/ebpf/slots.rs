@@ -1,4 +1,4 @@
-//! Who has which elements of an array: slots, records and the numbers of ports.
+//! Which port has which elements of an array: slots, records and the numbers of ports.
 //!
 //! In: sets of backends that want a range of slots, ports that want a number and a record, and what is led to no more.
 //! Out: ranges. One that was given back rests for a while: a program that read what led to it may still be about to read

@@ -131,7 +131,7 @@ impl Netlink {
         }
     }
 
-    /// The generation of the rule set, which every commit raises by one, whoever makes it.
+    /// The generation of the rule set, which every commit of any program raises by one.
     ///
     /// # Errors
     ///

@@ -127,7 +127,7 @@ impl Engine {
         if !std::mem::replace(self.served.get_mut(family), true)
             && let Some(first) = &self.first
         {
-            // Whoever waited may have given up.
+            // What waited may have given up.
             let _ = first.send(family);
         }
         let now = Timestamp::now();

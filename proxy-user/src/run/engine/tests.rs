@@ -109,7 +109,7 @@ impl Rig {
         let opened = Opened { plane: Box::new(plane.clone()), foreign: news, sockets: None, mode };
         let engine = tokio::spawn(async move {
             let (open, opening) = oneshot::channel();
-            assert!(open.send(opened).is_ok(), "nobody waits for the plane");
+            assert!(open.send(opened).is_ok(), "nothing waits for the plane");
             let (_stop, stopping) = watch::channel(false);
             let (addresses_in, addresses) = watch::channel(Vec::new());
             addresses_in.send_replace(vec!["192.0.2.1".parse().unwrap()]);
