@@ -8,7 +8,10 @@ use std::{collections::BTreeMap, path::Path};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Error, GoDuration, Problem, tree};
+use super::{
+    Error, GoDuration, Problem,
+    tree::{self, Tree},
+};
 
 /// The fields that are honoured. Missing, null and the type's zero value all mean "not set", as for kube-proxy.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
@@ -235,7 +238,8 @@ const WITHOUT_EFFECT: [(&str, &str); 16] = [
     ("logging.vmodule", ""),
 ];
 
-/// Reads the file's text, into what is honoured and all that is given. Fields that are not known, given twice or without effect make a warning.
+/// Reads the file's text, into what is honoured and all that is given. Fields that are not known, given twice or without
+/// effect make a warning, and so does a document after the first.
 ///
 /// # Errors
 ///
@@ -245,9 +249,12 @@ pub(super) fn parse(
     text: &str,
     warnings: &mut Vec<String>,
 ) -> Result<(Configuration, Value), Error> {
-    let (tree, twice) = tree::read(text)
+    let Tree { root: tree, twice, more } = tree::read(text)
         .map_err(|error| Error::Syntax { file: file.to_owned(), message: error.to_string() })?;
     let name = file.display();
+    if more {
+        warnings.push(format!("{name}: more than one document is here; only the first one counts"));
+    }
     warnings.extend(
         twice.into_iter().map(|field| format!("{name}: {field} is given twice; the last one counts")),
     );

@@ -143,6 +143,39 @@ fn what_is_not_a_configuration_is_refused() {
     insta::assert_snapshot!(flags("--config /nowhere/config.conf").unwrap_err(), @"cannot read the configuration file `/nowhere/config.conf`");
 }
 
+/// As kube-proxy, whose YAML reader stops at the end of the first document.
+#[test]
+fn the_first_document_of_a_file_counts_and_others_are_warned_of() {
+    let head = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
+    let first = format!("{head}hostnameOverride: first\n");
+    let warning = "FILE: more than one document is here; only the first one counts";
+    for (text, warned) in [
+        (format!("\u{feff}{first}"), false),
+        (format!("\u{feff}---\n{first}"), false),
+        (format!("{first}---\n"), false),
+        (format!("---\n{first}---\n---\n# nothing\n"), false),
+        (format!("{first}...\n"), false),
+        (format!("{first}---\nkind: KubeletConfiguration\n"), true),
+        (format!("{first}---\n---\n{head}hostnameOverride: third\n"), true),
+        (format!("{first}---\na: [\n"), true),
+    ] {
+        let mut file = NamedTempFile::new().unwrap();
+        write!(file, "{text}").unwrap();
+        let path = file.path().to_str().unwrap();
+        let line = format!("--config {path} --proxy-mode nftables");
+        let loaded = flags(&line).unwrap_or_else(|error| panic!("{text:?}: {error}"));
+        assert_eq!(loaded.config.model.node_name, "first", "{text:?}");
+        let warnings: Vec<_> = loaded.warnings.iter().map(|it| it.replace(path, "FILE")).collect();
+        assert_eq!(warnings, if warned { vec![warning] } else { vec![] }, "{text:?}");
+    }
+}
+
+#[test]
+fn verbosity_has_no_bound_of_ours() {
+    assert_eq!(file("mode: auto\nlogging: {verbosity: 300}").config.log.verbosity, 300);
+    assert_eq!(flags("-v 300").unwrap().config.log.verbosity, 300);
+}
+
 #[test]
 fn wrong_types_name_the_field_and_the_value() {
     let fields = [

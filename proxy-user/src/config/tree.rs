@@ -1,18 +1,35 @@
-//! YAML as kube-proxy reads it: a key given twice counts the last time, and null is the same as nothing.
+//! YAML as kube-proxy reads it: the first document alone counts, with or without a byte order mark before it; a key given
+//! twice counts the last time; null is the same as nothing.
 //!
-//! In: text. Out: a JSON tree, and the paths of keys given twice, for a warning.
+//! In: text. Out: a JSON tree, and what was left out of it, for warnings.
 
 use std::{cell::RefCell, fmt};
 
-use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserialize as _, DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
-/// Reads `text`; the second part names the keys that are given more than once.
-pub(super) fn read(text: &str) -> Result<(Value, Vec<String>), serde_yaml_ng::Error> {
+/// What a text says.
+pub(super) struct Tree {
+    /// The first document.
+    pub(super) root: Value,
+    /// The paths of keys that are given more than once.
+    pub(super) twice: Vec<String>,
+    /// Whether another document follows that says something, right or wrong.
+    pub(super) more: bool,
+}
+
+/// Reads `text`.
+pub(super) fn read(text: &str) -> Result<Tree, serde_yaml_ng::Error> {
     let duplicates = RefCell::new(Vec::new());
-    let root = Place { path: String::new(), duplicates: &duplicates };
-    let tree = serde_yaml_ng::Deserializer::from_str(text).deserialize_any(root)?;
-    Ok((tree, duplicates.into_inner()))
+    let place = Place { path: String::new(), duplicates: &duplicates };
+    // A byte order mark, as some editors put it, is for the parser a character of the first word.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let mut documents = serde_yaml_ng::Deserializer::from_str(text);
+    let root = documents.next().map_or(Ok(Value::Null), |first| first.deserialize_any(place))?;
+    let says_something =
+        |document| serde_yaml_ng::Value::deserialize(document).map_or(true, |value| !value.is_null());
+    let more = documents.any(says_something);
+    Ok(Tree { root, twice: duplicates.into_inner(), more })
 }
 
 #[derive(Clone)]
