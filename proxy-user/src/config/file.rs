@@ -58,7 +58,7 @@ pub(super) struct ClientConnection {
 #[serde(default, expecting = "a mapping of fields to values")]
 pub(super) struct Logging {
     pub(super) format: String,
-    pub(super) verbosity: u8,
+    pub(super) verbosity: u32,
 }
 
 /// The iptables block: the settings of [`Rules`], and one more.

@@ -85,7 +85,7 @@ impl KernelArgs {
 pub struct LogArgs {
     /// Log verbosity: 4 adds debug messages, 5 and more add traces
     #[arg(short = 'v', long = "v", value_name = "N")]
-    pub(super) verbosity: Option<u8>,
+    pub(super) verbosity: Option<u32>,
     /// Log format
     #[arg(long, value_name = "FORMAT", value_parser = ["text", "json"])]
     pub(super) logging_format: Option<String>,

@@ -68,7 +68,7 @@ pub enum SourceConfig {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LogConfig {
     /// kube-proxy's `-v`: 4 adds debug messages, 5 and more add traces.
-    pub verbosity: u8,
+    pub verbosity: u32,
     /// One JSON object a line instead of text.
     pub json: bool,
 }

@@ -67,6 +67,8 @@ fn flag_of(field: &str) -> &str {
         "oomScoreAdj" => "--oom-score-adj",
         "clientConnection.qps" => "--kube-api-qps",
         "clientConnection.burst" => "--kube-api-burst",
+        "logging.format" => "--logging-format",
+        "logging.verbosity" => "--v",
         "metricsBindAddress" => "--metrics-bind-address",
         "mode" => "--proxy-mode",
         "nodePortAddresses" => "--nodeport-addresses",
@@ -482,6 +484,9 @@ impl Check<'_> {
             self.reject("logging.format", format_args!("`{format}` is neither text nor json"));
         }
         let verbosity = args.log.verbosity.unwrap_or(configuration.logging.verbosity);
+        if i32::try_from(verbosity).is_err() {
+            self.reject("logging.verbosity", format_args!("{verbosity} is more than {}", i32::MAX));
+        }
         LogConfig { verbosity, json: format == "json" }
     }
 }

@@ -185,6 +185,9 @@ fn wrong_types_name_the_field_and_the_value() {
         "iptables: {masqueradeBit: x}",
         "iptables: {syncPeriod: 30}",
         "nftables: {minSyncPeriod: soon}",
+        "iptables: {syncPeriod: 30 seconds}",
+        "conntrack: {tcpEstablishedTimeout: PT1H}",
+        "ipvs: {minSyncPeriod: ''}",
         "nodePortAddresses: 10.0.0.0/8",
         "nodePortAddresses: [10.0.0.0/8, 7]",
         "featureGates: {AllowServiceExternalIPs: perhaps}",
@@ -197,6 +200,9 @@ fn wrong_types_name_the_field_and_the_value() {
         FILE: iptables.masqueradeBit: invalid type: string "x", expected i32
         FILE: iptables.syncPeriod: invalid type: integer `30`, expected a string
         FILE: nftables.minSyncPeriod: `soon` is not a duration such as 30s, 5m or 1h30m
+        FILE: iptables.syncPeriod: `30 seconds` is not a duration such as 30s, 5m or 1h30m
+        FILE: conntrack.tcpEstablishedTimeout: `PT1H` is not a duration such as 30s, 5m or 1h30m
+        FILE: ipvs.minSyncPeriod: `` is not a duration such as 30s, 5m or 1h30m
         FILE: nodePortAddresses: invalid type: string "10.0.0.0/8", expected a sequence
         FILE: nodePortAddresses[1]: invalid type: integer `7`, expected a string
         FILE: featureGates.AllowServiceExternalIPs: invalid type: string "perhaps", expected a boolean
@@ -225,6 +231,7 @@ fn wrong_values_name_the_field_and_the_value() {
         "conntrack: {min: -1, udpTimeout: -1s}",
         "hostnameOverride: ' '",
         "logging: {format: xml}",
+        "logging: {verbosity: 2147483648}",
         "oomScoreAdj: 1001",
         "clientConnection: {burst: -1}",
         "clientConnection: {qps: 0.0001}",
@@ -249,6 +256,7 @@ fn wrong_values_name_the_field_and_the_value() {
         FILE: conntrack.udpTimeout: -1s is less than 0
         FILE: hostnameOverride: a node's name cannot be empty
         FILE: logging.format: `xml` is neither text nor json
+        FILE: logging.verbosity: 2147483648 is more than 2147483647
         FILE: oomScoreAdj: 1001 is not from -1000 to 1000
         FILE: clientConnection.burst: -1 is less than 0
         FILE: clientConnection.qps: 0.0001 is next to nothing

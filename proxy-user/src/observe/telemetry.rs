@@ -44,7 +44,7 @@ pub enum TelemetryError {
 
 /// The filter for kube-proxy's `-v`: up to 3 what an operator cares about, 4 debug messages, from 5 on traces. The
 /// libraries below us stay one step quieter, since they log every request.
-pub(super) const fn directives(verbosity: u8) -> &'static str {
+pub(super) const fn directives(verbosity: u32) -> &'static str {
     match verbosity {
         0..=3 => "warn,weir=info",
         4 => "info,weir=debug",
