@@ -3,7 +3,12 @@
 //! In: an address and a router. Out: answers, until told to stop. Any client that reaches the node reaches some of these
 //! servers, so a client has to say what it wants soon, and holds no more than its share of the connections.
 
-use std::{convert::Infallible, io, net::SocketAddr, time::Duration};
+use std::{
+    convert::Infallible,
+    io,
+    net::{Ipv6Addr, SocketAddr},
+    time::Duration,
+};
 
 use axum::Router;
 use hyper::server::conn::http1;
@@ -52,8 +57,9 @@ pub struct Server {
     pub hard_fail: bool,
     /// How long to wait before trying again.
     pub retry: Duration,
-    /// Whether `[::]` leaves IPv4 to another server on the same port.
-    pub v6_only: bool,
+    /// Whether `0.0.0.0` and `[::]` are the addresses of one family, which leaves the other to another server on the same
+    /// port. Otherwise either is every address, as it is for kube-proxy.
+    pub one_family: bool,
     /// How long a client may take to say what it wants, on a new connection and on one that it keeps.
     pub patience: Duration,
     /// Whether a client may ask again on the same connection.
@@ -67,13 +73,13 @@ impl Server {
     #[must_use]
     pub const fn new(name: &'static str, address: SocketAddr, hard_fail: bool, places: Places) -> Self {
         let (retry, patience) = (Duration::from_secs(5), Duration::from_secs(10));
-        Self { name, address, hard_fail, retry, v6_only: false, patience, keep_alive: true, places }
+        Self { name, address, hard_fail, retry, one_family: false, patience, keep_alive: true, places }
     }
 
     /// One that leaves the other family's addresses to another server.
     #[must_use]
     pub fn of_one_family(self) -> Self {
-        Self { v6_only: true, ..self }
+        Self { one_family: true, ..self }
     }
 
     /// One that answers one request a connection.
@@ -142,15 +148,19 @@ impl Server {
     }
 
     async fn listen(&self) -> io::Result<TcpListener> {
-        if !(self.v6_only && self.address.is_ipv6()) {
+        if !self.address.ip().is_unspecified() {
             return TcpListener::bind(self.address).await;
         }
-        let socket = Socket::new(Domain::IPV6, Type::STREAM.nonblocking(), None)?;
-        socket.set_only_v6(true)?;
-        socket.set_reuse_address(true)?;
-        socket.bind(&self.address.into())?;
-        socket.listen(1024)?;
-        TcpListener::from_std(socket.into())
+        if self.one_family {
+            return listen_on(self.address, true);
+        }
+        match listen_on((Ipv6Addr::UNSPECIFIED, self.address.port()).into(), false) {
+            // This kernel has no IPv6.
+            Err(error) if self.address.is_ipv4() && error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
+                TcpListener::bind(self.address).await
+            }
+            listener => listener,
+        }
     }
 
     /// Serves on a listener that is there already.
@@ -196,6 +206,19 @@ impl Server {
     }
 }
 
+/// Listens on an address that stands for many; an IPv6 one for IPv4's too, unless `v6_only`.
+fn listen_on(address: SocketAddr, v6_only: bool) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), None)?;
+    if address.is_ipv6() {
+        // Said either way, because the kernel's default is a sysctl.
+        socket.set_only_v6(v6_only)?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(1024)?;
+    TcpListener::from_std(socket.into())
+}
+
 async fn stopped(stop: &mut watch::Receiver<bool>) {
     // An error means that the sender is gone, and with it whoever wanted the server.
     let _ = stop.wait_for(|stop| *stop).await;
@@ -203,7 +226,7 @@ async fn stopped(stop: &mut watch::Receiver<bool>) {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
+    use std::net::{IpAddr, Ipv4Addr};
 
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -219,7 +242,7 @@ mod tests {
         observe::{About, Health, Metrics, admin_router, health_router},
     };
 
-    const LOCAL: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+    const LOCAL: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
     const LONG: Duration = Duration::from_secs(20);
 
     struct Running {
@@ -411,16 +434,44 @@ mod tests {
 
     #[tokio::test]
     async fn h3_two_families_have_a_server_each_on_one_port() {
-        let v6 = |port| {
-            Server::new("v6", (std::net::Ipv6Addr::UNSPECIFIED, port).into(), true, places(1)).of_one_family()
+        let of = |address: IpAddr, port| {
+            Server::new("test", (address, port).into(), true, places(1)).of_one_family()
         };
-        let first = v6(0).listen().await.unwrap();
+        let (v4, v6) = (IpAddr::from(Ipv4Addr::UNSPECIFIED), IpAddr::from(Ipv6Addr::UNSPECIFIED));
+        let first = of(v6, 0).listen().await.unwrap();
         let port = first.local_addr().unwrap().port();
-        let second =
-            Server::new("v4", (Ipv4Addr::UNSPECIFIED, port).into(), true, places(1)).listen().await.unwrap();
+        let second = of(v4, port).listen().await.unwrap();
         drop(first);
-        v6(port).listen().await.unwrap();
+        of(v6, port).listen().await.unwrap();
         drop(second);
+    }
+
+    #[tokio::test]
+    async fn an_unspecified_address_of_either_family_is_every_address() {
+        for wildcard in [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
+            let server = Server::new("test", (wildcard, 0).into(), true, places(16));
+            let running = start_server(server, admin_router(&Metrics::new(), about())).await;
+            let port = running.address.port();
+            for client in [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()] {
+                let answer = get((client, port).into(), "/healthz").await;
+                let answer = answer.unwrap_or_else(|error| panic!("{client} at {wildcard}: {error}"));
+                assert_eq!(body(&answer), "ok", "{client} at {wildcard}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn an_address_of_one_family_leaves_the_other_alone() {
+        for (address, other) in [
+            ("0.0.0.0:0", "[::1]"),
+            ("127.0.0.1:0", "[::1]"),
+            ("[::]:0", "127.0.0.1"),
+            ("[::1]:0", "127.0.0.1"),
+        ] {
+            let server = Server::new("test", address.parse().unwrap(), true, places(16)).of_one_family();
+            let port = server.listen().await.unwrap().local_addr().unwrap().port();
+            assert!(get(format!("{other}:{port}").parse().unwrap(), "/").await.is_err(), "{address}");
+        }
     }
 
     #[tokio::test]
