@@ -18,7 +18,7 @@ use super::{
     ManifestError, ManifestSource,
     address::Ranges,
     kept::Kept,
-    parse::{Item, Parsed, parse},
+    parse::{Item, Parsed, Unknown, parse},
 };
 
 /// A file changed so shortly before it was read may change again without its metadata showing it.
@@ -188,7 +188,7 @@ impl File {
         self.stamp = stamp.is_settled().then_some(stamp);
         match String::from_utf8(bytes) {
             Ok(text) => {
-                if self.take_over(name, parse(name, &text, ranges)) {
+                if self.take_over(name, parse(name, &text, ranges, Unknown::Refused)) {
                     self.unkept = !kept.keep(name, &text);
                 }
             }
@@ -221,7 +221,9 @@ impl File {
         if std::mem::replace(&mut self.known, true) {
             return;
         }
-        let parsed = kept.text(name).map(|text| parse(name, &text, ranges)).unwrap_or_default();
+        // What was kept was right for the agent that kept it, which may have known other fields.
+        let again = |text: String| parse(name, &text, ranges, Unknown::PassedOver);
+        let parsed = kept.text(name).map(again).unwrap_or_default();
         if parsed.errors.is_empty() {
             self.items = parsed.items;
         }

@@ -6,6 +6,7 @@
 use std::{fmt, sync::Arc};
 
 use serde::{Deserialize, de::DeserializeOwned};
+use serde_ignored::Path;
 use serde_yaml_ng::Value;
 
 use super::{address::Ranges, check};
@@ -71,9 +72,20 @@ pub(super) struct Parsed {
     pub(super) warnings: Vec<String>,
 }
 
+/// What becomes of fields that the kind does not have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unknown {
+    /// They are errors, as for `kubectl apply`: most are slips of the pen, and what was meant would be missing silently.
+    Refused,
+    /// They mean nothing.
+    PassedOver,
+}
+
 /// Reads a whole file.
-pub(super) fn parse(file: &Arc<str>, text: &str, ranges: &Ranges) -> Parsed {
-    let mut reader = Reader { file, ranges, parsed: Parsed::default(), document: 0 };
+pub(super) fn parse(file: &Arc<str>, text: &str, ranges: &Ranges, unknown: Unknown) -> Parsed {
+    let mut reader = Reader { file, ranges, unknown, parsed: Parsed::default(), document: 0 };
+    // A byte order mark, as some editors put it, is for the parser a character of the first word.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let json = file.ends_with(".json");
     let syntax = if json { reader.documents_of_json(text) } else { reader.documents_of_yaml(text) };
     if let Err(reason) = syntax {
@@ -85,6 +97,7 @@ pub(super) fn parse(file: &Arc<str>, text: &str, ranges: &Ranges) -> Parsed {
 struct Reader<'a> {
     file: &'a Arc<str>,
     ranges: &'a Ranges,
+    unknown: Unknown,
     parsed: Parsed,
     document: usize,
 }
@@ -143,6 +156,10 @@ impl Reader<'_> {
     }
 
     fn list(&mut self, mut value: Value, at: &str, member: Option<&str>) {
+        let names = value.as_mapping().into_iter().flat_map(|fields| fields.keys());
+        let names = names.filter_map(Value::as_str).filter(|name| !LIST_FIELDS.contains(name));
+        let unknown: Vec<String> = names.map(ToOwned::to_owned).collect();
+        self.refuse_unknown(None, at, &unknown);
         match value.get_mut("items").map(std::mem::take) {
             Some(Value::Sequence(items)) => {
                 for (index, item) in items.into_iter().enumerate() {
@@ -165,15 +182,24 @@ impl Reader<'_> {
             self.fail(Some(title), &join(at, "apiVersion"), reason);
             return;
         }
-        let mut object = match serde_path_to_error::deserialize::<_, T>(value) {
+        let (mut unknown, mut track) = (Vec::new(), serde_path_to_error::Track::new());
+        let mut note = |path: Path<'_>| unknown.push(written(&path));
+        let reader = serde_ignored::Deserializer::new(value, &mut note);
+        let read = T::deserialize(serde_path_to_error::Deserializer::new(reader, &mut track));
+        let refused = self.refuse_unknown(Some(&title), at, &unknown);
+        let mut object = match read {
             Ok(object) => wrap(object),
             Err(error) => {
-                let path = error.path().to_string();
+                let path = track.path().to_string();
                 let path = if path == "." { "" } else { &path };
-                self.fail(Some(title), &join(at, path), format!("is wrong: {}", error.inner()));
+                self.fail(Some(title), &join(at, path), format!("is wrong: {error}"));
                 return;
             }
         };
+        // What is missing may be what an unknown field was to be.
+        if refused {
+            return;
+        }
         check::fill_in(&mut object);
         let problems = check::check(&object, self.ranges);
         if problems.is_empty() {
@@ -184,9 +210,36 @@ impl Reader<'_> {
         }
     }
 
+    /// Complains of fields that are not known, if that is asked for. Answers whether there are any to complain of.
+    fn refuse_unknown(&mut self, object: Option<&str>, at: &str, fields: &[String]) -> bool {
+        if self.unknown == Unknown::PassedOver {
+            return false;
+        }
+        for field in fields {
+            let reason = "is no field of this kind".to_owned();
+            self.fail(object.map(ToOwned::to_owned), &join(at, field), reason);
+        }
+        !fields.is_empty()
+    }
+
     fn fail(&mut self, object: Option<String>, field: &str, reason: String) {
         let (file, document) = (Arc::clone(self.file), self.document);
         self.parsed.errors.push(ManifestError { file, document, object, field: field.to_owned(), reason });
+    }
+}
+
+/// The fields of a list of objects.
+const LIST_FIELDS: [&str; 4] = ["apiVersion", "kind", "metadata", "items"];
+
+/// A path as all complaints have it.
+fn written(path: &Path<'_>) -> String {
+    match path {
+        Path::Root => String::new(),
+        Path::Seq { parent, index } => format!("{}[{index}]", written(parent)),
+        Path::Map { parent, key } => join(&written(parent), key),
+        Path::Some { parent } | Path::NewtypeStruct { parent } | Path::NewtypeVariant { parent } => {
+            written(parent)
+        }
     }
 }
 

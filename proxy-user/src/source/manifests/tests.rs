@@ -244,6 +244,61 @@ fn where_nothing_can_be_kept_manifests_are_followed_all_the_same() {
     assert_eq!(fixture.look(), ["+Service default/b"]);
 }
 
+/// As `kubectl apply` refuses it, whose `--validate` is strict.
+#[test]
+fn a_field_that_no_such_object_has_is_an_error_and_everything_else_is_served() {
+    let mut fixture = Fixture::new(&[("a.yaml", &service("a", "")), ("b.yaml", &service("b", ""))]);
+    assert_eq!(fixture.look(), ["+Service default/a", "+Service default/b"]);
+    let typo = service("a", "").replace("ports:", "prots:");
+    fixture.write("a.yaml", &(service("a0", "") + &typo));
+    fixture.write("b.yaml", &service("b2", ""));
+    let list = "{kind: ServiceList, itmes: [], items: [{metadata: {name: c, lables: {}}, spec: {ports: [{port: 1, prot: 2}]}}]}";
+    fixture.write("c.yaml", list);
+    fixture.write(
+        "d.json",
+        r#"{"kind": "Node", "apiVersion": "v1", "metadata": {"name": "n1"}, "spec": {"podCidr": "x"}}"#,
+    );
+    let slice = SLICE
+        .replace("addresses: [10.1.0.5]", "addresses: [10.1.0.5], conditions: {redy: true}, nodename: null");
+    fixture.write("e.yaml", &slice);
+    assert_eq!(fixture.look(), ["-Service default/b", "+Service default/b2"]);
+    insta::assert_snapshot!(fixture.errors().join("\n"), @r"
+    a.yaml: document 2 (Service default/a): `spec.prots` is no field of this kind
+    c.yaml: document 1: `itmes` is no field of this kind
+    c.yaml: document 1 (Service default/c): `items[0].metadata.lables` is no field of this kind
+    c.yaml: document 1 (Service default/c): `items[0].spec.ports[0].prot` is no field of this kind
+    d.json: document 1 (Node n1): `spec.podCidr` is no field of this kind
+    e.yaml: document 1 (EndpointSlice default/web-1): `endpoints[0].conditions.redy` is no field of this kind
+    e.yaml: document 1 (EndpointSlice default/web-1): `endpoints[0].nodename` is no field of this kind
+    ");
+    fixture.write("a.yaml", &service("a2", ""));
+    assert_eq!(fixture.look(), ["-Service default/a", "+Service default/a2"]);
+}
+
+/// What an agent took that knew other fields is programmed, and goes on while the file is complained of.
+#[test]
+fn what_was_kept_with_a_field_that_is_not_known_stays_in_force() {
+    let kept = tempfile::tempdir().unwrap();
+    let text = service("a", "fieldOfAnotherVersion: 1");
+    let mut fixture = Fixture::new(&[("a.yaml", &text)]);
+    fs::write(kept.path().join("a.yaml"), &text).unwrap();
+    fixture.state.settings.last_good = Some(kept.path().to_owned());
+    fixture.state = State::new(fixture.state.settings.clone());
+    assert_eq!(fixture.look(), ["+Service default/a"]);
+    let error =
+        "a.yaml: document 1 (Service default/a): `spec.fieldOfAnotherVersion` is no field of this kind";
+    assert_eq!(fixture.errors(), [error]);
+}
+
+#[test]
+fn a_byte_order_mark_is_no_part_of_a_manifest() {
+    let json = r#"{"kind": "Node", "apiVersion": "v1", "metadata": {"name": "n1"}}"#;
+    let mut fixture = Fixture::new(&[("a.yaml", &format!("\u{feff}{}", service("a", "")))]);
+    fixture.write("b.json", &format!("\u{feff}{json}"));
+    assert_eq!(fixture.look(), ["+Service default/a", "+Node n1"]);
+    assert_eq!(fixture.errors(), Vec::<String>::new());
+}
+
 #[test]
 fn a_file_that_loses_all_its_objects_is_warned_of() {
     let mut fixture = Fixture::new(&[("a.yaml", &(service("a", "") + &service("a2", "")))]);
