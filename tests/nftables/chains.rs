@@ -109,3 +109,35 @@ fn chains_that_no_service_uses_any_more_go_but_for_those_used_last() {
         assert_eq!(rules(), before);
     });
 }
+
+/// As another program's rule keeps a chain of ours from going.
+#[test]
+fn chains_that_the_kernel_would_not_remove_are_counted_and_go_later() {
+    in_namespace(|| {
+        for (family, table, other) in [(Family::V4, "ip", Family::V6), (Family::V6, "ip6", Family::V4)] {
+            let mut plane = Nftables::open(both()).unwrap();
+            let plan = Arc::new(port(family, 1, &[1, 2, 3], Some(60)));
+            plane.apply(&start(&[&plan])).unwrap();
+            let ours = || rules().into_keys().filter(|name| name.contains("svc-1")).collect::<Vec<_>>();
+            let failed = |plane: &Nftables| plane.standing()[0].failed_removals;
+            assert!(!ours().is_empty());
+            assert_eq!(failed(&plane), PerFamily::default());
+
+            nft(&["add", "chain", table, "weir", "held"]);
+            for chain in ours() {
+                nft(&["add", "rule", table, "weir", "held", "jump", &chain]);
+            }
+            plane.apply(&step(Some(&plan), None)).unwrap();
+            let counted = failed(&plane);
+            assert!(*counted.get(family) > 0 && *counted.get(other) == 0, "{counted:?}");
+            assert!(!ours().is_empty());
+
+            nft(&["flush", "chain", table, "weir", "held"]);
+            nft(&["delete", "chain", table, "weir", "held"]);
+            let next = Arc::new(port(family, 2, &[1], None));
+            plane.apply(&step(None, Some(&next))).unwrap();
+            assert_eq!((failed(&plane), ours()), (counted, vec![]));
+            plane.remove().unwrap();
+        }
+    });
+}

@@ -22,6 +22,7 @@ struct Always {
     services: BTreeSet<ObjectName>,
     families: BTreeSet<Family>,
     calls: bool,
+    removals: PerFamily<u64>,
 }
 
 impl Faults {
@@ -48,6 +49,11 @@ impl Faults {
     /// Whether each call fails whole, before it does anything.
     pub fn fail_calls(&self, fail: bool) {
         self.always().calls = fail;
+    }
+
+    /// How often something of a family could not be removed until now.
+    pub fn fail_removals(&self, times: PerFamily<u64>) {
+        self.always().removals = times;
     }
 
     fn always(&self) -> MutexGuard<'_, Always> {
@@ -249,6 +255,11 @@ impl<D: Dataplane> Dataplane for Faulty<D> {
     fn reread_family(&mut self, family: Family) -> Result<(), Error> {
         *self.standing.get_mut(family) = Standing::Reread;
         self.inner.reread_family(family)
+    }
+
+    fn standing(&self) -> Vec<super::Standing> {
+        let failed_removals = self.faults.always().removals;
+        vec![super::Standing { plane: "faulty", active: true, failures: 0, failed_removals }]
     }
 
     fn dump(&mut self) -> Result<State, Error> {

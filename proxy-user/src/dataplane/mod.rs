@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, fmt, net::IpAddr, time::Instant};
 use serde::Serialize;
 
 use crate::{
-    model::{Family, Protocol},
+    model::{Family, PerFamily, Protocol},
     plan::{Backend, Delta, Frontend, PortId},
 };
 
@@ -135,6 +135,8 @@ pub struct Standing {
     pub active: bool,
     /// How often it has failed as a whole.
     pub failures: u64,
+    /// How often something of a family that has no use any more could not be removed. It is tried again later.
+    pub failed_removals: PerFamily<u64>,
 }
 
 /// What of a delta could not be done.

@@ -23,7 +23,7 @@ use std::{
 
 use super::{Dataplane, Error, Fill, Shortfall, Standing, State};
 use crate::{
-    model::Family,
+    model::{Family, PerFamily},
     plan::{Delta, PortDelta, PortId, PortPlan},
 };
 
@@ -298,7 +298,12 @@ impl<P: Dataplane, S: Dataplane + Send> Dataplane for Stack<P, S> {
 
     fn standing(&self) -> Vec<Standing> {
         let Front { name, aside, failures, .. } = &self.front;
-        let front = name.map(|plane| Standing { plane, active: !aside, failures: failures.1 });
+        let front = name.map(|plane| Standing {
+            plane,
+            active: !aside,
+            failures: failures.1,
+            failed_removals: PerFamily::default(),
+        });
         front.into_iter().chain(self.packets.standing()).collect()
     }
 

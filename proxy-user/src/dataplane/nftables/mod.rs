@@ -236,7 +236,11 @@ impl Dataplane for Nftables {
     }
 
     fn standing(&self) -> Vec<Standing> {
-        vec![Standing { plane: "nftables", active: true, failures: 0 }]
+        let mut failed_removals = PerFamily::default();
+        for table in &self.tables {
+            *failed_removals.get_mut(table.family) = table.failed_removals;
+        }
+        vec![Standing { plane: "nftables", active: true, failures: 0, failed_removals }]
     }
 
     fn dump(&mut self) -> Result<State, Error> {

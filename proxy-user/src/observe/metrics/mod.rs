@@ -347,9 +347,11 @@ impl Metrics {
         self.0.kube_proxy.sync_failures.get_or_create(&family_label(family)).inc();
     }
 
-    /// Something of a family that is not needed any more could not be removed.
-    pub fn cleanup_failed(&self, family: Family) {
-        self.0.kube_proxy.cleanup_failures.get_or_create(&family_label(family)).inc();
+    /// Something of a family that is not needed any more could not be removed, so many times until now. Planes that remove
+    /// nothing say 0.
+    pub fn removals_failed(&self, family: Family, times: u64) {
+        let counted = self.0.kube_proxy.cleanup_failures.get_or_create(&family_label(family));
+        counted.inc_by(times.saturating_sub(counted.get()));
     }
 
     /// How long ago the object changed of which the kernel now has the news. To be called only for changes that

@@ -130,8 +130,11 @@ impl Engine {
             self.metrics.set_fill(map, elements, room);
         }
         let standing = plane.standing();
-        for Standing { plane, active, failures } in &standing {
+        for Standing { plane, active, failures, failed_removals } in &standing {
             self.metrics.set_plane(plane, *active, *failures);
+            for family in Family::ALL {
+                self.metrics.removals_failed(family, *failed_removals.get(family));
+            }
         }
         if let (Some(mode), Some(serves)) = (&self.mode, standing.iter().find(|standing| standing.active)) {
             mode.send_if_modified(|mode| std::mem::replace(mode, serves.plane) != serves.plane);

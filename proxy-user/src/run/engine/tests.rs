@@ -226,6 +226,24 @@ fn slice_of(service: &str, ports: Value, endpoints: Value) -> Change {
 }
 
 #[tokio::test]
+async fn what_could_not_be_removed_is_counted_once_for_each_family() {
+    let failures = |family| {
+        format!("kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total{{ip_family=\"{family}\"}}")
+    };
+    let rig = Rig::with([dual("api", 1)]).await;
+    rig.until_held("fd00::1").await;
+    assert_eq!(rig.metric(&failures("IPv4")).as_deref(), Some("0"));
+    rig.faults.fail_removals(PerFamily { v4: 2, v6: 1 });
+    for (name, number) in [("web", 2), ("mail", 3)] {
+        rig.tell(dual(name, number)).await;
+        rig.until_held(&format!("fd00::{number}")).await;
+        rig.until_metric(&failures("IPv4"), "2").await;
+        rig.until_metric(&failures("IPv6"), "1").await;
+    }
+    rig.end().await;
+}
+
+#[tokio::test]
 async fn r12_who_does_not_get_a_frontend_hears_of_it() {
     let claiming = |name, ip| {
         let spec = json!({ "clusterIP": ip, "ports": [{ "port": 80 }], "externalIPs": ["198.51.100.1"] });

@@ -80,6 +80,8 @@ pub(super) struct Table {
     idle: VecDeque<Object>,
     /// Objects without a use that could not be removed yet.
     trash: Vec<Object>,
+    /// How often objects without a use were left because the kernel would not remove them.
+    pub(super) failed_removals: u64,
     /// The numbers of sticky ports' backends.
     numbers: Numbers,
     /// What the chains were last written for.
@@ -126,6 +128,7 @@ impl Table {
             vacated: Vacated::default(),
             idle: VecDeque::new(),
             trash: Vec::new(),
+            failed_removals: 0,
             numbers: Numbers::default(),
             written_for: None,
             node_ips: Vec::new(),
@@ -545,6 +548,7 @@ impl Table {
                 }
             }
         }
+        self.failed_removals += u64::from(!left.is_empty());
         self.trash = left;
     }
 
