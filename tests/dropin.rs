@@ -419,6 +419,36 @@ fn another_configuration_starts_the_agent_anew_in_its_place_and_a_bad_one_does_n
     Ok(())
 }
 
+/// A pod keeps the rights and the mounts that it was made with, whatever its configuration comes to say.
+#[test]
+fn a_mode_that_the_agent_cannot_have_leaves_it_serving_as_before() -> Result<()> {
+    let namespace = Namespace::new("impossible")?;
+    let directory = tempfile::tempdir()?;
+    let (config, manifests) = (directory.path().join("config.conf"), directory.path().join("manifests"));
+    fs::create_dir(&manifests)?;
+    let head = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
+    fs::write(&config, format!("{head}mode: nftables\n"))?;
+    let words = [
+        "run".to_owned(),
+        format!("--config={}", config.display()),
+        format!("--source=manifests:{}", manifests.display()),
+        // On no bpffs, as in a pod that was made for nftables alone.
+        format!("--bpf-root={}", directory.path().join("bpf").display()),
+    ];
+    let mut agent = start(&namespace, &assets::weir()?, &words, &directory.path().join("log"))?;
+    let mode = || namespace.run(|| get((V4, ADMIN).into(), "/proxyMode")).map(|answer| answer.body).ok();
+    await_that("the agent serves", || mode().as_deref() == Some("nftables"));
+    fs::write(&config, format!("{head}mode: ebpf\n"))?;
+    await_that("the file is judged", || agent.log().contains("an agent could not start with it here"));
+    assert!(agent.log().contains("bpffs"), "{}", agent.log());
+    assert_eq!((mode().as_deref(), agent.child.try_wait()?), (Some("nftables"), None));
+    // What it can have is taken, also after that.
+    fs::write(&config, format!("{head}mode: nftables\nclusterCIDR: 10.0.0.0/9\n"))?;
+    let configured = || namespace.run(|| get((V4, ADMIN).into(), "/configz")).map(|answer| answer.body);
+    await_that("the next file is in force", || configured().is_ok_and(|text| text.contains("10.0.0.0/9")));
+    Ok(())
+}
+
 #[test]
 fn sighup_takes_the_log_settings_from_the_file() -> Result<()> {
     let namespace = Namespace::new("hangup")?;

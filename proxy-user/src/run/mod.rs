@@ -89,7 +89,7 @@ pub fn run(loaded: Loaded, again: Again) -> anyhow::Result<()> {
     let result = runtime.block_on(async {
         tokio::spawn(reload::follow_hangups(Arc::clone(&again), telemetry));
         let (config, document) = (loaded.config.clone(), loaded.document.clone());
-        let mut changed = pin!(reload::changed(loaded.config.file.clone(), loaded, again, reload::LOOK));
+        let mut changed = pin!(reload::changed(loaded, again, planes::possible, reload::LOOK));
         let lock = tokio::select! {
             // In this order, so that a free lock is taken before anything else is begun.
             biased;

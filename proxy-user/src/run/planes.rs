@@ -9,7 +9,7 @@ use tokio::sync::watch;
 
 use super::{choice::choose, sockets};
 use crate::{
-    config::Config,
+    config::{Config, ProxyMode},
     dataplane::{
         Dataplane, Stack,
         ebpf::{Counted, Ebpf, Links, Place, Retired, no_rivals},
@@ -70,6 +70,20 @@ impl Planes {
     pub(super) fn mode(&self) -> &'static str {
         if self.sockets.is_some() { sockets::MODE } else { "nftables" }
     }
+}
+
+/// Whether an agent with this configuration would find what its mode insists on. Nothing is loaded that stays.
+///
+/// # Errors
+///
+/// Naming what is missing.
+pub(super) fn possible(config: &Config) -> anyhow::Result<()> {
+    // The other modes make do with what there is.
+    if config.mode == ProxyMode::Ebpf {
+        let probe = || Probe::of(&config.cgroup_root, &config.bpf_root);
+        choose(config.mode, probe, |_| no_rivals(&config.cgroup_root))?;
+    }
+    Ok(())
 }
 
 /// What packet rules dropped and refused; nothing where that cannot be read.

@@ -2,20 +2,15 @@
 //!
 //! In: the file, the signal. Out: for SIGHUP other log settings; for a changed file the end of this program and a start
 //! of the same one in its place, as a new agent finds everything a restart finds. A file that cannot be used changes
-//! nothing: the error names the field, and the agent goes on as it is.
+//! nothing: the error names the field, and the agent goes on as it is. Nor does one whose mode this process cannot have,
+//! because the rights and the mounts of a process come from what started it: a pod keeps those it was made with.
 
-use std::{
-    os::unix::process::CommandExt as _,
-    path::{Path, PathBuf},
-    process::Command,
-    sync::Arc,
-    time::Duration,
-};
+use std::{os::unix::process::CommandExt as _, path::Path, process::Command, sync::Arc, time::Duration};
 
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
-    config::{Error, Loaded},
+    config::{Config, Error, Loaded},
     observe::Telemetry,
 };
 
@@ -46,10 +41,13 @@ pub(super) async fn follow_hangups(again: Again, telemetry: Telemetry) -> anyhow
     Ok(())
 }
 
-/// Looks at `file` every so often, and ends once it holds a configuration that can be used and means something else than
-/// `running`.
-pub(super) async fn changed(file: Option<PathBuf>, running: Loaded, again: Again, every: Duration) {
-    let Some(file) = file else { return std::future::pending().await };
+/// Tells why an agent with a configuration would end at its start.
+pub(super) type Possible = fn(&Config) -> anyhow::Result<()>;
+
+/// Looks at the file every so often, and ends once it holds a configuration that can be used, means something else than
+/// `running` and is `possible`.
+pub(super) async fn changed(running: Loaded, again: Again, possible: Possible, every: Duration) {
+    let Some(file) = running.config.file.clone() else { return std::future::pending().await };
     let mut looks = tokio::time::interval(every);
     looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let (mut before, mut judged) = (read(&file), None);
@@ -65,15 +63,26 @@ pub(super) async fn changed(file: Option<PathBuf>, running: Loaded, again: Again
         judged = now;
         match again() {
             Ok(loaded) if loaded == running => {}
-            Ok(_) => {
-                tracing::info!(file = %file.display(), "the configuration has changed, starting anew with it");
-                return;
-            }
+            Ok(loaded) => match judge(loaded.config, possible).await {
+                Ok(()) => {
+                    tracing::info!(file = %file.display(), "the configuration has changed, starting anew with it");
+                    return;
+                }
+                Err(error) => tracing::error!(
+                    file = %file.display(),
+                    "the configuration has changed, and an agent could not start with it here; the one before stays: {error:#}"
+                ),
+            },
             Err(error) => {
                 tracing::error!(%error, "the configuration has changed and cannot be used; the one before stays");
             }
         }
     }
+}
+
+/// Asks whether a configuration is possible, beside the tasks of this agent: programs are loaded to find out.
+async fn judge(config: Config, possible: Possible) -> anyhow::Result<()> {
+    tokio::task::spawn_blocking(move || possible(&config)).await?
 }
 
 fn read(file: &Path) -> Option<Vec<u8>> {
@@ -104,7 +113,7 @@ mod tests {
     use super::*;
     use crate::{
         cli::{Cli, Command},
-        config::{self, Host},
+        config::{self, Host, ProxyMode},
     };
 
     const OFTEN: Duration = Duration::from_millis(20);
@@ -124,6 +133,12 @@ mod tests {
         (reads, again)
     }
 
+    /// As a process without the rights for eBPF.
+    fn not_ebpf(config: &Config) -> anyhow::Result<()> {
+        anyhow::ensure!(config.mode != ProxyMode::Ebpf, "there are no rights for it");
+        Ok(())
+    }
+
     async fn read_once_more(reads: &AtomicUsize) {
         let before = reads.load(Relaxed);
         while reads.load(Relaxed) == before {
@@ -138,11 +153,10 @@ mod tests {
         std::fs::write(&file, format!("{HEAD}mode: nftables\n")).unwrap();
         let (reads, again) = reader(&file);
         let running = again().unwrap();
-        let changed = tokio::spawn(changed(Some(file.clone()), running, again, OFTEN));
+        let changed = tokio::spawn(changed(running, again, not_ebpf, OFTEN));
         read_once_more(&reads).await;
-        for harmless in [format!("{HEAD}# said differently\nmode: nftables\n"), format!("{HEAD}mode: none\n")]
-        {
-            std::fs::write(&file, harmless).unwrap();
+        for harmless in ["# said differently\nmode: nftables\n", "mode: none\n", "mode: ebpf\n"] {
+            std::fs::write(&file, format!("{HEAD}{harmless}")).unwrap();
             read_once_more(&reads).await;
         }
         std::fs::remove_file(&file).unwrap();
@@ -163,8 +177,7 @@ mod tests {
     #[tokio::test]
     async fn without_a_file_nothing_changes() {
         let (_, again) = reader(Path::new("/nowhere"));
-        let running = Loaded { warnings: Vec::new(), ..loaded_of_flags() };
-        assert!(timeout(OFTEN * 4, changed(None, running, again, OFTEN)).await.is_err());
+        assert!(timeout(OFTEN * 4, changed(loaded_of_flags(), again, not_ebpf, OFTEN)).await.is_err());
     }
 
     fn loaded_of_flags() -> Loaded {
