@@ -526,6 +526,40 @@ fn what_cannot_work_is_said_in_one_line() -> Result<()> {
     Ok(())
 }
 
+/// Sysctls outlive the agent, so that one that can do nothing for Services must not leave any.
+#[test]
+fn an_agent_without_usable_credentials_leaves_the_machine_as_it_is() -> Result<()> {
+    const ESTABLISHED: &str = "net/netfilter/nf_conntrack_tcp_timeout_established";
+    let namespace = machine("untouched")?;
+    let directory = tempfile::tempdir()?;
+    let malformed = directory.path().join("kubeconfig");
+    fs::write(&malformed, "apiVersion: v1\nkind: Config\ncurrent-context: none\n")?;
+    namespace.sysctl(ESTABLISHED, "4321")?;
+    let weir = assets::weir()?.display().to_string();
+    let run = |kubeconfig: &str| {
+        let kubeconfig = format!("--kubeconfig={kubeconfig}");
+        let timeout = "--conntrack-tcp-timeout-established=1234s";
+        namespace.output(&weir, &["run", "--proxy-mode=nftables", timeout, &kubeconfig])
+    };
+    let established = || namespace.stdout("cat", &[&format!("/proc/sys/{ESTABLISHED}")]);
+    for kubeconfig in ["/nonexistent", &malformed.display().to_string()] {
+        let output = run(kubeconfig)?;
+        assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(established()?.trim(), "4321", "{kubeconfig}");
+    }
+    // What would have been set is set where the credentials are good.
+    let plane = ControlPlane::start(&namespace, API.into())?;
+    let words = [
+        "run".to_owned(),
+        "--proxy-mode=nftables".to_owned(),
+        "--conntrack-tcp-timeout-established=1234s".to_owned(),
+        format!("--kubeconfig={}", plane.kubeconfig()?.display()),
+    ];
+    let _agent = start(&namespace, &assets::weir()?, &words, &directory.path().join("log"))?;
+    await_that("the setting is set", || established().is_ok_and(|now| now.trim() == "1234"));
+    Ok(())
+}
+
 /// An agent that cannot reach its API server lives, and is not ready for traffic.
 #[test]
 fn healthz_tells_that_nothing_is_programmed_yet() -> Result<()> {

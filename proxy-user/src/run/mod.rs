@@ -79,7 +79,6 @@ pub fn run(loaded: Loaded, again: Again) -> anyhow::Result<()> {
     for warning in &loaded.warnings {
         tracing::warn!("{warning}");
     }
-    machine::prepare(&loaded.config.conntrack, loaded.config.oom_score_adj);
     let files = Files::raise();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -150,10 +149,12 @@ async fn serve(
         Ok(origin) => origin,
         Err(error) => {
             // What the kernel lacks is told first: with it missing, no source would be of use.
-            Planes::open(&config)?;
+            planes::look(&config)?;
             return Err(error);
         }
     };
+    // An agent that cannot ask for Services leaves the machine as it is.
+    machine::prepare(&config.conntrack, config.oom_score_adj);
     tokio::spawn(host::watch(addresses_in));
     let names = match &config.dns {
         Some(dns) => Some(dns::start(&config, dns, addresses.clone(), files, &metrics)?),

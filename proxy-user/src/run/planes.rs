@@ -39,8 +39,7 @@ pub(super) struct Planes {
 impl Planes {
     /// Opens what the mode asks for and the machine allows.
     pub(super) fn open(config: &Config) -> anyhow::Result<Self> {
-        let (packets, rule_set) = Nftables::open_watched(config.model.families)
-            .context("opening the nftables data plane, which needs nf_tables and the capability NET_ADMIN")?;
+        let (packets, rule_set) = packets(config)?;
         let foreign = watch_rule_set(rule_set)?;
         let dropped = packets.drops()?;
         let place = Place { bpf_root: config.bpf_root.clone(), cgroup_root: config.cgroup_root.clone() };
@@ -70,6 +69,21 @@ impl Planes {
     pub(super) fn mode(&self) -> &'static str {
         if self.sockets.is_some() { sockets::MODE } else { "nftables" }
     }
+}
+
+fn packets(config: &Config) -> anyhow::Result<(Nftables, Watch)> {
+    Nftables::open_watched(config.model.families)
+        .context("opening the nftables data plane, which needs nf_tables and the capability NET_ADMIN")
+}
+
+/// Looks for what any agent with this configuration needs of the kernel, which stays as it is.
+///
+/// # Errors
+///
+/// Naming what is missing.
+pub(super) fn look(config: &Config) -> anyhow::Result<()> {
+    packets(config)?;
+    possible(config)
 }
 
 /// Whether an agent with this configuration would find what its mode insists on. Nothing is loaded that stays.
