@@ -3,9 +3,10 @@
 //! In: `charts/weir`, with a file of values in `ci` for each way of using it. Out: its README, and complaints of helm and
 //! kubeconform.
 
-use std::{fs, path::PathBuf, process::Stdio};
+use std::{collections::BTreeSet, fs, path::PathBuf, process::Stdio};
 
 use anyhow::{Context as _, Result, ensure};
+use serde::Deserialize as _;
 use serde_json::Value;
 
 use crate::{machine::Machine, process, setup};
@@ -36,7 +37,10 @@ pub(crate) fn check(machine: &Machine) -> Result<()> {
         accepted(machine, &values).with_context(|| format!("with {}", values.display()))?;
         println!("{}: fine", values.display());
     }
-    refuses_nonsense(machine)
+    refuses_nonsense(machine)?;
+    another_configuration_reaches_new_pods_alone(machine)?;
+    the_agent_alone_has_the_token(machine)?;
+    releases_of_one_name_share_nothing(machine)
 }
 
 fn accepted(machine: &Machine, values: &PathBuf) -> Result<()> {
@@ -80,6 +84,105 @@ fn refuses_nonsense(machine: &Machine) -> Result<()> {
         );
     }
     println!("what cannot work: refused");
+    Ok(())
+}
+
+/// What the chart makes of these settings for a release in a namespace.
+fn rendered(machine: &Machine, namespace: &str, settings: &[&str]) -> Result<Vec<Value>> {
+    let [helm, _] = setup::chart_tools(machine);
+    let mut command = machine.command(&helm);
+    command.args([
+        "template",
+        "weir",
+        CHART,
+        "--namespace",
+        namespace,
+        "--set",
+        "apiServer=https://192.0.2.1:6443",
+    ]);
+    for setting in settings {
+        command.args(["--set", setting]);
+    }
+    let text = process::read(&mut command)?;
+    let documents = serde_yaml_ng::Deserializer::from_str(&text).map(Value::deserialize);
+    let documents = documents.collect::<Result<Vec<_>, _>>().context("what helm prints")?;
+    Ok(documents.into_iter().filter(|document| !document.is_null()).collect())
+}
+
+fn named<'a>(objects: &'a [Value], kind: &str) -> Result<(&'a str, &'a Value)> {
+    let object = objects.iter().find(|object| object["kind"] == kind);
+    let object = object.with_context(|| format!("the chart makes no {kind}"))?;
+    let name = object["metadata"]["name"].as_str().with_context(|| format!("a {kind} has no name"))?;
+    Ok((name, object))
+}
+
+fn pod(objects: &[Value]) -> Result<&Value> {
+    Ok(&named(objects, "DaemonSet")?.1["spec"]["template"]["spec"])
+}
+
+fn listed<'a>(value: &'a Value, key: &str) -> &'a [Value] {
+    value[key].as_array().map_or(&[], Vec::as_slice)
+}
+
+/// The kubelet brings what changes in a ConfigMap to the pods that have it, and these may lack the rights for it.
+fn another_configuration_reaches_new_pods_alone(machine: &Machine) -> Result<()> {
+    let mut names = BTreeSet::new();
+    let others = [
+        "proxyMode=nftables",
+        "proxyMode=ebpf",
+        "config.clusterCIDR=10.0.0.0/8",
+        "metrics.bindAddress=127.0.0.1:9",
+    ];
+    for setting in others {
+        for same in ["image.tag=one", "image.tag=two"] {
+            let objects = rendered(machine, "kube-system", &[setting, same])?;
+            let (name, _) = named(&objects, "ConfigMap")?;
+            let mounted = listed(pod(&objects)?, "volumes").iter().find(|volume| volume["name"] == "config");
+            let mounted = mounted.map(|volume| volume["configMap"]["name"].clone());
+            ensure!(
+                mounted == Some(name.into()),
+                "{setting}: the ConfigMap is {name}, pods mount {mounted:?}"
+            );
+            names.insert(name.to_owned());
+        }
+    }
+    ensure!(names.len() == others.len(), "{} configurations have these names: {names:?}", others.len());
+    println!("another configuration: for new pods alone");
+    Ok(())
+}
+
+/// What prepares or cleans a node asks the API server nothing.
+fn the_agent_alone_has_the_token(machine: &Machine) -> Result<()> {
+    const TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+    for (setting, expected) in [("prepareNode=true", &["weir"][..]), ("cleanup=true", &[])] {
+        let objects = rendered(machine, "kube-system", &[setting])?;
+        let pod = pod(&objects)?;
+        ensure!(pod["automountServiceAccountToken"] == false, "{setting}: every container has the token");
+        let containers = ["initContainers", "containers"].map(|key| listed(pod, key)).concat();
+        ensure!(containers.len() == 2, "{setting}: there are {} containers", containers.len());
+        let has =
+            |container: &&Value| listed(container, "volumeMounts").iter().any(|it| it["mountPath"] == TOKEN);
+        let having: Vec<_> = containers.iter().filter(has).filter_map(|it| it["name"].as_str()).collect();
+        ensure!(having == expected, "{setting}: {having:?} have the token, and {expected:?} are to have it");
+    }
+    println!("the ServiceAccount's token: for the agent alone");
+    Ok(())
+}
+
+/// Objects of the whole cluster have no namespace to tell them apart.
+fn releases_of_one_name_share_nothing(machine: &Machine) -> Result<()> {
+    let names = |namespace| -> Result<BTreeSet<String>> {
+        let objects = rendered(machine, namespace, &[])?;
+        let of = objects.iter().filter(|object| object["metadata"].get("namespace").is_none());
+        let name = |object: &Value| format!("{} {}", object["kind"], object["metadata"]["name"]);
+        let (role, _) = named(&objects, "ClusterRole")?;
+        let (_, binding) = named(&objects, "ClusterRoleBinding")?;
+        ensure!(binding["roleRef"]["name"] == role, "the binding is of another role than {role}");
+        Ok(of.map(name).collect())
+    };
+    let (one, other) = (names("one")?, names("other")?);
+    ensure!(!one.is_empty() && one.is_disjoint(&other), "two releases share {:?}", one.intersection(&other));
+    println!("releases of one name in two namespaces: share nothing");
     Ok(())
 }
 

@@ -14,6 +14,25 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{ .Values.serviceAccount.name | default .Release.Name }}
 {{- end }}
 
+{{- /* Of the whole cluster, so that a release of the same name in another namespace has others. */ -}}
+{{- define "weir.clusterRole" -}}
+{{ .Release.Namespace }}:{{ .Release.Name }}
+{{- end }}
+
+{{- define "weir.configuration" -}}
+{{- $fixed := dict
+      "apiVersion" "kubeproxy.config.k8s.io/v1alpha1"
+      "kind" "KubeProxyConfiguration"
+      "mode" .Values.proxyMode
+      "metricsBindAddress" .Values.metrics.bindAddress }}
+{{- mergeOverwrite (deepCopy .Values.config) $fixed | toYaml }}
+{{- end }}
+
+{{- /* Named by its content, so that pods keep the configuration that they were made for, and another one is a rollout. */ -}}
+{{- define "weir.configMap" -}}
+{{ .Release.Name }}-{{ include "weir.configuration" . | sha256sum | trunc 10 }}
+{{- end }}
+
 {{- define "weir.image" -}}
 {{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
 {{- end }}

@@ -236,7 +236,11 @@ fn original(cluster: &Cluster<'_>) -> Result<i64> {
 /// When a step fails, or a connection during one.
 pub(super) fn exercise_chart(machine: &Machine, cluster: &Cluster<'_>, load: &mut Load<'_>) -> Result<()> {
     let helm = helm(machine)?;
-    let mode = cluster.kubectl_json(&["-n", SYSTEM, "get", "configmap", "weir"])?;
+    let weir = cluster.kubectl_json(&["-n", SYSTEM, "get", "daemonset", "weir"])?;
+    let volumes = weir["spec"]["template"]["spec"]["volumes"].as_array().context("weir has no volumes")?;
+    let named = volumes.iter().find_map(|volume| volume["configMap"]["name"].as_str());
+    let named = named.context("weir has no ConfigMap")?;
+    let mode = cluster.kubectl_json(&["-n", SYSTEM, "get", "configmap", named])?;
     let config = mode["data"]["config.conf"].as_str().context("weir's ConfigMap has no configuration")?;
     let mode = config.lines().find_map(|line| line.strip_prefix("mode: ")).context("no mode")?;
     let settings = settings(cluster, mode)?;
