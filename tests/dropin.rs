@@ -6,6 +6,7 @@ use std::{
     fs::{self, File},
     io::{Read as _, Write as _},
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
+    os::unix::net::UnixDatagram,
     path::{Path, PathBuf},
     process::{Child, Command},
     time::Duration,
@@ -446,6 +447,57 @@ fn a_mode_that_the_agent_cannot_have_leaves_it_serving_as_before() -> Result<()>
     fs::write(&config, format!("{head}mode: nftables\nclusterCIDR: 10.0.0.0/9\n"))?;
     let configured = || namespace.run(|| get((V4, ADMIN).into(), "/configz")).map(|answer| answer.body);
     await_that("the next file is in force", || configured().is_ok_and(|text| text.contains("10.0.0.0/9")));
+    Ok(())
+}
+
+/// As `Type=notify` and `WatchdogSec=` have it.
+#[test]
+fn systemd_hears_when_services_are_in_force_that_the_agent_lives_and_that_it_ends() -> Result<()> {
+    let namespace = Namespace::new("notified")?;
+    let directory = tempfile::tempdir()?;
+    let at = |name: &str| directory.path().join(name);
+    let socket = UnixDatagram::bind(at("notify"))?;
+    socket.set_read_timeout(Some(Duration::from_secs(60)))?;
+    let next = || -> Result<String> {
+        let mut buffer = [0; 256];
+        let length = socket.recv(&mut buffer).context("systemd hears nothing")?;
+        Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
+    };
+    let until = |wanted: &str| -> Result<Vec<String>> {
+        let mut before = Vec::new();
+        loop {
+            match next()? {
+                news if news.lines().any(|line| line == wanted) => return Ok(before),
+                news => before.push(news),
+            }
+        }
+    };
+    let head = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nmode: nftables\n";
+    fs::write(at("config.conf"), head)?;
+    let log = File::create(at("log"))?;
+    let child = namespace.spawn(&assets::weir()?, |command| {
+        command.arg("run").arg(format!("--config={}", at("config.conf").display()));
+        command.arg(format!("--source=manifests:{}", at("manifests").display()));
+        command.env("NOTIFY_SOCKET", at("notify")).env("WATCHDOG_USEC", "200000").env_remove("WATCHDOG_PID");
+        command.stderr(log);
+    })?;
+    let agent = Agent { child, log: at("log") };
+
+    // Nothing is known of Services while there is no directory to read.
+    await_that("the directory is missed", || agent.log().contains("cannot read the directory of manifests"));
+    for _ in 0..3 {
+        assert_eq!(next()?, "WATCHDOG=1\n");
+    }
+    fs::create_dir(at("manifests"))?;
+    until("READY=1")?;
+    until("WATCHDOG=1")?;
+    // The same process once more, which systemd takes for the one that it was.
+    fs::write(at("config.conf"), format!("{head}clusterCIDR: 10.0.0.0/9\n"))?;
+    until("READY=1")?;
+    until("WATCHDOG=1")?;
+    agent.signal(Signal::SIGTERM)?;
+    let before = until("STOPPING=1")?;
+    assert!(before.iter().all(|news| news == "WATCHDOG=1\n"), "{before:?}");
     Ok(())
 }
 

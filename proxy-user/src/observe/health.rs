@@ -17,6 +17,7 @@ use axum::{
 };
 use jiff::Timestamp;
 use serde::Serialize;
+use tokio::sync::watch;
 
 use super::Metrics;
 use crate::model::Family;
@@ -170,13 +171,18 @@ impl ProxyHealth {
 
 /// A [`ProxyHealth`] to share between the loop that programs and the server that answers.
 #[derive(Clone, Debug)]
-pub struct Health(Arc<Mutex<ProxyHealth>>);
+pub struct Health {
+    state: Arc<Mutex<ProxyHealth>>,
+    /// Whether the kernel has had everything of a family.
+    serves: watch::Sender<bool>,
+}
 
 impl Health {
     /// See [`ProxyHealth::new`].
     #[must_use]
     pub fn new(sync_period: Duration) -> Self {
-        Self(Arc::new(Mutex::new(ProxyHealth::new(sync_period))))
+        let state = Arc::new(Mutex::new(ProxyHealth::new(sync_period)));
+        Self { state, serves: watch::channel(false).0 }
     }
 
     /// See [`ProxyHealth::queued`].
@@ -192,6 +198,13 @@ impl Health {
     /// See [`ProxyHealth::updated`].
     pub fn updated(&self, family: Family) {
         self.state().updated(family, Moment::now());
+        self.serves.send_if_modified(|serves| !std::mem::replace(serves, true));
+    }
+
+    /// Waits until the kernel has everything that came in for a family.
+    pub async fn serves(&self) {
+        // An error means that the sender is gone, and this is one.
+        let _ = self.serves.subscribe().wait_for(|serves| *serves).await;
     }
 
     /// See [`ProxyHealth::set_eligible`].
@@ -206,7 +219,7 @@ impl Health {
     }
 
     fn state(&self) -> MutexGuard<'_, ProxyHealth> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

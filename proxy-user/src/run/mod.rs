@@ -50,6 +50,7 @@ mod files;
 mod left_out;
 mod lock;
 mod machine;
+mod manager;
 mod planes;
 pub mod pods;
 mod reload;
@@ -156,6 +157,7 @@ async fn serve(
     // An agent that cannot ask for Services leaves the machine as it is.
     machine::prepare(&config.conntrack, config.oom_score_adj);
     tokio::spawn(host::watch(addresses_in));
+    tokio::spawn(manager::follow(health.clone()));
     let names = match &config.dns {
         Some(dns) => Some(dns::start(&config, dns, addresses.clone(), files, &metrics)?),
         None => None,
@@ -208,6 +210,9 @@ async fn serve(
             bail!("somebody removed our kernel programs or their maps from the BPF file system; start the agent again")
         }
     };
+    if matches!(ended, Ended::Told) {
+        manager::ending();
+    }
     stop.send_replace(true);
     let engine = tokio::task::spawn_blocking(move || engine.join()).await?;
     engine.map_err(|_| anyhow::anyhow!("the engine panicked"))??;
