@@ -275,6 +275,30 @@ fn a_field_that_no_such_object_has_is_an_error_and_everything_else_is_served() {
     assert_eq!(fixture.look(), ["-Service default/a", "+Service default/a2"]);
 }
 
+#[test]
+fn what_kubectl_prints_of_an_object_is_a_manifest() {
+    let text = "apiVersion: v1
+items:
+- apiVersion: v1
+  kind: Service
+  metadata:
+    creationTimestamp: '2026-01-01T00:00:00Z'
+    managedFields:
+    - {apiVersion: v1, fieldsType: FieldsV1, fieldsV1: {'f:spec': {'f:ports': {'.': {}}}}, manager: kubectl, operation: Update}
+    name: web
+    namespace: default
+    resourceVersion: '7'
+    uid: 6d9a4c1e-0000-4000-8000-000000000000
+  spec: {clusterIP: 10.96.0.1, clusterIPs: [10.96.0.1], ports: [{port: 80, targetPort: http}], selector: {app: web}}
+  status: {loadBalancer: {}}
+kind: List
+metadata: {resourceVersion: ''}
+";
+    let mut fixture = Fixture::new(&[("a.yaml", text)]);
+    assert_eq!(fixture.look(), ["+Service default/web"]);
+    assert_eq!(fixture.errors(), Vec::<String>::new());
+}
+
 /// What an agent took that knew other fields is programmed, and goes on while the file is complained of.
 #[test]
 fn what_was_kept_with_a_field_that_is_not_known_stays_in_force() {
