@@ -7,7 +7,8 @@ use std::{
     borrow::Cow,
     collections::{BTreeMap, BTreeSet, HashSet},
     ffi::OsStr,
-    fs, io,
+    fs,
+    io::{self, Read as _},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
@@ -23,6 +24,10 @@ use super::{
 
 /// A file changed so shortly before it was read may change again without its metadata showing it.
 const TOO_FRESH: Duration = Duration::from_secs(2);
+
+/// The most bytes of a file that are read: tens of thousands of Services. Beyond it a file could have the kernel kill other
+/// processes for want of memory.
+const LARGEST: u64 = 64 << 20;
 
 /// One file.
 #[derive(Debug, Default)]
@@ -184,8 +189,15 @@ impl File {
         if self.stamp == Some(stamp) {
             return Ok(true);
         }
-        let bytes = fs::read(path)?;
+        let mut bytes = Vec::new();
+        fs::File::open(path)?.take(LARGEST + 1).read_to_end(&mut bytes)?;
         self.stamp = stamp.is_settled().then_some(stamp);
+        if bytes.len() as u64 > LARGEST {
+            let reason =
+                format!("has more than the {LARGEST} bytes that are read; divide it into several files");
+            self.errors = vec![ManifestError::of_file(name, reason)];
+            return Ok(true);
+        }
         match String::from_utf8(bytes) {
             Ok(text) => {
                 if self.take_over(name, parse(name, &text, ranges, Unknown::Refused)) {

@@ -102,8 +102,36 @@ struct Reader<'a> {
     document: usize,
 }
 
+/// How many brackets may be open at a time in a document: far more than any object has. The YAML parser needs time by the
+/// square of it, and finds out only at the end that it is too much.
+const DEEPEST: usize = 1000;
+
+/// The line in which more brackets are open than may be, whether or not some of them are part of a text.
+fn too_deep(text: &str) -> Option<usize> {
+    let mut depth = 0_usize;
+    for (number, line) in (1..).zip(text.lines()) {
+        if line.starts_with("---") {
+            depth = 0;
+        }
+        for byte in line.bytes() {
+            match byte {
+                b'{' | b'[' => depth += 1,
+                b'}' | b']' => depth = depth.saturating_sub(1),
+                _ => {}
+            }
+            if depth > DEEPEST {
+                return Some(number);
+            }
+        }
+    }
+    None
+}
+
 impl Reader<'_> {
     fn documents_of_yaml(&mut self, text: &str) -> Result<(), String> {
+        if let Some(line) = too_deep(text) {
+            return Err(format!("more than {DEEPEST} brackets are open at line {line}"));
+        }
         for document in serde_yaml_ng::Deserializer::from_str(text) {
             self.document += 1;
             let mut value = Value::deserialize(document).map_err(|error| error.to_string())?;

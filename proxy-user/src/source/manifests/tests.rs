@@ -204,6 +204,30 @@ fn what_a_file_said_before_it_broke_stays_in_force_over_a_restart() {
 }
 
 #[test]
+fn a_file_that_is_too_large_or_too_deep_costs_the_others_nothing() {
+    let mut fixture = Fixture::new(&[("a.yaml", &service("a", "")), ("b.yaml", &service("b", ""))]);
+    fixture.look();
+    let large = fs::File::create(fixture.directory.path().join("a.yaml")).unwrap();
+    large.set_len(1 << 40).unwrap();
+    // It takes the parser hours to find that out by itself.
+    fixture.write("c.yaml", &"{a: ".repeat(1_000_000));
+    fixture.write("b.yaml", &service("b2", ""));
+    assert_eq!(fixture.look(), ["-Service default/b", "+Service default/b2"]);
+    assert_eq!(
+        fixture.errors(),
+        [
+            "a.yaml: has more than the 67108864 bytes that are read; divide it into several files",
+            "c.yaml: more than 1000 brackets are open at line 1",
+        ]
+    );
+    // Brackets of many documents do not add up.
+    fixture.write("c.yaml", &"---\n# [[[\n".repeat(1000));
+    fixture.write("a.yaml", &service("a", ""));
+    assert_eq!(fixture.look(), Vec::<String>::new());
+    assert_eq!(fixture.errors(), Vec::<String>::new());
+}
+
+#[test]
 fn what_files_said_is_kept_when_there_is_room_again() {
     let disk = tempfile::tempdir().unwrap();
     let full = disk.path().join("full");
