@@ -136,7 +136,11 @@ impl<'a> FamilyPlanner<'a> {
             Protocol::Sctp => Removal::Keep,
         };
         let serving = match on_removal {
-            Removal::Reset { .. } => topology::backends(candidates, |candidate| candidate.endpoint.serving),
+            // One that is ready gets new flows, so those that it has are right, whether or not it says that it serves: with
+            // publishNotReadyAddresses it does not.
+            Removal::Reset { .. } => topology::backends(candidates, |Candidate { endpoint, .. }| {
+                endpoint.serving || endpoint.ready
+            }),
             Removal::Keep => Vec::new(),
         };
         PortPlan {

@@ -189,7 +189,7 @@ pub struct PortPlan {
     /// What becomes of sockets that were led to a backend which stopped serving. For UDP always a reset at once,
     /// because its clients would not notice (K2).
     pub on_removal: Removal,
-    /// Every serving endpoint on any node, sorted: UDP flows and sockets to anything else are stale (K2). Empty where
+    /// Every endpoint on any node that is serving or ready, sorted: UDP flows and sockets to anything else are stale (K2). Empty where
     /// [`PortPlan::on_removal`] keeps them, since nobody asks then.
     pub serving: Vec<Backend>,
 }

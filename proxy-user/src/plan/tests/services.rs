@@ -255,7 +255,7 @@ fn h1_h2_the_health_check_counts_local_ready_endpoints() {
 
 #[test]
 fn k2_k4_ports_whose_sockets_are_closed_list_what_still_serves_whatever_policies_and_hints_say() {
-    let serving = ["10.244.0.1:80", "10.244.0.2:80", "10.244.1.1:80"];
+    let serving = ["10.244.0.1:80", "10.244.0.2:80", "10.244.0.4:80", "10.244.1.1:80"];
     let reset = |seconds| Removal::Reset { after: Duration::from_secs(seconds) };
     for (protocol, annotation, on_removal) in [
         ("UDP", "keep", reset(0)),
@@ -281,6 +281,8 @@ fn k2_k4_ports_whose_sockets_are_closed_list_what_still_serves_whatever_policies
                     { "addresses": ["10.244.0.1"], "nodeName": "node-a" },
                     { "addresses": ["10.244.0.2"], "conditions": { "ready": false, "serving": true, "terminating": true } },
                     { "addresses": ["10.244.0.3"], "conditions": { "ready": false, "serving": false } },
+                    // As publishNotReadyAddresses has it.
+                    { "addresses": ["10.244.0.4"], "conditions": { "ready": true, "serving": false } },
                 ]),
             ),
         ]);
