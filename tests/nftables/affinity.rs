@@ -62,11 +62,16 @@ impl Everybody {
         Self { backends: sockets.collect(), next_port: Cell::new(10_000) }
     }
 
-    /// Which backend a new flow of this client gets to.
-    fn call(&self, family: Family, number: u8) -> u8 {
+    /// Sends the first datagram of a new flow of this client.
+    fn send(&self, family: Family, number: u8) {
         let from = self.next_port.replace(self.next_port.get() + 1);
         let socket = UdpSocket::bind((client(family, number), from)).unwrap();
         socket.send_to(&[number], (address(family, 1), 80)).unwrap();
+    }
+
+    /// Which backend a new flow of this client gets to.
+    fn call(&self, family: Family, number: u8) -> u8 {
+        self.send(family, number);
         let until = Instant::now() + Duration::from_secs(30);
         while Instant::now() < until {
             for (backend, socket) in &self.backends {
@@ -205,6 +210,28 @@ fn a_number_is_never_given_to_another_backend() {
         assert_eq!(numbers(), BTreeMap::new());
         assert!(!nft(&["list", "ruleset"]).contains("svc-1"));
     });
+}
+
+#[test]
+fn a1_a_client_that_came_while_the_slots_were_gone_is_remembered_like_any_other() {
+    for family in Family::ALL {
+        in_namespace(move || {
+            link_up();
+            let everybody = Everybody::new(family);
+            let three = sticky(family, &[1, 2, 3]);
+            let mut plane = Nftables::open(both()).unwrap();
+            plane.apply(&start(&[&three])).unwrap();
+            let table = if family == Family::V4 { "ip" } else { "ip6" };
+            let maps = nft(&["list", "maps", table]);
+            let slots = maps.split_whitespace().find(|word| word.starts_with("slots-")).unwrap();
+            nft(&["flush", "map", table, "weir", slots]);
+            (0..CLIENTS).for_each(|number| everybody.send(family, number));
+            plane.reread().unwrap();
+            plane.apply(&start(&[&three])).unwrap();
+            let before = everybody.call_all(family);
+            assert_eq!(everybody.call_all(family), before, "{family}");
+        });
+    }
 }
 
 #[test]

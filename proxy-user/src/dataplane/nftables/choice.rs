@@ -103,8 +103,9 @@ pub(super) fn draw(
     let mut rules = vec![
         draw_one(&slots, count),
         not_remembered(family),
-        // A6: where there is no room left, the client is served all the same.
-        remember(family, &clients, seconds),
+        // A6: where there is no room left, the client is served all the same. Where another program took the slots away,
+        // nothing was drawn: that is not to be remembered, because an update leaves what an element says as it is.
+        [has_number(), remember(family, &clients, seconds)].concat(),
         vec![expr::jump(TO_NUMBERED)],
         // The backend left between two look-ups. The first slot is there as long as any is.
         draw_one(&slots, 1),
