@@ -3,6 +3,7 @@
 use std::{
     cell::Cell,
     collections::BTreeMap,
+    io,
     net::{IpAddr, Ipv4Addr, UdpSocket},
     process::Command,
     sync::Arc,
@@ -62,16 +63,16 @@ impl Everybody {
         Self { backends: sockets.collect(), next_port: Cell::new(10_000) }
     }
 
-    /// Sends the first datagram of a new flow of this client.
-    fn send(&self, family: Family, number: u8) {
+    /// Sends the first datagram of a new flow of this client. Fails where the rules drop it.
+    fn send(&self, family: Family, number: u8) -> io::Result<usize> {
         let from = self.next_port.replace(self.next_port.get() + 1);
         let socket = UdpSocket::bind((client(family, number), from)).unwrap();
-        socket.send_to(&[number], (address(family, 1), 80)).unwrap();
+        socket.send_to(&[number], (address(family, 1), 80))
     }
 
     /// Which backend a new flow of this client gets to.
     fn call(&self, family: Family, number: u8) -> u8 {
-        self.send(family, number);
+        self.send(family, number).unwrap();
         let until = Instant::now() + Duration::from_secs(30);
         while Instant::now() < until {
             for (backend, socket) in &self.backends {
@@ -225,7 +226,7 @@ fn a1_a_client_that_came_while_the_slots_were_gone_is_remembered_like_any_other(
             let maps = nft(&["list", "maps", table]);
             let slots = maps.split_whitespace().find(|word| word.starts_with("slots-")).unwrap();
             nft(&["flush", "map", table, "weir", slots]);
-            (0..CLIENTS).for_each(|number| everybody.send(family, number));
+            assert!((0..CLIENTS).all(|number| everybody.send(family, number).is_err()), "{family}");
             plane.reread().unwrap();
             plane.apply(&start(&[&three])).unwrap();
             let before = everybody.call_all(family);
