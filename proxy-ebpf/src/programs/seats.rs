@@ -42,11 +42,13 @@ pub(super) fn remember(origin: &mut Origin, client: Client) -> bool {
     let kept = if let Some(known) = element(cookie) {
         // It connects again.
         origin.group = known.group;
-        ORIGINS.insert(cookie, &*origin, BPF_EXIST.into()).is_ok()
+        let origin: &Origin = origin;
+        ORIGINS.insert(cookie, origin, BPF_EXIST.into()).is_ok()
     } else {
         origin.group = accounts::group(client.namespace);
+        let origin: &Origin = origin;
         let is_new = accounts::may_take(account::ORIGINS, origin.group, account::MOST_ORIGINS)
-            && ORIGINS.insert(cookie, &*origin, BPF_NOEXIST.into()).is_ok();
+            && ORIGINS.insert(cookie, origin, BPF_NOEXIST.into()).is_ok();
         if is_new {
             accounts::add(account::ORIGINS, origin.group, 1);
             // SAFETY: an element of the map, whose `claims` changes by additions only.

@@ -103,7 +103,9 @@ fn flow(context: &SockAddrContext, to: &Endpoint, frontend: Frontend, client: Cl
         if now.wrapping_sub(since) <= flows::REST
             && (socket::same(&backend, to) || resolve::still_serves(frontend, &backend, since))
         {
-            known.map(|flow| flows::touch(flow, now));
+            if let Some(flow) = known {
+                flows::touch(flow, now);
+            }
             return Some(backend);
         }
     }
