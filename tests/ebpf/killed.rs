@@ -174,6 +174,14 @@ fn a_map_without_a_name_gets_it_again_and_no_service_reaches_another() -> Result
         plane = open(&rig.place)?;
         serves()?;
         plane.apply(&complete(vec![web]))?;
+        // Of these maps nothing was known, so other programs are attached in the place of theirs, which the kernel detaches
+        // when it gets round to it.
+        await_that("sockets are shown the Service by the programs that lead them", || {
+            let socket = TcpStream::connect((service_ip(Family::V4), 80));
+            let peer = socket.and_then(|socket| socket.peer_addr());
+            peer.is_ok_and(|peer| peer == (service_ip(Family::V4), 80).into())
+        });
+        while is_asked(&listener) {}
         serves()?;
         plane.remove()?;
         Ok(())
