@@ -79,7 +79,11 @@ fn killed_and_restarted_under_traffic(kind: Kind) -> Result<()> {
 
     for ((from, call), load) in calls().into_iter().zip(loads) {
         let tally = load.stop()?;
-        assert!(tally.failures.is_empty(), "{from} to {} by {}: {tally:?}", call.to, call.transport);
+        // Flows of datagrams to an endpoint that left are cut (K2), and an answer that is under way at that moment is lost. A
+        // load has one call under way at a time, and endpoints leave once.
+        let cut = if call.transport == Transport::Tcp { 0 } else { 1 };
+        let failed: u64 = tally.failures.values().sum();
+        assert!(failed <= cut, "{from} to {} by {}: {tally:?}", call.to, call.transport);
         let newcomer = tally.answers.keys().any(|backend| backend.starts_with("pod-2-2"));
         assert!(
             newcomer,
