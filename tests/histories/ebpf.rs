@@ -3,7 +3,7 @@
 //! the packets.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     sync::Arc,
@@ -266,4 +266,41 @@ fn maps_that_keep_failing_get_there() -> anyhow::Result<()> {
         prop_assert_eq!(kernel.maps()?.groups(), fresh.rebuild(summary(&history))?.groups());
         Ok(())
     })
+}
+
+/// A NodePort goes from a Service that is deleted to another while no agent runs. The other one finds the NodePort's number
+/// with it, and at no write do clients of the deleted Service's own address get to its backends.
+#[test]
+fn a_number_that_another_service_finds_takes_no_client_along() -> anyhow::Result<()> {
+    let before = [Step::Service { name: 3, created: 0, shape: 0x2200 }, slice(3, 1)];
+    let meanwhile = [Step::NoService(3), Step::Service { name: 1, created: 1, shape: 0x2100 }, slice(1, 2)];
+    let interrupted = Cell::new(0);
+    play(1_u32..40, |kernel, _, writes| {
+        let mut memory = Agent::new(settings(), Memory::default());
+        let happen = |step: &Step, kernel: &mut Kernel, memory: &mut Agent<Memory>| {
+            step.happen(&mut kernel.agent);
+            step.happen(memory);
+        };
+        before.iter().for_each(|step| happen(step, kernel, &mut memory));
+        kernel.tell(&mut memory)?;
+        let was = kernel.agent.dump()?;
+        meanwhile.iter().for_each(|step| happen(step, kernel, &mut memory));
+        kernel.agent.reread()?;
+        let mut written = 0;
+        kernel.agent.plane().fail_writes(Some(Box::new(move |_| {
+            written += 1;
+            written > writes
+        })));
+        memory.bring_up_to_date()?;
+        interrupted.set(interrupted.get() + u32::from(kernel.agent.bring_up_to_date().is_err()));
+        let wanted = expected(&mut memory)?;
+        Between { before: was }.holds(kernel.agent.dump()?, &wanted, [&wanted, &wanted])
+    })?;
+    anyhow::ensure!(interrupted.get() > 0, "no write failed");
+    Ok(())
+}
+
+/// One endpoint of a Service.
+fn slice(service: u8, endpoint: u16) -> Step {
+    Step::Slice { name: service, service, v6: false, endpoints: vec![endpoint] }
 }

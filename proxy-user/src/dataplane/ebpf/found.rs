@@ -21,8 +21,8 @@ pub(super) struct Found {
     slots: Vec<Endpoint>,
     /// The record that each port leads to, and what it says.
     ports: FxHashMap<u32, (u32, Record)>,
-    /// The numbers of ports.
-    numbers: FxHashSet<u32>,
+    /// The frontends that lead to each number of a port.
+    numbers: FxHashMap<u32, Vec<FrontendKey>>,
     /// The records that ports lead to.
     records: FxHashSet<u32>,
     /// How long each range is that records lead to, by where it begins.
@@ -45,7 +45,8 @@ impl Found {
         members: FxHashSet<MemberKey>,
         slots: Vec<Endpoint>,
     ) -> Self {
-        let numbers = numbers(&frontends);
+        let mut numbers = FxHashMap::<_, Vec<_>>::default();
+        led(&frontends).for_each(|(key, number)| numbers.entry(number).or_default().push(key));
         let records = ports.values().map(|(record, _)| *record).collect();
         let ranges = apart(ranges(&ports).collect());
         Self { frontends, members, slots, ports, numbers, records, ranges }
@@ -58,7 +59,7 @@ impl Found {
 
     /// The numbers that no port claimed.
     pub(super) fn unclaimed_numbers(&self) -> Vec<u32> {
-        sorted(&self.numbers)
+        sorted(self.numbers.keys())
     }
 
     /// The records that no port claimed.
@@ -75,15 +76,17 @@ impl Found {
     }
 
     /// Where a service port is, as far as one of its frontends tells. Of two ports that find the same number the first
-    /// has it. A set that is not there as it should be has an empty range.
-    pub(super) fn claim(&mut self, plan: &PortPlan) -> Option<Site> {
+    /// has it. A set that is not there as it should be has an empty range. With it come the frontends that lead to the
+    /// port's number and are not the port's: another Service may have had them.
+    pub(super) fn claim(&mut self, plan: &PortPlan) -> Option<(Site, Vec<FrontendKey>)> {
         let mut keys = plan.frontends.iter().map(|planned| element::key(&planned.frontend));
         let port = keys.find_map(|key| self.frontends.get(&key).filter(|value| value.is_of(&key)))?.number();
-        if !self.numbers.remove(&port) {
-            return None;
-        }
+        let mut strays = self.numbers.remove(&port)?;
+        let own: FxHashSet<_> =
+            plan.frontends.iter().map(|planned| element::key(&planned.frontend)).collect();
+        strays.retain(|key| !own.contains(key));
         let mut site = Site::new(port, plan.affinity.is_some());
-        let Some((number, record)) = self.ports.get(&port).copied() else { return Some(site) };
+        let Some((number, record)) = self.ports.get(&port).copied() else { return Some((site, strays)) };
         if self.records.contains(&number) {
             site.record = number;
         }
@@ -95,7 +98,7 @@ impl Found {
                 site.set_range(set, range);
             }
         }
-        Some(site)
+        Some((site, strays))
     }
 
     /// What the record of a claimed port says, as long as no other port has claimed that.
@@ -129,14 +132,19 @@ impl Found {
     }
 }
 
-/// The numbers of the ports that frontends lead to. An element that is not its key's leads nowhere.
+/// The numbers of the ports that frontends lead to.
 pub(super) fn numbers(frontends: &FxHashMap<FrontendKey, FrontendValue>) -> FxHashSet<u32> {
-    let ports = frontends.iter().filter(|(key, value)| key.kind != kind::ADDRESS && value.is_of(key));
-    ports.map(|(_, value)| value.number()).collect()
+    led(frontends).map(|(_, number)| number).collect()
 }
 
-fn sorted(numbers: &FxHashSet<u32>) -> Vec<u32> {
-    let mut numbers: Vec<u32> = numbers.iter().copied().collect();
+/// The frontends of ports, each with the number of its port. An element that is not its key's leads nowhere.
+fn led(frontends: &FxHashMap<FrontendKey, FrontendValue>) -> impl Iterator<Item = (FrontendKey, u32)> + '_ {
+    let ports = frontends.iter().filter(|(key, value)| key.kind != kind::ADDRESS && value.is_of(key));
+    ports.map(|(key, value)| (*key, value.number()))
+}
+
+fn sorted<'a>(numbers: impl IntoIterator<Item = &'a u32>) -> Vec<u32> {
+    let mut numbers: Vec<u32> = numbers.into_iter().copied().collect();
     numbers.sort_unstable();
     numbers
 }

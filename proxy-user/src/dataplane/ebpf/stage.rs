@@ -28,6 +28,8 @@ pub(super) struct Step {
     pub(super) record: Option<Record>,
     /// The frontends that are to be written.
     pub(super) turns: Vec<Turn>,
+    /// Frontends that lead to its number, which it found, and that are not its own.
+    pub(super) strays: Vec<FrontendKey>,
 }
 
 /// A frontend that changes.
@@ -83,8 +85,9 @@ impl Ground {
         let Some(plan) = delta.after.clone() else {
             return Some(Step::new(id, before, None));
         };
-        let adopted =
+        let claimed =
             if known.is_none() { self.found.as_mut().and_then(|found| found.claim(&plan)) } else { None };
+        let (adopted, strays) = claimed.map_or((None, Vec::new()), |(site, strays)| (Some(site), strays));
         let sticky = plan.affinity.is_some();
         let is_new = known.is_none() && adopted.is_none();
         let had = known.or(adopted);
@@ -106,7 +109,7 @@ impl Ground {
                 fresh.push(set);
             }
         }
-        Some(Step { fresh, is_new, ..Step::new(id, before, Some((plan, site))) })
+        Some(Step { fresh, is_new, strays, ..Step::new(id, before, Some((plan, site))) })
     }
 
     /// Says what of a step's port is to be written, now that its number and slots are known. `there` looks a frontend up
@@ -228,7 +231,16 @@ pub(super) fn settle() -> bool {
 
 impl Step {
     fn new(id: PortId, before: Option<(Arc<PortPlan>, Site)>, after: Option<(Arc<PortPlan>, Site)>) -> Self {
-        Self { id, before, after, fresh: Vec::new(), is_new: false, record: None, turns: Vec::new() }
+        Self {
+            id,
+            before,
+            after,
+            fresh: Vec::new(),
+            is_new: false,
+            record: None,
+            turns: Vec::new(),
+            strays: Vec::new(),
+        }
     }
 
     /// The frontends that are to be.
@@ -360,6 +372,8 @@ mod tests {
         };
         let (first, second) = (step("first", "10.96.0.1"), step("second", "10.96.0.2"));
         assert_eq!((site(&first).port, first.is_new, first.fresh.len()), (0, false, 0));
+        let other = element::key(&both.frontends[1].frontend);
+        assert_eq!(first.strays, [other], "what leads to its number and is not its own");
         assert_eq!((site(&second).port, second.is_new), (1, true));
         assert_eq!(site(&second).range(Set::Cluster), Range { first: 1, count: 1 });
     }

@@ -117,11 +117,14 @@ impl Ebpf {
         addresses.map(|()| failed)
     }
 
-    /// Members, slots and the record; then the port is switched by one store, with all its frontends; then those that
-    /// come. A frontend that is to be treated otherwise than those it shares a column with is left to the packets
+    /// Strays are left to the packets; members, slots and the record; then the port is switched by one store, with all its
+    /// frontends; then those that come. A frontend that is to be treated otherwise than those it shares a column with is left to the packets
     /// meanwhile, with its port.
     fn publish(&mut self, step: &Step, joined: u64) -> Result<(), Problem> {
         let Some((plan, site)) = &step.after else { return Ok(()) };
+        for key in &step.strays {
+            self.leave_to_packets(key, site.port)?;
+        }
         self.publish_backends(step, joined, (plan, site))?;
         if step.turns_own() {
             self.object.maps.clear_port(site.port);
@@ -183,6 +186,15 @@ impl Ebpf {
         Ok(())
     }
 
+    /// A frontend that leads to the number of a port that is not its own, until its own port writes it.
+    fn leave_to_packets(&mut self, key: &FrontendKey, number: u32) -> Result<(), Problem> {
+        let is_written = self.ground.found.as_ref().is_none_or(|found| !found.frontends.contains_key(key));
+        if is_written {
+            return Ok(());
+        }
+        self.object.maps.set_frontend(key, &FrontendValue::new(key, number, 0, true))
+    }
+
     fn remove_frontend(&mut self, key: &FrontendKey) -> Result<(), Problem> {
         if self.object.maps.remove_frontend(key)? {
             self.used.frontends = self.used.frontends.saturating_sub(1);
@@ -212,7 +224,7 @@ impl Ebpf {
             let ip = Endpoint { address: *address, ..Endpoint::default() }.ip();
             let known = self.object.maps.frontend(&FrontendKey::whole(ip));
             if known.is_some_and(|known| known.flags() & flag::CLUSTER_IP != 0) {
-                self.write_cluster_ip(ip, lacking)?;
+                self.leave_out(ip)?;
             }
         }
         Ok(())
@@ -250,14 +262,20 @@ impl Ebpf {
 
     fn write_cluster_ip(&mut self, ip: IpAddr, lacking: &FxHashSet<Address>) -> Result<(), Problem> {
         match self.whole.of_cluster_ip(ip) {
-            Some((key, _)) if lacking.contains(&key.address) => {
-                self.remove_cluster_ip(ip)?;
-                self.whole.withhold(ip);
-                Ok(())
-            }
+            Some((key, _)) if lacking.contains(&key.address) => self.leave_out(ip),
             Some((key, value)) => self.write_whole(key, value),
             None => Ok(()),
         }
+    }
+
+    /// Has the maps say nothing of a ClusterIP for now, also of one that came to the host meanwhile.
+    fn leave_out(&mut self, ip: IpAddr) -> Result<(), Problem> {
+        if self.whole.of_cluster_ip(ip).is_none() {
+            self.whole.came_home(ip);
+        }
+        self.remove_cluster_ip(ip)?;
+        self.whole.withhold(ip);
+        Ok(())
     }
 
     fn remove_cluster_ip(&mut self, ip: IpAddr) -> Result<(), Problem> {
