@@ -24,6 +24,7 @@ pub mod node;
 pub mod objects;
 pub mod runner;
 pub mod scenario;
+pub mod stand_in;
 pub mod subject;
 pub mod traffic;
 pub mod wait;

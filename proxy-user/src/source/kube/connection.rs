@@ -23,7 +23,7 @@ use kube::{
 use tower::{BoxError, ServiceBuilder, limit::RateLimitLayer};
 use tracing::{info, warn};
 
-use super::{ConnectError, KubeSource};
+use super::{ConnectError, KubeSource, answers::Answers};
 
 /// After this many failures in a row the next server is tried, with credentials read anew.
 const PATIENCE: u32 = 3;
@@ -114,7 +114,12 @@ impl Connection {
     /// A client for whatever else is asked of the API server.
     #[must_use]
     pub fn client(&self) -> Client {
-        self.observed_client(|_| {})
+        let shared = Arc::clone(&self.0);
+        let service = tower::service_fn(move |request| {
+            let shared = Arc::clone(&shared);
+            async move { shared.send(request).await }
+        });
+        Client::new(service, "default")
     }
 
     /// The API server requests go to now.
@@ -128,15 +133,15 @@ impl Connection {
         &self.0.settings.node
     }
 
-    /// A client that reports for every request whether the server did as asked.
-    pub(super) fn observed_client(&self, observe: impl Fn(bool) + Send + Sync + 'static) -> Client {
-        let (shared, observe) = (Arc::clone(&self.0), Arc::new(observe));
-        let service = tower::service_fn(move |request| {
-            let (shared, observe) = (Arc::clone(&shared), Arc::clone(&observe));
+    /// A client for one kind, whose answers are heard.
+    pub(super) fn heard_client(&self, answers: Arc<Answers>) -> Client {
+        let shared = Arc::clone(&self.0);
+        let service = tower::service_fn(move |request: Request<Body>| {
+            let (shared, answers) = (Arc::clone(&shared), Arc::clone(&answers));
             async move {
-                let answer = shared.send(request).await;
-                observe(answer.as_ref().is_ok_and(|answer| answer.status().is_success()));
-                answer
+                let query = request.uri().query().unwrap_or_default().to_owned();
+                let answer = shared.send(request).await.inspect_err(|_| answers.none())?;
+                Ok::<_, BoxError>(answers.begun(&query, answer))
             }
         });
         Client::new(service, "default")

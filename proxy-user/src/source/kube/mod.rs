@@ -5,8 +5,9 @@
 //! exists.
 //!
 //! ```text
-//! connection ──answers──▶ watch ──Event──▶ ledger ──Change──▶ channel
-//! (servers, credentials)  (retries)        (what is known)
+//! connection ──▶ answers ──▶ watch ──Event──▶ ledger ──Change──▶ channel
+//! (servers,      (how they   (retries)        (what is known)
+//!  credentials)   end)
 //! ```
 //!
 //! An API server that cannot be reached yields nothing at all, however long that lasts. What vanished in the meantime
@@ -18,6 +19,7 @@ use tokio::sync::mpsc::Sender;
 
 use super::{Change, PodChange, SourceStatus};
 
+mod answers;
 mod connection;
 mod credentials;
 mod json;

@@ -8,6 +8,8 @@ use std::time::Duration;
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use kube::runtime::watcher::Error;
 
+use super::answers::ended_at_once;
+
 /// Between attempts at what this server or this account does not have.
 const ABSENT: Duration = Duration::from_secs(60);
 
@@ -22,6 +24,8 @@ pub(super) enum Refusal {
     Absent,
     /// The server answered with some other error.
     Refused,
+    /// The server took the request for a watch and ended it at once.
+    Fruitless,
 }
 
 impl Refusal {
@@ -33,6 +37,7 @@ impl Refusal {
             | Error::WatchFailed(kube::Error::Api(status))
             | Error::WatchError(status) => status,
             Error::NoResourceVersion => return Self::Refused,
+            Error::WatchFailed(error) if ended_at_once(error) => return Self::Fruitless,
             Error::InitialListFailed(_) | Error::WatchStartFailed(_) | Error::WatchFailed(_) => {
                 return Self::Unreachable;
             }
@@ -67,7 +72,7 @@ impl Retry {
             Refusal::NoStreaming => Duration::ZERO,
             Refusal::Absent if optional => ABSENT,
             Refusal::Unreachable => self.unreachable.next().unwrap_or(ABSENT),
-            Refusal::Absent | Refusal::Refused => self.refused.next().unwrap_or(ABSENT),
+            Refusal::Absent | Refusal::Refused | Refusal::Fruitless => self.refused.next().unwrap_or(ABSENT),
         }
     }
 }
@@ -108,6 +113,16 @@ mod tests {
         let delays: Vec<_> = (0..200).map(|_| retry.delay(Refusal::Refused, false)).collect();
         assert!(delays.iter().all(|delay| *delay <= Duration::from_secs(30)), "{delays:?}");
         assert!(delays[20..].iter().all(|delay| *delay >= Duration::from_secs(15)), "{delays:?}");
+    }
+
+    #[test]
+    fn a_server_that_ends_watches_at_once_is_left_alone_longer_and_longer() {
+        let mut retry = Retry::new();
+        let delays: Vec<_> = (0..20).map(|_| retry.delay(Refusal::Fruitless, false)).collect();
+        for (doublings, delay) in delays.iter().enumerate() {
+            let least = Duration::from_millis(250) * 2_u32.pow(doublings.min(5).try_into().unwrap());
+            assert!(*delay >= least && *delay <= Duration::from_secs(30), "{delays:?}");
+        }
     }
 
     #[test]

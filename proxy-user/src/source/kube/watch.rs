@@ -24,6 +24,7 @@ use tokio::{sync::mpsc::Sender, task::JoinSet};
 use tracing::{debug, warn};
 
 use super::{
+    answers::Answers,
     connection::Connection,
     ledger::Ledger,
     news::{News, Skipped},
@@ -65,8 +66,8 @@ pub(super) struct Watch<K: Watched> {
     status: Arc<SourceStatus>,
     ledger: Ledger,
     retry: Retry,
-    /// When the server was last asked after a failure.
-    asked: Instant,
+    /// When the server was last asked after a failure, or a list became whole.
+    well_since: Instant,
     broken_off: u32,
     complaint: String,
     /// The objects that could not be read and were warned of.
@@ -79,10 +80,7 @@ impl<K: Watched> Watch<K> {
         changes: &Sender<Change<K::Object>>,
         status: &Arc<SourceStatus>,
     ) -> Self {
-        let observed = Arc::clone(status);
-        let client = connection.observed_client(move |success| {
-            observed.of(K::KIND).set_connected(success);
-        });
+        let client = connection.heard_client(Arc::new(Answers::new(K::KIND, status)));
         Self {
             node: connection.node().to_owned(),
             client,
@@ -91,7 +89,7 @@ impl<K: Watched> Watch<K> {
             status: Arc::clone(status),
             ledger: Ledger::new(K::KIND),
             retry: Retry::new(),
-            asked: Instant::now(),
+            well_since: Instant::now(),
             broken_off: 0,
             complaint: String::new(),
             skipped: FxHashSet::default(),
@@ -207,22 +205,34 @@ impl<K: Watched> Watch<K> {
     /// A list ended without an error and without being complete. Answers whether to go on in pages.
     async fn list_broke_off(&mut self) -> bool {
         self.status.of(K::KIND).error();
-        self.broken_off += 1;
         let delay = self.retry.delay(Refusal::Refused, false);
         debug!(kind = %K::KIND, ?delay, "a list ended early");
         tokio::time::sleep(delay).await;
-        if self.streaming() && self.broken_off >= STREAMS_BROKEN_OFF {
-            self.ask_for_pages();
-            return true;
-        }
-        false
+        self.stream_failed()
     }
 
-    /// A list is complete: the server is well.
+    /// A list is complete. What the server does about watches shows only later, so delays stay as long as they are.
     fn recovered(&mut self) {
-        self.retry = Retry::new();
         self.broken_off = 0;
-        self.complaint.clear();
+        self.well_since = Instant::now();
+    }
+
+    /// Forgets failures of before if the server has been well since.
+    fn forgive(&mut self) {
+        if self.well_since.elapsed() > GOOD_CONNECTION {
+            self.retry = Retry::new();
+            self.complaint.clear();
+        }
+    }
+
+    /// A streamed list failed. Answers whether to go on in pages.
+    fn stream_failed(&mut self) -> bool {
+        self.broken_off += 1;
+        let pages = self.streaming() && self.broken_off >= STREAMS_BROKEN_OFF;
+        if pages {
+            self.ask_for_pages();
+        }
+        pages
     }
 
     /// Waits as long as the error asks for. Answers whether to go on in pages.
@@ -235,10 +245,12 @@ impl<K: Watched> Watch<K> {
             self.ask_for_pages();
             return Ok(true);
         }
-        let status = self.status.of(K::KIND);
+        let pages = listing && refusal == Refusal::Fruitless && self.stream_failed();
+        let status = Arc::clone(&self.status);
+        let status = status.of(K::KIND);
         status.error();
-        if status.set_connected(false) && self.asked.elapsed() > GOOD_CONNECTION {
-            self.retry = Retry::new();
+        if status.set_connected(false) {
+            self.forgive();
         }
         self.complain(error, refusal);
         if K::ABSENT == Absent::Complete
@@ -248,8 +260,8 @@ impl<K: Watched> Watch<K> {
             self.send(synced).await?;
         }
         tokio::time::sleep(self.retry.delay(refusal, K::ABSENT != Absent::Insist)).await;
-        self.asked = Instant::now();
-        Ok(false)
+        self.well_since = Instant::now();
+        Ok(pages)
     }
 
     /// Warns about what the server says, once in a row. That it says nothing, the connection tells for all kinds.

@@ -1,0 +1,181 @@
+//! The answers about one kind, each made to end in good order.
+//!
+//! In: the API server's answers. Out: the same answers, and what the server says beside its objects. A watch that ends
+//! within a second without a word ends with [`EndedAtOnce`], because `kube`'s watcher and ours ask again at once after a
+//! watch that just ends. Any other watch that ends before its time ends a little later, so that the agents of a cluster do
+//! not all come back to a new server in one moment. An answer that goes silent is given up.
+
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use futures::stream::{self, BoxStream, StreamExt as _};
+use http::Response;
+use http_body::Frame;
+use http_body_util::{BodyExt as _, StreamBody};
+use kube::client::Body;
+use tower::BoxError;
+
+use crate::source::{Kind, KindStatus, SourceStatus};
+
+/// A watch that ends sooner without a word has failed, and no watch ends sooner.
+const SHORTEST: Duration = Duration::from_secs(1);
+/// Over how long agents spread whose watches end in one moment.
+const SPREAD: Duration = Duration::from_secs(1);
+/// A watch that ends so long before its time ends by itself.
+const MARGIN: Duration = Duration::from_secs(5);
+/// An API server sends a bookmark about once a minute, so one that says nothing for so long is not there any more,
+/// whatever a load balancer in between acknowledges.
+const SILENCE: Duration = Duration::from_secs(150);
+
+/// A watch ended as soon as it began.
+#[derive(Debug, thiserror::Error)]
+#[error("the API server ends the watch within a second and without an event")]
+pub(super) struct EndedAtOnce;
+
+/// An answer that says no more.
+#[derive(Debug, thiserror::Error)]
+#[error("nothing came for {SILENCE:?}")]
+struct Silent;
+
+/// What comes of an answer.
+pub(super) type Contents = StreamBody<BoxStream<'static, Result<Frame<Bytes>, BoxError>>>;
+
+/// Hears the answers about one kind.
+#[derive(Debug)]
+pub(super) struct Answers {
+    kind: Kind,
+    status: Arc<SourceStatus>,
+}
+
+impl Answers {
+    pub(super) fn new(kind: Kind, status: &Arc<SourceStatus>) -> Self {
+        Self { kind, status: Arc::clone(status) }
+    }
+
+    fn status(&self) -> &KindStatus {
+        self.status.of(self.kind)
+    }
+
+    /// No answer came.
+    pub(super) fn none(&self) {
+        self.status().set_connected(false);
+    }
+
+    /// An answer began to a request with this query.
+    pub(super) fn begun(&self, query: &str, answer: Response<Body>) -> Response<Contents> {
+        self.status().set_connected(answer.status().is_success());
+        let watch = answer.status().is_success().then(|| watch_time(query)).flatten();
+        answer.map(|body| contents(body, watch))
+    }
+}
+
+/// How long the watch is to last that this query asks for, if it asks for one.
+fn watch_time(query: &str) -> Option<Duration> {
+    let value = |name: &str| query.split('&').find_map(|part| part.strip_prefix(name)?.strip_prefix('='));
+    let seconds = (value("watch")? == "true").then(|| value("timeoutSeconds")?.parse().ok());
+    Some(Duration::from_secs(seconds?.unwrap_or_default()))
+}
+
+/// What is left of an answer.
+struct Rest {
+    body: Body,
+    /// How long it is to last, where it is a watch.
+    watch: Option<Duration>,
+    began: Instant,
+    /// Whether anything has come.
+    brought: bool,
+    over: bool,
+}
+
+fn contents(body: Body, watch: Option<Duration>) -> Contents {
+    let rest = Rest { body, watch, began: Instant::now(), brought: false, over: false };
+    let frames = stream::unfold(rest, async |mut rest| Some((rest.next().await?, rest)));
+    StreamBody::new(frames.boxed())
+}
+
+impl Rest {
+    async fn next(&mut self) -> Option<Result<Frame<Bytes>, BoxError>> {
+        if self.over {
+            return None;
+        }
+        let frame = match tokio::time::timeout(SILENCE, self.body.frame()).await {
+            Ok(frame) => frame,
+            Err(_) => Some(Err(kube::Error::Service(Silent.into()))),
+        };
+        match (frame, self.watch) {
+            (Some(Ok(frame)), _) => {
+                self.brought |= frame.data_ref().is_some_and(|data| !data.is_empty());
+                Some(Ok(frame))
+            }
+            (end, None) => {
+                self.over = true;
+                end.map(|end| end.map_err(Into::into))
+            }
+            (_, Some(_)) if self.ended_at_once() => {
+                self.over = true;
+                Some(Err(EndedAtOnce.into()))
+            }
+            (end, Some(time)) => {
+                self.over = true;
+                tokio::time::sleep(self.pause(time)).await;
+                end.map(|end| end.map_err(Into::into))
+            }
+        }
+    }
+
+    fn ended_at_once(&self) -> bool {
+        !self.brought && self.began.elapsed() < SHORTEST
+    }
+
+    /// How much later a watch ends that was to last so long.
+    fn pause(&self, time: Duration) -> Duration {
+        let lasted = self.began.elapsed();
+        if lasted + MARGIN < time {
+            SHORTEST.saturating_sub(lasted) + SPREAD.mul_f32(fastrand::f32())
+        } else {
+            Duration::ZERO
+        }
+    }
+}
+
+/// Whether this says that a watch ended as soon as it began.
+pub(super) fn ended_at_once(error: &kube::Error) -> bool {
+    let kube::Error::ReadEvents(error) = error else { return false };
+    let cause = io::Error::get_ref(error).and_then(|cause| cause.downcast_ref::<kube::Error>());
+    matches!(cause, Some(kube::Error::Service(cause)) if cause.is::<EndedAtOnce>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn all(contents: Contents) -> Result<Bytes, BoxError> {
+        Ok(http_body_util::BodyExt::collect(contents).await?.to_bytes())
+    }
+
+    #[test]
+    fn a_watch_is_told_by_its_query_and_lasts_as_long_as_that_says() {
+        assert_eq!(watch_time("&watch=true&timeoutSeconds=345&x=y"), Some(Duration::from_secs(345)));
+        assert_eq!(watch_time("watch=true"), Some(Duration::ZERO));
+        for list in ["", "limit=500", "labelSelector=watch%3Dtrue", "watch=false", "rewatch=true"] {
+            assert_eq!(watch_time(list), None, "{list}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_empty_watch_is_a_failure_and_an_empty_list_and_a_watch_with_events_are_none() {
+        let five_minutes = Some(Duration::from_secs(300));
+        let error = all(contents(Body::empty(), five_minutes)).await.unwrap_err();
+        assert!(error.is::<EndedAtOnce>(), "{error:?}");
+        all(contents(Body::empty(), None)).await.unwrap();
+
+        let began = Instant::now();
+        let event = all(contents(Body::from(b"event".to_vec()), five_minutes)).await.unwrap();
+        assert_eq!(event, "event");
+        assert!(began.elapsed() >= SHORTEST, "the next watch begins within {:?}", began.elapsed());
+    }
+}

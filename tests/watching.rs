@@ -1,0 +1,147 @@
+//! Watches against a stand-in for an API server, which fails as it is told to.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by panicking")]
+
+use std::{
+    io,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use tokio::{sync::mpsc::Receiver, task::JoinHandle, time::timeout};
+use weir::source::{
+    Change, SourceStatus,
+    kube::{Connection, Credentials, KubeSource, watch},
+};
+use weir_tests::stand_in::{Asked, Fault, StandIn};
+
+const PATIENCE: Duration = Duration::from_secs(120);
+/// A kind in protobuf and one in JSON, each with the kind as changes name it.
+const KINDS: [(&str, &str); 2] = [("services", "Service"), ("nodes", "Node")];
+
+/// A source at work.
+struct Source {
+    changes: Receiver<Change>,
+    status: Arc<SourceStatus>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Source {
+    async fn start(server: &StandIn) -> Self {
+        let credentials = Credentials::Kubeconfig(server.kubeconfig().unwrap());
+        let settings = KubeSource { credentials, servers: Vec::new(), node: "n1".to_owned() };
+        let connection = Connection::open(settings).await.unwrap();
+        let status = Arc::new(SourceStatus::default());
+        let (sender, changes) = tokio::sync::mpsc::channel(16);
+        let task = tokio::spawn(watch(connection, sender, Arc::clone(&status)));
+        Self { changes, status, task }
+    }
+
+    /// Waits until this is told.
+    async fn comes(&mut self, what: &str) {
+        let comes = async {
+            loop {
+                match self.changes.recv().await.expect("the source goes on") {
+                    Change::Apply(object)
+                        if format!("{} {}", object.kind(), object.name().name()) == what =>
+                    {
+                        return;
+                    }
+                    Change::Apply(_) | Change::Synced(_) => {}
+                    Change::Delete(kind, name) => panic!("{kind} {name} is taken away"),
+                }
+            }
+        };
+        let came = timeout(PATIENCE, comes).await.is_ok();
+        assert!(came, "{what} does not come; {:#?}", self.status.report());
+    }
+}
+
+/// The requests for watches of a kind, once there are so many.
+async fn watches(server: &StandIn, plural: &str, count: usize) -> Vec<Asked> {
+    let asked = async {
+        loop {
+            let asked: Vec<_> = server.asked(plural).into_iter().filter(|asked| asked.watch).collect();
+            if asked.len() >= count {
+                return asked;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, asked).await.unwrap_or_else(|_| panic!("{:#?}", server.asked(plural)))
+}
+
+fn lists(server: &StandIn, plural: &str) -> usize {
+    server.asked(plural).iter().filter(|asked| !asked.watch).count()
+}
+
+/// The time from each to the next.
+fn gaps(asked: &[Asked]) -> Vec<Duration> {
+    asked.windows(2).map(|pair| pair[1].at - pair[0].at).collect()
+}
+
+/// What is logged.
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Lines {
+    /// Takes what is logged from now on, by other tests too.
+    fn of_all() -> Self {
+        let lines = Self::default();
+        let writer = lines.clone();
+        let log = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+        tracing::subscriber::set_global_default(log).unwrap();
+        lines
+    }
+
+    fn with(&self, words: &[&str]) -> usize {
+        let lines = self.0.lock().unwrap();
+        let lines = String::from_utf8_lossy(&lines);
+        lines.lines().filter(|line| words.iter().all(|word| line.contains(word))).count()
+    }
+}
+
+#[tokio::test]
+async fn a_kind_whose_watches_end_at_once_is_asked_for_less_and_less_and_delays_no_other() {
+    let lines = Lines::of_all();
+    for (plural, kind) in KINDS {
+        let server = StandIn::start().await.unwrap();
+        server.fail(plural, Fault::EndAtOnce);
+        server.put(plural, "listed");
+        let mut source = Source::start(&server).await;
+        source.comes(&format!("{kind} listed")).await;
+        for round in 1..=4 {
+            watches(&server, plural, round).await;
+            let slice = format!("slice-{round}");
+            server.put("endpointslices", &slice);
+            source.comes(&format!("EndpointSlice {slice}")).await;
+        }
+        let gaps = gaps(&watches(&server, plural, 4).await);
+        for (doublings, gap) in gaps.iter().take(3).enumerate() {
+            let least = Duration::from_millis(250) * 2_u32.pow(u32::try_from(doublings).unwrap());
+            assert!(*gap >= least, "{plural} is asked for again after {gaps:?}");
+        }
+        assert_eq!(lists(&server, "endpointslices"), 1, "the other kind is not disturbed");
+        assert_eq!(lines.with(&["WARN", kind, "ends the watch"]), 1, "it is said once");
+
+        server.fail(plural, Fault::None);
+        server.put(plural, "late");
+        source.comes(&format!("{kind} late")).await;
+    }
+}
