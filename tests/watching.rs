@@ -145,3 +145,57 @@ async fn a_kind_whose_watches_end_at_once_is_asked_for_less_and_less_and_delays_
         source.comes(&format!("{kind} late")).await;
     }
 }
+
+/// What a watch is refused with, and whether that says that only a list helps.
+const REFUSALS: [(Fault, bool); 6] = [
+    (Fault::Refused(410, None), true),
+    (Fault::Error(410, "Expired"), true),
+    (Fault::Error(410, "Gone"), true),
+    (Fault::Error(422, "Invalid"), true),
+    (Fault::Error(500, "InternalError"), false),
+    (Fault::Error(400, "BadRequest"), false),
+];
+
+#[tokio::test]
+async fn where_watches_are_of_no_use_lists_bring_the_news() {
+    let mut cases = tokio::task::JoinSet::new();
+    for (plural, kind) in KINDS {
+        for (fault, only_a_list_helps) in REFUSALS {
+            cases.spawn(async move {
+                let server = StandIn::start().await.unwrap();
+                server.fail(plural, fault);
+                let mut source = Source::start(&server).await;
+                watches(&server, plural, 1).await;
+                server.put(plural, "late");
+                source.comes(&format!("{kind} late")).await;
+                server.put("endpointslices", "slice");
+                source.comes("EndpointSlice slice").await;
+
+                let (lists, watches) = (lists(&server, plural), watches(&server, plural, 1).await.len());
+                let most = if only_a_list_helps { watches } else { watches / 3 };
+                assert!(lists <= most + 1, "{plural}, {fault:?}: {lists} lists for {watches} watches");
+                server.fail(plural, Fault::None);
+                server.put(plural, "last");
+                source.comes(&format!("{kind} last")).await;
+            });
+        }
+    }
+    while let Some(case) = cases.join_next().await {
+        case.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn an_error_that_fails_one_watch_lists_nothing_anew() {
+    for (plural, kind) in KINDS {
+        for fault in [Fault::Error(500, "InternalError"), Fault::Refused(500, None)] {
+            let server = StandIn::start().await.unwrap();
+            server.fail_once(plural, fault);
+            let mut source = Source::start(&server).await;
+            watches(&server, plural, 2).await;
+            server.put(plural, "late");
+            source.comes(&format!("{kind} late")).await;
+            assert_eq!(lists(&server, plural), 1, "{plural}, {fault:?}");
+        }
+    }
+}

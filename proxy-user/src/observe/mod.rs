@@ -21,6 +21,7 @@ mod services;
 mod sockets;
 mod telemetry;
 mod text_format;
+mod watches;
 
 pub use admin::{About, admin_router};
 pub use drops::DropCount;

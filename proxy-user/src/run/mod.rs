@@ -246,6 +246,7 @@ fn go_along(
             let maps = place.sockets();
             if let Some(connection) = connection {
                 let status = Arc::new(SourceStatus::default());
+                show_silences(metrics, &status);
                 let census = pods::start(connection, status, &maps, &place.cgroup_root)?;
                 sockets::watch_bypassed(census, metrics);
             }
@@ -286,6 +287,7 @@ async fn start_source(
             let source = KubeSource { credentials, servers, node: config.model.node_name.clone() };
             let connection = Connection::open_with(source, manner(config, metrics)).await?;
             tracing::info!(node = config.model.node_name, server = %connection.server(), "watching the API server");
+            show_silences(metrics, &status);
             let events = Events::start(connection.client(), &config.model.node_name, metrics.clone());
             match &config.dns {
                 Some(_) => tokio::spawn(kube::watch_with_names(connection.clone(), changes, status)),
@@ -301,6 +303,11 @@ async fn start_source(
             Origin { events: Events::logged(), connection: None }
         }
     })
+}
+
+fn show_silences(metrics: &Metrics, status: &Arc<SourceStatus>) {
+    let status = Arc::clone(status);
+    metrics.show_silences(move || status.silences());
 }
 
 /// How the API server is asked; every request is counted.

@@ -3,8 +3,11 @@
 //! In: what the sources note down as they go. Out: [`KindReport`]s for whoever asks. Reading never waits for a source.
 
 use std::{
-    sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use serde::Serialize;
@@ -22,6 +25,13 @@ impl SourceStatus {
     #[must_use]
     pub fn of(&self, kind: Kind) -> &KindStatus {
         &self.kinds[kind as usize]
+    }
+
+    /// For how long the origin has told nothing, by the kinds of which it ever told something.
+    #[must_use]
+    pub fn silences(&self) -> Vec<(&'static str, Duration)> {
+        let kinds = Kind::ALL.into_iter().chain(Kind::PODS);
+        kinds.filter_map(|kind| Some((kind.as_str(), self.of(kind).heard()?.elapsed()))).collect()
     }
 
     /// A consistent enough copy of everything about Services, in the order of [`Kind::ALL`]. What of pods is asked for
@@ -43,6 +53,7 @@ pub struct KindStatus {
     streamed: AtomicU64,
     errors: AtomicU64,
     last_event_millis: AtomicU64,
+    heard: Mutex<Option<Instant>>,
 }
 
 impl KindStatus {
@@ -56,9 +67,21 @@ impl KindStatus {
         self.synced.store(true, Relaxed);
     }
 
+    /// Notes that the origin tells of what happens: an event, a bookmark, the end of a list.
+    pub(super) fn hear(&self) {
+        *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    /// When the origin last told of what happens, if it ever did.
+    #[must_use]
+    pub fn heard(&self) -> Option<Instant> {
+        *self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Notes that something arrived, and how many objects are known now.
     pub(super) fn event(&self, objects: usize) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+        self.hear();
         self.events.fetch_add(1, Relaxed);
         self.objects.store(objects as u64, Relaxed);
         self.last_event_millis.store(u64::try_from(now.as_millis()).unwrap_or(u64::MAX), Relaxed);

@@ -27,6 +27,7 @@ use super::{
     services::{PortCount, Services},
     sockets::SocketMetrics,
     text_format,
+    watches::Watches,
 };
 use crate::model::Family;
 
@@ -58,6 +59,7 @@ struct Inner {
     requests: RequestMetrics,
     services: Services,
     drops: Drops,
+    watches: Watches,
 }
 
 #[derive(Debug)]
@@ -283,6 +285,8 @@ impl Metrics {
         registry.register_collector(Box::new(services.clone()));
         let drops = Drops::default();
         registry.register_collector(Box::new(drops.clone()));
+        let watches = Watches::default();
+        registry.register_collector(Box::new(watches.clone()));
         registry.register_collector(Box::new(Process));
         let metrics = Self(Arc::new(Inner {
             registry,
@@ -294,6 +298,7 @@ impl Metrics {
             requests,
             services,
             drops,
+            watches,
         }));
         for family in Family::ALL {
             let of = &metrics.0.kube_proxy;
@@ -413,6 +418,11 @@ impl Metrics {
     /// Shows what `read` finds counted for each reason not to serve a packet. It is called at each scrape.
     pub fn count_drops(&self, read: impl Fn() -> Vec<DropCount> + Send + Sync + 'static) {
         self.0.drops.read_with(Box::new(read));
+    }
+
+    /// Shows for how long, as `read` finds, nothing has come of each kind. It is called at each scrape.
+    pub fn show_silences(&self, read: impl Fn() -> Vec<(&'static str, Duration)> + Send + Sync + 'static) {
+        self.0.watches.read_with(Box::new(read));
     }
 
     /// How full one of the sockets' plane's maps is.

@@ -35,6 +35,8 @@ fn used() -> String {
         let count = |family, packets| DropCount { family, reason: "no-endpoints", packets };
         vec![count(Family::V4, 3), count(Family::V6, 0)]
     });
+    metrics.show_silences(|| vec![("Service", Duration::from_millis(1500))]);
+    metrics.show_silences(|| vec![("Pod", Duration::from_secs(40))]);
     metrics.set_size(1, 2, 3);
     metrics.changes_applied(7);
     metrics.reconciled("start");
@@ -58,6 +60,7 @@ fn names_and_types_are_kube_proxys() {
         weir_service_connections_total counter
         weir_service_refusals_total counter
         weir_dropped_packets_total counter
+        weir_watch_silence_seconds gauge
         process_cpu_seconds_total counter
         process_start_time_seconds gauge
         process_resident_memory_bytes gauge
@@ -115,6 +118,8 @@ fn labels_and_values_are_kube_proxys() {
         "kubeproxy_proxy_livez_total{code=\"200\"} 1",
         "weir_reconciles_total{reason=\"start\"} 1",
         "weir_changes_applied_total 7",
+        "weir_watch_silence_seconds{kind=\"Service\"} 1.5",
+        "weir_watch_silence_seconds{kind=\"Pod\"} 40.0",
         "rest_client_requests_total{code=\"200\",host=\"192.0.2.1:6443\",method=\"GET\"} 1",
         "rest_client_requests_total{code=\"<error>\",host=\"192.0.2.1:6443\",method=\"GET\"} 1",
         "rest_client_request_duration_seconds_bucket{le=\"0.005\",host=\"192.0.2.1:6443\",verb=\"GET\"} 2",

@@ -1,6 +1,7 @@
 //! The answers about one kind, each made to end in good order.
 //!
-//! In: the API server's answers. Out: the same answers, and what the server says beside its objects. A watch that ends
+//! In: the API server's answers. Out: the same answers, and word of each bookmark, which says that a watch without news is
+//! alive. A watch that ends
 //! within a second without a word ends with [`EndedAtOnce`], because `kube`'s watcher and ours ask again at once after a
 //! watch that just ends. Any other watch that ends before its time ends a little later, so that the agents of a cluster do
 //! not all come back to a new server in one moment. An answer that goes silent is given up.
@@ -30,6 +31,9 @@ const MARGIN: Duration = Duration::from_secs(5);
 /// An API server sends a bookmark about once a minute, so one that says nothing for so long is not there any more,
 /// whatever a load balancer in between acknowledges.
 const SILENCE: Duration = Duration::from_secs(150);
+
+/// What is in a bookmark, in JSON and in protobuf. `kube`'s watcher keeps bookmarks to itself.
+const BOOKMARK: &[u8] = b"BOOKMARK";
 
 /// A watch ended as soon as it began.
 #[derive(Debug, thiserror::Error)]
@@ -66,10 +70,10 @@ impl Answers {
     }
 
     /// An answer began to a request with this query.
-    pub(super) fn begun(&self, query: &str, answer: Response<Body>) -> Response<Contents> {
+    pub(super) fn begun(self: &Arc<Self>, query: &str, answer: Response<Body>) -> Response<Contents> {
         self.status().set_connected(answer.status().is_success());
         let watch = answer.status().is_success().then(|| watch_time(query)).flatten();
-        answer.map(|body| contents(body, watch))
+        answer.map(|body| contents(body, watch, Arc::clone(self)))
     }
 }
 
@@ -82,6 +86,7 @@ fn watch_time(query: &str) -> Option<Duration> {
 
 /// What is left of an answer.
 struct Rest {
+    answers: Arc<Answers>,
     body: Body,
     /// How long it is to last, where it is a watch.
     watch: Option<Duration>,
@@ -91,8 +96,8 @@ struct Rest {
     over: bool,
 }
 
-fn contents(body: Body, watch: Option<Duration>) -> Contents {
-    let rest = Rest { body, watch, began: Instant::now(), brought: false, over: false };
+fn contents(body: Body, watch: Option<Duration>, answers: Arc<Answers>) -> Contents {
+    let rest = Rest { answers, body, watch, began: Instant::now(), brought: false, over: false };
     let frames = stream::unfold(rest, async |mut rest| Some((rest.next().await?, rest)));
     StreamBody::new(frames.boxed())
 }
@@ -108,7 +113,9 @@ impl Rest {
         };
         match (frame, self.watch) {
             (Some(Ok(frame)), _) => {
-                self.brought |= frame.data_ref().is_some_and(|data| !data.is_empty());
+                if let Some(data) = frame.data_ref() {
+                    self.came(data);
+                }
                 Some(Ok(frame))
             }
             (end, None) => {
@@ -124,6 +131,13 @@ impl Rest {
                 tokio::time::sleep(self.pause(time)).await;
                 end.map(|end| end.map_err(Into::into))
             }
+        }
+    }
+
+    fn came(&mut self, data: &[u8]) {
+        self.brought |= !data.is_empty();
+        if self.watch.is_some() && data.windows(BOOKMARK.len()).any(|part| part == BOOKMARK) {
+            self.answers.status().hear();
         }
     }
 
@@ -153,8 +167,15 @@ pub(super) fn ended_at_once(error: &kube::Error) -> bool {
 mod tests {
     use super::*;
 
-    async fn all(contents: Contents) -> Result<Bytes, BoxError> {
-        Ok(http_body_util::BodyExt::collect(contents).await?.to_bytes())
+    const FIVE_MINUTES: Option<Duration> = Some(Duration::from_secs(300));
+
+    async fn all(answers: &Arc<Answers>, body: &str, watch: Option<Duration>) -> Result<Bytes, BoxError> {
+        let body = Body::from(body.as_bytes().to_vec());
+        Ok(http_body_util::BodyExt::collect(contents(body, watch, Arc::clone(answers))).await?.to_bytes())
+    }
+
+    fn answers() -> Arc<Answers> {
+        Arc::new(Answers::new(Kind::Service, &Arc::default()))
     }
 
     #[test]
@@ -168,14 +189,22 @@ mod tests {
 
     #[tokio::test]
     async fn an_empty_watch_is_a_failure_and_an_empty_list_and_a_watch_with_events_are_none() {
-        let five_minutes = Some(Duration::from_secs(300));
-        let error = all(contents(Body::empty(), five_minutes)).await.unwrap_err();
+        let answers = answers();
+        let error = all(&answers, "", FIVE_MINUTES).await.unwrap_err();
         assert!(error.is::<EndedAtOnce>(), "{error:?}");
-        all(contents(Body::empty(), None)).await.unwrap();
+        all(&answers, "", None).await.unwrap();
 
         let began = Instant::now();
-        let event = all(contents(Body::from(b"event".to_vec()), five_minutes)).await.unwrap();
-        assert_eq!(event, "event");
+        assert_eq!(all(&answers, "event", FIVE_MINUTES).await.unwrap(), "event");
         assert!(began.elapsed() >= SHORTEST, "the next watch begins within {:?}", began.elapsed());
+    }
+
+    #[tokio::test]
+    async fn a_bookmark_is_heard_and_an_error_is_not() {
+        let answers = answers();
+        all(&answers, r#"{"type":"ERROR","object":{}}"#, Some(Duration::ZERO)).await.unwrap();
+        assert_eq!(answers.status().heard(), None);
+        all(&answers, r#"{"type":"BOOKMARK","object":{}}"#, Some(Duration::ZERO)).await.unwrap();
+        assert!(answers.status().heard().is_some());
     }
 }

@@ -6,10 +6,12 @@
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
-use kube::runtime::watcher::Error;
+use kube::{core::Status, runtime::watcher::Error};
 
 use super::answers::ended_at_once;
 
+/// After this many refusals in a row a list is asked for instead of a watch.
+const USELESS: u32 = 3;
 /// Between attempts at what this server or this account does not have.
 const ABSENT: Duration = Duration::from_secs(60);
 
@@ -20,6 +22,10 @@ pub(super) enum Refusal {
     Unreachable,
     /// The server cannot stream lists: ask for pages.
     NoStreaming,
+    /// What happened since the last event is not known any more: only a list tells.
+    Gone,
+    /// The server has too much to do.
+    Busy,
     /// The kind does not exist on the server or is forbidden to us.
     Absent,
     /// The server answered with some other error.
@@ -37,6 +43,11 @@ impl Refusal {
             | Error::WatchFailed(kube::Error::Api(status))
             | Error::WatchError(status) => status,
             Error::NoResourceVersion => return Self::Refused,
+            Error::InitialListFailed(error) | Error::WatchStartFailed(error) | Error::WatchFailed(error)
+                if is_no_answer(error) =>
+            {
+                return Self::Refused;
+            }
             Error::WatchFailed(error) if ended_at_once(error) => return Self::Fruitless,
             Error::InitialListFailed(_) | Error::WatchStartFailed(_) | Error::WatchFailed(_) => {
                 return Self::Unreachable;
@@ -45,10 +56,25 @@ impl Refusal {
         // Older servers do not take the request; newer ones take it and then miss something in their etcd (500).
         match status.code {
             400 | 422 | 500 | 501 if streaming => Self::NoStreaming,
+            _ if is_gone(status) => Self::Gone,
             403 | 404 => Self::Absent,
+            429 => Self::Busy,
             _ => Self::Refused,
         }
     }
+}
+
+/// Whether a watch from where the last one ended is refused for good.
+fn is_gone(status: &Status) -> bool {
+    status.code == 410 || ["Expired", "Gone", "Invalid"].contains(&status.reason.as_str())
+}
+
+/// Whether the server answers, with what cannot be read.
+fn is_no_answer(error: &kube::Error) -> bool {
+    matches!(
+        error,
+        kube::Error::SerdeError(_) | kube::Error::FromUtf8(_) | kube::Error::LinesCodecMaxLineLengthExceeded
+    )
 }
 
 /// The delays of one watch.
@@ -56,6 +82,8 @@ impl Refusal {
 pub(super) struct Retry {
     unreachable: ExponentialBackoff,
     refused: ExponentialBackoff,
+    /// How many answers in a row were of no use.
+    useless: u32,
 }
 
 impl Retry {
@@ -63,6 +91,29 @@ impl Retry {
         Self {
             unreachable: delays(Duration::from_millis(50), Duration::from_millis(1500)),
             refused: delays(Duration::from_millis(250), Duration::from_secs(15)),
+            useless: 0,
+        }
+    }
+
+    /// Starts with short delays again.
+    pub(super) fn forgive(&mut self) {
+        *self = Self { useless: self.useless, ..Self::new() };
+    }
+
+    /// Whether to list anew after this refusal, because watches are of no use. `news` tells whether anything came since the
+    /// last one.
+    pub(super) fn lists(&mut self, refusal: Refusal, news: bool) -> bool {
+        if news {
+            self.useless = 0;
+        }
+        match refusal {
+            Refusal::Gone => true,
+            Refusal::Absent | Refusal::Refused | Refusal::Fruitless => {
+                self.useless = (self.useless + 1) % USELESS;
+                self.useless == 0
+            }
+            // The server said nothing against the watch, and a list would be more work for it.
+            Refusal::Unreachable | Refusal::Busy | Refusal::NoStreaming => false,
         }
     }
 
@@ -72,7 +123,9 @@ impl Retry {
             Refusal::NoStreaming => Duration::ZERO,
             Refusal::Absent if optional => ABSENT,
             Refusal::Unreachable => self.unreachable.next().unwrap_or(ABSENT),
-            Refusal::Absent | Refusal::Refused | Refusal::Fruitless => self.refused.next().unwrap_or(ABSENT),
+            Refusal::Gone | Refusal::Busy | Refusal::Absent | Refusal::Refused | Refusal::Fruitless => {
+                self.refused.next().unwrap_or(ABSENT)
+            }
         }
     }
 }
@@ -90,8 +143,6 @@ fn delays(shortest: Duration, longest: Duration) -> ExponentialBackoff {
 
 #[cfg(test)]
 mod tests {
-    use kube::core::Status;
-
     use super::*;
 
     fn status(code: u16) -> Box<Status> {
@@ -133,10 +184,32 @@ mod tests {
         assert_eq!(Refusal::of(&start(422), false), Refusal::Refused);
         assert_eq!(Refusal::of(&Error::WatchError(status(500)), true), Refusal::NoStreaming);
         assert_eq!(Refusal::of(&Error::WatchError(status(500)), false), Refusal::Refused);
-        assert_eq!(Refusal::of(&start(429), true), Refusal::Refused);
+        assert_eq!(Refusal::of(&start(429), true), Refusal::Busy);
         assert_eq!(Refusal::of(&start(403), true), Refusal::Absent);
-        assert_eq!(Refusal::of(&Error::WatchError(status(410)), true), Refusal::Refused);
+        assert_eq!(Refusal::of(&Error::WatchError(status(410)), true), Refusal::Gone);
         let broken = Error::WatchFailed(kube::Error::Service("reset".into()));
         assert_eq!(Refusal::of(&broken, true), Refusal::Unreachable);
+    }
+
+    #[test]
+    fn what_is_gone_is_listed_and_what_is_refused_is_listed_the_third_time() {
+        for (code, reason) in [(410, "Gone"), (410, ""), (500, "Expired"), (504, "Gone"), (422, "Invalid")] {
+            let status = || Status::failure("no", reason).with_code(code).boxed();
+            let start = Error::WatchStartFailed(kube::Error::Api(status()));
+            for error in [start, Error::WatchError(status())] {
+                let refusal = Refusal::of(&error, false);
+                assert_eq!(refusal, Refusal::Gone, "{error}");
+                assert!(Retry::new().lists(refusal, false));
+            }
+        }
+        let mut retry = Retry::new();
+        let mut lists = |refusal, news| retry.lists(refusal, news);
+        for refusal in [Refusal::Refused, Refusal::Fruitless, Refusal::Absent] {
+            assert_eq!([(); 6].map(|()| lists(refusal, false)), [false, false, true, false, false, true]);
+        }
+        assert!((0..9).all(|_| !lists(Refusal::Refused, true)), "a watch that brings news is of use");
+        for refusal in [Refusal::Busy, Refusal::Unreachable] {
+            assert!((0..9).all(|_| !lists(refusal, false)), "{refusal:?}");
+        }
     }
 }

@@ -68,6 +68,10 @@ pub(super) struct Watch<K: Watched> {
     retry: Retry,
     /// When the server was last asked after a failure, or a list became whole.
     well_since: Instant,
+    /// Whether the list is whole with which the events began.
+    listed: bool,
+    /// When the server last told anything before it last failed.
+    heard: Option<Instant>,
     broken_off: u32,
     complaint: String,
     /// The objects that could not be read and were warned of.
@@ -90,6 +94,8 @@ impl<K: Watched> Watch<K> {
             ledger: Ledger::new(K::KIND),
             retry: Retry::new(),
             well_since: Instant::now(),
+            listed: false,
+            heard: None,
             broken_off: 0,
             complaint: String::new(),
             skipped: FxHashSet::default(),
@@ -122,8 +128,9 @@ impl<K: Watched> Watch<K> {
         }
     }
 
-    /// Follows the server until lists are to be asked for in another way.
+    /// Follows the server until a list is to be asked for.
     async fn follow(&mut self) -> Result<(), Closed> {
+        self.listed = false;
         let mut events = K::events(self.client.clone(), self.config.clone());
         while let Some(news) = events.next().await {
             let again = match news {
@@ -156,6 +163,7 @@ impl<K: Watched> Watch<K> {
                 if self.ledger.listing() && self.list_broke_off().await {
                     return Ok(true);
                 }
+                self.listed = false;
                 self.status.of(K::KIND).relist(self.streaming());
                 Event::Init
             }
@@ -213,6 +221,8 @@ impl<K: Watched> Watch<K> {
 
     /// A list is complete. What the server does about watches shows only later, so delays stay as long as they are.
     fn recovered(&mut self) {
+        self.status.of(K::KIND).hear();
+        self.listed = true;
         self.broken_off = 0;
         self.well_since = Instant::now();
     }
@@ -220,7 +230,7 @@ impl<K: Watched> Watch<K> {
     /// Forgets failures of before if the server has been well since.
     fn forgive(&mut self) {
         if self.well_since.elapsed() > GOOD_CONNECTION {
-            self.retry = Retry::new();
+            self.retry.forgive();
             self.complaint.clear();
         }
     }
@@ -235,10 +245,21 @@ impl<K: Watched> Watch<K> {
         pages
     }
 
-    /// Waits as long as the error asks for. Answers whether to go on in pages.
+    /// Whether a list is to be asked for after this refusal.
+    fn lists(&mut self, refusal: Refusal) -> bool {
+        let heard = self.status.of(K::KIND).heard();
+        let before = std::mem::replace(&mut self.heard, heard);
+        let lists = self.retry.lists(refusal, heard != before);
+        if lists {
+            debug!(kind = %K::KIND, ?refusal, "listing anew");
+        }
+        lists
+    }
+
+    /// Waits as long as the error asks for. Answers whether to begin with a list.
     async fn error(&mut self, error: &watcher::Error) -> Result<bool, Closed> {
-        // Before the first list nothing has begun, and still it is the stream that is refused.
-        let listing = self.ledger.listing() || matches!(error, watcher::Error::WatchStartFailed(_));
+        // Before a list has begun it is the stream of it that is refused; behind it, a watch is, which needs no pages.
+        let listing = !self.listed;
         let refusal = Refusal::of(error, self.streaming() && listing);
         self.ledger.abandon();
         if refusal == Refusal::NoStreaming {
@@ -246,6 +267,7 @@ impl<K: Watched> Watch<K> {
             return Ok(true);
         }
         let pages = listing && refusal == Refusal::Fruitless && self.stream_failed();
+        let anew = self.lists(refusal) || pages;
         let status = Arc::clone(&self.status);
         let status = status.of(K::KIND);
         status.error();
@@ -261,7 +283,7 @@ impl<K: Watched> Watch<K> {
         }
         tokio::time::sleep(self.retry.delay(refusal, K::ABSENT != Absent::Insist)).await;
         self.well_since = Instant::now();
-        Ok(pages)
+        Ok(anew)
     }
 
     /// Warns about what the server says, once in a row. That it says nothing, the connection tells for all kinds.

@@ -7,9 +7,11 @@
 //!
 //! ```text
 //! Listing ──whole──▶ Listed ──asked──▶ Watching ─┐       Json: a server without protobuf
-//!    ▲                  ▲◀──────ended────────────┤
-//!    └──────────── version is gone (410) ────────┘
+//!    ▲                  ▲                        │
+//!    └─failed─┘         └───────ended────────────┘
 //! ```
+//!
+//! A watch that the server refuses is asked for again. Where only a list helps, the events are asked for anew.
 
 use std::{fmt::Debug, io, time::Duration};
 
@@ -257,10 +259,9 @@ impl<K: Many> Follower<K> {
         let kind = text(&message.kind);
         let raw = whole.and_then(|()| object(message.object.unwrap_or_default().raw));
         if kind == "ERROR" {
+            // Nothing comes behind it.
+            self.state = State::Listed { version };
             let status = raw.and_then(status)?;
-            if status.code != 410 {
-                self.state = State::Watching { events, version };
-            }
             return Err(watcher::Error::WatchError(status.boxed()));
         }
         let metadata = raw.as_ref().map(|raw| identity(raw.clone())).unwrap_or_default();
