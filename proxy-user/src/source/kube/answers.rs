@@ -8,6 +8,7 @@
 
 use std::{
     io,
+    ops::RangeInclusive,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -22,6 +23,9 @@ use tower::BoxError;
 
 use crate::source::{Kind, KindStatus, SourceStatus};
 
+/// How long a server is asked to keep a watch up, in seconds. Each watch has a time of its own, so that the agents of a
+/// cluster come back one by one.
+const WATCH_TIMES: RangeInclusive<u32> = 300..=600;
 /// A watch that ends sooner without a word has failed, and no watch ends sooner.
 const SHORTEST: Duration = Duration::from_secs(1);
 /// Over how long agents spread whose watches end in one moment.
@@ -75,6 +79,11 @@ impl Answers {
         let watch = answer.status().is_success().then(|| watch_time(query)).flatten();
         answer.map(|body| contents(body, watch, Arc::clone(self)))
     }
+}
+
+/// For how many seconds to ask for a watch.
+pub(super) fn some_watch_time() -> u32 {
+    fastrand::u32(WATCH_TIMES)
 }
 
 /// How long the watch is to last that this query asks for, if it asks for one.
@@ -197,6 +206,13 @@ mod tests {
         let began = Instant::now();
         assert_eq!(all(&answers, "event", FIVE_MINUTES).await.unwrap(), "event");
         assert!(began.elapsed() >= SHORTEST, "the next watch begins within {:?}", began.elapsed());
+    }
+
+    #[test]
+    fn watches_have_times_of_their_own() {
+        let times: Vec<_> = (0..100).map(|_| some_watch_time()).collect();
+        assert!(times.iter().all(|time| WATCH_TIMES.contains(time)), "{times:?}");
+        assert!(times.iter().any(|time| *time != times[0]), "{times:?}");
     }
 
     #[tokio::test]

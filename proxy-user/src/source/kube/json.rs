@@ -14,14 +14,17 @@ use kube::{
 };
 use serde::{Deserialize, Deserializer, de::DeserializeOwned};
 
-use super::news::{Brought, News, Skipped};
+use super::{
+    answers::some_watch_time,
+    news::{Brought, News, Skipped},
+};
 
 /// Events of a kind, for ever; after an error the next poll tries again.
 pub(super) fn events<K>(client: Client, config: Config) -> BoxStream<'static, Brought<K>>
 where
     K: Resource<DynamicType = ()> + Clone + Default + DeserializeOwned + Debug + Send + 'static,
 {
-    let events = watcher::watcher(Api::<Lenient<K>>::all(client), config);
+    let events = watcher::watcher(Api::<Lenient<K>>::all(client), config.timeout(some_watch_time()));
     events.map(|event| event.map(news)).boxed()
 }
 

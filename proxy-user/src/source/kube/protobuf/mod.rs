@@ -13,7 +13,7 @@
 //!
 //! A watch that the server refuses is asked for again. Where only a list helps, the events are asked for anew.
 
-use std::{fmt::Debug, io, time::Duration};
+use std::{fmt::Debug, io};
 
 use bytes::{Bytes, BytesMut};
 use futures::{
@@ -44,6 +44,7 @@ use self::{
     object::{identity, text},
 };
 use super::{
+    answers::some_watch_time,
     json,
     news::{Brought, News, Skipped},
 };
@@ -65,10 +66,6 @@ const MAGIC: &[u8] = b"k8s\0";
 const LARGEST: usize = 16 << 20;
 /// What is read at once.
 const CHUNK: usize = 64 << 10;
-/// How long a server is asked to keep a watch up, in seconds.
-const WATCH_TIME: u32 = 290;
-/// A watch that says nothing for longer than it should last has lost its server.
-const SILENCE: Duration = Duration::from_secs(WATCH_TIME as u64 + 5);
 
 /// Why an answer cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -160,9 +157,7 @@ impl<K: Many> Follower<K> {
         match std::mem::replace(&mut self.state, State::Start) {
             State::Start => self.list().await,
             State::Listing { mut parts, version, items } => {
-                let part = tokio::time::timeout(SILENCE, parts.next()).await;
-                let part = part.map_err(|_| Unreadable::Io(io::ErrorKind::TimedOut.into()));
-                match part.and_then(Option::transpose).map_err(list_failed)? {
+                match parts.next().await.transpose().map_err(list_failed)? {
                     Some(Part::Version(version)) => {
                         self.state = State::Listing { parts, version, items };
                         Ok(None)
@@ -179,15 +174,13 @@ impl<K: Many> Follower<K> {
                 }
             }
             State::Listed { version } => self.watch(version).await,
-            State::Watching { mut events, version } => {
-                match tokio::time::timeout(SILENCE, events.next()).await {
-                    Ok(Some(event)) => self.event(event, events, version),
-                    Ok(None) | Err(_) => {
-                        self.state = State::Listed { version };
-                        Ok(None)
-                    }
+            State::Watching { mut events, version } => match events.next().await {
+                Some(event) => self.event(event, events, version),
+                None => {
+                    self.state = State::Listed { version };
+                    Ok(None)
                 }
-            }
+            },
             State::Json(mut events) => {
                 let news = events.next().await.transpose();
                 self.state = State::Json(events);
@@ -222,7 +215,7 @@ impl<K: Many> Follower<K> {
         let parameters = WatchParams {
             label_selector: self.config.label_selector.clone(),
             field_selector: self.config.field_selector.clone(),
-            timeout: Some(WATCH_TIME),
+            timeout: Some(some_watch_time()),
             bookmarks: true,
             ..WatchParams::default()
         };
