@@ -199,3 +199,39 @@ async fn an_error_that_fails_one_watch_lists_nothing_anew() {
         }
     }
 }
+
+#[tokio::test]
+async fn a_busy_server_is_left_alone_as_long_as_it_asks_for_and_lists_nothing_anew() {
+    let after = Duration::from_secs(3);
+    for (plural, kind) in KINDS {
+        let server = StandIn::start().await.unwrap();
+        server.fail(plural, Fault::Refused(429, Some(3)));
+        let mut source = Source::start(&server).await;
+        let asked = watches(&server, plural, 3).await;
+        assert!(gaps(&asked).iter().all(|gap| *gap >= after), "{plural}: {:?}", gaps(&asked));
+        assert_eq!(lists(&server, plural), 1, "{plural}");
+        server.fail(plural, Fault::None);
+        server.put(plural, "late");
+        source.comes(&format!("{kind} late")).await;
+    }
+}
+
+#[tokio::test]
+async fn the_api_server_is_told_which_program_asks() {
+    let server = StandIn::start().await.unwrap();
+    let _source = Source::start(&server).await;
+    for plural in ["services", "endpointslices", "nodes", "servicecidrs"] {
+        let asked = async {
+            while server.asked(plural).is_empty() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            server.asked(plural)
+        };
+        for asked in timeout(PATIENCE, asked).await.unwrap() {
+            let (program, rest) = asked.user_agent.split_once('/').unwrap();
+            let (version, rest) = rest.split_once(' ').unwrap();
+            assert_eq!((program, version), ("weir", env!("CARGO_PKG_VERSION")));
+            assert!(rest.starts_with("(linux/") && rest.ends_with(") node-proxy"), "{rest}");
+        }
+    }
+}

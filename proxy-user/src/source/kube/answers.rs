@@ -1,7 +1,7 @@
 //! The answers about one kind, each made to end in good order.
 //!
 //! In: the API server's answers. Out: the same answers, and word of each bookmark, which says that a watch without news is
-//! alive. A watch that ends
+//! alive; and when the server wants to be asked again. A watch that ends
 //! within a second without a word ends with [`EndedAtOnce`], because `kube`'s watcher and ours ask again at once after a
 //! watch that just ends. Any other watch that ends before its time ends a little later, so that the agents of a cluster do
 //! not all come back to a new server in one moment. An answer that goes silent is given up.
@@ -9,13 +9,16 @@
 use std::{
     io,
     ops::RangeInclusive,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt as _};
-use http::Response;
+use http::{Response, header};
 use http_body::Frame;
 use http_body_util::{BodyExt as _, StreamBody};
 use kube::client::Body;
@@ -57,11 +60,13 @@ pub(super) type Contents = StreamBody<BoxStream<'static, Result<Frame<Bytes>, Bo
 pub(super) struct Answers {
     kind: Kind,
     status: Arc<SourceStatus>,
+    /// After how many seconds the server wants to be asked again; 0 when it does not say.
+    retry_after: AtomicU64,
 }
 
 impl Answers {
     pub(super) fn new(kind: Kind, status: &Arc<SourceStatus>) -> Self {
-        Self { kind, status: Arc::clone(status) }
+        Self { kind, status: Arc::clone(status), retry_after: AtomicU64::new(0) }
     }
 
     fn status(&self) -> &KindStatus {
@@ -73,9 +78,18 @@ impl Answers {
         self.status().set_connected(false);
     }
 
+    /// After what time the server wants to be asked again, according to its last answer.
+    pub(super) fn retry_after(&self) -> Option<Duration> {
+        Some(Duration::from_secs(self.retry_after.swap(0, Relaxed))).filter(|time| !time.is_zero())
+    }
+
     /// An answer began to a request with this query.
     pub(super) fn begun(self: &Arc<Self>, query: &str, answer: Response<Body>) -> Response<Contents> {
         self.status().set_connected(answer.status().is_success());
+        // A date may stand there too, of which API servers make no use.
+        let after =
+            answer.headers().get(header::RETRY_AFTER).and_then(|after| after.to_str().ok()?.parse().ok());
+        self.retry_after.store(after.unwrap_or_default(), Relaxed);
         let watch = answer.status().is_success().then(|| watch_time(query)).flatten();
         answer.map(|body| contents(body, watch, Arc::clone(self)))
     }

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use http::{Method, Request, Response, StatusCode, Uri};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use hyper_util::{
     client::legacy::{Client as HttpClient, connect::HttpConnector},
     rt::TokioExecutor,
@@ -25,6 +25,14 @@ use tracing::{info, warn};
 
 use super::{ConnectError, KubeSource, answers::Answers};
 
+/// Which program asks, in the way of Kubernetes' own.
+const USER_AGENT: HeaderValue = HeaderValue::from_static(if cfg!(target_arch = "x86_64") {
+    concat!("weir/", env!("CARGO_PKG_VERSION"), " (linux/amd64) node-proxy")
+} else if cfg!(target_arch = "aarch64") {
+    concat!("weir/", env!("CARGO_PKG_VERSION"), " (linux/arm64) node-proxy")
+} else {
+    concat!("weir/", env!("CARGO_PKG_VERSION"), " (linux) node-proxy")
+});
 /// After this many failures in a row the next server is tried, with credentials read anew.
 const PATIENCE: u32 = 3;
 /// For TCP to be set up.
@@ -153,7 +161,8 @@ impl Shared {
         Arc::clone(&self.route.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    async fn send(&self, request: Request<Body>) -> Result<Response<Body>, BoxError> {
+    async fn send(&self, mut request: Request<Body>) -> Result<Response<Body>, BoxError> {
+        request.headers_mut().insert(header::USER_AGENT, USER_AGENT);
         let route = self.usable_route().await;
         let (method, asked) = (request.method().clone(), Instant::now());
         let answer = tokio::time::timeout(ANSWER_TIMEOUT, route.client.send(request)).await;

@@ -47,6 +47,11 @@ impl Ledger {
         self.listing
     }
 
+    /// Whether this kind was complete once.
+    pub(super) fn synced(&self) -> bool {
+        self.synced
+    }
+
     /// The running list failed. What it brought stays, what it lacks stays too.
     pub(super) fn abandon(&mut self) {
         self.listing = false;

@@ -12,6 +12,10 @@ use super::answers::ended_at_once;
 
 /// After this many refusals in a row a list is asked for instead of a watch.
 const USELESS: u32 = 3;
+/// Over how long agents that serve spread their lists when an API server has all of them list anew.
+const SPREAD: Duration = Duration::from_secs(3);
+/// A server that wants to be left alone for longer is asked all the same, because what it should serve changes meanwhile.
+const LONGEST: Duration = Duration::from_secs(300);
 /// Between attempts at what this server or this account does not have.
 const ABSENT: Duration = Duration::from_secs(60);
 
@@ -130,6 +134,17 @@ impl Retry {
     }
 }
 
+/// The delay before an agent lists anew that serves all the while.
+pub(super) fn spread(delay: Duration) -> Duration {
+    delay + SPREAD.mul_f32(fastrand::f32())
+}
+
+/// The delay, which is no shorter than the server asks for, and a little longer for some agents than for others.
+pub(super) fn as_asked(delay: Duration, asked: Duration) -> Duration {
+    let asked = asked.min(LONGEST);
+    delay.max(asked + asked.mul_f32(fastrand::f32() / 4.0))
+}
+
 /// Doubling delays up to `longest`; jitter adds up to as much again.
 fn delays(shortest: Duration, longest: Duration) -> ExponentialBackoff {
     ExponentialBuilder::new()
@@ -189,6 +204,24 @@ mod tests {
         assert_eq!(Refusal::of(&Error::WatchError(status(410)), true), Refusal::Gone);
         let broken = Error::WatchFailed(kube::Error::Service("reset".into()));
         assert_eq!(Refusal::of(&broken, true), Refusal::Unreachable);
+    }
+
+    #[test]
+    fn a_server_is_left_alone_as_long_as_it_asks_for_and_no_longer_than_makes_sense() {
+        let (short, hour) = (Duration::from_millis(250), Duration::from_secs(3600));
+        let delays: Vec<_> = (0..50).map(|_| as_asked(short, Duration::from_secs(8))).collect();
+        let range = Duration::from_secs(8)..=Duration::from_secs(10);
+        assert!(delays.iter().all(|delay| range.contains(delay)), "{delays:?}");
+        assert!(delays.iter().any(|delay| *delay != delays[0]), "all agents come back together: {delays:?}");
+        assert!(as_asked(short, hour) <= LONGEST * 2);
+        assert_eq!(as_asked(hour, Duration::from_secs(1)), hour, "its own patience counts too");
+    }
+
+    #[test]
+    fn agents_that_serve_do_not_all_list_anew_in_one_moment() {
+        let delays: Vec<_> = (0..50).map(|_| spread(Duration::ZERO)).collect();
+        assert!(delays.iter().all(|delay| *delay <= SPREAD), "{delays:?}");
+        assert!(delays.iter().any(|delay| *delay != delays[0]), "{delays:?}");
     }
 
     #[test]

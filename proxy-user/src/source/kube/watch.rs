@@ -29,7 +29,7 @@ use super::{
     ledger::Ledger,
     news::{News, Skipped},
     objects::{Absent, Watched},
-    retry::{Refusal, Retry},
+    retry::{Refusal, Retry, as_asked, spread},
 };
 use crate::source::{Change, SourceStatus};
 
@@ -60,6 +60,7 @@ pub(super) async fn every_kind(
 
 pub(super) struct Watch<K: Watched> {
     node: String,
+    answers: Arc<Answers>,
     client: Client,
     config: watcher::Config,
     changes: Sender<Change<K::Object>>,
@@ -84,9 +85,11 @@ impl<K: Watched> Watch<K> {
         changes: &Sender<Change<K::Object>>,
         status: &Arc<SourceStatus>,
     ) -> Self {
-        let client = connection.heard_client(Arc::new(Answers::new(K::KIND, status)));
+        let answers = Arc::new(Answers::new(K::KIND, status));
+        let client = connection.heard_client(Arc::clone(&answers));
         Self {
             node: connection.node().to_owned(),
+            answers,
             client,
             config: K::selector(connection.node()).streaming_lists(),
             changes: changes.clone(),
@@ -261,6 +264,8 @@ impl<K: Watched> Watch<K> {
         // Before a list has begun it is the stream of it that is refused; behind it, a watch is, which needs no pages.
         let listing = !self.listed;
         let refusal = Refusal::of(error, self.streaming() && listing);
+        let asked = self.answers.retry_after();
+        let refusal = if asked.is_some() && refusal == Refusal::Refused { Refusal::Busy } else { refusal };
         self.ledger.abandon();
         if refusal == Refusal::NoStreaming {
             self.ask_for_pages();
@@ -281,9 +286,16 @@ impl<K: Watched> Watch<K> {
         {
             self.send(synced).await?;
         }
-        tokio::time::sleep(self.retry.delay(refusal, K::ABSENT != Absent::Insist)).await;
+        tokio::time::sleep(self.delay(refusal, asked)).await;
         self.well_since = Instant::now();
         Ok(anew)
+    }
+
+    /// How long to wait after this refusal, where the server asks to be left alone for `asked`.
+    fn delay(&mut self, refusal: Refusal, asked: Option<Duration>) -> Duration {
+        let delay = self.retry.delay(refusal, K::ABSENT != Absent::Insist);
+        let delay = if refusal == Refusal::Gone && self.ledger.synced() { spread(delay) } else { delay };
+        asked.map_or(delay, |asked| as_asked(delay, asked))
     }
 
     /// Warns about what the server says, once in a row. That it says nothing, the connection tells for all kinds.
