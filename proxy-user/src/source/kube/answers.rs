@@ -1,10 +1,11 @@
 //! The answers about one kind, each made to end in good order.
 //!
-//! In: the API server's answers. Out: the same answers, and word of each bookmark, which says that a watch without news is
-//! alive; and when the server wants to be asked again. A watch that ends
-//! within a second without a word ends with [`EndedAtOnce`], because `kube`'s watcher and ours ask again at once after a
-//! watch that just ends. Any other watch that ends before its time ends a little later, so that the agents of a cluster do
-//! not all come back to a new server in one moment. An answer that goes silent is given up.
+//! In: the API server's answers. Out: the same answers, word of each bookmark, which says that a watch without news is
+//! alive, and when the server wants to be asked again.
+//!
+//! A watch that ends within a second without a word ends with [`EndedAtOnce`], because `kube`'s watcher and ours ask again
+//! at once after a watch that just ends. Any other watch that ends before its time ends a little later, so that the agents
+//! of a cluster do not all come back to a new server in one moment. An answer that goes silent is given up.
 
 use std::{
     io,
