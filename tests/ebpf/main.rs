@@ -33,6 +33,7 @@ use weir::{
 use weir_tests::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace, wait::await_that};
 
 mod apart;
+mod asked;
 mod killed;
 mod room;
 mod told;

@@ -15,6 +15,7 @@ use proxy_ebpf::{Crowd, Endpoint, FEW, Flow, Flows, MANY, account, trouble};
 use super::{
     account as accounts,
     maps::{self, CROWDS, FLOWS},
+    resolve,
     search::Search,
     socket::{self, Client, UDP},
 };
@@ -109,6 +110,19 @@ pub(super) fn service_of(context: &SockAddrContext, from: &Endpoint) -> Option<E
         }
     }
     found.map(|place| service(&flows.flows[place % FEW]))
+}
+
+/// A socket sends to an address that is no Service's. If that is a backend it knows, it means the backend itself from now
+/// on: what comes from there is shown as what it is.
+#[inline(always)]
+pub(super) fn ask_backend(context: &SockAddrContext, to: &Endpoint, client: Client) {
+    if service_of(context, to).is_none() {
+        return;
+    }
+    let now = resolve::now();
+    if let Some(flow) = find(context, to).or_else(|| place(context, client, now)) {
+        begin(flow, to, to, now);
+    }
 }
 
 #[inline(always)]

@@ -76,14 +76,16 @@ pub(super) fn recall(context: &impl EbpfContext) -> Option<(Endpoint, Endpoint)>
     Some((origin.backend, origin.service))
 }
 
-/// Forgets a socket that is closed. Most were told nothing.
+/// Forgets a socket that is closed, or is connected elsewhere. Most were told nothing.
 #[inline(always)]
 pub(super) fn forget(context: &impl EbpfContext) {
     let cookie = socket::cookie(context);
     let Some(seat) = seat(cookie) else { return };
-    // SAFETY: as in `recall`, and this socket is closed once.
+    // SAFETY: as in `recall`. Volatile, so that the seat is this socket's until its claim goes, and not after.
     unsafe {
         if (*seat).cookie == cookie {
+            (&raw mut (*seat).since).write_volatile(0);
+            (&raw mut (*seat).cookie).write_volatile(0);
             maps::add(&raw mut (*seat).claims, -Seat::CLAIM);
         } else {
             forget_element(seat, cookie);

@@ -29,6 +29,11 @@ pub(super) fn receive(context: &SockAddrContext, family: Family) -> i32 {
         socket::set_address(context, family, &service);
         return ALLOW;
     }
-    translate::expect_answer(context, &from);
-    peer(context, family)
+    // A socket that has lost its peer by a connect to no address is still remembered as if it had one.
+    if socket::is_connected(context) {
+        peer(context, family)
+    } else {
+        translate::expect_answer(context, &from);
+        ALLOW
+    }
 }

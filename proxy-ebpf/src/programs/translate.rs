@@ -18,7 +18,18 @@ use super::{
 const REFUSE: i32 = 0;
 const ECONNREFUSED: i32 = 111;
 
-/// A socket connects. For TCP this is every connection; a UDP socket gets a peer.
+/// Where a socket that connects goes.
+enum Way {
+    /// To a backend, which is remembered.
+    Led(Endpoint),
+    /// Where it asked to go.
+    AsAsked,
+    /// Nowhere.
+    Refused,
+}
+
+/// A socket connects. For TCP this is every connection; a UDP socket gets a peer. What the socket was told before is over:
+/// it has another peer now.
 #[inline(always)]
 pub(super) fn connect(context: &SockAddrContext, family: Family) -> i32 {
     let protocol = socket::protocol(context);
@@ -27,41 +38,69 @@ pub(super) fn connect(context: &SockAddrContext, family: Family) -> i32 {
     }
     let to = socket::address(context, family);
     let Some(client) = socket::client(context) else { return ALLOW };
-    let frontend = match resolve::find(&to, protocol, client) {
-        Found::Nothing => return ALLOW,
+    match way(context, protocol, &to, client) {
+        Way::Led(backend) => {
+            socket::set_address(context, family, &backend);
+            tell::led(context, &to, &backend);
+            ALLOW
+        }
+        Way::AsAsked => {
+            seats::forget(context);
+            ALLOW
+        }
+        Way::Refused => refuse(context, &to),
+    }
+}
+
+#[inline(always)]
+fn way(context: &SockAddrContext, protocol: u32, to: &Endpoint, client: Client) -> Way {
+    let frontend = match resolve::find(to, protocol, client) {
+        Found::Nothing => return Way::AsAsked,
         // A UDP socket may live to see the Service come: its packets are refused instead.
-        Found::UnknownPort if protocol == TCP => return refuse(context, &to),
-        Found::UnknownPort => return ALLOW,
+        Found::UnknownPort if protocol == TCP => return Way::Refused,
+        Found::UnknownPort => return Way::AsAsked,
         Found::Frontend(frontend) => frontend,
     };
     let choice = resolve::choice(frontend, client);
-    if choice.is_for_packets() || socket::is_at_home(context, client, protocol, &to) {
-        return ALLOW;
+    if choice.is_for_packets() || socket::is_at_home(context, client, protocol, to) {
+        return Way::AsAsked;
     }
     if !resolve::serves(choice) {
         if protocol != TCP {
-            return ALLOW;
+            return Way::AsAsked;
         }
         resolve::refused(frontend);
-        return refuse(context, &to);
+        return Way::Refused;
     }
     let cookie = socket::cookie(context);
     if !seats::is_forgotten_in_time(cookie) {
-        return ALLOW;
+        return Way::AsAsked;
     }
     let now = resolve::now();
-    let Some(backend) = resolve::pick(frontend, choice, client, now) else { return ALLOW };
-    let mut origin = Origin { cookie, since: now, service: to, backend, protocol, group: 0 };
+    let begun = if protocol == UDP { begun(context, to, frontend, now) } else { None };
+    let backend = match begun {
+        Some(backend) => Some(backend),
+        None => resolve::pick(frontend, choice, client, now),
+    };
+    let Some(backend) = backend else { return Way::AsAsked };
+    let mut origin = Origin { cookie, since: now, service: *to, backend, protocol, group: 0 };
     if !seats::remember(&mut origin, client) {
-        return ALLOW;
+        return Way::AsAsked;
     }
-    socket::set_address(context, family, &backend);
     resolve::served(frontend);
-    tell::led(context, &to, &backend);
-    ALLOW
+    Way::Led(backend)
 }
 
-/// A UDP socket without a peer sends.
+/// The backend that a socket sends to already for this Service: connection tracking would have the one flow go on.
+#[inline(always)]
+fn begun(context: &SockAddrContext, to: &Endpoint, frontend: Frontend, now: u64) -> Option<Endpoint> {
+    let flow = flows::find(context, to)?;
+    let (since, backend) = (flows::since(flow), flows::backend(flow));
+    let goes_on = now.wrapping_sub(since) <= flows::REST && resolve::still_serves(frontend, &backend, since);
+    goes_on.then_some(backend)
+}
+
+/// A UDP socket sends to an address, which it may do with a peer and without one.
 #[inline(always)]
 pub(super) fn send(context: &SockAddrContext, family: Family) -> i32 {
     if socket::protocol(context) != UDP {
@@ -70,7 +109,12 @@ pub(super) fn send(context: &SockAddrContext, family: Family) -> i32 {
     let to = socket::address(context, family);
     let Some(client) = socket::client(context) else { return ALLOW };
     let frontend = match resolve::find(&to, UDP, client) {
-        Found::Nothing => return ALLOW,
+        Found::Nothing => {
+            if !is_peer(context, &to) {
+                flows::ask_backend(context, &to, client);
+            }
+            return ALLOW;
+        }
         // An answer to a process of the host by the one who answers at the ClusterIP in the Service's place.
         Found::UnknownPort if socket::sends_to_itself(context, family) => return ALLOW,
         Found::UnknownPort => return refuse(context, &to),
@@ -80,7 +124,13 @@ pub(super) fn send(context: &SockAddrContext, family: Family) -> i32 {
     if choice.is_for_packets() {
         return ALLOW;
     }
-    match flow(context, &to, frontend, client) {
+    // A closure instead of this would be a function of its own, and its stack too large beside this one's ("combined stack
+    // size of 2 calls is 640", Linux 6.18).
+    let backend = match peer(context, &to) {
+        Some(backend) => Some(backend),
+        None => flow(context, &to, frontend, client),
+    };
+    match backend {
         Some(backend) => socket::set_address(context, family, &backend),
         None if !resolve::serves(choice) && !socket::is_at_home(context, client, UDP, &to) => {
             resolve::refused(frontend);
@@ -89,6 +139,25 @@ pub(super) fn send(context: &SockAddrContext, family: Family) -> i32 {
         None => {}
     }
     ALLOW
+}
+
+/// The backend that a socket is connected to for this Service.
+#[inline(always)]
+fn peer(context: &SockAddrContext, to: &Endpoint) -> Option<Endpoint> {
+    let (backend, service) = connection(context)?;
+    socket::same(&service, to).then_some(backend)
+}
+
+/// Whether this is the backend that a socket is connected to. An IPv6 socket with an IPv4-mapped peer sends there by
+/// address, whether or not the process names one (`udpv6_sendmsg`).
+#[inline(always)]
+fn is_peer(context: &SockAddrContext, to: &Endpoint) -> bool {
+    matches!(connection(context), Some((backend, _)) if socket::same(&backend, to))
+}
+
+#[inline(always)]
+fn connection(context: &SockAddrContext) -> Option<(Endpoint, Endpoint)> {
+    if socket::is_connected(context) { seats::recall(context) } else { None }
 }
 
 /// The backend this socket's datagrams to a Service go to: the same one for as long as it serves, as connection tracking
