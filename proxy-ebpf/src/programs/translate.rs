@@ -100,6 +100,16 @@ fn begun(context: &SockAddrContext, to: &Endpoint, frontend: Frontend, now: u64)
     goes_on.then_some(backend)
 }
 
+/// Where a datagram goes: a number, because functions of the kernel's programs return no more.
+mod goes {
+    pub(super) const AS_ASKED: u32 = 0;
+    pub(super) const REFUSED: u32 = 1;
+    /// To a backend.
+    pub(super) const LED: u32 = 2;
+    /// The same, for the first time.
+    pub(super) const MET: u32 = 3;
+}
+
 /// A UDP socket sends to an address, which it may do with a peer and without one.
 #[inline(always)]
 pub(super) fn send(context: &SockAddrContext, family: Family) -> i32 {
@@ -107,38 +117,54 @@ pub(super) fn send(context: &SockAddrContext, family: Family) -> i32 {
         return ALLOW;
     }
     let to = socket::address(context, family);
-    let Some(client) = socket::client(context) else { return ALLOW };
-    let frontend = match resolve::find(&to, UDP, client) {
-        Found::Nothing => {
-            if !is_peer(context, &to) {
-                flows::ask_backend(context, &to, client);
+    let mut backend = to;
+    let itself = socket::sends_to_itself(context, family);
+    match datagram(context, &to, itself, &mut backend) {
+        goes::REFUSED => return refuse(context, &to),
+        way @ (goes::LED | goes::MET) => {
+            socket::set_address(context, family, &backend);
+            if way == goes::MET {
+                tell::led(context, &to, &backend);
             }
-            return ALLOW;
+        }
+        _ => {}
+    }
+    ALLOW
+}
+
+/// Where a datagram goes, and to which backend.
+///
+/// A function of its own, because what logs is called beside it then and not from it: the kernel adds up the stacks of functions
+/// that call each other ("combined stack size of 2 calls is 528", Linux 6.18).
+#[inline(never)]
+fn datagram(context: &SockAddrContext, to: &Endpoint, itself: bool, backend: &mut Endpoint) -> u32 {
+    let Some(client) = socket::client(context) else { return goes::AS_ASKED };
+    let frontend = match resolve::find(to, UDP, client) {
+        Found::Nothing => {
+            if !is_peer(context, to) {
+                flows::ask_backend(context, to, client);
+            }
+            return goes::AS_ASKED;
         }
         // An answer to a process of the host by the one who answers at the ClusterIP in the Service's place.
-        Found::UnknownPort if socket::sends_to_itself(context, family) => return ALLOW,
-        Found::UnknownPort => return refuse(context, &to),
+        Found::UnknownPort if itself => return goes::AS_ASKED,
+        Found::UnknownPort => return goes::REFUSED,
         Found::Frontend(frontend) => frontend,
     };
     let choice = resolve::choice(frontend, client);
     if choice.is_for_packets() {
-        return ALLOW;
+        return goes::AS_ASKED;
     }
-    // A closure instead of this would be a function of its own, and its stack too large beside this one's ("combined stack
-    // size of 2 calls is 640", Linux 6.18).
-    let backend = match peer(context, &to) {
-        Some(backend) => Some(backend),
-        None => flow(context, &to, frontend, client),
-    };
-    match backend {
-        Some(backend) => socket::set_address(context, family, &backend),
-        None if !resolve::serves(choice) && !socket::is_at_home(context, client, UDP, &to) => {
-            resolve::refused(frontend);
-            return refuse(context, &to);
-        }
-        None => {}
+    if let Some(peer) = peer(context, to) {
+        *backend = peer;
+        return goes::LED;
     }
-    ALLOW
+    let way = flow(context, to, frontend, client, backend);
+    if way == goes::AS_ASKED && !resolve::serves(choice) && !socket::is_at_home(context, client, UDP, to) {
+        resolve::refused(frontend);
+        return goes::REFUSED;
+    }
+    way
 }
 
 /// The backend that a socket is connected to for this Service.
@@ -161,35 +187,42 @@ fn connection(context: &SockAddrContext) -> Option<(Endpoint, Endpoint)> {
 }
 
 /// The backend this socket's datagrams to a Service go to: the same one for as long as it serves, as connection tracking
-/// would have it (K2). `None` when there is none, or none can be remembered.
+/// would have it (K2). As asked when there is none, or none can be remembered.
 #[inline(always)]
-fn flow(context: &SockAddrContext, to: &Endpoint, frontend: Frontend, client: Client) -> Option<Endpoint> {
+fn flow(
+    context: &SockAddrContext,
+    to: &Endpoint,
+    frontend: Frontend,
+    client: Client,
+    backend: &mut Endpoint,
+) -> u32 {
     let choice = resolve::choice(frontend, client);
     let now = resolve::now();
     let known = flows::find(context, to);
     if let Some(flow) = &known {
-        let (since, backend) = (flows::since(flow), flows::backend(flow));
+        let since = flows::since(flow);
+        *backend = flows::backend(flow);
         if now.wrapping_sub(since) <= flows::REST
-            && (socket::same(&backend, to) || resolve::still_serves(frontend, &backend, since))
+            && (socket::same(backend, to) || resolve::still_serves(frontend, backend, since))
         {
             if let Some(flow) = known {
                 flows::touch(flow, now);
             }
-            return Some(backend);
+            return goes::LED;
         }
     }
     if !resolve::serves(choice) || socket::is_at_home(context, client, UDP, to) {
-        return None;
+        return goes::AS_ASKED;
     }
-    let backend = resolve::pick(frontend, choice, client, now)?;
+    let Some(picked) = resolve::pick(frontend, choice, client, now) else { return goes::AS_ASKED };
+    *backend = picked;
     let Some(flow) = known.or_else(|| flows::place(context, client, now)) else {
         maps::count(trouble::STORAGE);
-        return None;
+        return goes::AS_ASKED;
     };
-    flows::begin(flow, to, &backend, now);
+    flows::begin(flow, to, backend, now);
     resolve::served(frontend);
-    tell::led(context, to, &backend);
-    Some(backend)
+    goes::MET
 }
 
 /// A datagram came to this socket from an address and port that are a frontend's too: its sender has the number of a
