@@ -6,7 +6,13 @@ mod coredns;
 mod routing;
 mod standalone;
 
-use std::{fmt, net::IpAddr, path::PathBuf};
+use std::{
+    fmt,
+    io::{Read as _, Write as _},
+    net::{IpAddr, TcpStream},
+    path::PathBuf,
+    time::Duration,
+};
 
 use anyhow::Result;
 use hickory_proto::rr::RecordType;
@@ -179,6 +185,20 @@ impl<'a> Rig<'a> {
     }
 
     /// Waits until a new socket of each place and family is answered by this one.
+    /// What the node's health port answers.
+    fn health(&self, path: &str) -> std::io::Result<String> {
+        self.topology.at(Place::Host(1)).run(|| {
+            let mut stream = TcpStream::connect("127.0.0.1:10256")?;
+            stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+            stream.write_all(
+                format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes(),
+            )?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        })
+    }
+
     fn await_answers_of(&self, wanted: Who) {
         for (place, family) in
             [CLIENT, Place::Host(1)].into_iter().flat_map(|place| Family::ALL.map(|family| (place, family)))

@@ -85,6 +85,10 @@ fn queries_come_back_to_coredns(plane: Plane) -> Result<()> {
     let _coredns = rig.coredns(HOSTS)?;
     let weir = rig.weir()?;
     rig.await_answers_of(Who::Weir);
+    // Killed before, weir would have programmed nothing that leads to CoreDNS.
+    await_that("Services are in force", || {
+        rig.health("/healthz").is_ok_and(|answer| answer.starts_with("HTTP/1.1 200 "))
+    });
     let askers = long_lived(&rig);
     all_answered_by(&rig, &askers, Who::Weir);
     let mut connection = Connection::open(&rig);
@@ -266,14 +270,7 @@ fn a_pod_that_holds_a_thousand_connections_keeps_no_other_client_out() -> Result
             assert_eq!(said.addresses(), ["10.96.1.1".parse::<IpAddr>()?], "{place} over {family}");
         }
     }
-    let healthz = topology.at(Place::Host(1)).run(|| -> std::io::Result<String> {
-        let mut stream = TcpStream::connect("127.0.0.1:10256")?;
-        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
-        stream.write_all(b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        Ok(answer)
-    })?;
+    let healthz = rig.health("/livez")?;
     assert!(healthz.starts_with("HTTP/1.1 200 "), "{healthz}");
     drop(held);
     Ok(())

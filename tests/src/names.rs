@@ -21,6 +21,7 @@ use crate::{
     keeper::{end, tail},
     netns::Namespace,
     wait::DEADLINE,
+    wait::await_that,
 };
 
 /// How long a client waits before it asks again.
@@ -204,11 +205,15 @@ pub struct CoreDns {
 }
 
 impl CoreDns {
-    /// Starts it in a namespace, with the lines of one server block for everything on port 53.
+    /// Starts it in a namespace, with the lines of one server block for everything on port 53, and waits until it listens.
     ///
     /// # Errors
     ///
     /// When `cargo xtask setup` has not built it.
+    ///
+    /// # Panics
+    ///
+    /// When it does not come up in time.
     pub fn start(namespace: &Namespace, block: &str) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("weir-coredns-").tempdir()?;
         let corefile = directory.path().join("Corefile");
@@ -218,7 +223,10 @@ impl CoreDns {
         let process = namespace.spawn(&assets::kubernetes("coredns")?, |command| {
             command.arg("-conf").arg(&corefile).stdout(log).stderr(errors);
         })?;
-        Ok(Self { process, directory })
+        let started = Self { process, directory };
+        // It writes its version once its sockets are there.
+        await_that("CoreDNS listens", || started.log().contains("CoreDNS-"));
+        Ok(started)
     }
 
     /// What it wrote last.
