@@ -560,6 +560,12 @@ fn only_new_flows() -> Vec<Expr> {
     [expr::no_new_flow().to_vec(), vec![expr::accept()]].concat()
 }
 
+/// Lets a flow pass that has a backend: it is neither refused nor unknown, and its destination is no Service's any more. A
+/// destination that another program's rules made a Service's is not refused either.
+fn translated() -> Vec<Expr> {
+    [expr::translated().to_vec(), vec![expr::accept()]].concat()
+}
+
 fn refused(family: Family) -> Vec<Expr> {
     let refused = vec![expr::in_set(expr::word(0), Map::Refused.name())];
     [load_frontend(family), refused, Reason::NoEndpoints.reject(family)].concat()
@@ -573,7 +579,7 @@ fn input_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
         to_node(family, node),
         Reason::NoEndpoints.reject(family),
     ];
-    let mut rules = vec![only_new_flows()];
+    let mut rules = vec![only_new_flows(), translated()];
     rules.extend(left_alone(family, node, true));
     if node.answers_names {
         // F4 where a ClusterIP is this host's own: whatever else listens here is not what was asked for.
@@ -602,7 +608,7 @@ fn refuse_rules(family: Family, node: &NodePlan, exception: Option<Vec<Expr>>) -
         ];
         [in_network, Reason::UnallocatedAddress.drop()].concat()
     });
-    let mut rules = vec![only_new_flows(), choice::number_is_left_behind()];
+    let mut rules = vec![only_new_flows(), choice::number_is_left_behind(), translated()];
     rules.extend(exception);
     rules.extend([refused(family), unknown_port(family)].into_iter().chain(unallocated));
     rules
