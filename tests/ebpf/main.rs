@@ -133,8 +133,8 @@ fn the_programs_serve_the_sockets_of_their_cgroup_and_no_others() -> Result<()> 
                 Err(io::ErrorKind::ConnectionRefused),
                 "F4"
             );
-            let taken = TcpListener::bind((loopback(family), 30080)).map(drop);
-            assert_eq!(taken.map_err(|error| error.kind()), Err(io::ErrorKind::AddrInUse));
+            // A process may have the number of a NodePort, as one has that serves it in the host's network.
+            TcpListener::bind((loopback(family), 30080))?;
             let tallies = plane.counted().read()?;
             let counted = |protocol| {
                 let mut ports =

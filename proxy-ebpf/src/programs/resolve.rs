@@ -91,24 +91,11 @@ fn node_port(v4: bool, port: u16, protocol: u32) -> FrontendKey {
     FrontendKey { address, port, protocol: protocol as u8, kind: kind::NODE_PORT }
 }
 
-/// Whether there is a NodePort.
-#[inline(always)]
-pub(super) fn is_node_port(v4: bool, port: u16, protocol: u32) -> bool {
-    matches!(get(&node_port(v4, port, protocol)), Element::There(_))
-}
-
 /// Whether there is a frontend at an address and a port.
 #[inline(always)]
 pub(super) fn is_frontend(address: &Address, port: u16, protocol: u32) -> bool {
     let key = FrontendKey { address: *address, port, protocol: protocol as u8, kind: kind::FRONTEND };
     matches!(get(&key), Element::There(_))
-}
-
-/// Whether an address is one of this node's that serve NodePorts.
-#[inline(always)]
-pub(super) fn is_on_node(address: &Address) -> bool {
-    let key = FrontendKey { address: *address, port: 0, protocol: 0, kind: kind::ADDRESS };
-    matches!(get(&key), Element::There(whole) if whole.flags() & flag::NODE != 0)
 }
 
 /// An element of `frontends`.

@@ -29,8 +29,6 @@ pub enum Difference {
     NoneLeft,
     /// F1: unconnected UDP sockets hear of it from the call itself.
     AtOnce,
-    /// R3: NodePorts are taken.
-    Taken,
 }
 
 impl Difference {
@@ -65,7 +63,6 @@ impl fmt::Display for Difference {
                  even if there is no other (K4)"
             }
             Self::AtOnce => "an unconnected UDP socket is refused by the call itself (F1)",
-            Self::Taken => "nobody on the node can take a port that is a NodePort (R3)",
         })
     }
 }
