@@ -30,7 +30,7 @@ pub struct DnsArgs {
     /// Own address at which names are answered too, link-local so that it is this node's everywhere
     #[arg(long, value_name = "IP", default_value = "169.254.20.53")]
     dns_address: String,
-    /// Who is asked for other names [default: the DNS Service's endpoints; without any, /etc/resolv.conf's]
+    /// Which servers are asked for other names [default: the DNS Service's endpoints; without such a Service, /etc/resolv.conf's]
     #[arg(long, value_name = "IP[:PORT],…", value_delimiter = ',')]
     dns_upstream: Vec<String>,
     /// Networks answered besides this node's pods and itself; 0.0.0.0/0 and ::/0 for everybody

@@ -185,6 +185,10 @@ fn service(
         },
         (NamedKind::Alias(_), _) => Found::Nothing,
         (NamedKind::Addresses(ips), Part::Whole) => cluster_ip(zone, query, ips, &service.ports, None),
+        (NamedKind::Addresses(_), Part::Protocol(_)) => {
+            let is_above_one = service.ports.iter().any(|port| is(part, &port.name, port.protocol));
+            if is_above_one { none(query) } else { Found::Nothing }
+        }
         (NamedKind::Addresses(ips), Part::Port { .. }) => {
             let ports: Vec<ServicePort> =
                 service.ports.iter().filter(|port| is(part, &port.name, port.protocol)).cloned().collect();
@@ -192,7 +196,11 @@ fn service(
         }
         (NamedKind::Endpoints, _) | (NamedKind::Addresses(_), Part::Endpoint(_)) => {
             let chosen = endpoints::choose(names, named, service, part, zone.topology, query);
-            if chosen.is_empty() { Found::Nothing } else { of_endpoints(zone, query, &chosen, part) }
+            match part {
+                _ if chosen.is_empty() => Found::Nothing,
+                Part::Protocol(_) => none(query),
+                _ => of_endpoints(zone, query, &chosen, part),
+            }
         }
     }
 }
@@ -203,6 +211,8 @@ pub(super) fn is(part: Part<'_>, name: &str, protocol: Protocol) -> bool {
         Part::Port { name: wanted, protocol: of } => {
             name.eq_ignore_ascii_case(wanted) && protocol.to_string().eq_ignore_ascii_case(of)
         }
+        // A port without a name has none below its protocol's.
+        Part::Protocol(of) => !name.is_empty() && protocol.to_string().eq_ignore_ascii_case(of),
         Part::Whole | Part::Endpoint(_) => true,
     }
 }
@@ -238,7 +248,7 @@ fn of_endpoints(zone: &Zone, query: &Query<'_>, chosen: &[Chosen<'_>], part: Par
     let (is_endpoint, above) = match part {
         Part::Whole => (false, 0),
         Part::Endpoint(_) => (true, 0),
-        Part::Port { .. } => (false, 2),
+        Part::Protocol(_) | Part::Port { .. } => (false, 2),
     };
     let service = own_name(query.name, above);
     let ports =

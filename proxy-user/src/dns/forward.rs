@@ -158,6 +158,8 @@ fn resolver(servers: &[SocketAddr], most_under_way: usize) -> Result<TokioResolv
     options.timeout = Duration::from_secs(2);
     options.attempts = 1;
     options.max_active_requests = most_under_way;
+    // A second server is asked when the first one fails, because both would have to do the work of each question.
+    options.num_concurrent_reqs = 1;
     TokioResolver::builder_with_config(config, TokioRuntimeProvider::default()).with_options(options).build()
 }
 

@@ -50,6 +50,8 @@ pub enum Part<'a> {
     Whole,
     /// The endpoint with this label.
     Endpoint(&'a str),
+    /// What the ports of this protocol, in lower case, have names below.
+    Protocol(&'a str),
     /// The port of this name and protocol.
     Port {
         /// The name.
@@ -81,7 +83,10 @@ impl<'a> Question<'a> {
             ["ns", "dns"] => Self::Server,
             [namespace, "svc" | "pod"] => Self::Namespace(namespace),
             [name, namespace, "svc"] => service(namespace, name, Part::Whole),
-            [label, name, namespace, "svc"] => service(namespace, name, Part::Endpoint(label)),
+            [label, name, namespace, "svc"] => {
+                let part = label.strip_prefix('_').map_or(Part::Endpoint(label), Part::Protocol);
+                service(namespace, name, part)
+            }
             [port, protocol, name, namespace, "svc"] => {
                 let port = port.strip_prefix('_').zip(protocol.strip_prefix('_'));
                 port.map_or(Self::Nothing, |(port, protocol)| {
@@ -144,6 +149,7 @@ mod tests {
             ("ns.svc.cluster.local.", Question::Namespace("ns")),
             ("web.ns.svc.cluster.local.", service(Part::Whole)),
             ("db-0.web.ns.svc.cluster.local.", service(Part::Endpoint("db-0"))),
+            ("_tcp.web.ns.svc.cluster.local.", service(Part::Protocol("tcp"))),
             ("_h._tcp.web.ns.svc.cluster.local.", service(Part::Port { name: "h", protocol: "tcp" })),
             ("10-0-0-1.ns.pod.cluster.local.", Question::Pod("10.0.0.1".parse().unwrap())),
             ("fd00--1.ns.pod.cluster.local.", Question::Pod("fd00::1".parse().unwrap())),

@@ -129,11 +129,15 @@ impl Replier {
             rotation: self.rotation.fetch_add(1, Ordering::Relaxed),
             most: usize::from(room(&request)) / SHORTEST_RECORD + 1,
         };
-        let resolution = {
+        let (resolution, are_known) = {
             let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
-            answer::answer(&names, &self.zone, &query)
+            (answer::answer(&names, &self.zone, &query), names.is_synced())
         };
         match resolution {
+            // What is not known yet may exist. The client asks another server, or again.
+            Resolution::Answer(_) | Resolution::Alias(..) if !are_known => {
+                now(&request, &Answer::without_records(ResponseCode::ServFail), true)
+            }
             Resolution::Answer(answer) => now(&request, &answer, true),
             // Whoever asks a stranger for everything gets nothing (RFC 8482).
             Resolution::Elsewhere if kind == RecordType::ANY => {
@@ -157,8 +161,8 @@ impl Pending {
         let own = !self.aliases.is_empty();
         let mut answer = match upstream {
             Some(answer) => answer,
-            // An alias of ours is right, whether or not somebody knows what it leads to.
-            None => Answer::without_records(if own { ResponseCode::NoError } else { ResponseCode::Refused }),
+            // An alias of ours is right, whether or not any server knows what it leads to.
+            None => Answer::without_records(if own { ResponseCode::NoError } else { ResponseCode::ServFail }),
         };
         self.aliases.append(&mut answer.answers);
         answer.answers = self.aliases;

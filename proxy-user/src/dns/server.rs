@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use futures::StreamExt as _;
+use futures::{StreamExt as _, stream::FuturesUnordered};
 use hickory_net::{
     DnsStreamHandle as _, runtime::iocompat::AsyncIoTokioAsStd, tcp::TcpStream, xfer::Protocol,
 };
@@ -150,23 +150,36 @@ async fn serve(responder: &Responder, stream: tokio::net::TcpStream, from: Socke
     let stream = AsyncIoTokioAsStd(stream);
     let (stream, mut replies) = TcpStream::from_stream_with_buffer_size(stream, from, WAITING_REPLIES);
     let mut queries = TimeoutStream::new(stream, IDLE);
+    let mut waiting = FuturesUnordered::new();
+    // Each reply goes as soon as it is ready (RFC 7766, 6.2.1.1). No query is read while so many wait.
     loop {
-        let query = tokio::select! {
-            query = queries.next() => query,
+        let bytes = tokio::select! {
+            Some(bytes) = waiting.next() => bytes,
+            query = queries.next(), if waiting.len() < WAITING_REPLIES => {
+                let Some(Ok(query)) = query else { break };
+                place.used();
+                match responder.reply(query.bytes(), from, Protocol::Tcp) {
+                    Reply::Silence => return,
+                    Reply::Now(bytes, _) => Some(bytes),
+                    Reply::Later(pending) => {
+                        waiting.push(responder.ask(*pending, from.ip()));
+                        continue;
+                    }
+                }
+            }
             () = place.lost() => return,
         };
-        let Some(Ok(query)) = query else { return };
-        place.used();
-        let bytes = match responder.reply(query.bytes(), from, Protocol::Tcp) {
-            Reply::Silence => return,
-            Reply::Now(bytes, _) => bytes,
-            Reply::Later(pending) => match responder.ask(*pending, from.ip()).await {
-                Some(bytes) => bytes,
-                None => return,
-            },
-        };
+        let Some(bytes) = bytes else { return };
         if replies.send(SerialMessage::new(bytes, from)).is_err() {
             return;
         }
+    }
+    // The client sends no more, and still waits for these.
+    while let Some(Some(bytes)) = waiting.next().await {
+        if replies.send(SerialMessage::new(bytes, from)).is_err() {
+            return;
+        }
+        // What is to be sent goes before the stream is read.
+        queries.next().await;
     }
 }

@@ -163,6 +163,8 @@ struct Supervisor {
 /// What the names say of the cluster's DNS Service and of pods.
 struct Known {
     synced: bool,
+    /// Whether there is such a Service.
+    exists: bool,
     addresses: BTreeSet<IpAddr>,
     endpoints: Vec<SocketAddr>,
     pod_networks: Vec<ipnet::IpNet>,
@@ -203,6 +205,7 @@ impl Supervisor {
         };
         Known {
             synced: names.is_synced(),
+            exists: service.is_some(),
             addresses,
             endpoints: names.endpoints(&self.config.service, PORT),
             pod_networks: names.pod_networks().to_vec(),
@@ -240,7 +243,8 @@ impl Supervisor {
         } else {
             self.config.upstream.clone()
         };
-        if servers.is_empty() {
+        // The cluster's DNS may know names that the node's own servers deny, so these are no stand-in while it is down.
+        if servers.is_empty() && !known.exists {
             servers = resolv_conf();
         }
         servers.retain(|server| !ours(server));

@@ -17,7 +17,10 @@ use super::{
     super::{Replier, Reply},
     *,
 };
-use crate::model::fixture::{service, slice};
+use crate::{
+    model::fixture::{service, slice},
+    source::Kind,
+};
 
 fn replier() -> Replier {
     let endpoints: Vec<Value> =
@@ -27,6 +30,8 @@ fn replier() -> Replier {
         service("db", json!({ "clusterIP": "None", "ports": [{ "name": "sql", "port": 1 }] })),
         service("out", json!({ "type": "ExternalName", "externalName": "www.example.com" })),
         slice("db", "db", json!([{ "name": "sql", "port": 1 }]), Value::Array(endpoints)),
+        Change::Synced(Kind::Service),
+        Change::Synced(Kind::EndpointSlice),
     ]);
     Replier::new(Arc::new(RwLock::new(names)), zone())
 }
@@ -119,6 +124,8 @@ fn additional_records_give_way_first() {
             json!([{ "name": "sql", "port": 1 }]),
             Value::Array((0..8).map(|last| json!({ "addresses": [format!("10.1.0.{last}")] })).collect()),
         ),
+        Change::Synced(Kind::Service),
+        Change::Synced(Kind::EndpointSlice),
     ]);
     let replier = Replier::new(Arc::new(RwLock::new(names)), zone());
     let message = query("_sql._tcp.db.ns.svc.cluster.local.", "SRV").to_vec().unwrap();
@@ -251,6 +258,22 @@ fn what_the_upstream_says_comes_behind_the_alias_that_led_there() {
     );
     let alone = reply(None);
     assert_eq!((alone.metadata.response_code, alone.answers.len()), (ResponseCode::NoError, 1));
+}
+
+/// An agent that has just started, before the API server has told it everything.
+#[test]
+fn a_name_that_may_be_told_of_later_is_not_denied() {
+    let names = Arc::new(RwLock::new(names([Change::Synced(Kind::Service)])));
+    let replier = Replier::new(Arc::clone(&names), zone());
+    let code = |name| match replier.reply(&query(name, "A").to_vec().unwrap(), from(), Protocol::Udp) {
+        Reply::Now(_, code) => Some(code),
+        Reply::Later(_) => None,
+        Reply::Silence => panic!("{name} has no answer"),
+    };
+    assert_eq!(code("web.ns.svc.cluster.local."), Some(ResponseCode::ServFail));
+    assert_eq!(code("www.example.com."), None, "the upstream knows");
+    names.write().unwrap().apply(&Change::Synced(Kind::EndpointSlice));
+    assert_eq!(code("web.ns.svc.cluster.local."), Some(ResponseCode::NXDomain));
 }
 
 /// A query that something happened to on the way.

@@ -2,6 +2,7 @@
 
 mod bytes;
 mod endpoints;
+mod pipelined;
 mod specification;
 
 use hickory_proto::{

@@ -96,6 +96,10 @@ fn s2_3_2_ports_of_a_service_with_cluster_ips() {
             &["_dns._udp.web.ns.svc.cluster.local. 5 IN SRV 0 50 53 web.ns.svc.cluster.local."],
         ),
         ("_http._udp.web.ns.svc.cluster.local.", "SRV", &["NXDOMAIN"]),
+        // A resolver that asks label by label, from above, would take NXDOMAIN for all that is below (RFC 8020).
+        ("_tcp.web.ns.svc.cluster.local.", "A", &["NODATA"]),
+        ("_udp.web.ns.svc.cluster.local.", "NS", &["NODATA"]),
+        ("_sctp.web.ns.svc.cluster.local.", "A", &["NXDOMAIN"]),
         ("_no._tcp.web.ns.svc.cluster.local.", "SRV", &["NXDOMAIN"]),
         (
             "web.ns.svc.cluster.local.",
@@ -186,6 +190,8 @@ fn s2_4_2_ports_of_a_headless_service() {
     check(&[
         ("_sql._tcp.db.ns.svc.cluster.local.", "SRV", wanted),
         ("_sql._udp.db.ns.svc.cluster.local.", "SRV", &["NXDOMAIN"]),
+        ("_tcp.db.ns.svc.cluster.local.", "SRV", &["NODATA"]),
+        ("_udp.db.ns.svc.cluster.local.", "SRV", &["NXDOMAIN"]),
         ("_sql._tcp.empty.ns.svc.cluster.local.", "SRV", &["NXDOMAIN"]),
     ]);
     let answer = answered(&cluster(), "_sql._tcp.db.ns.svc.cluster.local.", "SRV");

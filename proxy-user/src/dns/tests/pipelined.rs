@@ -1,0 +1,85 @@
+//! Several queries on one connection, of which the first waits for the upstream.
+
+use std::{
+    net::SocketAddr,
+    num::NonZeroU32,
+    sync::{Arc, RwLock},
+    time::Duration,
+};
+
+use hickory_proto::{
+    op::{Message, MessageType, OpCode, Query as MessageQuery},
+    rr::{Name, RecordType},
+};
+use prometheus_client::metrics::counter::Counter;
+use serde_json::json;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream, UdpSocket},
+    time::timeout,
+};
+
+use super::{
+    super::{Counters, Forwarder, Limits, Replier, Responder, UnderWay, connections},
+    *,
+};
+use crate::{model::fixture::service, places::Places, source::Kind};
+
+const DEADLINE: Duration = Duration::from_secs(20);
+
+fn responder(upstream: SocketAddr) -> Arc<Responder> {
+    let names = names([
+        service("web", json!({ "clusterIP": "10.0.0.1", "ports": [{ "name": "http", "port": 80 }] })),
+        Change::Synced(Kind::Service),
+        Change::Synced(Kind::EndpointSlice),
+    ]);
+    let forwarder = Forwarder::new(zone().domain, UnderWay::new(100, 100, Counter::default()));
+    forwarder.set_servers(vec![upstream]).unwrap();
+    Arc::new(Responder {
+        replier: Replier::new(Arc::new(RwLock::new(names)), zone()),
+        forwarder,
+        limits: Limits::new(NonZeroU32::new(1000).unwrap()),
+        places: Places::new(10, 10, Counter::default()),
+        counters: Counters::default(),
+    })
+}
+
+fn framed(id: u16, name: &str) -> Vec<u8> {
+    let mut message = Message::new(id, MessageType::Query, OpCode::Query);
+    message.add_query(MessageQuery::query(Name::from_ascii(name).unwrap(), RecordType::A));
+    let bytes = message.to_vec().unwrap();
+    [&u16::try_from(bytes.len()).unwrap().to_be_bytes()[..], &bytes].concat()
+}
+
+async fn read(stream: &mut TcpStream) -> Message {
+    let len = timeout(DEADLINE, stream.read_u16()).await.unwrap().unwrap();
+    let mut bytes = vec![0; len.into()];
+    timeout(DEADLINE, stream.read_exact(&mut bytes)).await.unwrap().unwrap();
+    Message::from_vec(&bytes).unwrap()
+}
+
+/// Answers the question with an empty answer, as a server does that knows the name and nothing of the type.
+async fn answer(upstream: &UdpSocket) {
+    let mut bytes = [0; 512];
+    let (len, from) = timeout(DEADLINE, upstream.recv_from(&mut bytes)).await.unwrap().unwrap();
+    let mut message = Message::from_vec(&bytes[..len]).unwrap();
+    message.metadata.message_type = MessageType::Response;
+    upstream.send_to(&message.to_vec().unwrap(), from).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_query_that_waits_for_the_upstream_holds_up_none_behind_it() {
+    let upstream = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let to = listener.local_addr().unwrap();
+    let server = tokio::spawn(connections(responder(upstream.local_addr().unwrap()), listener));
+    let mut stream = TcpStream::connect(to).await.unwrap();
+    let queries = [framed(1, "slow.example."), framed(2, "web.ns.svc.cluster.local.")].concat();
+    stream.write_all(&queries).await.unwrap();
+    let first = read(&mut stream).await;
+    assert_eq!((first.metadata.id, first.answers.len()), (2, 1), "the upstream has not answered");
+    stream.shutdown().await.unwrap();
+    answer(&upstream).await;
+    assert_eq!(read(&mut stream).await.metadata.id, 1, "also to a client that sends no more");
+    server.abort();
+}
