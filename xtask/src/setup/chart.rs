@@ -44,11 +44,14 @@ pub(super) const KUBECONFORM: Program = Program {
 
 /// The sources of definitions: the module that pins their version, the module they are in, and the file.
 const KUBERNETES: [&str; 3] = ["tests/kubernetes", "k8s.io/kubernetes", "api/openapi-spec/swagger.json"];
-const POD_MONITOR: [&str; 3] = [
-    MODULE,
-    "github.com/prometheus-operator/prometheus-operator",
-    "example/prometheus-operator-crd/monitoring.coreos.com_podmonitors.yaml",
+const MONITORS: [[&str; 3]; 2] = [
+    operator("example/prometheus-operator-crd/monitoring.coreos.com_podmonitors.yaml"),
+    operator("example/prometheus-operator-crd/monitoring.coreos.com_servicemonitors.yaml"),
 ];
+
+const fn operator(file: &'static str) -> [&'static str; 3] {
+    [MODULE, "github.com/prometheus-operator/prometheus-operator", file]
+}
 
 impl Program {
     fn file(&self, machine: &Machine) -> PathBuf {
@@ -61,9 +64,9 @@ pub(crate) fn tools(machine: &Machine) -> [PathBuf; 2] {
     [HELM.file(machine), KUBECONFORM.file(machine)]
 }
 
-/// The directory of the schemas, named so that those of another version of Kubernetes are never taken for these.
+/// The directory of the schemas, named so that those of another version of Kubernetes, or fewer, are never taken for these.
 pub(crate) fn schemas(machine: &Machine) -> PathBuf {
-    machine.cache.join(format!("schemas-v{}", kubernetes::KUBERNETES))
+    machine.cache.join(format!("schemas-v{}-monitors", kubernetes::KUBERNETES))
 }
 
 /// Whether something has to be built.
@@ -93,8 +96,9 @@ pub(super) fn install_schemas(machine: &Machine, _: Level) -> Result<()> {
         fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))
     };
     let mut all = kubernetes_schemas(serde_json::from_str(&file(KUBERNETES)?)?)?;
-    let monitor: Value = serde_yaml_ng::from_str(&file(POD_MONITOR)?)?;
-    all.extend(custom_schemas(&monitor)?);
+    for monitor in MONITORS {
+        all.extend(custom_schemas(&serde_yaml_ng::from_str(&file(monitor)?)?)?);
+    }
     archive::whole(&schemas(machine), |draft| write(draft, &all))
 }
 
