@@ -11,6 +11,8 @@ use serde_json::Value;
 
 use crate::{machine::Machine, process, setup};
 
+mod places;
+
 /// The chart's directory.
 const CHART: &str = "charts/weir";
 /// The generated file.
@@ -40,7 +42,8 @@ pub(crate) fn check(machine: &Machine) -> Result<()> {
     refuses_nonsense(machine)?;
     another_configuration_reaches_new_pods_alone(machine)?;
     the_agent_alone_has_the_token(machine)?;
-    releases_of_one_name_share_nothing(machine)
+    releases_of_one_name_share_nothing(machine)?;
+    places::check(machine)
 }
 
 fn accepted(machine: &Machine, values: &PathBuf) -> Result<()> {
@@ -70,6 +73,20 @@ fn refuses_nonsense(machine: &Machine) -> Result<()> {
         (vec![server, "config.mode=ebpf"], "config.mode is set"),
         (vec![server, "config.metricsBindAddress=0.0.0.0"], "metrics.bindAddress"),
         (vec![server, "metrics.podMonitor.enabled=true"], "Prometheus cannot reach"),
+        (vec![server, "metrics.serviceMonitor.enabled=true"], "Prometheus cannot reach"),
+        (vec![server, "apiServers={https://192.0.2.2:6443}"], "apiServer and apiServers are both set"),
+        (vec!["apiServers={in-cluster,https://192.0.2.2:6443}"], "/apiServers/0"),
+        (vec![server, "clusterCIDR={10.0.0.0}"], "/clusterCIDR/0"),
+        (
+            vec![server, "clusterCIDR={10.0.0.0/8}", "config.clusterCIDR=10.0.0.0/8"],
+            "config.clusterCIDR are both",
+        ),
+        (vec![server, "securityContext.capabilities.add={BPF}"], "Set capabilities"),
+        (vec![server, "image.digest=latest"], "/image/digest"),
+        (vec![server, "dns.tll=5"], "tll"),
+        (vec![server, "dns.service=kube-dns"], "/dns/service"),
+        (vec![server, "livenessProbe.periodSecond=5"], "periodSecond"),
+        (vec![server, "fullnameOverride=Weir"], "/fullnameOverride"),
     ] {
         let mut command = machine.command(&helm);
         command.args(["template", "weir", CHART]);
@@ -130,6 +147,7 @@ fn another_configuration_reaches_new_pods_alone(machine: &Machine) -> Result<()>
     let others = [
         "proxyMode=nftables",
         "proxyMode=ebpf",
+        "clusterCIDR={10.0.0.0/9}",
         "config.clusterCIDR=10.0.0.0/8",
         "metrics.bindAddress=127.0.0.1:9",
     ];
