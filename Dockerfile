@@ -19,6 +19,11 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,targe
     cargo xtask image --arch "$TARGETARCH" --root /image
 
 FROM scratch
+# What `cargo xtask image` writes too. The commit is known outside only: --label org.opencontainers.image.revision=COMMIT
+LABEL org.opencontainers.image.title="weir" \
+      org.opencontainers.image.description="A Kubernetes service proxy, one agent a node, in place of kube-proxy" \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.licenses="Apache-2.0 OR MIT"
 COPY --from=build /image/ /
 ENV PATH=/usr/local/bin
 ENTRYPOINT ["/usr/local/bin/weir"]

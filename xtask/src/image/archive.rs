@@ -1,17 +1,17 @@
 //! Files packed as image archives are: a layout of the Open Container Initiative that also has the one file which
 //! `docker load` of older Docker versions asks for.
 //!
-//! In: a [`Root`] for each architecture and the image's name. Out: the bytes of the archive. Nothing in it depends on
-//! when, where or by whom it is made.
+//! In: a [`Root`] for each architecture, the image's name and the revision it is made of. Out: the bytes of the archive.
+//! Nothing else in it depends on when, where or by whom it is made.
 
 use std::{collections::HashMap, io::Write as _};
 
 use anyhow::{Context as _, Result};
 use flate2::{Compression, GzBuilder};
 use oci_spec::image::{
-    ANNOTATION_LICENSES, ANNOTATION_REF_NAME, ANNOTATION_TITLE, ANNOTATION_VERSION, Arch, ConfigBuilder,
-    Descriptor, Digest, ImageConfigurationBuilder, ImageIndexBuilder, ImageManifestBuilder, MediaType,
-    OciLayoutBuilder, Os, PlatformBuilder, RootFsBuilder,
+    ANNOTATION_DESCRIPTION, ANNOTATION_LICENSES, ANNOTATION_REF_NAME, ANNOTATION_REVISION, ANNOTATION_TITLE,
+    ANNOTATION_VERSION, Arch, ConfigBuilder, Descriptor, Digest, ImageConfigurationBuilder,
+    ImageIndexBuilder, ImageManifestBuilder, MediaType, OciLayoutBuilder, Os, PlatformBuilder, RootFsBuilder,
 };
 use serde::Serialize;
 use serde_json::json;
@@ -54,12 +54,12 @@ impl Blob {
 }
 
 impl Image {
-    /// The image with `root` as its only layer.
+    /// The image with `root` as its only layer, made of `revision`, if that is known.
     ///
     /// # Errors
     ///
     /// When the layer cannot be packed.
-    pub(super) fn new(architecture: Architecture, root: &Root) -> Result<Self> {
+    pub(super) fn new(architecture: Architecture, root: &Root, revision: Option<&str>) -> Result<Self> {
         let files = layer(root)?;
         let layer = Blob::new(gzip(&files)?);
         let configuration = Blob::json(
@@ -70,7 +70,7 @@ impl Image {
                     ConfigBuilder::default()
                         .env(vec!["PATH=/usr/local/bin".to_owned()])
                         .entrypoint(vec!["/usr/local/bin/weir".to_owned()])
-                        .labels(labels())
+                        .labels(labels(revision))
                         .build()?,
                 )
                 .rootfs(RootFsBuilder::default().typ("layers").diff_ids(vec![digest(&files)]).build()?)
@@ -193,14 +193,16 @@ fn goarch(architecture: Architecture) -> Arch {
     }
 }
 
-fn labels() -> HashMap<String, String> {
-    [
+/// What registries and scanners show. The Dockerfile has the same, but for the revision.
+fn labels(revision: Option<&str>) -> HashMap<String, String> {
+    let known = [
         (ANNOTATION_TITLE, "weir"),
+        (ANNOTATION_DESCRIPTION, "A Kubernetes service proxy, one agent a node, in place of kube-proxy"),
         (ANNOTATION_VERSION, env!("CARGO_PKG_VERSION")),
         (ANNOTATION_LICENSES, "Apache-2.0 OR MIT"),
-    ]
-    .map(|(key, value)| (key.to_owned(), value.to_owned()))
-    .into()
+    ];
+    let revision = revision.map(|revision| (ANNOTATION_REVISION, revision));
+    known.into_iter().chain(revision).map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
 }
 
 /// What the image is called: its tag for everybody, and the whole name for containerd, which does not put it together.
@@ -234,7 +236,25 @@ mod tests {
         let binary = std::env::current_exe().unwrap();
         let program = Program::read(&std::fs::read(&binary).unwrap()).unwrap();
         let root = Root::assemble(&Machine::discover().unwrap(), &binary, &program, Path::new("/")).unwrap();
-        Image::new(program.architecture, &root).unwrap()
+        Image::new(program.architecture, &root, Some("0123abc")).unwrap()
+    }
+
+    #[test]
+    fn the_image_says_what_it_is_and_of_which_revision() {
+        let configuration: Value = serde_json::from_slice(&image().configuration.content).unwrap();
+        let labels = &configuration["config"]["Labels"];
+        assert_eq!(labels["org.opencontainers.image.title"], "weir");
+        assert_eq!(labels["org.opencontainers.image.version"], env!("CARGO_PKG_VERSION"));
+        assert_eq!(labels["org.opencontainers.image.revision"], "0123abc");
+    }
+
+    #[test]
+    fn the_dockerfile_has_the_same_labels() {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Dockerfile");
+        let file = std::fs::read_to_string(file).unwrap();
+        for (key, value) in labels(None) {
+            assert!(file.contains(&format!("{key}=\"{value}\"")), "{key}={value} is not in the Dockerfile");
+        }
     }
 
     fn files(archive: &[u8]) -> BTreeMap<String, Vec<u8>> {

@@ -2,7 +2,8 @@
 //!
 //! In: built programs, one for each architecture, or architectures to make release builds for. Out: an archive that
 //! `docker load`, `podman load`, `ctr images import` and `kind load image-archive` take, or with `--root` the image's
-//! files in a directory, which is what the Dockerfile copies. The same programs make the same archive, byte for byte.
+//! files in a directory, which is what the Dockerfile copies. The same programs of the same commit make the same archive,
+//! byte for byte.
 
 use std::{
     fs,
@@ -12,7 +13,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 
 use self::{archive::Image, build::Built, elf::Program, root::Root};
-use crate::{architecture::Architecture, machine::Machine};
+use crate::{architecture::Architecture, machine::Machine, process};
 
 mod archive;
 mod build;
@@ -61,7 +62,7 @@ pub(crate) fn run(machine: &Machine, options: &Options) -> Result<()> {
         return Ok(());
     }
     let tag = tag.clone().unwrap_or_else(|| format!("weir:{}", env!("CARGO_PKG_VERSION")));
-    write_archive(&machine.workspace.join(output), &tag, roots)
+    write_archive(machine, &machine.workspace.join(output), &tag, roots)
 }
 
 /// Writes an archive called `tag` of the program at `binary`, or of a release build.
@@ -74,7 +75,7 @@ pub(crate) fn archive(machine: &Machine, binary: Option<&Path>, tag: &str, outpu
         Some(binary) => vec![Built::new(binary, Path::new("/"))],
         None => build::release(machine, &[])?,
     };
-    write_archive(output, tag, roots(machine, &built)?)
+    write_archive(machine, output, tag, roots(machine, &built)?)
 }
 
 /// The files of an image for each of the programs.
@@ -89,13 +90,19 @@ fn roots(machine: &Machine, built: &[Built]) -> Result<Vec<(Architecture, Root)>
     Ok(roots)
 }
 
-fn write_archive(output: &Path, tag: &str, roots: Vec<(Architecture, Root)>) -> Result<()> {
+fn write_archive(
+    machine: &Machine,
+    output: &Path,
+    tag: &str,
+    roots: Vec<(Architecture, Root)>,
+) -> Result<()> {
+    let revision = revision(machine);
     let mut images: Vec<Image> = Vec::new();
     for (architecture, root) in roots {
         let twice = images.iter().any(|image| image.architecture == architecture);
         ensure!(!twice, "two of the programs are for {architecture}");
         println!("{tag} for {architecture}: {:.1} MB of files", megabytes(root.size()));
-        images.push(Image::new(architecture, &root)?);
+        images.push(Image::new(architecture, &root, revision.as_deref())?);
     }
     let bytes = archive::pack(tag, &images)?;
     if let Some(parent) = output.parent() {
@@ -104,6 +111,14 @@ fn write_archive(output: &Path, tag: &str, roots: Vec<(Architecture, Root)>) -> 
     fs::write(output, &bytes).with_context(|| format!("writing {}", output.display()))?;
     println!("wrote {}: {:.1} MB", output.display(), megabytes(bytes.len()));
     Ok(())
+}
+
+/// The commit of the sources, with `-dirty` where they differ from it; nothing where git knows none.
+fn revision(machine: &Machine) -> Option<String> {
+    let mut git = machine.command("git");
+    git.args(["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]);
+    let revision = process::read(&mut git).ok()?.trim().to_owned();
+    (!revision.is_empty()).then_some(revision)
 }
 
 #[expect(clippy::cast_precision_loss, reason = "for people to read, with one digit")]
