@@ -66,13 +66,7 @@ fn limit(conntrack: &Conntrack, cpus: u64, root: &Path) {
         set(&path, wanted).err().map(|(found, source)| NotSet { path, wanted, found, source })
     }) {
         let cause = std::error::Error::source(&problem).map(ToString::to_string);
-        // More room than asked for harms nobody.
-        if problem.path.ends_with(MAX) && problem.found.parse().is_ok_and(|found: u64| found > problem.wanted)
-        {
-            tracing::debug!(cause, "{problem}");
-        } else {
-            tracing::warn!(cause, "{problem}");
-        }
+        tracing::warn!(cause, "{problem}");
     }
     if let Err(error) = widen(conntrack, cpus, root) {
         tracing::warn!(%error, "the hash table of connection tracking is too small for its limit");
@@ -109,11 +103,11 @@ fn most_connections(conntrack: &Conntrack, cpus: u64) -> Option<u64> {
     Some(if scaled > MOST_CONNECTIONS { MOST_CONNECTIONS } else { scaled.max(conntrack.min.into()) })
 }
 
-/// Gives connection tracking a hash table that suits its limit. The table is one for the whole machine.
+/// Gives connection tracking a hash table that suits the limit weir asks for. The table is one for the whole machine.
 fn widen(conntrack: &Conntrack, cpus: u64, root: &Path) -> io::Result<()> {
     let Some(most) = most_connections(conntrack, cpus) else { return Ok(()) };
     let limit = fs::read_to_string(root.join(MAX))?;
-    if limit.trim().parse() != Ok(most) {
+    if !limit.trim().parse::<u64>().is_ok_and(|limit| limit >= most) {
         return Ok(());
     }
     let path = root.join("sys/module/nf_conntrack/parameters/hashsize");
@@ -124,16 +118,23 @@ fn widen(conntrack: &Conntrack, cpus: u64, root: &Path) -> io::Result<()> {
     fs::write(&path, (most / 4).to_string())
 }
 
-/// Writes a value where another one is; on failure tells which.
+/// Writes a value where another one is that will not do; on failure tells which.
 fn set(path: &Path, wanted: u64) -> Result<(), (String, io::Error)> {
     let found = fs::read_to_string(path).map_err(|error| ("missing".to_owned(), error))?;
     let found = found.trim();
-    if found == wanted.to_string() {
+    if does(path, found, wanted) {
         return Ok(());
     }
     fs::write(path, wanted.to_string()).map_err(|error| (found.to_owned(), error))?;
     tracing::info!(setting = %path.display(), from = found, to = wanted, "set");
     Ok(())
+}
+
+/// Whether a setting may stay as it was found. An administrator may have made room for more connections, so the limit is
+/// only ever raised (K8).
+fn does(path: &Path, found: &str, wanted: u64) -> bool {
+    found == wanted.to_string()
+        || (path.ends_with(MAX) && found.parse().is_ok_and(|found: u64| found > wanted))
 }
 
 #[cfg(test)]
@@ -183,23 +184,36 @@ mod tests {
         assert_eq!(values, [131_072, 86_400, 3600, 1, 5, 6]);
     }
 
+    /// File systems that hold these settings.
+    fn machine(settings: [(&str, &str); 3]) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        for (path, value) in settings {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, value).unwrap();
+        }
+        root
+    }
+
     #[test]
     fn what_cannot_be_set_keeps_nothing_else_from_being_set() {
-        let root = tempfile::tempdir().unwrap();
-        let at = |path: &str| root.path().join(path);
-        for path in [MAX, HASH] {
-            fs::create_dir_all(at(path).parent().unwrap()).unwrap();
-        }
-        fs::write(at(ESTABLISHED), "432000\n").unwrap();
-        fs::write(at(MAX), "65536\n").unwrap();
-        fs::write(at(HASH), "16384\n").unwrap();
         // There is no nf_conntrack_tcp_timeout_close_wait.
+        let root = machine([(ESTABLISHED, "432000\n"), (MAX, "65536\n"), (HASH, "16384\n")]);
         limit(&usual(), 2, root.path());
-        let read = |path| fs::read_to_string(at(path)).unwrap();
+        let read = |path| fs::read_to_string(root.path().join(path)).unwrap();
         assert_eq!([MAX, ESTABLISHED, HASH].map(read), ["131072", "86400", "32768"]);
 
-        fs::write(at(HASH), "65536\n").unwrap();
+        fs::write(root.path().join(HASH), "65536\n").unwrap();
         limit(&usual(), 2, root.path());
         assert_eq!(read(HASH), "65536\n", "a larger table stays");
+    }
+
+    #[test]
+    fn room_for_more_connections_than_asked_for_is_never_taken_away_k8() {
+        let root = machine([(ESTABLISHED, "999999\n"), (MAX, "2000000\n"), (HASH, "16384\n")]);
+        limit(&usual(), 2, root.path());
+        let read = |path| fs::read_to_string(root.path().join(path)).unwrap();
+        // A time is what was asked for, and the table suits at least that.
+        assert_eq!([MAX, ESTABLISHED, HASH].map(read), ["2000000\n", "86400", "32768"]);
     }
 }
