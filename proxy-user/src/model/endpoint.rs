@@ -46,6 +46,14 @@ pub struct SlicePort {
     pub port: u16,
 }
 
+impl Endpoint {
+    /// How much counts what is said of an endpoint here, where it is listed elsewhere too: more if it is not about to go,
+    /// because a pod may have been given the address of one that is, then more if it is ready, then if it serves (E3).
+    const fn weight(&self) -> (bool, bool, bool) {
+        (!self.terminating, self.ready, self.serving)
+    }
+}
+
 impl SlicePort {
     /// By what a service port finds it (W6).
     fn key(&self) -> (&str, Protocol) {
@@ -204,7 +212,7 @@ impl Endpoints {
     }
 
     /// Every endpoint of a service port (W6) in one family, each address and port once, sorted by them. Of one that
-    /// several slices list, the last in the order of slice names that is not terminating counts, else the first (E3).
+    /// several slices list, the one of most [weight](Endpoint::weight) counts, the last such in the order of slice names.
     #[must_use]
     pub fn of(&self, port: &str, protocol: Protocol, family: Family) -> Vec<Candidate<'_>> {
         let slices = self.slices.iter().map(|(_, slice)| slice).filter(|slice| slice.family == family);
@@ -218,7 +226,7 @@ impl Endpoints {
         found.sort_by_key(|candidate| (candidate.endpoint.address, candidate.port));
         found.dedup_by(|later, kept| {
             let same = later.endpoint.address == kept.endpoint.address && later.port == kept.port;
-            if same && !later.endpoint.terminating {
+            if same && later.endpoint.weight() >= kept.endpoint.weight() {
                 *kept = *later;
             }
             same
@@ -253,7 +261,7 @@ fn is_local_ready(listings: &Listings<'_>) -> bool {
     }
     // Which of the listings counts (E3) may be another one from port to port.
     listings.iter().flat_map(|(slice, _)| &slice.ports).any(|port| {
-        let having = || listings.iter().filter(|(slice, _)| slice.has(port)).map(|(_, endpoint)| *endpoint);
-        having().rfind(|endpoint| !endpoint.terminating).or_else(|| having().next()).is_some_and(wanted)
+        let having = listings.iter().filter(|(slice, _)| slice.has(port)).map(|(_, endpoint)| *endpoint);
+        having.max_by_key(|endpoint| endpoint.weight()).is_some_and(wanted)
     })
 }

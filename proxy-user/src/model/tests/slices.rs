@@ -190,7 +190,7 @@ fn slices_merge_and_are_sorted_whatever_the_order_of_arrival() {
 }
 
 #[test]
-fn e3_of_one_endpoint_in_two_slices_the_one_that_stays_counts() {
+fn e3_of_one_endpoint_in_two_slices_the_one_that_stays_and_is_ready_counts() {
     let ready = json!([{ "addresses": ["10.244.0.1"], "nodeName": "node-a" }]);
     let leaving = json!([{ "addresses": ["10.244.0.1"],
         "conditions": { "ready": false, "serving": true, "terminating": true } }]);
@@ -209,6 +209,25 @@ fn e3_of_one_endpoint_in_two_slices_the_one_that_stays_counts() {
             if reverse {
                 slices.reverse();
             }
+            assert_eq!(http(&web(slices)), [expected], "{a} {b}");
+        }
+    }
+    // Of two that stay, the ready one counts, then the one that serves, whichever slice has it.
+    let silent = json!([{ "addresses": ["10.244.0.1"], "conditions": { "ready": true, "serving": false } }]);
+    let serving = json!([{ "addresses": ["10.244.0.1"], "conditions": { "ready": false, "serving": true } }]);
+    let gone = json!([{ "addresses": ["10.244.0.1"],
+        "conditions": { "ready": false, "serving": false, "terminating": true } }]);
+    for (more, less, expected) in [
+        (&ready, &unready, "10.244.0.1:8080 rsl"),
+        (&ready, &serving, "10.244.0.1:8080 rsl"),
+        (&ready, &silent, "10.244.0.1:8080 rsl"),
+        (&silent, &serving, "10.244.0.1:8080 r"),
+        (&serving, &unready, "10.244.0.1:8080 s"),
+        (&leaving, &gone, "10.244.0.1:8080 st"),
+    ] {
+        for (a, b) in [(more, less), (less, more)] {
+            let slices =
+                [slice("web-1", "web", ports(), a.clone()), slice("web-2", "web", ports(), b.clone())];
             assert_eq!(http(&web(slices)), [expected], "{a} {b}");
         }
     }
@@ -303,7 +322,7 @@ proptest::proptest! {
         slices in proptest::collection::vec(
             (
                 proptest::collection::vec((0..3_u8, 1..3_u16), 0..3),
-                proptest::collection::vec((0..3_u8, 0..8_u8), 0..4),
+                proptest::collection::vec((0..3_u8, 0..16_u8), 0..4),
             ),
             1..4,
         )
@@ -313,7 +332,7 @@ proptest::proptest! {
             let endpoints = endpoints.iter().map(|(address, flags)| json!({
                 "addresses": [format!("10.1.0.{address}")],
                 "nodeName": if flags & 1 == 0 { "node-a" } else { "node-b" },
-                "conditions": { "ready": flags & 2 == 0, "terminating": flags & 4 == 0 },
+                "conditions": { "ready": flags & 2 == 0, "terminating": flags & 4 == 0, "serving": flags & 8 == 0 },
             }));
             slice(&format!("web-{at}"), "web", ports.collect(), endpoints.collect())
         });
