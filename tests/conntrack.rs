@@ -1,4 +1,4 @@
-//! Stale UDP flows (K1 to K5) on the kernel's own connection tracking, each case in a namespace of its own.
+//! Stale UDP flows (K1 to K7) on the kernel's own connection tracking, each case in a namespace of its own.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -57,6 +57,8 @@ fn port(frontends: &[(Destination, u16)], serving: &[&str]) -> PortDelta {
     let mut serving: Vec<_> = serving.iter().map(backend).collect();
     serving.sort();
     let family = frontends[0].0.family();
+    let mut frontends: Vec<_> = frontends.iter().map(plan).collect();
+    frontends.sort_by_key(|planned| planned.frontend);
     let after = PortPlan {
         id: PortId {
             service: ObjectName::new("default", "dns"),
@@ -66,7 +68,7 @@ fn port(frontends: &[(Destination, u16)], serving: &[&str]) -> PortDelta {
         },
         cluster: serving.clone(),
         local: Vec::new(),
-        frontends: frontends.iter().map(plan).collect(),
+        frontends,
         affinity: None,
         on_removal: Removal::Reset { after: Duration::ZERO },
         serving,
@@ -200,6 +202,28 @@ fn the_same_flows_go_on_kernels_that_cannot_filter() {
     }
 }
 
+/// What is asked of the kernel when these ports go.
+fn deleted(ports: Vec<PortDelta>) -> Suspects {
+    let deleted = |port: PortDelta| PortDelta { before: port.after, after: None };
+    Suspects::of(&ports.into_iter().map(deleted).collect::<Vec<_>>())
+}
+
+#[test]
+fn with_a_service_its_own_flows_go_and_no_others_k6() {
+    const OWN: [&str; 4] = [
+        "udp 10.96.0.10:53 10.1.0.1:53",
+        "udp 192.0.2.1:30053 10.1.0.1:53",
+        "udp [2001:db8::1]:30053 [fd01::1]:53",
+        "udp [fd00::10]:53 [fd01::1]:53",
+    ];
+    for ports in [both_families(), many_more()] {
+        for open in [Conntrack::open, Conntrack::open_unfiltered] {
+            let suspects = deleted(ports.clone());
+            in_namespace(move || assert_eq!(gone(&mut open().unwrap(), &suspects), OWN));
+        }
+    }
+}
+
 #[test]
 fn flows_in_a_zone_are_deleted_there_and_only_there_k5() {
     in_namespace(|| {
@@ -230,16 +254,16 @@ fn thousands_go_in_one_call_and_a_second_call_finds_nothing() {
 }
 
 /// A client that never stops sending: its flow leads to the old backend until it is taken away (pain of every UDP
-/// client, K2), then to the new one, from the same socket.
-fn real_client_moves(table: &'static str, vip: &'static str, old: &'static str, new: &'static str) {
+/// client, K2), then to the new one, from the same socket, and to none once the Service is gone.
+fn real_client_moves_and_ends(table: &'static str, vip: &'static str, old: &'static str, new: &'static str) {
     in_namespace(move || {
-        let rule = |backend: &str| {
+        let rule = |address: &str, backend: &str| {
             run("nft", &format!("flush chain {table} t out"));
             run(
                 "nft",
                 &format!(
                     "add rule {table} t out {table} daddr {} udp dport 53 dnat to {backend}",
-                    at(vip).ip()
+                    at(address).ip()
                 ),
             );
         };
@@ -250,7 +274,7 @@ fn real_client_moves(table: &'static str, vip: &'static str, old: &'static str, 
         run("ip", &format!("{} route add default dev lo", if at(vip).is_ipv4() { "-4" } else { "-6" }));
         run("nft", &format!("add table {table} t"));
         run("nft", &format!("add chain {table} t out {{ type nat hook output priority -100 ; }}"));
-        rule(old);
+        rule(vip, old);
 
         let servers: Vec<_> = [old, new].iter().map(|own| UdpSocket::bind(at(own)).unwrap()).collect();
         let client = UdpSocket::bind(if at(vip).is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }).unwrap();
@@ -260,22 +284,29 @@ fn real_client_moves(table: &'static str, vip: &'static str, old: &'static str, 
             server.recv(&mut [0; 8]).is_ok()
         };
         assert!(reaches(&servers[0]));
-        rule(new);
+        rule(vip, new);
         assert!(reaches(&servers[0]), "the kernel moved the flow by itself: this case shows nothing");
 
         let suspects = Suspects::of(&[port(&[(address(vip), 53)], &[new])]);
         assert_eq!(Conntrack::open().unwrap().clean(&suspects).unwrap(), 1);
         assert!(reaches(&servers[1]));
         assert_eq!(Conntrack::open().unwrap().clean(&suspects).unwrap(), 0);
+
+        // Another Service's.
+        rule(old, new);
+        assert!(reaches(&servers[1]), "the kernel ended the flow by itself: this case shows nothing");
+        let suspects = deleted(vec![port(&[(address(vip), 53)], &[new])]);
+        assert_eq!(Conntrack::open().unwrap().clean(&suspects).unwrap(), 1);
+        assert!(!reaches(&servers[1]));
     });
 }
 
 #[test]
-fn a_client_that_keeps_sending_reaches_the_new_backend_k2() {
-    real_client_moves("ip", "10.96.0.10:53", "10.1.0.1:5353", "10.1.0.2:5353");
+fn a_client_that_keeps_sending_reaches_the_new_backend_until_the_service_goes_k2_k6() {
+    real_client_moves_and_ends("ip", "10.96.0.10:53", "10.1.0.1:5353", "10.1.0.2:5353");
 }
 
 #[test]
-fn a_client_that_keeps_sending_reaches_the_new_backend_over_ipv6_k2() {
-    real_client_moves("ip6", "[fd00::10]:53", "[fd01::1]:5353", "[fd01::2]:5353");
+fn a_client_that_keeps_sending_reaches_the_new_backend_until_the_service_goes_over_ipv6_k2_k6() {
+    real_client_moves_and_ends("ip6", "[fd00::10]:53", "[fd01::1]:5353", "[fd01::2]:5353");
 }

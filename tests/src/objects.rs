@@ -351,13 +351,6 @@ impl Shape {
         self.slices.iter().all(|slice| slice.endpoints.is_empty())
     }
 
-    /// Whether an endpoint at a place serves: what keeps UDP flows (K2).
-    #[must_use]
-    pub fn serves(&self, place: Place) -> bool {
-        let mut endpoints = self.slices.iter().flat_map(|slice| &slice.endpoints);
-        endpoints.any(|endpoint| endpoint.place == place && endpoint.conditions[1] != Some(false))
-    }
-
     /// The objects, at the addresses of `lot`.
     #[must_use]
     pub fn objects(&self, lot: Lot) -> Vec<Object> {

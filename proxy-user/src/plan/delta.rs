@@ -49,7 +49,7 @@ fn settle(now: &mut Vec<Backend>, before: &[Backend]) {
 
 impl PortDelta {
     /// The frontends that the port gives up.
-    pub(super) fn released(&self) -> impl Iterator<Item = Frontend> + '_ {
+    pub(crate) fn released(&self) -> impl Iterator<Item = Frontend> + '_ {
         missing(self.before.as_deref(), self.after.as_deref())
     }
 

@@ -1,4 +1,4 @@
-//! What becomes of flows that exist: R1 and K1 to K4.
+//! What becomes of flows that exist: R1 and K1 to K7.
 
 use super::*;
 use crate::objects::{Shape, pod, service};
@@ -70,12 +70,13 @@ fn stale() -> Vec<Case> {
             .step(Step::Stays)
             .then(other())
             .step(Step::Moves(POD21)),
-        opened(case("K4", "UDP flows stay while there is no endpoint to go to", one()))
+        opened(case("K4 K7", "UDP flows end when there is no endpoint to go to", one()))
             .then(service([]).everywhere())
             .check(POD12, CLUSTER, Expect::Refused)
-            .step(Step::Stays)
+            .step(Step::Ends)
             .then(other())
             .step(Step::Moves(POD21)),
+        opened(case("K6", "UDP flows end with their Service", one())).step(Step::Vanish).step(Step::Ends),
         case(
             "K2",
             "UDP flows that began before the Service had the address come to it",

@@ -1,5 +1,5 @@
-//! Where weir's eBPF plane differs from the table, and why: rules, each of which holds for whatever it fits. Everything
-//! else that differs is a failure.
+//! Where weir, or its eBPF plane alone, differs from the kube-proxy that the table is proven right on, and why: rules, each
+//! of which holds for whatever it fits. Everything else that differs is a failure.
 //!
 //! In: a subject, and a client on its way to a target. Out: whether the client's own socket leads it there, and the
 //! [`Difference`]s that hold.
@@ -23,19 +23,22 @@ pub enum Difference {
     EveryAddress,
     /// R13: NodePorts are on loopback addresses.
     Loopback,
-    /// K2, K4: connected UDP sockets are closed.
+    /// K2: connected UDP sockets are closed.
     Closed,
-    /// K4: unconnected UDP sockets do not stay with an endpoint that is gone.
-    NoneLeft,
     /// F1: unconnected UDP sockets hear of it from the call itself.
     AtOnce,
+    /// K6, K7: UDP flows end where no Service leads them any more.
+    Ended,
 }
 
 impl Difference {
     /// Whether a subject differs so.
     #[must_use]
     pub fn is_of(self, kind: Kind) -> bool {
-        kind == Kind::Weir(Plane::Ebpf)
+        match self {
+            Self::Ended => matches!(kind, Kind::Weir(_)),
+            _ => kind == Kind::Weir(Plane::Ebpf),
+        }
     }
 }
 
@@ -56,13 +59,14 @@ impl fmt::Display for Difference {
             }
             Self::Closed => {
                 "a connected UDP socket whose endpoint is gone is closed: it is connected to the endpoint itself, and \
-                 cannot be moved (K2 K4)"
-            }
-            Self::NoneLeft => {
-                "an unconnected UDP socket whose endpoint is gone is led to another or refused with its next datagram, \
-                 even if there is no other (K4)"
+                 cannot be moved (K2)"
             }
             Self::AtOnce => "an unconnected UDP socket is refused by the call itself (F1)",
+            Self::Ended => {
+                "UDP flows end when no endpoint serves them, when their Service, its address or its port goes, and \
+                 when their client may not come any more; kube-proxy ends those of the first kind since 1.37, and \
+                 those of a Service that goes since 1.38 (K6 K7)"
+            }
         })
     }
 }

@@ -67,6 +67,8 @@ pub enum Step {
     Send(Place, Target),
     /// The open flows are answered by whoever answered first.
     Stays,
+    /// The open flows come to get no answers (K6, K7); those of the kube-proxy that proves the table stay.
+    Ends,
     /// The open flows come to be answered by this place.
     Moves(Place),
     /// Something of its own.

@@ -1,4 +1,4 @@
-//! Flows that a case leaves open: they stay, they move, or, at the socket, they are closed.
+//! Flows that a case leaves open: they stay, they move, they end, or, at the socket, they are closed.
 
 use std::{
     thread,
@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 use crate::{
     cases::Difference,
     node::Place,
-    objects::Shape,
+    subject::Kind,
     traffic::{Flow, Outcome, PATIENCE, Transport},
 };
 
@@ -28,21 +28,25 @@ pub(super) struct OpenFlow {
 }
 
 impl OpenFlow {
-    /// The flow is answered by whoever answered first; says by which rule it is not.
-    pub(super) fn stays(&self, shape: &Shape) -> Result<Option<Difference>> {
-        let serves = Place::PODS.into_iter().any(|pod| self.is_with(pod) && shape.serves(pod));
-        if self.at_socket && !serves {
-            match self.transport {
-                Transport::Udp => return self.closes(),
-                Transport::Datagram => return self.finds_nobody(),
-                _ => {}
-            }
-        }
+    /// The flow is answered by the place that answered first.
+    pub(super) fn stays(&self) -> Result<()> {
         let outcome = self.flow.ask(PATIENCE);
         let same =
             matches!(&outcome, Outcome::Answer(answer) if Some(&answer.backend) == self.backend.as_ref());
         ensure!(same, "{} did not stay with {:?}: {outcome}", self.label, self.backend);
-        Ok(None)
+        Ok(())
+    }
+
+    /// The flow comes to get no answers, or stays where that rule does not hold; says by which rule it ended.
+    pub(super) fn ends(&self, kind: Kind) -> Result<Option<Difference>> {
+        if !Difference::Ended.is_of(kind) {
+            return self.stays().map(|()| None);
+        }
+        if self.at_socket && self.transport == Transport::Udp {
+            return self.closes();
+        }
+        self.comes_to("end", |outcome| !matches!(outcome, Outcome::Answer(_)))?;
+        Ok(Some(Difference::Ended))
     }
 
     /// The flow comes to be answered by this place; says by which rule it does not.
@@ -56,18 +60,9 @@ impl OpenFlow {
         Ok(None)
     }
 
-    fn is_with(&self, place: Place) -> bool {
-        self.backend.as_ref().is_some_and(|backend| backend.starts_with(&format!("{place}:")))
-    }
-
     fn closes(&self) -> Result<Option<Difference>> {
         self.comes_to("be closed", |outcome| *outcome == Outcome::Closed)?;
         Ok(Some(Difference::Closed))
-    }
-
-    fn finds_nobody(&self) -> Result<Option<Difference>> {
-        self.comes_to("be refused", |outcome| *outcome == Outcome::Refused)?;
-        Ok(Some(Difference::NoneLeft))
     }
 
     /// Asks until it is so. What stands in between is the old state: the old backend, or nobody.

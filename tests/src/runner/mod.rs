@@ -181,7 +181,14 @@ impl Runner<'_, '_> {
                 self.subject.publish(&case.lot.name(), Vec::new())?;
                 return Ok(BTreeSet::new());
             }
-            Step::Stays => return flows.iter().filter_map(|flow| flow.stays(shape).transpose()).collect(),
+            Step::Stays => {
+                flows.iter().try_for_each(OpenFlow::stays)?;
+                return Ok(BTreeSet::new());
+            }
+            Step::Ends => {
+                let kind = self.subject.kind();
+                return flows.iter().filter_map(|flow| flow.ends(kind).transpose()).collect();
+            }
             Step::Moves(place) => {
                 return flows.iter().filter_map(|flow| flow.moves(*place).transpose()).collect();
             }

@@ -112,7 +112,9 @@ impl<'a> Scene<'a> {
             Step::Run(what, act) => {
                 act(&self).with_context(|| format!("{what} ({} {})", self.family, self.transport))?;
             }
-            Step::Become(_) | Step::Vanish | Step::Stays | Step::Moves(_) => bail!("not a step of one scene"),
+            Step::Become(_) | Step::Vanish | Step::Stays | Step::Ends | Step::Moves(_) => {
+                bail!("not a step of one scene")
+            }
         }
         Ok((left, self.seen.into_inner().unwrap_or_else(PoisonError::into_inner)))
     }

@@ -1,4 +1,4 @@
-//! Takes away UDP flows that lead to backends which do not serve any more (K1 to K5), through ctnetlink.
+//! Takes away UDP flows that lead where no Service leads them any more (K1 to K7), through ctnetlink.
 //!
 //! In: the [`Suspects`] of a delta that is in the kernel. Out: their stale flows are gone, all others untouched.
 //!
@@ -13,6 +13,8 @@ use crate::model::Family;
 
 mod ctnetlink;
 mod suspect;
+#[cfg(test)]
+mod tests;
 
 pub use suspect::{Flow, Suspects};
 

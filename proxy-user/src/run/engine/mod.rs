@@ -68,7 +68,7 @@ const COMPARE: Duration = Duration::from_secs(60);
 /// Most changes of names while queries wait.
 const CHANGES_OF_NAMES: usize = 256;
 
-/// Most changes taken in before the kernel is brought up to date.
+/// Most changes taken in before the kernel is brought up to date, and of each kind remembered for a family that fails.
 const MOST_CHANGES: usize = 65_536;
 
 pub(super) struct Engine {
@@ -96,6 +96,8 @@ pub(super) struct Engine {
     /// The service ports that one plane leaves to another.
     left: BTreeMap<PortId, String>,
     retries: Retries,
+    /// Frontends given up in families that take no part for now, whose flows are still to be looked at.
+    given_up: PerFamily<Suspects>,
     mode: Option<watch::Sender<&'static str>>,
     /// What was last heard of foreign changes.
     news: News,
@@ -136,6 +138,7 @@ impl Engine {
             refused: BTreeMap::new(),
             left: BTreeMap::new(),
             retries: Retries::default(),
+            given_up: PerFamily::default(),
             mode: None,
             news: News::default(),
             wake: None,

@@ -10,7 +10,7 @@ use std::{
 
 use k8s_openapi::jiff::Timestamp;
 
-use super::{Engine, FIRST_RETRY};
+use super::{Engine, FIRST_RETRY, MOST_CHANGES};
 use crate::{
     dataplane::{Error, Shortfall, conntrack::Suspects, sockets},
     model::{Family, ObjectName, PerFamily},
@@ -37,6 +37,7 @@ impl Engine {
             self.failed(*family, error);
         }
         families.retain(|family| short.failed.iter().all(|(failed, _)| failed != family));
+        self.remember_given_up(delta, &families);
         self.tell_of_left(&short.left);
         if families.is_empty() {
             return;
@@ -52,7 +53,7 @@ impl Engine {
         in_force.iter().for_each(|port| self.census.count(port));
         self.census.publish(&self.metrics, self.planner.services().len());
         self.metrics.changes_applied(in_force.len());
-        self.suspect_flows(&in_force);
+        self.suspect_flows(&in_force, &families);
         self.try_again(delta, &refused);
         for family in &families {
             self.in_force(*family, delta, *reasons.get(*family), started);
@@ -154,9 +155,25 @@ impl Engine {
         tracing::error!(%family, error, "cannot program the kernel; what is programmed stays");
     }
 
-    fn suspect_flows(&mut self, in_force: &[&PortDelta]) {
+    /// Remembers which frontends were given up in the families that take no part: what puts such a family right names only
+    /// what is there. One that was never in force has led no flow.
+    fn remember_given_up(&mut self, delta: &Delta, taking_part: &[Family]) {
+        for family in self.families.iter().copied().filter(|family| !taking_part.contains(family)) {
+            let given_up = self.given_up.get_mut(family);
+            if self.conntrack.is_some() && *self.served.get(family) && given_up.len() < MOST_CHANGES {
+                let of_family = |port: &&PortDelta| port.id().is_some_and(|id| id.family == family);
+                given_up.extend(Suspects::given_up(delta.ports.iter().filter(of_family)));
+            }
+        }
+    }
+
+    fn suspect_flows(&mut self, in_force: &[&PortDelta], families: &[Family]) {
         let Some(conntrack) = &self.conntrack else { return };
-        let suspects = Suspects::of(in_force.iter().copied());
+        let mut suspects = Suspects::default();
+        for family in families {
+            suspects.extend(std::mem::take(self.given_up.get_mut(*family)));
+        }
+        suspects.extend(Suspects::of(in_force.iter().copied()));
         if !suspects.is_empty() && conntrack.send(suspects).is_err() {
             tracing::error!("the conntrack thread is gone, stale UDP flows stay");
             self.conntrack = None;

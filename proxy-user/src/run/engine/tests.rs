@@ -185,6 +185,11 @@ async fn next<T>(receiver: &mut mpsc::UnboundedReceiver<T>) -> T {
     tokio::time::timeout(PATIENCE, receiver.recv()).await.expect("it does not come").unwrap()
 }
 
+/// The frontends whose flows are looked at.
+fn looked_at(suspects: Suspects) -> Vec<String> {
+    suspects.frontends().map(ToString::to_string).collect()
+}
+
 fn at(name: &str, ip: &str) -> Change {
     service(name, json!({ "clusterIP": ip, "ports": [{ "port": 80 }] }))
 }
@@ -336,9 +341,28 @@ async fn with_a_refused_port_stale_flows_of_others_are_looked_for() {
     let endpoints =
         json!([{ "addresses": ["10.244.0.1"], "conditions": { "ready": true, "serving": true } }]);
     rig.tell(slice_of("dns", json!([{ "name": "", "port": 53, "protocol": "UDP" }]), endpoints)).await;
-    let suspects = next(&mut rig.suspects).await;
-    let frontends: Vec<_> = suspects.frontends().map(ToString::to_string).collect();
-    assert_eq!(frontends, ["10.0.0.53:53/UDP"]);
+    assert_eq!(looked_at(next(&mut rig.suspects).await), ["10.0.0.53:53/UDP"]);
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn flows_of_a_service_that_goes_while_a_family_cannot_be_written_are_looked_for_later() {
+    let ips = json!(["10.0.0.53", "fd00::53"]);
+    let ports = json!([{ "port": 53, "protocol": "UDP" }]);
+    let dns =
+        json!({ "clusterIP": ips[0], "clusterIPs": ips, "ipFamilies": ["IPv4", "IPv6"], "ports": ports });
+    let mut rig = Rig::with([service("dns", dns)]).await;
+    for _ in Family::ALL {
+        next(&mut rig.first).await;
+    }
+    next(&mut rig.suspects).await;
+    rig.faults.break_family(Family::V6, true);
+    rig.tell(Change::Delete(Kind::Service, named("dns"))).await;
+    assert_eq!(looked_at(next(&mut rig.suspects).await), ["10.0.0.53:53/UDP"]);
+    // What puts the family right names only what is there.
+    rig.faults.break_family(Family::V6, false);
+    rig.touch(Family::V6);
+    assert_eq!(looked_at(next(&mut rig.suspects).await), ["[fd00::53]:53/UDP"]);
     rig.end().await;
 }
 

@@ -1,0 +1,286 @@
+//! Which flows are stale after which changes (K2 to K7).
+
+use std::{collections::BTreeSet, net::SocketAddr, sync::Arc};
+
+use super::{Flow, Suspects};
+use crate::{
+    model::{Family, ObjectName, Protocol},
+    plan::{
+        Backend, Destination, Frontend, FrontendPlan, PortDelta, PortId, PortPlan, Removal, Route, Target,
+        Treatment,
+    },
+};
+
+const CLUSTER: Target = Target::Cluster;
+
+fn at(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+/// `address:port`, or `node4:port` and `node6:port` for a NodePort.
+fn frontend(text: &str, protocol: Protocol) -> Frontend {
+    let node = |port: &str, family| Frontend {
+        destination: Destination::NodePort(family),
+        protocol,
+        port: port.parse().unwrap(),
+    };
+    if let Some(port) = text.strip_prefix("node4:") {
+        return node(port, Family::V4);
+    }
+    if let Some(port) = text.strip_prefix("node6:") {
+        return node(port, Family::V6);
+    }
+    let address = at(text);
+    Frontend { destination: Destination::Address(address.ip()), protocol, port: address.port() }
+}
+
+fn plan(protocol: Protocol, frontends: &[(&str, Target)], serving: &[&str]) -> Arc<PortPlan> {
+    let mut frontends: Vec<_> = frontends
+        .iter()
+        .map(|(text, target)| FrontendPlan {
+            frontend: frontend(text, protocol),
+            route: Route::uniform(Treatment { target: *target, masquerade: false }),
+            allowed_sources: None,
+            answered_here: false,
+        })
+        .collect();
+    frontends.sort_by_key(|planned| planned.frontend);
+    let mut serving: Vec<_> = serving
+        .iter()
+        .map(|text| Backend { address: at(text).ip(), port: at(text).port(), local: false })
+        .collect();
+    serving.sort();
+    Arc::new(PortPlan {
+        id: PortId {
+            service: ObjectName::new("default", "dns"),
+            port: "dns".into(),
+            protocol,
+            family: frontends.first().map_or(Family::V4, |plan| plan.frontend.destination.family()),
+        },
+        cluster: serving.clone(),
+        local: Vec::new(),
+        frontends,
+        affinity: None,
+        on_removal: Removal::Keep,
+        serving,
+    })
+}
+
+fn udp(frontends: &[&str], serving: &[&str]) -> Option<Arc<PortPlan>> {
+    let frontends: Vec<_> = frontends.iter().map(|text| (*text, CLUSTER)).collect();
+    Some(plan(Protocol::Udp, &frontends, serving))
+}
+
+fn picked(before: Option<Arc<PortPlan>>, after: Option<Arc<PortPlan>>) -> Vec<String> {
+    let suspects = Suspects::of(&[PortDelta { before, after }]);
+    let mut names: Vec<_> = suspects.frontends().map(ToString::to_string).collect();
+    names.sort();
+    names
+}
+
+fn stale(suspects: &Suspects, destination: &str, answers: &str) -> bool {
+    suspects.is_stale(Flow { destination: at(destination), answers: at(answers) })
+}
+
+const A: &str = "10.1.0.1:53";
+const B: &str = "10.1.0.2:53";
+const VIP: &str = "10.96.0.10:53";
+const NODE: &str = "node4:30053";
+
+#[test]
+fn a_port_that_lost_a_serving_endpoint_has_all_its_frontends_looked_at_k2_k3() {
+    let before = udp(&[VIP, NODE], &[A, B]);
+    assert_eq!(picked(before, udp(&[VIP, NODE], &[B])), ["10.96.0.10:53/UDP", "node:30053/UDP"]);
+}
+
+#[test]
+fn a_changed_target_port_counts_as_a_lost_endpoint() {
+    assert_eq!(picked(udp(&[VIP], &[A]), udp(&[VIP], &["10.1.0.1:54"])), ["10.96.0.10:53/UDP"]);
+}
+
+#[test]
+fn endpoints_that_join_and_ports_that_stay_the_same_leave_nothing_stale() {
+    assert!(picked(udp(&[VIP], &[A]), udp(&[VIP], &[A, B])).is_empty());
+    assert!(picked(udp(&[VIP], &[A]), udp(&[VIP], &[A])).is_empty());
+}
+
+#[test]
+fn a_port_that_lost_its_last_endpoint_has_all_its_frontends_looked_at_k7() {
+    let none = || udp(&[VIP, NODE], &[]);
+    assert_eq!(picked(udp(&[VIP, NODE], &[A]), none()), ["10.96.0.10:53/UDP", "node:30053/UDP"]);
+    // The agent may have started after the endpoint went.
+    assert_eq!(picked(None, none()), ["10.96.0.10:53/UDP", "node:30053/UDP"]);
+    assert!(picked(none(), udp(&[VIP, NODE], &[])).is_empty(), "nothing changed for flows");
+    let suspects = Suspects::of(&[PortDelta { before: None, after: none() }]);
+    assert!(stale(&suspects, VIP, A) && stale(&suspects, "192.0.2.4:30053", A));
+    assert!(stale(&suspects, VIP, VIP), "a flow on the way to nowhere is refused like the others");
+}
+
+#[test]
+fn a_port_that_goes_takes_its_flows_along_and_no_others_k6() {
+    let before = || udp(&[VIP, "203.0.113.7:53", NODE], &[A, B]);
+    assert_eq!(picked(before(), None), ["10.96.0.10:53/UDP", "203.0.113.7:53/UDP", "node:30053/UDP"]);
+    let suspects = Suspects::of(&[PortDelta { before: before(), after: None }]);
+    for to in [VIP, "203.0.113.7:53", "192.0.2.4:30053"] {
+        assert!(stale(&suspects, to, A) && stale(&suspects, to, B), "{to}");
+        assert!(!stale(&suspects, to, to), "what listens at {to} itself was never the Service's");
+        assert!(!stale(&suspects, to, "10.1.0.9:53"), "what another program made of {to} is its own");
+    }
+}
+
+#[test]
+fn an_address_that_another_service_takes_over_keeps_that_ones_flows_alone_k6() {
+    let gone = || PortDelta { before: udp(&[VIP], &[A]), after: None };
+    let come = |before, serving: &[&str]| {
+        let mut plan = PortPlan::clone(&plan(Protocol::Udp, &[(VIP, CLUSTER)], serving));
+        plan.id.service = ObjectName::new("default", "other");
+        PortDelta { before, after: Some(Arc::new(plan)) }
+    };
+    // In one change, whatever its order, and in two that are looked at together.
+    let mut apart = Suspects::of(&[gone()]);
+    apart.extend(Suspects::of(&[come(None, &[B])]));
+    for suspects in
+        [Suspects::of(&[gone(), come(None, &[B])]), Suspects::of(&[come(None, &[B]), gone()]), apart]
+    {
+        assert!(stale(&suspects, VIP, A) && stale(&suspects, VIP, VIP));
+        assert!(!stale(&suspects, VIP, B));
+    }
+}
+
+#[test]
+fn endpoints_that_were_lost_before_the_service_went_are_not_forgotten() {
+    let mut suspects = Suspects::of(&[PortDelta { before: udp(&[VIP], &[A, B]), after: udp(&[VIP], &[B]) }]);
+    suspects.extend(Suspects::of(&[PortDelta { before: udp(&[VIP], &[B]), after: None }]));
+    assert!(stale(&suspects, VIP, A) && stale(&suspects, VIP, B));
+    assert!(!stale(&suspects, VIP, VIP));
+}
+
+#[test]
+fn flows_to_an_endpoint_that_joined_before_the_look_stay() {
+    let mut suspects = Suspects::of(&[PortDelta { before: udp(&[VIP], &[A, B]), after: udp(&[VIP], &[B]) }]);
+    let joined = "10.1.0.3:53";
+    suspects
+        .extend(Suspects::of(&[PortDelta { before: udp(&[VIP], &[B]), after: udp(&[VIP], &[B, joined]) }]));
+    assert!(stale(&suspects, VIP, A));
+    assert!(!stale(&suspects, VIP, B) && !stale(&suspects, VIP, joined));
+}
+
+#[test]
+fn new_ports_and_ports_that_had_no_endpoint_are_looked_at() {
+    assert_eq!(picked(None, udp(&[VIP], &[A])), ["10.96.0.10:53/UDP"]);
+    assert_eq!(picked(udp(&[VIP], &[]), udp(&[VIP], &[A])), ["10.96.0.10:53/UDP"]);
+}
+
+#[test]
+fn a_frontend_that_newly_leads_somewhere_is_looked_at_alone() {
+    assert_eq!(picked(udp(&[VIP], &[A]), udp(&[VIP, NODE], &[A])), ["node:30053/UDP"]);
+    let dropped = plan(Protocol::Udp, &[(VIP, CLUSTER), (NODE, Target::Drop)], &[A]);
+    assert_eq!(picked(Some(dropped), udp(&[VIP, NODE], &[A])), ["node:30053/UDP"]);
+}
+
+#[test]
+fn a_frontend_that_leads_nowhere_is_looked_at_when_an_endpoint_was_lost_only() {
+    let after = |serving| plan(Protocol::Udp, &[(VIP, CLUSTER), (NODE, Target::Drop)], serving);
+    assert!(picked(udp(&[VIP, NODE], &[A]), Some(after(&[A]))).is_empty());
+    assert_eq!(
+        picked(udp(&[VIP, NODE], &[A, B]), Some(after(&[A]))),
+        ["10.96.0.10:53/UDP", "node:30053/UDP"]
+    );
+}
+
+#[test]
+fn tcp_and_sctp_are_never_touched_k4() {
+    for protocol in [Protocol::Tcp, Protocol::Sctp] {
+        let before = plan(protocol, &[(VIP, CLUSTER)], &[A, B]);
+        assert!(picked(Some(Arc::clone(&before)), Some(plan(protocol, &[(VIP, CLUSTER)], &[A]))).is_empty());
+        assert!(picked(Some(before), None).is_empty());
+    }
+}
+
+#[test]
+fn later_suspects_win_over_earlier_ones() {
+    let of = |after| Suspects::of(&[PortDelta { before: None, after }]);
+    let mut suspects = of(udp(&[VIP], &[A]));
+    suspects.extend(of(udp(&[VIP], &[B])));
+    assert_eq!(suspects.len(), 1);
+    assert!(stale(&suspects, VIP, A));
+    assert!(!stale(&suspects, VIP, B));
+}
+
+/// Where clients send, who answers, and whether the flow has to go. Every address of the plans below, against
+/// serving, gone, never translated, and answered on the wrong port or by a neighbour.
+#[test]
+fn flows_to_what_does_not_serve_go_and_all_others_stay_k2_k3_r1() {
+    let suspects = Suspects::of(&[
+        PortDelta {
+            before: None,
+            after: udp(&[VIP, "203.0.113.7:53", "198.51.100.9:5353", NODE], &[A, "10.1.0.2:5300"]),
+        },
+        PortDelta {
+            before: None,
+            after: udp(&["[fd00::10]:53", "[2001:db8::7]:53", "node6:30053"], &["[fd01::1]:53"]),
+        },
+        // A ClusterIP on a port that is another Service's NodePort.
+        PortDelta { before: None, after: udp(&["10.96.0.11:30053"], &["10.1.0.9:9"]) },
+    ]);
+    let gone = [
+        (VIP, "10.1.0.3:53"),
+        (VIP, VIP),
+        (VIP, B),
+        (VIP, "10.1.0.1:5300"),
+        ("203.0.113.7:53", "10.1.0.3:53"),
+        ("203.0.113.7:53", "203.0.113.7:53"),
+        ("198.51.100.9:5353", "10.1.0.3:53"),
+        ("192.0.2.4:30053", "10.1.0.3:53"),
+        ("192.0.2.5:30053", "192.0.2.5:30053"),
+        ("127.0.0.1:30053", "10.1.0.1:9"),
+        ("10.96.0.11:30053", A),
+        ("[fd00::10]:53", "[fd01::2]:53"),
+        ("[fd00::10]:53", "[fd00::10]:53"),
+        ("[2001:db8::7]:53", "[fd01::1]:54"),
+        ("[2001:db8::99]:30053", "[fd01::2]:53"),
+        ("[2001:db8::99]:30053", "[2001:db8::99]:30053"),
+    ];
+    let kept = [
+        (VIP, A),
+        (VIP, "10.1.0.2:5300"),
+        ("203.0.113.7:53", A),
+        ("198.51.100.9:5353", A),
+        ("192.0.2.4:30053", A),
+        ("192.0.2.5:30053", "10.1.0.2:5300"),
+        ("10.96.0.11:30053", "10.1.0.9:9"),
+        // Other Services, other ports of the same addresses, pods asked directly, the world.
+        ("10.96.0.10:54", "10.1.0.3:53"),
+        ("10.96.0.99:53", "10.1.0.3:53"),
+        ("198.51.100.9:53", "198.51.100.9:53"),
+        ("192.0.2.4:30054", "10.1.0.3:53"),
+        (A, A),
+        (B, B),
+        ("10.1.0.3:53", "10.1.0.3:53"),
+        ("9.9.9.9:53", "9.9.9.9:53"),
+        ("[fd00::10]:53", "[fd01::1]:53"),
+        ("[2001:db8::7]:53", "[fd01::1]:53"),
+        ("[2001:db8::99]:30053", "[fd01::1]:53"),
+        ("[fd00::11]:53", "[fd01::2]:53"),
+        ("[fd00::10]:54", "[fd01::2]:53"),
+        ("[2001:db8::99]:30054", "[fd01::2]:53"),
+        ("[fd01::2]:53", "[fd01::2]:53"),
+    ];
+    for (flows, expected) in [(&gone[..], true), (&kept[..], false)] {
+        for (destination, answers) in flows {
+            assert_eq!(
+                stale(&suspects, destination, answers),
+                expected,
+                "{destination} answered by {answers}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_node_port_of_one_family_does_not_touch_the_other() {
+    let suspects = Suspects::of(&[PortDelta { before: None, after: udp(&[NODE], &[A]) }]);
+    let other = "[2001:db8::99]:30053";
+    assert!(!stale(&suspects, other, other));
+    assert_eq!(suspects.families(), BTreeSet::from([Family::V4]));
+}
