@@ -14,10 +14,10 @@ use std::{
 use nix::sched::{CloneFlags, unshare};
 use weir::{
     dataplane::conntrack::{Conntrack, Suspects},
-    model::{Family, ObjectName, Protocol},
+    model::{Family, ObjectName, PerFamily, Protocol},
     plan::{
-        Backend, Destination, Frontend, FrontendPlan, PortDelta, PortId, PortPlan, Removal, Route, Target,
-        Treatment,
+        Backend, Destination, Frontend, FrontendPlan, NodePlan, NodePortAddresses, PortDelta, PortId,
+        PortPlan, Removal, Route, Target, Treatment,
     },
 };
 
@@ -74,6 +74,21 @@ fn port(frontends: &[(Destination, u16)], serving: &[&str]) -> PortDelta {
         serving,
     };
     PortDelta { before: None, after: Some(Arc::new(after)) }
+}
+
+/// What is asked of the kernel on a node with the addresses of [`FLOWS`].
+fn of(ports: &[PortDelta]) -> Suspects {
+    let addresses = ["192.0.2.1", "192.0.2.2", "2001:db8::1"];
+    let node = NodePlan {
+        local_traffic: PerFamily::default(),
+        node_port_addresses: PerFamily { v4: NodePortAddresses::AnyLocal, v6: NodePortAddresses::AnyLocal },
+        loopback_node_ports: PerFamily::default(),
+        host_addresses: addresses.map(|address| address.parse().unwrap()).to_vec(),
+        masquerade_mark: 0x4000,
+        service_cidrs: Vec::new(),
+        answers_names: false,
+    };
+    Suspects::of(ports).on(Some(&Arc::new(node)))
 }
 
 /// A flow that connection tracking is given: protocol, where its client sends to, who answers, and more arguments.
@@ -134,7 +149,7 @@ fn gone(conntrack: &mut Conntrack, suspects: &Suspects) -> Vec<String> {
 const STATE: &str = "--state ESTABLISHED -u SEEN_REPLY,ASSURED";
 const UDP: &str = "-u SEEN_REPLY";
 
-const FLOWS: [(&str, &str, &str, &str); 16] = [
+const FLOWS: [(&str, &str, &str, &str); 18] = [
     ("udp", "10.96.0.10:53", "10.1.0.1:53", UDP),
     ("udp", "10.96.0.10:53", "10.1.0.2:53", UDP),
     ("udp", "10.96.0.10:53", "10.96.0.10:53", UDP),
@@ -143,6 +158,9 @@ const FLOWS: [(&str, &str, &str, &str); 16] = [
     ("udp", "192.0.2.1:30053", "10.1.0.1:53", UDP),
     ("udp", "192.0.2.1:30053", "10.1.0.2:53", UDP),
     ("udp", "192.0.2.2:30053", "192.0.2.2:30053", UDP),
+    // A port of that number on other machines is none of the node's.
+    ("udp", "198.51.100.9:30053", "198.51.100.9:30053", UDP),
+    ("udp", "[2001:db8:9::9]:30053", "[2001:db8:9::9]:30053", UDP),
     ("tcp", "10.96.0.10:53", "10.1.0.2:53", STATE),
     ("tcp", "192.0.2.1:30053", "10.1.0.2:53", STATE),
     ("udp", "[fd00::10]:53", "[fd01::1]:53", UDP),
@@ -186,7 +204,7 @@ fn only_stale_udp_flows_of_the_frontends_go_k2_k3_k4() {
     for ports in [both_families(), many_more()] {
         in_namespace(move || {
             let mut conntrack = Conntrack::open().unwrap();
-            assert_eq!(gone(&mut conntrack, &Suspects::of(&ports)), STALE);
+            assert_eq!(gone(&mut conntrack, &of(&ports)), STALE);
             assert!(conntrack.kernel_filters(), "these tests want a kernel of 5.8 or later");
         });
     }
@@ -197,7 +215,7 @@ fn the_same_flows_go_on_kernels_that_cannot_filter() {
     for ports in [both_families(), many_more()] {
         in_namespace(move || {
             let mut conntrack = Conntrack::open_unfiltered().unwrap();
-            assert_eq!(gone(&mut conntrack, &Suspects::of(&ports)), STALE);
+            assert_eq!(gone(&mut conntrack, &of(&ports)), STALE);
         });
     }
 }
@@ -205,7 +223,7 @@ fn the_same_flows_go_on_kernels_that_cannot_filter() {
 /// What is asked of the kernel when these ports go.
 fn deleted(ports: Vec<PortDelta>) -> Suspects {
     let deleted = |port: PortDelta| PortDelta { before: port.after, after: None };
-    Suspects::of(&ports.into_iter().map(deleted).collect::<Vec<_>>())
+    of(&ports.into_iter().map(deleted).collect::<Vec<_>>())
 }
 
 #[test]
@@ -232,7 +250,7 @@ fn flows_in_a_zone_are_deleted_there_and_only_there_k5() {
             ("udp", "10.96.0.10:53", "10.1.0.2:53", zone),
             ("udp", "10.96.0.10:54", "10.1.0.2:53", zone),
         ]);
-        let suspects = Suspects::of(&both_families());
+        let suspects = of(&both_families());
         assert_eq!(Conntrack::open().unwrap().clean(&suspects).unwrap(), 1);
         assert_eq!(tracked(), BTreeSet::from(["udp 10.96.0.10:54 10.1.0.2:53".to_owned()]));
     });
@@ -245,7 +263,7 @@ fn thousands_go_in_one_call_and_a_second_call_finds_nothing() {
         let mut flows = vec![flow("10.96.0.10:53", "10.1.0.2:53"); 3000];
         flows.extend(vec![flow("10.96.0.10:53", "10.1.0.1:53"); 3000]);
         insert(&flows);
-        let suspects = Suspects::of(&both_families());
+        let suspects = of(&both_families());
         let mut conntrack = Conntrack::open().unwrap();
         assert_eq!(conntrack.clean(&suspects).unwrap(), 3000);
         assert_eq!(conntrack.clean(&suspects).unwrap(), 0);
@@ -287,7 +305,7 @@ fn real_client_moves_and_ends(table: &'static str, vip: &'static str, old: &'sta
         rule(vip, new);
         assert!(reaches(&servers[0]), "the kernel moved the flow by itself: this case shows nothing");
 
-        let suspects = Suspects::of(&[port(&[(address(vip), 53)], &[new])]);
+        let suspects = of(&[port(&[(address(vip), 53)], &[new])]);
         assert_eq!(Conntrack::open().unwrap().clean(&suspects).unwrap(), 1);
         assert!(reaches(&servers[1]));
         assert_eq!(Conntrack::open().unwrap().clean(&suspects).unwrap(), 0);

@@ -16,7 +16,10 @@ use rustc_hash::FxHashMap;
 
 use crate::{
     model::{Family, Protocol},
-    plan::{Backend, Destination, Frontend, FrontendPlan, PortDelta, PortPlan, Target},
+    plan::{
+        Backend, Destination, Frontend, FrontendPlan, NodePlan, NodePortAddresses, PortDelta, PortPlan,
+        Target,
+    },
 };
 
 /// A UDP flow as connection tracking has it, both addresses in wire terms.
@@ -35,6 +38,8 @@ pub struct Suspects {
     /// Ports that changed without leaving anything stale. Flows to endpoints that joined are right, whatever was suspected
     /// before.
     newer: Vec<Arc<PortPlan>>,
+    /// Says where NodePorts answer.
+    node: Option<Arc<NodePlan>>,
 }
 
 /// One frontend that may have flows which are not right any more.
@@ -74,6 +79,12 @@ impl Suspects {
         suspects
     }
 
+    /// With the node whose addresses serve NodePorts.
+    #[must_use]
+    pub fn on(self, node: Option<&Arc<NodePlan>>) -> Self {
+        Self { node: node.cloned(), ..self }
+    }
+
     fn suspect_former(&mut self, delta: &PortDelta) {
         let Some(before) = &delta.before else { return };
         for frontend in delta.released() {
@@ -102,7 +113,7 @@ impl Suspects {
 
     /// Adds later suspects; where a frontend is in both, the later plan counts.
     pub fn extend(&mut self, later: Self) {
-        let Self { frontends, newer } = later;
+        let Self { frontends, newer, node } = later;
         for plan in &newer {
             for planned in &plan.frontends {
                 let suspect = self.frontends.get_mut(&planned.frontend);
@@ -117,6 +128,7 @@ impl Suspects {
             suspect.former.extend(former);
         }
         self.newer.extend(newer);
+        self.node = node.or(self.node.take());
     }
 
     /// Whether nothing follows from it.
@@ -143,26 +155,46 @@ impl Suspects {
     }
 
     /// Whether `flow` is addressed to a suspect and answered by something that does not serve it (K2), also when it
-    /// was never translated. A NodePort is told by its number alone (K3), unless the address and port are a suspect
-    /// themselves: those come first for packets too (R1).
+    /// was never translated. A NodePort is a port of this node (K3), unless the address and port are a suspect themselves:
+    /// those come first for packets too (R1).
     #[must_use]
     pub fn is_stale(&self, flow: Flow) -> bool {
         let (address, port) = (flow.destination.ip(), flow.destination.port());
         let look_up =
             |destination| self.frontends.get(&Frontend { destination, protocol: Protocol::Udp, port });
-        look_up(Destination::Address(address))
-            .or_else(|| look_up(Destination::NodePort(Family::of(address))))
-            .is_some_and(|suspect| suspect.has_stale(flow))
+        if let Some(suspect) = look_up(Destination::Address(address)) {
+            return suspect.has_stale(flow, true);
+        }
+        look_up(Destination::NodePort(Family::of(address)))
+            .is_some_and(|suspect| suspect.has_stale(flow, self.is_node_port(flow)))
+    }
+
+    /// Whether the flow is certainly addressed to a NodePort, if there is one of its number. An outside machine may have a
+    /// port of that number too, and a process of this node at an address that serves no NodePorts.
+    fn is_node_port(&self, flow: Flow) -> bool {
+        let address = flow.destination.ip();
+        // Plans leave these addresses out. Only this node translates what is sent to them.
+        let is_near = match address {
+            IpAddr::V4(address) => address.is_loopback(),
+            IpAddr::V6(address) => address.is_loopback() || address.is_unicast_link_local(),
+        };
+        let serves = |node: &NodePlan| match node.node_port_addresses.get(Family::of(address)) {
+            NodePortAddresses::AnyLocal => node.host_addresses.binary_search(&address).is_ok(),
+            NodePortAddresses::Only(addresses) => addresses.binary_search(&address).is_ok(),
+        };
+        (is_near && flow.is_translated()) || self.node.as_deref().is_some_and(serves)
     }
 }
 
 impl Suspect {
-    /// Whether a flow that is addressed to the frontend is stale. Where no port has it any more, only flows to backends of
-    /// those that had it are: a process of this host or another program may have the address and port now.
-    fn has_stale(&self, flow: Flow) -> bool {
+    /// Whether a flow with the frontend's port is stale. Where it is not certain that the flow is the frontend's, or no port
+    /// has the frontend any more, only flows to backends of the ports that had it are: a process of this host, an outside
+    /// machine or another program may have the address and port.
+    fn has_stale(&self, flow: Flow, is_certain: bool) -> bool {
         match &self.now {
-            Some(plan) => !answers(plan, flow),
-            None => flow.is_translated() && self.former.iter().any(|plan| answers(plan, flow)),
+            Some(plan) if answers(plan, flow) => false,
+            Some(_) if is_certain => true,
+            _ => flow.is_translated() && self.former.iter().any(|plan| answers(plan, flow)),
         }
     }
 }

@@ -4,10 +4,10 @@ use std::{collections::BTreeSet, net::SocketAddr, sync::Arc};
 
 use super::{Flow, Suspects};
 use crate::{
-    model::{Family, ObjectName, Protocol},
+    model::{Family, ObjectName, PerFamily, Protocol},
     plan::{
-        Backend, Destination, Frontend, FrontendPlan, PortDelta, PortId, PortPlan, Removal, Route, Target,
-        Treatment,
+        Backend, Destination, Frontend, FrontendPlan, NodePlan, NodePortAddresses, PortDelta, PortId,
+        PortPlan, Removal, Route, Target, Treatment,
     },
 };
 
@@ -71,8 +71,26 @@ fn udp(frontends: &[&str], serving: &[&str]) -> Option<Arc<PortPlan>> {
     Some(plan(Protocol::Udp, &frontends, serving))
 }
 
+/// At home where the addresses of the flows below are that look like a node's.
+fn node() -> Arc<NodePlan> {
+    let addresses = ["192.0.2.4", "192.0.2.5", "2001:db8::99"];
+    Arc::new(NodePlan {
+        local_traffic: PerFamily::default(),
+        node_port_addresses: PerFamily { v4: NodePortAddresses::AnyLocal, v6: NodePortAddresses::AnyLocal },
+        loopback_node_ports: PerFamily::default(),
+        host_addresses: addresses.map(|address| address.parse().unwrap()).to_vec(),
+        masquerade_mark: 0x4000,
+        service_cidrs: Vec::new(),
+        answers_names: false,
+    })
+}
+
+fn of(ports: &[PortDelta]) -> Suspects {
+    Suspects::of(ports).on(Some(&node()))
+}
+
 fn picked(before: Option<Arc<PortPlan>>, after: Option<Arc<PortPlan>>) -> Vec<String> {
-    let suspects = Suspects::of(&[PortDelta { before, after }]);
+    let suspects = of(&[PortDelta { before, after }]);
     let mut names: Vec<_> = suspects.frontends().map(ToString::to_string).collect();
     names.sort();
     names
@@ -111,7 +129,7 @@ fn a_port_that_lost_its_last_endpoint_has_all_its_frontends_looked_at_k7() {
     // The agent may have started after the endpoint went.
     assert_eq!(picked(None, none()), ["10.96.0.10:53/UDP", "node:30053/UDP"]);
     assert!(picked(none(), udp(&[VIP, NODE], &[])).is_empty(), "nothing changed for flows");
-    let suspects = Suspects::of(&[PortDelta { before: None, after: none() }]);
+    let suspects = of(&[PortDelta { before: None, after: none() }]);
     assert!(stale(&suspects, VIP, A) && stale(&suspects, "192.0.2.4:30053", A));
     assert!(stale(&suspects, VIP, VIP), "a flow on the way to nowhere is refused like the others");
 }
@@ -120,7 +138,7 @@ fn a_port_that_lost_its_last_endpoint_has_all_its_frontends_looked_at_k7() {
 fn a_port_that_goes_takes_its_flows_along_and_no_others_k6() {
     let before = || udp(&[VIP, "203.0.113.7:53", NODE], &[A, B]);
     assert_eq!(picked(before(), None), ["10.96.0.10:53/UDP", "203.0.113.7:53/UDP", "node:30053/UDP"]);
-    let suspects = Suspects::of(&[PortDelta { before: before(), after: None }]);
+    let suspects = of(&[PortDelta { before: before(), after: None }]);
     for to in [VIP, "203.0.113.7:53", "192.0.2.4:30053"] {
         assert!(stale(&suspects, to, A) && stale(&suspects, to, B), "{to}");
         assert!(!stale(&suspects, to, to), "what listens at {to} itself was never the Service's");
@@ -137,11 +155,9 @@ fn an_address_that_another_service_takes_over_keeps_that_ones_flows_alone_k6() {
         PortDelta { before, after: Some(Arc::new(plan)) }
     };
     // In one change, whatever its order, and in two that are looked at together.
-    let mut apart = Suspects::of(&[gone()]);
-    apart.extend(Suspects::of(&[come(None, &[B])]));
-    for suspects in
-        [Suspects::of(&[gone(), come(None, &[B])]), Suspects::of(&[come(None, &[B]), gone()]), apart]
-    {
+    let mut apart = of(&[gone()]);
+    apart.extend(of(&[come(None, &[B])]));
+    for suspects in [of(&[gone(), come(None, &[B])]), of(&[come(None, &[B]), gone()]), apart] {
         assert!(stale(&suspects, VIP, A) && stale(&suspects, VIP, VIP));
         assert!(!stale(&suspects, VIP, B));
     }
@@ -149,18 +165,17 @@ fn an_address_that_another_service_takes_over_keeps_that_ones_flows_alone_k6() {
 
 #[test]
 fn endpoints_that_were_lost_before_the_service_went_are_not_forgotten() {
-    let mut suspects = Suspects::of(&[PortDelta { before: udp(&[VIP], &[A, B]), after: udp(&[VIP], &[B]) }]);
-    suspects.extend(Suspects::of(&[PortDelta { before: udp(&[VIP], &[B]), after: None }]));
+    let mut suspects = of(&[PortDelta { before: udp(&[VIP], &[A, B]), after: udp(&[VIP], &[B]) }]);
+    suspects.extend(of(&[PortDelta { before: udp(&[VIP], &[B]), after: None }]));
     assert!(stale(&suspects, VIP, A) && stale(&suspects, VIP, B));
     assert!(!stale(&suspects, VIP, VIP));
 }
 
 #[test]
 fn flows_to_an_endpoint_that_joined_before_the_look_stay() {
-    let mut suspects = Suspects::of(&[PortDelta { before: udp(&[VIP], &[A, B]), after: udp(&[VIP], &[B]) }]);
+    let mut suspects = of(&[PortDelta { before: udp(&[VIP], &[A, B]), after: udp(&[VIP], &[B]) }]);
     let joined = "10.1.0.3:53";
-    suspects
-        .extend(Suspects::of(&[PortDelta { before: udp(&[VIP], &[B]), after: udp(&[VIP], &[B, joined]) }]));
+    suspects.extend(of(&[PortDelta { before: udp(&[VIP], &[B]), after: udp(&[VIP], &[B, joined]) }]));
     assert!(stale(&suspects, VIP, A));
     assert!(!stale(&suspects, VIP, B) && !stale(&suspects, VIP, joined));
 }
@@ -199,7 +214,7 @@ fn tcp_and_sctp_are_never_touched_k4() {
 
 #[test]
 fn later_suspects_win_over_earlier_ones() {
-    let of = |after| Suspects::of(&[PortDelta { before: None, after }]);
+    let of = |after| of(&[PortDelta { before: None, after }]);
     let mut suspects = of(udp(&[VIP], &[A]));
     suspects.extend(of(udp(&[VIP], &[B])));
     assert_eq!(suspects.len(), 1);
@@ -211,7 +226,7 @@ fn later_suspects_win_over_earlier_ones() {
 /// serving, gone, never translated, and answered on the wrong port or by a neighbour.
 #[test]
 fn flows_to_what_does_not_serve_go_and_all_others_stay_k2_k3_r1() {
-    let suspects = Suspects::of(&[
+    let suspects = of(&[
         PortDelta {
             before: None,
             after: udp(&[VIP, "203.0.113.7:53", "198.51.100.9:5353", NODE], &[A, "10.1.0.2:5300"]),
@@ -279,8 +294,38 @@ fn flows_to_what_does_not_serve_go_and_all_others_stay_k2_k3_r1() {
 
 #[test]
 fn a_node_port_of_one_family_does_not_touch_the_other() {
-    let suspects = Suspects::of(&[PortDelta { before: None, after: udp(&[NODE], &[A]) }]);
+    let suspects = of(&[PortDelta { before: None, after: udp(&[NODE], &[A]) }]);
     let other = "[2001:db8::99]:30053";
     assert!(!stale(&suspects, other, other));
     assert_eq!(suspects.families(), BTreeSet::from([Family::V4]));
+}
+
+#[test]
+fn a_node_port_is_a_port_of_this_node_and_flows_to_other_machines_stay() {
+    let port = |serving: &[&str]| udp(&[NODE, "node6:30053"], serving);
+    let lost = [PortDelta { before: port(&[A, B]), after: port(&[A]) }];
+    let suspects = of(&lost);
+    // Another machine, another node's NodePort, a process of this node on a loopback address.
+    for to in ["198.51.100.7:30053", "192.0.2.6:30053", "127.0.0.1:30053", "[2001:db8::7]:30053"] {
+        assert!(!stale(&suspects, to, to), "{to}");
+        assert!(!stale(&suspects, to, A), "{to}");
+    }
+    // What another program made of it.
+    assert!(!stale(&suspects, "198.51.100.7:30053", "198.51.100.8:9"));
+    // What is led to a backend of the Service was led there by weir, whatever address it was.
+    assert!(stale(&suspects, "198.51.100.7:30053", B));
+    assert!(
+        stale(&suspects, "[fe80::7]:30053", "[fd01::2]:53")
+            && !stale(&suspects, "[fe80::7]:30053", "[fe80::7]:30053")
+    );
+    assert!(stale(&suspects, "192.0.2.4:30053", B) && stale(&suspects, "192.0.2.4:30053", "192.0.2.4:30053"));
+
+    let some = NodePortAddresses::Only(vec!["192.0.2.5".parse().unwrap()]);
+    let only = NodePlan {
+        node_port_addresses: PerFamily { v4: some, v6: NodePortAddresses::AnyLocal },
+        ..NodePlan::clone(&node())
+    };
+    let suspects = Suspects::of(&lost).on(Some(&Arc::new(only)));
+    assert!(!stale(&suspects, "192.0.2.4:30053", "192.0.2.4:30053"), "no NodePorts are served there");
+    assert!(stale(&suspects, "192.0.2.5:30053", "192.0.2.5:30053"));
 }

@@ -173,7 +173,7 @@ impl Engine {
         for family in families {
             suspects.extend(std::mem::take(self.given_up.get_mut(*family)));
         }
-        suspects.extend(Suspects::of(in_force.iter().copied()));
+        suspects.extend(Suspects::of(in_force.iter().copied()).on(self.planner.node()));
         if !suspects.is_empty() && conntrack.send(suspects).is_err() {
             tracing::error!("the conntrack thread is gone, stale UDP flows stay");
             self.conntrack = None;
