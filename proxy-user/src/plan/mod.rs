@@ -147,6 +147,17 @@ pub struct FrontendPlan {
     pub answered_here: bool,
 }
 
+impl FrontendPlan {
+    /// Whether the frontend is for clients with this address (F7).
+    #[must_use]
+    pub fn lets_in(&self, client: IpAddr) -> bool {
+        self.allowed_sources.as_deref().is_none_or(|sources| {
+            let next = sources.partition_point(|source| source.network() <= client);
+            sources[..next].last().is_some_and(|source| source.contains(&client))
+        })
+    }
+}
+
 /// Which service port a [`PortPlan`] is for (W6), in which family.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 pub struct PortId {

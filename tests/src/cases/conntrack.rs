@@ -9,6 +9,7 @@ const TCP: Transport = Transport::Tcp;
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = established();
     cases.extend(stale());
+    cases.extend(shut_out());
     cases
 }
 
@@ -53,6 +54,36 @@ fn opened(case: Case) -> Case {
         .step(Step::Open(OUTSIDE, NODE_PORT))
         .step(Step::Open(OUTSIDE, EXTERNAL))
         .step(Step::Open(OUTSIDE, BALANCER))
+}
+
+/// Clients that go on sending where no Service lets them in any more.
+fn shut_out() -> Vec<Case> {
+    let friends =
+        ["192.168.77.100/32", "10.244.1.12/32", "fd00:192:168:77::100/128", "fd00:10:244:1::12/128"];
+    let one = || service([pod(1, 1)]).everywhere();
+    let flows = |name, clients: &[Place], to: Target| {
+        clients
+            .iter()
+            .fold(case("F7 K6", name, one()).over(&UDP), |case, &client| case.step(Step::Open(client, to)))
+    };
+    vec![
+        flows("UDP flows end with the address they were sent to", &[POD12, OUTSIDE], BALANCER)
+            .then(Shape { balancer: None, ..one() })
+            .step(Step::Ends),
+        flows("UDP flows end when the port has another number", &[POD12, HOST], CLUSTER)
+            .step(Step::Open(OUTSIDE, EXTERNAL))
+            .step(Step::Open(OUTSIDE, NODE_PORT))
+            .then(one().ports(&[("stream", TCP, PORT), ("datagram", Transport::Udp, PORT + 1)]))
+            .step(Step::Ends),
+        flows("UDP flows of clients that source ranges shut out end", &[HOST, Place::Outside(1)], BALANCER)
+            .then(one().only_from(&friends))
+            .check(Place::Outside(1), BALANCER, Expect::Dropped)
+            .step(Step::Ends),
+        flows("UDP flows of clients that source ranges let in stay", &[POD12, OUTSIDE], BALANCER)
+            .then(one().only_from(&friends))
+            .check(Place::Outside(1), BALANCER, Expect::Dropped)
+            .step(Step::Stays),
+    ]
 }
 
 fn stale() -> Vec<Case> {

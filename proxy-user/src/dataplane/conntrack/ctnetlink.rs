@@ -219,11 +219,11 @@ fn decode(message: NetfilterMessage) -> Option<Entry> {
         return None;
     };
     let mut name = Vec::new();
-    let (mut destination, mut answers) = (None, None);
+    let (mut asks, mut answers) = (None, None);
     for attribute in attributes {
         match attribute {
             ConntrackAttribute::CtaTupleOrig(tuple) => {
-                destination = udp_ends(&tuple).map(|(_, destination)| destination);
+                asks = udp_ends(&tuple);
                 name.push(ConntrackAttribute::CtaTupleOrig(tuple));
             }
             ConntrackAttribute::CtaTupleReply(tuple) => {
@@ -236,7 +236,8 @@ fn decode(message: NetfilterMessage) -> Option<Entry> {
             _ => {}
         }
     }
-    Some(Entry { flow: Flow { destination: destination?, answers: answers? }, family, name })
+    let (client, destination) = asks?;
+    Some(Entry { flow: Flow { client: client.ip(), destination, answers: answers? }, family, name })
 }
 
 /// Source and destination of a UDP tuple.

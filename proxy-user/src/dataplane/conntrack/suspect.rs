@@ -22,9 +22,11 @@ use crate::{
     },
 };
 
-/// A UDP flow as connection tracking has it, both addresses in wire terms.
+/// A UDP flow as connection tracking has it, all addresses in wire terms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flow {
+    /// Its client, as this node sees it.
+    pub client: IpAddr,
     /// Where its client sends to.
     pub destination: SocketAddr,
     /// Where answers come from: the backend, or the destination itself when nothing was translated.
@@ -47,9 +49,16 @@ pub struct Suspects {
 struct Suspect {
     /// The port that has the frontend and is looked at because of it; `None` where a port gave the frontend up and no
     /// other one has taken it.
-    now: Option<Arc<PortPlan>>,
+    now: Option<Present>,
     /// The ports that had it, as they were.
     former: Vec<Arc<PortPlan>>,
+}
+
+/// What has a frontend.
+#[derive(Clone, Debug)]
+struct Present {
+    port: Arc<PortPlan>,
+    frontend: FrontendPlan,
 }
 
 impl Suspects {
@@ -57,8 +66,8 @@ impl Suspects {
     ///
     /// - a port that is new, lost a serving endpoint, or had none while it has some now: all its frontends are meant, also
     ///   where nothing serves any more (K7);
-    /// - of other ports only frontends that did not lead to a backend before: their clients' packets may have been
-    ///   tracked on the way to nowhere;
+    /// - of other ports only frontends that did not lead to a backend before, because their clients' packets may have been
+    ///   tracked on the way to nowhere, and those that are for other clients than before (F7);
     /// - frontends that a port gave up or had when it went (K6).
     ///
     /// Endpoints that only join make nothing stale.
@@ -98,12 +107,15 @@ impl Suspects {
         let whole = before.is_none_or(|before| {
             lost(before, after) || (before.serving.is_empty() && !after.serving.is_empty())
         });
-        let meant = |plan: &&FrontendPlan| {
-            whole || (leads_anywhere(plan) && !before.is_some_and(|before| leads(before, plan.frontend)))
+        let meant = |planned: &&FrontendPlan| {
+            let was = before.and_then(|before| find(before, planned.frontend));
+            whole
+                || (leads_anywhere(planned) && !was.is_some_and(leads_anywhere))
+                || was.is_some_and(|was| was.allowed_sources != planned.allowed_sources)
         };
         for planned in after.frontends.iter().filter(meant) {
             let suspect = self.frontends.entry(planned.frontend).or_default();
-            suspect.now = Some(Arc::clone(after));
+            suspect.now = Some(Present { port: Arc::clone(after), frontend: planned.clone() });
             suspect.former.extend(before.cloned());
         }
         if !whole {
@@ -114,11 +126,11 @@ impl Suspects {
     /// Adds later suspects; where a frontend is in both, the later plan counts.
     pub fn extend(&mut self, later: Self) {
         let Self { frontends, newer, node } = later;
-        for plan in &newer {
-            for planned in &plan.frontends {
+        for port in &newer {
+            for planned in &port.frontends {
                 let suspect = self.frontends.get_mut(&planned.frontend);
                 if let Some(now) = suspect.and_then(|suspect| suspect.now.as_mut()) {
-                    *now = Arc::clone(plan);
+                    *now = Present { port: Arc::clone(port), frontend: planned.clone() };
                 }
             }
         }
@@ -155,7 +167,7 @@ impl Suspects {
     }
 
     /// Whether `flow` is addressed to a suspect and answered by something that does not serve it (K2), also when it
-    /// was never translated. A NodePort is a port of this node (K3), unless the address and port are a suspect themselves:
+    /// was never translated, or is of a client that may not come any more. A NodePort is a port of this node (K3), unless the address and port are a suspect themselves:
     /// those come first for packets too (R1).
     #[must_use]
     pub fn is_stale(&self, flow: Flow) -> bool {
@@ -192,7 +204,7 @@ impl Suspect {
     /// machine or another program may have the address and port.
     fn has_stale(&self, flow: Flow, is_certain: bool) -> bool {
         match &self.now {
-            Some(plan) if answers(plan, flow) => false,
+            Some(now) if answers(&now.port, flow) => !now.frontend.lets_in(flow.client),
             Some(_) if is_certain => true,
             _ => flow.is_translated() && self.former.iter().any(|plan| answers(plan, flow)),
         }
@@ -221,10 +233,6 @@ fn serves(serving: &[Backend], address: IpAddr, port: u16) -> bool {
 
 fn lost(before: &PortPlan, after: &PortPlan) -> bool {
     before.serving.iter().any(|backend| !serves(&after.serving, backend.address, backend.port))
-}
-
-fn leads(plan: &PortPlan, frontend: Frontend) -> bool {
-    find(plan, frontend).is_some_and(leads_anywhere)
 }
 
 fn find(plan: &PortPlan, frontend: Frontend) -> Option<&FrontendPlan> {

@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeSet, net::SocketAddr, sync::Arc};
 
+use ipnet::IpNet;
+
 use super::{Flow, Suspects};
 use crate::{
     model::{Family, ObjectName, PerFamily, Protocol},
@@ -97,7 +99,22 @@ fn picked(before: Option<Arc<PortPlan>>, after: Option<Arc<PortPlan>>) -> Vec<St
 }
 
 fn stale(suspects: &Suspects, destination: &str, answers: &str) -> bool {
-    suspects.is_stale(Flow { destination: at(destination), answers: at(answers) })
+    stale_of("10.1.7.7", suspects, destination, answers)
+}
+
+fn stale_of(client: &str, suspects: &Suspects, destination: &str, answers: &str) -> bool {
+    let client = client.parse().unwrap();
+    suspects.is_stale(Flow { client, destination: at(destination), answers: at(answers) })
+}
+
+/// The same for clients in these networks only.
+fn only_from(networks: &[&str], port: Option<Arc<PortPlan>>) -> Option<Arc<PortPlan>> {
+    let mut port = PortPlan::clone(&port.unwrap());
+    let networks: Vec<IpNet> = networks.iter().map(|network| network.parse().unwrap()).collect();
+    for planned in &mut port.frontends {
+        planned.allowed_sources = Some(networks.clone().into());
+    }
+    Some(Arc::new(port))
 }
 
 const A: &str = "10.1.0.1:53";
@@ -328,4 +345,43 @@ fn a_node_port_is_a_port_of_this_node_and_flows_to_other_machines_stay() {
     let suspects = Suspects::of(&lost).on(Some(&Arc::new(only)));
     assert!(!stale(&suspects, "192.0.2.4:30053", "192.0.2.4:30053"), "no NodePorts are served there");
     assert!(stale(&suspects, "192.0.2.5:30053", "192.0.2.5:30053"));
+}
+
+#[test]
+fn an_address_and_a_number_that_a_port_gives_up_take_their_flows_along() {
+    const BALANCER: &str = "203.0.113.7:53";
+    let (before, after) = (udp(&[VIP, BALANCER, NODE], &[A]), udp(&[VIP, NODE], &[A]));
+    assert_eq!(picked(before.clone(), after.clone()), ["203.0.113.7:53/UDP"]);
+    let suspects = of(&[PortDelta { before, after }]);
+    assert!(stale(&suspects, BALANCER, A) && !stale(&suspects, BALANCER, BALANCER));
+    assert!(!stale(&suspects, VIP, A) && !stale(&suspects, "192.0.2.4:30053", A));
+
+    let renumbered = PortDelta { before: udp(&[VIP], &[A]), after: udp(&["10.96.0.10:54"], &[A]) };
+    let suspects = of(&[renumbered]);
+    assert!(stale(&suspects, VIP, A) && !stale(&suspects, "10.96.0.10:54", A));
+}
+
+#[test]
+fn a_client_that_the_source_ranges_shut_out_loses_its_flows_and_no_other_does_f7() {
+    let port = || udp(&[VIP], &[A]);
+    let some = |networks: &[&str]| only_from(networks, port());
+    let few = || some(&["10.1.0.0/24", "10.1.7.0/24", "10.3.0.0/16"]);
+    assert!(picked(few(), few()).is_empty());
+    for before in [port(), some(&["10.0.0.0/8"]), few(), None] {
+        let suspects = of(&[PortDelta { before, after: some(&["10.1.0.0/24", "10.3.0.0/16"]) }]);
+        for (client, stays) in [
+            ("10.0.255.255", false),
+            ("10.1.0.0", true),
+            ("10.1.0.255", true),
+            ("10.1.7.7", false),
+            ("10.3.4.5", true),
+            ("192.0.2.77", false),
+        ] {
+            assert_eq!(stale_of(client, &suspects, VIP, A), !stays, "{client}");
+            assert!(stale_of(client, &suspects, VIP, B), "{client} is led to what does not serve");
+        }
+    }
+    // Open to all again.
+    let suspects = of(&[PortDelta { before: few(), after: port() }]);
+    assert!(!stale_of("192.0.2.77", &suspects, VIP, A));
 }

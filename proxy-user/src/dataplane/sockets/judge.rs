@@ -19,7 +19,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use super::suspect::{Change, Now, Suspects, serves};
 use crate::{
     model::{Family, Protocol},
-    plan::{Backend, Destination, Frontend, NodePlan, PortId, PortPlan, Removal},
+    plan::{Backend, Destination, Frontend, FrontendPlan, NodePlan, PortId, PortPlan, Removal},
 };
 
 /// When to look again, because a connect may have been under way while the backends changed.
@@ -62,7 +62,7 @@ impl Watched {
 #[derive(Debug, Default)]
 pub(super) struct Judge {
     ports: FxHashMap<PortId, Watched>,
-    /// Who has each frontend. One that its port gave up is still the port's, so its clients stay with what serves.
+    /// Which port has each frontend. One that a TCP port gave up is still the port's, so its clients stay with what serves.
     frontends: FxHashMap<Frontend, PortId>,
     node: Option<Arc<NodePlan>>,
     /// Up to when everything that came into force is known here; 0 before everything was told once.
@@ -121,6 +121,7 @@ impl Judge {
             let before = self.frontends.insert(planned.frontend, id.clone());
             handed_over |= before.is_some_and(|before| before != id);
         }
+        let released = self.release(&id, &plan);
         let new = !self.ports.contains_key(&id);
         let port = self.ports.entry(id.clone()).or_insert_with(|| Watched {
             plan: Arc::clone(&plan),
@@ -131,7 +132,8 @@ impl Judge {
         let served = port.plan.serving.iter().chain(lost);
         let lost: Vec<_> = served.filter(|backend| !serves(&plan, backend)).map(end).collect();
         let stricter = port.plan.on_removal != plan.on_removal;
-        let look = new || handed_over || stricter || !lost.is_empty();
+        let shuts_out = id.protocol == Protocol::Udp && is_for_others(&port.plan, &plan);
+        let look = new || handed_over || released || stricter || shuts_out || !lost.is_empty();
         port.lost.extend(lost.into_iter().map(|backend| (backend, at)));
         plan.serving.iter().chain(&plan.cluster).chain(&plan.local).for_each(|backend| {
             port.lost.remove(&end(backend));
@@ -141,6 +143,20 @@ impl Judge {
             let due = at.saturating_add(port.after());
             self.look(due, id.protocol);
         }
+    }
+
+    /// Takes from a UDP port what it gave up, and says whether that was anything.
+    fn release(&mut self, id: &PortId, plan: &PortPlan) -> bool {
+        let Some(port) = self.ports.get(id).filter(|_| id.protocol == Protocol::Udp) else { return false };
+        let kept: FxHashSet<Frontend> = plan.frontends.iter().map(|planned| planned.frontend).collect();
+        let mut released = false;
+        for planned in port.plan.frontends.iter().filter(|planned| !kept.contains(&planned.frontend)) {
+            if self.frontends.get(&planned.frontend) == Some(id) {
+                self.frontends.remove(&planned.frontend);
+                released = true;
+            }
+        }
+        released
     }
 
     fn forget(&mut self, id: &PortId) {
@@ -190,7 +206,7 @@ impl Judge {
 
     /// Whether the socket has to go now, if it still leads there.
     pub(super) fn condemns(&self, socket: &Led, now: u64) -> bool {
-        if socket.since == 0 || socket.since > self.known {
+        if !self.knows(socket) {
             return false;
         }
         let Some(port) = self.port_of(socket) else {
@@ -203,6 +219,27 @@ impl Judge {
         }
         let lost = port.lost.get(&socket.backend).copied().unwrap_or(port.since);
         socket.since <= lost && lost.saturating_add(port.after()) <= now
+    }
+
+    /// Whether everything is known here that the programs knew when they led the socket.
+    const fn knows(&self, socket: &Led) -> bool {
+        socket.since != 0 && socket.since <= self.known
+    }
+
+    /// Which clients a UDP socket's frontend is for, where it is not for all (F7): others have to go too. The programs lead no
+    /// socket by such a frontend, so this one was led before.
+    pub(super) fn guard_of(&self, socket: &Led, now: u64) -> Option<Guard> {
+        if socket.protocol != Protocol::Udp || !self.knows(socket) || self.condemns(socket, now) {
+            return None;
+        }
+        let destination = Destination::Address(socket.service.ip());
+        let asked = Frontend { destination, protocol: Protocol::Udp, port: socket.service.port() };
+        let port = self.ports.get(self.frontends.get(&asked)?)?;
+        let planned = port.plan.frontends.iter().find(|planned| planned.frontend == asked)?;
+        planned
+            .allowed_sources
+            .is_some()
+            .then(|| Guard { frontend: planned.clone(), node: self.node.clone() })
     }
 
     /// The port that the socket asked for. A NodePort is told by its number alone (K3), unless the address and port are
@@ -224,6 +261,32 @@ impl Judge {
         let known = |node: &NodePlan| node.host_addresses.binary_search(&address).is_ok();
         address.is_loopback() || self.node.as_deref().is_some_and(known)
     }
+}
+
+/// Lets in the clients that a frontend is for.
+#[derive(Debug)]
+pub(super) struct Guard {
+    frontend: FrontendPlan,
+    node: Option<Arc<NodePlan>>,
+}
+
+impl Guard {
+    /// Whether a socket with this address of its own may stay. Which address a process of this host comes from depends on
+    /// where its packets go, so it may come from any of the host's.
+    pub(super) fn lets_in(&self, client: IpAddr) -> bool {
+        let host = self.node.as_deref().map(|node| &node.host_addresses[..]).unwrap_or_default();
+        self.frontend.lets_in(client)
+            || (host.binary_search(&client).is_ok() && host.iter().any(|own| self.frontend.lets_in(*own)))
+    }
+}
+
+/// Whether a frontend is for other clients than before.
+fn is_for_others(before: &PortPlan, after: &PortPlan) -> bool {
+    let allowed = |plan: &PortPlan| -> Vec<_> {
+        let guarded = plan.frontends.iter().filter(|planned| planned.allowed_sources.is_some());
+        guarded.map(|planned| (planned.frontend, planned.allowed_sources.clone())).collect()
+    };
+    allowed(before) != allowed(after)
 }
 
 fn end(backend: &Backend) -> SocketAddr {

@@ -29,9 +29,9 @@ use rustc_hash::FxHashMap;
 use socket2::Socket;
 
 use self::{
-    judge::Judge,
+    judge::{Guard, Judge},
     namespaces::{Failures, Namespaces},
-    sockdiag::{Name, SockDiag},
+    sockdiag::{Found, Name, SockDiag},
     told::Origins,
 };
 use super::Error;
@@ -150,8 +150,13 @@ impl Sockets {
     fn close(&self, due: &BTreeSet<Protocol>, now: u64, closed: &mut Closed) -> Result<Failures, Error> {
         let mut condemned = Condemned::default();
         self.origins.read(|cookie, led| {
-            if due.contains(&led.protocol) && self.judge.condemns(&led, now) {
-                condemned.entry(led.protocol).or_default().insert(cookie, led.backend);
+            if !due.contains(&led.protocol) {
+                return;
+            }
+            let spared = self.judge.guard_of(&led, now);
+            if spared.is_some() || self.judge.condemns(&led, now) {
+                let led_to = led.backend;
+                condemned.entry(led.protocol).or_default().insert(cookie, Verdict { led_to, spared });
             }
         })?;
         if condemned.is_empty() {
@@ -182,20 +187,34 @@ impl Sockets {
     }
 }
 
-/// Sockets that have to go: their cookies, and where they were led.
-type Condemned = BTreeMap<Protocol, FxHashMap<u64, SocketAddr>>;
+/// Sockets that have to go, by their cookies.
+type Condemned = BTreeMap<Protocol, FxHashMap<u64, Verdict>>;
+
+/// That a socket has to go.
+struct Verdict {
+    /// If it still leads here.
+    led_to: SocketAddr,
+    /// Unless this lets its client in.
+    spared: Option<Guard>,
+}
+
+impl Verdict {
+    fn holds_for(&self, found: &Found) -> bool {
+        found.peer == self.led_to && !self.spared.as_ref().is_some_and(|guard| guard.lets_in(found.own))
+    }
+}
 
 /// Destroys those of these sockets that are in the channel's namespace and still lead where they were led.
 fn destroy(
     channel: &mut SockDiag,
     protocol: Protocol,
-    condemned: &FxHashMap<u64, SocketAddr>,
+    condemned: &FxHashMap<u64, Verdict>,
 ) -> io::Result<u64> {
     let mut names = Vec::new();
     // A socket of the IPv6 family may speak IPv4.
     for family in Family::ALL {
         channel.walk(protocol, family, |found| {
-            if condemned.get(&found.cookie) == Some(&found.peer) {
+            if condemned.get(&found.cookie).is_some_and(|verdict| verdict.holds_for(&found)) {
                 names.push(found.name);
             }
         })?;

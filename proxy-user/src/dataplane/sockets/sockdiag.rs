@@ -29,6 +29,8 @@ const BATCH: usize = 64;
 pub(super) struct Found {
     /// What names it in maps.
     pub(super) cookie: u64,
+    /// Its own address.
+    pub(super) own: IpAddr,
     pub(super) peer: SocketAddr,
     pub(super) name: Name,
 }
@@ -172,14 +174,11 @@ fn decode(protocol: Protocol, payload: &[u8]) -> Option<Found> {
         .inspect_err(|error| tracing::debug!(%error, "unreadable socket"))
         .ok()?;
     let id = header.socket_id;
-    let address = match id.destination_address {
-        IpAddr::V6(address) => address.to_canonical(),
-        address => address,
-    };
-    let peer = SocketAddr::new(address, id.destination_port);
+    let peer = SocketAddr::new(id.destination_address.to_canonical(), id.destination_port);
+    let own = id.source_address.to_canonical();
     // Two numbers, the low half first.
     let (low, high) = id.cookie.split_first_chunk()?;
     let (low, high) = (u32::from_ne_bytes(*low), u32::from_ne_bytes(*high.first_chunk()?));
     let cookie = u64::from(high) << 32 | u64::from(low);
-    Some(Found { cookie, peer, name: Name { family: header.family, protocol, id } })
+    Some(Found { cookie, own, peer, name: Name { family: header.family, protocol, id } })
 }

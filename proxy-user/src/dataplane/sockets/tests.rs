@@ -299,31 +299,91 @@ fn an_annotation_that_comes_is_obeyed_from_then_on_and_one_that_goes_no_more() {
 #[test]
 fn a_frontend_that_another_service_takes_is_judged_by_that_r12() {
     let mut court = Court::with([udp(&[VIP, NODE], &[A])]);
-    court.change(udp(&[VIP, NODE], &[A]), udp(&[VIP], &[A]));
-    assert_eq!(court.looks(), [0; 0]);
-    assert!(!court.goes(Udp, "192.0.2.1:30053", A), "given up, and the backend serves");
-    court.change(None, port("other", Udp, AT_ONCE, &[NODE], &[B]));
+    let other = |serving| port("other", Udp, AT_ONCE, &[NODE], serving);
+    court.tell(&Delta {
+        ports: vec![
+            PortDelta { before: udp(&[VIP, NODE], &[A]), after: udp(&[VIP], &[A]) },
+            PortDelta { before: None, after: other(&[B]) },
+        ],
+        ..Delta::default()
+    });
     assert_eq!(court.looks(), [100, 101]);
     assert!(court.goes(Udp, "192.0.2.1:30053", A));
+    assert!(!court.goes(Udp, "192.0.2.1:30053", B));
     assert!(!court.goes(Udp, VIP, A));
+}
+
+#[test]
+fn a_udp_frontend_that_is_given_up_takes_its_sockets_along_until_it_comes_back() {
+    let mut court = Court::with([udp(&[VIP, NODE], &[A])]);
+    court.change(udp(&[VIP, NODE], &[A]), udp(&[VIP], &[A]));
+    assert_eq!(court.looks(), [100, 101]);
+    assert!(
+        court.goes(Udp, "192.0.2.1:30053", A),
+        "the backend serves, and the client may not come any more"
+    );
+    assert!(!court.goes(Udp, VIP, A));
+    court.change(udp(&[VIP], &[A]), udp(&[VIP, NODE], &[A]));
+    assert!(!court.goes(Udp, "192.0.2.1:30053", A));
+}
+
+#[test]
+fn a_tcp_frontend_that_is_given_up_keeps_its_connections() {
+    let mut court = Court::with([port("web", Tcp, AT_ONCE, &[VIP, NODE], &[A])]);
+    let after = port("web", Tcp, AT_ONCE, &[VIP], &[A]);
+    court.change(port("web", Tcp, AT_ONCE, &[VIP, NODE], &[A]), after);
+    assert_eq!(court.looks(), [0; 0]);
+    assert!(!court.goes(Tcp, "192.0.2.1:30053", A) && !court.goes(Tcp, VIP, A));
+}
+
+#[test]
+fn only_clients_that_source_ranges_shut_out_lose_their_sockets_f7() {
+    let guarded = |networks: &[&str]| {
+        let mut plan = PortPlan::clone(&udp(&[VIP], &[A]).unwrap());
+        let networks: Vec<_> = networks.iter().map(|network| network.parse().unwrap()).collect();
+        plan.frontends[0].allowed_sources = Some(networks.into());
+        Some(Arc::new(plan))
+    };
+    let mut court = Court::with([udp(&[VIP], &[A])]);
+    court.change(udp(&[VIP], &[A]), guarded(&["10.1.7.0/24", "192.0.2.1/32"]));
+    assert_eq!(court.looks(), [100, 101]);
+    court.tell(&Delta { node: Some(node("192.0.2.1", &["10.1.9.1", "192.0.2.1"])), ..Delta::default() });
+    let led = |protocol, since| Led { since: since * SECOND, protocol, service: at(VIP), backend: at(A) };
+    assert!(!court.judge.condemns(&led(Udp, 50), court.now * SECOND));
+    let guard = court.judge.guard_of(&led(Udp, 50), court.now * SECOND).unwrap();
+    for (client, stays) in [
+        ("10.1.7.7", true),
+        ("10.1.8.8", false),
+        ("192.0.2.1", true),
+        ("10.1.9.1", true),
+        ("192.0.2.2", false),
+    ] {
+        assert_eq!(guard.lets_in(client.parse().unwrap()), stays, "{client}");
+    }
+    assert!(court.judge.guard_of(&led(Udp, 101), court.now * SECOND).is_none(), "led by a newer plan");
+    assert!(court.judge.guard_of(&led(Tcp, 50), court.now * SECOND).is_none());
+    court.change(guarded(&["10.1.7.0/24", "192.0.2.1/32"]), udp(&[VIP], &[A]));
+    assert!(court.judge.guard_of(&led(Udp, 50), court.now * SECOND).is_none());
+}
+
+/// A node that serves NodePorts at one of its addresses.
+fn node(serving: &str, addresses: &[&str]) -> Arc<NodePlan> {
+    let only = |address: &str| NodePortAddresses::Only(vec![address.parse().unwrap()]);
+    Arc::new(NodePlan {
+        local_traffic: PerFamily::default(),
+        node_port_addresses: PerFamily { v4: only(serving), v6: only("::1") },
+        host_addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
+        loopback_node_ports: PerFamily::default(),
+        masquerade_mark: 0,
+        service_cidrs: Vec::new(),
+        answers_names: false,
+    })
 }
 
 #[test]
 fn a_tcp_address_that_is_not_this_nodes_is_no_node_port_k3_r1() {
     let mut court = Court::with([tcp(AT_ONCE, &[B])]);
-    let only = |address: &str| NodePortAddresses::Only(vec![address.parse().unwrap()]);
-    court.tell(&Delta {
-        node: Some(Arc::new(NodePlan {
-            local_traffic: PerFamily::default(),
-            node_port_addresses: PerFamily { v4: only("192.0.2.1"), v6: only("::1") },
-            host_addresses: vec!["192.0.2.1".parse().unwrap()],
-            loopback_node_ports: PerFamily::default(),
-            masquerade_mark: 0,
-            service_cidrs: Vec::new(),
-            answers_names: false,
-        })),
-        ..Delta::default()
-    });
+    court.tell(&Delta { node: Some(node("192.0.2.1", &["192.0.2.1"])), ..Delta::default() });
     assert!(court.goes(Tcp, "192.0.2.1:30053", A));
     assert!(court.goes(Tcp, "127.0.0.1:30053", A));
     assert!(!court.goes(Tcp, "10.96.0.99:30053", A), "a Service that keeps its connections");
