@@ -144,6 +144,8 @@ pub struct Endpoint {
     pub conditions: [Option<bool>; 3],
     /// Zones and nodes that should use it.
     pub hints: (Vec<&'static str>, Vec<&'static str>),
+    /// Whether its slice names its node.
+    pub placed: bool,
 }
 
 /// A ready pod.
@@ -155,7 +157,8 @@ pub fn pod(node: u8, pod: u8) -> Endpoint {
 /// A ready endpoint at a place.
 #[must_use]
 pub fn at(place: Place) -> Endpoint {
-    Endpoint { place, conditions: [Some(true), Some(true), Some(false)], hints: (Vec::new(), Vec::new()) }
+    let conditions = [Some(true), Some(true), Some(false)];
+    Endpoint { place, conditions, hints: (Vec::new(), Vec::new()), placed: true }
 }
 
 impl Endpoint {
@@ -170,6 +173,13 @@ impl Endpoint {
     #[must_use]
     pub fn conditions(mut self, conditions: [Option<bool>; 3]) -> Self {
         self.conditions = conditions;
+        self
+    }
+
+    /// In a slice that does not say on which node it is.
+    #[must_use]
+    pub fn unplaced(mut self) -> Self {
+        self.placed = false;
         self
     }
 
@@ -206,7 +216,7 @@ impl Endpoint {
         SliceEndpoint {
             addresses: vec![address.to_string()],
             conditions: Some(EndpointConditions { ready, serving, terminating }),
-            node_name: node,
+            node_name: node.filter(|_| self.placed),
             hints,
             ..SliceEndpoint::default()
         }

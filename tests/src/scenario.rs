@@ -17,7 +17,7 @@
 //! frontend 10.96.0.10 cluster-ip
 //! ```
 //!
-//! A `*` marks endpoints of this node.
+//! A `*` marks endpoints that are on this node, or may be because their slice names none.
 
 use std::{fmt::Write as _, net::IpAddr};
 

@@ -29,6 +29,8 @@ pub struct Endpoint {
     pub terminating: bool,
     /// Whether it is on this node (E1).
     pub local: bool,
+    /// Whether nothing says which node it is on, as in slices written by hand.
+    pub unplaced: bool,
     /// Whether its node hints name this node; `None` without node hints (E9).
     pub node_hint: Option<bool>,
     /// The zones its hints name, sorted (E9).
@@ -145,13 +147,15 @@ fn read_endpoint(
         |read: fn(&api::EndpointConditions) -> Option<bool>| endpoint.conditions.as_ref().and_then(read);
     let hints = endpoint.hints.as_ref();
     let nodes = hints.and_then(|hints| hints.for_nodes.as_deref()).filter(|nodes| !nodes.is_empty());
+    let node = endpoint.node_name.as_deref().filter(|node| !node.is_empty());
     let zones = hints.and_then(|hints| hints.for_zones.as_deref()).filter(|zones| !zones.is_empty());
     Some(Endpoint {
         address,
         ready: condition(|conditions| conditions.ready).unwrap_or(true),
         serving: condition(|conditions| conditions.serving).unwrap_or(true),
         terminating: condition(|conditions| conditions.terminating).unwrap_or(false),
-        local: !node_name.is_empty() && endpoint.node_name.as_deref() == Some(node_name),
+        local: node == Some(node_name),
+        unplaced: node.is_none(),
         node_hint: nodes.map(|nodes| nodes.iter().any(|node| node.name == node_name)),
         zones: zones.map(|zones| {
             let mut zones: Vec<Box<str>> = zones.iter().map(|zone| zone.name.as_str().into()).collect();

@@ -81,7 +81,8 @@ pub struct Backend {
     pub address: IpAddr,
     /// The endpoint's port.
     pub port: u16,
-    /// Whether the endpoint is on this node (E1); a local one may be its own client (R9).
+    /// Whether the endpoint is on this node (E1), or may be because nothing says which node it is on. Such a one may be its own
+    /// client (R9).
     pub local: bool,
 }
 

@@ -98,7 +98,7 @@ pub(super) fn backends(candidates: &[Candidate<'_>], keep: impl Fn(&Candidate<'_
         .map(|Candidate { endpoint, port }| Backend {
             address: endpoint.address,
             port: *port,
-            local: endpoint.local,
+            local: endpoint.local || endpoint.unplaced,
         })
         .collect();
     kept.shrink_to_fit();

@@ -29,6 +29,8 @@ pub enum Difference {
     AtOnce,
     /// K6, K7: UDP flows end where no Service leads them any more.
     Ended,
+    /// R9: endpoints that name no node may be here.
+    Unplaced,
 }
 
 impl Difference {
@@ -36,7 +38,7 @@ impl Difference {
     #[must_use]
     pub fn is_of(self, kind: Kind) -> bool {
         match self {
-            Self::Ended => matches!(kind, Kind::Weir(_)),
+            Self::Ended | Self::Unplaced => matches!(kind, Kind::Weir(_)),
             _ => kind == Kind::Weir(Plane::Ebpf),
         }
     }
@@ -62,6 +64,10 @@ impl fmt::Display for Difference {
                  cannot be moved (K2)"
             }
             Self::AtOnce => "an unconnected UDP socket is refused by the call itself (F1)",
+            Self::Unplaced => {
+                "a pod reaches itself through its Service also where its slice names no node, as in slices written by \
+                 hand (R9)"
+            }
             Self::Ended => {
                 "UDP flows end when no endpoint serves them, when their Service, its address or its port goes, and \
                  when their client may not come any more; kube-proxy ends those of the first kind since 1.37, and \

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::{
-    objects::{ServiceType, pod, service},
+    objects::{ServiceType, Slice, pod, service, slice},
     subject::Detector,
 };
 
@@ -88,12 +88,31 @@ fn other_nodes_pods() -> Case {
     )
 }
 
+/// At a port that no other case has as an endpoint: endpoints of all Services may be their own clients.
+fn itself_unplaced() -> Case {
+    const OWN: u16 = 8082;
+    let own = |source| Expect::Served(vec![(POD12, OWN)], source);
+    let ports = vec![("stream", Transport::Tcp, OWN), ("datagram", Transport::Udp, OWN)];
+    let slice = Slice { ports, ..slice([pod(1, 2).unplaced()]) };
+    case(
+        "R9",
+        "a pod reaches itself though its slice names no node",
+        service([]).everywhere().slices([slice]),
+    )
+    // An unconnected socket hears what IPv6 lets a pod send to itself, from another address than the one it asked.
+    .over(&[Transport::Tcp, Transport::Udp])
+    .check(POD12, CLUSTER, Expect::Dropped.unless(Difference::Unplaced, &own(Masqueraded)))
+    .checks(&[POD12], &EXTERNALS, &own(Masqueraded))
+    .check(POD11, CLUSTER, own(Kept))
+}
+
 fn special() -> Vec<Case> {
     let alone = || service([pod(1, 1)]).everywhere();
     vec![
         case("R9", "a pod that reaches itself sees the node as its client", alone())
             .checks(&[POD11], &[CLUSTER, NODE_PORT, EXTERNAL, BALANCER], &by(&[POD11], Masqueraded))
             .check(POD12, CLUSTER, by(&[POD11], Kept)),
+        itself_unplaced(),
         case(
             "R9",
             "a pod that reaches itself under both policies Local",

@@ -125,7 +125,7 @@ pub(super) fn backend_of(family: Family, value: &[u8]) -> Option<(IpAddr, u16)> 
     Some((address, u16::from_be_bytes([high, low])))
 }
 
-/// The key of a local backend seen from itself (R9).
+/// The key of a backend that is or may be on this node, seen from itself (R9).
 pub(super) fn hairpin_key(address: IpAddr, protocol: Protocol, port: u16) -> Bytes {
     let mut key = Bytes::new();
     push_word(&mut key, &address_bytes(address));

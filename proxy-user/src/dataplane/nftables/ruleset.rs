@@ -47,7 +47,7 @@ pub(super) enum Map {
     ClusterIps,
     /// This node's addresses that serve NodePorts.
     NodeIps,
-    /// Local backends as seen from themselves (R9).
+    /// Backends that are or may be on this node, as seen from themselves (R9).
     Hairpin,
     /// Frontend that lets only some sources in → bucket (F7).
     Guarded,

@@ -79,13 +79,14 @@ fn w2_w7_slices_that_are_headless_or_nobodys_are_ignored() {
 
 #[test]
 fn e1_local_is_what_names_this_node() {
-    for (endpoint, local) in [
-        (json!({ "addresses": ["10.244.0.1"], "nodeName": "node-a" }), true),
-        (json!({ "addresses": ["10.244.0.1"], "nodeName": "node-b" }), false),
-        (json!({ "addresses": ["10.244.0.1"], "nodeName": "" }), false),
-        (json!({ "addresses": ["10.244.0.1"] }), false),
+    for (endpoint, local, unplaced) in [
+        (json!({ "addresses": ["10.244.0.1"], "nodeName": "node-a" }), true, false),
+        (json!({ "addresses": ["10.244.0.1"], "nodeName": "node-b" }), false, false),
+        (json!({ "addresses": ["10.244.0.1"], "nodeName": "" }), false, true),
+        (json!({ "addresses": ["10.244.0.1"] }), false, true),
     ] {
-        assert_eq!(one(endpoint.clone()).local, local, "{endpoint}");
+        let read = one(endpoint.clone());
+        assert_eq!((read.local, read.unplaced), (local, unplaced), "{endpoint}");
     }
     let mut problems = Vec::new();
     let value = json!({ "metadata": { "labels": { "kubernetes.io/service-name": "web" } }, "addressType": "IPv4",
