@@ -118,6 +118,44 @@ fn kube_proxy_killed_and_restarted_under_traffic_fails_no_connection() -> Result
     killed_and_restarted_under_traffic(Kind::KubeProxy)
 }
 
+/// Clients that keep sending to a Service that was deleted while no agent ran: nothing serves them any more (K6).
+fn deleted_while_no_agent_runs(plane: Plane) -> Result<()> {
+    let topology = Topology::new()?;
+    let _servers = serve(&topology)?;
+    let subject = Subject::new(Kind::Weir(plane), &topology)?;
+    subject.publish(&WEB.name(), web().objects(WEB))?;
+    subject.start(&Settings::default())?;
+    let flows: Vec<_> = every_way(WEB, &[Transport::Udp, Transport::Datagram])
+        .into_iter()
+        .map(|(from, call)| {
+            let flow = topology.at(from).run(|| Flow::open(&call));
+            flow.map(|(flow, _)| (from, call, flow))
+                .map_err(|outcome| anyhow!("{from} to {}: {outcome}", call.to))
+        })
+        .collect::<Result<_>>()?;
+    subject.kill_agent(1)?;
+    subject.kill_agent(2)?;
+    subject.publish(&WEB.name(), Vec::new())?;
+    subject.start_agent(1)?;
+    subject.start_agent(2)?;
+    subject.settle()?;
+    for (from, call, flow) in flows {
+        let what = format!("{from} to {} by {} ends", call.to, call.transport);
+        await_that(&what, || !matches!(flow.ask(PATIENCE), Outcome::Answer(_)));
+    }
+    Ok(())
+}
+
+#[test]
+fn udp_flows_of_a_service_deleted_while_no_agent_ran_end() -> Result<()> {
+    deleted_while_no_agent_runs(Plane::Nftables)
+}
+
+#[test]
+fn udp_flows_of_a_service_deleted_while_no_agent_ran_end_with_sockets_in_front() -> Result<()> {
+    deleted_while_no_agent_runs(Plane::Ebpf)
+}
+
 fn what_others_took_away_is_put_back(plane: Plane) -> Result<()> {
     let topology = Topology::new()?;
     let _servers = serve(&topology)?;

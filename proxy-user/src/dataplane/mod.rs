@@ -86,6 +86,12 @@ pub trait Dataplane: Send {
         true
     }
 
+    /// The UDP frontends that were found in the kernel and that no complete delta named, since this was last asked: they are
+    /// gone by now.
+    fn take_left_over(&mut self) -> Vec<Frontend> {
+        Vec::new()
+    }
+
     /// From when on a part that no family depends on is to be given a complete delta, if one is.
     fn wants_everything(&self) -> Option<Instant> {
         None

@@ -24,7 +24,7 @@ use std::{
 use super::{Dataplane, Error, Fill, Shortfall, Standing, State};
 use crate::{
     model::{Family, PerFamily},
-    plan::{Delta, PortDelta, PortId, PortPlan},
+    plan::{Delta, Frontend, PortDelta, PortId, PortPlan},
 };
 
 /// So many failures in a row take the sockets' plane out.
@@ -290,6 +290,10 @@ impl<P: Dataplane, S: Dataplane + Send> Dataplane for Stack<P, S> {
 
     fn looks_intact(&mut self, family: Family) -> bool {
         self.packets.looks_intact(family)
+    }
+
+    fn take_left_over(&mut self) -> Vec<Frontend> {
+        self.packets.take_left_over()
     }
 
     fn wants_everything(&self) -> Option<Instant> {

@@ -52,6 +52,8 @@ struct Suspect {
     now: Option<Present>,
     /// The ports that had it, as they were.
     former: Vec<Arc<PortPlan>>,
+    /// Whether a port had it of which nothing else is known.
+    left_over: bool,
 }
 
 /// What has a frontend.
@@ -86,6 +88,13 @@ impl Suspects {
         let mut suspects = Self::default();
         ports.into_iter().filter(|delta| is_udp(delta)).for_each(|delta| suspects.suspect_former(delta));
         suspects
+    }
+
+    /// Frontends that an earlier agent led somewhere and that no port has.
+    pub fn left_over(frontends: impl IntoIterator<Item = Frontend>) -> Self {
+        let suspect = Suspect { left_over: true, ..Suspect::default() };
+        let frontends = frontends.into_iter().map(|frontend| (frontend, suspect.clone())).collect();
+        Self { frontends, ..Self::default() }
     }
 
     /// With the node whose addresses serve NodePorts.
@@ -134,9 +143,10 @@ impl Suspects {
                 }
             }
         }
-        for (frontend, Suspect { now, former }) in frontends {
+        for (frontend, Suspect { now, former, left_over }) in frontends {
             let suspect = self.frontends.entry(frontend).or_default();
             suspect.now = now;
+            suspect.left_over |= left_over;
             suspect.former.extend(former);
         }
         self.newer.extend(newer);
@@ -200,13 +210,17 @@ impl Suspects {
 
 impl Suspect {
     /// Whether a flow with the frontend's port is stale. Where it is not certain that the flow is the frontend's, or no port
-    /// has the frontend any more, only flows to backends of the ports that had it are: a process of this host, an outside
-    /// machine or another program may have the address and port.
+    /// has the frontend any more, only translated flows to backends of the ports that had it are: a process of this host, an
+    /// outside machine or another program may have the address and port.
     fn has_stale(&self, flow: Flow, is_certain: bool) -> bool {
         match &self.now {
             Some(now) if answers(&now.port, flow) => !now.frontend.lets_in(flow.client),
             Some(_) if is_certain => true,
-            _ => flow.is_translated() && self.former.iter().any(|plan| answers(plan, flow)),
+            _ if !flow.is_translated() => false,
+            now => {
+                (now.is_none() && self.left_over && is_certain)
+                    || self.former.iter().any(|plan| answers(plan, flow))
+            }
         }
     }
 }

@@ -385,3 +385,17 @@ fn a_client_that_the_source_ranges_shut_out_loses_its_flows_and_no_other_does_f7
     let suspects = of(&[PortDelta { before: few(), after: port() }]);
     assert!(!stale_of("192.0.2.77", &suspects, VIP, A));
 }
+
+#[test]
+fn a_frontend_of_an_earlier_agent_takes_its_translated_flows_along() {
+    let left = || {
+        Suspects::left_over([frontend(VIP, Protocol::Udp), frontend(NODE, Protocol::Udp)]).on(Some(&node()))
+    };
+    for to in [VIP, "192.0.2.4:30053"] {
+        assert!(stale(&left(), to, A) && !stale(&left(), to, to), "{to}");
+    }
+    assert!(!stale(&left(), "198.51.100.7:30053", A), "another machine");
+    let mut taken = left();
+    taken.extend(of(&[PortDelta { before: None, after: udp(&[VIP], &[A]) }]));
+    assert!(!stale(&taken, VIP, A) && stale(&taken, VIP, B));
+}

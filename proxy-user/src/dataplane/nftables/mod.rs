@@ -13,7 +13,7 @@ use std::{collections::HashSet, io};
 use super::{Dataplane, Error, Shortfall, Standing, State};
 use crate::{
     model::{Family, PerFamily},
-    plan::{Delta, NodePlan, PortDelta, PortId, PortPlan},
+    plan::{Delta, Frontend, NodePlan, PortDelta, PortId, PortPlan},
 };
 
 mod adopt;
@@ -233,6 +233,10 @@ impl Dataplane for Nftables {
             tracing::debug!(%error, "cannot look at our table");
             false
         })
+    }
+
+    fn take_left_over(&mut self) -> Vec<Frontend> {
+        self.tables.iter_mut().flat_map(|table| std::mem::take(&mut table.left_over)).collect()
     }
 
     fn standing(&self) -> Vec<Standing> {

@@ -96,7 +96,7 @@ pub(super) struct Engine {
     /// The service ports that one plane leaves to another.
     left: BTreeMap<PortId, String>,
     retries: Retries,
-    /// Frontends given up in families that take no part for now, whose flows are still to be looked at.
+    /// Frontends whose flows are still to be looked at: given up while their family took no part, or by an earlier agent.
     given_up: PerFamily<Suspects>,
     mode: Option<watch::Sender<&'static str>>,
     /// What was last heard of foreign changes.

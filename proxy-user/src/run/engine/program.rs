@@ -8,7 +8,7 @@ use proxy_ebpf::system;
 
 use super::{Engine, settle::Told};
 use crate::{
-    dataplane::{Dataplane, Error, Fill, Shortfall, Standing},
+    dataplane::{Dataplane, Error, Fill, Shortfall, Standing, conntrack::Suspects},
     model::{Family, PerFamily},
     plan::{ClusterIpDelta, Delta, PortDelta},
 };
@@ -101,6 +101,9 @@ impl Engine {
             self.suspect_sockets(&delta);
         }
         self.began = true;
+        for frontend in plane.take_left_over() {
+            self.given_up.get_mut(frontend.destination.family()).extend(Suspects::left_over([frontend]));
+        }
         self.settle(&delta, short, Told { families, reasons: due, started });
         drop(delta);
         system::trim_heap();

@@ -10,12 +10,14 @@ use crate::{
     dataplane::nftables::{
         adopt::Found,
         drops::NO_LOCAL_ENDPOINTS,
+        element::frontend_of,
         netlink::{Bytes, ChainSpec, Element, Transaction, Value},
         object::Object,
         ruleset::{self, Map},
         socket::Netlink,
         stage::Stage,
     },
+    model::Protocol,
     plan::{NodePlan, PortPlan},
 };
 
@@ -112,6 +114,10 @@ impl Table {
             leftovers.into_iter().filter(|(map, _)| !matches!(map, Map::NodeIps | Map::NumbersGiven))
         {
             let mut gone = Vec::new();
+            if map.slots().is_some() {
+                let frontends = elements.keys().filter_map(|(key, _)| frontend_of(self.family, key));
+                self.left_over.extend(frontends.filter(|frontend| frontend.protocol == Protocol::Udp));
+            }
             for ((key, key_end), _) in elements {
                 // A slot is only known to be reached; somebody may have taken it away.
                 if !map.holds_slots() || Found::element(netlink, &self.raw, map.name(), &key)?.is_some() {

@@ -32,7 +32,7 @@ use super::{
 };
 use crate::{
     model::Family,
-    plan::{ClusterIpDelta, Delta, NodePlan, PortDelta, PortId},
+    plan::{ClusterIpDelta, Delta, Frontend, NodePlan, PortDelta, PortId},
 };
 
 pub(super) type FxHashMap<K, V> = HashMap<K, V, FxBuildHasher>;
@@ -80,6 +80,8 @@ pub(super) struct Table {
     idle: VecDeque<Object>,
     /// Objects without a use that could not be removed yet.
     trash: Vec<Object>,
+    /// UDP frontends that were found and not asked for.
+    pub(super) left_over: Vec<Frontend>,
     /// How often objects without a use were left because the kernel would not remove them.
     pub(super) failed_removals: u64,
     /// The numbers of sticky ports' backends.
@@ -128,6 +130,7 @@ impl Table {
             vacated: Vacated::default(),
             idle: VecDeque::new(),
             trash: Vec::new(),
+            left_over: Vec::new(),
             failed_removals: 0,
             numbers: Numbers::default(),
             written_for: None,
