@@ -88,7 +88,7 @@ fn of(ports: &[PortDelta]) -> Suspects {
         service_cidrs: Vec::new(),
         answers_names: false,
     };
-    Suspects::of(ports).on(Some(&Arc::new(node)))
+    Suspects::of(ports).on(Some(&Arc::new(node)), |_| false)
 }
 
 /// A flow that connection tracking is given: protocol, where its client sends to, who answers, and more arguments.

@@ -132,6 +132,11 @@ impl Claims {
         self.owners.get(frontend).is_some_and(|owner| owner.service == *service)
     }
 
+    /// Whether a frontend is some Service's.
+    pub(super) fn has_owner(&self, frontend: &Frontend) -> bool {
+        self.owners.contains_key(frontend)
+    }
+
     /// Replaces what a Service claimed `before` by what it claims `now`. Returns the other Services that win or lose a
     /// frontend by that.
     pub(super) fn replace(

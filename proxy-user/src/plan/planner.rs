@@ -239,6 +239,12 @@ impl Planner {
         self.node.as_ref()
     }
 
+    /// Whether any Service has this frontend.
+    #[must_use]
+    pub fn has_frontend(&self, frontend: &Frontend) -> bool {
+        self.claims.has_owner(frontend)
+    }
+
     /// The frontends that a Service claims and another one has (R12).
     pub fn withheld(&self, name: &ObjectName) -> impl Iterator<Item = Frontend> + '_ {
         let held = self.services.get(name).into_iter();

@@ -12,7 +12,7 @@ use std::{
     sync::Arc,
 };
 
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::{
     model::{Family, Protocol},
@@ -40,6 +40,8 @@ pub struct Suspects {
     /// Ports that changed without leaving anything stale. Flows to endpoints that joined are right, whatever was suspected
     /// before.
     newer: Vec<Arc<PortPlan>>,
+    /// Addresses and ports of the node that look like a NodePort here and are frontends by themselves.
+    apart: FxHashSet<SocketAddr>,
     /// Says where NodePorts answer.
     node: Option<Arc<NodePlan>>,
 }
@@ -97,10 +99,23 @@ impl Suspects {
         Self { frontends, ..Self::default() }
     }
 
-    /// With the node whose addresses serve NodePorts.
+    /// With the node whose addresses serve NodePorts, where an address and port of it that is a frontend by itself
+    /// comes first for packets (R1).
     #[must_use]
-    pub fn on(self, node: Option<&Arc<NodePlan>>) -> Self {
-        Self { node: node.cloned(), ..self }
+    pub fn on(mut self, node: Option<&Arc<NodePlan>>, is_frontend: impl Fn(&Frontend) -> bool) -> Self {
+        let Some(node) = node else { return self };
+        for frontend in self.frontends.keys() {
+            let Destination::NodePort(family) = frontend.destination else { continue };
+            let addresses =
+                node_port_addresses(node, family).iter().filter(|own| Family::of(**own) == family);
+            for address in addresses {
+                if is_frontend(&Frontend { destination: Destination::Address(*address), ..*frontend }) {
+                    self.apart.insert(SocketAddr::new(*address, frontend.port));
+                }
+            }
+        }
+        self.node = Some(Arc::clone(node));
+        self
     }
 
     fn suspect_former(&mut self, delta: &PortDelta) {
@@ -134,7 +149,7 @@ impl Suspects {
 
     /// Adds later suspects; where a frontend is in both, the later plan counts.
     pub fn extend(&mut self, later: Self) {
-        let Self { frontends, newer, node } = later;
+        let Self { frontends, newer, apart, node } = later;
         for port in &newer {
             for planned in &port.frontends {
                 let suspect = self.frontends.get_mut(&planned.frontend);
@@ -150,6 +165,7 @@ impl Suspects {
             suspect.former.extend(former);
         }
         self.newer.extend(newer);
+        self.apart.extend(apart);
         self.node = node.or(self.node.take());
     }
 
@@ -177,8 +193,8 @@ impl Suspects {
     }
 
     /// Whether `flow` is addressed to a suspect and answered by something that does not serve it (K2), also when it
-    /// was never translated, or is of a client that may not come any more. A NodePort is a port of this node (K3), unless the address and port are a suspect themselves:
-    /// those come first for packets too (R1).
+    /// was never translated, or is of a client that may not come any more. A NodePort is a port of this node (K3), unless the
+    /// address and port are a frontend themselves: those come first for packets too (R1).
     #[must_use]
     pub fn is_stale(&self, flow: Flow) -> bool {
         let (address, port) = (flow.destination.ip(), flow.destination.port());
@@ -186,6 +202,9 @@ impl Suspects {
             |destination| self.frontends.get(&Frontend { destination, protocol: Protocol::Udp, port });
         if let Some(suspect) = look_up(Destination::Address(address)) {
             return suspect.has_stale(flow, true);
+        }
+        if self.apart.contains(&flow.destination) {
+            return false;
         }
         look_up(Destination::NodePort(Family::of(address)))
             .is_some_and(|suspect| suspect.has_stale(flow, self.is_node_port(flow)))
@@ -200,10 +219,8 @@ impl Suspects {
             IpAddr::V4(address) => address.is_loopback(),
             IpAddr::V6(address) => address.is_loopback() || address.is_unicast_link_local(),
         };
-        let serves = |node: &NodePlan| match node.node_port_addresses.get(Family::of(address)) {
-            NodePortAddresses::AnyLocal => node.host_addresses.binary_search(&address).is_ok(),
-            NodePortAddresses::Only(addresses) => addresses.binary_search(&address).is_ok(),
-        };
+        let serves =
+            |node: &NodePlan| node_port_addresses(node, Family::of(address)).binary_search(&address).is_ok();
         (is_near && flow.is_translated()) || self.node.as_deref().is_some_and(serves)
     }
 }
@@ -229,6 +246,14 @@ impl Flow {
     /// Whether another address or port than the one that its client sends to gets its packets.
     fn is_translated(&self) -> bool {
         self.answers != self.destination
+    }
+}
+
+/// The addresses that serve NodePorts of a family, sorted, maybe among others of the other family.
+fn node_port_addresses(node: &NodePlan, family: Family) -> &[IpAddr] {
+    match node.node_port_addresses.get(family) {
+        NodePortAddresses::AnyLocal => &node.host_addresses,
+        NodePortAddresses::Only(addresses) => addresses,
     }
 }
 

@@ -88,7 +88,7 @@ fn node() -> Arc<NodePlan> {
 }
 
 fn of(ports: &[PortDelta]) -> Suspects {
-    Suspects::of(ports).on(Some(&node()))
+    Suspects::of(ports).on(Some(&node()), |_| false)
 }
 
 fn picked(before: Option<Arc<PortPlan>>, after: Option<Arc<PortPlan>>) -> Vec<String> {
@@ -342,7 +342,7 @@ fn a_node_port_is_a_port_of_this_node_and_flows_to_other_machines_stay() {
         node_port_addresses: PerFamily { v4: some, v6: NodePortAddresses::AnyLocal },
         ..NodePlan::clone(&node())
     };
-    let suspects = Suspects::of(&lost).on(Some(&Arc::new(only)));
+    let suspects = Suspects::of(&lost).on(Some(&Arc::new(only)), |_| false);
     assert!(!stale(&suspects, "192.0.2.4:30053", "192.0.2.4:30053"), "no NodePorts are served there");
     assert!(stale(&suspects, "192.0.2.5:30053", "192.0.2.5:30053"));
 }
@@ -389,7 +389,8 @@ fn a_client_that_the_source_ranges_shut_out_loses_its_flows_and_no_other_does_f7
 #[test]
 fn a_frontend_of_an_earlier_agent_takes_its_translated_flows_along() {
     let left = || {
-        Suspects::left_over([frontend(VIP, Protocol::Udp), frontend(NODE, Protocol::Udp)]).on(Some(&node()))
+        Suspects::left_over([frontend(VIP, Protocol::Udp), frontend(NODE, Protocol::Udp)])
+            .on(Some(&node()), |_| false)
     };
     for to in [VIP, "192.0.2.4:30053"] {
         assert!(stale(&left(), to, A) && !stale(&left(), to, to), "{to}");
@@ -398,4 +399,13 @@ fn a_frontend_of_an_earlier_agent_takes_its_translated_flows_along() {
     let mut taken = left();
     taken.extend(of(&[PortDelta { before: None, after: udp(&[VIP], &[A]) }]));
     assert!(!stale(&taken, VIP, A) && stale(&taken, VIP, B));
+}
+
+#[test]
+fn an_external_ip_of_the_node_with_a_node_ports_number_keeps_its_own_flows_r1() {
+    let lost = [PortDelta { before: udp(&[NODE], &[A, B]), after: udp(&[NODE], &[A]) }];
+    let external = frontend("192.0.2.5:30053", Protocol::Udp);
+    let suspects = Suspects::of(&lost).on(Some(&node()), |frontend| *frontend == external);
+    assert!(!stale(&suspects, "192.0.2.5:30053", "10.1.0.9:53") && !stale(&suspects, "192.0.2.5:30053", B));
+    assert!(stale(&suspects, "192.0.2.4:30053", "10.1.0.9:53"));
 }

@@ -173,7 +173,8 @@ impl Engine {
         for family in families {
             suspects.extend(std::mem::take(self.given_up.get_mut(*family)));
         }
-        suspects.extend(Suspects::of(in_force.iter().copied()).on(self.planner.node()));
+        suspects.extend(Suspects::of(in_force.iter().copied()));
+        let suspects = suspects.on(self.planner.node(), |frontend| self.planner.has_frontend(frontend));
         if !suspects.is_empty() && conntrack.send(suspects).is_err() {
             tracing::error!("the conntrack thread is gone, stale UDP flows stay");
             self.conntrack = None;
