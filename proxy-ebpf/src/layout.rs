@@ -510,7 +510,8 @@ pub const MANY: usize = 64;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flow {
-    /// When the socket last sent there, in nanoseconds of CLOCK_MONOTONIC, the low half first; 0 in a free place.
+    /// When the socket last sent there, in nanoseconds of CLOCK_MONOTONIC, the low half first; 0 in a free place. The lowest bit
+    /// says that it has asked the backend itself since.
     pub since: [u32; 2],
     /// The address it asked for.
     pub service: Address,

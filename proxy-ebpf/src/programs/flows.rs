@@ -15,7 +15,6 @@ use proxy_ebpf::{Crowd, Endpoint, FEW, Flow, Flows, MANY, account, trouble};
 use super::{
     account as accounts,
     maps::{self, CROWDS, FLOWS},
-    resolve,
     search::Search,
     socket::{self, Client, UDP},
 };
@@ -29,10 +28,19 @@ pub(super) fn since(flow: &Flow) -> u64 {
     u64::from(flow.since[1]) << 32 | u64::from(flow.since[0])
 }
 
+/// In the low half of `since`, which is a nanosecond less precise for it: the socket has asked the backend itself since.
+const SET_ASIDE: u32 = 1;
+
 /// A socket sends there now.
 #[inline(always)]
 pub(super) fn touch(flow: &mut Flow, now: u64) {
-    flow.since = [now as u32, (now >> 32) as u32];
+    flow.since = [now as u32 & !SET_ASIDE, (now >> 32) as u32];
+}
+
+/// Whether an answer from this backend belongs to the flow.
+#[inline(always)]
+fn is_from(flow: &Flow, from: &Endpoint) -> bool {
+    flow.since[0] & SET_ASIDE == 0 && socket::same(&backend(flow), from)
 }
 
 /// Where it gets.
@@ -90,7 +98,7 @@ pub(super) fn service_of(context: &SockAddrContext, from: &Endpoint) -> Option<E
     let (mut latest, mut found) = (0, None);
     for place in 0..FEW {
         let flow = &flows.flows[place];
-        if since(flow) > latest && socket::same(&backend(flow), from) {
+        if since(flow) > latest && is_from(flow, from) {
             (latest, found) = (since(flow), Some(place));
         }
     }
@@ -101,7 +109,7 @@ pub(super) fn service_of(context: &SockAddrContext, from: &Endpoint) -> Option<E
             if since(flow) == 0 {
                 break;
             }
-            if since(flow) > search.since() && socket::same(&backend(flow), from) {
+            if since(flow) > search.since() && is_from(flow, from) {
                 search.take(place);
             }
         }
@@ -115,13 +123,21 @@ pub(super) fn service_of(context: &SockAddrContext, from: &Endpoint) -> Option<E
 /// A socket sends to an address that is no Service's. If that is a backend it knows, it means the backend itself from now
 /// on: what comes from there is shown as what it is.
 #[inline(always)]
-pub(super) fn ask_backend(context: &SockAddrContext, to: &Endpoint, client: Client) {
-    if service_of(context, to).is_none() {
-        return;
+pub(super) fn ask_backend(context: &SockAddrContext, to: &Endpoint) {
+    let Some(flows) = of(context) else { return };
+    for place in 0..FEW {
+        set_aside(&mut flows.flows[place], to);
     }
-    let now = resolve::now();
-    if let Some(flow) = find(context, to).or_else(|| place(context, client, now)) {
-        begin(flow, to, to, now);
+    let Some(crowd) = crowd_of(context, flows) else { return };
+    for place in 0..MANY {
+        set_aside(&mut crowd.flows[place], to);
+    }
+}
+
+#[inline(always)]
+fn set_aside(flow: &mut Flow, to: &Endpoint) {
+    if since(flow) != 0 && socket::same(&backend(flow), to) {
+        flow.since[0] |= SET_ASIDE;
     }
 }
 

@@ -38,7 +38,9 @@ pub(super) fn choose<'a>(
             && match part {
                 Part::Whole => true,
                 Part::Endpoint(label) => chosen.endpoint.label() == label,
-                Part::Protocol(_) | Part::Port { .. } => chosen.ports().any(|port| is(part, &port.name, port.protocol)),
+                Part::Protocol(_) | Part::Port { .. } => {
+                    chosen.ports().any(|port| is(part, &port.name, port.protocol))
+                }
             }
     };
     let all = named

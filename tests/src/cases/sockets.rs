@@ -11,9 +11,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use nix::{
-    sched::{CloneFlags, setns},
-};
+use nix::sched::{CloneFlags, setns};
 
 use super::*;
 use crate::{
@@ -40,10 +38,14 @@ pub(super) fn cases() -> Vec<Case> {
             .over(&datagram)
             .step(Step::Run("ask all, then read all answers", at_a_time))
             .step(Step::Run("ask every address of a Service in turn", in_turn)),
-        case("R3", "any process may have the number of a NodePort", service([pod(1, 1)]).of(ServiceType::NodePort))
-            .over(&streams_and_datagrams)
-            .step(Step::Run("bind addresses with the NodePort's number", binds))
-            .check(HOST, NODE_PORT, any(&[POD11])),
+        case(
+            "R3",
+            "any process may have the number of a NodePort",
+            service([pod(1, 1)]).of(ServiceType::NodePort),
+        )
+        .over(&streams_and_datagrams)
+        .step(Step::Run("bind addresses with the NodePort's number", binds))
+        .check(HOST, NODE_PORT, any(&[POD11])),
         case("R3", "an answer goes to its client, whatever the number of the client's port", {
             service([pod(2, 1)]).of(ServiceType::NodePort)
         })
