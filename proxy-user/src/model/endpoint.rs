@@ -215,8 +215,9 @@ impl Endpoints {
         self.slices.iter().flat_map(|(_, slice)| &slice.endpoints).any(|endpoint| endpoint.zones.is_some())
     }
 
-    /// Every endpoint of a service port (W6) in one family, each address and port once, sorted by them. Of one that
-    /// several slices list, the one of most [weight](Endpoint::weight) counts, the last such in the order of slice names.
+    /// Every endpoint of a service port (W6) in one family, each address and port once, sorted by them. Of one that several
+    /// slices list, the one counts that is not terminating, then the ready one, then the serving one (E3), and of equal ones
+    /// that of the last slice by name.
     #[must_use]
     pub fn of(&self, port: &str, protocol: Protocol, family: Family) -> Vec<Candidate<'_>> {
         let slices = self.slices.iter().map(|(_, slice)| slice).filter(|slice| slice.family == family);
