@@ -157,6 +157,16 @@ pub(super) fn is_connected(context: &SockAddrContext) -> bool {
     }
 }
 
+/// Whether the socket has a port: it is bound, or a UDP socket that has sent or was connected before.
+#[inline(always)]
+pub(super) fn has_port(context: &SockAddrContext) -> bool {
+    // SAFETY: as in `is_connected`.
+    unsafe {
+        let socket = (*context.sock_addr).__bindgen_anon_1.sk;
+        !socket.is_null() && (&raw const (*socket).src_port).read_volatile() != 0
+    }
+}
+
 /// The protocol of the socket.
 #[inline(always)]
 pub(super) fn protocol(context: &SockAddrContext) -> u32 {
