@@ -117,7 +117,7 @@ fn of_port(servers: &[SocketAddr], port: u16) -> Result<SocketAddr> {
         .ok_or_else(|| anyhow!("no server has {port}"))
 }
 
-const ORDERS: [(&str, Order); 6] = [
+const ORDERS: [(&str, Order); 7] = [
     ("connects, then sends with an address too", |client, service, _| {
         client.connect(service)?;
         let first = client.ask(None, service)?;
@@ -141,6 +141,12 @@ const ORDERS: [(&str, Order); 6] = [
         same(first, client.ask(Some(server), server)?)?;
         same(first, client.ask(Some(server), server)?)?;
         same(first, client.ask(Some(service), service)?)
+    }),
+    ("sends to the Service, then connects to its backend", |client, service, servers| {
+        let first = client.ask(Some(service), service)?;
+        let server = of_port(servers, first)?;
+        client.connect(server)?;
+        same(first, client.ask(None, server)?)
     }),
     ("connects to the Service, then to its backend", |client, service, servers| {
         client.connect(service)?;

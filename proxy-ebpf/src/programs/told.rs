@@ -20,20 +20,18 @@ pub(super) fn peer(context: &SockAddrContext, family: Family) -> i32 {
     ALLOW
 }
 
-/// A datagram came: whom is it from? If the socket sent to two Services that have this backend, from the one it sent to
-/// last.
+/// A datagram came: whom is it from? A socket with a peer hears that alone, so what it sent to before says nothing. Another one
+/// that sent to two Services that have this backend hears it from the one it sent to last.
 #[inline(always)]
 pub(super) fn receive(context: &SockAddrContext, family: Family) -> i32 {
-    let from = socket::address(context, family);
-    if let Some(service) = flows::service_of(context, &from) {
-        socket::set_address(context, family, &service);
-        return ALLOW;
-    }
     // A socket that has lost its peer by a connect to no address is still remembered as if it had one.
     if socket::is_connected(context) {
-        peer(context, family)
-    } else {
-        translate::expect_answer(context, &from);
-        ALLOW
+        return peer(context, family);
     }
+    let from = socket::address(context, family);
+    match flows::service_of(context, &from) {
+        Some(service) => socket::set_address(context, family, &service),
+        None => translate::expect_answer(context, &from),
+    }
+    ALLOW
 }
