@@ -64,11 +64,7 @@ fn missing<'a>(
     some: Option<&'a PortPlan>,
     others: Option<&'a PortPlan>,
 ) -> impl Iterator<Item = Frontend> + 'a {
-    let lacks = move |frontend: &Frontend| {
-        others.is_none_or(|plan| {
-            plan.frontends.binary_search_by_key(frontend, |planned| planned.frontend).is_err()
-        })
-    };
+    let lacks = move |frontend: &Frontend| others.is_none_or(|plan| plan.frontend(*frontend).is_none());
     some.into_iter().flat_map(|plan| &plan.frontends).map(|planned| planned.frontend).filter(lacks)
 }
 

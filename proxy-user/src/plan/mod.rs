@@ -206,6 +206,15 @@ pub struct PortPlan {
     pub serving: Vec<Backend>,
 }
 
+impl PortPlan {
+    /// What the port does with a frontend, if it has it.
+    #[must_use]
+    pub fn frontend(&self, frontend: Frontend) -> Option<&FrontendPlan> {
+        let index = self.frontends.binary_search_by_key(&frontend, |planned| planned.frontend).ok()?;
+        self.frontends.get(index)
+    }
+}
+
 /// What a Service's healthCheckNodePort answers (H1, H2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct HealthCheck {

@@ -132,7 +132,7 @@ impl Suspects {
             lost(before, after) || (before.serving.is_empty() && !after.serving.is_empty())
         });
         let meant = |planned: &&FrontendPlan| {
-            let was = before.and_then(|before| find(before, planned.frontend));
+            let was = before.and_then(|before| before.frontend(planned.frontend));
             whole
                 || (leads_anywhere(planned) && !was.is_some_and(leads_anywhere))
                 || was.is_some_and(|was| was.allowed_sources != planned.allowed_sources)
@@ -272,11 +272,6 @@ fn serves(serving: &[Backend], address: IpAddr, port: u16) -> bool {
 
 fn lost(before: &PortPlan, after: &PortPlan) -> bool {
     before.serving.iter().any(|backend| !serves(&after.serving, backend.address, backend.port))
-}
-
-fn find(plan: &PortPlan, frontend: Frontend) -> Option<&FrontendPlan> {
-    let index = plan.frontends.binary_search_by_key(&frontend, |planned| planned.frontend).ok()?;
-    plan.frontends.get(index)
 }
 
 fn leads_anywhere(plan: &FrontendPlan) -> bool {

@@ -148,11 +148,11 @@ impl Judge {
     /// Takes from a UDP port what it gave up, and says whether that was anything.
     fn release(&mut self, id: &PortId, plan: &PortPlan) -> bool {
         let Some(port) = self.ports.get(id).filter(|_| id.protocol == Protocol::Udp) else { return false };
-        let kept: FxHashSet<Frontend> = plan.frontends.iter().map(|planned| planned.frontend).collect();
+        let frontends = port.plan.frontends.iter().map(|planned| planned.frontend);
         let mut released = false;
-        for planned in port.plan.frontends.iter().filter(|planned| !kept.contains(&planned.frontend)) {
-            if self.frontends.get(&planned.frontend) == Some(id) {
-                self.frontends.remove(&planned.frontend);
+        for frontend in frontends.filter(|frontend| plan.frontend(*frontend).is_none()) {
+            if self.frontends.get(&frontend) == Some(id) {
+                self.frontends.remove(&frontend);
                 released = true;
             }
         }
@@ -235,7 +235,7 @@ impl Judge {
         let destination = Destination::Address(socket.service.ip());
         let asked = Frontend { destination, protocol: Protocol::Udp, port: socket.service.port() };
         let port = self.ports.get(self.frontends.get(&asked)?)?;
-        let planned = port.plan.frontends.iter().find(|planned| planned.frontend == asked)?;
+        let planned = port.plan.frontend(asked)?;
         planned
             .allowed_sources
             .is_some()
