@@ -10,6 +10,7 @@
 mod answer;
 mod counters;
 mod device;
+mod encode;
 mod endpoints;
 mod forward;
 mod limits;

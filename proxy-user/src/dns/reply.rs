@@ -14,23 +14,20 @@ use std::{
 
 use hickory_net::xfer::Protocol;
 use hickory_proto::{
-    op::{Edns, Header, Message, MessageType, Metadata, OpCode, ResponseCode},
+    op::{Header, Message, MessageType, Metadata, OpCode, ResponseCode},
     rr::{DNSClass, Name, Record, RecordType},
-    serialize::binary::{BinDecodable as _, BinDecoder, BinEncoder},
+    serialize::binary::{BinDecodable as _, BinDecoder},
 };
-use hickory_server::{server::Request, zone_handler::MessageResponseBuilder};
+use hickory_server::server::Request;
 
-use super::answer::{self, Answer, Query, Resolution, Zone};
+use super::{
+    answer::{self, Answer, Query, Resolution, Zone},
+    encode::{SHORTEST_RECORD, encode, room},
+};
 use crate::model::Names;
 
-/// The largest reply by UDP: what passes every link without being cut in pieces.
-const MOST_UDP: u16 = 1232;
-/// The largest reply by UDP to whoever names no size.
-const PLAIN_UDP: u16 = 512;
 /// More additional records than this no honest query has.
 const MOST_ADDITIONALS: u16 = 4;
-/// The shortest record there is, an address whose name was said before.
-const SHORTEST_RECORD: usize = 16;
 
 /// The names, written by the engine and read by queries.
 pub type SharedNames = Arc<RwLock<Names>>;
@@ -195,63 +192,10 @@ fn bare(query: &Metadata, code: ResponseCode) -> Reply {
     message.to_vec().map_or(Reply::Silence, |bytes| Reply::Now(bytes, code))
 }
 
-/// How large the reply may be.
-fn room(request: &Request) -> u16 {
-    match (request.protocol(), &request.edns) {
-        (Protocol::Udp, Some(edns)) => edns.max_payload().clamp(PLAIN_UDP, MOST_UDP),
-        (Protocol::Udp, None) => PLAIN_UDP,
-        _ => u16::MAX,
-    }
-}
-
 fn now(request: &Request, answer: &Answer, recursion: bool) -> Reply {
     let mut metadata = Metadata::response_from_request(&request.metadata);
     metadata.response_code = answer.code;
     metadata.authoritative = answer.authoritative;
     metadata.recursion_available = recursion;
     encode(request, metadata, answer).map_or(Reply::Silence, |bytes| Reply::Now(bytes, answer.code))
-}
-
-/// Writes the reply: with everything, else without what was not asked for, else as much as there is room for beside
-/// the sign that something is missing.
-fn encode(request: &Request, metadata: Metadata, answer: &Answer) -> Option<Vec<u8>> {
-    let (bytes, fitted) = write(request, metadata, answer, answer.answers.len(), true)?;
-    if fitted == usize::MAX {
-        return Some(bytes);
-    }
-    if fitted == answer.answers.len() {
-        let (bytes, fitted) = write(request, metadata, answer, fitted, false)?;
-        if fitted == usize::MAX {
-            return Some(bytes);
-        }
-    }
-    let mut cut = metadata;
-    cut.truncation = true;
-    // One less leaves room for the record of EDNS.
-    Some(write(request, cut, answer, fitted.saturating_sub(1), false)?.0)
-}
-
-/// The bytes, and how many answers there was room for: all the number there is when everything fitted.
-fn write(
-    request: &Request,
-    metadata: Metadata,
-    answer: &Answer,
-    answers: usize,
-    additionals: bool,
-) -> Option<(Vec<u8>, usize)> {
-    let mut edns = Edns::new();
-    edns.set_max_payload(MOST_UDP);
-    let mut builder = MessageResponseBuilder::from_message_request(request);
-    if request.edns.is_some() {
-        builder.edns(&edns);
-    }
-    let additionals: &[Record] = if additionals { &answer.additionals } else { &[] };
-    let answers = answer.answers.get(..answers).unwrap_or_default();
-    let response = builder.build(metadata, answers, &answer.authorities, [], additionals);
-    let mut bytes = Vec::with_capacity(512);
-    let mut encoder = BinEncoder::new(&mut bytes);
-    encoder.set_max_size(room(request));
-    let info = response.destructive_emit(&mut encoder).ok()?;
-    let cut = info.truncation && !metadata.truncation;
-    Some((bytes, if cut { usize::from(info.counts().answers) } else { usize::MAX }))
 }

@@ -2,6 +2,7 @@
 
 mod bytes;
 mod endpoints;
+mod large;
 mod pipelined;
 mod specification;
 
