@@ -79,10 +79,9 @@ impl Replier {
     /// What to do about the bytes of a query.
     #[must_use]
     pub fn reply(&self, bytes: &[u8], from: SocketAddr, protocol: Protocol) -> Reply {
-        let Ok(header) = Header::read(&mut BinDecoder::new(bytes)) else { return Reply::Silence };
-        // Whoever answers answers may be made to talk to himself.
+        let Ok(header) = Header::read(&mut BinDecoder::new(bytes)) else { return unreadable(bytes, protocol) };
         if header.metadata.message_type != MessageType::Query {
-            return Reply::Silence;
+            return unreadable(bytes, protocol);
         }
         if header.metadata.op_code != OpCode::Query {
             return bare(&header.metadata, ResponseCode::NotImp);
@@ -165,6 +164,18 @@ impl Pending {
         answer.answers = self.aliases;
         answer.authoritative = own;
         now(&self.request, &answer, true)
+    }
+}
+
+/// The reply to what is no query. By UDP there is none, because a server that answers answers can be made to talk to
+/// itself. By TCP a client waits for one, if there is at least the number that it would know it by.
+fn unreadable(bytes: &[u8], protocol: Protocol) -> Reply {
+    match (protocol, bytes.first_chunk::<2>()) {
+        (Protocol::Tcp, Some(id)) => bare(
+            &Metadata::new(u16::from_be_bytes(*id), MessageType::Query, OpCode::Query),
+            ResponseCode::FormErr,
+        ),
+        _ => Reply::Silence,
     }
 }
 

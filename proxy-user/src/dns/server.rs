@@ -14,15 +14,18 @@ use std::{
 };
 
 use futures::{StreamExt as _, stream::FuturesUnordered};
-use hickory_net::{
-    DnsStreamHandle as _, runtime::iocompat::AsyncIoTokioAsStd, tcp::TcpStream, xfer::Protocol,
-};
-use hickory_proto::op::{ResponseCode, SerialMessage};
-use hickory_server::server::TimeoutStream;
+use hickory_net::xfer::Protocol;
+use hickory_proto::op::ResponseCode;
 use tokio::{
-    net::{TcpListener, UdpSocket},
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{
+        TcpListener, TcpStream, UdpSocket,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
     task::JoinSet,
+    time::timeout,
 };
+use tokio_util::codec::{FramedRead, LengthDelimitedCodec};
 
 use super::{
     Counters,
@@ -37,10 +40,14 @@ use crate::places::{Place, Places};
 const LARGEST_QUERY: usize = 4096;
 /// Datagrams answered before other tasks get their turn.
 const IN_A_ROW: usize = 64;
-/// How long a connection may say nothing.
+/// How long a connection may say nothing, and how long the client may take to read a reply.
 const IDLE: Duration = Duration::from_secs(10);
-/// Replies that may wait on one connection.
-const WAITING_REPLIES: usize = 32;
+/// How long the client may take to end a connection that weir ends.
+const ENDING: Duration = Duration::from_secs(2);
+/// Questions that may wait for the upstream on one connection before no more queries are read, which holds up this client
+/// alone (RFC 7766, 6.2.1.1). It is more than a client may have under way, so names of the cluster are answered behind as
+/// many slow ones as there can be.
+const MOST_WAITING: usize = 128;
 
 /// Everything a query needs.
 #[derive(Debug)]
@@ -142,44 +149,86 @@ pub async fn connections(responder: Arc<Responder>, listener: TcpListener) {
         while open.try_join_next().is_some() {}
         let place = responder.places.take(from.ip());
         let responder = Arc::clone(&responder);
-        open.spawn(async move { serve(&responder, stream, from, place).await });
+        open.spawn(async move { Connection::new(&responder, stream, from, place).serve().await });
     }
 }
 
-async fn serve(responder: &Responder, stream: tokio::net::TcpStream, from: SocketAddr, mut place: Place) {
-    let stream = AsyncIoTokioAsStd(stream);
-    let (stream, mut replies) = TcpStream::from_stream_with_buffer_size(stream, from, WAITING_REPLIES);
-    let mut queries = TimeoutStream::new(stream, IDLE);
-    let mut waiting = FuturesUnordered::new();
-    // Each reply goes as soon as it is ready (RFC 7766, 6.2.1.1). No query is read while so many wait.
-    loop {
-        let bytes = tokio::select! {
-            Some(bytes) = waiting.next() => bytes,
-            query = queries.next(), if waiting.len() < WAITING_REPLIES => {
-                let Some(Ok(query)) = query else { break };
-                place.used();
-                match responder.reply(query.bytes(), from, Protocol::Tcp) {
-                    Reply::Silence => return,
-                    Reply::Now(bytes, _) => Some(bytes),
-                    Reply::Later(pending) => {
-                        waiting.push(responder.ask(*pending, from.ip()));
-                        continue;
+/// A connection, and what of it is read and written.
+struct Connection<'a> {
+    responder: &'a Responder,
+    from: SocketAddr,
+    place: Place,
+    queries: FramedRead<OwnedReadHalf, LengthDelimitedCodec>,
+    replies: OwnedWriteHalf,
+}
+
+impl<'a> Connection<'a> {
+    fn new(responder: &'a Responder, stream: TcpStream, from: SocketAddr, place: Place) -> Self {
+        let (reading, replies) = stream.into_split();
+        let queries = LengthDelimitedCodec::builder().length_field_length(2).new_read(reading);
+        Self { responder, from, place, queries, replies }
+    }
+
+    /// Answers until the client says no more, or what cannot be answered. Each reply goes as soon as it is ready (RFC 7766,
+    /// 6.2.1.1).
+    async fn serve(mut self) {
+        let mut waiting = FuturesUnordered::new();
+        loop {
+            let bytes = tokio::select! {
+                Some(bytes) = waiting.next() => bytes,
+                query = timeout(IDLE, self.queries.next()), if waiting.len() < MOST_WAITING => {
+                    let Ok(Some(Ok(query))) = query else { break };
+                    self.place.used();
+                    match self.responder.reply(&query, self.from, Protocol::Tcp) {
+                        Reply::Silence => break,
+                        Reply::Now(bytes, _) => Some(bytes),
+                        Reply::Later(pending) => {
+                            waiting.push(self.responder.ask(*pending, self.from.ip()));
+                            continue;
+                        }
                     }
                 }
+                () = self.place.lost() => return,
+            };
+            if let Some(bytes) = bytes
+                && !self.send(&bytes).await
+            {
+                return;
             }
-            () = place.lost() => return,
-        };
-        let Some(bytes) = bytes else { return };
-        if replies.send(SerialMessage::new(bytes, from)).is_err() {
-            return;
+        }
+        // No more queries are read, and the client still waits for these.
+        while let Some(bytes) = waiting.next().await {
+            if let Some(bytes) = bytes
+                && !self.send(&bytes).await
+            {
+                return;
+            }
+        }
+        self.close().await;
+    }
+
+    /// Sends a reply; false when the client does not take it.
+    async fn send(&mut self, bytes: &[u8]) -> bool {
+        let Ok(len) = u16::try_from(bytes.len()) else { return false };
+        let framed = [&len.to_be_bytes()[..], bytes].concat();
+        tokio::select! {
+            sent = timeout(IDLE, self.replies.write_all(&framed)) => matches!(sent, Ok(Ok(()))),
+            () = self.place.lost() => false,
         }
     }
-    // The client sends no more, and still waits for these.
-    while let Some(Some(bytes)) = waiting.next().await {
-        if replies.send(SerialMessage::new(bytes, from)).is_err() {
+
+    /// Ends the connection behind the last reply. The kernel resets one that is closed while there is something unread,
+    /// and the client then loses replies that it has not read.
+    async fn close(mut self) {
+        if self.replies.shutdown().await.is_err() {
             return;
         }
-        // What is to be sent goes before the stream is read.
-        queries.next().await;
+        let reading = self.queries.get_mut();
+        let mut unread = [0; 1024];
+        let client_ends = async { while matches!(reading.read(&mut unread).await, Ok(1..)) {} };
+        tokio::select! {
+            _ = timeout(ENDING, client_ends) => {}
+            () = self.place.lost() => {}
+        }
     }
 }

@@ -83,3 +83,62 @@ async fn a_query_that_waits_for_the_upstream_holds_up_none_behind_it() {
     assert_eq!(read(&mut stream).await.metadata.id, 1, "also to a client that sends no more");
     server.abort();
 }
+
+fn prefixed(bytes: &[u8]) -> Vec<u8> {
+    [&u16::try_from(bytes.len()).unwrap().to_be_bytes()[..], bytes].concat()
+}
+
+#[tokio::test]
+async fn a_message_that_is_no_query_takes_no_reply_away() {
+    let upstream = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let to = listener.local_addr().unwrap();
+    let server = tokio::spawn(connections(responder(upstream.local_addr().unwrap()), listener));
+    // Half a header; a reply; a question that points to itself; and what has not even a number to be answered by.
+    let mut reply = Message::new(8, MessageType::Response, OpCode::Query).to_vec().unwrap();
+    reply.extend([1, 2, 3]);
+    let endless = [&[0, 9, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0][..], &[0xc0, 12, 0, 1, 0, 1]].concat();
+    for last in [&[][..], &[7]] {
+        let mut stream = TcpStream::connect(to).await.unwrap();
+        let queries = [
+            framed(1, "slow.example."),
+            prefixed(&[0, 7, 1]),
+            prefixed(&reply),
+            prefixed(&endless),
+            framed(2, "web.ns.svc.cluster.local."),
+            prefixed(last),
+            // Never read: the connection is at its end.
+            framed(3, "web.ns.svc.cluster.local.").repeat(100),
+        ];
+        stream.write_all(&queries.concat()).await.unwrap();
+        for (id, code) in [
+            (7, ResponseCode::FormErr),
+            (8, ResponseCode::FormErr),
+            (9, ResponseCode::FormErr),
+            (2, ResponseCode::NoError),
+        ] {
+            let said = read(&mut stream).await;
+            assert_eq!((said.metadata.id, said.metadata.response_code), (id, code));
+        }
+        answer(&upstream).await;
+        assert_eq!(read(&mut stream).await.metadata.id, 1, "it was asked before");
+        let end = timeout(DEADLINE, stream.read(&mut [0; 1])).await.unwrap();
+        assert_eq!(end.unwrap(), 0, "the connection is not reset");
+    }
+    server.abort();
+}
+
+#[tokio::test]
+async fn the_clusters_names_are_answered_behind_as_many_slow_ones_as_a_client_may_ask() {
+    let upstream = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let to = listener.local_addr().unwrap();
+    let server = tokio::spawn(connections(responder(upstream.local_addr().unwrap()), listener));
+    let mut stream = TcpStream::connect(to).await.unwrap();
+    let slow = (0..100).flat_map(|id| framed(id, &format!("slow-{id}.example.")));
+    let queries: Vec<u8> = slow.chain(framed(1000, "web.ns.svc.cluster.local.")).collect();
+    stream.write_all(&queries).await.unwrap();
+    let first = read(&mut stream).await;
+    assert_eq!((first.metadata.id, first.answers.len()), (1000, 1), "the upstream has not answered");
+    server.abort();
+}
