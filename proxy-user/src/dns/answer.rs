@@ -59,6 +59,8 @@ pub struct Answer {
     pub code: ResponseCode,
     /// Whether it comes from the zone itself.
     pub authoritative: bool,
+    /// Whether the server that it comes from has validated it.
+    pub authentic: bool,
     /// The answers.
     pub answers: Vec<Record>,
     /// Why there is none: the zone's SOA.
@@ -73,6 +75,7 @@ impl Answer {
         Self {
             code,
             authoritative: false,
+            authentic: false,
             answers: Vec::new(),
             authorities: Vec::new(),
             additionals: Vec::new(),
@@ -121,27 +124,27 @@ pub fn answer(names: &Names, zone: &Zone, query: &Query<'_>) -> Resolution {
             Found::Alias(next) => {
                 aliases.push(record(step.name, zone.ttl, RData::CNAME(CNAME(next.clone()))));
                 if query.kind == RecordType::CNAME || aliases.len() == MOST_ALIASES {
-                    return Resolution::Answer(full(names, zone, aliases, Vec::new()));
+                    return Resolution::Answer(own(ResponseCode::NoError, aliases, Vec::new()));
                 }
                 target = Some(next);
             }
             Found::Records(records, additionals) => {
+                let code = ResponseCode::NoError;
+                // Behind an alias too, it says that there is nothing and for how long (RFC 2308).
+                let authorities = if records.is_empty() { vec![soa(names, zone)] } else { Vec::new() };
                 aliases.extend(records);
-                return Resolution::Answer(full(names, zone, aliases, additionals));
+                return Resolution::Answer(Answer { additionals, ..own(code, aliases, authorities) });
             }
             Found::Nothing => {
-                let mut answer = full(names, zone, aliases, Vec::new());
-                answer.code = ResponseCode::NXDomain;
-                answer.authorities = vec![soa(names, zone)];
-                return Resolution::Answer(answer);
+                return Resolution::Answer(own(ResponseCode::NXDomain, aliases, vec![soa(names, zone)]));
             }
         }
     }
 }
 
-fn full(names: &Names, zone: &Zone, answers: Vec<Record>, additionals: Vec<Record>) -> Answer {
-    let authorities = if answers.is_empty() { vec![soa(names, zone)] } else { Vec::new() };
-    Answer { code: ResponseCode::NoError, authoritative: true, answers, authorities, additionals }
+/// An answer from the zone itself.
+fn own(code: ResponseCode, answers: Vec<Record>, authorities: Vec<Record>) -> Answer {
+    Answer { authoritative: true, answers, authorities, ..Answer::without_records(code) }
 }
 
 fn find(names: &Names, zone: &Zone, query: &Query<'_>) -> Found {

@@ -1,32 +1,40 @@
 //! Names that are not the cluster's: asked of the upstream, and remembered for as long as it says.
 //!
-//! In: a name and a type, and who is upstream now. Out: an [`Answer`]. What is remembered and what is under way are
-//! bounded. The upstream is believed about the name it was asked for and about nothing else.
+//! In: a question as a client asked it, and which servers are upstream now. Out: an [`Answer`], with everything that the
+//! upstream says to that question. What is remembered and what is under way are bounded. The upstream is believed about
+//! the name it was asked for and about nothing else.
 
 use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, PoisonError, RwLock},
-    time::Duration,
 };
 
-use hickory_net::{DnsError, NetError, NoRecords, runtime::TokioRuntimeProvider};
-use hickory_proto::{
-    op::ResponseCode,
-    rr::{Name, RData, Record, RecordType},
+use futures::{
+    FutureExt as _,
+    future::{BoxFuture, Shared},
 };
-use hickory_resolver::{
-    TokioResolver,
-    config::{ConnectionConfig, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts},
-};
+use hickory_proto::{op::ResponseCode, rr::Name};
 use prometheus_client::metrics::counter::Counter;
 
-use super::{answer::Answer, question};
+use super::{
+    answer::Answer,
+    believed::believed,
+    remembered::Remembered,
+    upstream::{Outside, Server, exchange},
+};
 
-/// Answers remembered, at most.
-const MOST_REMEMBERED: u64 = 10_000;
-/// What is remembered longer than this may have changed.
-const LONGEST: Duration = Duration::from_secs(300);
+/// Where the addresses of the upstream come from. What the servers of one origin say holds for all of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Origin {
+    /// The endpoints of the cluster's DNS Service.
+    #[default]
+    Service,
+    /// The command line.
+    Given,
+    /// The configuration of the node's own resolver.
+    Node,
+}
 
 /// Asks the upstream.
 #[derive(Debug)]
@@ -34,6 +42,8 @@ pub struct Forwarder {
     domain: Name,
     upstream: RwLock<Upstream>,
     under_way: UnderWay,
+    /// Questions that wait for an answer, so that of several clients with the same question only the first has it asked.
+    asked: Mutex<HashMap<Outside, Shared<BoxFuture<'static, Arc<Answer>>>>>,
 }
 
 /// Questions that the upstream has not answered yet.
@@ -84,111 +94,91 @@ impl Drop for Question<'_> {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Upstream {
-    servers: Vec<SocketAddr>,
-    resolver: Option<Arc<TokioResolver>>,
+    origin: Origin,
+    servers: Vec<Arc<Server>>,
+    remembered: Remembered,
 }
 
 impl Forwarder {
     /// There is no upstream yet; what the upstream says of names of `domain` is never believed.
     #[must_use]
     pub fn new(domain: Name, under_way: UnderWay) -> Self {
-        Self { domain, upstream: RwLock::default(), under_way }
+        Self { domain, upstream: RwLock::default(), under_way, asked: Mutex::default() }
     }
 
-    /// Says who is upstream from now on. What was remembered from others is forgotten.
-    ///
-    /// # Errors
-    ///
-    /// When there can be no resolver for them; the ones before stay.
-    pub fn set_servers(&self, servers: Vec<SocketAddr>) -> Result<(), NetError> {
+    /// Says which servers are upstream from now on. What was remembered is forgotten only when servers of another origin
+    /// take over, because the endpoints of a Service come and go and all say the same.
+    pub fn set_servers(&self, origin: Origin, servers: &[SocketAddr]) {
         let mut upstream = self.upstream.write().unwrap_or_else(PoisonError::into_inner);
-        if upstream.servers == servers {
-            return Ok(());
+        if upstream.origin == origin
+            && upstream.servers.iter().map(|server| server.address).eq(servers.iter().copied())
+        {
+            return;
         }
-        let resolver =
-            if servers.is_empty() { None } else { Some(Arc::new(resolver(&servers, self.under_way.most)?)) };
         tracing::info!(?servers, "names that are not the cluster's are asked of these");
-        *upstream = Upstream { servers, resolver };
-        Ok(())
+        let known = |address| upstream.servers.iter().find(|server| server.address == address).cloned();
+        let servers =
+            servers.iter().map(|server| known(*server).unwrap_or_else(|| Arc::new(Server::new(*server))));
+        let servers = servers.collect();
+        let remembered =
+            if upstream.origin == origin { upstream.remembered.clone() } else { Remembered::default() };
+        *upstream = Upstream { origin, servers, remembered };
     }
 
     /// What the upstream says to a question of `client`; `None` when there is no upstream.
-    pub async fn ask(&self, name: &Name, kind: RecordType, client: IpAddr) -> Option<Answer> {
-        let resolver = {
-            let upstream = self.upstream.read().unwrap_or_else(PoisonError::into_inner);
-            upstream.resolver.clone()?
-        };
+    pub async fn ask(&self, question: &Outside, client: IpAddr) -> Option<Answer> {
+        let upstream = self.upstream.read().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(answer) = upstream.remembered.get(question) {
+            return Some(answer);
+        }
+        if upstream.servers.is_empty() {
+            return None;
+        }
         let Some(_question) = self.under_way.begin(client) else {
             return Some(Answer::without_records(ResponseCode::ServFail));
         };
-        Some(match resolver.lookup(name.clone(), kind).await {
-            Ok(found) => {
-                let answers = believed(name, kind, found.answers(), &self.domain);
-                Answer { answers, ..Answer::without_records(ResponseCode::NoError) }
-            }
-            Err(NetError::Dns(DnsError::NoRecordsFound(none))) => nothing(name, &none),
-            Err(NetError::Dns(DnsError::ResponseCode(ResponseCode::Refused))) => {
-                Answer::without_records(ResponseCode::Refused)
-            }
-            Err(error) => {
-                tracing::debug!(%name, %kind, %error, "the upstream does not answer");
-                Answer::without_records(ResponseCode::ServFail)
-            }
-        })
+        let (answer, _asking) = self.join(question, upstream);
+        Some(Answer::clone(&*answer.await))
+    }
+
+    /// The answer that other clients wait for already, or a new one.
+    fn join(
+        &self,
+        question: &Outside,
+        upstream: Upstream,
+    ) -> (Shared<BoxFuture<'static, Arc<Answer>>>, Option<Asking<'_>>) {
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(answer) = asked.get(question) {
+            return (answer.clone(), None);
+        }
+        let answer = ask(question.clone(), upstream, self.domain.clone()).boxed().shared();
+        asked.insert(question.clone(), answer.clone());
+        (answer, Some(Asking { forwarder: self, question: question.clone() }))
     }
 }
 
-fn resolver(servers: &[SocketAddr], most_under_way: usize) -> Result<TokioResolver, NetError> {
-    let servers = servers.iter().map(|server| {
-        let connections = [ConnectionConfig::udp(), ConnectionConfig::tcp()].map(|mut connection| {
-            connection.port = server.port();
-            connection
-        });
-        NameServerConfig::new(server.ip(), true, connections.into())
-    });
-    let config = ResolverConfig::from_parts(None, Vec::new(), servers.collect());
-    let mut options = ResolverOpts::default();
-    options.ndots = 0;
-    options.cache_size = MOST_REMEMBERED;
-    options.positive_max_ttl = Some(LONGEST);
-    options.negative_max_ttl = Some(LONGEST);
-    options.use_hosts_file = ResolveHosts::Never;
-    options.timeout = Duration::from_secs(2);
-    options.attempts = 1;
-    options.max_active_requests = most_under_way;
-    // A second server is asked when the first one fails, because both would have to do the work of each question.
-    options.num_concurrent_reqs = 1;
-    TokioResolver::builder_with_config(config, TokioRuntimeProvider::default()).with_options(options).build()
+/// A question that later clients can wait for.
+struct Asking<'a> {
+    forwarder: &'a Forwarder,
+    question: Outside,
 }
 
-/// The records that answer the question: from its name along the aliases, and none that says something of the cluster's
-/// own names.
-fn believed(name: &Name, kind: RecordType, records: &[Record], domain: &Name) -> Vec<Record> {
-    let mut believed = Vec::new();
-    let mut at = name.clone();
-    for _ in 0..=records.len() {
-        if question::below(&at.to_lowercase(), domain).is_some() {
-            break;
-        }
-        let own = records.iter().filter(|record| record.name == at);
-        believed.extend(own.clone().filter(|record| record.record_type() == kind).cloned());
-        let alias = own.clone().find(|record| record.record_type() == RecordType::CNAME);
-        let Some((record, RData::CNAME(target))) = alias.map(|record| (record, &record.data)) else { break };
-        if kind == RecordType::CNAME || believed.contains(record) {
-            break;
-        }
-        believed.push(record.clone());
-        at = target.0.clone();
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        self.forwarder.asked.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.question);
     }
-    believed
 }
 
-fn nothing(name: &Name, none: &NoRecords) -> Answer {
-    let soa = none.soa.as_ref().filter(|soa| soa.name.zone_of(name));
-    let soa = soa.map(|soa| Record::from_rdata(soa.name.clone(), soa.ttl, RData::SOA(soa.data.clone())));
-    Answer { authorities: soa.into_iter().collect(), ..Answer::without_records(none.response_code) }
+async fn ask(question: Outside, upstream: Upstream, domain: Name) -> Arc<Answer> {
+    let Some(said) = exchange(&upstream.servers, &question).await else {
+        tracing::debug!(name = %question.name, kind = %question.kind, "the upstream does not answer");
+        return Arc::new(Answer::without_records(ResponseCode::ServFail));
+    };
+    let answer = believed(&question, said, &domain);
+    upstream.remembered.insert(question, &answer);
+    Arc::new(answer)
 }
 
 #[cfg(test)]

@@ -3,11 +3,13 @@
 //! In: [`crate::model::Names`], kept by the engine from the same watch as everything else, and queries. Out: answers.
 //!
 //! ```text
-//! server (UDP, TCP) ──query──▶ limits ──▶ answer (pure: names → records) ──▶ reply
-//!                                            └─ not of the cluster ──▶ forward (upstream, bounded cache)
+//! server (UDP, TCP) ──query──▶ limits ──▶ answer (pure: names → records) ──▶ reply ──▶ encode
+//!                                            └─ not of the cluster ──▶ forward ──▶ remembered, else
+//!                                                                         └─▶ upstream ──▶ believed
 //! ```
 
 mod answer;
+mod believed;
 mod counters;
 mod device;
 mod encode;
@@ -16,19 +18,22 @@ mod forward;
 mod limits;
 mod listen;
 mod question;
+mod remembered;
 mod reply;
 mod server;
 #[cfg(test)]
 mod tests;
+mod upstream;
 mod watchdog;
 
 pub use answer::{Answer, Query, Resolution, Zone, answer};
 pub use counters::{Counters, Outcome};
 pub use device::DeviceError;
-pub use forward::{Forwarder, UnderWay};
+pub use forward::{Forwarder, Origin, UnderWay};
 pub use limits::{Admission, Clients, Limits};
 pub use listen::Sockets;
 pub use question::{Part, Question};
 pub use reply::{Pending, Replier, Reply, SharedNames};
 pub use server::{Responder, connections, datagrams};
+pub use upstream::Outside;
 pub use watchdog::{Standing, Wanted, Watchdog};

@@ -23,6 +23,7 @@ use hickory_server::server::Request;
 use super::{
     answer::{self, Answer, Query, Resolution, Zone},
     encode::{SHORTEST_RECORD, encode, room},
+    upstream::Outside,
 };
 use crate::model::Names;
 
@@ -57,10 +58,8 @@ pub struct Pending {
     request: Request,
     /// Aliases found so far.
     aliases: Vec<Record>,
-    /// What to ask for.
-    pub target: Name,
-    /// Of which type.
-    pub kind: RecordType,
+    /// What to ask the upstream.
+    pub question: Outside,
 }
 
 impl Replier {
@@ -79,7 +78,9 @@ impl Replier {
     /// What to do about the bytes of a query.
     #[must_use]
     pub fn reply(&self, bytes: &[u8], from: SocketAddr, protocol: Protocol) -> Reply {
-        let Ok(header) = Header::read(&mut BinDecoder::new(bytes)) else { return unreadable(bytes, protocol) };
+        let Ok(header) = Header::read(&mut BinDecoder::new(bytes)) else {
+            return unreadable(bytes, protocol);
+        };
         if header.metadata.message_type != MessageType::Query {
             return unreadable(bytes, protocol);
         }
@@ -140,11 +141,12 @@ impl Replier {
                 now(&request, &Answer::without_records(ResponseCode::NotImp), true)
             }
             Resolution::Elsewhere => {
-                let target = query.name.clone();
-                Reply::Later(Box::new(Pending { request, aliases: Vec::new(), target, kind }))
+                let question = outside(&request, query.name.clone(), kind);
+                Reply::Later(Box::new(Pending { request, aliases: Vec::new(), question }))
             }
             Resolution::Alias(aliases, target) => {
-                Reply::Later(Box::new(Pending { request, aliases, target, kind }))
+                let question = outside(&request, target, kind);
+                Reply::Later(Box::new(Pending { request, aliases, question }))
             }
         }
     }
@@ -160,10 +162,29 @@ impl Pending {
             // An alias of ours is right, whether or not any server knows what it leads to.
             None => Answer::without_records(if own { ResponseCode::NoError } else { ResponseCode::ServFail }),
         };
+        // One client's case of letters is not another's, and clients may compare it.
+        let asked = &self.question.name;
+        answer.answers.iter_mut().filter(|record| record.name == *asked).for_each(|record| {
+            record.name = asked.clone();
+        });
         self.aliases.append(&mut answer.answers);
         answer.answers = self.aliases;
         answer.authoritative = own;
+        answer.authentic &= !own;
         now(&self.request, &answer, true)
+    }
+}
+
+/// The question as the upstream is asked it, with what the client set in its query.
+fn outside(request: &Request, name: Name, kind: RecordType) -> Outside {
+    Outside {
+        name,
+        kind,
+        recursion: request.metadata.recursion_desired,
+        authentic: request.metadata.authentic_data,
+        unchecked: request.metadata.checking_disabled,
+        edns: request.edns.is_some(),
+        dnssec: request.edns.as_ref().is_some_and(|edns| edns.flags().dnssec_ok),
     }
 }
 
@@ -207,6 +228,7 @@ fn now(request: &Request, answer: &Answer, recursion: bool) -> Reply {
     let mut metadata = Metadata::response_from_request(&request.metadata);
     metadata.response_code = answer.code;
     metadata.authoritative = answer.authoritative;
+    metadata.authentic_data = answer.authentic;
     metadata.recursion_available = recursion;
     encode(request, metadata, answer).map_or(Reply::Silence, |bytes| Reply::Now(bytes, answer.code))
 }

@@ -85,7 +85,7 @@ impl Responder {
 
     /// The reply to a query that waits for the upstream.
     async fn ask(&self, pending: Pending, client: IpAddr) -> Option<Vec<u8>> {
-        let upstream = self.forwarder.ask(&pending.target, pending.kind, client).await;
+        let upstream = self.forwarder.ask(&pending.question, client).await;
         let failed = upstream.as_ref().is_some_and(|answer| answer.code == ResponseCode::ServFail);
         if failed {
             self.counters.count(Outcome::UpstreamFailed);

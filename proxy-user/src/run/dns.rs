@@ -19,8 +19,8 @@ use super::{Addresses, files::Files};
 use crate::{
     config::{Config, DetectLocal, DnsConfig},
     dns::{
-        Clients, Counters, Forwarder, Limits, Outcome, Replier, Responder, SharedNames, Sockets, Standing,
-        UnderWay, Wanted, Watchdog, Zone, connections, datagrams,
+        Clients, Counters, Forwarder, Limits, Origin, Outcome, Replier, Responder, SharedNames, Sockets,
+        Standing, UnderWay, Wanted, Watchdog, Zone, connections, datagrams,
     },
     model::{NamedKind, Names},
     observe::Metrics,
@@ -238,19 +238,16 @@ impl Supervisor {
         let ours = |server: &SocketAddr| {
             known.addresses.contains(&server.ip()) || server.ip() == self.config.address
         };
-        let mut servers = if self.config.upstream.is_empty() {
-            known.endpoints.clone()
+        let (origin, mut servers) = if !self.config.upstream.is_empty() {
+            (Origin::Given, self.config.upstream.clone())
+        } else if known.exists || !known.synced {
+            // The cluster's DNS may know names that the node's own servers deny, so these are no stand-in while it is down.
+            (Origin::Service, known.endpoints.clone())
         } else {
-            self.config.upstream.clone()
+            (Origin::Node, resolv_conf())
         };
-        // The cluster's DNS may know names that the node's own servers deny, so these are no stand-in while it is down.
-        if servers.is_empty() && !known.exists {
-            servers = resolv_conf();
-        }
         servers.retain(|server| !ours(server));
-        if let Err(error) = self.responder.forwarder.set_servers(servers) {
-            tracing::warn!(%error, "there is nobody to ask for names that are not the cluster's");
-        }
+        self.responder.forwarder.set_servers(origin, &servers);
     }
 
     /// The Service's addresses, but those that this host has by other means: a cache on the node, as NodeLocal DNSCache is,

@@ -59,7 +59,7 @@ fn by(protocol: Protocol, message: &Message) -> Option<Message> {
             Some(reply)
         }
         Reply::Silence => None,
-        Reply::Later(pending) => panic!("{} is asked of somebody else", pending.target),
+        Reply::Later(pending) => panic!("{} is asked of somebody else", pending.question.name),
     }
 }
 
@@ -239,18 +239,13 @@ fn what_the_upstream_says_comes_behind_the_alias_that_led_there() {
         60,
         RData::A(std::net::Ipv4Addr::new(192, 0, 2, 1).into()),
     );
-    let said = Answer {
-        code: ResponseCode::NoError,
-        authoritative: false,
-        answers: vec![address],
-        authorities: Vec::new(),
-        additionals: Vec::new(),
-    };
+    let said =
+        Answer { answers: vec![address], authentic: true, ..Answer::without_records(ResponseCode::NoError) };
     let reply = |upstream| match pending().reply(upstream) {
         Reply::Now(bytes, _) => Message::from_vec(&bytes).unwrap(),
         other => panic!("{other:?}"),
     };
-    assert_eq!(pending().target.to_string(), "www.example.com.");
+    assert_eq!(pending().question.name.to_string(), "www.example.com.");
     let lines: Vec<String> = reply(Some(said)).answers.iter().map(ToString::to_string).collect();
     assert_eq!(
         lines,

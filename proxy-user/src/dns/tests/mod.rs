@@ -3,6 +3,7 @@
 mod bytes;
 mod endpoints;
 mod large;
+mod outside;
 mod pipelined;
 mod specification;
 

@@ -20,7 +20,7 @@ use tokio::{
 };
 
 use super::{
-    super::{Counters, Forwarder, Limits, Replier, Responder, UnderWay, connections},
+    super::{Counters, Forwarder, Limits, Origin, Replier, Responder, UnderWay, connections},
     *,
 };
 use crate::{model::fixture::service, places::Places, source::Kind};
@@ -34,7 +34,7 @@ fn responder(upstream: SocketAddr) -> Arc<Responder> {
         Change::Synced(Kind::EndpointSlice),
     ]);
     let forwarder = Forwarder::new(zone().domain, UnderWay::new(100, 100, Counter::default()));
-    forwarder.set_servers(vec![upstream]).unwrap();
+    forwarder.set_servers(Origin::Given, &[upstream]);
     Arc::new(Responder {
         replier: Replier::new(Arc::new(RwLock::new(names)), zone()),
         forwarder,

@@ -49,6 +49,7 @@ fn cluster() -> Names {
         service("self", json!({ "type": "ExternalName", "externalName": "self.ns.svc.cluster.local" })),
         service("number", json!({ "type": "ExternalName", "externalName": "192.0.2.1" })),
         service("lost", json!({ "type": "ExternalName", "externalName": "no.ns.svc.cluster.local" })),
+        service("half", json!({ "type": "ExternalName", "externalName": "plain.ns.svc.cluster.local" })),
         service("empty", json!({ "clusterIP": "None", "ports": [{ "name": "sql", "port": 1 }] })),
     ])
 }
@@ -228,6 +229,14 @@ fn s2_5_external_names_are_aliases() {
         (lost.code, lost.answers.len()),
         (ResponseCode::NXDomain, 1),
         "the alias is there, its target is not"
+    );
+    let half = answered(&cluster(), "half.ns.svc.cluster.local.", "AAAA");
+    let types: Vec<RecordType> =
+        [half.answers, half.authorities].concat().iter().map(Record::record_type).collect();
+    assert_eq!(
+        (half.code, types),
+        (ResponseCode::NoError, vec![RecordType::CNAME, RecordType::SOA]),
+        "the target has nothing of the type"
     );
     let circle = answered(&cluster(), "self.ns.svc.cluster.local.", "A");
     assert_eq!((circle.code, circle.answers.len()), (ResponseCode::NoError, 8));

@@ -1,0 +1,194 @@
+//! One question and the servers that can answer it.
+//!
+//! In: a question with the bits that a client set in its query, and servers. Out: what one of them said, whole. Each
+//! question has a socket of its own, and with it a port that others would have to guess.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use futures::{StreamExt as _, stream::FuturesUnordered};
+use hickory_proto::{
+    op::{Edns, Message, MessageType, OpCode, Query, ResponseCode},
+    rr::{Name, RecordType},
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpStream, UdpSocket},
+};
+
+use super::encode::MOST_UDP;
+
+/// How long an answer is waited for. libc's resolver and most others give up after 5 s (`timeout` in resolv.conf). A
+/// client that hears SERVFAIL before that asks its next server, and an answer that comes later than that is lost.
+const PATIENCE: Duration = Duration::from_millis(4500);
+/// How long a server may take before another one is asked besides. The first may still answer: a datagram may be lost, the
+/// server may be gone, or it may wait for a slow server itself.
+const NEXT: Duration = Duration::from_millis(1500);
+/// How often a question is asked at least before weir gives up.
+const ATTEMPTS: usize = 3;
+/// How long a server that was late is asked after the others.
+const REST: Duration = Duration::from_secs(10);
+
+/// A question about a name that is not the cluster's. Answers to two of these may be different.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Outside {
+    /// The name.
+    pub name: Name,
+    /// The type.
+    pub kind: RecordType,
+    /// RD: whether the server should ask others.
+    pub recursion: bool,
+    /// AD: whether the client wants to know if the server validated the answer.
+    pub authentic: bool,
+    /// CD: whether the client validates the answer itself.
+    pub unchecked: bool,
+    /// Whether the query has EDNS, without which there are neither DO nor long answers by UDP.
+    pub edns: bool,
+    /// DO: whether the client wants signatures.
+    pub dnssec: bool,
+}
+
+impl Outside {
+    fn message(&self) -> Message {
+        let mut message = Message::new(fastrand::u16(..), MessageType::Query, OpCode::Query);
+        message.metadata.recursion_desired = self.recursion;
+        message.metadata.authentic_data = self.authentic;
+        message.metadata.checking_disabled = self.unchecked;
+        message.add_query(Query::query(self.name.clone(), self.kind));
+        if self.edns {
+            message.edns.insert(Edns::new()).set_max_payload(MOST_UDP).set_dnssec_ok(self.dnssec);
+        }
+        message
+    }
+}
+
+/// A server that can be asked.
+#[derive(Debug)]
+pub(super) struct Server {
+    pub(super) address: SocketAddr,
+    late: Mutex<Option<Instant>>,
+}
+
+impl Server {
+    pub(super) fn new(address: SocketAddr) -> Self {
+        Self { address, late: Mutex::default() }
+    }
+
+    fn was_late(&self) -> bool {
+        let late = *self.late.lock().unwrap_or_else(PoisonError::into_inner);
+        late.is_some_and(|late| late.elapsed() < REST)
+    }
+
+    fn note(&self, late: bool) {
+        *self.late.lock().unwrap_or_else(PoisonError::into_inner) = late.then(Instant::now);
+    }
+}
+
+/// What the first server said that answered; `None` when none did in time.
+pub(super) async fn exchange(servers: &[Arc<Server>], question: &Outside) -> Option<Message> {
+    tokio::time::timeout(PATIENCE, ask_in_turn(&in_order(servers), question)).await.ok().flatten()
+}
+
+/// Each server is the first one in turn; those that were late come last.
+fn in_order(servers: &[Arc<Server>]) -> Vec<Arc<Server>> {
+    static TURN: AtomicUsize = AtomicUsize::new(0);
+    let mut servers = servers.to_vec();
+    let first = TURN.fetch_add(1, Ordering::Relaxed) % servers.len().max(1);
+    servers.rotate_left(first);
+    servers.sort_by_key(|server| server.was_late());
+    servers
+}
+
+async fn ask_in_turn(servers: &[Arc<Server>], question: &Outside) -> Option<Message> {
+    let mut attempts = FuturesUnordered::new();
+    let mut turns = servers.iter().cycle().take(servers.len().max(ATTEMPTS));
+    let mut asked_last = turns.next()?;
+    attempts.push(attempt(asked_last, question));
+    let mut next = tokio::time::interval_at(tokio::time::Instant::now() + NEXT, NEXT);
+    loop {
+        tokio::select! {
+            _ = next.tick() => {
+                asked_last.note(true);
+                let Some(server) = turns.next() else { continue };
+                asked_last = server;
+                attempts.push(attempt(server, question));
+            }
+            Some((server, said)) = attempts.next() => match said {
+                Ok(message) => {
+                    server.note(false);
+                    return Some(message);
+                }
+                Err(error) => {
+                    tracing::debug!(server = %server.address, name = %question.name, %error, "the upstream did not answer");
+                    server.note(true);
+                    match turns.next() {
+                        Some(server) => {
+                            asked_last = server;
+                            attempts.push(attempt(server, question));
+                            next.reset();
+                        }
+                        None if attempts.is_empty() => return None,
+                        None => {}
+                    }
+                }
+            },
+        }
+    }
+}
+
+async fn attempt<'a>(server: &'a Arc<Server>, question: &Outside) -> (&'a Arc<Server>, io::Result<Message>) {
+    (server, ask(server.address, question).await)
+}
+
+/// Asks one server by UDP, and by TCP what is too long for that.
+async fn ask(server: SocketAddr, question: &Outside) -> io::Result<Message> {
+    let query = question.message();
+    let bytes = query.to_vec().map_err(io::Error::other)?;
+    let said = by_udp(server, &query, &bytes).await?;
+    if said.metadata.truncation { by_tcp(server, &query, &bytes).await } else { Ok(said) }
+}
+
+async fn by_udp(server: SocketAddr, query: &Message, bytes: &[u8]) -> io::Result<Message> {
+    let any: IpAddr = match server {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = UdpSocket::bind((any, 0)).await?;
+    socket.connect(server).await?;
+    socket.send(bytes).await?;
+    let mut buffer = vec![0; usize::from(u16::MAX)];
+    loop {
+        let len = socket.recv(&mut buffer).await?;
+        // What does not answer this question may come from elsewhere: the answer is still on its way.
+        if let Ok(said) = Message::from_vec(&buffer[..len])
+            && answers(&said, query)
+        {
+            return Ok(said);
+        }
+    }
+}
+
+async fn by_tcp(server: SocketAddr, query: &Message, bytes: &[u8]) -> io::Result<Message> {
+    let mut stream = TcpStream::connect(server).await?;
+    let len = u16::try_from(bytes.len()).map_err(io::Error::other)?;
+    stream.write_all(&[&len.to_be_bytes()[..], bytes].concat()).await?;
+    let mut said = vec![0; stream.read_u16().await?.into()];
+    stream.read_exact(&mut said).await?;
+    let said = Message::from_vec(&said).map_err(io::Error::other)?;
+    if answers(&said, query) { Ok(said) } else { Err(io::ErrorKind::InvalidData.into()) }
+}
+
+/// Whether a message answers the query. A server that cannot read a query may leave the question out.
+fn answers(said: &Message, query: &Message) -> bool {
+    let refuses = said.queries.is_empty() && said.metadata.response_code != ResponseCode::NoError;
+    said.metadata.id == query.metadata.id
+        && said.metadata.message_type == MessageType::Response
+        && (said.queries == query.queries || refuses)
+}
