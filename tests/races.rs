@@ -67,7 +67,7 @@ fn settings() -> Result<Settings> {
     Ok(Settings {
         node_name: node_name(1),
         detect_local: DetectLocal::ClusterCidr(networks),
-        node_port_addresses: NodePortSetting::All,
+        node_port_addresses: NodePortSetting::ALL,
         ..Settings::default()
     })
 }

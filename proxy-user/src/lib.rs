@@ -8,7 +8,8 @@
 //!
 //! `source` yields Kubernetes objects, `model` is the last place that knows them, `plan` says in frontends and backends
 //! what one Service means on this node, and `dataplane` makes it true in the kernel. `run` is the only wiring;
-//! `observe` stands beside the flow and is imported by `run` and the data planes' callers only.
+//! `relay` is what the agent itself carries
+//! where no plane can. `observe` stands beside the flow and is imported by `run` and the data planes' callers only.
 
 #![deny(unsafe_code)]
 
@@ -20,5 +21,6 @@ pub mod model;
 pub mod observe;
 pub mod places;
 pub mod plan;
+pub mod relay;
 pub mod run;
 pub mod source;

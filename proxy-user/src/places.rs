@@ -1,11 +1,12 @@
 //! How many connections a server keeps open, and for which clients.
 //!
-//! In: the client's address of each connection. Out: a [`Place`] for it, which says when the connection has to make room
+//! In: the client's address of each connection, or what else its share is counted by. Out: a [`Place`] for it, which says when the connection has to make room
 //! for another one. A new connection always gets a place, because a client that holds many must not lock out the others:
 //! the client that holds most gives up the one that was idle for longest.
 
 use std::{
     collections::{BTreeMap, HashMap},
+    hash::Hash,
     net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -13,46 +14,60 @@ use std::{
 use prometheus_client::metrics::counter::Counter;
 use tokio::sync::oneshot;
 
-/// The places of one server, or of several that share them.
-#[derive(Clone, Debug)]
-pub struct Places(Arc<Shared>);
+/// The places of one server, or of several that share them. `K` is what a share belongs to.
+#[derive(Debug)]
+pub struct Places<K = IpAddr>(Arc<Shared<K>>);
+
+impl<K> Clone for Places<K> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
 
 #[derive(Debug)]
-struct Shared {
+struct Shared<K> {
     most: usize,
     each: usize,
     /// Counts connections that had to make room.
     refused: Counter,
-    room: Mutex<Room>,
-}
-
-#[derive(Debug, Default)]
-struct Room {
-    /// Rises with every use of a place, so that the places stand in the order in which they were used last.
-    uses: u64,
-    taken: BTreeMap<u64, Held>,
-    of_each: HashMap<IpAddr, usize>,
+    room: Mutex<Room<K>>,
 }
 
 #[derive(Debug)]
-struct Held {
-    client: IpAddr,
+struct Room<K> {
+    /// Rises with every use of a place, so that the places stand in the order in which they were used last.
+    uses: u64,
+    taken: BTreeMap<u64, Held<K>>,
+    of_each: HashMap<K, usize>,
+}
+
+#[derive(Debug)]
+struct Held<K> {
+    client: K,
     /// Dropping it tells the connection to go.
     _stay: oneshot::Sender<()>,
 }
 
 impl Places {
+    /// A place for a new connection of `client`.
+    #[must_use]
+    pub fn take(&self, client: IpAddr) -> Place {
+        self.take_for(client.to_canonical())
+    }
+}
+
+impl<K: Copy + Eq + Hash> Places<K> {
     /// Room for `most` connections, of which one client holds `each` at most. `refused` counts connections that had to
     /// make room for others.
     #[must_use]
     pub fn new(most: usize, each: usize, refused: Counter) -> Self {
-        Self(Arc::new(Shared { most: most.max(1), each: each.max(1), refused, room: Mutex::default() }))
+        let room = Room { uses: 0, taken: BTreeMap::new(), of_each: HashMap::new() };
+        Self(Arc::new(Shared { most: most.max(1), each: each.max(1), refused, room: Mutex::new(room) }))
     }
 
-    /// A place for a new connection of `client`.
+    /// A place for a new connection that counts to the share of `client`.
     #[must_use]
-    pub fn take(&self, client: IpAddr) -> Place {
-        let client = client.to_canonical();
+    pub fn take_for(&self, client: K) -> Place<K> {
         let mut room = self.0.room();
         let loser = if room.held_by(client) >= self.0.each {
             Some(client)
@@ -73,22 +88,22 @@ impl Places {
     }
 }
 
-impl Shared {
-    fn room(&self) -> MutexGuard<'_, Room> {
+impl<K> Shared<K> {
+    fn room(&self) -> MutexGuard<'_, Room<K>> {
         self.room.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Room {
-    fn held_by(&self, client: IpAddr) -> usize {
+impl<K: Copy + Eq + Hash> Room<K> {
+    fn held_by(&self, client: K) -> usize {
         self.of_each.get(&client).copied().unwrap_or_default()
     }
 
-    fn longest_idle(&self, client: IpAddr) -> Option<u64> {
+    fn longest_idle(&self, client: K) -> Option<u64> {
         self.taken.iter().find(|(_, held)| held.client == client).map(|(number, _)| *number)
     }
 
-    fn hold(&mut self, held: Held) -> u64 {
+    fn hold(&mut self, held: Held<K>) -> u64 {
         self.uses += 1;
         self.taken.insert(self.uses, held);
         self.uses
@@ -106,13 +121,13 @@ impl Room {
 
 /// One connection's place, free again when this is dropped.
 #[derive(Debug)]
-pub struct Place {
-    shared: Arc<Shared>,
+pub struct Place<K: Copy + Eq + Hash = IpAddr> {
+    shared: Arc<Shared<K>>,
     number: u64,
     leave: oneshot::Receiver<()>,
 }
 
-impl Place {
+impl<K: Copy + Eq + Hash> Place<K> {
     /// The client said something: of this client's connections this one is now the last to make room.
     pub fn used(&mut self) {
         let mut room = self.shared.room();
@@ -128,7 +143,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl<K: Copy + Eq + Hash> Drop for Place<K> {
     fn drop(&mut self) {
         self.shared.room().free(self.number);
     }

@@ -52,7 +52,7 @@ pub(super) fn settings() -> Settings {
     Settings {
         node_name: "node-a".to_owned(),
         detect_local: DetectLocal::NodeCidr,
-        node_port_addresses: NodePortSetting::Primary,
+        node_port_addresses: NodePortSetting::PRIMARY,
         ..Settings::default()
     }
 }

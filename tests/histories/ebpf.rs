@@ -28,7 +28,7 @@ use super::{
 
 /// With every address of the host for NodePorts, so that they come and go.
 fn settings() -> Settings {
-    Settings { node_port_addresses: NodePortSetting::All, ..super::cluster::settings() }
+    Settings { node_port_addresses: NodePortSetting::ALL, ..super::cluster::settings() }
 }
 
 /// A plane in its own place, to which one history after another is played: what one leaves the next finds.

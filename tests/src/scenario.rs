@@ -122,7 +122,7 @@ fn settings(preamble: &str) -> Result<Settings> {
     let mut settings = Settings {
         node_name: "node-a".to_owned(),
         detect_local: DetectLocal::ClusterCidr(networks("10.244.0.0/16 fd00:10:244::/48")?),
-        node_port_addresses: NodePortSetting::All,
+        node_port_addresses: NodePortSetting::ALL,
         ..Settings::default()
     };
     for line in preamble.lines().filter(|line| !line.starts_with('#') && !line.is_empty()) {
@@ -132,9 +132,9 @@ fn settings(preamble: &str) -> Result<Settings> {
             ("detect-local", "node-cidr") => settings.detect_local = DetectLocal::NodeCidr,
             ("masquerade-all", value) => settings.masquerade_all = value.parse()?,
             ("external-ips", value) => settings.external_ips = value.parse()?,
-            ("node-port-addresses", "primary") => settings.node_port_addresses = NodePortSetting::Primary,
+            ("node-port-addresses", "primary") => settings.node_port_addresses = NodePortSetting::PRIMARY,
             ("node-port-addresses", value) => {
-                settings.node_port_addresses = NodePortSetting::Cidrs(networks(value)?);
+                settings.node_port_addresses = NodePortSetting::of(networks(value)?);
             }
             _ => bail!("unknown setting `{line}`"),
         }

@@ -12,7 +12,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use ipnet::IpNet;
 
-pub use crate::model::{DetectLocal, NodePortSetting, Settings};
+pub use crate::model::{DetectLocal, LoopbackNodePorts, NodePortSetting, Settings};
 
 mod dns;
 mod document;

@@ -23,11 +23,12 @@ use super::{
     ProxyMode, RequestLimit, Settings, SourceConfig, document,
     file::{self, Configuration, DetectLocalMode, Mode, Rules},
 };
-use crate::model::{Family, PerFamily};
+use crate::model::{Family, LoopbackNodePorts, PerFamily};
 
 const HEALTHZ_PORT: u16 = 10256;
 const METRICS_PORT: u16 = 10249;
 const EXTERNAL_IPS_GATE: &str = "AllowServiceExternalIPs";
+const LOCALHOST_GATE: &str = "KubeProxyNFTablesLocalhostNodePorts";
 
 /// Who wrote a [`Configuration`].
 pub(super) enum Origin {
@@ -109,7 +110,7 @@ pub(super) fn resolve(
         detect_local: check.detect_local(configuration),
         masquerade_all: rules.masquerade_all,
         masquerade_bit: rules.masquerade_bit,
-        loopback_node_ports: loopback_node_ports(configuration, &node_port_addresses),
+        loopback_node_ports: loopback_node_ports(configuration, imitated, &node_port_addresses),
         node_port_addresses,
         external_ips: check.external_ips(configuration),
         bind_address: bind_address.filter(|address| !address.is_unspecified()),
@@ -156,7 +157,9 @@ pub(super) fn document(
     document["metricsBindAddress"] = address(config.metrics).into();
     document["hostnameOverride"] = name.unwrap_or(&configuration.hostname_override).as_str().into();
     document["mode"] = <&str>::from(mode).into();
-    if config.model.node_port_addresses == NodePortSetting::Primary {
+    if configuration.node_port_addresses.is_empty()
+        && config.model.node_port_addresses == NodePortSetting::PRIMARY
+    {
         document["nodePortAddresses"] = ["primary"].into();
     }
     document["logging"]["verbosity"] = config.log.verbosity.into();
@@ -164,26 +167,42 @@ pub(super) fn document(
     document
 }
 
-/// Whether NodePorts answer on the loopback address of a family: as in kube-proxy's iptables mode (R13), unless that is
-/// switched off, wherever they answer on all addresses or in a network that holds this one.
-fn loopback_node_ports(configuration: &Configuration, setting: &NodePortSetting) -> PerFamily<bool> {
-    let wanted = configuration.iptables.localhost_node_ports.unwrap_or(true);
+/// Whether NodePorts answer on the loopback address of a family. Networks that name it ask for that, as for kube-proxy's nftables
+/// mode (R18) unless its feature gate is off. For the sockets' plane it is enough that they hold it, as for kube-proxy's
+/// iptables mode (R13) unless that is switched off.
+fn loopback_node_ports(
+    configuration: &Configuration,
+    imitated: Mode,
+    setting: &NodePortSetting,
+) -> PerFamily<LoopbackNodePorts> {
+    let is_on = |gate: &str| configuration.feature_gates.get(gate).copied().unwrap_or(true);
+    let for_iptables = configuration.iptables.localhost_node_ports.unwrap_or(true);
+    let may_be_asked = if imitated == Mode::Nftables { is_on(LOCALHOST_GATE) } else { for_iptables };
     let answers = |loopback: IpAddr| {
-        wanted
-            && match setting {
-                NodePortSetting::All => true,
-                NodePortSetting::Primary => false,
-                NodePortSetting::Cidrs(networks) => {
-                    let mut own = networks
-                        .iter()
-                        .filter(|network| Family::of(network.addr()) == Family::of(loopback))
-                        .peekable();
-                    // R14: a family without a network of its own serves on all addresses.
-                    own.peek().is_none() || own.any(|network| network.contains(&loopback))
-                }
-            }
+        let of_family = |network: &&IpNet| Family::of(network.addr()) == Family::of(loopback);
+        let own: Vec<&IpNet> = setting.networks.iter().filter(of_family).collect();
+        let holds = |network: &&IpNet| network.contains(&loopback);
+        // R14: a family without a network of its own serves on all addresses.
+        let is_held = if own.is_empty() { !setting.primary } else { own.iter().any(holds) };
+        match own.iter().any(|network| network.prefix_len() > 0 && holds(network)) {
+            true if may_be_asked => LoopbackNodePorts::Always,
+            false if is_held && for_iptables => LoopbackNodePorts::BySockets,
+            _ => LoopbackNodePorts::Never,
+        }
     };
     PerFamily { v4: answers(Ipv4Addr::LOCALHOST.into()), v6: answers(Ipv6Addr::LOCALHOST.into()) }
+}
+
+/// What a word among `nodePortAddresses` stands for (R18), but `primary`, whose addresses only the Node tells.
+fn networks_of_word(text: &str) -> Option<[IpNet; 2]> {
+    let network = |ip: IpAddr, len| IpNet::new_assert(ip, len).trunc();
+    match text {
+        "localhost" => {
+            Some([network(Ipv4Addr::LOCALHOST.into(), 8), network(Ipv6Addr::LOCALHOST.into(), 128)])
+        }
+        "all" => Some([network(Ipv4Addr::UNSPECIFIED.into(), 0), network(Ipv6Addr::UNSPECIFIED.into(), 0)]),
+        _ => None,
+    }
 }
 
 /// What the imitated mode's block says.
@@ -271,7 +290,7 @@ impl Check<'_> {
             Mode::Ipvs => "ipvs",
         };
         self.warnings.push(format!(
-            "{place}: {kube_proxys} means auto here; only the eBPF plane serves NodePorts on 127.0.0.1 as kube-proxy may do"
+            "{place}: {kube_proxys} means auto here; without eBPF, NodePorts answer on 127.0.0.1 only where nodePortAddresses name localhost"
         ));
         ProxyMode::Auto
     }
@@ -363,28 +382,38 @@ impl Check<'_> {
     fn node_ports(&mut self, given: &[String], imitated: Mode) -> NodePortSetting {
         if given.is_empty() {
             return match imitated {
-                Mode::Nftables => NodePortSetting::Primary,
-                Mode::Unset | Mode::Auto | Mode::Ebpf | Mode::Iptables | Mode::Ipvs => NodePortSetting::All,
+                Mode::Nftables => NodePortSetting::PRIMARY,
+                Mode::Unset | Mode::Auto | Mode::Ebpf | Mode::Iptables | Mode::Ipvs => NodePortSetting::ALL,
             };
         }
-        if given == ["primary"] {
-            return NodePortSetting::Primary;
-        }
-        let mut networks = Vec::new();
+        let mut setting = NodePortSetting::of(Vec::new());
         for (index, text) in given.iter().enumerate() {
             let field = format!("nodePortAddresses[{index}]");
-            match text.parse::<IpNet>() {
-                Ok(network) => networks.push(network.trunc()),
-                Err(_) if text == "primary" => self.reject(&field, "`primary` cannot stand beside networks"),
-                Err(_) => self.reject(&field, format_args!("`{text}` is not a network such as 192.0.2.0/24")),
+            let earlier = &given[..index];
+            match (text.as_str(), networks_of_word(text)) {
+                ("primary", _) | (_, Some(_)) if earlier.contains(text) => {
+                    self.reject(&field, format_args!("`{text}` stands there twice"));
+                }
+                ("primary", _) => setting.primary = true,
+                (_, Some(networks)) => setting.networks.extend(networks),
+                (_, None) => match text.parse::<IpNet>() {
+                    Ok(network) => setting.networks.push(network.trunc()),
+                    Err(_) => {
+                        let words = "primary, localhost and all";
+                        let complaint = format_args!(
+                            "`{text}` is neither a network such as 192.0.2.0/24 nor one of the words {words}"
+                        );
+                        self.reject(&field, complaint);
+                    }
+                },
             }
         }
-        NodePortSetting::Cidrs(networks)
+        setting
     }
 
     fn external_ips(&mut self, configuration: &Configuration) -> bool {
         let others: Vec<_> = (configuration.feature_gates.keys())
-            .filter(|name| *name != EXTERNAL_IPS_GATE)
+            .filter(|name| ![EXTERNAL_IPS_GATE, LOCALHOST_GATE].contains(&name.as_str()))
             .map(String::as_str)
             .collect();
         if !others.is_empty() {

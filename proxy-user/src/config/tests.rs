@@ -7,8 +7,8 @@ use ipnet::IpNet;
 use tempfile::NamedTempFile;
 
 use super::{
-    Conntrack, DetectLocal, Error, Host, Loaded, LogConfig, NodePortSetting, ProxyMode, RequestLimit,
-    SourceConfig, flags::ConfigArgs, load,
+    Conntrack, DetectLocal, Error, Host, Loaded, LogConfig, LoopbackNodePorts, NodePortSetting, ProxyMode,
+    RequestLimit, SourceConfig, flags::ConfigArgs, load,
 };
 use crate::model::PerFamily;
 
@@ -91,7 +91,7 @@ fn kubeadms_file_loads_as_kube_proxy_reads_it() {
     let pods = ["10.244.0.0/16", "fd00:10:244::/56"].map(|it| it.parse().unwrap()).to_vec();
     assert_eq!(config.model.detect_local, DetectLocal::ClusterCidr(pods));
     assert_eq!((config.model.masquerade_all, config.model.masquerade_bit), (false, 14));
-    assert_eq!(config.model.node_port_addresses, NodePortSetting::All, "R15");
+    assert_eq!(config.model.node_port_addresses, NodePortSetting::ALL, "R15");
     assert!(config.model.external_ips, "R10");
     assert_eq!(config.model.bind_address, None);
     assert_eq!(config.healthz.unwrap().to_string(), "0.0.0.0:10256");
@@ -111,7 +111,7 @@ fn kubeadms_file_loads_as_kube_proxy_reads_it() {
     assert_eq!((config.oom_score_adj, config.request_limit), (None, None));
     assert_eq!(config.log, LogConfig::default());
     insta::assert_snapshot!(warnings.join("\n"), @r"
-        FILE: mode: no mode means auto here; only the eBPF plane serves NodePorts on 127.0.0.1 as kube-proxy may do
+        FILE: mode: no mode means auto here; without eBPF, NodePorts answer on 127.0.0.1 only where nodePortAddresses name localhost
     ");
 }
 
@@ -226,7 +226,7 @@ fn wrong_values_name_the_field_and_the_value() {
         "bindAddress: eth0",
         "healthzBindAddress: localhost:10256",
         "metricsBindAddress: 127.0.0.1:0",
-        "nodePortAddresses: [10.0.0.0/8, primary]",
+        "nodePortAddresses: [primary, 10.0.0.0/8, primary]",
         "nodePortAddresses: [eth0]",
         "conntrack: {min: -1, udpTimeout: -1s}",
         "hostnameOverride: ' '",
@@ -250,8 +250,8 @@ fn wrong_values_name_the_field_and_the_value() {
         FILE: bindAddress: `eth0` is not an IP address
         FILE: healthzBindAddress: `localhost:10256` is not an IP address with a port from 1 to 65535
         FILE: metricsBindAddress: `127.0.0.1:0` is not an IP address with a port from 1 to 65535
-        FILE: nodePortAddresses[1]: `primary` cannot stand beside networks
-        FILE: nodePortAddresses[0]: `eth0` is not a network such as 192.0.2.0/24
+        FILE: nodePortAddresses[2]: `primary` stands there twice
+        FILE: nodePortAddresses[0]: `eth0` is neither a network such as 192.0.2.0/24 nor one of the words primary, localhost and all
         FILE: conntrack.min: -1 is less than 0
         FILE: conntrack.udpTimeout: -1s is less than 0
         FILE: hostnameOverride: a node's name cannot be empty
@@ -268,7 +268,7 @@ fn a_wrong_flag_is_called_by_its_name() {
     let lines = [
         "--cluster-cidr 10.0.0.0/8,10.1.0.0/16",
         "--iptables-masquerade-bit 40",
-        "--nodeport-addresses primary,10.0.0.0/8",
+        "--nodeport-addresses localhost,10.0.0.0/8,localhost",
         "--healthz-bind-address nowhere",
         "--iptables-sync-period 1s --iptables-min-sync-period 2s",
         "--detect-local-mode BridgeInterface",
@@ -281,7 +281,7 @@ fn a_wrong_flag_is_called_by_its_name() {
     insta::assert_snapshot!(lines.map(|line| flags(line).unwrap_err().to_string()).join("\n"), @r"
         --cluster-cidr: `10.0.0.0/8,10.1.0.0/16` has more than one network of a family
         --iptables-masquerade-bit: 40 is not a bit from 0 to 31
-        --nodeport-addresses: `primary` cannot stand beside networks
+        --nodeport-addresses: `localhost` stands there twice
         --healthz-bind-address: `nowhere` is not an IP address with a port from 1 to 65535
         --iptables-sync-period: 1s is less than minSyncPeriod, which is 2s
         --pod-bridge-interface: the chosen way to tell local pods needs a name here
@@ -338,7 +338,7 @@ fn with_a_file_only_some_flags_count_and_the_others_are_named() {
     assert_eq!(config.mode, ProxyMode::Auto);
     assert_eq!(
         config.model.node_port_addresses,
-        NodePortSetting::Primary,
+        NodePortSetting::PRIMARY,
         "the file's mode is the one imitated"
     );
     assert!(!config.model.masquerade_all);
@@ -371,17 +371,17 @@ fn the_node_name_is_the_flags_then_the_files_then_the_hosts() {
 /// R15, and which block of the file supplies what.
 #[test]
 fn mode_picks_the_block_and_the_nodeport_default() {
-    use NodePortSetting::{All, Primary};
+    const ALL: NodePortSetting = NodePortSetting::ALL;
     let blocks = "iptables: {masqueradeBit: 1, masqueradeAll: true, syncPeriod: 10s, minSyncPeriod: 2s}\n\
                   nftables: {masqueradeBit: 3, syncPeriod: 20s, minSyncPeriod: 4s}\n\
                   ipvs: {syncPeriod: 40s}";
     for (mode, bit, all, sync, min, node_ports) in [
-        ("''", 1, true, 10, 2, All),
-        ("iptables", 1, true, 10, 2, All),
-        ("ipvs", 1, true, 40, 0, All),
-        ("nftables", 3, false, 20, 4, Primary),
-        ("auto", 1, true, 10, 2, All),
-        ("ebpf", 1, true, 10, 2, All),
+        ("''", 1, true, 10, 2, ALL),
+        ("iptables", 1, true, 10, 2, ALL),
+        ("ipvs", 1, true, 40, 0, ALL),
+        ("nftables", 3, false, 20, 4, NodePortSetting::PRIMARY),
+        ("auto", 1, true, 10, 2, ALL),
+        ("ebpf", 1, true, 10, 2, ALL),
     ] {
         let config = file(&format!("mode: {mode}\n{blocks}")).config;
         assert_eq!((config.model.masquerade_bit, config.model.masquerade_all), (bit, all), "{mode}");
@@ -393,17 +393,17 @@ fn mode_picks_the_block_and_the_nodeport_default() {
 #[test]
 fn r15_flags_alone_imitate_the_mode_they_name() {
     for (line, mode, node_ports) in [
-        ("", ProxyMode::Auto, NodePortSetting::All),
-        ("--proxy-mode=", ProxyMode::Auto, NodePortSetting::All),
-        ("--proxy-mode auto", ProxyMode::Auto, NodePortSetting::All),
-        ("--proxy-mode ebpf", ProxyMode::Ebpf, NodePortSetting::All),
-        ("--proxy-mode iptables", ProxyMode::Auto, NodePortSetting::All),
-        ("--proxy-mode nftables", ProxyMode::Nftables, NodePortSetting::Primary),
-        ("--proxy-mode nftables --nodeport-addresses primary", ProxyMode::Nftables, NodePortSetting::Primary),
+        ("", ProxyMode::Auto, NodePortSetting::ALL),
+        ("--proxy-mode=", ProxyMode::Auto, NodePortSetting::ALL),
+        ("--proxy-mode auto", ProxyMode::Auto, NodePortSetting::ALL),
+        ("--proxy-mode ebpf", ProxyMode::Ebpf, NodePortSetting::ALL),
+        ("--proxy-mode iptables", ProxyMode::Auto, NodePortSetting::ALL),
+        ("--proxy-mode nftables", ProxyMode::Nftables, NodePortSetting::PRIMARY),
+        ("--proxy-mode nftables --nodeport-addresses primary", ProxyMode::Nftables, NodePortSetting::PRIMARY),
         (
             "--proxy-mode nftables --nodeport-addresses 192.0.2.7/24,::/0",
             ProxyMode::Nftables,
-            NodePortSetting::Cidrs(vec!["192.0.2.0/24".parse().unwrap(), "::/0".parse().unwrap()]),
+            NodePortSetting::of(vec!["192.0.2.0/24".parse().unwrap(), "::/0".parse().unwrap()]),
         ),
     ] {
         let config = flags(line).unwrap().config;
@@ -412,33 +412,80 @@ fn r15_flags_alone_imitate_the_mode_they_name() {
 }
 
 #[test]
-fn r13_loopback_node_ports_follow_the_addresses_and_their_switch() {
+fn r13_r18_loopback_node_ports_follow_the_addresses_and_their_switches() {
+    use LoopbackNodePorts::{Always, BySockets, Never};
     for (line, v4, v6) in [
-        ("", true, true),
-        ("--proxy-mode ebpf", true, true),
-        ("--proxy-mode nftables", false, false),
-        ("--nodeport-addresses primary", false, false),
-        ("--nodeport-addresses 192.0.2.0/24", false, true),
-        ("--nodeport-addresses 192.0.2.0/24,2001:db8::/32", false, false),
-        ("--nodeport-addresses 0.0.0.0/0,2001:db8::/32", true, false),
-        ("--nodeport-addresses 192.0.2.0/24,127.0.0.0/8,::/0", true, true),
-        ("--nodeport-addresses ::1/128", true, true),
-        ("--iptables-localhost-nodeports", true, true),
-        ("--iptables-localhost-nodeports=false", false, false),
-        ("--iptables-localhost-nodeports=false --nodeport-addresses 127.0.0.0/8", false, false),
+        ("", BySockets, BySockets),
+        ("--proxy-mode ebpf", BySockets, BySockets),
+        ("--proxy-mode nftables", Never, Never),
+        ("--nodeport-addresses primary", Never, Never),
+        ("--nodeport-addresses all", BySockets, BySockets),
+        ("--nodeport-addresses localhost", Always, Always),
+        ("--proxy-mode nftables --nodeport-addresses localhost", Always, Always),
+        ("--proxy-mode nftables --nodeport-addresses primary,localhost", Always, Always),
+        ("--proxy-mode nftables --nodeport-addresses all,localhost", Always, Always),
+        ("--nodeport-addresses 192.0.2.0/24", Never, BySockets),
+        ("--nodeport-addresses 192.0.2.0/24,2001:db8::/32", Never, Never),
+        ("--nodeport-addresses 0.0.0.0/0,2001:db8::/32", BySockets, Never),
+        ("--nodeport-addresses 192.0.2.0/24,127.0.0.0/8,::/0", Always, BySockets),
+        ("--nodeport-addresses ::1/128", BySockets, Always),
+        // 127.0.0.1 is not in it.
+        ("--nodeport-addresses 127.0.1.0/24", Never, BySockets),
+        ("--iptables-localhost-nodeports", BySockets, BySockets),
+        ("--iptables-localhost-nodeports=false", Never, Never),
+        ("--iptables-localhost-nodeports=false --nodeport-addresses 127.0.0.0/8", Never, Never),
+        (
+            "--proxy-mode nftables --iptables-localhost-nodeports=false --nodeport-addresses localhost",
+            Always,
+            Always,
+        ),
+        (
+            "--proxy-mode nftables --feature-gates KubeProxyNFTablesLocalhostNodePorts=false --nodeport-addresses localhost",
+            Never,
+            Never,
+        ),
     ] {
         let expected = PerFamily { v4, v6 };
         assert_eq!(flags(line).unwrap().config.model.loopback_node_ports, expected, "{line}");
     }
     for (fields, on) in [
-        ("iptables: {localhostNodePorts: null}", true),
-        ("iptables: {localhostNodePorts: true}", true),
-        ("iptables: {localhostNodePorts: false}", false),
-        ("mode: nftables", false),
+        ("iptables: {localhostNodePorts: null}", BySockets),
+        ("iptables: {localhostNodePorts: true}", BySockets),
+        ("iptables: {localhostNodePorts: false}", Never),
+        ("mode: nftables", Never),
+        ("mode: nftables\nnodePortAddresses: [localhost]", Always),
     ] {
         let loaded = file(fields);
         assert_eq!(loaded.config.model.loopback_node_ports, PerFamily { v4: on, v6: on }, "{fields}");
-        assert!(!loaded.warnings.iter().any(|warning| warning.contains("localhostNodePorts")), "{fields}");
+        assert!(!loaded.warnings.iter().any(|warning| warning.contains("localhost")), "{fields}");
+    }
+}
+
+#[test]
+fn r18_words_stand_for_networks_and_may_stand_beside_them() {
+    let networks = |text: &str| text.split(' ').map(|net| net.parse().unwrap()).collect::<Vec<IpNet>>();
+    for (given, primary, expected) in [
+        ("[localhost]", false, networks("127.0.0.0/8 ::1/128")),
+        ("[all]", false, networks("0.0.0.0/0 ::/0")),
+        ("[primary, localhost]", true, networks("127.0.0.0/8 ::1/128")),
+        ("[10.0.0.0/8, localhost, primary]", true, networks("10.0.0.0/8 127.0.0.0/8 ::1/128")),
+    ] {
+        let loaded = file(&format!("mode: nftables\nnodePortAddresses: {given}"));
+        let setting = loaded.config.model.node_port_addresses;
+        assert_eq!((setting.primary, setting.networks), (primary, expected), "{given}");
+        let words: serde_json::Value = serde_yaml_ng::from_str(given).unwrap();
+        assert_eq!(loaded.document["nodePortAddresses"], words, "told as it was written");
+    }
+    for (given, complaint) in [
+        ("[primary, localhost, primary]", "nodePortAddresses[2]: `primary` stands there twice"),
+        ("[localhost, localhost]", "nodePortAddresses[1]: `localhost` stands there twice"),
+        (
+            "[Localhost]",
+            "nodePortAddresses[0]: `Localhost` is neither a network such as 192.0.2.0/24 nor one of the words",
+        ),
+    ] {
+        let error = file_with(&format!("nodePortAddresses: {given}"), "").unwrap_err().to_string();
+        assert!(error.contains(complaint), "{error}");
     }
 }
 
@@ -531,7 +578,7 @@ fn a_flag_given_twice_counts_the_last_time_and_a_list_grows() {
     let config = flags(line).unwrap().config;
     assert_eq!(config.model.node_name, "b");
     let both = ["10.0.0.0/8", "::/0"].map(|it| it.parse().unwrap()).to_vec();
-    assert_eq!(config.model.node_port_addresses, NodePortSetting::Cidrs(both));
+    assert_eq!(config.model.node_port_addresses, NodePortSetting::of(both));
 }
 
 #[test]

@@ -14,8 +14,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use tracing::warn;
 
 use super::{
-    DetectLocal, Endpoints, Node, NodePortSetting, NodeView, ObjectName, Problem, Service, Settings, Slice,
-    Uid, parse_network,
+    DetectLocal, Endpoints, Node, NodeView, ObjectName, Problem, Service, Settings, Slice, Uid, parse_network,
 };
 use crate::source::{Change, Kind, Object};
 
@@ -98,8 +97,8 @@ impl Model {
     /// make frontends or routes depend on it. Objects that do not exist are not waited for.
     #[must_use]
     pub fn is_synced(&self) -> bool {
-        let by_node = self.settings.node_port_addresses == NodePortSetting::Primary
-            || self.settings.detect_local == DetectLocal::NodeCidr;
+        let by_node =
+            self.settings.node_port_addresses.primary || self.settings.detect_local == DetectLocal::NodeCidr;
         let needed = [Kind::Service, Kind::EndpointSlice].into_iter().chain(by_node.then_some(Kind::Node));
         needed.into_iter().all(|kind| self.synced.contains(&kind))
     }

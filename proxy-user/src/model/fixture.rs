@@ -60,7 +60,7 @@ pub(crate) fn settings() -> Settings {
             "10.244.0.0/16".parse().unwrap(),
             "fd00:10::/32".parse().unwrap(),
         ]),
-        node_port_addresses: super::NodePortSetting::All,
+        node_port_addresses: super::NodePortSetting::ALL,
         ..Settings::default()
     }
 }

@@ -32,7 +32,7 @@ pub use node::{LocalTraffic, Node, NodeView};
 pub use pod::{Namespace, Pod, Reason, SOCKET_LB_KEY, SocketLb};
 pub use pods::{Bypassed, BypassedPod, Pods};
 pub use service::{Removal, Service, ServicePort};
-pub use settings::{DetectLocal, NodePortSetting, Settings};
+pub use settings::{DetectLocal, LoopbackNodePorts, NodePortSetting, Settings};
 pub use uid::Uid;
 
 /// Namespace and name of an object; the namespace is empty for objects that have none.

@@ -23,13 +23,38 @@ pub enum DetectLocal {
 
 /// Which addresses of the node serve NodePorts (R13 to R15).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NodePortSetting {
+pub struct NodePortSetting {
     /// The node's own address of each family.
-    Primary,
+    pub primary: bool,
+    /// Addresses of the host inside these networks. A family that neither these nor `primary` have an address of serves on
+    /// all, loopback ones apart.
+    pub networks: Vec<IpNet>,
+}
+
+impl NodePortSetting {
     /// Every address of the host but loopback ones.
-    All,
-    /// Addresses of the host inside these networks; a family that none of them belongs to serves on all.
-    Cidrs(Vec<IpNet>),
+    pub const ALL: Self = Self { primary: false, networks: Vec::new() };
+    /// The node's own address of each family.
+    pub const PRIMARY: Self = Self { primary: true, networks: Vec::new() };
+
+    /// Addresses inside these networks.
+    #[must_use]
+    pub const fn of(networks: Vec<IpNet>) -> Self {
+        Self { primary: false, networks }
+    }
+}
+
+/// Whether processes of this node reach NodePorts on the loopback address of a family, 127.0.0.1 or ::1 (R13, R18).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LoopbackNodePorts {
+    /// They do not.
+    #[default]
+    Never,
+    /// Where the sockets' plane serves, to which a loopback address is an address like any other: as in kube-proxy's
+    /// iptables mode, nobody asked for it in so many words.
+    BySockets,
+    /// Whatever plane serves, because it was asked for.
+    Always,
 }
 
 /// Everything the model and the plan need to be told once.
@@ -45,9 +70,8 @@ pub struct Settings {
     pub masquerade_bit: u8,
     /// Where NodePorts answer.
     pub node_port_addresses: NodePortSetting,
-    /// Whether processes of this node reach NodePorts on the loopback address of a family, as in kube-proxy's iptables
-    /// mode (R13). Only the eBPF plane can do that.
-    pub loopback_node_ports: PerFamily<bool>,
+    /// Whether processes of this node reach NodePorts on the loopback address of a family (R13, R18).
+    pub loopback_node_ports: PerFamily<LoopbackNodePorts>,
     /// Whether `spec.externalIPs` is honoured (R10).
     pub external_ips: bool,
     /// The node's address of its family, if the operator names a specific one, whatever the Node says.
@@ -66,8 +90,8 @@ impl Default for Settings {
             detect_local: DetectLocal::ClusterCidr(Vec::new()),
             masquerade_all: false,
             masquerade_bit: 14,
-            node_port_addresses: NodePortSetting::Primary,
-            loopback_node_ports: PerFamily { v4: false, v6: false },
+            node_port_addresses: NodePortSetting::PRIMARY,
+            loopback_node_ports: PerFamily::default(),
             external_ips: true,
             bind_address: None,
             families: PerFamily { v4: true, v6: true },

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::{NodePlan, NodePortAddresses, ServicePlan, plan_service};
-use crate::model::{Family, Model, NodePortSetting, ObjectName, PerFamily};
+use crate::model::{Family, LoopbackNodePorts, Model, NodePortSetting, ObjectName, PerFamily};
 
 impl Model {
     /// What a Service means on this node; an empty plan if there is no such Service to serve.
@@ -36,8 +36,8 @@ impl Model {
             local_traffic: self.node_view().local_traffic.clone(),
             node_port_addresses,
             loopback_node_ports: PerFamily {
-                v4: settings.loopback_node_ports.v4 && served(Family::V4),
-                v6: settings.loopback_node_ports.v6 && served(Family::V6),
+                v4: settings.loopback_node_ports.v4 != LoopbackNodePorts::Never && served(Family::V4),
+                v6: settings.loopback_node_ports.v6 != LoopbackNodePorts::Never && served(Family::V6),
             },
             host_addresses,
             masquerade_mark: 1_u32.checked_shl(settings.masquerade_bit.into()).unwrap_or_default(),
@@ -48,17 +48,11 @@ impl Model {
 
     /// Where NodePorts of a family answer (R13 to R15).
     fn node_port_addresses(&self, family: Family) -> NodePortAddresses {
-        let setting = match &self.settings().node_port_addresses {
-            NodePortSetting::All => Vec::new(),
-            NodePortSetting::Primary => vec![*self.node_view().addresses.get(family)]
-                .into_iter()
-                .filter(|address| !address.is_loopback())
-                .map(IpNet::from)
-                .collect(),
-            NodePortSetting::Cidrs(cidrs) => cidrs.clone(),
-        };
-        let networks: Vec<IpNet> =
-            setting.into_iter().filter(|net| Family::of(net.addr()) == family).collect();
+        let NodePortSetting { primary, networks } = &self.settings().node_port_addresses;
+        let own = primary.then(|| *self.node_view().addresses.get(family));
+        let own = own.filter(|address| !address.is_loopback()).map(IpNet::from);
+        let of_family = |net: &IpNet| Family::of(net.addr()) == family;
+        let networks: Vec<IpNet> = networks.iter().copied().filter(of_family).chain(own).collect();
         if networks.is_empty() || networks.iter().any(|network| network.prefix_len() == 0) {
             return NodePortAddresses::AnyLocal;
         }

@@ -7,7 +7,7 @@
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use prometheus_client::metrics::counter::Counter;
 
-use crate::{observe::Metrics, places::Places};
+use crate::{observe::Metrics, places::Places, relay::Port};
 
 /// What is assumed where the kernel does not tell.
 const USUAL: u64 = 1024;
@@ -51,6 +51,12 @@ impl Files {
     /// Room for connections that ask for names.
     pub(super) fn names(self, metrics: &Metrics) -> Places {
         self.places(512, 32, metrics.refused("dns-connections"))
+    }
+
+    /// Room for what is relayed from loopback addresses, a share for each NodePort. A connection takes two files.
+    pub(super) fn relayed(self, metrics: &Metrics) -> Places<Port> {
+        let refused = metrics.refused("localhost-node-port-flows");
+        Places::new(self.share(4096) / 2, self.share(1024) / 2, refused)
     }
 
     /// How many names may be asked of the upstream at a time, and how many of them for one client.

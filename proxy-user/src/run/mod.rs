@@ -53,6 +53,7 @@ mod machine;
 mod manager;
 mod planes;
 pub mod pods;
+mod relay;
 mod reload;
 mod sockets;
 mod takeover;
@@ -178,6 +179,13 @@ async fn serve(
         );
     let (open, opened) = oneshot::channel();
     let inputs = Inputs { changes, addresses, opened, stopping: stopping.clone() };
+    let (engine, relay) = match relay::relayed(&config.model) {
+        PerFamily { v4: false, v6: false } => (engine, None),
+        relayed => {
+            let (relay, news) = mpsc::unbounded_channel();
+            (engine.with_relay(relay, relayed), Some(news))
+        }
+    };
     let engine = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(engine.run(inputs));
@@ -187,6 +195,9 @@ async fn serve(
     let planes = Planes::open(&config)?;
     let words = std::env::args().skip(1).collect();
     let (mode_in, mode) = watch::channel(planes.mode());
+    if let Some(news) = relay {
+        relay::start(news, mode.clone(), files, &metrics)?;
+    }
     let about = About { proxy_mode: mode, configuration: document, words };
     let (opened, sockets) = go_along(planes, connection, &metrics, mode_in)?;
     // An engine that is gone has panicked, which is found out when it is joined.

@@ -23,6 +23,8 @@ pub enum Difference {
     EveryAddress,
     /// R13: NodePorts are on loopback addresses.
     Loopback,
+    /// R18: they are where that is asked for, as for a later kube-proxy.
+    AskedLoopback,
     /// K2: connected UDP sockets are closed.
     Closed,
     /// F1: unconnected UDP sockets hear of it from the call itself.
@@ -38,7 +40,7 @@ impl Difference {
     #[must_use]
     pub fn is_of(self, kind: Kind) -> bool {
         match self {
-            Self::Ended | Self::Unplaced => matches!(kind, Kind::Weir(_)),
+            Self::AskedLoopback | Self::Ended | Self::Unplaced => matches!(kind, Kind::Weir(_)),
             _ => kind == Kind::Weir(Plane::Ebpf),
         }
     }
@@ -58,6 +60,10 @@ impl fmt::Display for Difference {
             Self::Loopback => {
                 "NodePorts answer the node's processes on its loopback addresses, which sockets can be led away from \
                  and packets cannot (R13)"
+            }
+            Self::AskedLoopback => {
+                "NodePorts answer the node's processes on loopback addresses where nodePortAddresses names these, by TCP \
+                 and UDP; kube-proxy does so since 1.38, by TCP (R18)"
             }
             Self::Closed => {
                 "a connected UDP socket whose endpoint is gone is closed: it is connected to the endpoint itself, and \

@@ -165,6 +165,7 @@ fn node_port_addresses() -> Vec<Case> {
         ..Settings::default()
     };
     let [first, second, loopback] = [Address::Node(1), Address::SecondNode(1), Address::Loopback].map(on);
+    let on_loopback = settings(&["192.168.77.20/30", "fd00:192:168:77::20/126", "127.0.0.0/8", "::1/128"]);
     let refused = Expect::Refused;
     let served = any(&[POD11]);
     vec![
@@ -187,6 +188,29 @@ fn node_port_addresses() -> Vec<Case> {
             .checks(&[POD12, HOST, OUTSIDE], &[first, second], &served)
             .check(HOST, loopback, refused.unless(Difference::Loopback, &served))
             .check(POD12, loopback, refused.clone()),
+        case(
+            "R18",
+            "NodePorts answer the node's processes on loopback addresses if these are asked for",
+            shape(),
+        )
+        .with(&on_loopback)
+        .checks(&[POD12, HOST, OUTSIDE], &[second], &served)
+        .check(HOST, loopback, refused.unless(Difference::AskedLoopback, &served))
+        .checks(&[POD12], &[loopback], &refused)
+        .checks(&[POD12, HOST, OUTSIDE], &[first], &refused)
+        .then(service([pod(2, 1)]).of(ServiceType::NodePort))
+        .check(HOST, loopback, refused.unless(Difference::AskedLoopback, &any(&[POD21])))
+        .then(service([]).of(ServiceType::NodePort))
+        .check(HOST, loopback, refused.clone()),
+        case(
+            "R18 R6",
+            "NodePorts on loopback addresses serve the node itself whatever its policy",
+            shape().external_local(),
+        )
+        .with(&on_loopback)
+        .check(HOST, loopback, refused.unless(Difference::AskedLoopback, &served))
+        .then(service([pod(2, 1)]).of(ServiceType::NodePort).external_local())
+        .check(HOST, loopback, refused.unless(Difference::AskedLoopback, &any(&[POD21]))),
         case("R14", "networks of one family only leave the other open", shape())
             .with(&settings(&["192.168.77.20/30"]))
             .only(Family::V6)

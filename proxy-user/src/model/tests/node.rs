@@ -164,9 +164,9 @@ fn a_new_pod_network_concerns_every_service() {
 #[test]
 fn nothing_is_synced_before_every_kind_that_matters_is_listed() {
     let modes = [
-        (NodePortSetting::All, DetectLocal::ClusterCidr(Vec::new()), false),
-        (NodePortSetting::Primary, DetectLocal::ClusterCidr(Vec::new()), true),
-        (NodePortSetting::All, DetectLocal::NodeCidr, true),
+        (NodePortSetting::ALL, DetectLocal::ClusterCidr(Vec::new()), false),
+        (NodePortSetting::PRIMARY, DetectLocal::ClusterCidr(Vec::new()), true),
+        (NodePortSetting::ALL, DetectLocal::NodeCidr, true),
     ];
     for (node_port_addresses, detect_local, needs_node) in modes {
         let mut model = Model::new(Settings { node_port_addresses, detect_local, ..settings() });

@@ -79,6 +79,8 @@ struct KubeProxy {
     cleanup_failures: Labelled<Label, Counter>,
     healthz: Labelled<Label, Counter>,
     livez: Labelled<Label, Counter>,
+    localhost_listeners: Labelled<Label, Gauge>,
+    localhost_failures: Labelled<Label, Counter>,
     conntrack: Timings,
     conntrack_deleted: Labelled<Label, Counter>,
 }
@@ -200,6 +202,18 @@ impl KubeProxy {
             ),
             healthz: put(r, "proxy_healthz", "Answers of /healthz", Labelled::default()),
             livez: put(r, "proxy_livez", "Answers of /livez", Labelled::default()),
+            localhost_listeners: put(
+                r,
+                "nftables_localhost_nodeport_listeners",
+                "NodePorts that the agent listens for on a loopback address",
+                Labelled::default(),
+            ),
+            localhost_failures: put(
+                r,
+                "nftables_localhost_nodeport_listener_creation_failures",
+                "Times it could not",
+                Labelled::default(),
+            ),
             conntrack: put(
                 r,
                 "conntrack_reconciler_sync_duration_seconds",
@@ -306,6 +320,8 @@ impl Metrics {
             drop(of.cleanup_failures.get_or_create(&family_label(family)));
             drop(of.conntrack_deleted.get_or_create(&family_label(family)));
             drop(of.conntrack.get_or_create(&family_label(family)));
+            drop(of.localhost_failures.get_or_create(&family_label(family)));
+            metrics.set_localhost_listeners(family, 0);
             metrics.no_local_endpoints(family, TrafficPolicy::Internal, 0);
             metrics.no_local_endpoints(family, TrafficPolicy::External, 0);
         }
@@ -381,6 +397,17 @@ impl Metrics {
         let (of, label) = (&self.0.kube_proxy, family_label(family));
         of.conntrack.get_or_create(&label).observe(took.as_secs_f64());
         of.conntrack_deleted.get_or_create(&label).inc_by(deleted as u64);
+    }
+
+    /// So many NodePorts are listened for on a loopback address, TCP and UDP counted apart.
+    pub fn set_localhost_listeners(&self, family: Family, listeners: usize) {
+        let of = &self.0.kube_proxy.localhost_listeners;
+        of.get_or_create(&family_label(family)).set(whole(listeners));
+    }
+
+    /// A NodePort could not be listened for on a loopback address.
+    pub fn localhost_listener_failed(&self, family: Family) {
+        self.0.kube_proxy.localhost_failures.get_or_create(&family_label(family)).inc();
     }
 
     /// `/healthz` answered (P1).

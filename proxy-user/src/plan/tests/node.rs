@@ -4,7 +4,7 @@ use serde_json::json;
 
 use crate::{
     model::{
-        NodePortSetting, PerFamily, Settings,
+        LoopbackNodePorts, NodePortSetting, PerFamily, Settings,
         fixture::{model, node, service_cidr, settings},
     },
     plan::NodePortAddresses,
@@ -19,16 +19,16 @@ fn listed(addresses: &NodePortAddresses) -> String {
 
 #[test]
 fn r13_to_r15_node_ports_answer_where_the_setting_and_the_interfaces_agree() {
-    let cidrs = |nets: &[&str]| NodePortSetting::Cidrs(nets.iter().map(|net| net.parse().unwrap()).collect());
+    let cidrs = |nets: &[&str]| NodePortSetting::of(nets.iter().map(|net| net.parse().unwrap()).collect());
     let host = ["127.0.0.1", "192.0.2.1", "192.0.2.2", "10.1.0.1", "::1", "2001:db8::1", "fe80::1"];
     for (setting, node_ips, v4, v6) in [
-        (NodePortSetting::All, vec![], "any", "any"),
-        (NodePortSetting::Primary, vec!["192.0.2.2", "2001:db8::1"], "192.0.2.2", "2001:db8::1"),
+        (NodePortSetting::ALL, vec![], "any", "any"),
+        (NodePortSetting::PRIMARY, vec!["192.0.2.2", "2001:db8::1"], "192.0.2.2", "2001:db8::1"),
         // A node without an address of a family leaves that family open.
-        (NodePortSetting::Primary, vec!["192.0.2.2"], "192.0.2.2", "any"),
-        (NodePortSetting::Primary, vec![], "any", "any"),
+        (NodePortSetting::PRIMARY, vec!["192.0.2.2"], "192.0.2.2", "any"),
+        (NodePortSetting::PRIMARY, vec![], "any", "any"),
         // R14: an address that no interface has does not serve.
-        (NodePortSetting::Primary, vec!["192.0.2.99"], "", "any"),
+        (NodePortSetting::PRIMARY, vec!["192.0.2.99"], "", "any"),
         (cidrs(&["192.0.2.0/24"]), vec![], "192.0.2.1 192.0.2.2", "any"),
         (cidrs(&["192.0.2.0/24", "2001:db8::/32"]), vec![], "192.0.2.1 192.0.2.2", "2001:db8::1"),
         (cidrs(&["2001:db8::/32"]), vec![], "any", "2001:db8::1"),
@@ -36,6 +36,13 @@ fn r13_to_r15_node_ports_answer_where_the_setting_and_the_interfaces_agree() {
         (cidrs(&["203.0.113.0/24", "10.0.0.0/8"]), vec![], "10.1.0.1", "any"),
         // R13: loopback never serves, not even if it is asked to.
         (cidrs(&["127.0.0.0/8", "::1/128"]), vec![], "", ""),
+        // R18: words and networks may stand together.
+        (
+            NodePortSetting { primary: true, ..cidrs(&["127.0.0.0/8", "::1/128", "10.0.0.0/8"]) },
+            vec!["192.0.2.2"],
+            "10.1.0.1 192.0.2.2",
+            "",
+        ),
         (cidrs(&[]), vec![], "any", "any"),
     ] {
         let addresses: Vec<_> =
@@ -56,9 +63,9 @@ fn r13_to_r15_node_ports_answer_where_the_setting_and_the_interfaces_agree() {
 #[test]
 fn link_local_addresses_are_planned_for_only_where_a_setting_names_them() {
     let pods = "fe80::1 fe80::2";
-    let cidrs = |net: &str| NodePortSetting::Cidrs(vec![net.parse().unwrap()]);
+    let cidrs = |net: &str| NodePortSetting::of(vec![net.parse().unwrap()]);
     for (setting, expected) in [
-        (NodePortSetting::All, "192.0.2.1 2001:db8::1"),
+        (NodePortSetting::ALL, "192.0.2.1 2001:db8::1"),
         (cidrs("2001:db8::/32"), "192.0.2.1 2001:db8::1"),
         (cidrs("fe80::/127"), "192.0.2.1 2001:db8::1 fe80::1"),
     ] {
@@ -73,20 +80,22 @@ fn link_local_addresses_are_planned_for_only_where_a_setting_names_them() {
 #[test]
 fn r14_before_the_interfaces_are_known_only_single_addresses_count() {
     let nets = ["192.0.2.1/32", "127.0.0.1/32", "10.0.0.0/8"].map(|net| net.parse().unwrap()).to_vec();
-    let model = model(Settings { node_port_addresses: NodePortSetting::Cidrs(nets), ..settings() }, []);
+    let model = model(Settings { node_port_addresses: NodePortSetting::of(nets), ..settings() }, []);
     assert_eq!(listed(&model.node_plan().node_port_addresses.v4), "192.0.2.1");
 }
 
 #[test]
 fn r13_loopback_node_ports_are_the_settings_of_served_families() {
+    use LoopbackNodePorts::{Always, BySockets, Never};
     let both = PerFamily { v4: true, v6: true };
-    let plan = |loopback_node_ports, families| {
+    let plan = |v4, v6, families| {
+        let loopback_node_ports = PerFamily { v4, v6 };
         model(Settings { loopback_node_ports, families, ..settings() }, []).node_plan().loopback_node_ports
     };
-    assert_eq!(plan(both, both), both);
+    assert_eq!(plan(Always, BySockets, both), both);
     let v4 = PerFamily { v4: true, v6: false };
-    assert_eq!(plan(both, v4), v4);
-    assert_eq!(plan(v4, both), v4);
+    assert_eq!(plan(Always, Always, v4), v4);
+    assert_eq!(plan(BySockets, Never, both), v4);
 }
 
 #[test]

@@ -29,6 +29,7 @@ use crate::{
     model::{Family, Model, PerFamily, Settings},
     observe::{Events, Health, HealthChecks, Metrics},
     plan::{Planner, PortId},
+    relay,
     source::{Change, Object},
 };
 
@@ -105,6 +106,8 @@ pub(super) struct Engine {
     wake: Option<Instant>,
     /// How many changes of Services and of slices are taken in and not yet in force.
     pending: (usize, usize),
+    /// Told of NodePorts in force, and for which families.
+    relay: Option<(mpsc::UnboundedSender<relay::News>, PerFamily<bool>)>,
     /// Told of each family once everything of it is in force.
     first: Option<mpsc::UnboundedSender<Family>>,
     /// The families of which everything has been in force since the start, but for ports that were refused.
@@ -143,6 +146,7 @@ impl Engine {
             news: News::default(),
             wake: None,
             pending: (0, 0),
+            relay: None,
             first: None,
             served: PerFamily::default(),
             triggers: Vec::new(),
@@ -162,6 +166,11 @@ impl Engine {
     /// Tells there of service ports that cannot be programmed.
     pub(super) fn with_events(self, events: Events) -> Self {
         Self { events, ..self }
+    }
+
+    /// Tells there of NodePorts in force of these families.
+    pub(super) fn with_relay(self, relay: mpsc::UnboundedSender<relay::News>, of: PerFamily<bool>) -> Self {
+        Self { relay: Some((relay, of)), ..self }
     }
 
     /// Tells there of each family once everything of it is in force.

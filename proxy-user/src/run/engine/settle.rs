@@ -16,6 +16,7 @@ use crate::{
     model::{Family, ObjectName, PerFamily},
     observe::Trouble,
     plan::{Delta, PortDelta, PortId},
+    relay::News,
     run::left_out,
 };
 
@@ -54,6 +55,7 @@ impl Engine {
         self.census.publish(&self.metrics, self.planner.services().len());
         self.metrics.changes_applied(in_force.len());
         self.suspect_flows(&in_force, &families);
+        self.tell_relay(&in_force, if delta.complete { &families } else { &[] });
         self.try_again(delta, &refused);
         for family in &families {
             self.in_force(*family, delta, *reasons.get(*family), started);
@@ -113,6 +115,16 @@ impl Engine {
             self.retries.refused(fresh, Instant::now(), self.longest_retry);
         }
         self.left.retain(|id, _| self.planner.is_left(id));
+    }
+
+    /// Tells what listens on loopback addresses of what is in force.
+    fn tell_relay(&mut self, in_force: &[&PortDelta], everything_of: &[Family]) {
+        let Some((relay, of)) = &self.relay else { return };
+        let news = News::of(in_force.iter().copied(), everything_of, *of);
+        if !news.is_empty() && relay.send(news).is_err() {
+            tracing::error!("the relay is gone, NodePorts are not served on loopback addresses");
+            self.relay = None;
+        }
     }
 
     /// Tells the health check servers of what is in force.
