@@ -7,7 +7,7 @@ use std::mem;
 use weir::{
     dataplane::{Dataplane, Error, Shortfall, State},
     model::{Model, Settings},
-    plan::Planner,
+    plan::{Delta, Planner},
     source::Change,
 };
 
@@ -70,6 +70,15 @@ impl<D: Dataplane> Agent<D> {
     ///
     /// The data plane's. The next try does what is needed to put things right.
     pub fn bring_up_to_date(&mut self) -> Result<(), Error> {
+        self.bring_into_force().map(drop)
+    }
+
+    /// [`Agent::bring_up_to_date`], and what is in force by it.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn bring_into_force(&mut self) -> Result<Delta, Error> {
         for name in self.model.take_dirty() {
             self.planner.update(&name, self.model.plan(&name));
         }
@@ -91,7 +100,12 @@ impl<D: Dataplane> Agent<D> {
         if !repairable || [entangled, stray].iter().any(|families| families.v4 || families.v6) {
             self.reread()?;
         }
-        result
+        result.map(|()| delta)
+    }
+
+    /// What is planned.
+    pub const fn planner(&self) -> &Planner {
+        &self.planner
     }
 
     /// Whether nothing is left to be told since it was last asked for.

@@ -1,0 +1,77 @@
+//! What eBPF may answer otherwise than packets do: on purpose, each as a row of docs/differences.md says, and by mistake until it is
+//! mended.
+
+use super::Model;
+use crate::world::Plane;
+
+/// A row of the table "At sockets" in docs/differences.md.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Row {
+    /// Sockets' clients and packets' clients are remembered apart.
+    ClientsApart,
+    /// ECONNREFUSED at once.
+    Refused,
+    /// A connected UDP socket is closed when its backend is gone.
+    Closed,
+    /// One backend that a socket asks in two ways.
+    OneBackend,
+    /// Sockets that share a port ask each for itself.
+    SharedPort,
+    /// Connections from one port to one backend.
+    OnePort,
+    /// Senders are shown by what the socket knows when it reads.
+    ReadLate,
+}
+
+impl Row {
+    /// All of them.
+    pub(crate) const ALL: [Self; 7] = [
+        Self::ClientsApart,
+        Self::Refused,
+        Self::Closed,
+        Self::OneBackend,
+        Self::SharedPort,
+        Self::OnePort,
+        Self::ReadLate,
+    ];
+
+    /// What the row begins with.
+    pub(crate) const fn begins(self) -> &'static str {
+        match self {
+            Self::ClientsApart => "A2",
+            Self::Refused => "F1, F4",
+            Self::Closed => "K2",
+            Self::OneBackend => "two Services, one backend",
+            Self::SharedPort => "`SO_REUSEPORT`",
+            Self::OnePort => "one local port",
+            Self::ReadLate => "read late",
+        }
+    }
+}
+
+/// What eBPF answers otherwise than it should. Each is to be mended, and then its excuse goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// A socket that asks a Service before it comes, and reads the answer after, takes the Service for a client of its own: what it
+    /// sends there is left to the packets, which draw for themselves.
+    TakenForClient,
+    /// A socket that connected to a Service without endpoints, and sends there by address when there are some, is led to a backend
+    /// that is not its peer: it never hears the answer.
+    LedFromPeer,
+    /// A socket that connects to the same Service once more, or loses its peer and asks the Service by address, gets another backend.
+    DrawsAnew,
+    /// A socket that loses its peer and with it its port, and connects to no Service next, is remembered with what it was told before.
+    Remembered,
+}
+
+impl Model {
+    /// Whether this run may also answer as a row of docs/differences.md says.
+    pub(super) fn also(&self, _row: Row) -> bool {
+        self.plane == Plane::Sockets
+    }
+
+    /// Whether this run is excused for a fault.
+    pub(super) fn excused(&self, _fault: Fault) -> bool {
+        self.plane == Plane::Sockets
+    }
+}

@@ -1,0 +1,448 @@
+//! What each call has to answer: what it would if all that is sent was translated by the packet, each flow to the backend that
+//! was drawn for its first one.
+//!
+//! In: calls with what they answered, and what happens to Services. Out: whether that is right. The draw of a new flow is free,
+//! therefore the model learns it from the first answer; everything after has to follow from it. One model is for both planes:
+//! where eBPF may also say something else, the model asks [`Model::also`] with the [`Row`] of docs/differences.md that allows it.
+
+use std::net::SocketAddr;
+
+use nix::errno::Errno;
+
+use super::{
+    sequence::{Act, At, Change, Sequence, Side, To, Transport, Wire},
+    servers::Server,
+    world::{Ground, Plane},
+};
+
+mod allowed;
+mod streams;
+mod udp;
+
+pub(super) use allowed::{Fault, Row};
+
+/// What a call came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    Done,
+    Failed(Errno),
+    /// A question was sent, and this got it.
+    Reached(Server),
+    /// A question was sent, and nothing got it.
+    Nowhere,
+    /// An answer was received, and shown as from there.
+    Heard {
+        question: u64,
+        server: Server,
+        from: Option<SocketAddr>,
+    },
+    Named(SocketAddr),
+}
+
+/// What the player has to wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Prospect {
+    /// Something comes.
+    Something,
+    /// Nothing will come.
+    Nothing,
+}
+
+struct Service {
+    present: bool,
+    endpoints: Vec<u8>,
+    sticky: bool,
+    /// The backend that the client has over TCP and over UDP, where the Service is sticky.
+    remembered: [Option<u8>; 2],
+}
+
+/// A port that sockets have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Port {
+    Shared,
+    /// One that the kernel chose.
+    Chosen(u32),
+}
+
+/// What a connected socket sends to in the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// What it asked for.
+    AsAsked,
+    /// A backend in place of a Service, which may not be known yet.
+    Led(Option<u8>),
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Peer {
+    to: To,
+    way: Way,
+}
+
+struct Socket {
+    /// No two sockets of a sequence have the same.
+    id: u32,
+    transport: Transport,
+    port: Option<Port>,
+    /// Whether it is bound to the own address.
+    own: bool,
+    peer: Option<Peer>,
+    /// All that it hears where it lost a peer: the kernel forgets an IPv6 peer's port and keeps its address (`udp_disconnect`, seen
+    /// on 6.18).
+    hears: Option<Peer>,
+    /// What the next call is told that asks for it.
+    error: Option<Errno>,
+    /// What it asked without being connected to it, and what got that.
+    asked: Vec<(To, Server)>,
+    /// Services that it takes for clients ([`Fault::TakenForClient`]).
+    strangers: Vec<To>,
+    /// What it is remembered with though it is over ([`Fault::Remembered`]).
+    over: Option<Peer>,
+    /// How often it had another peer.
+    peers: u32,
+}
+
+/// A UDP flow to a Service.
+struct Flow {
+    port: Port,
+    socket: u32,
+    to: To,
+    backend: u8,
+}
+
+/// An answer that has come and was not read.
+struct Waiting {
+    question: u64,
+    server: Server,
+    asker: u32,
+    to: To,
+    /// The sockets that may have got it.
+    at: Vec<u32>,
+    /// Whether none may have got it as well.
+    perhaps: bool,
+    /// As [`Socket::peers`] of the one that asked, when it came.
+    peers: u32,
+}
+
+/// All that is known.
+pub(super) struct Model {
+    plane: Plane,
+    side: Side,
+    wire: Wire,
+    ground: Ground,
+    services: Vec<Service>,
+    sockets: Vec<Socket>,
+    flows: Vec<Flow>,
+    waiting: Vec<Waiting>,
+    made: u32,
+}
+
+type Verdict = Result<(), String>;
+
+impl Model {
+    pub(super) fn new(plane: Plane, ground: Ground, sequence: &Sequence) -> Self {
+        let services = sequence.services.iter().map(|shape| Service {
+            present: shape.present,
+            endpoints: shape.endpoints.clone(),
+            sticky: shape.sticky,
+            remembered: [None; 2],
+        });
+        let mut model = Self {
+            plane,
+            side: sequence.side,
+            wire: sequence.wire,
+            ground,
+            services: services.collect(),
+            sockets: Vec::new(),
+            flows: Vec::new(),
+            waiting: Vec::new(),
+            made: 0,
+        };
+        for transport in &sequence.sockets {
+            let socket = model.socket(*transport);
+            model.sockets.push(socket);
+        }
+        model
+    }
+
+    /// A socket that has just been made.
+    fn socket(&mut self, transport: Transport) -> Socket {
+        let id = self.another();
+        Socket {
+            id,
+            transport,
+            port: None,
+            own: false,
+            peer: None,
+            hears: None,
+            error: None,
+            asked: Vec::new(),
+            strangers: Vec::new(),
+            over: None,
+            peers: 0,
+        }
+    }
+
+    const fn another(&mut self) -> u32 {
+        self.made += 1;
+        self.made
+    }
+
+    /// The Service that a socket is told in place of the backend that it is connected to, if it is.
+    fn misremembered(&self, socket: &Socket) -> Option<To> {
+        let over = socket.over.filter(|_| self.excused(Fault::Remembered))?;
+        let peer = socket.peer?;
+        let is_it = match over.way {
+            Way::Led(None) => matches!(peer.to, To::Backend(_)),
+            _ => Self::end_of(over) == peer.to,
+        };
+        is_it.then_some(over.to)
+    }
+
+    /// The endpoints of a Service, which is there or not.
+    pub(super) fn endpoints(&self, service: usize) -> &[u8] {
+        &self.services[service].endpoints
+    }
+
+    /// Whether a Service is there, and sticky.
+    pub(super) fn standing(&self, service: usize) -> (bool, bool) {
+        (self.services[service].present, self.services[service].sticky)
+    }
+
+    /// A Service changes. Sockets that the client gives up thereby are said, to be closed.
+    pub(super) fn change(&mut self, number: usize, change: Change) -> Vec<usize> {
+        let to = To::Service(number);
+        let service = &mut self.services[number];
+        match change {
+            Change::Joins(backend) => {
+                if !service.endpoints.contains(&backend) {
+                    service.endpoints.push(backend);
+                    service.endpoints.sort_unstable();
+                }
+                return Vec::new();
+            }
+            Change::Leaves(backend) => {
+                service.endpoints.retain(|known| *known != backend);
+                for remembered in &mut service.remembered {
+                    *remembered = remembered.filter(|known| *known != backend);
+                }
+                self.flows.retain(|flow| flow.to != to || flow.backend != backend);
+            }
+            Change::Goes => {
+                (service.present, service.remembered) = (false, [None; 2]);
+                self.flows.retain(|flow| flow.to != to);
+            }
+            Change::Comes => {
+                service.present = true;
+                return Vec::new();
+            }
+        }
+        self.lost(number, change)
+    }
+
+    /// The one place that says what becomes of a connected UDP socket whose backend is gone. By packets its next datagram begins
+    /// another flow. In eBPF the socket is closed ([`Row::Closed`]), and the client makes another one.
+    fn lost(&self, number: usize, change: Change) -> Vec<usize> {
+        if !self.also(Row::Closed) {
+            return Vec::new();
+        }
+        let is_lost = |socket: &Socket| {
+            let remembered = if self.misremembered(socket).is_some() { socket.over } else { socket.peer };
+            let Some(Peer { to, way: Way::Led(backend) }) = remembered else { return false };
+            let gone = match change {
+                Change::Leaves(left) => backend.is_none_or(|backend| backend == left),
+                _ => true,
+            };
+            socket.transport == Transport::Udp && to == To::Service(number) && gone
+        };
+        let sockets = self.sockets.iter().enumerate();
+        sockets.filter(|(_, socket)| is_lost(socket)).map(|(slot, _)| slot).collect()
+    }
+
+    /// What a call on a socket will lead to.
+    pub(super) fn prospect(&self, slot: usize, act: Act) -> Prospect {
+        let socket = &self.sockets[slot];
+        let something = match (act, socket.transport) {
+            (Act::Send(to), Transport::Udp) => self.datagram_arrives(socket, to),
+            (Act::Send(_), Transport::Tcp) => socket.peer.is_some(),
+            (Act::Connect(to), Transport::Tcp) => socket.peer.is_none() && !self.is_refused(to),
+            (Act::Receive { .. }, _) => socket.error.is_some() || self.has_answer(socket),
+            _ => false,
+        };
+        if something { Prospect::Something } else { Prospect::Nothing }
+    }
+
+    /// Whether an answer is certainly there.
+    fn has_answer(&self, socket: &Socket) -> bool {
+        self.waiting.iter().any(|waiting| waiting.at == [socket.id] && !waiting.perhaps)
+    }
+
+    /// Whether a Service is there that has no endpoints.
+    fn is_refused(&self, to: To) -> bool {
+        matches!(to, To::Service(number) if self.services[number].present && self.services[number].endpoints.is_empty())
+    }
+
+    /// Judges a call, of which `question` is what it sent.
+    pub(super) fn judge(&mut self, slot: usize, act: Act, question: u64, outcome: Outcome) -> Verdict {
+        let transport = self.sockets[slot].transport;
+        match act {
+            Act::Bind(at) => self.bind(slot, at, outcome),
+            Act::Connect(to) if transport == Transport::Udp => self.connect_datagrams(slot, to, outcome),
+            Act::Connect(to) => self.connect_stream(slot, to, outcome),
+            Act::Disconnect => self.disconnect(slot, outcome),
+            Act::Send(to) if transport == Transport::Udp => self.send_datagram(slot, to, question, outcome),
+            Act::Send(_) => self.send_on_stream(slot, question, outcome),
+            Act::Receive { .. } => self.receive(slot, outcome),
+            Act::PeerName => match self.sockets[slot].peer {
+                Some(peer) => {
+                    let over = self.misremembered(&self.sockets[slot]);
+                    let names: Vec<Outcome> = [peer.to]
+                        .into_iter()
+                        .chain(over)
+                        .map(|to| Outcome::Named(self.ground.at(to)))
+                        .collect();
+                    is(outcome, &names)
+                }
+                None => is(outcome, &[Outcome::Failed(Errno::ENOTCONN)]),
+            },
+            Act::OwnName => self.own_name(slot, outcome),
+            Act::Close => {
+                self.reopen(slot);
+                is(outcome, &[Outcome::Done])
+            }
+        }
+    }
+
+    /// A socket has another peer.
+    fn met(&mut self, slot: usize, peer: Peer) {
+        let chosen = Port::Chosen(self.another());
+        let socket = &mut self.sockets[slot];
+        if peer.way != Way::AsAsked || socket.port.is_some() {
+            socket.over = None;
+        }
+        socket.port.get_or_insert(chosen);
+        (socket.peer, socket.hears) = (Some(peer), None);
+        socket.peers += 1;
+    }
+
+    /// Another socket takes the place of one.
+    pub(super) fn reopen(&mut self, slot: usize) {
+        let socket = self.socket(self.sockets[slot].transport);
+        let gone = std::mem::replace(&mut self.sockets[slot], socket).id;
+        for waiting in &mut self.waiting {
+            waiting.perhaps |= waiting.at.contains(&gone);
+            waiting.at.retain(|id| *id != gone);
+        }
+    }
+
+    /// Whether all answers were read that had to come.
+    pub(super) fn is_over(&self) -> Verdict {
+        match self.waiting.iter().find(|waiting| !waiting.at.is_empty() && !waiting.perhaps) {
+            Some(waiting) => Err(format!("the answer to question {} never came", waiting.question)),
+            None => Ok(()),
+        }
+    }
+
+    fn bind(&mut self, slot: usize, at: At, outcome: Outcome) -> Verdict {
+        let socket = &self.sockets[slot];
+        let has_port = socket.port.is_some() || socket.peer.is_some();
+        let mut wrong = Vec::new();
+        if has_port {
+            wrong.push(Outcome::Failed(Errno::EINVAL));
+        }
+        if matches!(at, At::Service(_)) {
+            wrong.push(Outcome::Failed(Errno::EADDRNOTAVAIL));
+        }
+        if !wrong.is_empty() {
+            return is(outcome, &wrong);
+        }
+        let chosen = Port::Chosen(self.another());
+        let socket = &mut self.sockets[slot];
+        (socket.port, socket.own) = match at {
+            At::Shared { own } => (Some(Port::Shared), own),
+            _ => (Some(chosen), at == At::Own),
+        };
+        is(outcome, &[Outcome::Done])
+    }
+
+    fn disconnect(&mut self, slot: usize, outcome: Outcome) -> Verdict {
+        let socket = &mut self.sockets[slot];
+        let had = socket.peer.take();
+        socket.peers += u32::from(had.is_some());
+        if had.is_some_and(|peer| peer.way != Way::AsAsked) && socket.port != Some(Port::Shared) {
+            socket.over = had;
+        }
+        if self.wire == Wire::V6 && socket.transport == Transport::Udp {
+            socket.hears = had.or(socket.hears);
+        }
+        if (had.is_some() || socket.transport == Transport::Udp) && socket.port != Some(Port::Shared) {
+            socket.port = None;
+        }
+        if socket.transport == Transport::Tcp && had.is_some() {
+            socket.error = Some(Errno::ECONNRESET);
+            let id = socket.id;
+            self.waiting.retain(|waiting| waiting.asker != id);
+        }
+        is(outcome, &[Outcome::Done])
+    }
+
+    fn own_name(&self, slot: usize, outcome: Outcome) -> Verdict {
+        let socket = &self.sockets[slot];
+        let Outcome::Named(name) = outcome else { return is(outcome, &[]) };
+        let shared = self.ground.shared_port();
+        let wanted =
+            if socket.peer.is_some() || socket.own { self.ground.own(0) } else { self.ground.any(0) };
+        let port = match socket.port {
+            Some(Port::Shared) => name.port() == shared,
+            Some(Port::Chosen(_)) => name.port() != 0 && name.port() != shared,
+            None => true,
+        };
+        if name.ip() == wanted.ip() && port {
+            Ok(())
+        } else {
+            Err(format!("not {wanted}, {:?}", socket.port))
+        }
+    }
+
+    fn receive(&mut self, slot: usize, outcome: Outcome) -> Verdict {
+        let socket = &mut self.sockets[slot];
+        if let Some(error) = socket.error.take() {
+            return is(outcome, &[Outcome::Failed(error)]);
+        }
+        if socket.transport == Transport::Tcp && socket.peer.is_none() {
+            return is(outcome, &[Outcome::Failed(Errno::ENOTCONN)]);
+        }
+        let socket = &self.sockets[slot];
+        let Outcome::Heard { question, server, from } = outcome else {
+            if self.has_answer(socket) {
+                return Err("an answer is there to be heard".to_owned());
+            }
+            return is(outcome, &[Outcome::Failed(Errno::EAGAIN)]);
+        };
+        let is_it = |waiting: &Waiting| waiting.question == question && waiting.at.contains(&socket.id);
+        let Some(place) = self.waiting.iter().position(is_it) else {
+            return Err("no answer to that may be heard here".to_owned());
+        };
+        let answer = &self.waiting[place];
+        if answer.server != server {
+            return Err(format!("{:?} got that question", answer.server));
+        }
+        let shown = self.shown(socket, answer);
+        let asked = answer.to;
+        self.waiting.remove(place);
+        if from.is_some() && server == Server::Untranslated {
+            self.meet(slot, asked);
+        }
+        match from {
+            Some(from) if shown.iter().all(|name| self.ground.at(*name) != from) => {
+                Err(format!("{from} is shown as the sender, not {}", self.ground.at(asked)))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Whether what came is among what may.
+fn is(outcome: Outcome, allowed: &[Outcome]) -> Verdict {
+    if allowed.contains(&outcome) { Ok(()) } else { Err(format!("right would be one of {allowed:?}")) }
+}
