@@ -151,7 +151,18 @@ impl Rig {
             let name = ObjectName::new("shop", &format!("of-{uid}"));
             (Arc::from(*uid), BypassedPod { name, reason: Reason::Pod })
         });
-        self.wanted.send_replace(Arc::new(Bypassed { complete, pods: pods.collect() }));
+        self.wanted.send_replace(Arc::new(Bypassed {
+            complete,
+            pods: pods.collect(),
+            ..Bypassed::default()
+        }));
+    }
+
+    /// All pods there are, of which nothing is said.
+    fn undecided(&self, uids: &[&str]) {
+        let name = |uid: &&str| (Arc::from(*uid), ObjectName::new("shop", &format!("of-{uid}")));
+        let undecided = uids.iter().map(name).collect();
+        self.wanted.send_replace(Arc::new(Bypassed { complete: true, undecided, ..Bypassed::default() }));
     }
 
     /// Waits until so many pods are left alone and so many wait.
@@ -194,6 +205,29 @@ async fn ids_come_with_the_choice_and_go_with_it_under_either_driver() {
     rig.want(true, &[]);
     rig.reach(0, 0).await;
     assert_eq!(pins.ids(), BTreeSet::new());
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn a_pod_is_left_alone_while_a_cluster_runs_in_it_unless_something_was_decided() {
+    let tree = Tree::new("cluster");
+    let pins = Pins::new(16, &tree);
+    let early = tree.make("kubepods/burstable/poda");
+    tree.make("kubepods/burstable/poda/container/kubepods/besteffort");
+    let late = tree.make("kubepods/podb");
+    tree.make("kubepods/podb/container/init");
+    tree.make("kubepods/pod-on/container/kubepods");
+    let mut rig = Rig::start(&pins.place);
+    rig.undecided(&["a", "b"]);
+    reach(&mut rig.census, "cluster", 1, 0).await;
+    assert_eq!(pins.ids(), BTreeSet::from([early]));
+    // In a container in the pod's container, with a kubelet that uses slices. Nothing tells of it.
+    tree.make("kubepods/podb/container/docker/1f/kubelet.slice/kubelet-kubepods.slice");
+    reach(&mut rig.census, "cluster", 2, 0).await;
+    assert_eq!(pins.ids(), BTreeSet::from([early, late]));
+    rig.undecided(&["b"]);
+    reach(&mut rig.census, "cluster", 1, 0).await;
+    assert_eq!(pins.ids(), BTreeSet::from([late]));
     rig.end().await;
 }
 

@@ -81,6 +81,8 @@ pub enum Reason {
     Sandbox(Arc<str>),
     /// This mesh is at work in it.
     Mesh(&'static str),
+    /// A kubelet has cgroups in it.
+    Cluster,
 }
 
 impl Reason {
@@ -92,6 +94,7 @@ impl Reason {
             Self::Namespace => "namespace",
             Self::Sandbox(_) => "sandbox",
             Self::Mesh(_) => "mesh",
+            Self::Cluster => "cluster",
         }
     }
 }
@@ -103,6 +106,7 @@ impl fmt::Display for Reason {
             Self::Namespace => write!(f, "{SOCKET_LB_KEY} of the namespace is off"),
             Self::Sandbox(class) => write!(f, "runtime class {class} has a kernel of its own"),
             Self::Mesh(mesh) => write!(f, "the mesh {mesh} has to see the Service's address"),
+            Self::Cluster => write!(f, "a cluster runs in the pod, and its own Services come first"),
         }
     }
 }
@@ -161,6 +165,11 @@ impl Pod {
             (None, None) => self.detected.clone().or_else(|| self.mesh_by_label(namespace)),
         };
         reason.map_or(SocketLb::On, SocketLb::Off)
+    }
+
+    /// Whether neither the pod nor its namespace says what is to happen.
+    pub(super) fn is_undecided(&self, namespace: &Namespace) -> bool {
+        self.choice.is_none() && namespace.choice.is_none()
     }
 
     /// The pod's label counts before the namespace's, and neither concerns pods on the host's network.

@@ -27,6 +27,8 @@ pub struct Bypassed {
     pub complete: bool,
     /// By the UID in the name of the pod's cgroup.
     pub pods: BTreeMap<Arc<str>, BypassedPod>,
+    /// Pods of which nothing is said, by the same UID. They are left alone while a cluster runs in them.
+    pub undecided: BTreeMap<Arc<str>, ObjectName>,
 }
 
 /// A pod whose sockets are left alone.
@@ -83,17 +85,23 @@ impl Pods {
     #[must_use]
     pub fn bypassed(&self) -> Bypassed {
         let silent = Namespace::default();
-        let pods = self.pods.values().filter_map(|pod| {
+        let complete = Kind::PODS.iter().all(|kind| self.synced.contains(kind));
+        let mut bypassed = Bypassed { complete, ..Bypassed::default() };
+        for pod in self.pods.values() {
             let namespace = ObjectName::new("", pod.name.namespace());
-            match pod.socket_lb(self.namespaces.get(&namespace).unwrap_or(&silent)) {
-                SocketLb::On => None,
+            let namespace = self.namespaces.get(&namespace).unwrap_or(&silent);
+            let uid = Arc::clone(&pod.cgroup_uid);
+            match pod.socket_lb(namespace) {
+                SocketLb::On if pod.is_undecided(namespace) => {
+                    bypassed.undecided.insert(uid, pod.name.clone());
+                }
+                SocketLb::On => {}
                 SocketLb::Off(reason) => {
-                    Some((Arc::clone(&pod.cgroup_uid), BypassedPod { name: pod.name.clone(), reason }))
+                    bypassed.pods.insert(uid, BypassedPod { name: pod.name.clone(), reason });
                 }
             }
-        });
-        let complete = Kind::PODS.iter().all(|kind| self.synced.contains(kind));
-        Bypassed { complete, pods: pods.collect() }
+        }
+        bypassed
     }
 
     fn complain(&mut self, kind: Kind, name: &ObjectName, problems: Vec<Problem>) {

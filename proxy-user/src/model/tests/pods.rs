@@ -229,3 +229,19 @@ fn changes_of_either_object_take_effect_and_both_kinds_have_to_be_complete() {
     pods.apply(Change::Delete(Kind::Pod, ObjectName::new("shop", "a")));
     assert!(bypassed(&pods).is_empty());
 }
+
+#[test]
+fn pods_of_which_nothing_is_said_may_be_left_alone_for_a_cluster_and_those_that_say_on_may_not() {
+    let undecided = |pods: &Pods| -> Vec<String> {
+        pods.bypassed().undecided.keys().map(ToString::to_string).collect()
+    };
+    let mut pods = after([
+        pod("silent", json!({}), json!({})),
+        pod("on", choice("annotations", "on"), json!({})),
+        pod("off", choice("labels", "off"), json!({})),
+    ]);
+    assert_eq!(undecided(&pods), ["uid-silent"]);
+    assert_eq!(pods.bypassed().pods.len(), 1);
+    pods.apply(namespace("shop", choice("labels", "on")));
+    assert!(undecided(&pods).is_empty());
+}

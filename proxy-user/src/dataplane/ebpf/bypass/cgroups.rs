@@ -21,6 +21,10 @@ use std::{
 /// So deep below the root `kubepods` is looked for. Clusters in containers have it at 4 to 7.
 const DEPTH: u32 = 8;
 
+/// So deep below a pod's cgroup another `kubepods` is looked for. A container's kubelet has it at 2, one in a container in a pod at 4
+/// or 5.
+const DEPTH_IN_POD: u32 = 8;
+
 /// The pods' part of a cgroup tree.
 pub(super) struct Cgroups {
     root: PathBuf,
@@ -33,6 +37,8 @@ pub(super) struct Cgroups {
 pub(super) struct Look {
     /// The id of each pod's cgroup, by UID.
     pub ids: BTreeMap<String, u64>,
+    /// Where each of them is, by UID.
+    paths: BTreeMap<String, PathBuf>,
     /// Directories in which pods' cgroups appear, each with its inode number.
     pub levels: BTreeMap<PathBuf, u64>,
 }
@@ -68,6 +74,21 @@ impl Cgroups {
 }
 
 impl Look {
+    /// The UIDs of pods in which a kubelet has made a place for pods of its own, as in clusters for tests that run in a pod.
+    ///
+    /// # Errors
+    ///
+    /// When something cannot be read.
+    pub(super) fn with_clusters(&self) -> io::Result<BTreeSet<&str>> {
+        let mut found = BTreeSet::new();
+        for (uid, path) in &self.paths {
+            if has_kubepods(path, DEPTH_IN_POD)? {
+                found.insert(&**uid);
+            }
+        }
+        Ok(found)
+    }
+
     /// Takes in the pods and QoS classes in one directory. Answers whether it is there.
     fn level(&mut self, directory: &Path) -> io::Result<bool> {
         let Some(metadata) = present(fs::metadata(directory))? else { return Ok(false) };
@@ -75,6 +96,7 @@ impl Look {
         self.levels.insert(directory.to_owned(), metadata.ino());
         for (name, id) in children {
             if let Some(uid) = pod_uid(&name) {
+                self.paths.insert(uid.clone().into_owned(), directory.join(&name));
                 self.ids.insert(uid.into_owned(), id);
             } else if is_qos_class(&name) {
                 self.level(&directory.join(&name))?;
@@ -95,6 +117,21 @@ fn find(directory: &Path, depth: u32, found: &mut BTreeSet<PathBuf>) -> io::Resu
         }
     }
     Ok(())
+}
+
+/// Whether there is a `kubepods` directory below. Most cgroups have none below, and the number of their links says so.
+fn has_kubepods(directory: &Path, depth: u32) -> io::Result<bool> {
+    const LINKS_OF_A_LEAF: u64 = 2;
+    let Some(metadata) = present(fs::metadata(directory))? else { return Ok(false) };
+    if depth == 0 || metadata.nlink() == LINKS_OF_A_LEAF {
+        return Ok(false);
+    }
+    for (name, _) in children(directory)?.into_iter().flatten() {
+        if is_kubepods(&name) || has_kubepods(&directory.join(&name), depth - 1)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// The directories in a directory with their inode numbers, which of a cgroup is its id. `None` if it is not there.

@@ -30,7 +30,7 @@ use proxy_ebpf::Settings;
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
-use crate::model::{Bypassed, BypassedPod, ObjectName};
+use crate::model::{Bypassed, BypassedPod, ObjectName, Reason};
 
 mod cgroups;
 mod notices;
@@ -42,6 +42,8 @@ use notices::Notices;
 const SHORTEST: Duration = Duration::from_millis(100);
 /// The longest pause while something is missing.
 const LONGEST: Duration = Duration::from_secs(5);
+/// How often pods are looked at for clusters in them. Nothing tells of those, and a cluster takes longer to come up.
+const CLUSTERS: Duration = Duration::from_secs(10);
 /// Where nothing tells of new cgroups, the pause whether or not something is missing.
 const BLIND: Duration = Duration::from_secs(1);
 
@@ -109,6 +111,8 @@ pub struct Bypass {
     notices: Notices,
     /// What the map holds. Those that this run has given a pod have its name.
     ids: BTreeMap<u64, Option<ObjectName>>,
+    /// Pods with clusters in them, as last seen.
+    clusters: Vec<ObjectName>,
     census: watch::Sender<Census>,
     complaint: String,
 }
@@ -150,6 +154,7 @@ impl Bypass {
             settings,
             cgroups: Cgroups::new(cgroup_root),
             notices: Notices::new(),
+            clusters: Vec::new(),
             census: watch::Sender::default(),
             complaint: String::new(),
         };
@@ -172,6 +177,11 @@ impl Bypass {
             let target = Arc::clone(&wanted.borrow_and_update());
             let done = self.settle(&target, thorough);
             let blind = !self.notices.working();
+            let wait = match (blind, done) {
+                (true, _) => BLIND,
+                (false, true) => CLUSTERS,
+                (false, false) => pause,
+            };
             tokio::select! {
                 changed = wanted.changed() => {
                     if changed.is_err() {
@@ -180,8 +190,8 @@ impl Bypass {
                     (pause, thorough) = (SHORTEST, false);
                 }
                 () = self.notices.next() => (pause, thorough) = (SHORTEST, false),
-                () = tokio::time::sleep(if blind { BLIND } else { pause }), if blind || !done => {
-                    (pause, thorough) = ((pause * 2).min(LONGEST), true);
+                () = tokio::time::sleep(wait) => {
+                    (pause, thorough) = ((pause * 2).min(LONGEST), blind || !done);
                 }
             }
         }
@@ -212,26 +222,37 @@ impl Bypass {
             let root = self.cgroups.root().display().to_string();
             return if wanted.pods.is_empty() { Ok(true) } else { Err(Error::NoPods { root }) };
         }
+        let clusters = look.with_clusters().map_err(|source| self.unreadable(source))?;
+        let clusters = clusters.into_iter().filter_map(|uid| {
+            let name = wanted.undecided.get(uid)?.clone();
+            Some((uid, BypassedPod { name, reason: Reason::Cluster }))
+        });
+        let clusters: BTreeMap<&str, BypassedPod> = clusters.collect();
+        let pods = wanted.pods.iter().map(|(uid, pod)| (&**uid, pod));
+        let all = pods.chain(clusters.iter().map(|(uid, pod)| (*uid, pod)));
         let target: BTreeMap<u64, &BypassedPod> =
-            wanted.pods.iter().filter_map(|(uid, pod)| Some((*look.ids.get(&**uid)?, pod))).collect();
+            all.filter_map(|(uid, pod)| Some((*look.ids.get(uid)?, pod))).collect();
         // What goes makes room, and neither waits for the other.
         let removed = self.remove(|id| target.contains_key(&id), wanted.complete, &look);
         self.add(&target)?;
         removed?;
-        Ok(target.len() == wanted.pods.len())
+        let missing = wanted.pods.keys().any(|uid| !look.ids.contains_key(&**uid));
+        self.clusters = clusters.into_values().map(|pod| pod.name).collect();
+        Ok(!missing)
     }
 
     /// Looks until every directory was watched before it was read.
     fn look(&mut self, thorough: bool) -> Result<Look, Error> {
         loop {
-            let look = self.cgroups.look(thorough).map_err(|source| {
-                let root = self.cgroups.root().display().to_string();
-                Error::Cgroups { root, source }
-            })?;
+            let look = self.cgroups.look(thorough).map_err(|source| self.unreadable(source))?;
             if !self.notices.attach(&look.levels) {
                 return Ok(look);
             }
         }
+    }
+
+    fn unreadable(&self, source: io::Error) -> Error {
+        Error::Cgroups { root: self.cgroups.root().display().to_string(), source }
     }
 
     /// Ids come before they count. One that cannot be added does not keep others out.
@@ -297,6 +318,10 @@ impl Bypass {
             } else {
                 census.waiting += 1;
             }
+        }
+        let clusters = self.clusters.iter().filter(|name| in_force.contains(name)).count();
+        if clusters > 0 {
+            census.pods.insert(Reason::Cluster.as_str(), clusters);
         }
         self.census.send_if_modified(|known| {
             let changed = *known != census;
