@@ -40,6 +40,9 @@ pub(super) enum Found {
 pub(super) struct Frontend {
     value: FrontendValue,
     record: &'static Record,
+    /// The time before it was looked up, in nanoseconds of CLOCK_MONOTONIC. A socket that is led by it must not count as one that
+    /// was led later than a change that it does not know.
+    pub(super) at: u64,
 }
 
 /// What a frontend does for a client.
@@ -115,11 +118,12 @@ fn get(key: &FrontendKey) -> Element {
 /// What a frontend leads to now.
 #[inline(always)]
 fn frontend(value: FrontendValue) -> Found {
+    let at = now();
     let Some(port) = PORTS.get_ptr(value.number()) else { return Found::Nothing };
     // SAFETY: an aligned word of the map. Volatile, because it is to be read once.
     let record = unsafe { port.read_volatile() };
     match RECORDS.get(record as u32) {
-        Some(record) => Found::Frontend(Frontend { value, record }),
+        Some(record) => Found::Frontend(Frontend { value, record, at }),
         None => Found::Nothing,
     }
 }
@@ -147,9 +151,8 @@ impl Choice {
     }
 }
 
-/// The time, in nanoseconds of CLOCK_MONOTONIC.
 #[inline(always)]
-pub(super) fn now() -> u64 {
+fn now() -> u64 {
     // SAFETY: takes nothing and touches nothing.
     unsafe { bpf_ktime_get_ns() }
 }
@@ -171,7 +174,8 @@ pub(super) fn is_member(set: u32, backend: &Endpoint, chosen: u64) -> bool {
 
 /// The backend for a new flow.
 #[inline(always)]
-pub(super) fn pick(frontend: Frontend, choice: Choice, client: Client, now: u64) -> Option<Endpoint> {
+pub(super) fn pick(frontend: Frontend, choice: Choice, client: Client) -> Option<Endpoint> {
+    let now = frontend.at;
     if frontend.record.affinity == 0 {
         return draw(choice);
     }

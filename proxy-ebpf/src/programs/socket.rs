@@ -119,6 +119,59 @@ pub(super) fn sends_to_itself(context: &SockAddrContext, family: Family) -> bool
     }
 }
 
+/// Whether an address is the loopback address, or one of those of IPv4.
+#[inline(always)]
+fn is_loopback(address: &Address) -> bool {
+    const NETWORK: u32 = 0xff00_0000_u32.to_be();
+    const LOOPBACK_NETWORK: u32 = 0x7f00_0000_u32.to_be();
+    if is_v4(address) {
+        return address[3] & NETWORK == LOOPBACK_NETWORK;
+    }
+    (address[0] | address[1] | address[2]) == 0 && address[3] == LOOPBACK
+}
+
+/// Whether the socket is bound to a loopback address and the backend is elsewhere: the kernel sends nothing out with such a source, so
+/// the process hears what it would hear without weir.
+#[inline(always)]
+pub(super) fn cannot_reach(context: &SockAddrContext, family: Family, backend: &Endpoint) -> bool {
+    // SAFETY: as in `is_connected`. Volatile, because the verifier accepts single words of a socket's address only.
+    let own = unsafe {
+        let socket = (*context.sock_addr).__bindgen_anon_1.sk;
+        if socket.is_null() {
+            return false;
+        }
+        match family {
+            Family::V4 => [0, 0, MAPPED, (&raw const (*socket).src_ip4).read_volatile()],
+            Family::V6 => [
+                (&raw const (*socket).src_ip6[0]).read_volatile(),
+                (&raw const (*socket).src_ip6[1]).read_volatile(),
+                (&raw const (*socket).src_ip6[2]).read_volatile(),
+                (&raw const (*socket).src_ip6[3]).read_volatile(),
+            ],
+        }
+    };
+    is_loopback(&own) && !is_loopback(&backend.address)
+}
+
+/// Whether a datagram has a loopback address for its source and the backend is elsewhere.
+#[inline(always)]
+pub(super) fn cannot_send(context: &SockAddrContext, family: Family, backend: &Endpoint) -> bool {
+    let user: *const bpf_sock_addr = context.sock_addr;
+    // SAFETY: as in `sends_to_itself`.
+    let own = unsafe {
+        match family {
+            Family::V4 => [0, 0, MAPPED, (&raw const (*user).msg_src_ip4).read_volatile()],
+            Family::V6 => [
+                (&raw const (*user).msg_src_ip6[0]).read_volatile(),
+                (&raw const (*user).msg_src_ip6[1]).read_volatile(),
+                (&raw const (*user).msg_src_ip6[2]).read_volatile(),
+                (&raw const (*user).msg_src_ip6[3]).read_volatile(),
+            ],
+        }
+    };
+    is_loopback(&own) && !is_loopback(&backend.address)
+}
+
 /// Puts another address in its place.
 #[inline(always)]
 pub(super) fn set_address(context: &SockAddrContext, family: Family, to: &Endpoint) {

@@ -38,7 +38,7 @@ pub(super) fn connect(context: &SockAddrContext, family: Family) -> i32 {
     }
     let to = socket::address(context, family);
     let Some(client) = socket::client(context) else { return ALLOW };
-    match way(context, protocol, &to, client) {
+    match way(context, family, protocol, &to, client) {
         Way::Led(backend) => {
             socket::set_address(context, family, &backend);
             tell::led(context, &to, &backend);
@@ -56,7 +56,7 @@ pub(super) fn connect(context: &SockAddrContext, family: Family) -> i32 {
 }
 
 #[inline(always)]
-fn way(context: &SockAddrContext, protocol: u32, to: &Endpoint, client: Client) -> Way {
+fn way(context: &SockAddrContext, family: Family, protocol: u32, to: &Endpoint, client: Client) -> Way {
     let frontend = match resolve::find(to, protocol, client) {
         Found::Nothing => return Way::AsAsked,
         // A UDP socket may live to see the Service come: its packets are refused instead.
@@ -79,14 +79,16 @@ fn way(context: &SockAddrContext, protocol: u32, to: &Endpoint, client: Client) 
     if !seats::is_forgotten_in_time(cookie) {
         return Way::AsAsked;
     }
-    let now = resolve::now();
-    let begun = if protocol == UDP { begun(context, to, frontend, now) } else { None };
+    let begun = if protocol == UDP { begun(context, to, frontend) } else { None };
     let backend = match begun {
         Some(backend) => Some(backend),
-        None => resolve::pick(frontend, choice, client, now),
+        None => resolve::pick(frontend, choice, client),
     };
     let Some(backend) = backend else { return Way::AsAsked };
-    let mut origin = Origin { cookie, since: now, service: *to, backend, protocol, group: 0 };
+    if socket::cannot_reach(context, family, &backend) {
+        return Way::AsAsked;
+    }
+    let mut origin = Origin { cookie, since: frontend.at, service: *to, backend, protocol, group: 0 };
     if !seats::remember(&mut origin, client) {
         return Way::AsAsked;
     }
@@ -96,10 +98,11 @@ fn way(context: &SockAddrContext, protocol: u32, to: &Endpoint, client: Client) 
 
 /// The backend that a socket sends to already for this Service: connection tracking would have the one flow go on.
 #[inline(always)]
-fn begun(context: &SockAddrContext, to: &Endpoint, frontend: Frontend, now: u64) -> Option<Endpoint> {
+fn begun(context: &SockAddrContext, to: &Endpoint, frontend: Frontend) -> Option<Endpoint> {
     let flow = flows::find(context, to)?;
     let (since, backend) = (flows::since(flow), flows::backend(flow));
-    let goes_on = now.wrapping_sub(since) <= flows::REST && resolve::still_serves(frontend, &backend, since);
+    let goes_on =
+        frontend.at.wrapping_sub(since) <= flows::REST && resolve::still_serves(frontend, &backend, since);
     goes_on.then_some(backend)
 }
 
@@ -127,7 +130,7 @@ pub(super) fn send(context: &SockAddrContext, family: Family) -> i32 {
     };
     match datagram(context, &to, relation, &mut backend) {
         goes::REFUSED => return refuse(context, &to),
-        way @ (goes::LED | goes::MET) => {
+        way @ (goes::LED | goes::MET) if !socket::cannot_send(context, family, &backend) => {
             socket::set_address(context, family, &backend);
             if way == goes::MET {
                 tell::led(context, &to, &backend);
@@ -213,7 +216,7 @@ fn flow(
     backend: &mut Endpoint,
 ) -> u32 {
     let choice = resolve::choice(frontend, client);
-    let now = resolve::now();
+    let now = frontend.at;
     let known = flows::find(context, to);
     if let Some(flow) = &known {
         let since = flows::since(flow);
@@ -230,7 +233,7 @@ fn flow(
     if !resolve::serves(choice) || socket::is_at_home(context, client, UDP, to) {
         return goes::AS_ASKED;
     }
-    let Some(picked) = resolve::pick(frontend, choice, client, now) else { return goes::AS_ASKED };
+    let Some(picked) = resolve::pick(frontend, choice, client) else { return goes::AS_ASKED };
     *backend = picked;
     let Some(flow) = known.or_else(|| flows::place(context, client, now)) else {
         maps::count(trouble::STORAGE);
@@ -255,7 +258,7 @@ pub(super) fn expect_answer(context: &SockAddrContext, from: &Endpoint) {
     if resolve::choice(frontend, client).is_for_packets() {
         return;
     }
-    let now = resolve::now();
+    let now = frontend.at;
     match flows::find(context, from).or_else(|| flows::place(context, client, now)) {
         Some(flow) => flows::begin(flow, from, from, now),
         None => maps::count(trouble::STORAGE),

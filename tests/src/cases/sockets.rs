@@ -51,6 +51,11 @@ pub(super) fn cases() -> Vec<Case> {
         })
         .over(&datagram)
         .step(Step::Run("ask a pod from a port with the NodePort's number", answered_on_node_port)),
+        // Nothing leaves the node with such a source, so no plane can serve it, and nothing listens there.
+        case("R13", "a process bound to a loopback address is refused a NodePort there", {
+            service([pod(1, 1), pod(2, 1)]).of(ServiceType::NodePort)
+        })
+        .step(Step::Run("ask from a loopback address", from_loopback)),
         // A packet to an address of its own does not leave a pod.
         case("R1", "a pod that listens on a Service's address speaks to itself", service([pod(1, 1)]))
             .over(&streams_and_datagrams)
@@ -165,6 +170,14 @@ fn binds(scene: &Scene<'_>) -> Result<()> {
         let outcome = scene.namespace(place).run(|| bound(scene.transport(), at)).map(drop);
         ensure!(outcome.is_ok(), "{place} binds {at} by {}: {outcome:?}", scene.transport());
     }
+    Ok(())
+}
+
+fn from_loopback(scene: &Scene<'_>) -> Result<()> {
+    let call = scene.call(HOST, Target { address: Address::Loopback, port: NODE_PORT.port });
+    let call = Call { from: call.to.ip(), ..call };
+    let outcome = scene.namespace(HOST).run(|| ask(&call));
+    ensure!(outcome == Outcome::Refused, "{} to {} by {}: {outcome}", call.from, call.to, scene.transport());
     Ok(())
 }
 
