@@ -1,4 +1,4 @@
-//! Sockets of backends that stopped serving (K2), closed by the kernel, in a host's and in a pod's network namespace.
+//! Sockets of backends that stopped serving (K2): closed by the kernel, or moved, in a host's and in a pod's network namespace.
 //!
 //! The clients connect straight to their backends; what the kernel programs would have written down for a socket, the
 //! test writes into the programs' own maps.
@@ -30,7 +30,7 @@ use tempfile::TempDir;
 use weir::{
     dataplane::{
         ebpf::PROGRAMS,
-        sockets::{Closed, Sockets, Suspects, supported},
+        sockets::{Sockets, Suspects, Taken, supported},
     },
     model::{Family, ObjectName, Protocol},
     plan::{
@@ -224,21 +224,31 @@ impl Origins {
         (Self { origins, seats: Map::Array(seats).try_into().unwrap() }, again)
     }
 
-    /// Every second socket finds its seat taken.
-    fn remember(&mut self, cookie: u64, origin: &Origin) {
+    /// The socket is closed.
+    fn forget(&mut self, cookie: u64) {
         if cookie % 2 == 1 {
+            return self.origins.remove(&cookie).unwrap();
+        }
+        self.seats.set(u32::try_from(cookie % u64::from(SEATS)).unwrap(), Seat::default(), 0).unwrap();
+    }
+
+    /// Every second socket is to find its seat taken.
+    fn remember(&mut self, cookie: u64, origin: &Origin) {
+        let number = u32::try_from(cookie % u64::from(SEATS)).unwrap();
+        if cookie % 2 == 1 || self.seats.get(&number, 0).unwrap().cookie != 0 {
             return self.origins.insert(cookie, origin, 0).unwrap();
         }
         let Endpoint { address, port, .. } = origin.service;
         let (since, protocol) = (origin.since, u16::try_from(origin.protocol).unwrap());
         let seat = Seat { cookie, claims: 1, since, address, port, protocol, backend: origin.backend };
         assert_eq!(seat.origin(), *origin);
-        self.seats.set(u32::try_from(cookie % u64::from(SEATS)).unwrap(), seat, 0).unwrap();
+        self.seats.set(number, seat, 0).unwrap();
     }
 }
 
 fn sockets([origins, seats]: [MapData; 2], names: impl Into<PathBuf>) -> Sockets {
-    Sockets::new(origins, seats, names).unwrap()
+    // A directory that is not there is one without names.
+    Sockets::new(origins, seats, [PathBuf::from("/nowhere"), names.into()]).unwrap()
 }
 
 /// A directory in which these namespaces have names.
@@ -251,31 +261,42 @@ fn named(places: &[&Place]) -> TempDir {
     names
 }
 
-/// Clients of both kinds of namespace, each with whether it is to go.
-fn clients<'a>(places: &[&'a Place], origins: &mut Origins) -> Vec<(Client<'a>, bool)> {
+/// What becomes of a client.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Stays,
+    Closed,
+    Moved,
+}
+
+use Fate::{Closed, Moved, Stays};
+
+/// Clients of both kinds of namespace, each with what becomes of it.
+fn clients<'a>(places: &[&'a Place], origins: &mut Origins) -> Vec<(Client<'a>, Fate)> {
     let mut clients = Vec::new();
     for place in places {
         for protocol in [Tcp, Udp] {
-            for (service, backend, mapped, goes) in [
-                (Some(VIP), A, false, true),
-                (Some(VIP), A, true, true),
-                (Some("192.0.2.1:30053"), A, false, protocol == Udp),
-                (Some("127.0.0.1:30053"), A, true, true),
-                (Some(VIP6), A6, false, true),
-                (Some("[::1]:30053"), A6, false, true),
-                (Some(VIP), B, false, false),
-                (Some(VIP), B, true, false),
-                (Some(VIP6), B6, false, false),
-                (None, A, false, false),
-                (None, A, true, false),
-                (None, A6, false, false),
+            let lost = if protocol == Udp { Moved } else { Closed };
+            for (service, backend, mapped, fate) in [
+                (Some(VIP), A, false, lost),
+                (Some(VIP), A, true, lost),
+                (Some("192.0.2.1:30053"), A, false, if protocol == Udp { Moved } else { Stays }),
+                (Some("127.0.0.1:30053"), A, true, Closed),
+                (Some(VIP6), A6, false, lost),
+                (Some("[::1]:30053"), A6, false, Closed),
+                (Some(VIP), B, false, Stays),
+                (Some(VIP), B, true, Stays),
+                (Some(VIP6), B6, false, Stays),
+                (None, A, false, Stays),
+                (None, A, true, Stays),
+                (None, A6, false, Stays),
             ] {
                 let client = place.client(protocol, backend, mapped);
                 let client = match service {
                     Some(service) => client.led(origins, service),
                     None => client,
                 };
-                clients.push((client, goes));
+                clients.push((client, fate));
             }
         }
     }
@@ -293,7 +314,7 @@ fn plans(v4: &[&str], v6: &[&str]) -> [Option<Arc<PortPlan>>; 4] {
 }
 
 #[test]
-fn sockets_of_a_removed_backend_are_closed_and_all_others_live_on() {
+fn sockets_of_a_removed_backend_are_closed_or_moved_and_all_others_live_on() {
     let (host, pod) = (Place::new("host"), Place::new("pod"));
     let (mut origins, maps) = Origins::new();
     let names = named(&[&pod]);
@@ -302,30 +323,49 @@ fn sockets_of_a_removed_backend_are_closed_and_all_others_live_on() {
     let (before, after) = (plans(&[A, B], &[A6, B6]), plans(&[B], &[B6]));
 
     sockets.take_in(in_force(true, before.iter().map(|plan| (None, plan.clone()))));
-    assert_eq!(host.namespace.run(|| sockets.sweep()), Closed::default());
+    assert_eq!(host.namespace.run(|| sockets.sweep()), Taken::default());
     clients.iter().for_each(|(client, _)| client.works().unwrap());
 
     thread::scope(|scope| {
         let waiting: Vec<_> = clients
             .iter()
-            .filter(|(_, goes)| *goes)
+            .filter(|(_, fate)| *fate == Closed)
             .map(|(client, _)| scope.spawn(|| (client.protocol, client.backend, client.waits())))
             .collect();
         sockets.take_in(in_force(false, before.into_iter().zip(after)));
-        assert_eq!(host.namespace.run(|| sockets.sweep()), Closed { tcp: 10, udp: 12 });
+        assert_eq!(host.namespace.run(|| sockets.sweep()), Taken { tcp: 10, udp: 4, moved: 8 });
         for client in waiting {
             let (protocol, backend, result) = client.join().unwrap();
             assert!(aborted(result), "{protocol} {backend}");
         }
     });
-    for (client, _) in clients.iter().filter(|(_, goes)| !goes) {
+    for (client, _) in clients.iter().filter(|(_, fate)| *fate == Stays) {
         client.works().unwrap();
     }
 }
 
+/// Binds a server at a Service's address, which the namespace gets for that: a datagram that is led there and that no table
+/// translates comes to it.
+fn server_at(place: &Place, service: &str) -> UdpSocket {
+    let service = at(service);
+    place.namespace.ip(&[format!("addr add {} dev lo nodad", service.ip())]).unwrap();
+    let server = place.namespace.run(|| UdpSocket::bind(service).unwrap());
+    server.set_read_timeout(Some(DEADLINE)).unwrap();
+    server
+}
+
+/// Sends a word, and says whether it comes to this server.
+fn comes_to(server: &UdpSocket, client: &Socket, word: &[u8]) -> bool {
+    let mut read = [0; 16];
+    client.send(word).unwrap();
+    let (len, from) = server.recv_from(&mut read).unwrap();
+    from == client.local_addr().unwrap().as_socket().unwrap() && &read[..len] == word
+}
+
 #[test]
-fn udp_sockets_are_closed_when_nothing_serves_and_when_the_service_is_deleted() {
+fn datagrams_of_udp_sockets_go_to_their_service_again_when_nothing_serves_and_when_it_is_deleted() {
     let host = Place::new("host");
+    let (service, service6) = (server_at(&host, VIP), server_at(&host, VIP6));
     let (mut origins, maps) = Origins::new();
     let names = named(&[]);
     let mut sockets = host.namespace.run(|| sockets(maps, names.path()));
@@ -337,13 +377,68 @@ fn udp_sockets_are_closed_when_nothing_serves_and_when_the_service_is_deleted() 
     );
     let elsewhere = host.client(Udp, A, false).led(&mut origins, VIP);
     elsewhere.socket.connect(&at(B).into()).unwrap();
+    let not_led = host.client(Udp, A, false);
 
     sockets.take_in(in_force(true, [(None, plan(&[A])), (None, v6.clone())]));
-    assert_eq!(host.namespace.run(|| sockets.sweep()), Closed::default());
+    assert_eq!(host.namespace.run(|| sockets.sweep()), Taken::default());
+    lost.works().unwrap();
     sockets.take_in(in_force(false, [(plan(&[A]), plan(&[])), (v6, None)]));
-    assert_eq!(host.namespace.run(|| sockets.sweep()), Closed { tcp: 0, udp: 2 });
-    assert!(aborted(lost.waits()) && aborted(deleted.waits()));
+    assert_eq!(host.namespace.run(|| sockets.sweep()), Taken { moved: 2, ..Taken::default() });
+    assert!(comes_to(&service, &lost.socket, b"lost"));
+    assert!(comes_to(&service6, &deleted.socket, b"deleted"));
     assert_eq!(elsewhere.socket.peer_addr().unwrap().as_socket(), Some(at(B)));
+    not_led.works().unwrap();
+
+    // What another program removed is there again when everything is told anew, and what serves again is left alone.
+    sockets.take_in(in_force(true, [(None, plan(&[A]))]));
+    assert_eq!(host.namespace.run(|| sockets.sweep()), Taken::default());
+    assert!(comes_to(&service6, &deleted.socket, b"again"));
+}
+
+#[test]
+fn the_address_of_a_moved_socket_that_is_closed_is_its_next_users() {
+    let host = Place::new("host");
+    let (mut origins, maps) = Origins::new();
+    let names = named(&[]);
+    let mut sockets = host.namespace.run(|| sockets(maps, names.path()));
+    let lost = host.client(Udp, A, false).led(&mut origins, VIP);
+    sockets.take_in(in_force(true, []));
+    assert_eq!(host.namespace.run(|| sockets.sweep()), Taken { moved: 1, ..Taken::default() });
+
+    let own = lost.socket.local_addr().unwrap();
+    origins.forget(lost.socket.cookie().unwrap());
+    drop(lost);
+    sockets.take_in(in_force(true, []));
+    assert_eq!(host.namespace.run(|| sockets.sweep()), Taken::default());
+    assert_eq!(sockets.wait().map(|wait| wait <= Duration::from_secs(1)), Some(true), "only the second look");
+    let next = host.namespace.run(|| {
+        let socket = Socket::new(Domain::IPV4, Type::DGRAM, None).unwrap();
+        socket.bind(&own).unwrap();
+        socket.connect(&at(A).into()).unwrap();
+        socket
+    });
+    assert!(comes_to(host.udp.first().unwrap(), &next, b"next"));
+}
+
+#[test]
+fn sockets_of_one_pod_beyond_its_share_are_closed_and_leave_room_for_those_of_others() {
+    const SHARE: usize = 4096;
+    const BEYOND: usize = 3;
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+    let (host, greedy, modest) = (Place::new("host"), Place::new("greedy"), Place::new("modest"));
+    let (mut origins, maps) = Origins::new();
+    let names = named(&[&greedy, &modest]);
+    let mut sockets = host.namespace.run(|| sockets(maps, names.path()));
+    let of = |place: &Place, origins: &mut Origins, count| -> Vec<_> {
+        (0..count).map(|_| place.client(Udp, A, false).led(origins, VIP).socket).collect()
+    };
+    let _many = of(&greedy, &mut origins, SHARE + BEYOND);
+    let _few = of(&modest, &mut origins, BEYOND);
+    sockets.take_in(in_force(true, []));
+    let taken = Taken { tcp: 0, udp: BEYOND as u64, moved: (SHARE + BEYOND) as u64 };
+    assert_eq!(host.namespace.run(|| sockets.sweep()), taken);
 }
 
 #[test]
@@ -362,10 +457,10 @@ fn a_connect_that_was_under_way_is_found_a_second_later() {
     let late = now();
     let lost = (port(Tcp, AT_ONCE, VIP, &[A, B]), port(Tcp, AT_ONCE, VIP, &[B]));
     sockets.take_in(in_force(false, [(Some(lost.0), Some(lost.1))]));
-    assert_eq!(host.namespace.run(|| sockets.sweep()), Closed::default());
+    assert_eq!(host.namespace.run(|| sockets.sweep()), Taken::default());
     let client = client.led_at(late, &mut origins, VIP);
     await_that("the late one is closed", || {
-        host.namespace.run(|| sockets.sweep()) == Closed { tcp: 1, udp: 0 }
+        host.namespace.run(|| sockets.sweep()) == Taken { tcp: 1, ..Taken::default() }
     });
     assert!(aborted(client.waits()));
 }
@@ -396,7 +491,7 @@ fn connections_are_reset_after_the_time_that_the_service_says_and_not_before() {
     sender.send(in_force(false, [(plan(&[A, B]), plan(&[]))])).unwrap();
     sender.send(in_force(false, [(plan(&[]), plan(&[B]))])).unwrap();
     let (at, closed) = reports.recv_timeout(DEADLINE).unwrap();
-    assert_eq!(closed, Closed { tcp: 1, udp: 0 });
+    assert_eq!(closed, Taken { tcp: 1, ..Taken::default() });
     assert!(at - lost >= WAIT, "{:?}", at - lost);
     assert!(aborted(gone.waits()));
     back.works().unwrap();
@@ -414,7 +509,7 @@ fn namespaces_without_a_name_are_found_by_their_processes_and_come_and_go() {
     let mut sockets = host.namespace.run(|| sockets(maps, names.path()));
     let client = pod.client(Udp, A, false).led(&mut origins, VIP);
     sockets.take_in(in_force(true, []));
-    assert_eq!(host.namespace.run(|| sockets.sweep()), Closed::default(), "nobody tells of the namespace");
+    assert_eq!(host.namespace.run(|| sockets.sweep()), Taken::default(), "nobody tells of the namespace");
 
     let mut process = pod
         .namespace
@@ -423,16 +518,15 @@ fn namespaces_without_a_name_are_found_by_their_processes_and_come_and_go() {
         })
         .unwrap();
     sockets.take_in(in_force(true, []));
-    await_that("the socket is closed", || {
+    await_that("the socket is found", || {
         sockets.take_in(in_force(true, []));
-        host.namespace.run(|| sockets.sweep()) == Closed { tcp: 0, udp: 1 }
+        host.namespace.run(|| sockets.sweep()) == Taken { moved: 1, ..Taken::default() }
     });
-    assert!(aborted(client.waits()));
     weir_tests::keeper::end(&mut process);
     drop(client);
     drop(pod);
     sockets.take_in(in_force(true, []));
-    assert_eq!(host.namespace.run(|| sockets.sweep()), Closed::default());
+    assert_eq!(host.namespace.run(|| sockets.sweep()), Taken::default());
 }
 
 #[test]
@@ -446,11 +540,11 @@ fn the_maps_are_opened_by_their_pins_and_a_missing_one_is_named() {
         let mut ebpf = EbpfLoader::new().load(PROGRAMS).unwrap();
         for name in ["origins", "seats"] {
             let pin = root.path().join(name);
-            let error = Sockets::open(root.path(), "/run/netns").err().unwrap().to_string();
+            let error = Sockets::open(root.path(), ["/run/netns"]).err().unwrap().to_string();
             assert!(error.contains(pin.to_str().unwrap()), "{error}");
             ebpf.map_mut(name).unwrap().pin(&pin).unwrap();
         }
-        let sockets = Sockets::open(root.path(), "/run/netns").unwrap();
+        let sockets = Sockets::open(root.path(), ["/run/netns"]).unwrap();
         assert_eq!(sockets.wait(), None);
         nix::mount::umount(root.path()).unwrap();
     };

@@ -19,6 +19,7 @@ pub(super) struct SocketMetrics {
     refused: Labelled<Label, Counter>,
     troubles: Labelled<Label, Counter>,
     closed: Labelled<Label, Counter>,
+    moved: Counter,
     attached_anew: Counter,
     bypassed: Labelled<Label, Gauge>,
     waiting: Gauge,
@@ -48,6 +49,12 @@ impl SocketMetrics {
                 "sockets_closed",
                 "Sockets closed because their backend serves no longer",
                 Labelled::default(),
+            ),
+            moved: put(
+                r,
+                "sockets_moved",
+                "Connected UDP sockets whose datagrams go to their Service again because their backend serves no longer",
+                Counter::default(),
             ),
             attached_anew: put(
                 r,
@@ -84,6 +91,10 @@ impl SocketMetrics {
 
     pub(super) fn count_closed(&self, protocol: &'static str, more: u64) {
         self.closed.get_or_create(&[("protocol", protocol)]).inc_by(more);
+    }
+
+    pub(super) fn count_moved(&self, more: u64) {
+        self.moved.inc_by(more);
     }
 
     pub(super) fn count_attached_anew(&self, more: u64) {

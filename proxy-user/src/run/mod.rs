@@ -510,7 +510,7 @@ pub fn cleanup(kernel: &KernelArgs, log: &LogArgs, stay: bool) -> anyhow::Result
     Stack::new(packets, Retired::new(place)).remove()?;
     tracing::info!(
         bpf_root = %kernel.bpf_root.display(),
-        "removed the tables ip weir and ip6 weir, and the kernel programs with their maps"
+        "removed weir's tables of both families, and the kernel programs with their maps"
     );
     if stay { ended() } else { Ok(()) }
 }

@@ -39,7 +39,7 @@ pub(super) struct Planes {
 impl Planes {
     /// Opens what the mode asks for and the machine allows.
     pub(super) fn open(config: &Config) -> anyhow::Result<Self> {
-        let (packets, rule_set) = packets(config)?;
+        let (mut packets, rule_set) = packets(config)?;
         let foreign = watch_rule_set(rule_set)?;
         let dropped = packets.drops()?;
         let place = Place { bpf_root: config.bpf_root.clone(), cgroup_root: config.cgroup_root.clone() };
@@ -58,6 +58,7 @@ impl Planes {
                 (Box::new(stack), Some(place))
             }
             None => {
+                packets.remove_moved()?;
                 let stack = Stack::new(packets, Retired::new(place)).with_retry(config.sync_period);
                 (Box::new(stack), None)
             }

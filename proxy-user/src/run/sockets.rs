@@ -30,8 +30,8 @@ use crate::{
     plan::PortId,
 };
 
-/// Where network namespaces of pods have names, if their runtime gives them some.
-const NAMESPACES: &str = "/run/netns";
+/// Where network namespaces of pods have names, if their runtime gives them some: CNI's runtimes, and Docker.
+const NAMESPACES: [&str; 2] = ["/run/netns", "/run/docker/netns"];
 
 /// What `/proxyMode` says while the sockets' plane serves.
 pub(super) const MODE: &str = "ebpf";
@@ -79,9 +79,10 @@ pub(super) fn close(maps: &Path, metrics: &Metrics) -> anyhow::Result<Option<mps
     let (sender, suspects) = mpsc::channel();
     let metrics = metrics.clone();
     std::thread::Builder::new().name("sockets".to_owned()).spawn(move || {
-        sockets.run(&suspects, |closed| {
-            metrics.count_closed("TCP", closed.tcp);
-            metrics.count_closed("UDP", closed.udp);
+        sockets.run(&suspects, |taken| {
+            metrics.count_closed("TCP", taken.tcp);
+            metrics.count_closed("UDP", taken.udp);
+            metrics.count_moved(taken.moved);
         });
     })?;
     Ok(Some(sender))

@@ -25,8 +25,6 @@ pub enum Difference {
     Loopback,
     /// R18: they are where that is asked for, as for a later kube-proxy.
     AskedLoopback,
-    /// K2: connected UDP sockets are closed.
-    Closed,
     /// F1: unconnected UDP sockets hear of it from the call itself.
     AtOnce,
     /// K6, K7: UDP flows end where no Service leads them any more.
@@ -64,10 +62,6 @@ impl fmt::Display for Difference {
             Self::AskedLoopback => {
                 "NodePorts answer the node's processes on loopback addresses where nodePortAddresses names these, by TCP \
                  and UDP; kube-proxy does so since 1.38, by TCP (R18)"
-            }
-            Self::Closed => {
-                "a connected UDP socket whose endpoint is gone is closed: it is connected to the endpoint itself, and \
-                 cannot be moved (K2)"
             }
             Self::AtOnce => "an unconnected UDP socket is refused by the call itself (F1)",
             Self::Unplaced => {

@@ -1,4 +1,4 @@
-//! Flows that a case leaves open: they stay, they move, they end, or, at the socket, they are closed.
+//! Flows that a case leaves open: they stay, they move, or they end.
 
 use std::{
     thread,
@@ -11,7 +11,7 @@ use crate::{
     cases::Difference,
     node::Place,
     subject::Kind,
-    traffic::{Flow, Outcome, PATIENCE, Transport},
+    traffic::{Flow, Outcome, PATIENCE},
 };
 
 /// How long flows may take to move (K2).
@@ -20,9 +20,6 @@ const MOVE: Duration = Duration::from_secs(10);
 /// A flow and who answered on it first, if anybody.
 pub(super) struct OpenFlow {
     pub(super) label: String,
-    pub(super) transport: Transport,
-    /// Whether its socket was led to the backend.
-    pub(super) at_socket: bool,
     pub(super) flow: Flow,
     pub(super) backend: Option<String>,
 }
@@ -42,27 +39,15 @@ impl OpenFlow {
         if !Difference::Ended.is_of(kind) {
             return self.stays().map(|()| None);
         }
-        if self.at_socket && self.transport == Transport::Udp {
-            return self.closes();
-        }
         self.comes_to("end", |outcome| !matches!(outcome, Outcome::Answer(_)))?;
         Ok(Some(Difference::Ended))
     }
 
-    /// The flow comes to be answered by this place; says by which rule it does not.
-    pub(super) fn moves(&self, place: Place) -> Result<Option<Difference>> {
-        if self.at_socket && self.transport == Transport::Udp && self.backend.is_some() {
-            return self.closes();
-        }
+    /// The flow comes to be answered by this place.
+    pub(super) fn moves(&self, place: Place) -> Result<()> {
         self.comes_to(&format!("move to {place}"), |outcome| {
             matches!(outcome, Outcome::Answer(answer) if answer.backend.starts_with(&format!("{place}:")))
-        })?;
-        Ok(None)
-    }
-
-    fn closes(&self) -> Result<Option<Difference>> {
-        self.comes_to("be closed", |outcome| *outcome == Outcome::Closed)?;
-        Ok(Some(Difference::Closed))
+        })
     }
 
     /// Asks until it is so. What stands in between is the old state: the old backend, or nobody.

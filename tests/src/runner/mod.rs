@@ -190,7 +190,8 @@ impl Runner<'_, '_> {
                 return flows.iter().filter_map(|flow| flow.ends(kind).transpose()).collect();
             }
             Step::Moves(place) => {
-                return flows.iter().filter_map(|flow| flow.moves(*place).transpose()).collect();
+                flows.iter().try_for_each(|flow| flow.moves(*place))?;
+                return Ok(BTreeSet::new());
             }
             Step::Check(..) | Step::Open(..) | Step::Send(..) | Step::Run(..) => {}
         }

@@ -192,8 +192,7 @@ impl<'a> Scene<'a> {
     }
 
     fn left_open(&self, from: Place, to: Target, flow: Flow, backend: Option<String>) -> OpenFlow {
-        let (label, at_socket) = (self.label(from, to), self.at_socket(from, to));
-        OpenFlow { label, transport: self.transport, at_socket, flow, backend }
+        OpenFlow { label: self.label(from, to), flow, backend }
     }
 
     fn check(&self, from: Place, to: Target, expect: &Expect) -> Result<()> {

@@ -1,4 +1,4 @@
-//! The two requests of ctnetlink that cleaning needs: walk the UDP flows of a [`Scope`], and delete some by their tuple.
+//! The requests of ctnetlink that cleaning needs: walk the UDP flows of a [`Scope`], find one by its tuple, and delete some.
 //!
 //! In: scopes and [`Entry`]s. Out: entries, one at a time as the kernel hands them over.
 
@@ -106,6 +106,21 @@ impl Requests {
         }
     }
 
+    /// The UDP flow from `client` to `destination`, if there is one.
+    pub(super) fn find(&mut self, client: SocketAddr, destination: SocketAddr) -> io::Result<Option<Entry>> {
+        self.0.send(&serialize(&[question(client, destination)]))?;
+        loop {
+            for message in messages::<NetfilterMessage>(self.0.receive()?) {
+                match message.payload {
+                    NetlinkPayload::InnerMessage(message) => return Ok(decode(message)),
+                    NetlinkPayload::Error(error) if error.raw_code() == -libc::ENOENT => return Ok(None),
+                    NetlinkPayload::Error(error) => return Err(error.to_io()),
+                    _ => {}
+                }
+            }
+        }
+    }
+
     /// Deletes these flows and says how many were still there.
     pub(super) fn delete(&mut self, entries: &mut Vec<Entry>) -> io::Result<u64> {
         let requests: Vec<_> = entries.drain(..).map(deletion).collect();
@@ -199,13 +214,28 @@ fn nested<T: Nla>(kind: u16, parts: &[T]) -> DefaultNla {
 }
 
 fn request(scope: Scope) -> NetlinkMessage<NetfilterMessage> {
-    let family = match scope.family() {
+    get(NLM_F_REQUEST | NLM_F_DUMP, scope.family(), scope.filter())
+}
+
+fn question(client: SocketAddr, destination: SocketAddr) -> NetlinkMessage<NetfilterMessage> {
+    let addresses = vec![IPTuple::SourceAddress(client.ip()), IPTuple::DestinationAddress(destination.ip())];
+    let ports = vec![
+        ProtoTuple::Protocol(Protocol::Udp),
+        ProtoTuple::SourcePort(client.port()),
+        ProtoTuple::DestinationPort(destination.port()),
+    ];
+    let tuple = [Tuple::Ip(addresses), Tuple::Proto(ports)];
+    get(NLM_F_REQUEST, Family::of(client.ip()), vec![nested(CTA_TUPLE_ORIG, &tuple[..])])
+}
+
+fn get(flags: u16, family: Family, attributes: Vec<DefaultNla>) -> NetlinkMessage<NetfilterMessage> {
+    let family = match family {
         Family::V4 => NetfilterProtoFamily::IPv4,
         Family::V6 => NetfilterProtoFamily::IPv6,
     };
     // Not `ConntrackMessage::Get`, which takes the nested flag off a filter, and the kernel then refuses it.
-    let get = ConntrackMessage::Other { message_type: IPCTNL_MSG_CT_GET, attributes: scope.filter() };
-    netfilter(NLM_F_REQUEST | NLM_F_DUMP, family, 0, get)
+    let get = ConntrackMessage::Other { message_type: IPCTNL_MSG_CT_GET, attributes };
+    netfilter(flags, family, 0, get)
 }
 
 fn deletion(entry: Entry) -> NetlinkMessage<NetfilterMessage> {

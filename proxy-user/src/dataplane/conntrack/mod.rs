@@ -5,7 +5,7 @@
 //! For a few frontends the kernel is asked for exactly their flows. For many it is asked for the UDP flows once, each
 //! looked up in a hash table. Either way flows are judged as they arrive and never collected.
 
-use std::io;
+use std::{io, net::SocketAddr};
 
 use self::ctnetlink::{Entry, Requests, Scope, Walked};
 use super::Error;
@@ -84,6 +84,30 @@ impl Conntrack {
             *self = Self { kernel_filters: self.kernel_filters, ..Self::open()? };
         }
         cleaned
+    }
+
+    /// Deletes the UDP flow from `client` to `destination` unless its answers come from where `is_right` says. A client that goes on
+    /// begins a new one.
+    ///
+    /// # Errors
+    ///
+    /// When the flow cannot be read or deleted.
+    pub fn end_wrong(
+        &mut self,
+        client: SocketAddr,
+        destination: SocketAddr,
+        is_right: impl FnOnce(SocketAddr) -> bool,
+    ) -> Result<(), Error> {
+        let found = self.walks.find(client, destination);
+        let ended = found.and_then(|found| match found {
+            Some(entry) if !is_right(entry.flow.answers) => self.deletions.delete(&mut vec![entry]).map(drop),
+            _ => Ok(()),
+        });
+        if ended.is_err() {
+            // Answers to what failed may still be on their way.
+            *self = Self { kernel_filters: self.kernel_filters, ..Self::open()? };
+        }
+        ended.map_err(failed("ending a UDP flow in connection tracking"))
     }
 
     fn sweep_all(&mut self, suspects: &Suspects) -> Result<u64, Error> {

@@ -76,6 +76,41 @@ pub(super) fn destination_port(dreg: u32) -> Expr {
     payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, dreg)
 }
 
+/// Writes a register into the packet. The kernel keeps the checksums right: that of the header at `checksum`, if there is one, and
+/// that of the transport, unless the sender made none.
+fn write_payload(base: i32, offset: u32, len: u32, sreg: u32, checksum: Option<u32>) -> Expr {
+    const NFT_PAYLOAD_CSUM_INET: u32 = 1;
+    const NFT_PAYLOAD_L4CSUM_PSEUDOHDR: u32 = 1;
+    let kind = if checksum.is_some() { NFT_PAYLOAD_CSUM_INET } else { 0 };
+    Expr {
+        kind: c"payload",
+        attributes: vec![
+            (sys::NFTNL_EXPR_PAYLOAD_SREG, U32(sreg)),
+            (sys::NFTNL_EXPR_PAYLOAD_BASE, U32(base as u32)),
+            (sys::NFTNL_EXPR_PAYLOAD_OFFSET, U32(offset)),
+            (sys::NFTNL_EXPR_PAYLOAD_LEN, U32(len)),
+            (sys::NFTNL_EXPR_PAYLOAD_CSUM_TYPE, U32(kind)),
+            (sys::NFTNL_EXPR_PAYLOAD_CSUM_OFFSET, U32(checksum.unwrap_or_default())),
+            (sys::NFTNL_EXPR_PAYLOAD_FLAGS, U32(NFT_PAYLOAD_L4CSUM_PSEUDOHDR)),
+        ],
+    }
+}
+
+/// `ip daddr set`.
+pub(super) fn set_destination_address(family: Family, sreg: u32) -> Expr {
+    const HEADER_CHECKSUM: u32 = 10;
+    let (offset, checksum) = match family {
+        Family::V4 => (16, Some(HEADER_CHECKSUM)),
+        Family::V6 => (24, None),
+    };
+    write_payload(libc::NFT_PAYLOAD_NETWORK_HEADER, offset, address_len(family), sreg, checksum)
+}
+
+/// `udp dport set`. Only by this flag the kernel spares datagrams that have no checksum.
+pub(super) fn set_destination_port(sreg: u32) -> Expr {
+    write_payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, sreg, None)
+}
+
 fn meta(key: i32, dreg: u32) -> Expr {
     Expr {
         kind: c"meta",

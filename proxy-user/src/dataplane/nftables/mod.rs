@@ -23,6 +23,7 @@ mod drops;
 mod dump;
 mod element;
 mod expr;
+mod moved;
 mod netlink;
 mod object;
 mod ruleset;
@@ -39,6 +40,7 @@ use table::Table;
 pub(super) use netlink::xtables;
 
 pub use drops::{Dropped, Drops};
+pub use moved::{Moved, MovedTables};
 pub use watch::{News, Seen, Watch};
 
 /// Services in nftables.
@@ -87,6 +89,18 @@ impl Nftables {
     pub fn drops(&self) -> Result<Drops, Error> {
         let families = self.tables.iter().map(|table| table.family);
         Drops::open(families).map_err(|source| io_error("opening a netlink socket", source))
+    }
+
+    /// Removes what an agent left that had sockets moved.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn remove_moved(&mut self) -> Result<(), Error> {
+        let families: Vec<Family> = self.tables.iter().map(|table| table.family).collect();
+        let removed =
+            families.into_iter().try_for_each(|family| moved::replace(&mut self.netlink, family, &[]));
+        removed.map_err(|source| io_error("removing the table of moved sockets", source))
     }
 
     /// Listens for changes that others make to our tables.
@@ -270,6 +284,7 @@ impl Dataplane for Nftables {
                 table.remove(&mut self.netlink).map_err(|error| io_error("removing our tables", error))?;
             }
         }
+        self.remove_moved()?;
         self.reread()
     }
 }

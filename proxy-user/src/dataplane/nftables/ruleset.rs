@@ -182,7 +182,7 @@ impl Map {
 
 /// One part of a concatenated key. Each takes a multiple of 4 bytes.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Part {
+pub(super) enum Part {
     Address,
     Protocol,
     Port,
@@ -202,7 +202,7 @@ impl Part {
     }
 
     /// nft's number for the type (`enum datatypes` of its source): what `nft list` goes by.
-    const fn nft_type(self, family: Family) -> u32 {
+    pub(super) const fn nft_type(self, family: Family) -> u32 {
         match (self, family) {
             (Self::Slot, _) => 4,
             (Self::Address, Family::V4) => 7,
@@ -224,7 +224,8 @@ const fn endpoint(family: Family) -> ValueKind {
     ValueKind::Data { nft_type, len: expr::address_len(family) + 4 }
 }
 
-fn set_spec(name: &str, family: Family, key: &[Part], value: ValueKind) -> SetSpec {
+/// A set or map without anything special.
+pub(super) fn set_spec(name: &str, family: Family, key: &[Part], value: ValueKind) -> SetSpec {
     SetSpec {
         name: name.to_owned(),
         key_type: key.iter().fold(0, |kind, part| kind << 6 | part.nft_type(family)),

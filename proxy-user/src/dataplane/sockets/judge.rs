@@ -221,6 +221,13 @@ impl Judge {
         socket.since <= lost && lost.saturating_add(port.after()) <= now
     }
 
+    /// Whether the Service at this address leads UDP clients to this backend, or lets them stay there.
+    pub(super) fn leads(&self, service: SocketAddr, backend: SocketAddr) -> bool {
+        let led = Led { since: 0, protocol: Protocol::Udp, service, backend };
+        let backend = Backend { address: backend.ip(), port: backend.port(), local: false };
+        self.port_of(&led).is_some_and(|port| serves(&port.plan, &backend))
+    }
+
     /// Whether everything is known here that the programs knew when they led the socket.
     const fn knows(&self, socket: &Led) -> bool {
         socket.since != 0 && socket.since <= self.known
@@ -232,8 +239,13 @@ impl Judge {
         if socket.protocol != Protocol::Udp || !self.knows(socket) || self.condemns(socket, now) {
             return None;
         }
-        let destination = Destination::Address(socket.service.ip());
-        let asked = Frontend { destination, protocol: Protocol::Udp, port: socket.service.port() };
+        self.guard_at(socket.service)
+    }
+
+    /// Which clients a UDP Service is for now, where it is not for all.
+    pub(super) fn guard_at(&self, service: SocketAddr) -> Option<Guard> {
+        let destination = Destination::Address(service.ip());
+        let asked = Frontend { destination, protocol: Protocol::Udp, port: service.port() };
         let port = self.ports.get(self.frontends.get(&asked)?)?;
         let planned = port.plan.frontend(asked)?;
         planned

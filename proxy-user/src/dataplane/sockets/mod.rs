@@ -1,14 +1,16 @@
-//! Closes sockets that the kernel programs led to a backend which does not serve any more, through sock_diag.
+//! Takes sockets away from backends that do not serve any more, if the kernel programs led them there.
 //!
-//! In: [`Suspects`] of deltas that are in force. Out: UDP sockets of such backends are closed at once, TCP sockets as
-//! their Service's annotation says ([`Removal`](crate::plan::Removal)); a process waiting in one is woken with
-//! ECONNABORTED. Sockets that no program led anywhere are never touched.
+//! In: [`Suspects`] of deltas that are in force. Out: datagrams of UDP sockets that are connected to such a backend go to their Service
+//! again at once; TCP sockets are closed as their Service's annotation says ([`Removal`](crate::plan::Removal)), and a process waiting
+//! in one is woken with ECONNABORTED. So are UDP sockets whose clients a Service does not let in any more, and those that asked for
+//! a NodePort at a loopback address, where no packet can be led. Sockets that no program led anywhere are never touched.
 //!
 //! ```text
 //! Suspects ──▶ Judge: what serves, what was lost when
 //!                │ due
 //!                ▼
-//! seats, origins ──▶ sweep: which sockets have to go ──▶ if any: in each network namespace find and destroy them
+//! seats, origins ──▶ sweep: which sockets have to go ──▶ if any: in each network namespace find them ──▶ destroy them
+//!                                                                                                    └─▶ moved: lead them
 //! ```
 //!
 //! After a restart the first, complete delta has every socket looked at, so nothing is forgotten, except that the time of
@@ -17,7 +19,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
+    net::{Ipv4Addr, TcpListener, UdpSocket},
     path::{Path, PathBuf},
     sync::mpsc::{Receiver, RecvTimeoutError},
     time::{Duration, Instant},
@@ -29,15 +31,17 @@ use rustc_hash::FxHashMap;
 use socket2::Socket;
 
 use self::{
-    judge::{Guard, Judge},
+    judge::{Guard, Judge, Led},
+    moved::{MOST_OF_ONE, MovedSockets},
     namespaces::{Failures, Namespaces},
     sockdiag::{Found, Name, SockDiag},
     told::Origins,
 };
-use super::Error;
+use super::{Error, nftables::Moved};
 use crate::model::{Family, Protocol};
 
 mod judge;
+mod moved;
 mod namespaces;
 mod sockdiag;
 mod suspect;
@@ -50,31 +54,39 @@ pub use suspect::Suspects;
 /// After a sweep the room rests this many times as long as it took, so that it never takes more than a quarter of a CPU.
 const REST: u32 = 3;
 
-/// How many sockets were closed.
+/// How often moved sockets are looked at, for those that are closed meanwhile.
+const LOOK_AT_MOVED: u64 = 60_000_000_000;
+
+/// How many sockets were taken away from their backends.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Closed {
-    /// Over TCP.
+pub struct Taken {
+    /// Taken, over TCP.
     pub tcp: u64,
-    /// Over UDP.
+    /// Taken, over UDP.
     pub udp: u64,
+    /// Over UDP, whose datagrams go to their Service now.
+    pub moved: u64,
 }
 
-/// Closes sockets. Calls block.
+/// Takes sockets away from their backends. Calls block.
 pub struct Sockets {
     origins: Origins,
     namespaces: Namespaces,
     judge: Judge,
+    moved: MovedSockets,
+    /// When moved sockets are to be looked at.
+    look_at_moved: u64,
     complaint: Option<String>,
 }
 
 impl Sockets {
-    /// Opens the maps `origins` and `seats`, pinned in a directory. `names` is where network namespaces have names, usually
-    /// `/run/netns`; those of visible processes are found by themselves.
+    /// Opens the maps `origins` and `seats`, pinned in a directory. `names` are directories in which network namespaces have names;
+    /// those of visible processes are found by themselves.
     ///
     /// # Errors
     ///
     /// When a map is not there, or this kernel or our privileges do not allow closing sockets, as [`supported`] tells.
-    pub fn open(maps: &Path, names: impl Into<PathBuf>) -> Result<Self, Error> {
+    pub fn open(maps: &Path, names: impl IntoIterator<Item: Into<PathBuf>>) -> Result<Self, Error> {
         let open = |name: &str| {
             let path = maps.join(name);
             MapData::from_pin(&path)
@@ -88,15 +100,21 @@ impl Sockets {
     /// # Errors
     ///
     /// As [`Sockets::open`].
-    pub fn new(origins: MapData, seats: MapData, names: impl Into<PathBuf>) -> Result<Self, Error> {
+    pub fn new(
+        origins: MapData,
+        seats: MapData,
+        names: impl IntoIterator<Item: Into<PathBuf>>,
+    ) -> Result<Self, Error> {
         supported()?;
-        let namespaces = Namespaces { names: names.into(), processes: "/proc".into() };
-        Ok(Self { origins: Origins { origins, seats }, namespaces, judge: Judge::default(), complaint: None })
+        let namespaces =
+            Namespaces { names: names.into_iter().map(Into::into).collect(), processes: "/proc".into() };
+        let (origins, judge, moved) = (Origins { origins, seats }, Judge::default(), MovedSockets::open()?);
+        Ok(Self { origins, namespaces, judge, moved, look_at_moved: 0, complaint: None })
     }
 
-    /// Closes sockets as `suspects` arrive and their times come, until nobody can send any more. `report` is told what
-    /// was closed. To be run on a thread of its own, because the thread enters other network namespaces.
-    pub fn run(mut self, suspects: &Receiver<Suspects>, mut report: impl FnMut(Closed)) {
+    /// Takes sockets away as `suspects` arrive and their times come, until nothing can send any more. `report` is told what
+    /// was done. To be run on a thread of its own, because the thread enters other network namespaces.
+    pub fn run(mut self, suspects: &Receiver<Suspects>, mut report: impl FnMut(Taken)) {
         loop {
             match suspects.recv_timeout(self.wait().unwrap_or(Duration::MAX)) {
                 Ok(first) => {
@@ -107,10 +125,11 @@ impl Sockets {
                 Err(RecvTimeoutError::Disconnected) => return,
             }
             let started = Instant::now();
-            let closed = self.sweep();
-            if closed != Closed::default() {
-                tracing::info!(tcp = closed.tcp, udp = closed.udp, "closed sockets whose backend is gone");
-                report(closed);
+            let taken = self.sweep();
+            if taken != Taken::default() {
+                let Taken { tcp, udp, moved } = taken;
+                tracing::info!(tcp, udp, moved, "closed or moved sockets whose backend is gone");
+                report(taken);
             }
             std::thread::sleep(started.elapsed() * REST);
         }
@@ -118,24 +137,37 @@ impl Sockets {
 
     /// Takes in what came into force, in this order.
     pub fn take_in(&mut self, suspects: Suspects) {
+        if suspects.complete {
+            self.moved.begin_anew();
+        }
         self.judge.take_in(suspects);
     }
 
     /// How long until [`Sockets::sweep`] has something to do; `None` when nothing is to come.
     #[must_use]
     pub fn wait(&self) -> Option<Duration> {
-        self.judge.next().map(|at| Duration::from_nanos(at.saturating_sub(clock())))
+        let moved = self.moved.is_any().then_some(self.look_at_moved);
+        let next = self.judge.next().into_iter().chain(moved).min();
+        next.map(|at| Duration::from_nanos(at.saturating_sub(clock())))
     }
 
-    /// Closes the sockets whose time has come. What cannot be done is logged, once until something else fails.
-    pub fn sweep(&mut self) -> Closed {
+    /// Takes away the sockets whose time has come. What cannot be done is logged, once until something else fails.
+    pub fn sweep(&mut self) -> Taken {
         let now = clock();
-        let due = self.judge.take_due(now);
-        let mut closed = Closed::default();
-        if due.is_empty() {
-            return closed;
+        let mut due = self.judge.take_due(now);
+        if self.moved.is_any() && self.look_at_moved <= now {
+            due.insert(Protocol::Udp);
         }
-        match self.close(&due, now, &mut closed) {
+        let mut taken = Taken::default();
+        if due.is_empty() {
+            return taken;
+        }
+        let mut result = self.take_away(&due, now, &mut taken);
+        if result.is_err() && !self.moved.has_room(0) {
+            // What cannot be moved is closed.
+            result = self.take_away(&due, now, &mut taken);
+        }
+        match result {
             Ok(Failures { first: None, .. }) => self.complaint = None,
             Ok(Failures { count, first: Some(error) }) => {
                 self.complain(&format!("in {count} network namespaces: {error}"));
@@ -144,31 +176,86 @@ impl Sockets {
             Err(error) => self.complain(&error.to_string()),
         }
         self.judge.tidy(now);
-        closed
+        taken
     }
 
-    fn close(&self, due: &BTreeSet<Protocol>, now: u64, closed: &mut Closed) -> Result<Failures, Error> {
-        let mut condemned = Condemned::default();
+    fn take_away(
+        &mut self,
+        due: &BTreeSet<Protocol>,
+        now: u64,
+        taken: &mut Taken,
+    ) -> Result<Failures, Error> {
+        let (mut condemned, mut moved) = (Condemned::default(), FxHashMap::default());
         self.origins.read(|cookie, led| {
             if !due.contains(&led.protocol) {
                 return;
             }
-            let spared = self.judge.guard_of(&led, now);
-            if spared.is_some() || self.judge.condemns(&led, now) {
-                let led_to = led.backend;
-                condemned.entry(led.protocol).or_default().insert(cookie, Verdict { led_to, spared });
+            let Some(fate) = self.fate(&led, now) else { return };
+            match self.moved.of(cookie).filter(|moved| fate.holds_for_moved(&led, moved)) {
+                Some(known) => drop(moved.insert(cookie, *known)),
+                None => {
+                    drop(condemned.entry(led.protocol).or_default().insert(cookie, Verdict { led, fate }))
+                }
             }
         })?;
-        if condemned.is_empty() {
-            return Ok(Failures::default());
+        let before = moved.len();
+        let failures = if condemned.is_empty() {
+            Failures::default()
+        } else {
+            self.find_and_take(&condemned, &mut moved, taken)?
+        };
+        if due.contains(&Protocol::Udp) {
+            self.look_at_moved = now.saturating_add(LOOK_AT_MOVED);
+            let new = moved.len() - before;
+            let judge = &self.judge;
+            self.moved.lead(moved, |moved, answers| judge.leads(moved.service, answers))?;
+            taken.moved += new as u64;
         }
+        Ok(failures)
+    }
+
+    /// What becomes of a socket; nothing if it may stay.
+    fn fate(&self, led: &Led, now: u64) -> Option<Fate> {
+        if !self.judge.condemns(led, now) {
+            return self.judge.guard_of(led, now).map(|guard| Fate::Closed { unless: Some(guard) });
+        }
+        // What a Service at a loopback address leads to, sockets alone know.
+        let moves =
+            led.protocol == Protocol::Udp && !led.service.ip().is_loopback() && self.moved.has_room(0);
+        let (unless, only) = (None, self.judge.guard_at(led.service));
+        Some(if moves { Fate::Moved { only } } else { Fate::Closed { unless } })
+    }
+
+    /// Goes through all network namespaces for these sockets. Those to move are added to `moved`, the others are closed.
+    fn find_and_take(
+        &self,
+        condemned: &Condemned,
+        moved: &mut FxHashMap<u64, Moved>,
+        taken: &mut Taken,
+    ) -> Result<Failures, Error> {
         let visited = self.namespaces.each(|| {
             let mut channel = SockDiag::open()?;
-            for (protocol, sockets) in &condemned {
-                let count = destroy(&mut channel, *protocol, sockets)?;
+            let mut room = MOST_OF_ONE;
+            for (protocol, sockets) in condemned {
+                let mut closed = Vec::new();
+                // A socket of the IPv6 family may speak IPv4.
+                for family in Family::ALL {
+                    channel.walk(*protocol, family, |found| {
+                        let Some(verdict) = sockets.get(&found.cookie) else { return };
+                        match verdict.over(&found, room > 0 && self.moved.has_room(moved.len())) {
+                            Some(Sentence::Move(to)) => {
+                                room -= 1;
+                                moved.insert(found.cookie, to);
+                            }
+                            Some(Sentence::Close) => closed.push(found.name),
+                            None => {}
+                        }
+                    })?;
+                }
+                let count = channel.destroy(&closed)?;
                 match protocol {
-                    Protocol::Tcp => closed.tcp += count,
-                    Protocol::Udp | Protocol::Sctp => closed.udp += count,
+                    Protocol::Tcp => taken.tcp += count,
+                    Protocol::Udp | Protocol::Sctp => taken.udp += count,
                 }
             }
             Ok(())
@@ -180,7 +267,7 @@ impl Sockets {
         if self.complaint.as_deref() != Some(problem) {
             tracing::warn!(
                 problem,
-                "sockets of backends that are gone could not all be closed; this needs SYS_ADMIN"
+                "sockets of backends that are gone could not all be closed or moved; this needs SYS_ADMIN"
             );
             self.complaint = Some(problem.to_owned());
         }
@@ -190,36 +277,55 @@ impl Sockets {
 /// Sockets that have to go, by their cookies.
 type Condemned = BTreeMap<Protocol, FxHashMap<u64, Verdict>>;
 
+/// What becomes of a socket.
+enum Fate {
+    /// It is closed, unless this lets its client in.
+    Closed { unless: Option<Guard> },
+    /// Its datagrams go to its Service, if this lets its client in. Otherwise it is closed.
+    Moved { only: Option<Guard> },
+}
+
+impl Fate {
+    /// Whether nothing is to do about a socket that is moved.
+    fn holds_for_moved(&self, led: &Led, moved: &Moved) -> bool {
+        let Self::Moved { only } = self else { return false };
+        (moved.backend, moved.service) == (led.backend, led.service)
+            && only.as_ref().is_none_or(|guard| guard.lets_in(moved.client.ip()))
+    }
+}
+
 /// That a socket has to go.
 struct Verdict {
-    /// If it still leads here.
-    led_to: SocketAddr,
-    /// Unless this lets its client in.
-    spared: Option<Guard>,
+    /// Where it was led. It may be elsewhere now.
+    led: Led,
+    fate: Fate,
+}
+
+/// What is done to a socket that was found.
+enum Sentence {
+    Close,
+    Move(Moved),
 }
 
 impl Verdict {
-    fn holds_for(&self, found: &Found) -> bool {
-        found.peer == self.led_to && !self.spared.as_ref().is_some_and(|guard| guard.lets_in(found.own))
-    }
-}
-
-/// Destroys those of these sockets that are in the channel's namespace and still lead where they were led.
-fn destroy(
-    channel: &mut SockDiag,
-    protocol: Protocol,
-    condemned: &FxHashMap<u64, Verdict>,
-) -> io::Result<u64> {
-    let mut names = Vec::new();
-    // A socket of the IPv6 family may speak IPv4.
-    for family in Family::ALL {
-        channel.walk(protocol, family, |found| {
-            if condemned.get(&found.cookie).is_some_and(|verdict| verdict.holds_for(&found)) {
-                names.push(found.name);
+    /// What is done to the socket, if it is still where it was led.
+    fn over(&self, found: &Found, has_room: bool) -> Option<Sentence> {
+        let Led { backend, service, .. } = self.led;
+        if found.peer != backend {
+            return None;
+        }
+        match &self.fate {
+            Fate::Closed { unless } => {
+                let stays = unless.as_ref().is_some_and(|guard| guard.lets_in(found.own.ip()));
+                (!stays).then_some(Sentence::Close)
             }
-        })?;
+            Fate::Moved { only } => {
+                let moves = has_room && only.as_ref().is_none_or(|guard| guard.lets_in(found.own.ip()));
+                let to = Moved { client: found.own, backend, service };
+                Some(if moves { Sentence::Move(to) } else { Sentence::Close })
+            }
+        }
     }
-    channel.destroy(&names)
 }
 
 /// Whether sockets can be closed here: closes two of its own.

@@ -17,7 +17,7 @@ use nix::sched::{CloneFlags, setns};
 /// Where to look for namespaces.
 pub(super) struct Namespaces {
     /// Where CNI's runtimes and `ip netns` name them.
-    pub(super) names: PathBuf,
+    pub(super) names: Vec<PathBuf>,
     /// Where processes tell theirs.
     pub(super) processes: PathBuf,
 }
@@ -51,11 +51,11 @@ impl Namespaces {
 
     /// What may be a namespace, each perhaps many times.
     fn paths(&self) -> impl Iterator<Item = PathBuf> {
-        let entries = |directory| fs::read_dir(directory).into_iter().flatten().flatten();
+        let entries = |directory: &PathBuf| fs::read_dir(directory).into_iter().flatten().flatten();
         let numeric = |name: &std::ffi::OsStr| name.as_encoded_bytes().iter().all(u8::is_ascii_digit);
         let processes = entries(&self.processes).filter(move |entry| numeric(&entry.file_name()));
         let processes = processes.map(|entry| entry.path().join("ns/net"));
-        entries(&self.names).map(|entry| entry.path()).chain(processes)
+        self.names.iter().flat_map(entries).map(|entry| entry.path()).chain(processes)
     }
 }
 

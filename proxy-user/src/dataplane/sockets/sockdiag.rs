@@ -2,10 +2,7 @@
 //!
 //! In: protocols, [`Name`]s. Out: connected sockets of the network namespace, each with its cookie.
 
-use std::{
-    io,
-    net::{IpAddr, SocketAddr},
-};
+use std::{io, net::SocketAddr};
 
 use netlink_packet_core::{
     Emitable as _, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkHeader,
@@ -29,8 +26,8 @@ const BATCH: usize = 64;
 pub(super) struct Found {
     /// What names it in maps.
     pub(super) cookie: u64,
-    /// Its own address.
-    pub(super) own: IpAddr,
+    /// Its own address and port.
+    pub(super) own: SocketAddr,
     pub(super) peer: SocketAddr,
     pub(super) name: Name,
 }
@@ -175,7 +172,7 @@ fn decode(protocol: Protocol, payload: &[u8]) -> Option<Found> {
         .ok()?;
     let id = header.socket_id;
     let peer = SocketAddr::new(id.destination_address.to_canonical(), id.destination_port);
-    let own = id.source_address.to_canonical();
+    let own = SocketAddr::new(id.source_address.to_canonical(), id.source_port);
     // Two numbers, the low half first.
     let (low, high) = id.cookie.split_first_chunk()?;
     let (low, high) = (u32::from_ne_bytes(*low), u32::from_ne_bytes(*high.first_chunk()?));

@@ -232,9 +232,8 @@ fn changes_of_either_object_take_effect_and_both_kinds_have_to_be_complete() {
 
 #[test]
 fn pods_of_which_nothing_is_said_may_be_left_alone_for_a_cluster_and_those_that_say_on_may_not() {
-    let undecided = |pods: &Pods| -> Vec<String> {
-        pods.bypassed().undecided.keys().map(ToString::to_string).collect()
-    };
+    let undecided =
+        |pods: &Pods| -> Vec<String> { pods.bypassed().undecided.keys().map(ToString::to_string).collect() };
     let mut pods = after([
         pod("silent", json!({}), json!({})),
         pod("on", choice("annotations", "on"), json!({})),

@@ -487,6 +487,11 @@ impl Metrics {
         self.0.sockets.count_closed(protocol, more);
     }
 
+    /// Datagrams of connected sockets go to their Service again because their backend serves no longer.
+    pub fn count_moved(&self, more: u64) {
+        self.0.sockets.count_moved(more);
+    }
+
     /// Kernel programs that others detached were attached anew.
     pub fn count_attached_anew(&self, more: u64) {
         self.0.sockets.count_attached_anew(more);
