@@ -457,7 +457,7 @@ fn r13_r18_loopback_node_ports_follow_the_addresses_and_their_switches() {
     ] {
         let loaded = file(fields);
         assert_eq!(loaded.config.model.loopback_node_ports, PerFamily { v4: on, v6: on }, "{fields}");
-        assert!(!loaded.warnings.iter().any(|warning| warning.contains("localhost")), "{fields}");
+        assert!(!loaded.warnings.iter().any(|warning| warning.contains("localhostNodePorts")), "{fields}");
     }
 }
 

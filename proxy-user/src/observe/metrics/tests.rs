@@ -82,6 +82,8 @@ fn names_and_types_are_kube_proxys() {
         kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total counter
         kubeproxy_proxy_healthz_total counter
         kubeproxy_proxy_livez_total counter
+        kubeproxy_nftables_localhost_nodeport_listeners gauge
+        kubeproxy_nftables_localhost_nodeport_listener_creation_failures_total counter
         kubeproxy_conntrack_reconciler_sync_duration_seconds histogram
         kubeproxy_conntrack_reconciler_deleted_entries_total counter
         weir_build_info gauge
@@ -92,6 +94,7 @@ fn names_and_types_are_kube_proxys() {
         weir_changes_applied_total counter
         weir_events_dropped_total counter
         weir_reconciles_total counter
+        weir_sockets_moved_total counter
         weir_programs_attached_anew_total counter
         weir_bypassed_pods_waiting gauge
         weir_dns_answered_addresses gauge
