@@ -121,6 +121,34 @@ fn in_a_container_without_the_nodes_cgroups_it_says_so() -> Result<()> {
     Ok(())
 }
 
+/// As in containers whose runtime does not give or allow the device, and on nodes without it.
+#[test]
+fn what_answering_names_lacks_is_told_with_its_remedy() -> Result<()> {
+    let mounted = BpfFs::new()?;
+    let probe = |hide: &str| -> Result<Value> {
+        let weir = assets::weir()?;
+        let script = format!(
+            "mount -t tmpfs -o nodev none /dev/net; {hide}; exec {} probe -o json --bpf-root {}",
+            weir.display(),
+            mounted.0.path().display()
+        );
+        said(Command::new("unshare").args(["--mount", "sh", "-ec", &script]))
+    };
+    for (hide, remedy) in [
+        ("true", "there is no /dev/net/tun: `modprobe tun` makes it on the node"),
+        // The kernel opens no device of such a file system, as where a container may not have the device.
+        ("mknod /dev/net/tun c 10 200", "the container runtime has to allow the device c 10:200"),
+    ] {
+        let told = probe(hide)?;
+        assert_eq!(
+            (&told["usable"], found(&told, "no")),
+            (&Value::Bool(true), vec!["TUN devices".to_owned()])
+        );
+        assert!(told.to_string().contains(remedy), "{told:#}");
+    }
+    Ok(())
+}
+
 /// Loads weir's programs after what ends them has become a jump to nowhere.
 fn load_broken() -> Result<(), EbpfError> {
     const EXIT: [u8; 8] = [0x95, 0, 0, 0, 0, 0, 0, 0];

@@ -6,6 +6,7 @@ use weir::{
     cli::{Cli, Command, PlanView, ProbeView},
     config::{self, Host},
     dataplane::probe::Probe,
+    dns::openable,
     run,
 };
 
@@ -41,7 +42,8 @@ fn execute(command: Command) -> anyhow::Result<()> {
         Command::Probe(args) => {
             let kernel = &args.kernel;
             let probe = Probe::of(&kernel.cgroup_root(&Host::this()), &kernel.bpf_root);
-            Ok(std::io::stdout().write_all(ProbeView::new(probe).render(args.output, None)?.as_bytes())?)
+            let view = ProbeView::new(probe).with_names(openable());
+            Ok(std::io::stdout().write_all(view.render(args.output, None)?.as_bytes())?)
         }
         Command::Cleanup(args) if args.kube_proxy => {
             run::cleanup_kube_proxy(&args.ipvs_exclude_cidrs, &args.log)

@@ -263,10 +263,39 @@ impl Answering {
     ///
     /// When there is no weir.
     pub fn start(namespace: &Namespace, directory: &Path, arguments: &[String]) -> Result<Self> {
+        Self::spawn(namespace, &assets::weir()?, directory, arguments, |_| {})
+    }
+
+    /// The same in a mount namespace of its own, in which a script runs first.
+    ///
+    /// # Errors
+    ///
+    /// When there is no weir or no `unshare`.
+    pub fn start_behind(
+        script: &str,
+        namespace: &Namespace,
+        directory: &Path,
+        arguments: &[String],
+    ) -> Result<Self> {
+        let weir = assets::weir()?;
+        let script = format!("{script}; exec {} \"$@\"", weir.display());
+        Self::spawn(namespace, Path::new("unshare"), directory, arguments, |command| {
+            command.args(["--mount", "sh", "-ec", &script, "sh"]);
+        })
+    }
+
+    fn spawn(
+        namespace: &Namespace,
+        program: &Path,
+        directory: &Path,
+        arguments: &[String],
+        first: impl FnOnce(&mut std::process::Command),
+    ) -> Result<Self> {
         let log = directory.join("weir.log");
         let file = std::fs::File::options().create(true).append(true).open(&log)?;
         let errors = file.try_clone()?;
-        let process = namespace.spawn(&assets::weir()?, |command| {
+        let process = namespace.spawn(program, |command| {
+            first(command);
             command.args(["run", "--dns"]).args(arguments).stdout(file).stderr(errors);
         })?;
         Ok(Self { process, log })

@@ -6,7 +6,10 @@ use comfy_table::{ContentArrangement, Table, presets};
 use serde::Serialize;
 
 use super::Output;
-use crate::dataplane::probe::{Answer, Finding, Probe};
+use crate::{
+    dataplane::probe::{Answer, Finding, Probe},
+    dns::TunError,
+};
 
 /// What is printed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -23,6 +26,23 @@ impl ProbeView {
     pub fn new(probe: Probe) -> Self {
         let usable = probe.is_usable();
         Self { usable, probe }
+    }
+
+    /// Adds whether names can be answered, which is no question of the eBPF plane.
+    #[must_use]
+    pub fn with_names(mut self, device: Result<(), TunError>) -> Self {
+        self.probe.findings.push(Finding {
+            feature: "TUN devices".to_owned(),
+            since: "",
+            needed: false,
+            purpose: "With `--dns` names are answered on the node as long as weir has one; without it they are left to the cluster's \
+                      DNS Service.",
+            answer: match device {
+                Ok(()) => Answer::Yes,
+                Err(error) => Answer::No(format!("{:#}", anyhow::Error::from(error))),
+            },
+        });
+        self
     }
 
     /// The text to print, with a newline at its end. A table is at most `width` columns wide, or as wide as the

@@ -21,6 +21,8 @@ use rtnetlink::{
 };
 use tokio_tun::Tun;
 
+use super::tun::TunError;
+
 /// The device's name.
 pub(super) const DEVICE: &str = "weir-dns";
 
@@ -31,8 +33,8 @@ const LOCAL_TABLE: u32 = 255;
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
     /// There is no device.
-    #[error("cannot make the device `{DEVICE}`; it takes /dev/net/tun and the capability NET_ADMIN")]
-    Open(#[source] tokio_tun::Error),
+    #[error("cannot make the device `{DEVICE}`")]
+    Open(#[source] TunError),
     /// The kernel cannot be talked to.
     #[error("cannot open rtnetlink")]
     Netlink(#[source] io::Error),
@@ -60,10 +62,10 @@ impl Device {
     ///
     /// When the kernel refuses, or another process has the device.
     pub(super) async fn open() -> Result<Self, DeviceError> {
-        let devices = Tun::builder().name(DEVICE).build().map_err(DeviceError::Open)?;
+        let devices = Tun::builder().name(DEVICE).build().map_err(unmade)?;
         let none = || DeviceError::Netlink(io::ErrorKind::NotFound.into());
         let tun = devices.into_iter().next().ok_or_else(none)?;
-        let index = tun.index().map_err(DeviceError::Open)?;
+        let index = tun.index().map_err(unmade)?;
         let (connection, handle, _) = new_connection().map_err(DeviceError::Netlink)?;
         let connection = tokio::spawn(connection);
         // Else it gets an address of its own, which would serve NodePorts. Not by /proc/sys, which containers and services
@@ -198,6 +200,10 @@ impl Device {
             }
         }
     }
+}
+
+fn unmade(error: tokio_tun::Error) -> DeviceError {
+    DeviceError::Open(TunError::making(error))
 }
 
 /// Whether the kernel refused with this error.

@@ -23,6 +23,7 @@ mod reply;
 mod server;
 #[cfg(test)]
 mod tests;
+mod tun;
 mod upstream;
 mod watchdog;
 
@@ -35,5 +36,6 @@ pub use listen::Sockets;
 pub use question::{Part, Question};
 pub use reply::{Pending, Replier, Reply, SharedNames};
 pub use server::{Responder, connections, datagrams};
+pub use tun::{TunError, openable};
 pub use upstream::Outside;
 pub use watchdog::{Standing, Wanted, Watchdog};
