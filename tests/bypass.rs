@@ -344,6 +344,7 @@ fn web(service: IpAddr, backend: SocketAddr) -> Delta {
         masquerade_mark: 0x4000,
         service_cidrs: Vec::new(),
         answers_names: false,
+        name_clients: None,
     };
     Delta {
         node: Some(Arc::new(node)),

@@ -87,6 +87,7 @@ fn of(ports: &[PortDelta]) -> Suspects {
         masquerade_mark: 0x4000,
         service_cidrs: Vec::new(),
         answers_names: false,
+        name_clients: None,
     };
     Suspects::of(ports).on(Some(&Arc::new(node)), |_| false)
 }

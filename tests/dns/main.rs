@@ -5,6 +5,7 @@
 mod coredns;
 mod routing;
 mod standalone;
+mod strangers;
 
 use std::{
     fmt,
@@ -126,13 +127,18 @@ struct Rig<'a> {
     topology: &'a Topology,
     directory: TempDir,
     plane: Plane,
+    /// What weir knows pods by.
+    cluster_cidrs: Vec<String>,
+    /// The Service that it is told to stand in for; it looks for one by itself without.
+    service: Option<&'static str>,
 }
 
 impl<'a> Rig<'a> {
     fn new(topology: &'a Topology, plane: Plane) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("weir-dns-").tempdir()?;
         std::fs::create_dir(directory.path().join("manifests"))?;
-        let rig = Self { topology, directory, plane };
+        let cluster_cidrs = CLUSTER_CIDRS.map(str::to_owned).to_vec();
+        let rig = Self { topology, directory, plane, cluster_cidrs, service: Some("default/kube-dns") };
         rig.write("cluster", &cluster(true))?;
         Ok(rig)
     }
@@ -147,14 +153,15 @@ impl<'a> Rig<'a> {
     }
 
     fn arguments(&self) -> Result<Vec<String>> {
-        Ok(vec![
+        let mut arguments = vec![
             format!("--proxy-mode={}", weir_tests::subject::Kind::Weir(self.plane).mode()),
             format!("--cgroup-root={}", self.topology.cgroup_root(1).display()),
             format!("--bpf-root={}", self.topology.bpf_root(1)?.display()),
             format!("--hostname-override={}", node_name(1)),
-            format!("--cluster-cidr={}", CLUSTER_CIDRS.join(",")),
-            "--dns-service=default/kube-dns".to_owned(),
-        ])
+            format!("--cluster-cidr={}", self.cluster_cidrs.join(",")),
+        ];
+        arguments.extend(self.service.map(|service| format!("--dns-service={service}")));
+        Ok(arguments)
     }
 
     /// Starts weir, and waits for nothing.
@@ -184,11 +191,10 @@ impl<'a> Rig<'a> {
         self.topology.at(place).run(|| Asker::new(dns_ip(family), connected)).unwrap()
     }
 
-    /// Waits until a new socket of each place and family is answered by this one.
-    /// What the node's health port answers.
-    fn health(&self, path: &str) -> std::io::Result<String> {
+    /// What a port of the node itself answers.
+    fn http(&self, port: u16, path: &str) -> std::io::Result<String> {
         self.topology.at(Place::Host(1)).run(|| {
-            let mut stream = TcpStream::connect("127.0.0.1:10256")?;
+            let mut stream = TcpStream::connect(("127.0.0.1", port))?;
             stream.set_read_timeout(Some(Duration::from_secs(20)))?;
             stream.write_all(
                 format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes(),
@@ -199,6 +205,12 @@ impl<'a> Rig<'a> {
         })
     }
 
+    /// What the node's health port answers.
+    fn health(&self, path: &str) -> std::io::Result<String> {
+        self.http(10256, path)
+    }
+
+    /// Waits until a new socket of each place and family is answered by this one.
     fn await_answers_of(&self, wanted: Who) {
         for (place, family) in
             [CLIENT, Place::Host(1)].into_iter().flat_map(|place| Family::ALL.map(|family| (place, family)))

@@ -85,3 +85,62 @@ fn a_headless_service_resolves_to_its_pods_and_follows_them() -> Result<()> {
     });
     Ok(())
 }
+
+/// RKE2's Service, by its label; and what is said without one.
+#[test]
+fn a_dns_service_of_another_name_is_found_and_followed() -> Result<()> {
+    let topology = Topology::new()?;
+    let mut rig = Rig::new(&topology, Plane::Nftables)?;
+    rig.service = None;
+    let _coredns = rig.coredns(HOSTS)?;
+    // The Service of the other tests is one of a namespace that users may write to.
+    let labelled = "name: kube-dns, namespace: default, labels: {k8s-app: kube-dns}";
+    rig.write("cluster", &cluster(true).replace("name: kube-dns, namespace: default", labelled))?;
+    let _weir = rig.weir()?;
+    await_that(&format!("weir says where it answers\n{}", rig.say_log()), || {
+        rig.logged("there is no DNS Service") && rig.logged("names are answered at 169.254.20.53 only")
+    });
+    await_that("CoreDNS answers at the Service", || {
+        who(&rig.asker(CLIENT, Family::V4, false)) == Who::CoreDns
+    });
+    let name = "rke2-coredns-rke2-coredns";
+    let rke2 = cluster(true)
+        .replace(
+            "name: kube-dns, namespace: default",
+            &format!("name: {name}, namespace: kube-system, labels: {{k8s-app: kube-dns}}"),
+        )
+        .replace(
+            "namespace: default, labels: {kubernetes.io/service-name: kube-dns}",
+            &format!("namespace: kube-system, labels: {{kubernetes.io/service-name: {name}}}"),
+        );
+    rig.write("cluster", &rke2)?;
+    rig.await_answers_of(Who::Weir);
+    assert!(rig.logged(&format!("service=kube-system/{name}")), "{}", rig.say_log());
+    // It goes, and another one takes its addresses.
+    rig.write("cluster", &cluster(true))?;
+    await_that("CoreDNS answers again", || who(&rig.asker(CLIENT, Family::V4, false)) == Who::CoreDns);
+    Ok(())
+}
+
+/// As in a container whose runtime does not allow the device.
+#[test]
+fn a_weir_that_may_not_make_its_device_says_what_to_do_about_it() -> Result<()> {
+    let topology = Topology::new()?;
+    let rig = Rig::new(&topology, Plane::Nftables)?;
+    let _coredns = rig.coredns(HOSTS)?;
+    let source = format!("--source=manifests:{}", rig.directory.path().join("manifests").display());
+    // The kernel opens no device of such a file system.
+    let script = "mount -t tmpfs -o nodev none /dev/net; mknod /dev/net/tun c 10 200";
+    let arguments = [rig.arguments()?, vec![source]].concat();
+    let _weir =
+        Answering::start_behind(script, topology.at(Place::Host(1)), rig.directory.path(), &arguments)?;
+    await_that(&format!("weir says what it lacks\n{}", rig.say_log()), || {
+        ["weir-dns", "/dev/net/tun may not be opened", "allow the device c 10:200"]
+            .iter()
+            .all(|word| rig.logged(word))
+    });
+    rig.await_answers_of(Who::CoreDns);
+    let log = std::fs::read_to_string(rig.log())?;
+    assert_eq!(log.matches("/dev/net/tun may not be opened").count(), 1, "{log}");
+    Ok(())
+}

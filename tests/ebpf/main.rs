@@ -47,6 +47,7 @@ fn node() -> Arc<NodePlan> {
         masquerade_mark: 0x4000,
         service_cidrs: Vec::new(),
         answers_names: false,
+        name_clients: None,
     })
 }
 

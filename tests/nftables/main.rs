@@ -14,7 +14,7 @@ use weir::{
         Dataplane as _, Error, Outcome,
         nftables::{Nftables, Seen},
     },
-    model::{Family, ObjectName, PerFamily, Protocol},
+    model::{DetectLocal, Family, NameClients, ObjectName, PerFamily, Protocol},
     plan::{
         Backend, ClusterIpDelta, Delta, Destination, Frontend, FrontendPlan, LocalTraffic, NodePlan,
         NodePortAddresses, PortDelta, PortId, PortPlan, Removal, Route, Target, Treatment,
@@ -87,6 +87,7 @@ fn node() -> NodePlan {
         masquerade_mark: 0x4000,
         service_cidrs: vec!["10.96.0.0/16".parse().unwrap(), "fd00:10:96::/112".parse().unwrap()],
         answers_names: false,
+        name_clients: None,
     }
 }
 
@@ -304,13 +305,34 @@ fn what_is_applied_is_read_back_listed_and_adopted() {
 fn chains_for_answers_to_names_are_there_only_while_names_are_answered() {
     in_namespace(|| {
         let chains = || nft(&["list", "chains"]).matches("chain answered-").count();
-        for (answers_names, expected) in [(false, 0), (true, 4), (true, 4), (false, 0)] {
+        let pods = |network: &str| {
+            NameClients::new(&DetectLocal::ClusterCidr(vec![network.parse().unwrap()]), &[], &[])
+        };
+        let cases = [
+            (false, None, 0),
+            (true, None, 4),
+            (true, pods("10.244.0.0/16"), 10),
+            (true, pods("fd00::/64"), 10),
+            (true, None, 4),
+            (true, pods("10.244.0.0/16"), 10),
+            (false, None, 0),
+        ];
+        let plan = |(answers_names, name_clients, _): &(bool, Option<NameClients>, usize)| {
+            Arc::new(NodePlan { answers_names: *answers_names, name_clients: name_clients.clone(), ..node() })
+        };
+        // Each by an agent of its own.
+        for case in &cases {
             let mut plane = Nftables::open(both()).unwrap();
-            let node = Arc::new(NodePlan { answers_names, ..node() });
             for complete in [true, false] {
-                plane.apply(&Delta { node: Some(Arc::clone(&node)), complete, ..Delta::default() }).unwrap();
-                assert_eq!(chains(), expected, "{answers_names}");
+                plane.apply(&Delta { node: Some(plan(case)), complete, ..Delta::default() }).unwrap();
+                assert_eq!(chains(), case.2, "{case:?}");
             }
+        }
+        // And all of them by one.
+        let mut plane = Nftables::open(both()).unwrap();
+        for (case, complete) in cases.iter().zip([true, false, false, false, false, false, false]) {
+            plane.apply(&Delta { node: Some(plan(case)), complete, ..Delta::default() }).unwrap();
+            assert_eq!(chains(), case.2, "{case:?}");
         }
     });
 }

@@ -11,7 +11,7 @@ use clap::Args;
 use ipnet::IpNet;
 
 use super::Problem;
-use crate::model::{ObjectName, parse_address, parse_network};
+use crate::model::{DnsService, ObjectName, parse_address, parse_network};
 
 /// Flags that have an effect with `--dns` only. A configuration file has no fields for them.
 #[derive(Args, Clone, Debug)]
@@ -24,9 +24,10 @@ pub struct DnsArgs {
     /// The cluster's domain
     #[arg(long, value_name = "DOMAIN", default_value = "cluster.local")]
     dns_domain: String,
-    /// The cluster's DNS Service, whose ClusterIPs are answered here
-    #[arg(long, value_name = "NAMESPACE/NAME", default_value = "kube-system/kube-dns")]
-    dns_service: String,
+    /// The cluster's DNS Service, whose ClusterIPs are answered here [default: kube-system/kube-dns, else
+    /// openshift-dns/dns-default, else the oldest in kube-system with the label k8s-app=kube-dns]
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    dns_service: Option<String>,
     /// Own address at which names are answered too, link-local so that it is this node's everywhere
     #[arg(long, value_name = "IP", default_value = "169.254.20.53")]
     dns_address: String,
@@ -58,7 +59,7 @@ pub struct DnsConfig {
     /// The cluster's domain, in lower case, without a dot at its end.
     pub domain: String,
     /// The cluster's DNS Service.
-    pub service: ObjectName,
+    pub service: DnsService,
     /// An address of our own.
     pub address: IpAddr,
     /// Who is upstream; empty for the Service's endpoints, and without any those of resolv.conf.
@@ -100,11 +101,17 @@ impl DnsArgs {
         if domain.is_empty() || hickory_proto::rr::Name::from_ascii(format!("{domain}.")).is_err() {
             reject("--dns-domain", format!("`{dns_domain}` is not a domain such as cluster.local"));
         }
-        let service =
-            dns_service.split_once('/').filter(|(namespace, name)| !namespace.is_empty() && !name.is_empty());
-        if service.is_none() {
-            reject("--dns-service", format!("`{dns_service}` is not NAMESPACE/NAME"));
-        }
+        let service = match dns_service.as_deref() {
+            None => Some(DnsService::Found),
+            Some(text) => {
+                let named = text.split_once('/');
+                let named = named.filter(|(namespace, name)| !namespace.is_empty() && !name.is_empty());
+                if named.is_none() {
+                    reject("--dns-service", format!("`{text}` is not NAMESPACE/NAME"));
+                }
+                named.map(|(namespace, name)| DnsService::Named(ObjectName::new(namespace, name)))
+            }
+        };
         let address = parse_address(dns_address).filter(is_link_local);
         if address.is_none() {
             reject("--dns-address", format!("`{dns_address}` is not in 169.254.0.0/16 or fc00::/7"));
@@ -128,10 +135,9 @@ impl DnsArgs {
                 None => reject("--dns-clients", format!("`{text}` is not a network such as 10.0.0.0/16")),
             }
         }
-        let (namespace, name) = service?;
         Some(DnsConfig {
             domain,
-            service: ObjectName::new(namespace, name),
+            service: service?,
             address: address?,
             upstream,
             clients,
@@ -189,7 +195,7 @@ mod tests {
             config.unwrap(),
             DnsConfig {
                 domain: "cluster.local".to_owned(),
-                service: ObjectName::new("kube-system", "kube-dns"),
+                service: DnsService::Found,
                 address: "169.254.20.53".parse().unwrap(),
                 upstream: vec![],
                 clients: vec![],

@@ -116,6 +116,7 @@ pub(super) fn resolve(
         bind_address: bind_address.filter(|address| !address.is_unspecified()),
         families: host.families,
         dns_service: dns.as_ref().map(|dns| dns.service.clone()),
+        dns_clients: dns.as_ref().map(|dns| dns.clients.clone()).unwrap_or_default(),
     };
     let config = Config {
         model,

@@ -29,8 +29,6 @@ pub struct Zone {
     pub domain: Name,
     /// How long answers may be kept, in seconds.
     pub ttl: u32,
-    /// The Service whose ClusterIPs `ns.dns` has.
-    pub server: ObjectName,
     /// Whether pods have names made of their addresses.
     pub pods: bool,
     /// Whether `trafficDistribution` counts for headless Services.
@@ -157,7 +155,7 @@ fn find(names: &Names, zone: &Zone, query: &Query<'_>) -> Found {
             RecordType::TXT => version(query),
             _ => none(query),
         },
-        Question::Server => addresses(query, zone, servers(names, zone)),
+        Question::Server => addresses(query, zone, servers(names)),
         Question::Branch => exists(true),
         Question::Namespace(namespace) => exists(names.has_namespace(namespace)),
         Question::Pod(address) if zone.pods => addresses(query, zone, [address]),
@@ -347,7 +345,7 @@ fn domain(names: &Names, zone: &Zone, query: &Query<'_>) -> Found {
         RecordType::SOA => Found::Records(vec![soa(names, zone)], Vec::new()),
         RecordType::NS => {
             let Ok(server) = server(zone) else { return none(query) };
-            let additionals = servers(names, zone).map(|ip| record(&server, zone.ttl, address(ip)));
+            let additionals = servers(names).map(|ip| record(&server, zone.ttl, address(ip)));
             let additionals = additionals.collect();
             let records = vec![record(query.name, zone.ttl, RData::NS(NS(server.clone())))];
             Found::Records(records, additionals)
@@ -361,13 +359,8 @@ fn server(zone: &Zone) -> Result<Name, hickory_proto::ProtoError> {
 }
 
 /// The addresses of the cluster's DNS Service.
-fn servers<'a>(names: &'a Names, zone: &Zone) -> impl Iterator<Item = IpAddr> + 'a {
-    let service = names.get(&zone.server.to_string()).and_then(Named::service);
-    let ips = service.and_then(|service| match &service.kind {
-        NamedKind::Addresses(ips) => Some(ips),
-        _ => None,
-    });
-    ips.into_iter().flat_map(|ips| ips.iter().copied())
+fn servers(names: &Names) -> impl Iterator<Item = IpAddr> + '_ {
+    names.dns_addresses().unwrap_or_default().iter().copied()
 }
 
 /// Those of the addresses that are of the type asked for.

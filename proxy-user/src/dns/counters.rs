@@ -17,6 +17,8 @@ pub enum Outcome {
     UpstreamFailed,
     /// Refused, or no query we answer.
     Refused,
+    /// Refused because the client is none of this node's.
+    Stranger,
     /// Not answered because there were too many.
     Dropped,
     /// Not answered because it was no query.
@@ -25,12 +27,13 @@ pub enum Outcome {
 
 impl Outcome {
     /// Every outcome.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Answered,
         Self::NoSuchName,
         Self::Forwarded,
         Self::UpstreamFailed,
         Self::Refused,
+        Self::Stranger,
         Self::Dropped,
         Self::Ignored,
     ];
@@ -54,6 +57,7 @@ impl Outcome {
             Self::Forwarded => "forwarded",
             Self::UpstreamFailed => "upstream-failed",
             Self::Refused => "refused",
+            Self::Stranger => "stranger",
             Self::Dropped => "dropped",
             Self::Ignored => "ignored",
         }

@@ -7,13 +7,14 @@ use std::{
     net::IpAddr,
     num::NonZeroU32,
     sync::{
-        PoisonError, RwLock,
+        Mutex, PoisonError, RwLock,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
 };
 
 use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota};
-use ipnet::IpNet;
+
+use crate::model::NameClients;
 
 /// How many queries pass between two looks for clients that have been quiet.
 const BETWEEN_LOOKS: u32 = 8192;
@@ -36,9 +37,9 @@ pub enum Admission {
 pub struct Clients {
     /// The host's own addresses, sorted.
     pub host: Vec<IpAddr>,
-    /// The networks of pods, and those that were asked for. Empty where nothing tells pods from others: then nobody is
-    /// refused.
-    pub networks: Vec<IpNet>,
+    /// The networks of pods, and those that were asked for. `None` where nothing tells pods from others: then all are
+    /// answered.
+    pub networks: Option<NameClients>,
 }
 
 impl Clients {
@@ -47,8 +48,7 @@ impl Clients {
     pub fn contains(&self, address: IpAddr) -> bool {
         let address = address.to_canonical();
         address.is_loopback()
-            || self.networks.is_empty()
-            || self.networks.iter().any(|network| network.contains(&address))
+            || self.networks.as_ref().is_none_or(|networks| networks.contains(address))
             || self.host.binary_search(&address).is_ok()
     }
 }
@@ -64,6 +64,8 @@ pub struct Limits {
     own: Option<IpAddr>,
     /// Whether there are more clients than can be told apart.
     crowded: AtomicBool,
+    /// The first that was refused since that was asked.
+    refused: Mutex<Option<IpAddr>>,
 }
 
 impl Limits {
@@ -77,6 +79,7 @@ impl Limits {
             queries: AtomicU32::new(0),
             own: None,
             crowded: AtomicBool::new(false),
+            refused: Mutex::default(),
         }
     }
 
@@ -109,14 +112,24 @@ impl Limits {
         match (known, within) {
             (_, false) => Admission::Drop,
             (true, true) => Admission::Answer,
-            (false, true) => Admission::Refuse,
+            (false, true) => {
+                let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+                refused.get_or_insert(from.to_canonical());
+                Admission::Refuse
+            }
         }
+    }
+
+    /// An address that was refused since this was asked last.
+    pub fn take_refused(&self) -> Option<IpAddr> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::DetectLocal;
 
     fn ip(text: &str) -> IpAddr {
         text.parse().unwrap()
@@ -124,7 +137,8 @@ mod tests {
 
     fn limits(rate: u32) -> Limits {
         let limits = Limits::new(NonZeroU32::new(rate).unwrap());
-        let networks = vec!["10.244.0.0/16".parse().unwrap()];
+        let pods = DetectLocal::ClusterCidr(vec!["10.244.0.0/16".parse().unwrap()]);
+        let networks = NameClients::new(&pods, &[], &[]);
         limits.set_clients(Clients { host: vec![ip("192.0.2.1")], networks });
         limits
     }
@@ -138,6 +152,7 @@ mod tests {
         for stranger in ["192.0.2.2", "10.245.0.1", "2001:db8::1"] {
             assert_eq!(limits.admit(ip(stranger)), Admission::Refuse, "{stranger}");
         }
+        assert_eq!((limits.take_refused(), limits.take_refused()), (Some(ip("192.0.2.2")), None));
     }
 
     #[test]

@@ -69,7 +69,10 @@ impl Responder {
     fn reply(&self, bytes: &[u8], from: SocketAddr, protocol: Protocol) -> Reply {
         let reply = match self.limits.admit(from.ip()) {
             Admission::Answer => self.replier.reply(bytes, from, protocol),
-            Admission::Refuse => Replier::refuse(bytes),
+            Admission::Refuse => {
+                self.counters.count(Outcome::Stranger);
+                return Replier::refuse(bytes);
+            }
             Admission::Drop => {
                 self.counters.count(Outcome::Dropped);
                 return Reply::Silence;

@@ -14,7 +14,8 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use tracing::warn;
 
 use super::{
-    DetectLocal, Endpoints, Node, NodeView, ObjectName, Problem, Service, Settings, Slice, Uid, parse_network,
+    DetectLocal, Endpoints, NameClients, Node, NodeView, ObjectName, Problem, Service, Settings, Slice, Uid,
+    dns::DnsServices, parse_network,
 };
 use crate::source::{Change, Kind, Object};
 
@@ -33,6 +34,8 @@ pub struct Model {
     /// Which Service each slice belongs to.
     slices: FxHashMap<ObjectName, ObjectName>,
     service_cidrs: BTreeMap<ObjectName, Box<[IpNet]>>,
+    /// Where names are answered in the place of one of these.
+    dns_services: Option<DnsServices>,
     node: Option<Node>,
     node_deleted: bool,
     view: NodeView,
@@ -47,8 +50,11 @@ impl Model {
     /// A model that knows nothing of the cluster yet.
     #[must_use]
     pub fn new(settings: Settings) -> Self {
+        let dns_services = settings.dns_service.clone().map(DnsServices::new);
+        let chosen = dns_services.as_ref().and_then(DnsServices::chosen).cloned();
         Self {
-            view: NodeView::new(&settings, None),
+            view: NodeView { dns_service: chosen, ..NodeView::new(&settings, None) },
+            dns_services,
             settings,
             services: FxHashMap::default(),
             slices: FxHashMap::default(),
@@ -151,6 +157,14 @@ impl Model {
         self.host_addresses.as_deref()
     }
 
+    /// The networks whose queries for names are answered here; `None` for all.
+    #[must_use]
+    pub fn name_clients(&self) -> Option<NameClients> {
+        let pods = self.node.as_ref().map(|node| node.pod_networks).unwrap_or_default();
+        let pods: Vec<IpNet> = pods.v4.into_iter().chain(pods.v6).collect();
+        NameClients::new(&self.settings.detect_local, &pods, &self.settings.dns_clients)
+    }
+
     /// Every network that ClusterIPs may come from, in no particular order.
     pub fn service_cidrs(&self) -> impl Iterator<Item = IpNet> + '_ {
         self.service_cidrs.values().flatten().copied()
@@ -171,6 +185,10 @@ impl Model {
 
     fn set_service(&mut self, object: &ServiceObject) {
         let name = ObjectName::of(&object.metadata);
+        if let Some(known) = &mut self.dns_services {
+            known.set(&name, object);
+            self.follow_dns_service();
+        }
         let mut problems = Vec::new();
         let read = Service::read(object, &self.settings, &mut problems);
         report("Service", &name, &problems);
@@ -181,7 +199,7 @@ impl Model {
                 self.ignored.insert(name.clone(), (uid, note(&problems)))
             }
         };
-        let Some(service) = read else { return self.remove_service(&name) };
+        let Some(service) = read else { return self.forget_service(&name) };
         let entry = self.services.entry(service.name.clone()).or_default();
         if entry.service.as_deref() != Some(&service) {
             self.dirty.insert(service.name.clone());
@@ -189,7 +207,26 @@ impl Model {
         }
     }
 
+    /// Answers names in the place of the Service that is the cluster's DNS now.
+    fn follow_dns_service(&mut self) {
+        let chosen = self.dns_services.as_ref().and_then(DnsServices::chosen);
+        if self.view.dns_service.as_ref() == chosen {
+            return;
+        }
+        let chosen = chosen.cloned();
+        self.dirty.extend(chosen.iter().chain(&self.view.dns_service).cloned());
+        self.view.dns_service = chosen;
+    }
+
     fn remove_service(&mut self, name: &ObjectName) {
+        if let Some(known) = &mut self.dns_services {
+            known.remove(name);
+            self.follow_dns_service();
+        }
+        self.forget_service(name);
+    }
+
+    fn forget_service(&mut self, name: &ObjectName) {
         let Some(entry) = self.services.get_mut(name) else { return };
         if entry.service.take().is_some() {
             self.dirty.insert(name.clone());
@@ -240,7 +277,8 @@ impl Model {
         let mut problems = Vec::new();
         let node = Node::read(object, &mut problems);
         report("Node", &name, &problems);
-        let view = NodeView::new(&self.settings, Some(&node));
+        let dns_service = self.view.dns_service.clone();
+        let view = NodeView { dns_service, ..NodeView::new(&self.settings, Some(&node)) };
         self.node = Some(node);
         self.node_deleted = false;
         let before = mem::replace(&mut self.view, view);

@@ -9,6 +9,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 mod address;
 mod cluster;
+mod dns;
 mod endpoint;
 mod family;
 #[cfg(test)]
@@ -25,6 +26,7 @@ mod uid;
 
 pub use address::{parse_address, parse_network, unusable};
 pub use cluster::Model;
+pub use dns::{DNS_PORT, DnsService, NameClients};
 pub use endpoint::{Candidate, Endpoint, Endpoints, Slice, SlicePort};
 pub use family::{Family, PerFamily, Protocol};
 pub use names::{Named, NamedEndpoint, NamedKind, NamedPort, NamedService, NamedSlice, Names, Nearness};

@@ -132,7 +132,7 @@ impl NodeView {
             local_traffic: local_traffic(settings, node),
             masquerade_all: settings.masquerade_all,
             addresses,
-            dns_service: settings.dns_service.clone(),
+            dns_service: None,
         }
     }
 }

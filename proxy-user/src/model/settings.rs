@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{ObjectName, PerFamily};
+use super::{DnsService, PerFamily};
 
 /// How traffic from local pods is told from other traffic.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,7 +79,9 @@ pub struct Settings {
     /// The families served (R17).
     pub families: PerFamily<bool>,
     /// The cluster's DNS Service, where this node answers names in its place.
-    pub dns_service: Option<ObjectName>,
+    pub dns_service: Option<DnsService>,
+    /// Networks whose queries are answered besides those of pods.
+    pub dns_clients: Vec<IpNet>,
 }
 
 impl Default for Settings {
@@ -96,6 +98,7 @@ impl Default for Settings {
             bind_address: None,
             families: PerFamily { v4: true, v6: true },
             dns_service: None,
+            dns_clients: Vec::new(),
         }
     }
 }

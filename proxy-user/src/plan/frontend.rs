@@ -12,10 +12,7 @@ use super::{
     Target, Treatment,
     topology::{self, Selection, Uses},
 };
-use crate::model::{Candidate, Endpoints, Family, NodeView, Protocol, Service, ServicePort};
-
-/// Where a cluster's DNS answers.
-const DNS_PORT: u16 = 53;
+use crate::model::{Candidate, DNS_PORT, Endpoints, Family, NodeView, Protocol, Service, ServicePort};
 
 /// Most frontends of one Service. Every node programs each of them, so that without a bound one object could take
 /// seconds of every node's time and a large part of its memory.

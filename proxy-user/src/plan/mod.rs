@@ -15,7 +15,7 @@ use std::{fmt, net::IpAddr, sync::Arc};
 use ipnet::IpNet;
 use serde::Serialize;
 
-use crate::model::{Family, ObjectName, PerFamily, Protocol};
+use crate::model::{Family, NameClients, ObjectName, PerFamily, Protocol};
 pub use crate::model::{LocalTraffic, Removal};
 
 mod claims;
@@ -271,6 +271,8 @@ pub struct NodePlan {
     pub service_cidrs: Vec<IpNet>,
     /// Whether frontends may be answered here.
     pub answers_names: bool,
+    /// For whom, besides this host; `None` for all.
+    pub name_clients: Option<NameClients>,
 }
 
 /// How one service port changes.

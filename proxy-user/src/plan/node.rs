@@ -43,6 +43,7 @@ impl Model {
             masquerade_mark: 1_u32.checked_shl(settings.masquerade_bit.into()).unwrap_or_default(),
             service_cidrs,
             answers_names: settings.dns_service.is_some(),
+            name_clients: settings.dns_service.as_ref().and_then(|_| self.name_clients()),
         }
     }
 

@@ -18,18 +18,19 @@ use tokio::{sync::watch, task::JoinSet};
 use super::{Addresses, files::Files};
 use crate::{
     config::{Config, DetectLocal, DnsConfig},
+    dataplane::nftables::{Drops, Strangers},
     dns::{
         Clients, Counters, Forwarder, Limits, Origin, Outcome, Replier, Responder, SharedNames, Sockets,
         Standing, UnderWay, Wanted, Watchdog, Zone, connections, datagrams,
     },
-    model::{NamedKind, Names},
+    model::{DnsService, NameClients, Names, ObjectName},
     observe::Metrics,
 };
 
-/// Where the cluster's DNS answers, and we with it.
-const PORT: u16 = 53;
 /// How often is looked at what nobody tells of: the resolver's configuration, ports that become free, counts.
 const BEAT: Duration = Duration::from_secs(1);
+/// How often the kernel is asked which flows were passed on.
+const STRANGERS_BEAT: Duration = Duration::from_secs(5);
 /// How long to wait before a device is asked for again.
 const PAUSE: Duration = Duration::from_secs(5);
 
@@ -46,15 +47,12 @@ pub(super) fn start(
     files: Files,
     metrics: &Metrics,
 ) -> anyhow::Result<(SharedNames, watch::Sender<u32>)> {
-    let names: SharedNames = Arc::new(RwLock::new(Names::new(&config.model.node_name)));
-    let domain = Name::from_ascii(format!("{}.", dns.domain))?;
-    let zone = Zone {
-        domain: domain.clone(),
-        ttl: dns.ttl,
-        server: dns.service.clone(),
-        pods: dns.pods,
-        topology: dns.topology,
+    let names: SharedNames = {
+        let names = Names::new(&config.model.node_name);
+        Arc::new(RwLock::new(names.with_dns_service(dns.service.clone())))
     };
+    let domain = Name::from_ascii(format!("{}.", dns.domain))?;
+    let zone = Zone { domain: domain.clone(), ttl: dns.ttl, pods: dns.pods, topology: dns.topology };
     let (most, each) = files.lookups();
     let under_way = UnderWay::new(most, each, metrics.refused("dns-lookups"));
     let responder = Arc::new(Responder {
@@ -71,14 +69,14 @@ pub(super) fn start(
         responder,
         names: Arc::clone(&names),
         config: dns.clone(),
-        networks: told_apart(config),
+        detect_local: config.model.detect_local.clone(),
         wanted: wanted_in,
         metrics: metrics.clone(),
         counted: BTreeMap::new(),
         open: BTreeMap::new(),
         complained: BTreeSet::new(),
         taken: BTreeSet::new(),
-        warned: false,
+        warnings: Warnings::default(),
     };
     std::thread::Builder::new().name("dns".to_owned()).spawn(move || {
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -128,25 +126,11 @@ async fn watch_over(
     }
 }
 
-/// The networks that pods are told by. Empty where they are told by interfaces or not at all.
-fn told_apart(config: &Config) -> Networks {
-    match &config.model.detect_local {
-        DetectLocal::ClusterCidr(networks) => Networks::These(networks.clone()),
-        DetectLocal::NodeCidr => Networks::OfTheNode,
-        DetectLocal::Bridge(_) | DetectLocal::InterfacePrefix(_) => Networks::These(Vec::new()),
-    }
-}
-
-enum Networks {
-    These(Vec<ipnet::IpNet>),
-    OfTheNode,
-}
-
 struct Supervisor {
     responder: Arc<Responder>,
     names: SharedNames,
     config: DnsConfig,
-    networks: Networks,
+    detect_local: DetectLocal,
     wanted: watch::Sender<Wanted>,
     metrics: Metrics,
     /// How often each outcome was told to the metrics.
@@ -157,17 +141,102 @@ struct Supervisor {
     complained: BTreeSet<IpAddr>,
     /// Addresses of the Service that are somebody else's here.
     taken: BTreeSet<IpAddr>,
-    warned: bool,
+    warnings: Warnings,
 }
 
 /// What the names say of the cluster's DNS Service and of pods.
 struct Known {
     synced: bool,
-    /// Whether there is such a Service.
-    exists: bool,
+    /// The DNS Service, if it exists.
+    service: Option<ObjectName>,
     addresses: BTreeSet<IpAddr>,
     endpoints: Vec<SocketAddr>,
     pod_networks: Vec<ipnet::IpNet>,
+}
+
+/// What was warned of, so that it is once.
+#[derive(Default)]
+struct Warnings {
+    all_answered: bool,
+    refused: bool,
+    service: Option<Option<ObjectName>>,
+}
+
+impl Warnings {
+    fn all_are_answered(&mut self) {
+        if !std::mem::replace(&mut self.all_answered, true) {
+            tracing::warn!(
+                "nothing tells pods from others, so names are answered to every client that reaches this node's addresses; \
+                 set --cluster-cidr, or --detect-local-mode NodeCIDR"
+            );
+        }
+    }
+
+    fn refused(&mut self, client: Option<IpAddr>, detect: &DetectLocal, own: IpAddr) {
+        if let Some(client) = client
+            && !std::mem::replace(&mut self.refused, true)
+        {
+            tracing::warn!(
+                address = %client,
+                "refused a query for a name, because {} does not have the address of the client; pods with such addresses get \
+                 no answers at {own}",
+                field(detect)
+            );
+        }
+    }
+
+    /// Says which Service is the cluster's DNS.
+    fn service(&mut self, known: &Known, config: &DnsConfig) {
+        if !known.synced || self.service.as_ref() == Some(&known.service) {
+            return;
+        }
+        match (&known.service, &config.service) {
+            (Some(service), DnsService::Found) => tracing::info!(%service, "found the cluster's DNS Service"),
+            (Some(_), DnsService::Named(_)) => {}
+            (None, wanted) => tracing::warn!(
+                "there is no DNS Service {wanted}, so names are answered at {} only; --dns-service names another one",
+                config.address
+            ),
+        }
+        self.service = Some(known.service.clone());
+    }
+}
+
+/// Counts flows to the DNS Service that packet rules pass on to its endpoints because of where they come from, and says
+/// once from where. Goes on until the process ends.
+pub(super) async fn tell_of_strangers(dropped: Arc<Drops>, detect: DetectLocal, metrics: Metrics) {
+    let mut beat = tokio::time::interval(STRANGERS_BEAT);
+    let (mut warned, mut counted) = (false, None);
+    loop {
+        beat.tick().await;
+        let dropped = Arc::clone(&dropped);
+        let Ok(Ok(Strangers { flows, addresses })) =
+            tokio::task::spawn_blocking(move || dropped.strangers()).await
+        else {
+            continue;
+        };
+        // The rules have counted for longer than this process lives, and anew where the tables are.
+        let before = counted.replace(flows).unwrap_or(flows);
+        metrics.names_asked("passed-on", flows.saturating_sub(before));
+        if let Some(address) = addresses.first()
+            && !std::mem::replace(&mut warned, true)
+        {
+            tracing::warn!(
+                %address,
+                "the cluster's DNS Service itself answers queries of some clients of this node, because {} does not have their \
+                 addresses",
+                field(&detect)
+            );
+        }
+    }
+}
+
+/// Where pods' networks are set.
+fn field(detect: &DetectLocal) -> &'static str {
+    match detect {
+        DetectLocal::NodeCidr => "spec.podCIDRs of this Node (and --dns-clients)",
+        _ => "clusterCIDR (--cluster-cidr, and --dns-clients)",
+    }
 }
 
 impl Supervisor {
@@ -183,12 +252,17 @@ impl Supervisor {
                 changed = changes.changed() => if changed.is_err() { return },
                 Ok(()) = addresses.changed() => {}
                 Ok(()) = standing.changed() => {}
-                _ = beat.tick() => self.tell_counts(),
+                _ = beat.tick() => {
+                    self.tell_counts();
+                    let refused = self.responder.limits.take_refused();
+                    self.warnings.refused(refused, &self.detect_local, self.config.address);
+                }
             }
             changes.mark_unchanged();
             let known = self.known();
             let host = addresses.borrow_and_update().clone();
             self.metrics.set_answered_addresses(standing.borrow_and_update().len());
+            self.warnings.service(&known, &self.config);
             let free = self.leave_alone(&known, &host);
             self.say_who_is_answered(&known, host);
             self.say_who_is_upstream(&known);
@@ -198,16 +272,12 @@ impl Supervisor {
 
     fn known(&self) -> Known {
         let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
-        let service = names.get(&self.config.service.to_string()).and_then(|named| named.service());
-        let addresses = match service.map(|service| &service.kind) {
-            Some(NamedKind::Addresses(ips)) => ips.iter().copied().collect(),
-            _ => BTreeSet::new(),
-        };
+        let addresses = names.dns_addresses();
         Known {
             synced: names.is_synced(),
-            exists: service.is_some(),
-            addresses,
-            endpoints: names.endpoints(&self.config.service, PORT),
+            service: addresses.and(names.dns_service().cloned()),
+            addresses: addresses.unwrap_or_default().iter().copied().collect(),
+            endpoints: names.dns_endpoints(),
             pod_networks: names.pod_networks().to_vec(),
         }
     }
@@ -216,19 +286,9 @@ impl Supervisor {
     fn say_who_is_answered(&mut self, known: &Known, mut host: Vec<IpAddr>) {
         host.extend(known.addresses.iter().copied().chain([self.config.address]));
         host.sort_unstable();
-        let mut networks = match &self.networks {
-            Networks::These(networks) => networks.clone(),
-            Networks::OfTheNode => known.pod_networks.clone(),
-        };
-        if networks.is_empty() {
-            if known.synced && !std::mem::replace(&mut self.warned, true) {
-                tracing::warn!(
-                    "nothing tells pods from others, so names are answered to everybody who reaches this node's addresses; \
-                     set --cluster-cidr, or --detect-local-mode NodeCIDR"
-                );
-            }
-        } else {
-            networks.extend(self.config.clients.iter().copied());
+        let networks = NameClients::new(&self.detect_local, &known.pod_networks, &self.config.clients);
+        if known.synced && networks.is_none() {
+            self.warnings.all_are_answered();
         }
         self.responder.limits.set_clients(Clients { host, networks });
     }
@@ -240,7 +300,7 @@ impl Supervisor {
         };
         let (origin, mut servers) = if !self.config.upstream.is_empty() {
             (Origin::Given, self.config.upstream.clone())
-        } else if known.exists || !known.synced {
+        } else if known.service.is_some() || !known.synced {
             // The cluster's DNS may know names that the node's own servers deny, so these are no stand-in while it is down.
             (Origin::Service, known.endpoints.clone())
         } else {

@@ -199,7 +199,7 @@ async fn serve(
         relay::start(news, mode.clone(), files, &metrics)?;
     }
     let about = About { proxy_mode: mode, configuration: document, words };
-    let (opened, sockets) = go_along(planes, connection, &metrics, mode_in)?;
+    let (opened, sockets) = go_along(planes, connection, &config, &metrics, mode_in)?;
     // An engine that is gone has panicked, which is found out when it is joined.
     let _ = open.send(opened);
     let told = events;
@@ -244,10 +244,19 @@ async fn signalled() -> anyhow::Result<&'static str> {
 fn go_along(
     planes: Planes,
     connection: Option<Connection>,
+    config: &Config,
     metrics: &Metrics,
     mode: watch::Sender<&'static str>,
 ) -> anyhow::Result<(Opened, Option<Place>)> {
     let Planes { plane, foreign, sockets, dropped, counted, links } = planes;
+    let dropped = Arc::new(dropped);
+    if config.dns.is_some() {
+        tokio::spawn(dns::tell_of_strangers(
+            Arc::clone(&dropped),
+            config.model.detect_local.clone(),
+            metrics.clone(),
+        ));
+    }
     metrics.count_drops(move || planes::drops(&dropped));
     if let Some(counted) = counted {
         metrics.count_services(move || sockets::counts(&counted));

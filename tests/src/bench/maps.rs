@@ -219,6 +219,7 @@ fn complete(ports: &[Arc<PortPlan>]) -> Delta {
             masquerade_mark: 0x4000,
             service_cidrs: Vec::new(),
             answers_names: false,
+            name_clients: None,
         })),
         cluster_ips: ips.collect(),
         ports: ports.iter().map(|port| PortDelta { before: None, after: Some(Arc::clone(port)) }).collect(),

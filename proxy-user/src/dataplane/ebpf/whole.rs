@@ -181,6 +181,7 @@ mod tests {
             masquerade_mark: 0x4000,
             service_cidrs: Vec::new(),
             answers_names: false,
+            name_clients: None,
         }
     }
 

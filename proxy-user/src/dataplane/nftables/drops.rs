@@ -6,14 +6,15 @@
 
 use std::{
     io,
+    net::IpAddr,
     sync::{Mutex, PoisonError},
 };
 
 use super::{
     adopt::Found,
-    expr,
+    answered, expr,
     netlink::{ChainSpec, Expr},
-    ruleset::StaticChain,
+    ruleset::{Map, StaticChain},
     socket::Netlink,
     table::Table,
 };
@@ -65,6 +66,11 @@ impl Reason {
     }
 }
 
+/// The name of every counter of a table.
+pub(super) fn counters() -> impl Iterator<Item = &'static str> {
+    Reason::ALL.map(Reason::name).into_iter().chain([answered::PASSED_ON])
+}
+
 /// The chain that ends what has no local endpoint: where backends are picked, verdicts stand in maps, and those cannot
 /// count.
 pub(super) const NO_LOCAL_ENDPOINTS: &str = Reason::NoLocalEndpoints.name();
@@ -112,4 +118,39 @@ impl Drops {
         }
         Ok(dropped)
     }
+
+    /// Which queries for names were not answered here, because they come from no client of this node.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn strangers(&self) -> io::Result<Strangers> {
+        let mut guard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (netlink, tables) = &mut *guard;
+        let mut strangers = Strangers::default();
+        for table in tables {
+            let counters = Found::counters(netlink, &table.raw)?;
+            let flows = counters.iter().filter(|(name, _)| name == answered::PASSED_ON);
+            strangers.flows += flows.map(|(_, packets)| packets).sum::<u64>();
+            let elements = Found::elements(netlink, &table.raw, Map::Strangers.name())?;
+            strangers.addresses.extend(elements.iter().filter_map(|element| address(&element.key)));
+        }
+        Ok(strangers)
+    }
+}
+
+/// Flows to the cluster's DNS that go on to its endpoints because of where they come from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Strangers {
+    /// How many there were since the tables were made.
+    pub flows: u64,
+    /// Some addresses that they came from lately.
+    pub addresses: Vec<IpAddr>,
+}
+
+fn address(bytes: &[u8]) -> Option<IpAddr> {
+    <[u8; 4]>::try_from(bytes)
+        .map(IpAddr::from)
+        .or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from))
+        .ok()
 }

@@ -406,6 +406,19 @@ pub(super) fn remember(map: &str, key: u32, data: u32, seconds: u32) -> Expr {
     update
 }
 
+/// `update @SET { key timeout SECONDS }`. A set that is full ends the rule.
+pub(super) fn note(set: &str, key: u32, seconds: u32) -> Expr {
+    Expr {
+        kind: c"dynset",
+        attributes: vec![
+            (sys::NFTNL_EXPR_DYNSET_SET_NAME, name(set)),
+            (sys::NFTNL_EXPR_DYNSET_OP, U32(libc::NFT_DYNSET_OP_UPDATE as u32)),
+            (sys::NFTNL_EXPR_DYNSET_SREG_KEY, U32(key)),
+            (sys::NFTNL_EXPR_DYNSET_TIMEOUT, U64(u64::from(seconds) * 1000)),
+        ],
+    }
+}
+
 /// `delete @MAP { key : data }`, whatever the data is.
 pub(super) fn forget(map: &str, key: u32, data: u32) -> Expr {
     const NFT_DYNSET_OP_DELETE: i32 = 2;

@@ -39,7 +39,7 @@ use table::Table;
 
 pub(super) use netlink::xtables;
 
-pub use drops::{Dropped, Drops};
+pub use drops::{Dropped, Drops, Strangers};
 pub use moved::{Moved, MovedTables};
 pub use watch::{News, Seen, Watch};
 

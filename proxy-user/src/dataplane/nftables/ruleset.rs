@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use nftnl::{ChainType, Hook, nftnl_sys::libc};
 
 use super::{
-    answered::{left_alone, untracked_rules},
+    answered::{self, left_alone, left_alone_or_noted, untracked_rules},
     choice,
     drops::{self, Reason},
     expr,
@@ -61,10 +61,12 @@ pub(super) enum Map {
     NumbersGiven,
     /// Frontends left alone while their address is this host's own: a process here answers.
     Answered,
+    /// Where flows came from lately that are not answered here for that reason.
+    Strangers,
 }
 
 impl Map {
-    pub(super) const ALL: [Self; 16] = [
+    pub(super) const ALL: [Self; 17] = [
         Self::Services,
         Self::NodePorts,
         Self::Buckets,
@@ -81,6 +83,7 @@ impl Map {
         Self::Newcomers,
         Self::NumbersGiven,
         Self::Answered,
+        Self::Strangers,
     ];
 
     /// Those that lead from buckets to chains.
@@ -104,6 +107,7 @@ impl Map {
             Self::Newcomers => "newcomers",
             Self::NumbersGiven => "last-number",
             Self::Answered => "answered-here",
+            Self::Strangers => "strangers",
         }
     }
 
@@ -114,7 +118,7 @@ impl Map {
 
     /// Whether adoption reads it whole. Of what has an element for each endpoint only single elements are asked for.
     pub(super) const fn is_adopted_whole(self) -> bool {
-        !self.holds_slots() && !matches!(self, Self::Numbered | Self::Newcomers)
+        !self.holds_slots() && !matches!(self, Self::Numbered | Self::Newcomers | Self::Strangers)
     }
 
     /// Where the slots of these frontends are.
@@ -142,7 +146,8 @@ impl Map {
             | Self::NodeIps
             | Self::Numbered
             | Self::Newcomers
-            | Self::NumbersGiven => None,
+            | Self::NumbersGiven
+            | Self::Strangers => None,
         }
     }
 
@@ -155,7 +160,9 @@ impl Map {
             Self::NodePortBackends => (&[Part::Protocol, Part::Port, Part::Slot], endpoint(family)),
             Self::Refused | Self::Answered => (&FRONTEND, ValueKind::None),
             Self::RefusedNodePorts => (&NODE_PORT, ValueKind::None),
-            Self::ClusterIps | Self::NodeIps | Self::Newcomers => (&[Part::Address], ValueKind::None),
+            Self::ClusterIps | Self::NodeIps | Self::Newcomers | Self::Strangers => {
+                (&[Part::Address], ValueKind::None)
+            }
             Self::Hairpin => (&[Part::Address, Part::Address, Part::Protocol, Part::Port], ValueKind::None),
             Self::Numbered => (&[Part::Bucket], endpoint(family)),
             Self::NumbersGiven => (&[Part::Bucket], BUCKET),
@@ -172,6 +179,10 @@ impl Map {
             Self::Newcomers => {
                 spec.flags = libc::NFT_SET_TIMEOUT as u32 | libc::NFT_SET_EVAL as u32;
                 spec.size = MOST_NEWCOMERS;
+            }
+            Self::Strangers => {
+                spec.flags = libc::NFT_SET_TIMEOUT as u32 | libc::NFT_SET_EVAL as u32;
+                spec.size = MOST_STRANGERS;
             }
             _ if value == BUCKET => spec.userdata = userdata::host_order(false, true),
             _ => {}
@@ -243,6 +254,9 @@ const MOST_REMEMBERED: u32 = 1 << 20;
 
 /// Networks that are told apart when their clients come, at most. Those beyond it may all be remembered.
 const MOST_NEWCOMERS: u32 = 1 << 16;
+
+/// Addresses of strangers that are remembered, at most: a few are enough to find out what they are.
+const MOST_STRANGERS: u32 = 64;
 
 /// The map of one service port's remembered clients: client → number.
 pub(super) fn clients_spec(name: &str, comment: Option<&str>, family: Family) -> SetSpec {
@@ -414,7 +428,7 @@ pub(super) fn address_bytes(address: IpAddr) -> Vec<u8> {
     }
 }
 
-fn mask_and_network(net: IpNet) -> (Vec<u8>, Vec<u8>) {
+pub(super) fn mask_and_network(net: IpNet) -> (Vec<u8>, Vec<u8>) {
     (address_bytes(net.netmask()), address_bytes(net.network()))
 }
 
@@ -462,7 +476,8 @@ pub(super) struct Needs {
 pub(super) fn static_chains(family: Family, node: &NodePlan, needs: Needs) -> Vec<StaticChain> {
     use Hook::{Forward, In, Out, PostRouting, PreRouting};
     let filter = ChainType::Filter;
-    let mut chains = vec![
+    let mut chains = answered::telling_chains(family, node);
+    chains.extend([
         drops::no_local_endpoints(),
         choice::to_numbered(family),
         base("nat-prerouting", ChainType::Nat, PreRouting, -100, dispatch_rules(family, node, true)),
@@ -471,7 +486,7 @@ pub(super) fn static_chains(family: Family, node: &NodePlan, needs: Needs) -> Ve
         base("filter-output", filter, Out, 0, refuse_rules(family, node, left_alone(family, node, false))),
         base("filter-forward", filter, Forward, 0, refuse_rules(family, node, None)),
         base("nat-postrouting", ChainType::Nat, PostRouting, 100, masquerade_rules(family, node)),
-    ];
+    ]);
     if needs.guards {
         let [coming_in, going_out] = GUARD;
         chains.push(base(coming_in, filter, PreRouting, -110, vec![guard_rule(family)]));
@@ -479,8 +494,8 @@ pub(super) fn static_chains(family: Family, node: &NodePlan, needs: Needs) -> Ve
     }
     if node.answers_names {
         let [coming_in, going_out] = ANSWERED;
-        chains.push(base(coming_in, filter, PreRouting, -300, untracked_rules(family, true)));
-        chains.push(base(going_out, filter, Out, -300, untracked_rules(family, false)));
+        chains.push(base(coming_in, filter, PreRouting, -300, untracked_rules(family, node, true)));
+        chains.push(base(going_out, filter, Out, -300, untracked_rules(family, node, false)));
     }
     chains
 }
@@ -498,7 +513,7 @@ pub(super) const GUARD: [&str; 2] = ["guard-prerouting", "guard-output"];
 
 /// Every chain that may be there or not. Those that lead to others come first, as they have to when they go.
 pub(super) fn optional_chains() -> impl Iterator<Item = &'static str> {
-    ANSWERED.into_iter().chain(GUARD)
+    ANSWERED.into_iter().chain(GUARD).chain(answered::TELLING)
 }
 
 /// Every name that a chain may have which is there whatever Services there are, or because of some.
@@ -518,7 +533,10 @@ pub(super) fn is_static(name: &str) -> bool {
 
 /// Whether a chain of this name is one that others lead to, and no base chain.
 pub(super) fn is_led_to(name: &str) -> bool {
-    name == drops::NO_LOCAL_ENDPOINTS || name == choice::TO_NUMBERED || Object::parse(name).is_some()
+    name == drops::NO_LOCAL_ENDPOINTS
+        || name == choice::TO_NUMBERED
+        || answered::TELLING.contains(&name)
+        || Object::parse(name).is_some()
 }
 
 /// The set or map of this name, if it is one of ours.
@@ -537,7 +555,7 @@ fn dispatch_rules(family: Family, node: &NodePlan, coming_in: bool) -> Vec<Vec<E
     let services = [load_frontend(family), to_bucket(Map::Services, Map::Buckets)].concat();
     let node_ports =
         [to_node(family, node), load_node_port(), to_bucket(Map::NodePorts, Map::Buckets)].concat();
-    left_alone(family, node, coming_in).into_iter().chain([services, node_ports]).collect()
+    left_alone_or_noted(family, node, coming_in).into_iter().chain([services, node_ports]).collect()
 }
 
 /// F7: before translation, so that it holds whatever would happen next.
@@ -582,11 +600,12 @@ fn input_rules(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
     ];
     let mut rules = vec![only_new_flows(), translated()];
     rules.extend(left_alone(family, node, true));
+    rules.push(refused(family));
     if node.answers_names {
         // F4 where a ClusterIP is this host's own: whatever else listens here is not what was asked for.
         rules.push(unknown_port(family));
     }
-    rules.extend([node_port.concat(), refused(family)]);
+    rules.push(node_port.concat());
     rules
 }
 

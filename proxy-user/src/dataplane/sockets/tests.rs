@@ -377,6 +377,7 @@ fn node(serving: &str, addresses: &[&str]) -> Arc<NodePlan> {
         masquerade_mark: 0,
         service_cidrs: Vec::new(),
         answers_names: false,
+        name_clients: None,
     })
 }
 

@@ -13,20 +13,11 @@ use hickory_proto::{
 };
 
 use super::{Answer, Query, Resolution, Zone, answer};
-use crate::{
-    model::{Names, ObjectName},
-    source::Change,
-};
+use crate::{model::Names, source::Change};
 
 /// The zone of the tests, with everything that is optional.
 fn zone() -> Zone {
-    Zone {
-        domain: Name::from_ascii("cluster.local.").unwrap(),
-        ttl: 5,
-        server: ObjectName::new("kube-system", "kube-dns"),
-        pods: true,
-        topology: false,
-    }
+    Zone { domain: Name::from_ascii("cluster.local.").unwrap(), ttl: 5, pods: true, topology: false }
 }
 
 /// Names made of these changes, for the node `node-a`.

@@ -13,7 +13,7 @@ use k8s_openapi::api::core::v1::Node;
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
 
-use super::{ObjectName, Protocol, node::ZONE, parse_network};
+use super::{DNS_PORT, DnsService, ObjectName, Protocol, dns::DnsServices, node::ZONE, parse_network};
 use crate::source::{Change, Kind, Object};
 
 mod read;
@@ -67,6 +67,7 @@ pub struct Names {
     zone: Option<u16>,
     zones: Vec<Box<str>>,
     pod_networks: Vec<IpNet>,
+    dns_services: DnsServices,
     services: FxHashMap<ObjectName, Named>,
     /// Which Service each slice belongs to.
     slices: FxHashMap<ObjectName, ObjectName>,
@@ -85,11 +86,19 @@ impl Names {
         Self { node_name: node_name.to_owned(), ..Self::default() }
     }
 
+    /// The cluster's DNS is this Service.
+    #[must_use]
+    pub fn with_dns_service(self, setting: DnsService) -> Self {
+        Self { dns_services: DnsServices::new(setting), ..self }
+    }
+
     /// Takes in one change.
     pub fn apply(&mut self, change: &Change) {
         match change {
             Change::Apply(Object::Service(service)) => {
-                self.set_service(&ObjectName::of(&service.metadata), NamedService::read(service));
+                let name = ObjectName::of(&service.metadata);
+                self.dns_services.set(&name, service);
+                self.set_service(&name, NamedService::read(service));
             }
             Change::Apply(Object::EndpointSlice(slice)) => {
                 let Self { zones, node_name, .. } = self;
@@ -103,7 +112,10 @@ impl Names {
                     self.zone = zone.map(|zone| number(&mut self.zones, Some(zone.as_str())));
                 }
             }
-            Change::Delete(Kind::Service, name) => self.set_service(name, None),
+            Change::Delete(Kind::Service, name) => {
+                self.dns_services.remove(name);
+                self.set_service(name, None);
+            }
             Change::Delete(Kind::EndpointSlice, name) => self.set_slice(name, None),
             Change::Synced(Kind::Service) => self.synced[0] = true,
             Change::Synced(Kind::EndpointSlice) => self.synced[1] = true,
@@ -148,15 +160,31 @@ impl Names {
         self.owners.get(&address).map_or(&[], |owners| owners)
     }
 
-    /// The ready endpoints of a Service's UDP port, address and port of each, sorted.
+    /// The name of the cluster's DNS Service; whether it exists is another question where it was named.
     #[must_use]
-    pub fn endpoints(&self, service: &ObjectName, port: u16) -> Vec<SocketAddr> {
-        let Some((named, of)) =
-            self.get(&service.to_string()).and_then(|named| Some((named, named.service()?)))
-        else {
+    pub fn dns_service(&self) -> Option<&ObjectName> {
+        self.dns_services.chosen()
+    }
+
+    /// The ClusterIPs of the cluster's DNS Service; `None` when it does not exist.
+    #[must_use]
+    pub fn dns_addresses(&self) -> Option<&[IpAddr]> {
+        let service = self.services.get(self.dns_service()?)?.service()?;
+        Some(match &service.kind {
+            NamedKind::Addresses(ips) => ips,
+            NamedKind::Endpoints | NamedKind::Alias(_) => &[],
+        })
+    }
+
+    /// The ready endpoints of the cluster's DNS Service, address and port of each, sorted.
+    #[must_use]
+    pub fn dns_endpoints(&self) -> Vec<SocketAddr> {
+        let named = self.dns_service().and_then(|name| self.services.get(name));
+        let Some((named, of)) = named.and_then(|named| Some((named, named.service()?))) else {
             return Vec::new();
         };
-        let mut ports = of.ports.iter().filter(|known| known.port == port && known.protocol == Protocol::Udp);
+        let mut ports =
+            of.ports.iter().filter(|known| known.port == DNS_PORT && known.protocol == Protocol::Udp);
         let Some(port) = ports.next() else { return Vec::new() };
         let mut found = Vec::new();
         for slice in named.slices() {

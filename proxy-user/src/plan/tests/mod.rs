@@ -3,6 +3,7 @@
 mod conflicts;
 mod endpoints;
 mod matrix;
+mod names;
 mod node;
 mod planner;
 mod services;

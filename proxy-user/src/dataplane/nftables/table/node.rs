@@ -12,7 +12,7 @@ use super::{
 use crate::{
     dataplane::nftables::{
         adopt::Found,
-        drops::{NO_LOCAL_ENDPOINTS, Reason},
+        drops::{self, NO_LOCAL_ENDPOINTS},
         netlink::{Bytes, Element, Transaction, Value},
         object::Object,
         ruleset::{self, Map, Needs, StaticChain, address_bytes},
@@ -42,8 +42,9 @@ fn remove_chains(transaction: &mut Transaction<'_>, names: &[&str]) {
     }
 }
 
-/// Makes chains where they are not there, and puts rules in place of those that they have.
-fn write_chains(transaction: &mut Transaction<'_>, chains: &[&StaticChain]) {
+/// Makes chains where they are not there, puts rules in place of those that they have, and takes out chains that rules may
+/// have led to before; those that lead to others come first.
+fn write_chains(transaction: &mut Transaction<'_>, chains: &[&StaticChain], left: &[&str]) {
     for chain in chains {
         transaction.add_chain(&chain.spec);
         transaction.flush_chain(&chain.spec.name);
@@ -53,6 +54,7 @@ fn write_chains(transaction: &mut Transaction<'_>, chains: &[&StaticChain]) {
             transaction.add_rule(&chain.spec.name, rule);
         }
     }
+    remove_chains(transaction, left);
 }
 
 /// The part of a plan that rules may depend on: addresses stand in sets.
@@ -129,7 +131,7 @@ impl Table {
         if self.found.as_ref().is_some_and(|found| given_by(found).is_none()) {
             transaction.add_elements(Map::NumbersGiven.name(), &[given(0)]);
         }
-        for counter in Reason::ALL.map(Reason::name) {
+        for counter in drops::counters() {
             if self.found.as_ref().is_some_and(|found| !found.counters.contains(counter)) {
                 transaction.add_counter(counter);
             }
@@ -146,16 +148,15 @@ impl Table {
             self.found.as_ref().is_some_and(moved)
         });
         let moved: Vec<&str> = moved.map(|chain| &*chain.spec.name).collect();
-        remove_chains(&mut transaction, &left);
         remove_chains(&mut transaction, &moved);
-        write_chains(&mut transaction, &chains.iter().collect::<Vec<_>>());
+        write_chains(&mut transaction, &chains.iter().collect::<Vec<_>>(), &left);
         for object in self.objects.keys() {
             rewrite(&mut transaction, object, self.family, node);
         }
         netlink.commit(&transaction.finish())?;
         if let Some(found) = &mut self.found {
             found.chains.retain(|name| !left.contains(&name.as_str()) && !moved.contains(&name.as_str()));
-            found.counters.extend(Reason::ALL.map(|reason| reason.name().to_owned()));
+            found.counters.extend(drops::counters().map(str::to_owned));
             let Element { key, value, .. } = given(0);
             found.elements.entry(Map::NumbersGiven).or_default().entry((key, None)).or_insert(value);
         }
@@ -173,10 +174,10 @@ impl Table {
             has(&old) && !has(&chains)
         });
         let mut transaction = Transaction::new(&self.raw);
-        remove_chains(&mut transaction, &left.collect::<Vec<_>>());
         write_chains(
             &mut transaction,
             &chains.iter().filter(|chain| !old.contains(chain)).collect::<Vec<_>>(),
+            &left.collect::<Vec<_>>(),
         );
         let differs = |object: &&Object| {
             before.is_none_or(|before| object.rules(family, before) != object.rules(family, node))

@@ -1,0 +1,68 @@
+//! Where names are answered in the cluster's DNS Service's place.
+
+use serde_json::json;
+
+use crate::{
+    model::{
+        DetectLocal, DnsService, Family, Model, ObjectName, Settings,
+        fixture::{full_service, model, settings},
+    },
+    source::{Change, Kind},
+};
+
+fn dns(namespace: &str, name: &str, ip: &str) -> Change {
+    full_service(json!({
+        "metadata": { "namespace": namespace, "name": name, "labels": { "k8s-app": "kube-dns" } },
+        "spec": { "clusterIP": ip, "ports": [
+            { "name": "dns", "port": 53, "protocol": "UDP" }, { "name": "metrics", "port": 9153 },
+        ] },
+    }))
+}
+
+/// The frontends of a Service that are answered here.
+fn answered(model: &Model, name: &ObjectName) -> Vec<u16> {
+    let plan = model.plan(name);
+    let frontends = plan.ports.iter().flat_map(|port| &port.frontends);
+    frontends.filter(|planned| planned.answered_here).map(|planned| planned.frontend.port).collect()
+}
+
+#[test]
+fn the_dns_service_that_is_found_is_the_one_answered_for() {
+    let settings = Settings { dns_service: Some(DnsService::Found), ..settings() };
+    let (usual, rke2) = (
+        ObjectName::new("kube-system", "kube-dns"),
+        ObjectName::new("kube-system", "rke2-coredns-rke2-coredns"),
+    );
+    let mut model = model(
+        settings,
+        [dns("tenant", "kube-dns", "10.0.0.9"), dns(rke2.namespace(), rke2.name(), "10.0.0.10")],
+    );
+    assert_eq!(answered(&model, &rke2), [53]);
+    assert_eq!(answered(&model, &ObjectName::new("tenant", "kube-dns")), [0_u16; 0]);
+    model.take_dirty();
+
+    model.apply(dns(usual.namespace(), usual.name(), "10.0.0.11"));
+    assert_eq!(model.take_dirty(), [usual.clone(), rke2.clone()], "both are planned anew");
+    assert_eq!((answered(&model, &usual), answered(&model, &rke2)), (vec![53], vec![]));
+
+    model.apply(Change::Delete(Kind::Service, usual.clone()));
+    assert_eq!(model.take_dirty(), [usual, rke2.clone()]);
+    assert_eq!(answered(&model, &rke2), [53]);
+}
+
+#[test]
+fn packets_and_names_agree_on_which_clients_are_answered() {
+    let of = |settings: Settings| model(settings, []).node_plan();
+    let with = |detect_local| Settings {
+        dns_service: Some(DnsService::Found),
+        dns_clients: vec!["192.0.2.0/24".parse().unwrap()],
+        detect_local,
+        ..settings()
+    };
+    let pods = DetectLocal::ClusterCidr(vec!["10.244.0.0/16".parse().unwrap()]);
+    let clients = of(with(pods.clone())).name_clients.unwrap();
+    assert_eq!(clients.of(Family::V4).len(), 2);
+    assert!(clients.of(Family::V6).is_empty(), "pods are not told in this family");
+    assert_eq!(of(with(DetectLocal::Bridge("cni0".to_owned()))).name_clients, None);
+    assert_eq!(of(Settings { dns_service: None, ..with(pods) }).name_clients, None);
+}

@@ -1,0 +1,121 @@
+//! Clients that weir does not know: at the DNS Service's address CoreDNS answers them, at weir's own nothing does.
+
+use anyhow::Result;
+use hickory_proto::op::ResponseCode;
+use weir_tests::names::{ask, ask_by_tcp};
+
+use super::*;
+
+/// weir's own address.
+const OWN: &str = "169.254.20.53";
+/// A pod of the same node as the client's.
+const OTHER: Place = Place::Pod(1, 2);
+/// A machine outside, which reaches the Service's address through node 1.
+const OUTSIDE: Place = Place::Outside(0);
+
+/// Which answers a client gets at the DNS Service's address, by a socket of each kind and by TCP.
+fn served_by(rig: &Rig<'_>, place: Place, family: Family, wanted: Who) -> Result<()> {
+    for connected in [false, true] {
+        await_that(
+            &format!(
+                "{place} is answered by {wanted} over {family}, connected: {connected}\n{}",
+                rig.say_log()
+            ),
+            || who(&rig.asker(place, family, connected)) == wanted,
+        );
+    }
+    let address = match wanted {
+        Who::Weir => "10.96.1.1",
+        _ => "192.0.2.78",
+    };
+    let said = ask_by_tcp(rig.topology.at(place), dns_ip(family), WEB, RecordType::A)?;
+    assert_eq!(said.addresses(), [address.parse::<IpAddr>()?], "{place} over {family} by TCP");
+    Ok(())
+}
+
+fn strangers_are_left_to_coredns(plane: Plane) -> Result<()> {
+    let topology = Topology::new()?;
+    let mut rig = Rig::new(&topology, plane)?;
+    rig.cluster_cidrs = Family::ALL
+        .map(|family| {
+            let address = CLIENT.client_address(family);
+            format!("{address}/{}", if family == Family::V4 { 32 } else { 128 })
+        })
+        .to_vec();
+    let coredns = rig.coredns(HOSTS)?;
+    let _weir = rig.weir()?;
+    rig.await_answers_of(Who::Weir);
+    for family in Family::ALL {
+        served_by(&rig, OTHER, family, Who::CoreDns)?;
+        served_by(&rig, OUTSIDE, family, Who::CoreDns)?;
+        served_by(&rig, CLIENT, family, Who::Weir)?;
+        served_by(&rig, Place::Host(1), family, Who::Weir)?;
+    }
+    await_that(&format!("weir says for whom it does not answer\n{}", rig.say_log()), || {
+        rig.logged("the cluster's DNS Service itself answers") && rig.logged("clusterCIDR")
+    });
+    await_that("flows that were passed on are counted", || {
+        let metrics = rig.http(10249, "/metrics").unwrap_or_default();
+        metrics.lines().any(|line| {
+            line.starts_with("weir_dns_queries_total{outcome=\"passed-on\"}") && !line.ends_with(" 0")
+        })
+    });
+
+    // Nothing is behind weir's own address but weir.
+    let own: IpAddr = OWN.parse()?;
+    let said = ask(topology.at(OTHER), own, WEB, RecordType::A)?;
+    assert_eq!((said.code, said.answers.len()), (ResponseCode::Refused, 0));
+    assert_eq!(
+        ask(topology.at(CLIENT), own, WEB, RecordType::A)?.addresses(),
+        ["10.96.1.1".parse::<IpAddr>()?]
+    );
+    await_that(&format!("weir says whom it refuses\n{}", rig.say_log()), || {
+        rig.logged("refused a query for a name") && rig.logged(&OTHER.client_address(Family::V4).to_string())
+    });
+
+    // Without endpoints their queries are refused as those to any other Service.
+    drop(coredns);
+    rig.write("cluster", &cluster(false))?;
+    let refused = |family| {
+        let asked = topology.at(OTHER).run(|| TcpStream::connect((dns_ip(family), 53)));
+        asked.is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
+    };
+    for family in Family::ALL {
+        await_that(&format!("{OTHER} is refused over {family}"), || refused(family));
+        served_by(&rig, CLIENT, family, Who::Weir)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn pods_outside_cluster_cidr_are_answered_by_coredns_nftables() -> Result<()> {
+    strangers_are_left_to_coredns(Plane::Nftables)
+}
+
+#[test]
+fn pods_outside_cluster_cidr_are_answered_by_coredns_ebpf() -> Result<()> {
+    strangers_are_left_to_coredns(Plane::Ebpf)
+}
+
+fn one_family_is_known(plane: Plane) -> Result<()> {
+    let topology = Topology::new()?;
+    let mut rig = Rig::new(&topology, plane)?;
+    rig.cluster_cidrs = vec![CLUSTER_CIDRS[0].to_owned()];
+    let _coredns = rig.coredns(HOSTS)?;
+    let _weir = rig.weir()?;
+    for place in [CLIENT, OTHER] {
+        served_by(&rig, place, Family::V4, Who::Weir)?;
+        served_by(&rig, place, Family::V6, Who::CoreDns)?;
+    }
+    served_by(&rig, Place::Host(1), Family::V6, Who::Weir)
+}
+
+#[test]
+fn a_cluster_cidr_of_one_family_leaves_the_other_to_coredns_nftables() -> Result<()> {
+    one_family_is_known(Plane::Nftables)
+}
+
+#[test]
+fn a_cluster_cidr_of_one_family_leaves_the_other_to_coredns_ebpf() -> Result<()> {
+    one_family_is_known(Plane::Ebpf)
+}
