@@ -411,6 +411,7 @@ async fn what_is_written_in_the_cluster_is_what_the_map_holds() {
         credentials: Credentials::Kubeconfig(server.kubeconfig("admin").unwrap()),
         servers: Vec::new(),
         node: "n1".to_owned(),
+        versions: None,
     };
     let connection = Connection::open(settings).await.unwrap();
     let status = Arc::new(SourceStatus::default());

@@ -73,7 +73,7 @@ async fn start_with(rules: Value) -> (ApiServer, Client) {
 /// As the agent has it, once its rights are known.
 async fn weir(server: &ApiServer) -> Client {
     let credentials = Credentials::Kubeconfig(server.kubeconfig("weir").unwrap());
-    let settings = KubeSource { credentials, servers: Vec::new(), node: NODE.to_owned() };
+    let settings = KubeSource { credentials, servers: Vec::new(), node: NODE.to_owned(), versions: None };
     let client = Connection::open(settings).await.unwrap().client();
     let services: Api<Service> = Api::namespaced(client.clone(), NAMESPACE);
     let allowed = async {

@@ -4,6 +4,7 @@
 
 use std::{
     collections::BTreeSet,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -38,10 +39,21 @@ struct Source {
 
 impl Source {
     async fn start(server: &ApiServer, user: &str, servers: &[&ApiServer]) -> Self {
+        Self::start_with(server, user, servers, None).await
+    }
+
+    /// The same, with a place to keep versions.
+    async fn start_with(
+        server: &ApiServer,
+        user: &str,
+        servers: &[&ApiServer],
+        versions: Option<&Path>,
+    ) -> Self {
         let settings = KubeSource {
             credentials: Credentials::Kubeconfig(server.kubeconfig(user).unwrap()),
             servers: servers.iter().map(|server| server.url().parse().unwrap()).collect(),
             node: "n1".to_owned(),
+            versions: versions.map(Path::to_owned),
         };
         let connection = Connection::open(settings).await.unwrap();
         let status = Arc::new(SourceStatus::default());
@@ -434,6 +446,32 @@ async fn an_outage_takes_nothing_away_and_what_changed_meanwhile_follows() {
         }
     }
     source.end().await;
+}
+
+#[tokio::test]
+async fn an_agent_that_starts_anew_needs_one_list_of_each_kind_whatever_versions_were_kept() {
+    let server = ApiServer::start(&["--authorization-mode=AlwaysAllow"]).await.unwrap();
+    let shop = Shop::open(&server).await;
+    shop.service("web").await;
+    let kept = tempfile::tempdir().unwrap();
+    let all = words(&["+Service web", "+ServiceCIDR kubernetes"]);
+    let mut source = Source::start_with(&server, "admin", &[], Some(kept.path())).await;
+    assert_eq!(source.initial().await, all);
+    source.end().await;
+    let file = std::fs::read_dir(kept.path()).unwrap().next().unwrap().unwrap().path();
+    let versions = std::fs::read_to_string(&file).unwrap();
+    assert!(versions.lines().next().unwrap().parse::<u64>().unwrap() > 0, "{versions}");
+    // What is there is kept and used, and no server of this cluster has ever come so far as the other.
+    for version in [None, Some("09000000000000000000")] {
+        if let Some(version) = version {
+            std::fs::write(&file, version.to_owned() + &versions[version.len()..]).unwrap();
+        }
+        let mut source = Source::start_with(&server, "admin", &[], Some(kept.path())).await;
+        assert_eq!(source.initial().await, all);
+        let report = source.status.of(Kind::Service).report(Kind::Service);
+        assert_eq!((report.relists, report.errors), (1, 0), "{report:?}");
+        source.end().await;
+    }
 }
 
 #[tokio::test]

@@ -31,6 +31,7 @@ async fn connection(server: &ApiServer, user: &str) -> Connection {
         credentials: Credentials::Kubeconfig(server.kubeconfig(user).unwrap()),
         servers: Vec::new(),
         node: "n1".to_owned(),
+        versions: None,
     };
     Connection::open(settings).await.unwrap()
 }

@@ -4,13 +4,14 @@
 
 use std::{
     io,
+    path::Path,
     sync::{Arc, Mutex},
     time::Duration,
 };
 
 use tokio::{sync::mpsc::Receiver, task::JoinHandle, time::timeout};
 use weir::source::{
-    Change, SourceStatus,
+    Change, Kind, SourceStatus,
     kube::{Connection, Credentials, KubeSource, watch},
 };
 use weir_tests::stand_in::{Asked, Fault, StandIn};
@@ -34,8 +35,14 @@ impl Drop for Source {
 
 impl Source {
     async fn start(server: &StandIn) -> Self {
+        Self::start_with(server, None).await
+    }
+
+    /// The same, with a place to keep versions.
+    async fn start_with(server: &StandIn, versions: Option<&Path>) -> Self {
         let credentials = Credentials::Kubeconfig(server.kubeconfig().unwrap());
-        let settings = KubeSource { credentials, servers: Vec::new(), node: "n1".to_owned() };
+        let (servers, node, versions) = (Vec::new(), "n1".to_owned(), versions.map(Path::to_owned));
+        let settings = KubeSource { credentials, servers, node, versions };
         let connection = Connection::open(settings).await.unwrap();
         let status = Arc::new(SourceStatus::default());
         let (sender, changes) = tokio::sync::mpsc::channel(16);
@@ -214,6 +221,79 @@ async fn a_busy_server_is_left_alone_as_long_as_it_asks_for_and_lists_nothing_an
         server.put(plural, "late");
         source.comes(&format!("{kind} late")).await;
     }
+}
+
+/// What of a version the lists of a kind were asked for with.
+fn versions(server: &StandIn, plural: &str) -> Vec<String> {
+    let version = |asked: &Asked| {
+        let parts = asked.query.split('&').filter(|part| part.starts_with("resourceVersion"));
+        let mut parts: Vec<_> = parts.map(str::to_owned).collect();
+        parts.sort();
+        parts.join(" ")
+    };
+    server.asked(plural).iter().filter(|asked| !asked.watch).map(version).collect()
+}
+
+#[tokio::test]
+async fn an_agent_asks_first_for_a_list_that_is_no_older_than_what_the_one_before_it_knew() {
+    let kept = tempfile::tempdir().unwrap();
+    let server = StandIn::start().await.unwrap();
+    server.put("services", "listed");
+    let mut source = Source::start_with(&server, Some(kept.path())).await;
+    source.comes("Service listed").await;
+    watches(&server, "services", 1).await;
+    server.put("services", "watched");
+    source.comes("Service watched").await;
+    // Nothing is put in order before it ends.
+    drop(source);
+    let mut source = Source::start_with(&server, Some(kept.path())).await;
+    source.comes("Service watched").await;
+    watches(&server, "services", 2).await;
+    assert_eq!(versions(&server, "services"), ["", "resourceVersion=3 resourceVersionMatch=NotOlderThan"]);
+
+    // The list after it is as of now: what the agent before knew has served its purpose.
+    server.fail_once("services", Fault::Refused(410, None));
+    drop(source);
+    let mut source = Source::start_with(&server, Some(kept.path())).await;
+    server.put("services", "later");
+    source.comes("Service later").await;
+    let asked = async {
+        while versions(&server, "services").len() < 4 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, asked).await.expect("a list is asked for after 410");
+    assert_eq!(versions(&server, "services")[3], "");
+}
+
+#[tokio::test]
+async fn a_server_that_has_not_come_so_far_is_asked_for_a_list_as_of_now() {
+    let kept = tempfile::tempdir().unwrap();
+    let server = StandIn::start().await.unwrap();
+    for name in ["a", "b"] {
+        server.put("services", name);
+    }
+    let mut source = Source::start_with(&server, Some(kept.path())).await;
+    source.comes("Service b").await;
+    watches(&server, "services", 1).await;
+    drop(source);
+
+    server.restore();
+    server.put("services", "restored");
+    let mut source = Source::start_with(&server, Some(kept.path())).await;
+    source.comes("Service restored").await;
+    watches(&server, "services", 2).await;
+    let not_older = "resourceVersion=3 resourceVersionMatch=NotOlderThan";
+    assert_eq!(versions(&server, "services"), ["", not_older, ""]);
+    let report = source.status.of(Kind::Service).report(Kind::Service);
+    assert_eq!((report.relists, report.errors), (1, 0), "{report:?}");
+
+    // Another cluster has versions of its own.
+    let other = StandIn::start().await.unwrap();
+    other.put("services", "other");
+    let mut source = Source::start_with(&other, Some(kept.path())).await;
+    source.comes("Service other").await;
+    assert_eq!(versions(&other, "services"), [""]);
 }
 
 #[tokio::test]

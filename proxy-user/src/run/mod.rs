@@ -69,6 +69,9 @@ use planes::Planes;
 /// Changes that may wait between a source and the engine; a source that is further ahead waits itself.
 const WAITING_CHANGES: usize = 4096;
 
+/// Where as of when the cluster is known is kept: what is programmed does not live longer either.
+const VERSIONS: &str = "/run/weir/versions";
+
 /// Programs this node until told to stop, or until the configuration file changes: then this program starts anew. What
 /// is programmed stays when this ends. `again` reads the configuration once more.
 ///
@@ -304,7 +307,8 @@ async fn start_source(
                 server.parse().with_context(|| format!("`{server}` is not the address of an API server"))
             });
             let servers = servers.collect::<anyhow::Result<_>>()?;
-            let source = KubeSource { credentials, servers, node: config.model.node_name.clone() };
+            let (node, versions) = (config.model.node_name.clone(), Some(VERSIONS.into()));
+            let source = KubeSource { credentials, servers, node, versions };
             let connection = Connection::open_with(source, manner(config, metrics)).await?;
             tracing::info!(node = config.model.node_name, server = %connection.server(), "watching the API server");
             show_silences(metrics, &status);

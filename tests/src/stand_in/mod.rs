@@ -150,6 +150,14 @@ impl StandIn {
         });
     }
 
+    /// Takes all objects away and begins with the first version again, as a cluster of which a backup is restored.
+    pub fn restore(&self) {
+        self.shared.version.send_modify(|version| {
+            *version = 1;
+            self.shared.kinds().values_mut().for_each(|kind| kind.objects.clear());
+        });
+    }
+
     /// What was asked for of a kind.
     #[must_use]
     pub fn asked(&self, plural: &str) -> Vec<Asked> {
@@ -241,6 +249,8 @@ async fn answer(State(shared): State<Arc<Shared>>, uri: Uri, headers: HeaderMap)
         // A streamed list goes on as a watch, which is to fail too.
         let ends = kind.fault != Fault::None;
         let fault = if watch && !lists { kind.fault } else { Fault::None };
+        // What real servers answer when they have not come so far.
+        let fault = if !watch && from > version { Fault::Refused(504, None) } else { fault };
         if fault != Fault::None && kind.once {
             kind.fault = Fault::None;
         }

@@ -23,7 +23,12 @@ use kube::{
 use tower::{BoxError, ServiceBuilder, limit::RateLimitLayer};
 use tracing::{info, warn};
 
-use super::{ConnectError, KubeSource, answers::Answers};
+use super::{
+    ConnectError, KubeSource,
+    answers::Answers,
+    versions::{Version, Versions},
+};
+use crate::source::Kind;
 
 /// Which program asks, in the way of Kubernetes' own.
 const USER_AGENT: HeaderValue = HeaderValue::from_static(if cfg!(target_arch = "x86_64") {
@@ -74,6 +79,7 @@ pub struct Asked<'a> {
 struct Shared {
     settings: KubeSource,
     manner: Manner,
+    versions: Arc<Versions>,
     route: RwLock<Arc<Route>>,
     /// Held while a route is made, so that many failing watches make one.
     making: tokio::sync::Mutex<()>,
@@ -110,9 +116,11 @@ impl Connection {
             let _ = rustls::crypto::ring::default_provider().install_default();
         }
         let route = Route::make(&settings, &manner, 0).await?;
+        let versions = Arc::new(versions(&settings).await?);
         Ok(Self(Arc::new(Shared {
             settings,
             manner,
+            versions,
             route: RwLock::new(Arc::new(route)),
             making: tokio::sync::Mutex::default(),
             outage: std::sync::Mutex::default(),
@@ -139,6 +147,11 @@ impl Connection {
     /// The Node this agent runs on.
     pub(super) fn node(&self) -> &str {
         &self.0.settings.node
+    }
+
+    /// As of when a kind is known.
+    pub(super) fn known(&self, kind: Kind) -> Version {
+        Version::of(kind, Arc::clone(&self.0.versions))
     }
 
     /// A client for one kind, whose answers are heard.
@@ -262,6 +275,17 @@ impl Route {
         self.failures.store(0, Relaxed);
         self.rejected.store(false, Relaxed);
     }
+}
+
+/// The versions that are kept of this cluster for this node. A cluster is told by its addresses and by the authority that
+/// signs for it: another list of addresses, or another authority, costs no more than a list as of now.
+async fn versions(settings: &KubeSource) -> Result<Versions, ConnectError> {
+    let config = settings.credentials.load().await?;
+    let servers: String = settings.servers.iter().map(|server| format!("{server} ")).collect();
+    let authorities = config.root_cert.unwrap_or_default().concat();
+    let url = config.cluster_url.to_string();
+    let identity = [settings.node.as_bytes(), url.as_bytes(), servers.as_bytes(), &authorities];
+    Ok(Versions::open(settings.versions.as_deref(), &identity))
 }
 
 /// A client without retries, whose connections notice within a minute that the peer has gone without a word.

@@ -7,13 +7,13 @@
 //! ```text
 //! connection ──▶ answers ──▶ watch ──Event──▶ ledger ──Change──▶ channel
 //! (servers,      (how they   (retries)        (what is known)
-//!  credentials)   end)
+//!  credentials)   end)                        versions: as of when, for the next agent
 //! ```
 //!
 //! An API server that cannot be reached yields nothing at all, however long that lasts. What vanished in the meantime
 //! is told by the next full list, and only when that is complete.
 
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
 use tokio::sync::mpsc::Sender;
 
@@ -29,6 +29,7 @@ mod objects;
 mod pods;
 mod protobuf;
 mod retry;
+mod versions;
 mod watch;
 
 pub use connection::{Asked, Connection, Manner, Tell};
@@ -43,6 +44,8 @@ pub struct KubeSource {
     pub servers: Vec<http::Uri>,
     /// The name of the Node this agent runs on.
     pub node: String,
+    /// The directory in which to keep as of when the cluster is known, for the next agent.
+    pub versions: Option<PathBuf>,
 }
 
 /// Watches until the receiver of `changes` is gone. Whatever the API server does or fails to do is retried for ever.

@@ -17,7 +17,7 @@ use k8s_openapi::{
 use kube::{Client, Resource, runtime::watcher::Config};
 use serde::de::DeserializeOwned;
 
-use super::{json, ledger::Named, news::Brought, protobuf};
+use super::{json, ledger::Named, news::Brought, protobuf, versions::Version};
 use crate::{
     model::ObjectName,
     source::{HEADLESS_LABEL, Kind, Object, PROXY_NAME_LABEL},
@@ -63,8 +63,8 @@ pub(super) trait Watched:
     /// The object without what nobody reads.
     fn trimmed(self) -> Self::Object;
 
-    /// What the API server tells of the kind, for ever.
-    fn events(client: Client, config: Config) -> BoxStream<'static, Brought<Self>> {
+    /// What the API server tells of the kind, for ever; `known` is told as of when that is.
+    fn events(client: Client, config: Config, _known: Version) -> BoxStream<'static, Brought<Self>> {
         json::events(client, config)
     }
 }
@@ -101,8 +101,8 @@ impl Watched for Service {
         Object::Service(Box::new(self))
     }
 
-    fn events(client: Client, config: Config) -> BoxStream<'static, Brought<Self>> {
-        protobuf::events(client, config)
+    fn events(client: Client, config: Config, known: Version) -> BoxStream<'static, Brought<Self>> {
+        protobuf::events(client, config, known)
     }
 }
 
@@ -129,8 +129,8 @@ impl Watched for EndpointSlice {
         Object::EndpointSlice(Box::new(self))
     }
 
-    fn events(client: Client, config: Config) -> BoxStream<'static, Brought<Self>> {
-        protobuf::events(client, config)
+    fn events(client: Client, config: Config, known: Version) -> BoxStream<'static, Brought<Self>> {
+        protobuf::events(client, config, known)
     }
 }
 

@@ -30,6 +30,7 @@ use super::{
     news::{News, Skipped},
     objects::{Absent, Watched},
     retry::{Refusal, Retry, as_asked, spread},
+    versions::Version,
 };
 use crate::source::{Change, SourceStatus};
 
@@ -61,6 +62,7 @@ pub(super) async fn every_kind(
 pub(super) struct Watch<K: Watched> {
     node: String,
     answers: Arc<Answers>,
+    known: Version,
     client: Client,
     config: watcher::Config,
     changes: Sender<Change<K::Object>>,
@@ -90,6 +92,7 @@ impl<K: Watched> Watch<K> {
         Self {
             node: connection.node().to_owned(),
             answers,
+            known: connection.known(K::KIND),
             client,
             config: K::selector(connection.node()).streaming_lists(),
             changes: changes.clone(),
@@ -134,7 +137,7 @@ impl<K: Watched> Watch<K> {
     /// Follows the server until a list is to be asked for.
     async fn follow(&mut self) -> Result<(), Closed> {
         self.listed = false;
-        let mut events = K::events(self.client.clone(), self.config.clone());
+        let mut events = K::events(self.client.clone(), self.config.clone(), self.known.clone());
         while let Some(news) = events.next().await {
             let again = match news {
                 Ok(News::Event(event)) => self.event(event).await?,

@@ -2,8 +2,9 @@
 //!
 //! In: the API server's lists and watches of kinds of which there are many. Out: the same events that `kube`'s watcher
 //! makes of JSON, with what nobody reads left out. Objects are read one by one as they come, of a list too, so that it is
-//! never here as a whole. A list is as of now: an older one, which is what kube-proxy starts with, would have an agent
-//! that starts anew take out what its predecessor programmed last.
+//! never here as a whole. The first list is no older than what the agent before this one knew, and as of now where that is
+//! not known: an older one, which is what kube-proxy starts with, would have an agent that starts anew take out what its
+//! predecessor programmed last.
 //!
 //! ```text
 //! Listing ──whole──▶ Listed ──asked──▶ Watching ─┐       Json: a server without protobuf
@@ -25,7 +26,7 @@ use http_body_util::BodyExt as _;
 use k8s_openapi::serde_json;
 use kube::{
     Client, Resource,
-    api::{ListParams, WatchParams},
+    api::{ListParams, VersionMatch, WatchParams},
     client::Body,
     core::{ObjectMeta, Request, Status},
     runtime::watcher::{self, Config, Event},
@@ -36,7 +37,7 @@ use tokio_util::{
     codec::{FramedRead, LengthDelimitedCodec},
     io::StreamReader,
 };
-use tracing::debug;
+use tracing::{debug, info};
 
 pub(super) use self::object::FromProtobuf;
 use self::{
@@ -47,6 +48,7 @@ use super::{
     answers::some_watch_time,
     json,
     news::{Brought, News, Skipped},
+    versions::Version,
 };
 
 mod list;
@@ -114,8 +116,12 @@ impl<K> Many for K where
 }
 
 /// Events of a kind, for ever; after an error the next poll tries again.
-pub(super) fn events<K: Many>(client: Client, config: Config) -> BoxStream<'static, Brought<K>> {
-    let follower = Follower { client, config, state: State::Start };
+pub(super) fn events<K: Many>(
+    client: Client,
+    config: Config,
+    known: Version,
+) -> BoxStream<'static, Brought<K>> {
+    let follower = Follower { client, config, known, state: State::Start };
     let events = stream::unfold(follower, |mut follower| async {
         loop {
             if let Some(news) = follower.step().await.transpose() {
@@ -129,6 +135,8 @@ pub(super) fn events<K: Many>(client: Client, config: Config) -> BoxStream<'stat
 struct Follower<K> {
     client: Client,
     config: Config,
+    /// As of when the kind is known, here and to the next agent.
+    known: Version,
     state: State<K>,
 }
 
@@ -159,6 +167,8 @@ impl<K: Many> Follower<K> {
             State::Listing { mut parts, version, items } => {
                 match parts.next().await.transpose().map_err(list_failed)? {
                     Some(Part::Version(version)) => {
+                        self.known.forget();
+                        self.known.keep(&version);
                         self.state = State::Listing { parts, version, items };
                         Ok(None)
                     }
@@ -190,15 +200,19 @@ impl<K: Many> Follower<K> {
     }
 
     async fn list(&mut self) -> watcher::Result<Option<News<K>>> {
-        let parameters = ListParams {
-            label_selector: self.config.label_selector.clone(),
-            field_selector: self.config.field_selector.clone(),
-            ..ListParams::default()
-        };
-        let request =
-            Request::new(K::url_path(&(), None)).list(&parameters).map_err(kube::Error::BuildRequest);
-        let failed = watcher::Error::InitialListFailed;
-        match ask(&self.client, request.map_err(failed)?, LIST).await.map_err(failed)? {
+        let mut answer = self.ask_for_list().await;
+        if self.known.of_before().is_some()
+            && let Err(kube::Error::Api(status)) = &answer
+            && is_about_versions(status)
+        {
+            info!(
+                kind = %K::kind(&()), error = %status,
+                "the API server does not know what the agent before this one knew; listing as of now"
+            );
+            self.known.forget();
+            answer = self.ask_for_list().await;
+        }
+        match answer.map_err(watcher::Error::InitialListFailed)? {
             Ok(body) => {
                 self.state = State::Listing {
                     parts: FramedRead::with_capacity(body, Parts::new(), CHUNK),
@@ -209,6 +223,20 @@ impl<K: Many> Follower<K> {
             }
             Err(NoProtobuf) => Ok(self.resort_to_json()),
         }
+    }
+
+    async fn ask_for_list(&mut self) -> kube::Result<Result<Bytestream, NoProtobuf>> {
+        let version = self.known.of_before();
+        let parameters = ListParams {
+            label_selector: self.config.label_selector.clone(),
+            field_selector: self.config.field_selector.clone(),
+            version_match: version.is_some().then_some(VersionMatch::NotOlderThan),
+            resource_version: version,
+            ..ListParams::default()
+        };
+        let request =
+            Request::new(K::url_path(&(), None)).list(&parameters).map_err(kube::Error::BuildRequest)?;
+        ask(&self.client, request, LIST).await
     }
 
     async fn watch(&mut self, version: String) -> watcher::Result<Option<News<K>>> {
@@ -260,6 +288,7 @@ impl<K: Many> Follower<K> {
         let metadata = raw.as_ref().map(|raw| identity(raw.clone())).unwrap_or_default();
         // From where to go on if the watch ends: behind this event, if it says where that is.
         let version = metadata.resource_version.clone().unwrap_or(version);
+        self.known.keep(&version);
         self.state = State::Watching { events, version };
         let place = || format!("an event {kind}");
         Ok(match (kind.as_str(), raw) {
@@ -277,6 +306,8 @@ impl<K: Many> Follower<K> {
 
     fn resort_to_json(&mut self) -> Option<News<K>> {
         debug!(kind = %K::kind(&()), "the API server does not speak protobuf; asking for JSON");
+        // Nothing is kept of those lists and watches, and what is there would become too old.
+        self.known.keep("");
         self.state = State::Json(json::events(self.client.clone(), self.config.clone()));
         None
     }
@@ -338,6 +369,12 @@ fn object(bytes: Bytes) -> Result<Bytes, Unreadable> {
 fn status(raw: Bytes) -> Result<Status, Unreadable> {
     let message::Status { message, reason, code } = message::Status::decode(raw)?;
     Ok(Status::failure(&text(&message), &text(&reason)).with_code(u16::try_from(code).unwrap_or_default()))
+}
+
+/// Whether a list is refused for what it says of versions: the server has not come so far (504), as after its etcd was
+/// restored from a backup, or cannot read them.
+fn is_about_versions(status: &Status) -> bool {
+    matches!(status.code, 400 | 410 | 422 | 504)
 }
 
 /// What the server says why not, in whichever encoding.

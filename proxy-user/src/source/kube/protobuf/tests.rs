@@ -21,7 +21,13 @@ use super::{
     message, object,
     object::FromProtobuf as _,
 };
-use crate::source::kube::news::{Brought, News};
+use crate::source::{
+    Kind,
+    kube::{
+        news::{Brought, News},
+        versions::Version,
+    },
+};
 
 /// A list as servers write it, with fields that weir does not read.
 #[derive(Clone, PartialEq, Message)]
@@ -215,7 +221,7 @@ async fn objects_that_cannot_be_read_are_skipped_by_name_and_delay_and_repeat_no
         event("ADDED", good("newer", 23)),
     ];
     let (client, asked) = server(vec![list, watch.concat()]);
-    let mut events = events::<Service>(client, Config::default());
+    let mut events = events::<Service>(client, Config::default(), Version::of(Kind::Service, Arc::default()));
     let mut seen = Vec::new();
     let all = async {
         while seen.last().is_none_or(|word| word != "+newer") {

@@ -1,0 +1,283 @@
+//! As of when each kind is known, kept over restarts.
+//!
+//! In: the resource version of everything that is passed on. Out: the versions as of which the agent before this one knew
+//! the cluster. A list that may be as old as that comes from the API server's memory, where one as of now takes servers
+//! before Kubernetes 1.31 to etcd; and it is never older than what is programmed.
+//!
+//! A version is in the file before anything is done about what has it, so an agent that is killed at any moment leaves no
+//! version that is too old. One that is too new costs a second list.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::FileExt as _,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+};
+
+use tracing::{info, warn};
+
+use crate::source::Kind;
+
+/// How many kinds the file has a line for.
+const KINDS: usize = Kind::ALL.len() + Kind::PODS.len();
+/// A line: the digits of the largest number, and the end of the line.
+const LINE: usize = 21;
+
+/// Of how many clusters and nodes versions are kept. A machine has one and may move to another.
+const MOST_CLUSTERS: usize = 16;
+
+/// The versions of all kinds in one cluster.
+#[derive(Debug, Default)]
+pub(super) struct Versions {
+    file: Option<(File, PathBuf)>,
+    /// Whether nothing can be kept any more.
+    broken: AtomicBool,
+    /// What the file said at the start; 0 where it said nothing, or where that has served its purpose.
+    before: [AtomicU64; KINDS],
+}
+
+/// The part for one kind.
+#[derive(Clone, Debug)]
+pub(super) struct Version {
+    versions: Arc<Versions>,
+    kind: Kind,
+}
+
+impl Versions {
+    /// Keeps versions in `directory`, in a file for the cluster and node that `identity` stands for. Without a directory,
+    /// or where the file cannot be written, nothing is kept and nothing is known.
+    pub(super) fn open(directory: Option<&Path>, identity: &[&[u8]]) -> Self {
+        let Some(directory) = directory else { return Self::default() };
+        let path = directory.join(format!("{:016x}", hash(identity)));
+        let before = read(&path);
+        match open(directory, &path, before.is_some()) {
+            Ok(file) => Self {
+                file: Some((file, path)),
+                broken: AtomicBool::new(false),
+                before: before.unwrap_or_default().map(AtomicU64::new),
+            },
+            Err(error) => {
+                info!(
+                    file = %path.display(), %error,
+                    "cannot keep as of when the cluster is known; a restart lists as of now"
+                );
+                Self::default()
+            }
+        }
+    }
+
+    fn keep(&self, kind: Kind, version: &str) {
+        let Some((file, path)) = &self.file else { return };
+        // A version is a text that only the server has to understand. One that is no number is not kept.
+        let number: u64 = version.parse().unwrap_or_default();
+        if self.broken.load(Relaxed) {
+            return;
+        }
+        let line = format!("{number:020}\n");
+        let Err(error) = file.write_all_at(line.as_bytes(), (kind as usize * LINE) as u64) else { return };
+        self.broken.store(true, Relaxed);
+        // What it says would be too old for the next agent.
+        let removed = fs::remove_file(path);
+        warn!(
+            file = %path.display(), %error, removed = removed.is_ok(),
+            "cannot keep as of when the cluster is known any more; a restart lists as of now"
+        );
+    }
+}
+
+impl Version {
+    pub(super) const fn of(kind: Kind, versions: Arc<Versions>) -> Self {
+        Self { versions, kind }
+    }
+
+    fn before(&self) -> &AtomicU64 {
+        &self.versions.before[self.kind as usize]
+    }
+
+    /// As of when the agent before this one knew the kind, until that is forgotten.
+    pub(super) fn of_before(&self) -> Option<String> {
+        Some(self.before().load(Relaxed)).filter(|version| *version > 0).map(|version| version.to_string())
+    }
+
+    /// From now on only what this agent was told counts.
+    pub(super) fn forget(&self) {
+        self.before().store(0, Relaxed);
+    }
+
+    /// Notes as of when the kind is known.
+    pub(super) fn keep(&self, version: &str) {
+        self.versions.keep(self.kind, version);
+    }
+}
+
+/// FNV-1a, written out because the result must be the same in every build of every version.
+fn hash(parts: &[&[u8]]) -> u64 {
+    let mix = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+    parts.iter().fold(0xcbf2_9ce4_8422_2325, |hash, part| {
+        let length = (part.len() as u64).to_le_bytes();
+        length.iter().chain(*part).copied().fold(hash, mix)
+    })
+}
+
+/// What a file says; nothing when it is not there, or says anything else than such a file does.
+fn read(path: &Path) -> Option<[u64; KINDS]> {
+    let said = File::open(path).and_then(|file| {
+        // A byte more than there should be, so that a longer file is not taken for a right one.
+        let mut bytes = [0; KINDS * LINE + 1];
+        let mut length = 0;
+        loop {
+            match file.read_at(&mut bytes[length..], length as u64)? {
+                0 => break,
+                more => length += more,
+            }
+        }
+        parse(&bytes[..length]).ok_or_else(|| io::Error::other("it does not say versions"))
+    });
+    match said {
+        Ok(said) => Some(said),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => {
+            warn!(file = %path.display(), %error, "this file is of no use; the cluster is listed as of now");
+            None
+        }
+    }
+}
+
+fn parse(bytes: &[u8]) -> Option<[u64; KINDS]> {
+    if bytes.len() != KINDS * LINE {
+        return None;
+    }
+    let mut versions = [0; KINDS];
+    for (line, version) in bytes.chunks(LINE).zip(&mut versions) {
+        let digits = line.strip_suffix(b"\n")?;
+        *version = std::str::from_utf8(digits).ok().filter(|_| digits.iter().all(u8::is_ascii_digit))?.parse().ok()?;
+    }
+    Some(versions)
+}
+
+/// Opens the file to write to it, after making it anew unless it is right.
+fn open(directory: &Path, path: &Path, right: bool) -> io::Result<File> {
+    if !right {
+        fs::create_dir_all(directory)?;
+        make_room(directory)?;
+        let beside = path.with_extension("new");
+        fs::write(&beside, format!("{:020}\n", 0).repeat(KINDS))?;
+        fs::rename(&beside, path)?;
+    }
+    File::options().write(true).open(path)
+}
+
+/// Removes the files that were written to longest ago where there are many.
+fn make_room(directory: &Path) -> io::Result<()> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        files.push((entry.metadata()?.modified()?, entry.path()));
+    }
+    files.sort();
+    let many = files.len().saturating_sub(MOST_CLUSTERS - 1);
+    files.iter().take(many).try_for_each(|(_, path)| fs::remove_file(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CLUSTER: &[&[u8]] = &[b"https://api.example", b"n1"];
+
+    fn of(directory: &Path, identity: &[&[u8]], kind: Kind) -> Version {
+        Version::of(kind, Arc::new(Versions::open(Some(directory), identity)))
+    }
+
+    fn only_file(directory: &Path) -> PathBuf {
+        let mut files = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+        let file = files.next().unwrap();
+        assert_eq!(files.next(), None);
+        file
+    }
+
+    #[test]
+    fn the_next_agent_knows_the_last_version_of_each_kind_and_forgets_it_once_it_has_its_own() {
+        let directory = tempfile::tempdir().unwrap();
+        let directory = directory.path().join("of/weir");
+        let first = of(&directory, CLUSTER, Kind::Service);
+        assert_eq!(first.of_before(), None);
+        for version in ["9", "18446744073709551615", "12"] {
+            first.keep(version);
+        }
+        let namespaces = Version::of(Kind::Namespace, Arc::clone(&first.versions));
+        namespaces.keep("7");
+        // The first is not ended in any orderly way.
+        let second = of(&directory, CLUSTER, Kind::Service);
+        assert_eq!(second.of_before().as_deref(), Some("12"));
+        assert_eq!(of(&directory, CLUSTER, Kind::Namespace).of_before().as_deref(), Some("7"));
+        assert_eq!(of(&directory, CLUSTER, Kind::EndpointSlice).of_before(), None);
+        second.forget();
+        assert_eq!(second.of_before(), None);
+        assert_eq!(of(&directory, CLUSTER, Kind::Service).of_before().as_deref(), Some("12"));
+        only_file(&directory);
+    }
+
+    #[test]
+    fn another_cluster_s_versions_say_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        of(directory.path(), CLUSTER, Kind::Service).keep("12");
+        for other in [&[&b"https://api.example"[..], b"n2"][..], &[b"https://api.examplen1"], &[b"n1", b""]] {
+            assert_eq!(of(directory.path(), other, Kind::Service).of_before(), None);
+        }
+        assert_eq!(of(directory.path(), CLUSTER, Kind::Service).of_before().as_deref(), Some("12"));
+    }
+
+    #[test]
+    fn files_do_not_become_more_and_more() {
+        let directory = tempfile::tempdir().unwrap();
+        for cluster in 0..3 * MOST_CLUSTERS {
+            of(directory.path(), &[cluster.to_string().as_bytes()], Kind::Service).keep("12");
+        }
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), MOST_CLUSTERS);
+        let last = (3 * MOST_CLUSTERS - 1).to_string();
+        assert!(of(directory.path(), &[last.as_bytes()], Kind::Service).of_before().is_some());
+    }
+
+    #[test]
+    fn what_is_no_number_is_not_kept_and_nothing_older_is_left() {
+        let directory = tempfile::tempdir().unwrap();
+        let version = of(directory.path(), CLUSTER, Kind::Service);
+        for text in ["", "12a", "-1", "18446744073709551616"] {
+            version.keep("12");
+            version.keep(text);
+            assert_eq!(of(directory.path(), CLUSTER, Kind::Service).of_before(), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_says_anything_else_is_made_anew() {
+        let directory = tempfile::tempdir().unwrap();
+        of(directory.path(), CLUSTER, Kind::Service).keep("12");
+        let file = only_file(directory.path());
+        let right = fs::read(&file).unwrap();
+        let longer = [&right[..], b"x"].concat();
+        let signed = [b"+", &right[1..]].concat();
+        for wrong in [&b""[..], b"12\n", &right[1..], &longer, &signed, &[0xff; KINDS * LINE]] {
+            fs::write(&file, wrong).unwrap();
+            let version = of(directory.path(), CLUSTER, Kind::Service);
+            assert_eq!(version.of_before(), None, "{wrong:?}");
+            version.keep("13");
+            assert_eq!(of(directory.path(), CLUSTER, Kind::Service).of_before().as_deref(), Some("13"));
+        }
+    }
+
+    #[test]
+    fn without_a_place_nothing_is_kept_and_nothing_fails() {
+        let version = Version::of(Kind::Service, Arc::default());
+        version.keep("12");
+        assert_eq!(version.of_before(), None);
+        let version = of(Path::new("/proc/nowhere"), CLUSTER, Kind::Service);
+        version.keep("12");
+        assert_eq!(version.of_before(), None);
+    }
+}
