@@ -448,6 +448,27 @@ async fn an_outage_takes_nothing_away_and_what_changed_meanwhile_follows() {
     source.end().await;
 }
 
+/// TCP is kept up meanwhile: nothing that is sent fails, and no connection ends.
+#[tokio::test]
+async fn a_server_that_hangs_is_left_before_a_watch_is_given_up_for_its_silence() {
+    /// A watch is given up after 150 s, and the server for that one is another half a minute later.
+    const PINGS: Duration = Duration::from_secs(145);
+    let server = ApiServer::start(&["--authorization-mode=AlwaysAllow"]).await.unwrap();
+    let sibling = server.sibling().await.unwrap();
+    let shop = Shop::open(&sibling).await;
+    let mut source = Source::start(&server, "admin", &[&server, &sibling]).await;
+    assert_eq!(source.initial().await, words(&["+ServiceCIDR kubernetes"]));
+    server.freeze(true).unwrap();
+    shop.service("late").await;
+    let change =
+        timeout(PINGS, source.changes.recv()).await.expect("the server is asked whether it is there");
+    assert_eq!(word(&change.unwrap()), "+Service late", "the other server tells");
+    let report = source.status.of(Kind::Service).report(Kind::Service);
+    assert_eq!(report.relists, 1, "the watch goes on where it was: {report:?}");
+    server.freeze(false).unwrap();
+    source.end().await;
+}
+
 #[tokio::test]
 async fn an_agent_that_starts_anew_needs_one_list_of_each_kind_whatever_versions_were_kept() {
     let server = ApiServer::start(&["--authorization-mode=AlwaysAllow"]).await.unwrap();

@@ -19,6 +19,10 @@ use kube::{
     api::PostParams,
     config::{KubeConfigOptions, Kubeconfig},
 };
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -127,6 +131,18 @@ impl ApiServer {
         if let Some(mut process) = self.process.take() {
             end(&mut process);
         }
+    }
+
+    /// Has it do nothing more, or go on. The kernel acknowledges what it is sent meanwhile, as a load balancer does for a server
+    /// that is gone.
+    ///
+    /// # Errors
+    ///
+    /// When it does not run.
+    pub fn freeze(&self, frozen: bool) -> Result<()> {
+        let process = self.process.as_ref().context("the API server does not run")?;
+        let signal = if frozen { Signal::SIGSTOP } else { Signal::SIGCONT };
+        Ok(kill(Pid::from_raw(process.id().try_into()?), signal)?)
     }
 
     /// Starts it again, with the same data on the same port, and waits until it is ready.

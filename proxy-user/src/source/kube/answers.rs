@@ -101,6 +101,11 @@ pub(super) fn some_watch_time() -> u32 {
     fastrand::u32(WATCH_TIMES)
 }
 
+/// Whether a request with this query is for a watch.
+pub(super) fn is_watch(query: Option<&str>) -> bool {
+    query.is_some_and(|query| watch_time(query).is_some())
+}
+
 /// How long the watch is to last that this query asks for, if it asks for one.
 fn watch_time(query: &str) -> Option<Duration> {
     let value = |name: &str| query.split('&').find_map(|part| part.strip_prefix(name)?.strip_prefix('='));

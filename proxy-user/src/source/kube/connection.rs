@@ -12,9 +12,10 @@ use std::{
 };
 
 use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, header};
+use hyper_rustls::{FixedServerNameResolver, HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::{
     client::legacy::{Client as HttpClient, connect::HttpConnector},
-    rt::TokioExecutor,
+    rt::{TokioExecutor, TokioTimer},
 };
 use kube::{
     Client,
@@ -25,7 +26,7 @@ use tracing::{info, warn};
 
 use super::{
     ConnectError, KubeSource,
-    answers::Answers,
+    answers::{Answers, is_watch},
     versions::{Version, Versions},
 };
 use crate::source::Kind;
@@ -46,6 +47,17 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a peer may say nothing before TCP asks whether it is still there.
 const KEEPALIVE: Duration = Duration::from_secs(15);
+/// How long an HTTP/2 connection may say nothing before the server is asked whether it is still there: TCP may be kept up for a
+/// server that is gone, by a load balancer or by the kernel of a machine that swaps.
+const PING_AFTER: Duration = Duration::from_secs(30);
+/// How long the answer to that may take.
+const PING_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long a connection is kept on which nothing is asked.
+const IDLE: Duration = Duration::from_secs(30);
+/// How many bytes of a watch the server may send before they are taken in.
+const AHEAD: u32 = 1 << 20;
+/// So that watches of some kinds that are not taken in leave room for those of others on their connection.
+const KINDS: u32 = 8;
 
 /// A connection to whichever API server answers. Clones share it.
 #[derive(Clone)]
@@ -261,8 +273,7 @@ impl Route {
             config.cluster_url = server.clone();
         }
         let from = settings.credentials.origin();
-        let client = client(&config, manner)
-            .map_err(|source| ConnectError::Client { from, source: Box::new(source) })?;
+        let client = client(&config, manner).map_err(|source| ConnectError::Client { from, source })?;
         let server = config.cluster_url;
         Ok(Self { client, index, server, failures: AtomicU32::new(0), rejected: AtomicBool::new(false) })
     }
@@ -288,8 +299,10 @@ async fn versions(settings: &KubeSource) -> Result<Versions, ConnectError> {
     Ok(Versions::open(settings.versions.as_deref(), &identity))
 }
 
-/// A client without retries, whose connections notice within a minute that the peer has gone without a word.
-fn client(config: &kube::Config, manner: &Manner) -> Result<Client, kube::Error> {
+/// A client without retries, whose connections notice within a minute that the peer has gone without a word. Watches share
+/// one HTTP/2 connection where the server speaks that; everything else has connections of its own, which go when they have
+/// been idle for a while.
+fn client(config: &kube::Config, manner: &Manner) -> Result<Client, BoxError> {
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
     tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
@@ -297,13 +310,41 @@ fn client(config: &kube::Config, manner: &Manner) -> Result<Client, kube::Error>
     tcp.set_keepalive_interval(Some(KEEPALIVE / 3));
     tcp.set_keepalive_retries(Some(3));
     tcp.set_tcp_user_timeout(Some(2 * KEEPALIVE));
-    let tls = config.rustls_https_connector_with_connector(tcp)?;
+    let others = HttpClient::builder(TokioExecutor::new())
+        .pool_timer(TokioTimer::new())
+        .pool_idle_timeout(IDLE)
+        .build(config.rustls_https_connector_with_connector(tcp.clone())?);
+    let watches = HttpClient::builder(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .http2_initial_stream_window_size(AHEAD)
+        .http2_initial_connection_window_size(AHEAD * KINDS)
+        .http2_keep_alive_interval(PING_AFTER)
+        .http2_keep_alive_timeout(PING_TIMEOUT)
+        .http2_keep_alive_while_idle(true)
+        .build(both_versions(config, tcp)?);
+    let ask = tower::service_fn(move |request: Request<Body>| {
+        let client = if is_watch(request.uri().query()) { &watches } else { &others };
+        client.request(request)
+    });
     let limit = manner.limit.map(|(requests, window)| RateLimitLayer::new(requests, window));
     let service = ServiceBuilder::new()
         .option_layer(limit)
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer()?)
         .map_err(BoxError::from)
-        .service(HttpClient::builder(TokioExecutor::new()).build(tls));
+        .service(ask);
     Ok(Client::new(service, config.default_namespace.clone()))
+}
+
+/// As `kube` makes it, and HTTP/2 as well.
+fn both_versions(
+    config: &kube::Config,
+    tcp: HttpConnector,
+) -> Result<HttpsConnector<HttpConnector>, BoxError> {
+    let mut builder =
+        HttpsConnectorBuilder::new().with_tls_config(config.rustls_client_config()?).https_or_http();
+    if let Some(name) = &config.tls_server_name {
+        builder = builder.with_server_name_resolver(FixedServerNameResolver::new(name.clone().try_into()?));
+    }
+    Ok(builder.enable_all_versions().wrap_connector(tcp))
 }

@@ -9,6 +9,7 @@ use kube::{
     Config,
     config::{KubeConfigOptions, Kubeconfig, KubeconfigError},
 };
+use tower::BoxError;
 
 /// How to find and convince the API server.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,7 +60,7 @@ pub enum ConnectError {
         from: String,
         /// What is wrong with them.
         #[source]
-        source: Box<kube::Error>,
+        source: BoxError,
     },
 }
 

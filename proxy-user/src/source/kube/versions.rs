@@ -154,7 +154,11 @@ fn parse(bytes: &[u8]) -> Option<[u64; KINDS]> {
     let mut versions = [0; KINDS];
     for (line, version) in bytes.chunks(LINE).zip(&mut versions) {
         let digits = line.strip_suffix(b"\n")?;
-        *version = std::str::from_utf8(digits).ok().filter(|_| digits.iter().all(u8::is_ascii_digit))?.parse().ok()?;
+        *version = std::str::from_utf8(digits)
+            .ok()
+            .filter(|_| digits.iter().all(u8::is_ascii_digit))?
+            .parse()
+            .ok()?;
     }
     Some(versions)
 }
