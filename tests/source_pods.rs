@@ -5,9 +5,11 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use k8s_openapi::api::{
-    core::v1::{Namespace, Pod, Service},
+    core::v1::{Container, Namespace, Pod, Service},
+    node::v1::RuntimeClass,
     rbac::v1::{ClusterRole, ClusterRoleBinding},
 };
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::{
     Api, Client, Resource,
     api::{DeleteParams, Patch, PatchParams, PostParams},
@@ -127,6 +129,22 @@ impl Shop {
         create(self.pods(), pod).await;
     }
 
+    /// A pod with all that decides about its sockets, and the class that it is of.
+    async fn rich_pod(&self, name: &str) {
+        let class = json!({"metadata": {"name": "kata"}, "handler": "kata"});
+        create::<RuntimeClass>(Api::all(self.0.clone()), class).await;
+        let container = |name: &str| json!({"name": name, "image": "none"});
+        let pod = json!({
+            "metadata": {"name": name, "labels": {"app": "rich"}, "annotations": {"sidecar.istio.io/status": "{}"}},
+            "spec": {
+                "nodeName": "n1", "runtimeClassName": "kata", "hostNetwork": true,
+                "initContainers": [container("first"), container("linkerd-proxy")],
+                "containers": [container("main"), container("istio-proxy")],
+            },
+        });
+        create(self.pods(), pod).await;
+    }
+
     async fn delete(&self, name: &str) {
         self.pods().delete(name, &DeleteParams::default().grace_period(0)).await.unwrap();
     }
@@ -178,6 +196,39 @@ async fn this_node_s_pods_come_with_their_changes_and_go_when_deleted_or_finishe
         shop.pods().patch_status(name, &patch, &status).await.unwrap();
         assert_eq!(source.next().await, format!("-Pod {name}"));
     }
+    source.end().await;
+}
+
+#[tokio::test]
+async fn all_that_decides_about_a_pod_s_sockets_comes_and_of_a_namespace_its_metadata() {
+    let server = ApiServer::start(&["--authorization-mode=AlwaysAllow", NO_ACCOUNTS]).await.unwrap();
+    let shop = Shop::open(&server).await;
+    shop.rich_pod("rich").await;
+    let namespaces: Api<Namespace> = Api::all(shop.0.clone());
+    namespaces.patch(NAMESPACE, &PatchParams::default(), &label(&json!("off"))).await.unwrap();
+    let mut source = Source::start(connection(&server, "admin").await);
+    let (mut pod, mut namespace) = (None, None);
+    while pod.is_none() || namespace.is_none() {
+        match timeout(PATIENCE, source.changes.recv()).await.unwrap().unwrap() {
+            Change::Apply(PodObject::Pod(object)) => pod = Some(object),
+            Change::Apply(PodObject::Namespace(object))
+                if object.metadata.name.as_deref() == Some(NAMESPACE) =>
+            {
+                namespace = Some(object);
+            }
+            _ => {}
+        }
+    }
+    let (pod, told) = (pod.unwrap(), shop.pods().get("rich").await.unwrap());
+    assert_eq!(pod.metadata, ObjectMeta { managed_fields: None, generation: None, ..told.metadata });
+    let (spec, told) = (pod.spec.unwrap(), told.spec.unwrap());
+    assert_eq!((spec.host_network, spec.runtime_class_name), (Some(true), Some("kata".to_owned())));
+    let names = |containers: &[Container]| containers.iter().map(|one| one.name.clone()).collect::<Vec<_>>();
+    assert_eq!(names(&spec.containers), names(&told.containers));
+    assert_eq!(names(&spec.init_containers.unwrap()), names(&told.init_containers.unwrap()));
+    let (namespace, told) = (namespace.unwrap(), namespaces.get(NAMESPACE).await.unwrap());
+    assert_eq!(namespace.metadata, ObjectMeta { managed_fields: None, ..told.metadata });
+    assert_eq!((namespace.spec, namespace.status), (None, None));
     source.end().await;
 }
 
@@ -234,7 +285,8 @@ async fn without_the_right_to_see_pods_services_go_on_and_the_server_is_left_alo
     timeout(PATIENCE, refused).await.expect("the refusal is noticed");
     let report = source.status.of(Kind::Pod).report(Kind::Pod);
     assert!(!report.synced && report.objects == 0, "{report:?}");
-    assert_eq!(report.errors, 1, "asked again within a minute: {report:?}");
+    // It may be starting, so it is asked again soon, and then less and less.
+    assert!(report.errors <= 9, "{report:?}");
     assert!(source.changes.is_empty());
     source.end().await;
     drop(changes);

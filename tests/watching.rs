@@ -12,7 +12,7 @@ use std::{
 use tokio::{sync::mpsc::Receiver, task::JoinHandle, time::timeout};
 use weir::source::{
     Change, Kind, SourceStatus,
-    kube::{Connection, Credentials, KubeSource, watch},
+    kube::{Connection, Credentials, KubeSource, watch, watch_pods},
 };
 use weir_tests::stand_in::{Asked, Fault, StandIn};
 
@@ -314,4 +314,27 @@ async fn the_api_server_is_told_which_program_asks() {
             assert!(rest.starts_with("(linux/") && rest.ends_with(") node-proxy"), "{rest}");
         }
     }
+}
+
+#[tokio::test]
+async fn of_namespaces_no_more_than_the_metadata_is_asked_for() {
+    let server = StandIn::start().await.unwrap();
+    server.put("namespaces", "shop");
+    let credentials = Credentials::Kubeconfig(server.kubeconfig().unwrap());
+    let settings = KubeSource { credentials, servers: Vec::new(), node: "n1".to_owned(), versions: None };
+    let (sender, mut changes) = tokio::sync::mpsc::channel(16);
+    let task = tokio::spawn(watch_pods(Connection::open(settings).await.unwrap(), sender, Arc::default()));
+    watches(&server, "namespaces", 1).await;
+    server.put("namespaces", "late");
+    let late = async {
+        while !matches!(changes.recv().await, Some(Change::Apply(object)) if object.name().name() == "late") {
+        }
+    };
+    timeout(PATIENCE, late).await.expect("what happens is told");
+    for asked in server.asked("namespaces") {
+        let first = asked.accept.split(',').next().unwrap();
+        assert!(first.starts_with("application/vnd.kubernetes.protobuf;"), "{first}");
+        assert!(first.contains("as=PartialObjectMetadata"), "{first}");
+    }
+    task.abort();
 }

@@ -50,6 +50,8 @@ pub struct Asked {
     pub query: String,
     /// What the client says it is.
     pub user_agent: String,
+    /// What the client takes.
+    pub accept: String,
     /// When it came.
     pub at: Instant,
 }
@@ -244,6 +246,7 @@ async fn answer(State(shared): State<Arc<Shared>>, uri: Uri, headers: HeaderMap)
             watch: watch && !lists,
             query: query.clone(),
             user_agent,
+            accept: text(header::ACCEPT).to_owned(),
             at: Instant::now(),
         });
         // A streamed list goes on as a watch, which is to fail too.

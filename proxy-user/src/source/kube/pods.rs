@@ -1,18 +1,22 @@
 //! The watches of this node's pods and of the namespaces.
 //!
-//! In: the API server's lists and watches. Out: [`PodChange`]s on a channel of their own. The model reads an object when
-//! it comes and keeps no more than it needs, so only what is large and of no use to it is taken off here.
+//! In: the API server's lists and watches. Out: [`PodChange`]s on a channel of their own. Of a namespace its metadata is
+//! asked for and no more; of a pod RuntimeClass, containers and network count too.
 
 use std::sync::Arc;
 
+use futures::stream::BoxStream;
 use k8s_openapi::api::core::v1::{Namespace, Pod};
-use kube::runtime::watcher::Config;
+use kube::{Client, runtime::watcher::Config};
 use tokio::{sync::mpsc::Sender, task::JoinSet};
 
 use super::{
     connection::Connection,
     ledger::Named,
+    news::Brought,
     objects::{Absent, Watched},
+    protobuf,
+    versions::Version,
     watch::Watch,
 };
 use crate::{
@@ -56,6 +60,10 @@ impl Watched for Pod {
         self.status = None;
         PodObject::Pod(Box::new(self))
     }
+
+    fn events(client: Client, config: Config, known: Version) -> BoxStream<'static, Brought<Self>> {
+        protobuf::events(client, config, known)
+    }
 }
 
 impl Watched for Namespace {
@@ -72,6 +80,10 @@ impl Watched for Namespace {
     fn trimmed(mut self) -> PodObject {
         self.metadata.managed_fields = None;
         PodObject::Namespace(Box::new(self))
+    }
+
+    fn events(client: Client, config: Config, known: Version) -> BoxStream<'static, Brought<Self>> {
+        protobuf::events(client, config, known)
     }
 }
 

@@ -261,6 +261,42 @@ pub(super) struct EndpointPort {
     pub(super) port: Option<i32>,
 }
 
+/// core/v1 `Pod`.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Pod {
+    #[prost(message, required, tag = "1")]
+    pub(super) metadata: Metadata,
+    #[prost(message, required, tag = "2")]
+    pub(super) spec: PodSpec,
+}
+
+/// core/v1 `PodSpec`.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct PodSpec {
+    #[prost(message, repeated, tag = "2")]
+    pub(super) containers: Vec<Container>,
+    #[prost(bool, tag = "11")]
+    pub(super) host_network: bool,
+    #[prost(message, repeated, tag = "20")]
+    pub(super) init_containers: Vec<Container>,
+    #[prost(bytes = "bytes", optional, tag = "29")]
+    pub(super) runtime_class_name: Option<Bytes>,
+}
+
+/// core/v1 `Container`.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Container {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub(super) name: Bytes,
+}
+
+/// meta/v1 `PartialObjectMetadata`: any object of which the rest was not asked for.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct PartialObjectMetadata {
+    #[prost(message, required, tag = "1")]
+    pub(super) metadata: Metadata,
+}
+
 /// meta/v1 `ListMeta`.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct ListMetadata {

@@ -62,6 +62,15 @@ const MEDIA_TYPE: &str = "application/vnd.kubernetes.protobuf";
 const LIST: HeaderValue = HeaderValue::from_static("application/vnd.kubernetes.protobuf, application/json");
 const WATCH: HeaderValue =
     HeaderValue::from_static("application/vnd.kubernetes.protobuf;stream=watch, application/json");
+/// The same, of metadata alone.
+const LIST_METADATA: HeaderValue = HeaderValue::from_static(
+    "application/vnd.kubernetes.protobuf;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1, \
+     application/vnd.kubernetes.protobuf, application/json",
+);
+const WATCH_METADATA: HeaderValue = HeaderValue::from_static(
+    "application/vnd.kubernetes.protobuf;stream=watch;as=PartialObjectMetadata;g=meta.k8s.io;v=v1, \
+     application/vnd.kubernetes.protobuf;stream=watch, application/json",
+);
 /// What an object begins with.
 const MAGIC: &[u8] = b"k8s\0";
 /// Larger than any object that etcd takes.
@@ -236,7 +245,7 @@ impl<K: Many> Follower<K> {
         };
         let request =
             Request::new(K::url_path(&(), None)).list(&parameters).map_err(kube::Error::BuildRequest)?;
-        ask(&self.client, request, LIST).await
+        ask(&self.client, request, if K::METADATA_ONLY { LIST_METADATA } else { LIST }).await
     }
 
     async fn watch(&mut self, version: String) -> watcher::Result<Option<News<K>>> {
@@ -251,7 +260,8 @@ impl<K: Many> Follower<K> {
         self.state = State::Listed { version: version.clone() };
         let failed = watcher::Error::WatchStartFailed;
         let request = request.map_err(|error| failed(kube::Error::BuildRequest(error)))?;
-        match ask(&self.client, request, WATCH).await.map_err(failed)? {
+        let accepted = if K::METADATA_ONLY { WATCH_METADATA } else { WATCH };
+        match ask(&self.client, request, accepted).await.map_err(failed)? {
             Ok(body) => {
                 let codec = LengthDelimitedCodec::builder().max_frame_length(LARGEST).new_codec();
                 self.state = State::Watching { events: FramedRead::new(body, codec), version };

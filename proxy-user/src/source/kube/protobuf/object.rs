@@ -18,6 +18,9 @@ use super::message;
 
 /// A kind that is read from protobuf.
 pub(in super::super) trait FromProtobuf: Sized {
+    /// Whether the metadata is all that is asked for.
+    const METADATA_ONLY: bool = false;
+
     /// Reads an object's message.
     fn read(raw: Bytes) -> Result<Self, DecodeError>;
 }
@@ -42,6 +45,30 @@ impl FromProtobuf for discovery::EndpointSlice {
             endpoints: Some(endpoints.into_iter().map(endpoint).collect()),
             ports: Some(ports.into_iter().map(endpoint_port).collect()),
         })
+    }
+}
+
+impl FromProtobuf for core::Pod {
+    fn read(raw: Bytes) -> Result<Self, DecodeError> {
+        let message::Pod { metadata, spec } = message::Pod::decode(raw)?;
+        let message::PodSpec { containers, host_network, init_containers, runtime_class_name } = spec;
+        let spec = core::PodSpec {
+            containers: containers.into_iter().map(container).collect(),
+            host_network: host_network.then_some(true),
+            init_containers: filled(init_containers.into_iter().map(container).collect()),
+            runtime_class_name: optional(runtime_class_name),
+            ..Default::default()
+        };
+        Ok(Self { metadata: object_meta(metadata), spec: Some(spec), status: None })
+    }
+}
+
+impl FromProtobuf for core::Namespace {
+    const METADATA_ONLY: bool = true;
+
+    fn read(raw: Bytes) -> Result<Self, DecodeError> {
+        let message::PartialObjectMetadata { metadata } = message::PartialObjectMetadata::decode(raw)?;
+        Ok(Self { metadata: object_meta(metadata), ..Default::default() })
     }
 }
 
@@ -178,6 +205,10 @@ fn endpoint(message: message::Endpoint) -> discovery::Endpoint {
         hints: hints.map(endpoint_hints),
         ..Default::default()
     }
+}
+
+fn container(message: message::Container) -> core::Container {
+    core::Container { name: text(&message.name), ..Default::default() }
 }
 
 fn endpoint_hints(message: message::EndpointHints) -> discovery::EndpointHints {
