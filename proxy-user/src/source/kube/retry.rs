@@ -16,8 +16,11 @@ const USELESS: u32 = 3;
 const SPREAD: Duration = Duration::from_secs(3);
 /// A server that wants to be left alone for longer is asked all the same, because what it should serve changes meanwhile.
 const LONGEST: Duration = Duration::from_secs(300);
-/// Between attempts at what this server or this account does not have.
+/// The longest between attempts at what this server or this account does not have.
 const ABSENT: Duration = Duration::from_secs(60);
+/// The same as [`USELESS`] where something is absent or forbidden: an API server that starts forbids everything until it has
+/// read the roles, and so many refusals take longer than that.
+const ABSENT_FOR_GOOD: u32 = 6;
 
 /// What an error says about asking again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +89,7 @@ fn is_no_answer(error: &kube::Error) -> bool {
 pub(super) struct Retry {
     unreachable: ExponentialBackoff,
     refused: ExponentialBackoff,
+    absent: ExponentialBackoff,
     /// How many answers in a row were of no use.
     useless: u32,
 }
@@ -95,6 +99,7 @@ impl Retry {
         Self {
             unreachable: delays(Duration::from_millis(50), Duration::from_millis(1500)),
             refused: delays(Duration::from_millis(250), Duration::from_secs(15)),
+            absent: delays(Duration::from_millis(250), ABSENT),
             useless: 0,
         }
     }
@@ -110,22 +115,26 @@ impl Retry {
         if news {
             self.useless = 0;
         }
-        match refusal {
-            Refusal::Gone => true,
-            Refusal::Absent | Refusal::Refused | Refusal::Fruitless => {
-                self.useless = (self.useless + 1) % USELESS;
-                self.useless == 0
-            }
+        let most = match refusal {
+            Refusal::Gone => return true,
+            Refusal::Absent => ABSENT_FOR_GOOD,
+            Refusal::Refused | Refusal::Fruitless => USELESS,
             // The server said nothing against the watch, and a list would be more work for it.
-            Refusal::Unreachable | Refusal::Busy | Refusal::NoStreaming => false,
+            Refusal::Unreachable | Refusal::Busy | Refusal::NoStreaming => return false,
+        };
+        self.useless += 1;
+        let lists = self.useless >= most;
+        if lists {
+            self.useless = 0;
         }
+        lists
     }
 
     /// How long to wait now.
     pub(super) fn delay(&mut self, refusal: Refusal, optional: bool) -> Duration {
         match refusal {
             Refusal::NoStreaming => Duration::ZERO,
-            Refusal::Absent if optional => ABSENT,
+            Refusal::Absent if optional => self.absent.next().unwrap_or(ABSENT),
             Refusal::Unreachable => self.unreachable.next().unwrap_or(ABSENT),
             Refusal::Gone | Refusal::Busy | Refusal::Absent | Refusal::Refused | Refusal::Fruitless => {
                 self.refused.next().unwrap_or(ABSENT)
@@ -179,6 +188,17 @@ mod tests {
         let delays: Vec<_> = (0..200).map(|_| retry.delay(Refusal::Refused, false)).collect();
         assert!(delays.iter().all(|delay| *delay <= Duration::from_secs(30)), "{delays:?}");
         assert!(delays[20..].iter().all(|delay| *delay >= Duration::from_secs(15)), "{delays:?}");
+    }
+
+    #[test]
+    fn what_is_forbidden_is_asked_for_again_at_once_because_a_server_may_be_starting_and_then_seldom() {
+        for optional in [true, false] {
+            let mut retry = Retry::new();
+            let delays: Vec<_> = (0..20).map(|_| retry.delay(Refusal::Absent, optional)).collect();
+            assert!(delays[..2].iter().sum::<Duration>() <= Duration::from_millis(1500), "{delays:?}");
+            let late = Duration::from_secs(if optional { 60 } else { 15 });
+            assert!(delays[10..].iter().all(|delay| (late..=2 * late).contains(delay)), "{delays:?}");
+        }
     }
 
     #[test]
@@ -237,9 +257,13 @@ mod tests {
         }
         let mut retry = Retry::new();
         let mut lists = |refusal, news| retry.lists(refusal, news);
-        for refusal in [Refusal::Refused, Refusal::Fruitless, Refusal::Absent] {
+        for refusal in [Refusal::Refused, Refusal::Fruitless] {
             assert_eq!([(); 6].map(|()| lists(refusal, false)), [false, false, true, false, false, true]);
         }
+        assert_eq!(
+            [(); 6].map(|()| lists(Refusal::Absent, false)),
+            [false, false, false, false, false, true]
+        );
         assert!((0..9).all(|_| !lists(Refusal::Refused, true)), "a watch that brings news is of use");
         for refusal in [Refusal::Busy, Refusal::Unreachable] {
             assert!((0..9).all(|_| !lists(refusal, false)), "{refusal:?}");
