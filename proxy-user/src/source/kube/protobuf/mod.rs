@@ -14,9 +14,13 @@
 //!
 //! A watch that the server refuses is asked for again. Where only a list helps, the events are asked for anew.
 
-use std::{fmt::Debug, io};
+use std::{
+    fmt::Debug,
+    io::{self, Write as _},
+};
 
 use bytes::{Bytes, BytesMut};
+use flate2::write::GzDecoder;
 use futures::{
     StreamExt as _, TryStreamExt as _,
     stream::{self, BoxStream},
@@ -71,6 +75,8 @@ const WATCH_METADATA: HeaderValue = HeaderValue::from_static(
     "application/vnd.kubernetes.protobuf;stream=watch;as=PartialObjectMetadata;g=meta.k8s.io;v=v1, \
      application/vnd.kubernetes.protobuf;stream=watch, application/json",
 );
+/// How an API server may compress what is large and no watch.
+const GZIP: HeaderValue = HeaderValue::from_static("gzip");
 /// What an object begins with.
 const MAGIC: &[u8] = b"k8s\0";
 /// Larger than any object that etcd takes.
@@ -243,8 +249,9 @@ impl<K: Many> Follower<K> {
             resource_version: version,
             ..ListParams::default()
         };
-        let request =
+        let mut request =
             Request::new(K::url_path(&(), None)).list(&parameters).map_err(kube::Error::BuildRequest)?;
+        request.headers_mut().insert(header::ACCEPT_ENCODING, GZIP);
         ask(&self.client, request, if K::METADATA_ONLY { LIST_METADATA } else { LIST }).await
     }
 
@@ -352,8 +359,20 @@ async fn ask(
     if !is_protobuf(&answer) {
         return Ok(Err(NoProtobuf));
     }
-    let bytes = answer.into_body().into_data_stream().map_err(io::Error::other);
-    Ok(Ok(StreamReader::new(bytes.boxed())))
+    let compressed = answer.headers().get(header::CONTENT_ENCODING) == Some(&GZIP);
+    let bytes = answer.into_body().into_data_stream().map_err(io::Error::other).boxed();
+    Ok(Ok(StreamReader::new(if compressed { inflated(bytes) } else { bytes })))
+}
+
+/// What is compressed in these bytes, as it comes. That some are missing at the end shows in what they are.
+fn inflated(bytes: BoxStream<'static, io::Result<Bytes>>) -> BoxStream<'static, io::Result<Bytes>> {
+    let mut decoder = GzDecoder::new(Vec::new());
+    let pieces = bytes.map(move |piece| {
+        decoder.write_all(&piece?)?;
+        decoder.flush()?;
+        Ok(Bytes::from(std::mem::take(decoder.get_mut())))
+    });
+    pieces.try_filter(|piece| std::future::ready(!piece.is_empty())).boxed()
 }
 
 fn list_failed(error: Unreadable) -> watcher::Error {

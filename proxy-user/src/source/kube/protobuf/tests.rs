@@ -1,9 +1,13 @@
 //! Lists in pieces, and what messages mean. Against a real API server: `tests/source_kube.rs`.
 
-use std::sync::{Arc, Mutex};
+use std::{
+    io::Write as _,
+    sync::{Arc, Mutex},
+};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
-use futures::StreamExt as _;
+use flate2::{Compression, write::GzEncoder};
+use futures::{StreamExt as _, TryStreamExt as _};
 use http::{Request, Response, header};
 use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
 use kube::{
@@ -16,7 +20,7 @@ use serde_json::json;
 use tokio_util::codec::Decoder as _;
 
 use super::{
-    MAGIC, MEDIA_TYPE, Unreadable, events,
+    MAGIC, MEDIA_TYPE, Unreadable, events, inflated,
     list::{Part, Parts},
     message, object,
     object::FromProtobuf as _,
@@ -106,6 +110,22 @@ fn a_list_that_breaks_off_anywhere_is_none() {
     for length in 0..end {
         assert!(parts(&bytes[..length], 4).is_err(), "{length} of {} bytes", bytes.len());
     }
+}
+
+#[tokio::test]
+async fn a_compressed_list_is_the_same_list_whatever_pieces_it_comes_in() {
+    let bytes = list(&[b"one", &[7; 70_000], b"two"]);
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+    encoder.write_all(&bytes).unwrap();
+    let compressed = encoder.finish().unwrap();
+    for size in [1, 7, 100, compressed.len()] {
+        let pieces: Vec<_> = compressed.chunks(size).map(|piece| Ok(Bytes::copy_from_slice(piece))).collect();
+        let inflated = inflated(futures::stream::iter(pieces).boxed());
+        let pieces: Vec<Bytes> = inflated.try_collect().await.unwrap();
+        assert!(pieces.concat() == bytes, "in pieces of {size}");
+    }
+    let wrong = futures::stream::iter([Ok(Bytes::from_static(b"this is not compressed"))]);
+    inflated(wrong.boxed()).try_collect::<Vec<_>>().await.unwrap_err();
 }
 
 #[test]
