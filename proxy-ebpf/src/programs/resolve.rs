@@ -287,6 +287,11 @@ pub(super) fn serves(choice: Choice) -> bool {
 /// Whether a backend still serves what it began, in the set of those that do.
 #[inline(always)]
 pub(super) fn still_serves(frontend: Frontend, backend: &Endpoint, since: u64) -> bool {
-    let serving = set::number(frontend.value.number(), set::SERVING);
-    frontend.record.flags & flag::MEMBERS != 0 && is_member(serving, backend, since)
+    serving(frontend).is_some_and(|serving| is_member(serving, backend, since))
+}
+
+/// The set of those that serve, where its members are known.
+#[inline(always)]
+pub(super) fn serving(frontend: Frontend) -> Option<u32> {
+    (frontend.record.flags & flag::MEMBERS != 0).then(|| set::number(frontend.value.number(), set::SERVING))
 }

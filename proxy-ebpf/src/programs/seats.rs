@@ -62,18 +62,28 @@ pub(super) fn remember(origin: &mut Origin, client: Client) -> bool {
     kept
 }
 
-/// What a socket was told: the backend it got, and what it asked for.
+/// What a socket was told.
+pub(super) struct Told {
+    /// The backend that it got.
+    pub(super) backend: Endpoint,
+    /// What it asked for.
+    pub(super) service: Endpoint,
+    /// When, in nanoseconds of CLOCK_MONOTONIC.
+    pub(super) since: u64,
+}
+
+/// What a socket was told, if it was.
 #[inline(always)]
-pub(super) fn recall(context: &impl EbpfContext) -> Option<(Endpoint, Endpoint)> {
+pub(super) fn recall(context: &impl EbpfContext) -> Option<Told> {
     let cookie = socket::cookie(context);
     // SAFETY: an element of the map. Whether it is this socket's does not change while the socket is not closed.
     let seat = unsafe { &*seat(cookie)? };
     if seat.cookie == cookie {
         let service = Endpoint { address: seat.address, port: seat.port, zero: 0 };
-        return Some((seat.backend, service));
+        return Some(Told { backend: seat.backend, service, since: seat.since });
     }
-    let origin = element(cookie)?;
-    Some((origin.backend, origin.service))
+    let Origin { backend, service, since, .. } = element(cookie)?;
+    Some(Told { backend, service, since })
 }
 
 /// Forgets a socket that is closed, or is connected elsewhere. Most were told nothing.
@@ -123,7 +133,7 @@ fn element(cookie: u64) -> Option<Origin> {
     unsafe {
         let known = Origin {
             cookie,
-            since: 0,
+            since: (&raw const (*found).since).read_volatile(),
             service: socket::read(&raw const (*found).service),
             backend: socket::read(&raw const (*found).backend),
             protocol: 0,

@@ -13,9 +13,9 @@ use super::{
 /// getpeername: only a connected socket has a peer. One that has been connected to something else since has another.
 #[inline(always)]
 pub(super) fn peer(context: &SockAddrContext, family: Family) -> i32 {
-    let Some((backend, service)) = seats::recall(context) else { return ALLOW };
-    if socket::same(&backend, &socket::address(context, family)) {
-        socket::set_address(context, family, &service);
+    let Some(told) = seats::recall(context) else { return ALLOW };
+    if socket::same(&told.backend, &socket::address(context, family)) {
+        socket::set_address(context, family, &told.service);
     }
     ALLOW
 }

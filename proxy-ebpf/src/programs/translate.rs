@@ -79,8 +79,8 @@ fn way(context: &SockAddrContext, family: Family, protocol: u32, to: &Endpoint, 
     if !seats::is_forgotten_in_time(cookie) {
         return Way::AsAsked;
     }
-    let begun = if protocol == UDP { begun(context, to, frontend) } else { None };
-    let backend = match begun {
+    let known = if protocol == UDP { goes_on(context, to, frontend) } else { None };
+    let backend = match known {
         Some(backend) => Some(backend),
         None => resolve::pick(frontend, choice, client),
     };
@@ -96,14 +96,36 @@ fn way(context: &SockAddrContext, family: Family, protocol: u32, to: &Endpoint, 
     Way::Led(backend)
 }
 
-/// The backend that a socket sends to already for this Service: connection tracking would have the one flow go on.
+/// The backend that a socket speaks to already for this Service: connection tracking would have the one flow go on.
 #[inline(always)]
-fn begun(context: &SockAddrContext, to: &Endpoint, frontend: Frontend) -> Option<Endpoint> {
-    let flow = flows::find(context, to)?;
-    let (since, backend) = (flows::since(flow), flows::backend(flow));
-    let goes_on =
-        frontend.at.wrapping_sub(since) <= flows::REST && resolve::still_serves(frontend, &backend, since);
-    goes_on.then_some(backend)
+fn goes_on(context: &SockAddrContext, to: &Endpoint, frontend: Frontend) -> Option<Endpoint> {
+    // One without a port is new, or lost it together with its peer: then the flow is another.
+    if !socket::has_port(context) {
+        return None;
+    }
+    let mut backend = *to;
+    (begun(context, to, resolve::serving(frontend)?, frontend.at, &mut backend) != 0).then_some(backend)
+}
+
+/// Whether a socket speaks to a backend for this Service, by address or because it is connected, that is in this set still; and to
+/// which.
+///
+/// A function of its own, for the reason of [`peer`].
+#[inline(never)]
+fn begun(context: &SockAddrContext, to: &Endpoint, serving: u32, now: u64, backend: &mut Endpoint) -> u32 {
+    // When a socket that is connected sent last is not known.
+    let (known, since, rested) = match flows::find(context, to) {
+        Some(flow) => (flows::backend(flow), flows::since(flow), now.wrapping_sub(flows::since(flow))),
+        None => match seats::recall(context) {
+            Some(told) if socket::same(&told.service, to) => (told.backend, told.since, 0),
+            _ => return 0,
+        },
+    };
+    if rested > flows::REST || !resolve::is_member(serving, &known, since) {
+        return 0;
+    }
+    *backend = known;
+    1
 }
 
 /// Where a datagram goes: a number, because functions of the kernel's programs return no more.
@@ -155,6 +177,8 @@ fn datagram(context: &SockAddrContext, to: &Endpoint, relation: u32, backend: &m
             }
             return goes::AS_ASKED;
         }
+        // It is connected to that address, or hears nothing from there.
+        _ if relation == is::LEFT => return goes::AS_ASKED,
         // An answer to a process of the host by the one who answers at the ClusterIP in the Service's place.
         Found::UnknownPort if relation == is::ITSELF => return goes::AS_ASKED,
         Found::UnknownPort => return goes::REFUSED,
@@ -186,6 +210,8 @@ mod is {
     pub(super) const BACKEND: u32 = 2;
     /// The address that the socket itself has.
     pub(super) const ITSELF: u32 = 3;
+    /// Anything, to a socket that is connected as it asked, with no backend in between: it would not hear a backend.
+    pub(super) const LEFT: u32 = 4;
 }
 
 /// What an address is to a connected socket, and the backend if it is the Service.
@@ -197,12 +223,12 @@ fn peer(context: &SockAddrContext, to: &Endpoint, backend: &mut Endpoint) -> u32
     if !socket::is_connected(context) {
         return is::ANY;
     }
-    let Some((peer, service)) = seats::recall(context) else { return is::ANY };
-    if socket::same(&service, to) {
-        *backend = peer;
+    let Some(told) = seats::recall(context) else { return is::LEFT };
+    if socket::same(&told.service, to) {
+        *backend = told.backend;
         return is::SERVICE;
     }
-    if socket::same(&peer, to) { is::BACKEND } else { is::ANY }
+    if socket::same(&told.backend, to) { is::BACKEND } else { is::ANY }
 }
 
 /// The backend this socket's datagrams to a Service go to: the same one for as long as it serves, as connection tracking
