@@ -79,11 +79,9 @@ impl Model {
         }
     }
 
-    /// Whether a socket is connected to a Service as it asked, so that only packets are led, or answers what it takes for a client
-    /// there.
+    /// Whether a socket is connected as it asked, so that only packets are led, or answers what it takes for a client there.
     fn is_left_to_packets(&self, socket: &Socket, to: To) -> bool {
-        socket.peer.is_some_and(|peer| peer.to == to && peer.way == Way::AsAsked)
-            || socket.strangers.contains(&to)
+        socket.peer.is_some_and(|peer| peer.way == Way::AsAsked) || socket.strangers.contains(&to)
     }
 
     /// A socket hears an answer from a Service's address that was not translated.
@@ -120,7 +118,9 @@ impl Model {
         // An IPv6 socket sends to its IPv4 peer by its address.
         let by_address = given.is_some() || self.wire == Wire::Mapped;
         let at_once = Outcome::Failed(Errno::ECONNREFUSED);
-        if matches!(reach, Reach::Refused) && by_address && self.also(Row::Refused) && outcome == at_once {
+        let left = self.is_left_to_packets(&self.sockets[slot], to);
+        let by_program = by_address && (!left || self.misremembered(&self.sockets[slot]).is_some());
+        if matches!(reach, Reach::Refused) && by_program && self.also(Row::Refused) && outcome == at_once {
             return Ok(());
         }
         if let Some(error) = self.sockets[slot].error.take() {
