@@ -48,6 +48,20 @@ pub fn kubernetes(program: &str) -> Result<PathBuf> {
     })
 }
 
+/// A later kube-proxy than [`kubernetes`] has: `WEIR_NEXT_KUBE_PROXY`, else where `cargo xtask setup` puts it.
+///
+/// # Errors
+///
+/// When it is not there.
+pub fn next_kube_proxy() -> Result<PathBuf> {
+    let path = match std::env::var_os("WEIR_NEXT_KUBE_PROXY") {
+        Some(path) => path.into(),
+        None => cache()?.join("kubernetes-v1.37.2/kube-proxy"),
+    };
+    ensure!(path.is_file(), "there is no {}; run `cargo xtask setup`", path.display());
+    Ok(path)
+}
+
 /// The path of a program by `PATH`.
 ///
 /// # Errors

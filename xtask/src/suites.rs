@@ -179,12 +179,13 @@ fn chosen(all: Vec<Suite>, names: &[String]) -> Result<Vec<Suite>> {
 /// What tests and benchmark are told: where weir was `built`, where Kubernetes' programs are (kube-proxy by `PATH`), which `nft`s to list
 /// tables with.
 pub(crate) fn environment(machine: &Machine, built: &Path) -> Result<Vec<(&'static str, OsString)>> {
-    let [server, proxy, names] = setup::kubernetes_assets(machine);
+    let [server, proxy, names, next] = setup::kubernetes_assets(machine);
     let path = [server.clone(), proxy, names].into_iter().chain(env::split_paths(&machine.path));
     Ok(vec![
         ("WEIR_BIN", built.join("weir").into()),
         ("KUBEBUILDER_ASSETS", server.into()),
         ("PATH", env::join_paths(path)?),
+        ("WEIR_NEXT_KUBE_PROXY", next.join("kube-proxy").into()),
         ("WEIR_NFT_READERS", env::join_paths(setup::nft_readers(machine))?),
     ])
 }

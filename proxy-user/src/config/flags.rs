@@ -121,7 +121,7 @@ pub struct ReplacedByFile {
     /// How the names of pods' interfaces start
     #[arg(long, value_name = "PREFIX")]
     pod_interface_name_prefix: Option<String>,
-    /// Where NodePorts answer: `primary`, or networks of node addresses
+    /// Where NodePorts answer: networks of node addresses, and the words primary, localhost and all
     #[arg(long, value_name = "CIDR,…", value_delimiter = ',')]
     nodeport_addresses: Option<Vec<String>>,
     /// With the eBPF plane: let processes of this node reach NodePorts on 127.0.0.1 and ::1 [default: true]

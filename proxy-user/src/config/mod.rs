@@ -14,6 +14,7 @@ use ipnet::IpNet;
 
 pub use crate::model::{DetectLocal, LoopbackNodePorts, NodePortSetting, Settings};
 
+mod addresses;
 mod dns;
 mod document;
 mod duration;

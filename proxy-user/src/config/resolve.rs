@@ -10,7 +10,7 @@
 
 use std::{
     fmt::Display,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
     time::Duration,
 };
@@ -20,15 +20,15 @@ use serde_json::Value;
 
 use super::{
     Config, ConfigArgs, Conntrack, DetectLocal, Error, GoDuration, Host, LogConfig, NodePortSetting, Problem,
-    ProxyMode, RequestLimit, Settings, SourceConfig, document,
+    ProxyMode, RequestLimit, Settings, SourceConfig,
+    addresses::{LOCALHOST_GATE, address_of, loopback_node_ports, networks_of_word, socket_address_of},
+    document,
     file::{self, Configuration, DetectLocalMode, Mode, Rules},
 };
-use crate::model::{Family, LoopbackNodePorts, PerFamily};
 
 const HEALTHZ_PORT: u16 = 10256;
 const METRICS_PORT: u16 = 10249;
 const EXTERNAL_IPS_GATE: &str = "AllowServiceExternalIPs";
-const LOCALHOST_GATE: &str = "KubeProxyNFTablesLocalhostNodePorts";
 
 /// Who wrote a [`Configuration`].
 pub(super) enum Origin {
@@ -103,7 +103,7 @@ pub(super) fn resolve(
         check.listen("metricsBindAddress", &configuration.metrics_bind_address, loopback, METRICS_PORT)
     });
     let node_port_addresses = check.node_ports(&configuration.node_port_addresses, imitated);
-    let excluded = check.excluded(configuration);
+    let excluded = check.excluded(configuration, imitated);
     let dns = args.dns.resolve(&mut check.problems);
     let model = Settings {
         node_name: check.node_name(args, configuration, host),
@@ -166,44 +166,6 @@ pub(super) fn document(
     document["logging"]["verbosity"] = config.log.verbosity.into();
     document["logging"]["format"] = if config.log.json { "json" } else { "text" }.into();
     document
-}
-
-/// Whether NodePorts answer on the loopback address of a family. Networks that name it ask for that, as for kube-proxy's nftables
-/// mode (R18) unless its feature gate is off. For the sockets' plane it is enough that they hold it, as for kube-proxy's
-/// iptables mode (R13) unless that is switched off.
-fn loopback_node_ports(
-    configuration: &Configuration,
-    imitated: Mode,
-    setting: &NodePortSetting,
-) -> PerFamily<LoopbackNodePorts> {
-    let is_on = |gate: &str| configuration.feature_gates.get(gate).copied().unwrap_or(true);
-    let for_iptables = configuration.iptables.localhost_node_ports.unwrap_or(true);
-    let may_be_asked = if imitated == Mode::Nftables { is_on(LOCALHOST_GATE) } else { for_iptables };
-    let answers = |loopback: IpAddr| {
-        let of_family = |network: &&IpNet| Family::of(network.addr()) == Family::of(loopback);
-        let own: Vec<&IpNet> = setting.networks.iter().filter(of_family).collect();
-        let holds = |network: &&IpNet| network.contains(&loopback);
-        // R14: a family without a network of its own serves on all addresses.
-        let is_held = if own.is_empty() { !setting.primary } else { own.iter().any(holds) };
-        match own.iter().any(|network| network.prefix_len() > 0 && holds(network)) {
-            true if may_be_asked => LoopbackNodePorts::Always,
-            false if is_held && for_iptables => LoopbackNodePorts::BySockets,
-            _ => LoopbackNodePorts::Never,
-        }
-    };
-    PerFamily { v4: answers(Ipv4Addr::LOCALHOST.into()), v6: answers(Ipv6Addr::LOCALHOST.into()) }
-}
-
-/// What a word among `nodePortAddresses` stands for (R18), but `primary`, whose addresses only the Node tells.
-fn networks_of_word(text: &str) -> Option<[IpNet; 2]> {
-    let network = |ip: IpAddr, len| IpNet::new_assert(ip, len).trunc();
-    match text {
-        "localhost" => {
-            Some([network(Ipv4Addr::LOCALHOST.into(), 8), network(Ipv6Addr::LOCALHOST.into(), 128)])
-        }
-        "all" => Some([network(Ipv4Addr::UNSPECIFIED.into(), 0), network(Ipv6Addr::UNSPECIFIED.into(), 0)]),
-        _ => None,
-    }
 }
 
 /// What the imitated mode's block says.
@@ -309,12 +271,20 @@ impl Check<'_> {
             _ => (name, sync_period, min_sync_period, 1),
         };
         let (sync_period, min_sync_period) = self.periods(periods, sync, min, Duration::from_secs(least));
-        let bit = masquerade_bit.unwrap_or(14);
-        let masquerade_bit = u8::try_from(bit).ok().filter(|bit| *bit < 32).unwrap_or_else(|| {
-            self.reject(&format!("{name}.masqueradeBit"), format_args!("{bit} is not a bit from 0 to 31"));
-            0
-        });
+        // kube-proxy judges that of iptables in every mode.
+        if name != "iptables" {
+            self.bit("iptables", configuration.iptables.masquerade_bit);
+        }
+        let masquerade_bit = self.bit(name, masquerade_bit);
         ModeBlock { masquerade_all, masquerade_bit, sync_period, min_sync_period }
+    }
+
+    fn bit(&mut self, block: &str, given: Option<i32>) -> u8 {
+        let bit = given.unwrap_or(14);
+        u8::try_from(bit).ok().filter(|bit| *bit < 32).unwrap_or_else(|| {
+            self.reject(&format!("{block}.masqueradeBit"), format_args!("{bit} is not a bit from 0 to 31"));
+            0
+        })
     }
 
     fn periods(
@@ -364,9 +334,16 @@ impl Check<'_> {
         name.to_owned()
     }
 
-    fn excluded(&mut self, configuration: &Configuration) -> Vec<IpNet> {
+    /// What kube-proxy looks at in its mode ipvs alone keeps no agent from starting in another one.
+    fn excluded(&mut self, configuration: &Configuration, imitated: Mode) -> Vec<IpNet> {
         let place = self.origin.place("ipvs.excludeCIDRs");
-        self.networks(&place, &configuration.ipvs.exclude_cidrs)
+        let before = self.problems.len();
+        let networks = self.networks(&place, &configuration.ipvs.exclude_cidrs);
+        if imitated != Mode::Ipvs {
+            let ignored = self.problems.drain(before..).map(|problem| format!("{problem}; it is ignored"));
+            self.warnings.extend(ignored);
+        }
+        networks
     }
 
     fn cluster_cidrs(&mut self, given: &str) -> Vec<IpNet> {
@@ -427,7 +404,7 @@ impl Check<'_> {
         if given.is_empty() {
             return None;
         }
-        let address = given.parse().ok();
+        let address = address_of(given);
         if address.is_none() {
             self.reject("bindAddress", format_args!("`{given}` is not an IP address"));
         }
@@ -436,9 +413,9 @@ impl Check<'_> {
 
     fn listen(&mut self, field: &str, given: &str, default: &str, port: u16) -> Option<SocketAddr> {
         let given = if given.is_empty() { default } else { given };
-        let address = match given.parse::<IpAddr>() {
-            Ok(ip) => Some(SocketAddr::new(ip, port)),
-            Err(_) => given.parse().ok().filter(|address: &SocketAddr| address.port() != 0),
+        let address = match address_of(given) {
+            Some(ip) => Some(SocketAddr::new(ip, port)),
+            None => socket_address_of(given).filter(|address| address.port() != 0),
         };
         if address.is_none() {
             self.reject(field, format_args!("`{given}` is not an IP address with a port from 1 to 65535"));

@@ -222,7 +222,8 @@ fn wrong_values_name_the_field_and_the_value() {
         "iptables: {syncPeriod: -5s}",
         "mode: ipvs\nipvs: {syncPeriod: 1s, minSyncPeriod: 2s}",
         "mode: nftables\nnftables: {minSyncPeriod: -1s}",
-        "ipvs: {excludeCIDRs: [10.0.0.0/8, 10.1.2.3]}",
+        "mode: ipvs\nipvs: {excludeCIDRs: [10.0.0.0/8, 10.1.2.3]}",
+        "mode: nftables\niptables: {masqueradeBit: 40}",
         "bindAddress: eth0",
         "healthzBindAddress: localhost:10256",
         "metricsBindAddress: 127.0.0.1:0",
@@ -247,6 +248,7 @@ fn wrong_values_name_the_field_and_the_value() {
         FILE: ipvs.syncPeriod: 1s is less than minSyncPeriod, which is 2s
         FILE: nftables.minSyncPeriod: -1s is less than 0
         FILE: ipvs.excludeCIDRs: `10.1.2.3` is not a network such as 10.0.0.0/16 or fd00::/64
+        FILE: iptables.masqueradeBit: 40 is not a bit from 0 to 31
         FILE: bindAddress: `eth0` is not an IP address
         FILE: healthzBindAddress: `localhost:10256` is not an IP address with a port from 1 to 65535
         FILE: metricsBindAddress: `127.0.0.1:0` is not an IP address with a port from 1 to 65535
@@ -275,7 +277,7 @@ fn a_wrong_flag_is_called_by_its_name() {
         "--source manifests:/d --service-cidr 10.96.0.0",
         "--conntrack-tcp-timeout-established -1s --conntrack-max-per-core -2",
         "--proxy-mode ipvs --ipvs-sync-period 1s --ipvs-min-sync-period 2s",
-        "--ipvs-exclude-cidrs 10.0.0.0/8,nowhere",
+        "--proxy-mode ipvs --ipvs-exclude-cidrs 10.0.0.0/8,nowhere",
         "--oom-score-adj 5000",
     ];
     insta::assert_snapshot!(lines.map(|line| flags(line).unwrap_err().to_string()).join("\n"), @r"
@@ -459,6 +461,23 @@ fn r13_r18_loopback_node_ports_follow_the_addresses_and_their_switches() {
         assert_eq!(loaded.config.model.loopback_node_ports, PerFamily { v4: on, v6: on }, "{fields}");
         assert!(!loaded.warnings.iter().any(|warning| warning.contains("localhostNodePorts")), "{fields}");
     }
+}
+
+#[test]
+fn what_kube_proxy_reads_otherwise_than_others_is_read_as_it_reads_it() {
+    let config =
+        file("bindAddress: 010.001.0.9\nmetricsBindAddress: 010.0.0.1:05\nbindAddressHardFail: yes").config;
+    assert_eq!(config.model.bind_address, Some("10.1.0.9".parse().unwrap()));
+    assert_eq!(config.metrics, Some("10.0.0.1:5".parse().unwrap()));
+    assert!(config.bind_hard_fail);
+    assert!(!file("featureGates: {AllowServiceExternalIPs: off}").config.model.external_ips);
+    assert_eq!(file("hostnameOverride: yes").config.model.node_name, "yes", "a name is no truth");
+    for wrong in ["bindAddress: 010.001.0", "bindAddress: 1.2.3.999", "bindAddress: 1.2.+3.4"] {
+        assert!(file_with(wrong, "").is_err(), "{wrong}");
+    }
+    // Only its mode ipvs looks at them.
+    let loaded = file("ipvs: {excludeCIDRs: [nowhere]}");
+    assert!(loaded.warnings.iter().any(|it| it.contains("`nowhere`")), "{:?}", loaded.warnings);
 }
 
 #[test]

@@ -8,6 +8,19 @@ use std::{cell::RefCell, fmt};
 use serde::de::{Deserialize as _, DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
+/// The fields that are true or false, wherever they stand.
+const BOOLEANS: [&str; 9] = [
+    "bindAddressHardFail",
+    "enableDSR",
+    "enableProfiling",
+    "forwardHealthCheckVip",
+    "localhostNodePorts",
+    "masqueradeAll",
+    "strictARP",
+    "tcpBeLiberal",
+    "windowsRunAsService",
+];
+
 /// What a text says.
 pub(super) struct Tree {
     /// The first document.
@@ -39,6 +52,19 @@ struct Place<'a> {
 }
 
 impl Place<'_> {
+    /// What a word of YAML 1.1 says where a field is true or false; later YAML takes it for text.
+    fn truth(&self, word: &str) -> Option<bool> {
+        let field = self.path.rsplit('.').next().unwrap_or_default();
+        if !self.path.starts_with("featureGates.") && !BOOLEANS.contains(&field) {
+            return None;
+        }
+        match word {
+            "y" | "Y" | "yes" | "Yes" | "YES" | "on" | "On" | "ON" => Some(true),
+            "n" | "N" | "no" | "No" | "NO" | "off" | "Off" | "OFF" => Some(false),
+            _ => None,
+        }
+    }
+
     fn key(&self, key: &str) -> Self {
         let dot = if self.path.is_empty() { "" } else { "." };
         Self { path: format!("{}{dot}{key}", self.path), ..self.clone() }
@@ -87,7 +113,7 @@ impl<'de> Visitor<'de> for Place<'_> {
     }
 
     fn visit_str<E>(self, value: &str) -> Result<Value, E> {
-        Ok(value.into())
+        Ok(self.truth(value).map_or_else(|| value.into(), Value::Bool))
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {

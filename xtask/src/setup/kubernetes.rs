@@ -1,7 +1,7 @@
 //! The real programs that the tests run against: etcd, kube-apiserver, kube-proxy, CoreDNS.
 //!
 //! A directory named by `KUBEBUILDER_ASSETS` comes first, then our cache. What is in neither is built from the Go modules
-//! `tests/kubernetes`, `tests/etcd` and `tests/coredns`, which pin the versions. Debian's etcd will not do: kube-apiserver cannot stream
+//! `tests/kubernetes`, `tests/etcd` and `tests/coredns`, and of a later kube-proxy from `tests/kubernetes-next`; they pin the versions. Debian's etcd will not do: kube-apiserver cannot stream
 //! lists from it.
 
 use std::{
@@ -20,13 +20,18 @@ use crate::{
 
 /// The version `tests/kubernetes/go.mod` pins.
 pub(super) const KUBERNETES: &str = "1.36.3";
+/// The version `tests/kubernetes-next/go.mod` pins.
+const NEXT: &str = "1.37.2";
+
 /// One that is built, and about how long that takes with nothing cached.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Program {
     name: &'static str,
     takes: &'static str,
     /// The directory of the module that pins its version.
     module: &'static str,
+    /// The version of Kubernetes that it belongs to.
+    version: &'static str,
     package: &'static str,
 }
 
@@ -34,29 +39,40 @@ pub(super) const ETCD: Program = Program {
     name: "etcd",
     takes: "half a minute",
     module: "tests/etcd",
+    version: KUBERNETES,
     package: "go.etcd.io/etcd/server/v3",
 };
 pub(super) const API_SERVER: Program = Program {
     name: "kube-apiserver",
     takes: "one to two minutes",
     module: "tests/kubernetes",
+    version: KUBERNETES,
     package: "k8s.io/kubernetes/cmd/kube-apiserver",
 };
 pub(super) const KUBE_PROXY: Program = Program {
     name: "kube-proxy",
     takes: "one to three minutes",
     module: "tests/kubernetes",
+    version: KUBERNETES,
     package: "k8s.io/kubernetes/cmd/kube-proxy",
 };
 
-pub(super) const COREDNS: Program =
-    Program { name: "coredns", takes: "half a minute", module: "tests/coredns", package: "." };
+pub(super) const NEXT_KUBE_PROXY: Program =
+    Program { module: "tests/kubernetes-next", version: NEXT, ..KUBE_PROXY };
+
+pub(super) const COREDNS: Program = Program {
+    name: "coredns",
+    takes: "half a minute",
+    module: "tests/coredns",
+    version: KUBERNETES,
+    package: ".",
+};
 
 /// From this version on, Go fetches by itself the toolchain that a module asks for.
 const GO_THAT_FETCHES: [u32; 2] = [1, 21];
 
-fn cached(machine: &Machine) -> PathBuf {
-    machine.cache.join(format!("kubernetes-v{KUBERNETES}"))
+fn cached(machine: &Machine, version: &str) -> PathBuf {
+    machine.cache.join(format!("kubernetes-v{version}"))
 }
 
 /// Where each program is, or is to be. The first two belong together: those of `KUBEBUILDER_ASSETS` serve if both are
@@ -68,10 +84,12 @@ struct Assets {
     proxy: PathBuf,
     /// Of CoreDNS, which is always ours: it is made for the tests.
     names: PathBuf,
+    /// Of the later kube-proxy, which is always ours.
+    next: PathBuf,
 }
 
 impl Assets {
-    fn find(given: Option<PathBuf>, cached: PathBuf) -> Self {
+    fn find(given: Option<PathBuf>, [cached, next]: [PathBuf; 2]) -> Self {
         let given = given.as_ref().filter(|given| !given.as_os_str().is_empty());
         let holding = |programs: &[&str]| {
             let complete =
@@ -79,16 +97,18 @@ impl Assets {
             given.filter(complete).unwrap_or(&cached).clone()
         };
         let (server, proxy) = (holding(&["etcd", "kube-apiserver"]), holding(&["kube-proxy"]));
-        Self { server, proxy, names: cached.clone() }
+        Self { server, proxy, names: cached.clone(), next }
     }
 
     fn of(machine: &Machine) -> Self {
-        Self::find(env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from), cached(machine))
+        let cached = [KUBERNETES, NEXT].map(|version| cached(machine, version));
+        Self::find(env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from), cached)
     }
 
     fn lacks(&self, program: &Program) -> bool {
         let directory = match *program {
             KUBE_PROXY => &self.proxy,
+            NEXT_KUBE_PROXY => &self.next,
             COREDNS => &self.names,
             _ => &self.server,
         };
@@ -96,10 +116,11 @@ impl Assets {
     }
 }
 
-/// The directory of etcd and kube-apiserver, then that of kube-proxy, then that of CoreDNS; often the same.
-pub(crate) fn assets(machine: &Machine) -> [PathBuf; 3] {
-    let Assets { server, proxy, names } = Assets::of(machine);
-    [server, proxy, names]
+/// The directory of etcd and kube-apiserver, then that of kube-proxy, then that of CoreDNS; often the same. The last is that
+/// of the later kube-proxy.
+pub(crate) fn assets(machine: &Machine) -> [PathBuf; 4] {
+    let Assets { server, proxy, names, next } = Assets::of(machine);
+    [server, proxy, names, next]
 }
 
 /// Copies a program into the cache, where it appears whole.
@@ -114,12 +135,13 @@ fn put(from: &Path, to: &Path) -> Result<()> {
 
 pub(super) fn missing_program(machine: &Machine, program: &Program) -> Result<Option<String>> {
     let lacks = Assets::of(machine).lacks(program);
-    Ok(lacks.then(|| format!("{} (built from source, {} the first time)", program.name, program.takes)))
+    let Program { name, version, takes, .. } = program;
+    Ok(lacks.then(|| format!("{name} for Kubernetes {version} (built from source, {takes} the first time)")))
 }
 
 pub(super) fn build_program(machine: &Machine, program: &Program) -> Result<()> {
-    let Program { name, module, package, .. } = program;
-    build(machine, module, package, &cached(machine).join(name), &linker_flags())
+    let Program { name, module, package, version, .. } = program;
+    build(machine, module, package, &cached(machine, version).join(name), &linker_flags(version))
 }
 
 /// Builds the main package `package`, in the version that the module in the directory `module` pins, as `target`.
@@ -160,12 +182,12 @@ fn go_command(machine: &Machine, module: &str) -> Result<Command> {
 }
 
 /// Without debug information, and with the version that a plain build leaves open.
-fn linker_flags() -> String {
-    let minor = KUBERNETES.split('.').nth(1).unwrap_or_default();
+fn linker_flags(version: &str) -> String {
+    let minor = version.split('.').nth(1).unwrap_or_default();
     let mut flags = "-s -w".to_owned();
     for package in ["k8s.io/component-base/version", "k8s.io/client-go/pkg/version"] {
         for (variable, value) in [
-            ("gitVersion", &*format!("v{KUBERNETES}")),
+            ("gitVersion", &*format!("v{version}")),
             ("gitMajor", "1"),
             ("gitMinor", minor),
             ("gitTreeState", "clean"),
@@ -205,7 +227,8 @@ fn go_directive(module: &str) -> Option<[u32; 2]> {
 
 pub(super) fn missing_go(machine: &Machine, level: Level) -> Result<Option<String>> {
     let assets = Assets::of(machine);
-    let mut builds = [ETCD, API_SERVER, KUBE_PROXY, COREDNS].iter().any(|program| assets.lacks(program));
+    let mut builds =
+        [ETCD, API_SERVER, KUBE_PROXY, NEXT_KUBE_PROXY, COREDNS].iter().any(|program| assets.lacks(program));
     builds |= level >= Level::Check && super::chart::lacks_any(machine);
     if !builds || go(machine).is_some() {
         return Ok(None);
@@ -239,17 +262,21 @@ mod tests {
     }
 
     #[test]
-    fn the_module_pins_the_version_that_the_cache_is_named_after() {
-        let module = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/kubernetes/go.mod");
-        let module = fs::read_to_string(module).unwrap();
-        assert!(module.contains(&format!("k8s.io/kubernetes v{KUBERNETES}\n")), "{module}");
+    fn the_modules_pin_the_versions_that_the_cache_is_named_after() {
+        for Program { module, version, .. } in [KUBE_PROXY, NEXT_KUBE_PROXY] {
+            let module = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../{module}/go.mod"));
+            let module = fs::read_to_string(module).unwrap();
+            assert!(module.contains(&format!("k8s.io/kubernetes v{version}\n")), "{module}");
+        }
     }
 
     #[test]
     fn given_programs_serve_when_they_are_complete() {
         let [given, cached] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
         let [given, cached] = [given.path().to_owned(), cached.path().to_owned()];
-        let find = || Assets::find(Some(given.clone()), cached.clone());
+        let next = cached.join("next");
+        let find_in = |given| Assets::find(given, [cached.clone(), next.clone()]);
+        let find = || find_in(Some(given.clone()));
         let source = cached.join("source");
         fs::create_dir_all(&cached).unwrap();
         fs::write(&source, "").unwrap();
@@ -264,7 +291,10 @@ mod tests {
         put(&source, &cached.join("kube-proxy")).unwrap();
         assert!(!find().lacks(&KUBE_PROXY));
         assert_eq!(fs::read_dir(&given).unwrap().count(), 2, "nothing is left of the copying");
-        assert_eq!(Assets::find(None, cached.clone()).server, cached);
-        assert_eq!(Assets::find(Some("".into()), cached.clone()).proxy, cached);
+        assert!(find().lacks(&NEXT_KUBE_PROXY), "the given programs are of one version");
+        put(&source, &next.join("kube-proxy")).unwrap();
+        assert!(!find().lacks(&NEXT_KUBE_PROXY));
+        assert_eq!(find_in(None).server, cached);
+        assert_eq!(find_in(Some("".into())).proxy, cached);
     }
 }

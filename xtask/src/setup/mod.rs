@@ -74,6 +74,11 @@ const STEPS: &[Step] = &[
     },
     Step {
         level: Level::Test,
+        missing: |machine, _| kubernetes::missing_program(machine, &kubernetes::NEXT_KUBE_PROXY),
+        install: |machine, _| kubernetes::build_program(machine, &kubernetes::NEXT_KUBE_PROXY),
+    },
+    Step {
+        level: Level::Test,
         missing: |machine, _| kubernetes::missing_program(machine, &kubernetes::COREDNS),
         install: |machine, _| kubernetes::build_program(machine, &kubernetes::COREDNS),
     },

@@ -30,6 +30,8 @@ use weir_tests::{
     wait::{await_that, await_within},
 };
 
+mod values;
+
 const HEALTHZ: u16 = 10256;
 const ADMIN: u16 = 10249;
 const SHOP: Lot = Lot::new(7).named("shop");
@@ -339,9 +341,13 @@ fn flags(help: &str) -> BTreeSet<String> {
 
 #[test]
 fn every_flag_of_kube_proxy_is_taken() -> Result<()> {
-    let help = Command::new(assets::kubernetes("kube-proxy")?).arg("--help").output()?;
-    let theirs = flags(&String::from_utf8(help.stdout)?);
-    assert!(theirs.contains("config") && theirs.len() > 50, "{theirs:?}");
+    let mut theirs = BTreeSet::new();
+    for kube_proxy in [assets::kubernetes("kube-proxy")?, assets::next_kube_proxy()?] {
+        let help = Command::new(kube_proxy).arg("--help").output()?;
+        let own = flags(&String::from_utf8(help.stdout)?);
+        assert!(own.contains("config") && own.len() > 50, "{own:?}");
+        theirs.extend(own);
+    }
     for flag in &theirs {
         // Whatever is wrong with the value, the flag is known.
         let output =

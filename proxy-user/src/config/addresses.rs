@@ -1,0 +1,72 @@
+//! Addresses as kube-proxy reads them: numbers with leading zeros, words for networks, and what they say of loopback ones.
+//!
+//! In: what stands in a field. Out: addresses and networks.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use ipnet::IpNet;
+
+use super::{
+    NodePortSetting,
+    file::{Configuration, Mode},
+};
+use crate::model::{Family, LoopbackNodePorts, PerFamily};
+
+/// kube-proxy's gate for NodePorts on loopback addresses in its nftables mode.
+pub(super) const LOCALHOST_GATE: &str = "KubeProxyNFTablesLocalhostNodePorts";
+
+/// An address. Zeros before its decimal numbers mean nothing, as of old.
+pub(super) fn address_of(text: &str) -> Option<IpAddr> {
+    text.parse().ok().or_else(|| {
+        let number =
+            |part: &str| part.bytes().all(|digit| digit.is_ascii_digit()).then(|| part.parse().ok())?;
+        let parts: Vec<u8> = text.split('.').map(number).collect::<Option<_>>()?;
+        <[u8; 4]>::try_from(parts).ok().map(IpAddr::from)
+    })
+}
+
+/// An address with a port, likewise.
+pub(super) fn socket_address_of(text: &str) -> Option<SocketAddr> {
+    text.parse().ok().or_else(|| {
+        let (address, port) = text.rsplit_once(':')?;
+        Some(SocketAddr::new(address_of(address).filter(IpAddr::is_ipv4)?, port.parse().ok()?))
+    })
+}
+
+/// Whether NodePorts answer on the loopback address of a family. Networks that name it ask for that, as for kube-proxy's nftables
+/// mode (R18) unless its feature gate is off. For the sockets' plane it is enough that they hold it, as for kube-proxy's
+/// iptables mode (R13) unless that is switched off.
+pub(super) fn loopback_node_ports(
+    configuration: &Configuration,
+    imitated: Mode,
+    setting: &NodePortSetting,
+) -> PerFamily<LoopbackNodePorts> {
+    let is_on = |gate: &str| configuration.feature_gates.get(gate).copied().unwrap_or(true);
+    let for_iptables = configuration.iptables.localhost_node_ports.unwrap_or(true);
+    let may_be_asked = if imitated == Mode::Nftables { is_on(LOCALHOST_GATE) } else { for_iptables };
+    let answers = |loopback: IpAddr| {
+        let of_family = |network: &&IpNet| Family::of(network.addr()) == Family::of(loopback);
+        let own: Vec<&IpNet> = setting.networks.iter().filter(of_family).collect();
+        let holds = |network: &&IpNet| network.contains(&loopback);
+        // R14: a family without a network of its own serves on all addresses.
+        let is_held = if own.is_empty() { !setting.primary } else { own.iter().any(holds) };
+        match own.iter().any(|network| network.prefix_len() > 0 && holds(network)) {
+            true if may_be_asked => LoopbackNodePorts::Always,
+            false if is_held && for_iptables => LoopbackNodePorts::BySockets,
+            _ => LoopbackNodePorts::Never,
+        }
+    };
+    PerFamily { v4: answers(Ipv4Addr::LOCALHOST.into()), v6: answers(Ipv6Addr::LOCALHOST.into()) }
+}
+
+/// What a word among `nodePortAddresses` stands for (R18), but `primary`, whose addresses only the Node tells.
+pub(super) fn networks_of_word(text: &str) -> Option<[IpNet; 2]> {
+    let network = |ip: IpAddr, len| IpNet::new_assert(ip, len).trunc();
+    match text {
+        "localhost" => {
+            Some([network(Ipv4Addr::LOCALHOST.into(), 8), network(Ipv6Addr::LOCALHOST.into(), 128)])
+        }
+        "all" => Some([network(Ipv4Addr::UNSPECIFIED.into(), 0), network(Ipv6Addr::UNSPECIFIED.into(), 0)]),
+        _ => None,
+    }
+}
