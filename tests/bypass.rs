@@ -345,6 +345,7 @@ fn web(service: IpAddr, backend: SocketAddr) -> Delta {
         service_cidrs: Vec::new(),
         answers_names: false,
         name_clients: None,
+        drops_out_of_window: true,
     };
     Delta {
         node: Some(Arc::new(node)),

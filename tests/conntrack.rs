@@ -88,6 +88,7 @@ fn of(ports: &[PortDelta]) -> Suspects {
         service_cidrs: Vec::new(),
         answers_names: false,
         name_clients: None,
+        drops_out_of_window: true,
     };
     Suspects::of(ports).on(Some(&Arc::new(node)), |_| false)
 }

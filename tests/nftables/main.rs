@@ -88,6 +88,7 @@ fn node() -> NodePlan {
         service_cidrs: vec!["10.96.0.0/16".parse().unwrap(), "fd00:10:96::/112".parse().unwrap()],
         answers_names: false,
         name_clients: None,
+        drops_out_of_window: true,
     }
 }
 
@@ -471,6 +472,8 @@ fn packets_that_go_nowhere_are_counted_by_reason_and_go_on_being_after_a_restart
                 (3, 101, 80, "source-not-allowed"),
                 (4, 1, 81, "unknown-port"),
                 (5, 77, 80, "unallocated-address"),
+                // No datagram is out of a window.
+                (0, 1, 80, "out-of-window"),
             ] {
                 send((address(family, number), port), times);
                 expected.push((family, reason, times));

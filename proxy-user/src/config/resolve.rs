@@ -113,6 +113,7 @@ pub(super) fn resolve(
         loopback_node_ports: loopback_node_ports(configuration, imitated, &node_port_addresses),
         node_port_addresses,
         external_ips: check.external_ips(configuration),
+        tcp_be_liberal: configuration.conntrack.tcp_be_liberal,
         bind_address: bind_address.filter(|address| !address.is_unspecified()),
         families: host.families,
         dns_service: dns.as_ref().map(|dns| dns.service.clone()),

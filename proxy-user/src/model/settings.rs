@@ -74,6 +74,8 @@ pub struct Settings {
     pub loopback_node_ports: PerFamily<LoopbackNodePorts>,
     /// Whether `spec.externalIPs` is honoured (R10).
     pub external_ips: bool,
+    /// Whether connection tracking lets TCP packets outside the window through, and packet rules with it.
+    pub tcp_be_liberal: bool,
     /// The node's address of its family, if the operator names a specific one, whatever the Node says.
     pub bind_address: Option<IpAddr>,
     /// The families served (R17).
@@ -95,6 +97,7 @@ impl Default for Settings {
             node_port_addresses: NodePortSetting::PRIMARY,
             loopback_node_ports: PerFamily::default(),
             external_ips: true,
+            tcp_be_liberal: false,
             bind_address: None,
             families: PerFamily { v4: true, v6: true },
             dns_service: None,

@@ -273,6 +273,8 @@ pub struct NodePlan {
     pub answers_names: bool,
     /// For whom, besides this host; `None` for all.
     pub name_clients: Option<NameClients>,
+    /// Whether TCP packets that fit no connection do not reach pods, nor what pods speak to.
+    pub drops_out_of_window: bool,
 }
 
 /// How one service port changes.

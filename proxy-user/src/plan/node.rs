@@ -44,6 +44,7 @@ impl Model {
             service_cidrs,
             answers_names: settings.dns_service.is_some(),
             name_clients: settings.dns_service.as_ref().and_then(|_| self.name_clients()),
+            drops_out_of_window: !settings.tcp_be_liberal,
         }
     }
 

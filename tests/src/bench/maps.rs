@@ -220,6 +220,7 @@ fn complete(ports: &[Arc<PortPlan>]) -> Delta {
             service_cidrs: Vec::new(),
             answers_names: false,
             name_clients: None,
+            drops_out_of_window: true,
         })),
         cluster_ips: ips.collect(),
         ports: ports.iter().map(|port| PortDelta { before: None, after: Some(Arc::clone(port)) }).collect(),

@@ -25,6 +25,8 @@ pub enum Difference {
     Loopback,
     /// R18: they are where that is asked for, as for a later kube-proxy.
     AskedLoopback,
+    /// Answers outside the window end where they would not be translated back.
+    OutOfWindow,
     /// F1: unconnected UDP sockets hear of it from the call itself.
     AtOnce,
     /// K6, K7: UDP flows end where no Service leads them any more.
@@ -38,7 +40,9 @@ impl Difference {
     #[must_use]
     pub fn is_of(self, kind: Kind) -> bool {
         match self {
-            Self::AskedLoopback | Self::Ended | Self::Unplaced => matches!(kind, Kind::Weir(_)),
+            Self::AskedLoopback | Self::Ended | Self::OutOfWindow | Self::Unplaced => {
+                matches!(kind, Kind::Weir(_))
+            }
             _ => kind == Kind::Weir(Plane::Ebpf),
         }
     }
@@ -62,6 +66,10 @@ impl fmt::Display for Difference {
             Self::AskedLoopback => {
                 "NodePorts answer the node's processes on loopback addresses where nodePortAddresses names these, by TCP \
                  and UDP; kube-proxy does so since 1.38, by TCP (R18)"
+            }
+            Self::OutOfWindow => {
+                "an answer that connection tracking finds outside the window reaches no client, as with kube-proxy's \
+                 iptables mode; its nftables mode passes it on with the backend's address"
             }
             Self::AtOnce => "an unconnected UDP socket is refused by the call itself (F1)",
             Self::Unplaced => {

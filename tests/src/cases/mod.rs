@@ -25,6 +25,7 @@ mod matrix;
 mod ports;
 mod refuse;
 mod sockets;
+mod window;
 
 pub use differences::{Difference, at_socket};
 
@@ -268,6 +269,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(conntrack::cases());
     cases.extend(live::cases());
     cases.extend(sockets::cases());
+    cases.extend(window::cases());
     for (number, case) in (1..).zip(&mut cases) {
         assert!(number <= Lot::LAST, "too many cases for the lots there are");
         case.lot = Lot::new(number);

@@ -85,6 +85,7 @@ fn node() -> Arc<NodePlan> {
         service_cidrs: Vec::new(),
         answers_names: false,
         name_clients: None,
+        drops_out_of_window: true,
     })
 }
 

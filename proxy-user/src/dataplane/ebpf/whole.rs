@@ -182,6 +182,7 @@ mod tests {
             service_cidrs: Vec::new(),
             answers_names: false,
             name_clients: None,
+            drops_out_of_window: true,
         }
     }
 

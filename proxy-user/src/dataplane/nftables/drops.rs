@@ -33,15 +33,18 @@ pub(super) enum Reason {
     UnknownPort,
     /// F5: dropped, the address is no Service's.
     UnallocatedAddress,
+    /// Dropped, connection tracking knows no connection that the packet fits, so it would not be translated back.
+    OutOfWindow,
 }
 
 impl Reason {
-    pub(super) const ALL: [Self; 5] = [
+    pub(super) const ALL: [Self; 6] = [
         Self::NoEndpoints,
         Self::NoLocalEndpoints,
         Self::SourceNotAllowed,
         Self::UnknownPort,
         Self::UnallocatedAddress,
+        Self::OutOfWindow,
     ];
 
     /// The counter's name, and the metric's label.
@@ -52,6 +55,7 @@ impl Reason {
             Self::SourceNotAllowed => "source-not-allowed",
             Self::UnknownPort => "unknown-port",
             Self::UnallocatedAddress => "unallocated-address",
+            Self::OutOfWindow => "out-of-window",
         }
     }
 
@@ -78,6 +82,19 @@ pub(super) const NO_LOCAL_ENDPOINTS: &str = Reason::NoLocalEndpoints.name();
 pub(super) fn no_local_endpoints() -> StaticChain {
     let spec = ChainSpec::regular(NO_LOCAL_ENDPOINTS);
     StaticChain { spec, rules: vec![Reason::NoLocalEndpoints.drop()] }
+}
+
+/// The chain for what is forwarded and belongs to no flow, known or new.
+pub(super) const OUT_OF_WINDOW: &str = Reason::OutOfWindow.name();
+
+/// Drops TCP packets that fit no connection, if pods send or get them. Everything else passes. An answer outside the
+/// window is not translated back, so its client would take it for a stranger's and reset the connection.
+pub(super) fn out_of_window(packets_of_pods: Vec<Vec<Expr>>) -> StaticChain {
+    let dropped = packets_of_pods
+        .into_iter()
+        .map(|of_pods| [expr::fits_no_connection(), of_pods, Reason::OutOfWindow.drop()].concat());
+    let spec = ChainSpec::regular(OUT_OF_WINDOW);
+    StaticChain { spec, rules: dropped.chain([vec![expr::accept()]]).collect() }
 }
 
 /// What was dropped or refused in one family for one reason.

@@ -155,6 +155,11 @@ pub(super) fn input_interface(dreg: u32) -> Expr {
     meta(libc::NFT_META_IIFNAME, dreg)
 }
 
+/// `oifname`, 16 bytes.
+pub(super) fn output_interface(dreg: u32) -> Expr {
+    meta(libc::NFT_META_OIFNAME, dreg)
+}
+
 /// Compares a register with bytes.
 pub(super) fn compare(sreg: u32, equal: bool, data: &[u8]) -> Expr {
     let op = if equal { libc::NFT_CMP_EQ } else { libc::NFT_CMP_NEQ };
@@ -353,7 +358,21 @@ fn ct_bit(key: i32, bit: u32, set: bool) -> [Expr; 3] {
     [ct(key, word(0)), bitwise(word(0), &bit.to_ne_bytes(), &[0; 4]), compare(word(0), !set, &[0; 4])]
 }
 
+const NF_CT_STATE_INVALID: u32 = 1;
+const NF_CT_STATE_ESTABLISHED: u32 = 1 << 1;
+const NF_CT_STATE_RELATED: u32 = 1 << 2;
 const NF_CT_STATE_NEW: u32 = 1 << 3;
+
+/// `ct state established,related`.
+pub(super) fn known_flow() -> [Expr; 3] {
+    ct_bit(libc::NFT_CT_STATE, NF_CT_STATE_ESTABLISHED | NF_CT_STATE_RELATED, true)
+}
+
+/// `ct state invalid meta l4proto tcp`.
+pub(super) fn fits_no_connection() -> Vec<Expr> {
+    let tcp = [protocol(word(0)), compare(word(0), true, &[libc::IPPROTO_TCP as u8])];
+    [ct_bit(libc::NFT_CT_STATE, NF_CT_STATE_INVALID, true).to_vec(), tcp.to_vec()].concat()
+}
 
 /// `ct state new`.
 pub(super) fn new_flow() -> [Expr; 3] {

@@ -406,10 +406,7 @@ pub(super) fn not_from_pod(family: Family, node: &NodePlan) -> Vec<Expr> {
             ]
         }
         Some(LocalTraffic::Interface(name)) => {
-            let mut padded = [0; 16];
-            let len = name.len().min(15);
-            padded[..len].copy_from_slice(&name.as_bytes()[..len]);
-            vec![expr::input_interface(expr::word(0)), expr::compare(expr::word(0), false, &padded)]
+            vec![expr::input_interface(expr::word(0)), expr::compare(expr::word(0), false, &padded(name))]
         }
         Some(LocalTraffic::InterfacePrefix(prefix)) => {
             let len = prefix.len().min(15);
@@ -479,12 +476,13 @@ pub(super) fn static_chains(family: Family, node: &NodePlan, needs: Needs) -> Ve
     let mut chains = answered::telling_chains(family, node);
     chains.extend([
         drops::no_local_endpoints(),
+        drops::out_of_window(if node.drops_out_of_window { of_pods(family, node) } else { Vec::new() }),
         choice::to_numbered(family),
         base("nat-prerouting", ChainType::Nat, PreRouting, -100, dispatch_rules(family, node, true)),
         base("nat-output", ChainType::Nat, Out, -100, dispatch_rules(family, node, false)),
         base("filter-input", filter, In, 0, input_rules(family, node)),
-        base("filter-output", filter, Out, 0, refuse_rules(family, node, left_alone(family, node, false))),
-        base("filter-forward", filter, Forward, 0, refuse_rules(family, node, None)),
+        base("filter-output", filter, Out, 0, refused_on_the_way_out(family, node)),
+        base("filter-forward", filter, Forward, 0, refused_on_the_way_through(family, node)),
         base("nat-postrouting", ChainType::Nat, PostRouting, 100, masquerade_rules(family, node)),
     ]);
     if needs.guards {
@@ -518,8 +516,9 @@ pub(super) fn optional_chains() -> impl Iterator<Item = &'static str> {
 
 /// Every name that a chain may have which is there whatever Services there are, or because of some.
 pub(super) fn is_static(name: &str) -> bool {
-    const ALWAYS: [&str; 8] = [
+    const ALWAYS: [&str; 9] = [
         drops::NO_LOCAL_ENDPOINTS,
+        drops::OUT_OF_WINDOW,
         choice::TO_NUMBERED,
         "nat-prerouting",
         "nat-output",
@@ -533,8 +532,7 @@ pub(super) fn is_static(name: &str) -> bool {
 
 /// Whether a chain of this name is one that others lead to, and no base chain.
 pub(super) fn is_led_to(name: &str) -> bool {
-    name == drops::NO_LOCAL_ENDPOINTS
-        || name == choice::TO_NUMBERED
+    [drops::NO_LOCAL_ENDPOINTS, drops::OUT_OF_WINDOW, choice::TO_NUMBERED].contains(&name)
         || answered::TELLING.contains(&name)
         || Object::parse(name).is_some()
 }
@@ -617,8 +615,57 @@ fn unknown_port(family: Family) -> Vec<Expr> {
     [known, Reason::UnknownPort.reject(family)].concat()
 }
 
-/// F1, F4, F5, behind what is an exception.
-fn refuse_rules(family: Family, node: &NodePlan, exception: Option<Vec<Expr>>) -> Vec<Vec<Expr>> {
+/// What this host sends and nothing serves.
+fn refused_on_the_way_out(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
+    refuse_rules(family, node, vec![only_new_flows()], left_alone(family, node, false))
+}
+
+/// What is forwarded and nothing serves. Packets of known flows, of which there are most, end at the first rule.
+fn refused_on_the_way_through(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
+    let known = [expr::known_flow().to_vec(), vec![expr::accept()]].concat();
+    let others = [expr::no_new_flow().to_vec(), vec![expr::goto(drops::OUT_OF_WINDOW)]].concat();
+    refuse_rules(family, node, vec![known, others], None)
+}
+
+/// Matches what pods send or get; everything where nothing tells pods apart.
+fn of_pods(family: Family, node: &NodePlan) -> Vec<Vec<Expr>> {
+    let by_name = |name: &[u8]| {
+        [expr::input_interface(expr::word(0)), expr::output_interface(expr::word(0))]
+            .map(|load| vec![load, expr::compare(expr::word(0), true, name)])
+    };
+    match node.local_traffic.get(family) {
+        None => vec![Vec::new()],
+        Some(LocalTraffic::Source(net)) => {
+            let (mask, network) = mask_and_network(*net);
+            [expr::source_address(family, expr::word(0)), expr::destination_address(family, expr::word(0))]
+                .map(|load| {
+                    let masked = expr::bitwise(expr::word(0), &mask, &vec![0; mask.len()]);
+                    vec![load, masked, expr::compare(expr::word(0), true, &network)]
+                })
+                .to_vec()
+        }
+        Some(LocalTraffic::Interface(name)) => by_name(&padded(name)).to_vec(),
+        Some(LocalTraffic::InterfacePrefix(prefix)) => {
+            by_name(&prefix.as_bytes()[..prefix.len().min(15)]).to_vec()
+        }
+    }
+}
+
+/// The name of an interface as the kernel keeps it.
+fn padded(name: &str) -> [u8; 16] {
+    let mut padded = [0; 16];
+    let len = name.len().min(15);
+    padded[..len].copy_from_slice(&name.as_bytes()[..len]);
+    padded
+}
+
+/// F1, F4, F5, behind what ends what is no new flow, and what is an exception.
+fn refuse_rules(
+    family: Family,
+    node: &NodePlan,
+    mut rules: Vec<Vec<Expr>>,
+    exception: Option<Vec<Expr>>,
+) -> Vec<Vec<Expr>> {
     let unallocated = node.service_cidrs.iter().filter(|net| Family::of(net.addr()) == family).map(|net| {
         let (mask, network) = mask_and_network(*net);
         let in_network = vec![
@@ -628,7 +675,7 @@ fn refuse_rules(family: Family, node: &NodePlan, exception: Option<Vec<Expr>>) -
         ];
         [in_network, Reason::UnallocatedAddress.drop()].concat()
     });
-    let mut rules = vec![only_new_flows(), choice::number_is_left_behind(), translated()];
+    rules.extend([choice::number_is_left_behind(), translated()]);
     rules.extend(exception);
     rules.extend([refused(family), unknown_port(family)].into_iter().chain(unallocated));
     rules

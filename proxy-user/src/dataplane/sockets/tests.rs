@@ -378,6 +378,7 @@ fn node(serving: &str, addresses: &[&str]) -> Arc<NodePlan> {
         service_cidrs: Vec::new(),
         answers_names: false,
         name_clients: None,
+        drops_out_of_window: true,
     })
 }
 
