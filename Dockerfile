@@ -10,7 +10,9 @@
 # belongs to root. What it needs: NET_ADMIN; for eBPF also BPF, PERFMON and SYS_ADMIN; to answer names also
 # NET_BIND_SERVICE and /dev/net/tun. See charts/weir.
 
-FROM --platform=$BUILDPLATFORM rust:1.95-bookworm AS build
+# Only this stage has a base image, and nothing of it but the libraries comes into the result. A digest may be named instead of the tag.
+ARG BUILD_IMAGE=rust:1.95-bookworm
+FROM --platform=$BUILDPLATFORM ${BUILD_IMAGE} AS build
 ARG TARGETARCH
 WORKDIR /weir
 COPY . .

@@ -1,6 +1,6 @@
 //! `cargo xtask check`: everything that can be said about the code without running it on a kernel.
 
-use std::{process::Command, time::Instant};
+use std::{env, path::PathBuf, process::Command, time::Instant};
 
 use anyhow::{Result, bail};
 
@@ -28,6 +28,7 @@ pub(crate) fn run(machine: &Machine) -> Result<()> {
         }
         println!("{name}: {:.1} s", start.elapsed().as_secs_f32());
     }
+    let unknown = advisories(machine, &mut failed);
     println!("\n==== chart");
     if let Err(error) = chart::check(machine) {
         println!("{error:#}");
@@ -38,10 +39,42 @@ pub(crate) fn run(machine: &Machine) -> Result<()> {
         println!("{error:#}");
         failed.push("generated files");
     }
+    if let Some(why) = unknown {
+        println!("\nnot checked: known vulnerabilities of dependencies. {why}");
+    }
     if !failed.is_empty() {
         bail!("failed: {}", failed.join(", "));
     }
     Ok(())
+}
+
+/// Looks for known vulnerabilities where there is a database of them. It is not made here, because that needs a network that
+/// few build machines have; then the answer says so.
+fn advisories(machine: &Machine, failed: &mut Vec<&str>) -> Option<String> {
+    const NAME: &str = "known vulnerabilities";
+    let database = advisory_databases();
+    println!("\n==== {NAME}");
+    if !database.as_ref().is_some_and(|it| it.read_dir().is_ok_and(|mut entries| entries.next().is_some())) {
+        let place = database.map_or_else(|| "cargo's directory".to_owned(), |it| it.display().to_string());
+        let why = format!(
+            "There is no database in {place}; `cargo deny check advisories` fetches it, with the network."
+        );
+        println!("{why}");
+        return Some(why);
+    }
+    let mut deny = machine.cargo();
+    if let Err(error) = process::run(deny.args(["deny", "--offline", "check", "advisories"])) {
+        println!("{error:#}");
+        failed.push(NAME);
+    }
+    None
+}
+
+/// Where cargo-deny keeps what it fetched.
+fn advisory_databases() -> Option<PathBuf> {
+    let home = || Some(PathBuf::from(env::var_os("HOME")?).join(".cargo"));
+    let cargo = env::var_os("CARGO_HOME").map(PathBuf::from).or_else(home)?;
+    Some(cargo.join("advisory-dbs"))
 }
 
 fn commands(machine: &Machine) -> Result<Vec<(&'static str, Command)>> {
@@ -74,6 +107,6 @@ fn kernel_lints(machine: &Machine) -> Result<Command> {
     clippy.arg(machine.target_directory()?.join("kernel-lints"));
     clippy.args(["--", "-D", "warnings"]);
     clippy.env("RUSTC_BOOTSTRAP", "1");
-    clippy.env("RUSTFLAGS", format!("--cfg=bpf_target_arch=\"{}\"", std::env::consts::ARCH));
+    clippy.env("RUSTFLAGS", format!("--cfg=bpf_target_arch=\"{}\"", env::consts::ARCH));
     Ok(clippy)
 }

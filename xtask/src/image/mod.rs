@@ -19,6 +19,7 @@ mod archive;
 mod build;
 mod elf;
 mod root;
+mod sbom;
 
 /// What `cargo xtask image` can be told.
 #[derive(clap::Args)]

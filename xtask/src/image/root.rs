@@ -11,12 +11,18 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::elf::Program;
+use super::{
+    elf::Program,
+    sbom::{self, Library},
+};
 use crate::{machine::Machine, process, setup};
 
 const WEIR: &str = "usr/local/bin/weir";
 /// What DaemonSets of kubeadm and kind call; weir then takes kube-proxy's arguments.
 const KUBE_PROXY: &str = "usr/local/bin/kube-proxy";
+
+/// What all of it is made of.
+const BILL: &str = "usr/share/doc/weir/sbom.cdx.json";
 
 /// One thing at a path.
 #[derive(Debug, PartialEq, Eq)]
@@ -56,12 +62,15 @@ impl Root {
             let text = fs::read(machine.workspace.join(licence)).with_context(|| licence.to_owned())?;
             root.file(&format!("usr/share/doc/weir/{licence}"), 0o644, text);
         }
-        root.link(program, sysroot)?;
+        let libraries = root.link(program, sysroot)?;
+        let bill = sbom::bill(machine, program.architecture, &libraries)?;
+        root.file(BILL, 0o644, bill);
         Ok(root)
     }
 
-    /// Adds the loader and the libraries of `program`, and theirs.
-    fn link(&mut self, program: &Program, sysroot: &Path) -> Result<()> {
+    /// Adds the loader and the libraries of `program`, and theirs; returns what was added.
+    fn link(&mut self, program: &Program, sysroot: &Path) -> Result<Vec<Library>> {
+        let mut linked = Vec::new();
         let loader = program.loader.as_deref().map(|path| path.trim_start_matches('/').to_owned());
         let mut wanted = program.libraries.clone();
         while let Some(name) = wanted.pop() {
@@ -73,15 +82,18 @@ impl Root {
             let found = library(sysroot, program, &name)?;
             let content = fs::read(&found).with_context(|| format!("reading {}", found.display()))?;
             wanted.extend(Program::read(&content).with_context(|| found.display().to_string())?.libraries);
+            linked.push(Library::new(&place, &content, package(sysroot, &found)));
             self.file(&place, 0o644, content);
             self.copyright(sysroot, &found);
         }
         if let Some(path) = loader {
             let found = sysroot.join(&path);
             let content = fs::read(&found).with_context(|| format!("the loader {}", found.display()))?;
+            linked.push(Library::new(&path, &content, package(sysroot, &found)));
             self.file(&path, 0o755, content);
         }
-        Ok(())
+        linked.sort_by(|one, other| one.path.cmp(&other.path));
+        Ok(linked)
     }
 
     /// Adds what Debian says about the licence of the package that `library`, below `sysroot`, is from, where the
@@ -160,6 +172,18 @@ fn owner(sysroot: &Path, file: &Path) -> Option<String> {
         let files = fs::read_to_string(list.path()).ok()?;
         files.lines().any(|line| line == path || line == other).then(|| package.to_owned())
     })
+}
+
+/// The package that `file` below `sysroot` is from, with its version if the status of packages is there.
+fn package(sysroot: &Path, file: &Path) -> Option<(String, Option<String>)> {
+    let package = owner(sysroot, file)?;
+    let status = fs::read_to_string(sysroot.join("var/lib/dpkg/status")).unwrap_or_default();
+    let field = |block: &str, name: &str| {
+        block.lines().find_map(|line| Some(line.strip_prefix(name)?.strip_prefix(": ")?.to_owned()))
+    };
+    let own = |block: &&str| field(block, "Package").as_ref() == Some(&package);
+    let version = status.split("\n\n").find(own).and_then(|block| field(block, "Version"));
+    Some((package, version))
 }
 
 /// Where the library `name` is: in one of the directories that loaders search without being told.
