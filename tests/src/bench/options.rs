@@ -24,7 +24,7 @@ use super::{
 pub struct Options {
     /// What to measure; without this all that the machine can run: weir-ebpf, weir-nftables, kube-proxy-nftables,
     /// kube-proxy-iptables, kube-proxy-ipvs. weir-ebpf@PATH and weir-nftables@PATH are another build of weir, so that
-    /// before and after stand in one run.
+    /// before and after stand in one run, and kube-proxy-nftables@PATH is the kube-proxy of another Kubernetes.
     #[arg(long = "subject", value_name = "SUBJECT[@PATH]", value_delimiter = ',')]
     pub(super) subjects: Vec<Subject>,
     /// Measure only cases with this in their name; several times for more.

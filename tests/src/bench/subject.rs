@@ -32,7 +32,12 @@ pub enum Subject {
     KubeProxyIpvs,
     /// Another build of the agent: the path of its binary. Subjects are copied everywhere, so that text is kept for good.
     OtherWeir(Plane, &'static str),
+    /// Another kube-proxy with nftables, as of a later Kubernetes: the path of its binary.
+    OtherKubeProxy(&'static str),
 }
+
+/// The subjects that may be another build, as the command line has them.
+const OTHERS: &str = "weir-ebpf@PATH, weir-nftables@PATH and kube-proxy-nftables@PATH";
 
 /// Where the socket programs go.
 #[derive(Clone, Debug)]
@@ -58,7 +63,7 @@ impl Subject {
         match self {
             Self::WeirEbpf | Self::OtherWeir(Plane::Ebpf, _) => "weir-ebpf",
             Self::WeirNftables | Self::OtherWeir(Plane::Nftables, _) => "weir-nftables",
-            Self::KubeProxyNftables => "kube-proxy-nftables",
+            Self::KubeProxyNftables | Self::OtherKubeProxy(_) => "kube-proxy-nftables",
             Self::KubeProxyIptables => "kube-proxy-iptables",
             Self::KubeProxyIpvs => "kube-proxy-ipvs",
         }
@@ -75,6 +80,7 @@ impl Subject {
             Self::KubeProxyIpvs => "kube-proxy ipvs",
             Self::OtherWeir(Plane::Ebpf, path) => kept(format!("weir eBPF @ {path}")),
             Self::OtherWeir(Plane::Nftables, path) => kept(format!("weir nftables @ {path}")),
+            Self::OtherKubeProxy(path) => kept(format!("kube-proxy nftables @ {path}")),
         }
     }
 
@@ -85,7 +91,10 @@ impl Subject {
             Self::WeirEbpf => Some(Plane::Ebpf),
             Self::WeirNftables => Some(Plane::Nftables),
             Self::OtherWeir(plane, _) => Some(plane),
-            Self::KubeProxyNftables | Self::KubeProxyIptables | Self::KubeProxyIpvs => None,
+            Self::KubeProxyNftables
+            | Self::KubeProxyIptables
+            | Self::KubeProxyIpvs
+            | Self::OtherKubeProxy(_) => None,
         }
     }
 
@@ -109,7 +118,7 @@ impl Subject {
     fn program(self) -> Result<PathBuf> {
         match self {
             Self::WeirEbpf | Self::WeirNftables => assets::weir(),
-            Self::OtherWeir(_, path) => {
+            Self::OtherWeir(_, path) | Self::OtherKubeProxy(path) => {
                 ensure!(Path::new(path).is_file(), "--subject {self}: {path} is not a file");
                 // Agents are started elsewhere.
                 Ok(fs::canonicalize(path)?)
@@ -135,7 +144,7 @@ impl Subject {
     pub(super) fn version(self) -> Result<String> {
         let own = version(&self.program()?)?;
         let tool = match self {
-            Self::KubeProxyNftables => "nft",
+            Self::KubeProxyNftables | Self::OtherKubeProxy(_) => "nft",
             Self::KubeProxyIptables => "iptables",
             Self::KubeProxyIpvs => "ipset",
             _ => return Ok(own),
@@ -178,7 +187,10 @@ impl Subject {
 impl fmt::Display for Subject {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.id())?;
-        if let Self::OtherWeir(_, path) = self { write!(f, "@{path}") } else { Ok(()) }
+        match self {
+            Self::OtherWeir(_, path) | Self::OtherKubeProxy(path) => write!(f, "@{path}"),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -188,17 +200,17 @@ impl FromStr for Subject {
     fn from_str(text: &str) -> Result<Self> {
         let (id, path) = text.split_once('@').map_or((text, None), |(id, path)| (id, Some(path)));
         let subject = Self::ALL.into_iter().find(|subject| subject.id() == id);
+        let path = path.map(|path| Some(path).filter(|path| !path.is_empty()));
         match (subject.map(|subject| (subject, subject.plane())), path) {
             (Some((subject, _)), None) => Ok(subject),
-            (Some((_, Some(plane))), Some(path)) if !path.is_empty() => {
-                Ok(Self::OtherWeir(plane, kept(path.to_owned())))
+            (Some((_, Some(plane))), Some(Some(path))) => Ok(Self::OtherWeir(plane, kept(path.to_owned()))),
+            (Some((Self::KubeProxyNftables, _)), Some(Some(path))) => {
+                Ok(Self::OtherKubeProxy(kept(path.to_owned())))
             }
-            (Some(_), Some(_)) => {
-                bail!("`{text}` is no subject: only weir-ebpf@PATH and weir-nftables@PATH name a binary")
-            }
+            (Some(_), Some(_)) => bail!("`{text}` is no subject: only {OTHERS} name a binary"),
             (None, _) => {
                 let known = Self::ALL.map(Self::id).join(", ");
-                bail!("`{text}` is no subject; there are {known}, weir-ebpf@PATH and weir-nftables@PATH")
+                bail!("`{text}` is no subject; there are {known}, {OTHERS}")
             }
         }
     }
@@ -253,15 +265,24 @@ mod tests {
             ["weir-ebpf", "weir-ebpf@/tmp/before/weir"].map(|text| text.parse().unwrap());
         assert_eq!((own, other.plane()), (Subject::WeirEbpf, Some(Plane::Ebpf)));
         assert_eq!((own.name(), other.name()), ("weir eBPF", "weir eBPF @ /tmp/before/weir"));
-        for subject in Subject::ALL.into_iter().chain([other]) {
+        let later: Subject = "kube-proxy-nftables@/tmp/later/kube-proxy".parse().unwrap();
+        assert_eq!((later.is_weir(), later.mode()), (false, "nftables"));
+        assert_eq!(later.name(), "kube-proxy nftables @ /tmp/later/kube-proxy");
+        for subject in Subject::ALL.into_iter().chain([other, later]) {
             let text = serde_json::to_string(&subject).unwrap();
             assert_eq!(serde_json::from_str::<Subject>(&text).unwrap(), subject, "{text}");
         }
     }
 
     #[test]
-    fn only_weir_has_other_builds() {
-        for text in ["kube-proxy-nftables@/bin/kube-proxy", "weir-ebpf@", "weir-iptables@/bin/weir", ""] {
+    fn only_what_is_compared_by_builds_has_other_builds() {
+        for text in [
+            "kube-proxy-iptables@/bin/kube-proxy",
+            "kube-proxy-nftables@",
+            "weir-ebpf@",
+            "weir-iptables@/bin/weir",
+            "",
+        ] {
             let error = text.parse::<Subject>().unwrap_err().to_string();
             assert!(error.contains("weir-nftables@PATH"), "{error}");
         }

@@ -44,7 +44,7 @@ mod target;
 mod topology;
 
 pub use self::load::{Load, Route, Traffic, Way};
-pub(super) use self::table::{cases, latency_table, rate_table, ratio, ratio_table};
+pub(super) use self::table::{Case, cases, latency_table, rate_table, ratio, ratio_table};
 
 /// Bytes of a request, and of its answer.
 const MESSAGE: usize = 64;

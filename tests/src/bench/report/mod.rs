@@ -23,8 +23,8 @@ mod behind;
 pub(super) mod compare;
 pub(super) mod page;
 mod plots;
-mod targets;
 mod validate;
+mod verdicts;
 
 /// What the file looks like; another number is another form.
 const FORMAT: u32 = 2;
@@ -195,7 +195,7 @@ impl Report {
             (paths, "Paths: rates and CPU time", paths::rate_table(&self.paths)),
             (paths, "Paths: latencies, IPv4", paths::latency_table(&self.paths)),
             (self.hooks.is_empty(), "Socket programs", hooks::table(&self.hooks)),
-            (false, "Targets", targets::table(self)),
+            (false, "Verdicts", verdicts::table(self)),
         ];
         tables.into_iter().filter(|(empty, ..)| !empty).map(|(_, title, table)| (title, table)).collect()
     }

@@ -10,7 +10,7 @@ use comfy_table::{Table, presets::ASCII_MARKDOWN};
 use super::{
     Report, behind, bytes, hooks, maps, paths,
     plots::{self, Axis, Curve, Group, Scale},
-    programming, targets, time,
+    programming, time, verdicts,
 };
 use crate::bench::{
     paths::{Load, Route, Series, Traffic, cases, ratio},
@@ -53,7 +53,7 @@ fn text(report: &Report, drawn: &[Drawn], notes: &str) -> String {
         measured_on(report),
         READING
     );
-    let _ = write!(page, "{}\n## Targets\n\n{}\n", noise(report), markdown(targets::table(report)));
+    let _ = write!(page, "{}\n## Verdicts\n\n{}\n", noise(report), markdown(verdicts::table(report)));
     page += &behind_text(report);
     if !notes.trim().is_empty() {
         let _ = write!(page, "\n{}\n", notes.trim());

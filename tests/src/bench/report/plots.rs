@@ -20,6 +20,7 @@ pub(super) fn colour(subject: Option<Subject>) -> RGBColor {
         Some(Subject::WeirEbpf) => RGBColor(0, 114, 178),
         Some(Subject::WeirNftables) => RGBColor(86, 180, 233),
         Some(Subject::KubeProxyNftables) => RGBColor(213, 94, 0),
+        Some(Subject::OtherKubeProxy(_)) => RGBColor(120, 60, 0),
         Some(Subject::KubeProxyIptables) => RGBColor(230, 159, 0),
         Some(Subject::KubeProxyIpvs) => RGBColor(204, 121, 167),
         Some(Subject::OtherWeir(Plane::Ebpf, _)) => RGBColor(0, 158, 115),
