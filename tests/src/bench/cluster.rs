@@ -67,7 +67,7 @@ pub(super) struct Cluster {
     /// What is written there.
     pub(super) objects: Objects,
     kubeconfig: PathBuf,
-    _server: ApiServer,
+    server: tokio::sync::Mutex<ApiServer>,
 }
 
 impl Cluster {
@@ -88,7 +88,16 @@ impl Cluster {
             slices: Api::namespaced(client, NAMESPACE),
             etcd: server.etcd()?,
         };
-        Ok(Self { objects, kubeconfig: server.kubeconfig("admin")?, _server: server })
+        Ok(Self { objects, kubeconfig: server.kubeconfig("admin")?, server: server.into() })
+    }
+
+    /// Ends the API server, starts it again, and waits until it answers.
+    ///
+    /// # Errors
+    ///
+    /// When it does not come up.
+    pub(super) async fn restart(&self) -> Result<()> {
+        self.server.lock().await.restart().await
     }
 
     /// A kubeconfig for the subjects.

@@ -51,12 +51,20 @@ pub enum Act {
     InterfaceUp,
     /// An endpoint of a Service with many sticky clients goes; counted until none of them is led to it.
     StickyEndpointRemoved,
+    /// The API server ends and starts again, with watches that it ended; counted from the moment it is ready until a Service
+    /// works that came then.
+    ApiServerRestarted,
 }
 
 impl Act {
     /// All of them.
-    pub const ALL: [Self; 4] =
-        [Self::FlushWhileStarting, Self::FlushWhileServing, Self::InterfaceUp, Self::StickyEndpointRemoved];
+    pub const ALL: [Self; 5] = [
+        Self::FlushWhileStarting,
+        Self::FlushWhileServing,
+        Self::InterfaceUp,
+        Self::StickyEndpointRemoved,
+        Self::ApiServerRestarted,
+    ];
 
     /// What it is called in tables.
     #[must_use]
@@ -66,6 +74,7 @@ impl Act {
             Self::FlushWhileServing => "rules flushed while serving",
             Self::InterfaceUp => "an interface comes up beside a new Service",
             Self::StickyEndpointRemoved => "an endpoint with 50,000 sticky clients goes",
+            Self::ApiServerRestarted => "a new Service after a restart of the API server",
         }
     }
 }
@@ -192,6 +201,7 @@ impl Programming<'_> {
         let done = match (into.act, &sticky) {
             (Act::StickyEndpointRemoved, Some(sticky)) => self.remove_sticky_endpoint(trial, sticky),
             (Act::InterfaceUp, _) => self.interface_up(trial),
+            (Act::ApiServerRestarted, _) => self.restart_api_server(trial),
             _ => flush_while_serving(trial, self.deadline()),
         };
         stop.store(true, Ordering::Release);
@@ -215,6 +225,19 @@ impl Programming<'_> {
         let met = join(probe, None);
         self.runtime.block_on(self.cluster.objects.delete(service))?;
         Ok(met?.saturating_duration_since(written?.begun))
+    }
+
+    fn restart_api_server(&self, trial: &Trial<'_>) -> Result<Duration> {
+        self.runtime.block_on(self.cluster.restart())?;
+        let ready = Instant::now();
+        let service = self.fresh();
+        let (to, deadline) = (service.cluster_ip(), self.deadline());
+        let probe = trial.node.namespace.thread(move || probe::all_answer(&[to], deadline))?;
+        let written = self.runtime.block_on(self.cluster.objects.add(service));
+        let met = join(probe, None);
+        self.runtime.block_on(self.cluster.objects.delete(service))?;
+        written?;
+        Ok(met?.saturating_duration_since(ready))
     }
 
     /// A Service that many clients have been to, each of whom stays with its endpoint.
