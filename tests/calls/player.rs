@@ -58,7 +58,7 @@ pub(super) fn play(world: &Arc<World>, sequence: &Sequence, patience: Duration) 
     let ground = world.begin(sequence.side, sequence.wire);
     let mut changes: Vec<_> = ground.clear().collect();
     for (number, shape) in sequence.services.iter().enumerate() {
-        changes.push(ground.endpoints_are(number, &shape.endpoints));
+        changes.push(ground.endpoints_are(number, &shape.endpoints, &[]));
         changes.extend(shape.present.then(|| ground.service_is(number, shape.sticky)));
     }
     world.tell(changes)?;
@@ -98,7 +98,8 @@ impl Player {
             let _ = write!(self.said, "{number:3}. {step}");
             match *step {
                 Step::Change(service, change) => self.change(service, change)?,
-                Step::Call(slot, act) => self.judged(slot, act)?,
+                Step::Call(slot, act) if self.model.knows(slot, act) => self.judged(slot, act)?,
+                Step::Call(..) => self.said.push_str(" is not played\n"),
             }
         }
         for slot in 0..self.sockets.len() {
@@ -140,8 +141,9 @@ impl Player {
         let lost = self.model.change(number, change);
         let (present, sticky) = self.model.standing(number);
         let told = match change {
-            Change::Joins(_) | Change::Leaves(_) => {
-                self.ground.endpoints_are(number, self.model.endpoints(number))
+            Change::Joins(_) | Change::Drains(_) | Change::Leaves(_) => {
+                let (ready, drain) = self.model.endpoints(number);
+                self.ground.endpoints_are(number, ready, drain)
             }
             _ if present => self.ground.service_is(number, sticky),
             _ => self.ground.service_goes(number),

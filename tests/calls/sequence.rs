@@ -57,10 +57,22 @@ pub(super) struct Shape {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum To {
     Service(usize),
+    /// The Service by its NodePort, at the node's own address.
+    NodePort(usize),
     /// A backend's own address, whether or not it serves anything.
     Backend(u8),
     /// A server that is no Service's.
     Elsewhere,
+}
+
+impl To {
+    /// The Service that is asked, if one is.
+    pub(super) const fn service(self) -> Option<usize> {
+        match self {
+            Self::Service(number) | Self::NodePort(number) => Some(number),
+            Self::Backend(_) | Self::Elsewhere => None,
+        }
+    }
 }
 
 /// What a socket is bound to.
@@ -99,6 +111,8 @@ pub(super) enum Act {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Change {
     Joins(u8),
+    /// This endpoint terminates, and still serves.
+    Drains(u8),
     Leaves(u8),
     Goes,
     Comes,
@@ -184,6 +198,7 @@ fn to() -> impl Strategy<Value = To> {
     prop_oneof![
         5 => Just(To::Service(0)),
         2 => Just(To::Service(1)),
+        2 => (0..SERVICES).prop_map(To::NodePort),
         3 => (0..BACKENDS).prop_map(To::Backend),
         1 => Just(To::Elsewhere),
     ]
@@ -192,6 +207,7 @@ fn to() -> impl Strategy<Value = To> {
 fn change() -> impl Strategy<Value = Change> {
     prop_oneof![
         2 => (0..BACKENDS).prop_map(Change::Joins),
+        2 => (0..BACKENDS).prop_map(Change::Drains),
         4 => (0..BACKENDS).prop_map(Change::Leaves),
         1 => Just(Change::Goes),
         1 => Just(Change::Comes),

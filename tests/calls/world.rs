@@ -35,7 +35,7 @@ use weir::{
         probe::Probe,
         sockets,
     },
-    model::{DetectLocal, Family, ObjectName, PerFamily, Settings},
+    model::{DetectLocal, Family, NodePortSetting, ObjectName, PerFamily, Settings},
     plan::Delta,
     source::{Change, Kind, Object},
 };
@@ -209,6 +209,9 @@ impl Ground {
     pub(super) fn at(&self, to: To) -> SocketAddr {
         self.written(match to {
             To::Service(number) => SocketAddr::new(self.service(number), SERVICE_PORT),
+            To::NodePort(number) => {
+                SocketAddr::new(own_address(Side::Host, self.family), self.node_port(number))
+            }
             To::Backend(number) => server_address(self.family, Server::Backend(number)),
             To::Elsewhere => server_address(self.family, Server::Elsewhere),
         })
@@ -232,9 +235,16 @@ impl Ground {
         10_000 + self.number % 20_000
     }
 
+    const fn slot(&self, number: usize) -> u16 {
+        (self.number.wrapping_mul(SERVICES as u16) + number as u16) % ADDRESSES
+    }
+
     fn service(&self, number: usize) -> IpAddr {
-        let slot = (self.number.wrapping_mul(SERVICES as u16) + number as u16) % ADDRESSES;
-        service_address(self.family, slot)
+        service_address(self.family, self.slot(number))
+    }
+
+    const fn node_port(&self, number: usize) -> u16 {
+        30_000 + self.slot(number)
     }
 
     fn written(&self, address: SocketAddr) -> SocketAddr {
@@ -249,24 +259,29 @@ impl Ground {
     /// A Service comes, or is as it was.
     pub(super) fn service_is(&self, number: usize, sticky: bool) -> Change {
         let ip = self.service(number).to_string();
-        let ports = ["TCP", "UDP"].map(
-            |protocol| json!({ "name": protocol.to_lowercase(), "protocol": protocol, "port": SERVICE_PORT }),
-        );
+        let ports = ["TCP", "UDP"].map(|protocol| {
+            json!({ "name": protocol.to_lowercase(), "protocol": protocol, "port": SERVICE_PORT,
+                    "nodePort": self.node_port(number) })
+        });
         Change::Apply(Object::Service(object(json!({
             "metadata": { "namespace": "calls", "name": self.name(number) },
             "spec": {
+                "type": "NodePort",
                 "clusterIP": ip, "clusterIPs": [ip], "ipFamilies": [self.family_name()], "ports": ports,
                 "sessionAffinity": if sticky { "ClientIP" } else { "None" },
             },
         }))))
     }
 
-    /// A Service has these endpoints.
-    pub(super) fn endpoints_are(&self, number: usize, endpoints: &[u8]) -> Change {
-        let endpoints = endpoints.iter().map(|number| {
+    /// A Service has these endpoints; those that drain terminate and still serve.
+    pub(super) fn endpoints_are(&self, number: usize, ready: &[u8], drain: &[u8]) -> Change {
+        let endpoint = |number: &u8, ready: bool| {
             let address = server_address(self.family, Server::Backend(*number)).ip();
-            json!({ "addresses": [address.to_string()], "nodeName": "elsewhere", "conditions": { "ready": true } })
-        });
+            json!({ "addresses": [address.to_string()], "nodeName": "elsewhere",
+                    "conditions": { "ready": ready, "serving": true, "terminating": !ready } })
+        };
+        let ready = ready.iter().map(|number| endpoint(number, true));
+        let endpoints = ready.chain(drain.iter().map(|number| endpoint(number, false)));
         let ports = ["TCP", "UDP"].map(
             |protocol| json!({ "name": protocol.to_lowercase(), "protocol": protocol, "port": BACKEND_PORT }),
         );
@@ -368,13 +383,18 @@ fn open(plane: Plane, place: Place, names: &std::path::Path) -> Result<Tell> {
     let settings = Settings {
         node_name: "node".to_owned(),
         detect_local: DetectLocal::ClusterCidr(networks),
+        node_port_addresses: NodePortSetting::ALL,
         ..Settings::default()
     };
+    let own =
+        Family::ALL.into_iter().flat_map(|family| [own_address(Side::Host, family), address(family, 1, 1)]);
+    let own: Vec<IpAddr> = own.collect();
     let packets = Nftables::open(PerFamily { v4: true, v6: true }).context("these tests need root")?;
     let mut tracking = conntrack::Conntrack::open()?;
     tracking.load()?;
     if plane == Plane::Packets {
         let mut agent = Agent::new(settings, packets);
+        agent.model().set_host_addresses(own);
         return Ok(Box::new(move |changes| bring(&mut agent, &mut tracking, changes).map(drop)));
     }
     let probe = Probe::of(&place.cgroup_root, &place.bpf_root);
@@ -382,7 +402,8 @@ fn open(plane: Plane, place: Place, names: &std::path::Path) -> Result<Tell> {
     ensure!(probe.set_retval, "this kernel lacks bpf_set_retval (Linux 6.1), which this test needs");
     let sockets = Ebpf::open(place.clone(), probe.set_retval)?;
     let mut agent = Agent::new(settings, Stack::new(packets, sockets).serving_as("ebpf"));
-    let mut closing = sockets::Sockets::open(&place.sockets(), names)?;
+    agent.model().set_host_addresses(own);
+    let mut closing = sockets::Sockets::open(&place.sockets(), [names])?;
     Ok(Box::new(move |changes| {
         let delta = bring(&mut agent, &mut tracking, changes)?;
         for standing in agent.plane().standing() {

@@ -11,8 +11,6 @@ pub(crate) enum Row {
     ClientsApart,
     /// ECONNREFUSED at once.
     Refused,
-    /// A connected UDP socket is closed when its backend is gone.
-    Closed,
     /// One backend that a socket asks in two ways.
     OneBackend,
     /// Sockets that share a port ask each for itself.
@@ -25,10 +23,9 @@ pub(crate) enum Row {
 
 impl Row {
     /// All of them.
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 6] = [
         Self::ClientsApart,
         Self::Refused,
-        Self::Closed,
         Self::OneBackend,
         Self::SharedPort,
         Self::OnePort,
@@ -40,7 +37,6 @@ impl Row {
         match self {
             Self::ClientsApart => "A2",
             Self::Refused => "F1, F4",
-            Self::Closed => "K2",
             Self::OneBackend => "two Services, one backend",
             Self::SharedPort => "`SO_REUSEPORT`",
             Self::OnePort => "one local port",
@@ -58,8 +54,12 @@ pub(crate) enum Fault {
     /// A socket that connected to a Service without endpoints, and sends there by address when there are some, is led to a backend
     /// that is not its peer: it never hears the answer.
     LedFromPeer,
-    /// A socket that connects to the same Service once more, or loses its peer and asks the Service by address, gets another backend.
+    /// A socket that comes back to a Service after it was connected elsewhere, loses its peer and asks the Service by address, or asked it
+    /// while it was connected elsewhere, gets another backend.
     DrawsAnew,
+    /// A connected socket whose backend is gone hears nothing from its Service's own address: neither an answer, where nothing
+    /// translates what it sends, nor the ICMP error of a refusal.
+    NotTold,
     /// A socket that loses its peer and with it its port, and connects to no Service next, is remembered with what it was told before.
     Remembered,
 }

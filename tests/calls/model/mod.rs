@@ -16,10 +16,13 @@ use super::{
 };
 
 mod allowed;
+mod service;
 mod streams;
 mod udp;
 
 pub(super) use allowed::{Fault, Row};
+
+use service::{Door, Service};
 
 /// What a call came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,14 +51,6 @@ pub(super) enum Prospect {
     Nothing,
 }
 
-struct Service {
-    present: bool,
-    endpoints: Vec<u8>,
-    sticky: bool,
-    /// The backend that the client has over TCP and over UDP, where the Service is sticky.
-    remembered: [Option<u8>; 2],
-}
-
 /// A port that sockets have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Port {
@@ -71,6 +66,29 @@ enum Way {
     AsAsked,
     /// A backend in place of a Service, which may not be known yet.
     Led(Option<u8>),
+    /// Such a backend, which does not serve any more: packets to it are led to the Service, to a backend by now.
+    Moved(Option<u8>, Option<u8>),
+}
+
+impl Way {
+    /// The one place that says what becomes of a connected UDP socket that was led to a backend which is gone: its next datagram
+    /// begins another flow, as it would by packets.
+    fn after(self, service: &Service) -> Self {
+        match self {
+            Self::Led(None) if service.has_lost() => Self::Moved(None, None),
+            Self::Led(Some(backend)) if !service.serves(backend) => Self::Moved(Some(backend), None),
+            Self::Moved(end, now) => Self::Moved(end, now.filter(|backend| service.serves(*backend))),
+            stays => stays,
+        }
+    }
+
+    /// The backend that the kernel has for the peer, if it is one, and if it is known.
+    const fn end(self) -> Option<Option<u8>> {
+        match self {
+            Self::AsAsked => None,
+            Self::Led(end) | Self::Moved(end, _) => Some(end),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -141,12 +159,7 @@ type Verdict = Result<(), String>;
 
 impl Model {
     pub(super) fn new(plane: Plane, ground: Ground, sequence: &Sequence) -> Self {
-        let services = sequence.services.iter().map(|shape| Service {
-            present: shape.present,
-            endpoints: shape.endpoints.clone(),
-            sticky: shape.sticky,
-            remembered: [None; 2],
-        });
+        let services = sequence.services.iter().map(Service::new);
         let mut model = Self {
             plane,
             side: sequence.side,
@@ -192,71 +205,59 @@ impl Model {
     fn misremembered(&self, socket: &Socket) -> Option<To> {
         let over = socket.over.filter(|_| self.excused(Fault::Remembered))?;
         let peer = socket.peer?;
-        let is_it = match over.way {
-            Way::Led(None) => matches!(peer.to, To::Backend(_)),
+        let is_it = match over.way.end() {
+            Some(None) => matches!(peer.to, To::Backend(_)),
             _ => Self::end_of(over) == peer.to,
         };
         is_it.then_some(over.to)
     }
 
     /// The endpoints of a Service, which is there or not.
-    pub(super) fn endpoints(&self, service: usize) -> &[u8] {
-        &self.services[service].endpoints
+    pub(super) fn endpoints(&self, service: usize) -> (&[u8], &[u8]) {
+        self.services[service].endpoints()
     }
 
     /// Whether a Service is there, and sticky.
     pub(super) fn standing(&self, service: usize) -> (bool, bool) {
-        (self.services[service].present, self.services[service].sticky)
+        self.services[service].standing()
     }
 
-    /// A Service changes. Sockets that the client gives up thereby are said, to be closed.
+    /// What is at an address.
+    fn door(&self, to: To) -> Door {
+        match to {
+            To::Backend(number) => Door::Of(vec![Server::Backend(number)]),
+            To::Elsewhere => Door::Of(vec![Server::Elsewhere]),
+            To::Service(number) => self.services[number].door(Some(Server::Untranslated)),
+            // The node listens on no such port itself.
+            To::NodePort(number) => self.services[number].door(None),
+        }
+    }
+
+    /// A Service changes. Sockets that are not to be played with any more ([`Fault::Remembered`]) are said.
     pub(super) fn change(&mut self, number: usize, change: Change) -> Vec<usize> {
-        let to = To::Service(number);
         let service = &mut self.services[number];
-        match change {
-            Change::Joins(backend) => {
-                if !service.endpoints.contains(&backend) {
-                    service.endpoints.push(backend);
-                    service.endpoints.sort_unstable();
-                }
-                return Vec::new();
-            }
-            Change::Leaves(backend) => {
-                service.endpoints.retain(|known| *known != backend);
-                for remembered in &mut service.remembered {
-                    *remembered = remembered.filter(|known| *known != backend);
-                }
-                self.flows.retain(|flow| flow.to != to || flow.backend != backend);
-            }
-            Change::Goes => {
-                (service.present, service.remembered) = (false, [None; 2]);
-                self.flows.retain(|flow| flow.to != to);
-            }
-            Change::Comes => {
-                service.present = true;
-                return Vec::new();
+        service.change(change);
+        let gone = |flow: &Flow| flow.to.service() == Some(number) && !service.serves(flow.backend);
+        self.flows.retain(|flow| !gone(flow));
+        let service = &self.services[number];
+        for socket in self.sockets.iter_mut().filter(|socket| socket.transport == Transport::Udp) {
+            if let Some(peer) = socket.peer.as_mut().filter(|peer| peer.to.service() == Some(number)) {
+                peer.way = peer.way.after(service);
             }
         }
-        self.lost(number, change)
-    }
-
-    /// The one place that says what becomes of a connected UDP socket whose backend is gone. By packets its next datagram begins
-    /// another flow. In eBPF the socket is closed ([`Row::Closed`]), and the client makes another one.
-    fn lost(&self, number: usize, change: Change) -> Vec<usize> {
-        if !self.also(Row::Closed) {
-            return Vec::new();
-        }
-        let is_lost = |socket: &Socket| {
-            let remembered = if self.misremembered(socket).is_some() { socket.over } else { socket.peer };
-            let Some(Peer { to, way: Way::Led(backend) }) = remembered else { return false };
-            let gone = match change {
-                Change::Leaves(left) => backend.is_none_or(|backend| backend == left),
-                _ => true,
-            };
-            socket.transport == Transport::Udp && to == To::Service(number) && gone
+        let lost = |socket: &Socket| {
+            let over = socket.over.filter(|_| self.misremembered(socket).is_some());
+            let is_its =
+                |over: &Peer| over.to.service() == Some(number) && over.way != over.way.after(service);
+            socket.transport == Transport::Udp && over.as_ref().is_some_and(is_its)
         };
         let sockets = self.sockets.iter().enumerate();
-        sockets.filter(|(_, socket)| is_lost(socket)).map(|(slot, _)| slot).collect()
+        sockets.filter(|(_, socket)| lost(socket)).map(|(slot, _)| slot).collect()
+    }
+
+    /// Whether a call can be judged.
+    pub(super) fn knows(&self, slot: usize, act: Act) -> bool {
+        !matches!(act, Act::Send(to) if self.is_moved(slot, to))
     }
 
     /// What a call on a socket will lead to.
@@ -265,7 +266,7 @@ impl Model {
         let something = match (act, socket.transport) {
             (Act::Send(to), Transport::Udp) => self.datagram_arrives(socket, to),
             (Act::Send(_), Transport::Tcp) => socket.peer.is_some(),
-            (Act::Connect(to), Transport::Tcp) => socket.peer.is_none() && !self.is_refused(to),
+            (Act::Connect(to), Transport::Tcp) => socket.peer.is_none() && self.door(to) != Door::Closed,
             (Act::Receive { .. }, _) => socket.error.is_some() || self.has_answer(socket),
             _ => false,
         };
@@ -275,11 +276,6 @@ impl Model {
     /// Whether an answer is certainly there.
     fn has_answer(&self, socket: &Socket) -> bool {
         self.waiting.iter().any(|waiting| waiting.at == [socket.id] && !waiting.perhaps)
-    }
-
-    /// Whether a Service is there that has no endpoints.
-    fn is_refused(&self, to: To) -> bool {
-        matches!(to, To::Service(number) if self.services[number].present && self.services[number].endpoints.is_empty())
     }
 
     /// Judges a call, of which `question` is what it sent.

@@ -2,14 +2,14 @@
 
 use nix::errno::Errno;
 
-use super::{Model, Outcome, Peer, Port, Row, Socket, Verdict, Waiting, Way, is};
+use super::{Door, Model, Outcome, Peer, Port, Row, Socket, Verdict, Waiting, Way, is};
 use crate::{
     sequence::{To, Transport},
     servers::Server,
     world::Plane,
 };
 
-/// The place of TCP in [`super::Service::remembered`].
+/// TCP for [`super::Service::remembers`].
 const TCP: usize = 0;
 
 impl Model {
@@ -49,21 +49,13 @@ impl Model {
 
     /// What a new connection may come to.
     fn connections(&self, to: To) -> Vec<Outcome> {
-        let To::Service(number) = to else {
-            let server =
-                if let To::Backend(number) = to { Server::Backend(number) } else { Server::Elsewhere };
-            return vec![Outcome::Reached(server)];
-        };
-        let service = &self.services[number];
-        if !service.present {
-            return vec![Outcome::Reached(Server::Untranslated)];
-        }
-        if service.endpoints.is_empty() {
+        let Door::Of(mut servers) = self.door(to) else {
             return vec![Outcome::Failed(Errno::ECONNREFUSED)];
+        };
+        if let Some(backend) = to.service().and_then(|number| self.services[number].remembers(TCP)) {
+            servers = vec![Server::Backend(backend)];
         }
-        let remembered = service.remembered[TCP].filter(|_| service.sticky);
-        let backends = remembered.map_or_else(|| service.endpoints.clone(), |backend| vec![backend]);
-        backends.into_iter().map(|backend| Outcome::Reached(Server::Backend(backend))).collect()
+        servers.into_iter().map(Outcome::Reached).collect()
     }
 
     /// The peers of other connections from the port of a socket.
@@ -79,20 +71,20 @@ impl Model {
 
     /// What the kernel has for a peer.
     pub(super) const fn end_of(peer: Peer) -> To {
-        match peer.way {
-            Way::Led(Some(backend)) => To::Backend(backend),
+        match peer.way.end() {
+            Some(Some(backend)) => To::Backend(backend),
             _ => peer.to,
         }
     }
 
     fn connected(&mut self, slot: usize, to: To, server: Server) {
         let backend = if let Server::Backend(number) = server { Some(number) } else { None };
-        let led = self.plane == Plane::Sockets && matches!(to, To::Service(_)) && backend.is_some();
+        let led = self.plane == Plane::Sockets && to.service().is_some() && backend.is_some();
         self.met(slot, Peer { to, way: if led { Way::Led(backend) } else { Way::AsAsked } });
         let socket = &mut self.sockets[slot];
         (socket.error, socket.asked) = (None, vec![(to, server)]);
-        if let (To::Service(number), Some(backend)) = (to, backend) {
-            self.services[number].remembered[TCP].get_or_insert(backend);
+        if let (Some(number), Some(backend)) = (to.service(), backend) {
+            self.services[number].remember(TCP, backend);
         }
     }
 

@@ -2,27 +2,21 @@
 
 use nix::errno::Errno;
 
-use super::{Fault, Flow, Model, Outcome, Peer, Port, Row, Socket, Verdict, Waiting, Way, is};
+use super::{Door, Fault, Flow, Model, Outcome, Peer, Port, Row, Socket, Verdict, Waiting, Way, is};
 use crate::{
     sequence::{Side, To, Transport, Wire},
     servers::Server,
     world::Plane,
 };
 
-/// The place of UDP in [`super::Service::remembered`].
+/// UDP for [`super::Service::remembers`].
 const UDP: usize = 1;
-
-/// Where a datagram may get.
-enum Reach {
-    To(Vec<Server>),
-    Refused,
-}
 
 impl Model {
     pub(super) fn connect_datagrams(&mut self, slot: usize, to: To, outcome: Outcome) -> Verdict {
         let socket = &self.sockets[slot];
-        let way = match to {
-            To::Service(number) if self.plane == Plane::Sockets && self.serves(number) => {
+        let way = match to.service() {
+            Some(number) if self.plane == Plane::Sockets && !self.services[number].drawn().is_empty() => {
                 let draws_anew = self.excused(Fault::DrawsAnew);
                 Way::Led(if draws_anew { self.begun(socket, to) } else { self.known(socket, to) })
             }
@@ -32,14 +26,10 @@ impl Model {
         is(outcome, &[Outcome::Done])
     }
 
-    fn serves(&self, number: usize) -> bool {
-        self.services[number].present && !self.services[number].endpoints.is_empty()
-    }
-
     /// The backend that a socket has already.
     fn known(&self, socket: &Socket, to: To) -> Option<u8> {
         let connected = socket.peer.filter(|peer| peer.to == to).and_then(|peer| match peer.way {
-            Way::Led(backend) => backend,
+            Way::Led(backend) | Way::Moved(_, backend) => backend,
             Way::AsAsked => None,
         });
         connected.or_else(|| self.begun(socket, to))
@@ -56,40 +46,43 @@ impl Model {
         self.flows.iter().find(is_its).map(|flow| flow.backend)
     }
 
-    fn reach(&self, socket: &Socket, to: To) -> Reach {
-        let number = match to {
-            To::Backend(number) => return Reach::To(vec![Server::Backend(number)]),
-            To::Elsewhere => return Reach::To(vec![Server::Elsewhere]),
-            To::Service(number) => number,
-        };
-        let service = &self.services[number];
-        if !service.present {
-            return Reach::To(vec![Server::Untranslated]);
+    fn reach(&self, socket: &Socket, to: To) -> Door {
+        let (Some(number), Door::Of(servers)) = (to.service(), self.door(to)) else { return self.door(to) };
+        if !self.services[number].standing().0 {
+            return Door::Of(servers);
         }
-        if service.endpoints.is_empty() {
-            return Reach::Refused;
+        // The backend was drawn when the socket connected, and may have begun to drain since.
+        let is_drawn = socket.peer.is_some_and(|peer| peer.to == to && peer.way.end() == Some(None));
+        if is_drawn && self.known(socket, to).is_none() {
+            return Door::Of(self.services[number].serving());
         }
-        let apart = self.is_left_to_packets(socket, to) && self.also(Row::ClientsApart);
-        if let Some(backend) = self.known(socket, to).filter(|_| !apart) {
-            return Reach::To(vec![Server::Backend(backend)]);
-        }
-        match service.remembered[UDP].filter(|_| service.sticky && !apart) {
-            Some(backend) => Reach::To(vec![Server::Backend(backend)]),
-            None => Reach::To(service.endpoints.iter().copied().map(Server::Backend).collect()),
+        let known = self.known(socket, to).filter(|_| !self.is_left_to_packets(socket, to));
+        let remembered = self.services[number].remembers(UDP).filter(|_| !self.is_apart(socket, to));
+        match known.or(remembered) {
+            Some(backend) => Door::Of(vec![Server::Backend(backend)]),
+            None => Door::Of(servers),
         }
     }
 
     /// Whether a socket is connected as it asked, so that only packets are led, or answers what it takes for a client there.
     fn is_left_to_packets(&self, socket: &Socket, to: To) -> bool {
-        socket.peer.is_some_and(|peer| peer.way == Way::AsAsked) || socket.strangers.contains(&to)
+        let as_asked = socket.peer.is_some_and(|peer| peer.way == Way::AsAsked);
+        self.plane == Plane::Sockets && (as_asked || socket.strangers.contains(&to))
+    }
+
+    /// Whether a socket is another client than those that are led at the socket.
+    fn is_apart(&self, socket: &Socket, to: To) -> bool {
+        let peer = socket.peer.filter(|peer| peer.to == to);
+        let is_moved = peer.is_some_and(|peer| matches!(peer.way, Way::Moved(..)));
+        (is_moved || self.is_left_to_packets(socket, to)) && self.also(Row::ClientsApart)
     }
 
     /// A socket hears an answer from a Service's address that was not translated.
     pub(super) fn meet(&mut self, slot: usize, to: To) {
-        let To::Service(number) = to else { return };
+        let Some(number) = to.service() else { return };
         if self.excused(Fault::TakenForClient)
             && self.sockets[slot].peer.is_none()
-            && self.services[number].present
+            && self.services[number].standing().0
         {
             let id = self.sockets[slot].id;
             self.sockets[slot].strangers.push(to);
@@ -97,9 +90,22 @@ impl Model {
         }
     }
 
+    /// Whether packets to a backend from a socket's port are led to a Service, because that one was a socket's there and is gone: what is
+    /// sent to it by its own address cannot be told from that ([`Row::OneBackend`]).
+    pub(super) fn is_moved(&self, slot: usize, to: Option<To>) -> bool {
+        let socket = &self.sockets[slot];
+        let Some(To::Backend(backend)) = to.or(socket.peer.map(|peer| peer.to)) else { return false };
+        let moves = |other: &&Socket| {
+            let is_near = other.id == socket.id || (other.port == socket.port && other.port.is_some());
+            let Some(Peer { way: Way::Moved(end, _), .. }) = other.peer else { return false };
+            is_near && end.is_none_or(|end| end == backend)
+        };
+        socket.transport == Transport::Udp && self.sockets.iter().find(moves).is_some()
+    }
+
     pub(super) fn datagram_arrives(&self, socket: &Socket, to: Option<To>) -> bool {
         let to = to.or(socket.peer.map(|peer| peer.to));
-        socket.error.is_none() && to.is_some_and(|to| matches!(self.reach(socket, to), Reach::To(_)))
+        socket.error.is_none() && to.is_some_and(|to| matches!(self.reach(socket, to), Door::Of(_)))
     }
 
     pub(super) fn send_datagram(
@@ -118,21 +124,27 @@ impl Model {
         // An IPv6 socket sends to its IPv4 peer by its address.
         let by_address = given.is_some() || self.wire == Wire::Mapped;
         let at_once = Outcome::Failed(Errno::ECONNREFUSED);
+        // What is left to packets no program refuses, nor a port of the node that no Service has.
         let left = self.is_left_to_packets(&self.sockets[slot], to);
-        let by_program = by_address && (!left || self.misremembered(&self.sockets[slot]).is_some());
-        if matches!(reach, Reach::Refused) && by_program && self.also(Row::Refused) && outcome == at_once {
+        let is_there = to.service().is_some_and(|number| self.services[number].standing().0);
+        let by_program =
+            by_address && is_there && (!left || self.misremembered(&self.sockets[slot]).is_some());
+        if matches!(reach, Door::Closed) && by_program && self.also(Row::Refused) && outcome == at_once {
             return Ok(());
         }
         if let Some(error) = self.sockets[slot].error.take() {
             return is(outcome, &[Outcome::Failed(error)]);
         }
         let allowed = match reach {
-            Reach::To(servers) => servers,
-            Reach::Refused => {
+            Door::Of(servers) => servers,
+            Door::Closed => {
                 // The ICMP error comes to the host's own sockets too, beside what sending answers.
-                let is_host = self.side == Side::Host;
+                let is_host = self.side == Side::Host && matches!(to, To::Service(_));
+                let is_excused = self.excused(Fault::NotTold);
                 let socket = &mut self.sockets[slot];
-                if socket.peer.is_some_and(|peer| peer.to == to) {
+                let peer = socket.peer.filter(|peer| peer.to == to);
+                let is_deaf = peer.is_some_and(|peer| matches!(peer.way, Way::Moved(..))) && is_excused;
+                if peer.is_some() && !is_deaf {
                     socket.error = Some(Errno::ECONNREFUSED);
                 }
                 return is(
@@ -151,32 +163,36 @@ impl Model {
 
     /// A datagram got there, and the answer has come.
     fn reached(&mut self, slot: usize, given: Option<To>, to: To, server: Server, question: u64) {
-        let apart = self.is_left_to_packets(&self.sockets[slot], to);
+        let left = self.is_left_to_packets(&self.sockets[slot], to);
+        let apart = self.is_apart(&self.sockets[slot], to);
         let socket = &mut self.sockets[slot];
         let is_peer = socket.peer.is_some_and(|peer| peer.to == to);
         if let (Some(peer), Server::Backend(backend)) = (&mut socket.peer, server)
             && peer.to == to
-            && peer.way == Way::Led(None)
         {
-            peer.way = Way::Led(Some(backend));
+            peer.way = match peer.way {
+                Way::Led(_) => Way::Led(Some(backend)),
+                Way::Moved(end, _) => Way::Moved(end, Some(backend)),
+                Way::AsAsked => Way::AsAsked,
+            };
         }
         if given.is_some() && !is_peer {
             socket.asked.push((to, server));
         }
         let Some(port) = socket.port else { return };
         let (asker, peers) = (socket.id, socket.peers);
-        if let (To::Service(number), Server::Backend(backend)) = (to, server) {
+        if let (Some(number), Server::Backend(backend)) = (to.service(), server) {
             let is_known = |flow: &Flow| flow.to == to && flow.port == port && flow.socket == asker;
-            let forgets = is_peer && self.excused(Fault::DrawsAnew);
+            let forgets = (is_peer || left) && self.excused(Fault::DrawsAnew);
             if !forgets && !self.flows.iter().any(is_known) {
                 self.flows.push(Flow { port, socket: asker, to, backend });
             }
-            if !(apart && self.also(Row::ClientsApart)) {
-                self.services[number].remembered[UDP].get_or_insert(backend);
+            if !apart {
+                self.services[number].remember(UDP, backend);
             }
         }
         let (at, mut perhaps) = self.hearers(slot, port, to, server);
-        perhaps |= apart && self.excused(Fault::LedFromPeer);
+        perhaps |= left && self.excused(Fault::LedFromPeer);
         if !at.is_empty() {
             self.waiting.push(Waiting { question, server, asker, to, at, perhaps, peers });
         }
@@ -184,16 +200,22 @@ impl Model {
 
     /// The sockets that may get the answer to what one of them asked, and whether none may as well.
     fn hearers(&self, slot: usize, port: Port, to: To, server: Server) -> (Vec<u32>, bool) {
-        let from = self.sender(&self.sockets[slot], to, server);
+        let asker = &self.sockets[slot];
+        let from = self.sender(asker, to, server);
+        let is_moved = asker.peer.is_some_and(|peer| peer.to == to && matches!(peer.way, Way::Moved(..)));
+        let is_lost = is_moved && server == Server::Untranslated && self.excused(Fault::NotTold);
         let on_port = |socket: &&Socket| socket.transport == Transport::Udp && socket.port == Some(port);
         let (mut certain, mut perhaps, mut open) = (Vec::new(), Vec::new(), Vec::new());
         for socket in self.sockets.iter().filter(on_port) {
             match socket.peer {
-                None if socket.hears.is_none_or(|known| Self::end_of(known) == from) => open.push(socket.id),
+                Some(peer) if socket.id == asker.id && peer.to == to && !is_lost => certain.push(socket.id),
+                None if socket.hears.is_none_or(|known| self.is_one_address(Self::end_of(known), from)) => {
+                    open.push(socket.id)
+                }
                 // What it hears is a backend in place of the Service that it was connected to.
                 None if self.plane == Plane::Sockets => perhaps.push(socket.id),
                 None => {}
-                Some(peer) if peer.way == Way::Led(None) => perhaps.push(socket.id),
+                Some(peer) if peer.way.end() == Some(None) => perhaps.push(socket.id),
                 Some(peer) if Self::end_of(peer) == from => certain.push(socket.id),
                 Some(_) => {}
             }
@@ -207,10 +229,19 @@ impl Model {
         (certain, false)
     }
 
+    fn is_one_address(&self, one: To, other: To) -> bool {
+        self.ground.at(one).ip() == self.ground.at(other).ip()
+    }
+
     /// Where an answer comes from as the kernel sees it.
     fn sender(&self, socket: &Socket, to: To, server: Server) -> To {
-        match (to, server) {
-            (To::Service(_), Server::Backend(backend))
+        let peer = socket.peer.filter(|peer| peer.to == to);
+        let moved = peer.filter(|peer| matches!(peer.way, Way::Moved(..)) && server != Server::Untranslated);
+        if let Some(peer) = moved {
+            return Self::end_of(peer);
+        }
+        match (to.service(), server) {
+            (Some(_), Server::Backend(backend))
                 if self.plane == Plane::Sockets && !self.is_left_to_packets(socket, to) =>
             {
                 To::Backend(backend)
@@ -227,7 +258,7 @@ impl Model {
         if self.also(Row::OneBackend) {
             let last = socket.asked.iter().rev().find(|(_, by)| *by == answer.server).map(|(to, _)| *to);
             shown.extend(match socket.peer {
-                Some(peer) => (Self::end_of(peer) == raw || peer.way == Way::Led(None)).then_some(peer.to),
+                Some(peer) => (Self::end_of(peer) == raw || peer.way.end() == Some(None)).then_some(peer.to),
                 None => last,
             });
         }
@@ -237,7 +268,8 @@ impl Model {
         if self.also(Row::SharedPort) && socket.id != answer.asker {
             shown.push(raw);
         }
-        let is_late = socket.peers != answer.peers || self.known(socket, answer.to) != Some(backend);
+        let has_moved = answer.to.service().is_some() && self.known(socket, answer.to) != Some(backend);
+        let is_late = socket.peers != answer.peers || has_moved;
         if self.also(Row::ReadLate) && is_late {
             shown.push(raw);
             shown.extend(socket.asked.iter().filter(|(_, by)| *by == answer.server).map(|(to, _)| *to));
