@@ -90,17 +90,23 @@ impl Model {
         }
     }
 
-    /// Whether packets to a backend from a socket's port are led to a Service, because that one was a socket's there and is gone: what is
-    /// sent to it by its own address cannot be told from that ([`Row::OneBackend`]).
+    /// Whether packets to a backend from a socket's port are led to a Service, because the backend was a socket's there and is gone: what
+    /// is sent to it by its own address, or through another Service, cannot be told from that ([`Row::OneBackend`]).
     pub(super) fn is_moved(&self, slot: usize, to: Option<To>) -> bool {
         let socket = &self.sockets[slot];
-        let Some(To::Backend(backend)) = to.or(socket.peer.map(|peer| peer.to)) else { return false };
+        let Some(to) = to.or(socket.peer.map(|peer| peer.to)) else { return false };
+        let backends = match to {
+            To::Backend(backend) => vec![Server::Backend(backend)],
+            To::Elsewhere => return false,
+            To::Service(number) | To::NodePort(number) => self.services[number].serving(),
+        };
         let moves = |other: &&Socket| {
             let is_near = other.id == socket.id || (other.port == socket.port && other.port.is_some());
-            let Some(Peer { way: Way::Moved(end, _), .. }) = other.peer else { return false };
-            is_near && end.is_none_or(|end| end == backend)
+            let Some(Peer { to: peer, way: Way::Moved(end, _) }) = other.peer else { return false };
+            let meets = end.map_or(!backends.is_empty(), |end| backends.contains(&Server::Backend(end)));
+            is_near && peer != to && meets
         };
-        socket.transport == Transport::Udp && self.sockets.iter().find(moves).is_some()
+        socket.transport == Transport::Udp && self.sockets.iter().any(|other| moves(&other))
     }
 
     pub(super) fn datagram_arrives(&self, socket: &Socket, to: Option<To>) -> bool {
