@@ -51,9 +51,6 @@ pub(crate) enum Fault {
     /// A socket that asks a Service before it comes, and reads the answer after, takes the Service for a client of its own: what it
     /// sends there is left to the packets, which draw for themselves.
     TakenForClient,
-    /// A socket that connected to a Service without endpoints, and sends there by address when there are some, is led to a backend
-    /// that is not its peer: it never hears the answer.
-    LedFromPeer,
     /// A socket that comes back to a Service after it was connected elsewhere, loses its peer and asks the Service by address, or asked it
     /// while it was connected elsewhere, gets another backend.
     DrawsAnew,

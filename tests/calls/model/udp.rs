@@ -198,7 +198,7 @@ impl Model {
             }
         }
         let (at, mut perhaps) = self.hearers(slot, port, to, server);
-        perhaps |= left && self.excused(Fault::LedFromPeer);
+        perhaps |= left && self.misremembered(&self.sockets[slot]).is_some();
         if !at.is_empty() {
             self.waiting.push(Waiting { question, server, asker, to, at, perhaps, peers });
         }
