@@ -9,7 +9,7 @@ use std::{
     io,
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::unix::fs::symlink,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Arc, mpsc},
     thread,
     time::{Duration, Instant},
@@ -246,9 +246,9 @@ impl Origins {
     }
 }
 
-fn sockets([origins, seats]: [MapData; 2], names: impl Into<PathBuf>) -> Sockets {
+fn sockets([origins, seats]: [MapData; 2], names: &Path) -> Sockets {
     // A directory that is not there is one without names.
-    Sockets::new(origins, seats, [PathBuf::from("/nowhere"), names.into()]).unwrap()
+    Sockets::new(origins, seats, &[Path::new("/nowhere"), names]).unwrap()
 }
 
 /// A directory in which these namespaces have names.
@@ -481,7 +481,7 @@ fn connections_are_reset_after_the_time_that_the_service_says_and_not_before() {
     let (sender, receiver) = mpsc::channel();
     let (report, reports) = mpsc::channel();
     let room = host.namespace.thread(move || {
-        let sockets = sockets(maps, directory);
+        let sockets = sockets(maps, &directory);
         sockets.run(&receiver, |closed| report.send((Instant::now(), closed)).unwrap());
     });
     let room = room.unwrap();
@@ -540,11 +540,11 @@ fn the_maps_are_opened_by_their_pins_and_a_missing_one_is_named() {
         let mut ebpf = EbpfLoader::new().load(PROGRAMS).unwrap();
         for name in ["origins", "seats"] {
             let pin = root.path().join(name);
-            let error = Sockets::open(root.path(), ["/run/netns"]).err().unwrap().to_string();
+            let error = Sockets::open(root.path(), &[Path::new("/run/netns")]).err().unwrap().to_string();
             assert!(error.contains(pin.to_str().unwrap()), "{error}");
             ebpf.map_mut(name).unwrap().pin(&pin).unwrap();
         }
-        let sockets = Sockets::open(root.path(), ["/run/netns"]).unwrap();
+        let sockets = Sockets::open(root.path(), &[Path::new("/run/netns")]).unwrap();
         assert_eq!(sockets.wait(), None);
         nix::mount::umount(root.path()).unwrap();
     };

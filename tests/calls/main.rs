@@ -5,9 +5,9 @@
 //! sequence (chance) ─▶ player (real sockets in a world of each plane) ─▶ model (what may be answered)
 //! ```
 //!
-//! 2,000 sequences are played. More are by hand: `PROPTEST_CASES=100000 cargo xtask test calls`. A failure says
-//! its seed, with which `WEIR_CALLS_SEED` plays the same sequences again, and the shortest sequence found that fails. Which of its
-//! backends a Service draws is chance that no seed brings back.
+//! 2,000 sequences are played, the same ones each time, so that a change is not blamed for what another one left. Others, and more, are
+//! by hand: `PROPTEST_CASES=100000 cargo xtask test calls`. A failure says its seed, with which `WEIR_CALLS_SEED` plays the same
+//! sequences again, and the shortest sequence found that fails. Which of its backends a Service draws is chance that no seed brings back.
 
 #![deny(unsafe_code)]
 
@@ -41,6 +41,8 @@ mod world;
 
 /// So many sequences are played where nothing else is said.
 const SEQUENCES: u32 = 2_000;
+/// Which ones.
+const SEED: u64 = 1;
 /// So many threads play them, each with worlds of its own. With another number a seed means other sequences.
 const THREADS: usize = 8;
 /// How often a shorter sequence is tried until it counts as one that does not fail: draws are chance.
@@ -117,9 +119,11 @@ fn told(trouble: Trouble) -> String {
 
 #[test]
 fn sockets_answer_as_if_packets_were_translated() -> Result<()> {
-    let cases = number("PROPTEST_CASES")?.unwrap_or(SEQUENCES);
+    let asked = number("PROPTEST_CASES")?;
+    let cases = asked.unwrap_or(SEQUENCES);
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
-    let seed = number("WEIR_CALLS_SEED")?.unwrap_or(now.as_nanos() as u64);
+    let usual = if asked.is_some() { now.as_nanos() as u64 } else { SEED };
+    let seed = number("WEIR_CALLS_SEED")?.unwrap_or(usual);
     let run = Run { seed, played: AtomicU32::new(0), over: AtomicBool::new(false) };
     let begun = Instant::now();
     let results: Vec<Result<()>> = thread::scope(|scope| {

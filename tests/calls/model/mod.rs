@@ -140,6 +140,8 @@ struct Waiting {
     perhaps: bool,
     /// As [`Socket::peers`] of the one that asked, when it came.
     peers: u32,
+    /// Whether its socket is connected to a backend that is gone, from whose address it comes.
+    moved: bool,
 }
 
 /// All that is known.

@@ -97,7 +97,7 @@ impl Model {
         let Some(&(to, server)) = socket.asked.last() else { return Err("it is not connected".to_owned()) };
         debug_assert_eq!(to, peer.to);
         let (asker, at, peers) = (socket.id, vec![socket.id], socket.peers);
-        self.waiting.push(Waiting { question, server, asker, to, at, perhaps: false, peers });
+        self.waiting.push(Waiting { question, server, asker, to, at, perhaps: false, peers, moved: false });
         is(outcome, &[Outcome::Reached(server)])
     }
 }

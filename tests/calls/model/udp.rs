@@ -4,7 +4,7 @@ use nix::errno::Errno;
 
 use super::{Door, Fault, Flow, Model, Outcome, Peer, Port, Row, Socket, Verdict, Waiting, Way, is};
 use crate::{
-    sequence::{Side, To, Transport, Wire},
+    sequence::{BACKENDS, Side, To, Transport, Wire},
     servers::Server,
     world::Plane,
 };
@@ -197,10 +197,12 @@ impl Model {
                 self.services[number].remember(UDP, backend);
             }
         }
+        let peer = self.sockets[slot].peer.filter(|peer| peer.to == to);
+        let moved = peer.is_some_and(|peer| matches!(peer.way, Way::Moved(..)));
         let (at, mut perhaps) = self.hearers(slot, port, to, server);
         perhaps |= left && self.misremembered(&self.sockets[slot]).is_some();
         if !at.is_empty() {
-            self.waiting.push(Waiting { question, server, asker, to, at, perhaps, peers });
+            self.waiting.push(Waiting { question, server, asker, to, at, perhaps, peers, moved });
         }
     }
 
@@ -278,6 +280,9 @@ impl Model {
         let is_late = socket.peers != answer.peers || has_moved;
         if self.also(Row::ReadLate) && is_late {
             shown.push(raw);
+            if answer.moved {
+                shown.extend((0..BACKENDS).map(To::Backend));
+            }
             shown.extend(socket.asked.iter().filter(|(_, by)| *by == answer.server).map(|(to, _)| *to));
         }
         shown

@@ -86,7 +86,7 @@ impl Sockets {
     /// # Errors
     ///
     /// When a map is not there, or this kernel or our privileges do not allow closing sockets, as [`supported`] tells.
-    pub fn open(maps: &Path, names: impl IntoIterator<Item: Into<PathBuf>>) -> Result<Self, Error> {
+    pub fn open(maps: &Path, names: &[&Path]) -> Result<Self, Error> {
         let open = |name: &str| {
             let path = maps.join(name);
             MapData::from_pin(&path)
@@ -100,14 +100,10 @@ impl Sockets {
     /// # Errors
     ///
     /// As [`Sockets::open`].
-    pub fn new(
-        origins: MapData,
-        seats: MapData,
-        names: impl IntoIterator<Item: Into<PathBuf>>,
-    ) -> Result<Self, Error> {
+    pub fn new(origins: MapData, seats: MapData, names: &[&Path]) -> Result<Self, Error> {
         supported()?;
         let namespaces =
-            Namespaces { names: names.into_iter().map(Into::into).collect(), processes: "/proc".into() };
+            Namespaces { names: names.iter().map(PathBuf::from).collect(), processes: "/proc".into() };
         let (origins, judge, moved) = (Origins { origins, seats }, Judge::default(), MovedSockets::open()?);
         Ok(Self { origins, namespaces, judge, moved, look_at_moved: 0, complaint: None })
     }
