@@ -362,37 +362,71 @@ fn comes_to(server: &UdpSocket, client: &Socket, word: &[u8]) -> bool {
     from == client.local_addr().unwrap().as_socket().unwrap() && &read[..len] == word
 }
 
+/// Sends a word, and says whether these servers hear nothing of it, until a word that is sent later has come to `witness`.
+fn is_dropped(client: &Socket, servers: [&UdpSocket; 2], witness: (&UdpSocket, &Socket)) -> bool {
+    // The host's own filters tell the sender.
+    let told = client.send(b"dropped").is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied);
+    let (server, sender) = witness;
+    assert!(comes_to(server, sender, b"later"));
+    let mut read = [0; 16];
+    let nothing = |server: &UdpSocket| {
+        server.set_nonblocking(true).unwrap();
+        let heard = server.recv(&mut read).is_ok();
+        server.set_nonblocking(false).unwrap();
+        !heard
+    };
+    told && servers.into_iter().all(nothing)
+}
+
 #[test]
-fn datagrams_of_udp_sockets_go_to_their_service_again_when_nothing_serves_and_when_it_is_deleted() {
+fn datagrams_of_udp_sockets_go_to_their_service_while_it_is_there_and_to_their_backend_while_that_serves() {
     let host = Place::new("host");
-    let (service, service6) = (server_at(&host, VIP), server_at(&host, VIP6));
-    let (mut origins, maps) = Origins::new();
-    let names = named(&[]);
-    let mut sockets = host.namespace.run(|| sockets(maps, names.path()));
-    let plan = |serving: &[&str]| Some(port(Udp, AT_ONCE, VIP, serving));
-    let v6 = Some(port(Udp, AT_ONCE, VIP6, &[A6]));
-    let (lost, deleted) = (
-        host.client(Udp, A, false).led(&mut origins, VIP),
-        host.client(Udp, A6, false).led(&mut origins, VIP6),
-    );
-    let elsewhere = host.client(Udp, A, false).led(&mut origins, VIP);
-    elsewhere.socket.connect(&at(B).into()).unwrap();
-    let not_led = host.client(Udp, A, false);
+    for (vip, backend, number) in [(VIP, A, 0), (VIP6, A6, 2)] {
+        let (at_service, at_backend) = (server_at(&host, vip), &host.udp[number]);
+        let (mut origins, maps) = Origins::new();
+        let names = named(&[]);
+        let mut sockets = host.namespace.run(|| sockets(maps, names.path()));
+        let plan = |serving: &[&str]| Some(port(Udp, AT_ONCE, vip, serving));
+        let lost = host.client(Udp, backend, false).led(&mut origins, vip);
+        let not_led = host.client(Udp, backend, false);
+        let elsewhere = host.client(Udp, backend, false).led(&mut origins, vip);
+        let other = if vip == VIP { B } else { B6 };
+        elsewhere.socket.connect(&at(other).into()).unwrap();
 
-    sockets.take_in(in_force(true, [(None, plan(&[A])), (None, v6.clone())]));
-    assert_eq!(host.namespace.run(|| sockets.sweep()), Taken::default());
-    lost.works().unwrap();
-    sockets.take_in(in_force(false, [(plan(&[A]), plan(&[])), (v6, None)]));
-    assert_eq!(host.namespace.run(|| sockets.sweep()), Taken { moved: 2, ..Taken::default() });
-    assert!(comes_to(&service, &lost.socket, b"lost"));
-    assert!(comes_to(&service6, &deleted.socket, b"deleted"));
-    assert_eq!(elsewhere.socket.peer_addr().unwrap().as_socket(), Some(at(B)));
-    not_led.works().unwrap();
+        sockets.take_in(in_force(true, [(None, plan(&[backend]))]));
+        assert_eq!(host.namespace.run(|| sockets.sweep()), Taken::default());
+        lost.works().unwrap();
+        sockets.take_in(in_force(false, [(plan(&[backend]), plan(&[]))]));
+        assert_eq!(host.namespace.run(|| sockets.sweep()), Taken { moved: 1, ..Taken::default() });
+        assert!(comes_to(&at_service, &lost.socket, b"lost"));
+        assert_eq!(elsewhere.socket.peer_addr().unwrap().as_socket(), Some(at(other)));
+        not_led.works().unwrap();
 
-    // What another program removed is there again when everything is told anew, and what serves again is left alone.
-    sockets.take_in(in_force(true, [(None, plan(&[A]))]));
-    assert_eq!(host.namespace.run(|| sockets.sweep()), Taken::default());
-    assert!(comes_to(&service6, &deleted.socket, b"again"));
+        // It serves again: at once, whatever flow there is.
+        sockets.take_in(in_force(false, [(plan(&[]), plan(&[backend]))]));
+        assert_eq!(sockets.wait(), Some(Duration::ZERO));
+        host.namespace.run(|| sockets.sweep());
+        lost.works().unwrap();
+
+        // Without the Service, nothing goes anywhere, however often it is tried.
+        sockets.take_in(in_force(false, [(plan(&[backend]), None)]));
+        assert_eq!(host.namespace.run(|| sockets.sweep()), Taken { moved: 1, ..Taken::default() });
+        for _ in 0..3 {
+            assert!(is_dropped(&lost.socket, [&at_service, at_backend], (at_backend, &not_led.socket)));
+        }
+        sockets.take_in(in_force(false, [(None, plan(&[]))]));
+        host.namespace.run(|| sockets.sweep());
+        assert!(comes_to(&at_service, &lost.socket, b"back"));
+
+        // Another program removes the table: the next look puts it there again.
+        let table = if vip == VIP { "ip" } else { "ip6" };
+        let removed = host.namespace.stdout("nft", &["delete", "table", table, "weir-moved"]);
+        removed.unwrap();
+        await_that("the table is there again", || {
+            host.namespace.run(|| sockets.sweep());
+            host.namespace.stdout("nft", &["list", "table", table, "weir-moved"]).is_ok()
+        });
+    }
 }
 
 #[test]

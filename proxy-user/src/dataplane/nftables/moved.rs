@@ -6,6 +6,7 @@
 //! ```text
 //! chain nat-prerouting {
 //!     type nat hook prerouting priority -101
+//!     ct state new meta l4proto udp ip saddr . udp sport . ip daddr . udp dport @dropped drop
 //!     ct state new meta l4proto udp
 //!         udp dport set ip saddr . udp sport . ip daddr . udp dport map @ports
 //!         ip daddr set ip saddr . udp sport . ip daddr . udp dport map @addresses
@@ -35,6 +36,7 @@ use crate::{
 const TABLE: &str = "weir-moved";
 const PORTS: &str = "ports";
 const ADDRESSES: &str = "addresses";
+const DROPPED: &str = "dropped";
 
 /// Just before the table `weir` translates.
 const PRIORITY: i32 = -101;
@@ -48,6 +50,9 @@ pub struct Moved {
     pub backend: SocketAddr,
     /// The Service that it asked for, of the same family.
     pub service: SocketAddr,
+    /// Whether there is that Service now. Without it datagrams are dropped: the kernel would send those behind the first one to the
+    /// backend.
+    pub exists: bool,
 }
 
 /// Both tables, in the network namespace that this was opened in.
@@ -95,46 +100,67 @@ fn fill(transaction: &mut Transaction<'_>, family: Family, moved: &[Moved]) {
     transaction.add_table();
     transaction.add_set(&map_spec(PORTS, family, Part::Port, 2));
     transaction.add_set(&map_spec(ADDRESSES, family, Part::Address, expr::address_len(family)));
+    transaction.add_set(&set_spec(DROPPED, family, &KEY, ValueKind::None));
     for (name, hook) in [("nat-prerouting", Hook::PreRouting), ("nat-output", Hook::Out)] {
         let hook = Some((ChainType::Nat, hook, PRIORITY));
         transaction.add_chain(&ChainSpec { hook, ..ChainSpec::regular(name) });
+        transaction.add_rule(name, &drop_rule(family));
         transaction.add_rule(name, &rule(family));
     }
     let elements = |value: fn(SocketAddr) -> Vec<u8>| -> Vec<Element> {
-        moved.iter().map(|moved| element(moved, &value(moved.service))).collect()
+        let led = moved.iter().filter(|moved| moved.exists);
+        led.map(|moved| element(moved, Value::Data(value(moved.service).into()))).collect()
     };
+    let dropped = moved.iter().filter(|moved| !moved.exists);
+    let dropped: Vec<Element> = dropped.map(|moved| element(moved, Value::None)).collect();
+    transaction.add_missing_elements(DROPPED, &dropped);
     transaction.add_missing_elements(PORTS, &elements(|service| service.port().to_be_bytes().to_vec()));
     transaction.add_missing_elements(ADDRESSES, &elements(|service| address_bytes(service.ip())));
 }
 
+/// Of a socket: its own end, then the backend's.
+const KEY: [Part; 4] = [Part::Address, Part::Port, Part::Address, Part::Port];
+
 fn map_spec(name: &str, family: Family, value: Part, len: u32) -> SetSpec {
     let value = ValueKind::Data { nft_type: value.nft_type(family), len };
-    set_spec(name, family, &[Part::Address, Part::Port, Part::Address, Part::Port], value)
+    set_spec(name, family, &KEY, value)
 }
 
-fn element(moved: &Moved, value: &[u8]) -> Element {
+fn element(moved: &Moved, value: Value) -> Element {
     let end =
         |at: SocketAddr| [address_bytes(at.ip()), at.port().to_be_bytes().to_vec(), vec![0; 2]].concat();
     let key = [end(moved.client), end(moved.backend)].concat();
-    Element { key: key.into(), key_end: None, value: Value::Data(value.into()) }
+    Element { key: key.into(), key_end: None, value }
 }
 
-/// Both look-ups come before the packet changes, because the key is in it. Every packet that comes here begins a flow. The rule asks for
-/// that all the same, because then the kernel tracks flows, without which no chain of type nat is asked.
-fn rule(family: Family) -> Vec<Expr> {
+/// Every packet that comes here begins a flow. The rules ask for that all the same, because then the kernel tracks flows, without
+/// which no chain of type nat is asked.
+fn load(family: Family) -> Vec<Expr> {
     let words = expr::address_words(family);
-    let (port, address) = (expr::word(2 * words + 2), expr::word(2 * words + 3));
-    let lead = [
+    let load = [
         expr::protocol(expr::word(0)),
         expr::compare(expr::word(0), true, &[Protocol::Udp.number()]),
         expr::source_address(family, expr::word(0)),
         expr::source_port(expr::word(words)),
         expr::destination_address(family, expr::word(words + 1)),
         expr::destination_port(expr::word(2 * words + 1)),
+    ];
+    [expr::new_flow().to_vec(), load.to_vec()].concat()
+}
+
+fn drop_rule(family: Family) -> Vec<Expr> {
+    [load(family), vec![expr::in_set(expr::word(0), DROPPED), expr::drop()]].concat()
+}
+
+/// Both look-ups come before the packet changes, because the key is in it.
+fn rule(family: Family) -> Vec<Expr> {
+    let words = expr::address_words(family);
+    let (port, address) = (expr::word(2 * words + 2), expr::word(2 * words + 3));
+    let lead = vec![
         expr::map(expr::word(0), PORTS, port),
         expr::map(expr::word(0), ADDRESSES, address),
         expr::set_destination_port(port),
         expr::set_destination_address(family, address),
     ];
-    [expr::new_flow().to_vec(), lead.to_vec()].concat()
+    [load(family), lead].concat()
 }

@@ -68,6 +68,8 @@ pub(super) struct Judge {
     /// Up to when everything that came into force is known here; 0 before everything was told once.
     known: u64,
     due: BTreeMap<u64, BTreeSet<Protocol>>,
+    /// Whether a backend of a UDP port serves that did not before: what was moved away from it stays there no more.
+    pub(super) came_back: bool,
 }
 
 impl Judge {
@@ -122,7 +124,7 @@ impl Judge {
             handed_over |= before.is_some_and(|before| before != id);
         }
         let released = self.release(&id, &plan);
-        let new = !self.ports.contains_key(&id);
+        let new = self.ports.get(&id).is_none_or(|port| port.gone.is_some());
         let port = self.ports.entry(id.clone()).or_insert_with(|| Watched {
             plan: Arc::clone(&plan),
             since: at,
@@ -133,6 +135,8 @@ impl Judge {
         let lost: Vec<_> = served.filter(|backend| !serves(&plan, backend)).map(end).collect();
         let stricter = port.plan.on_removal != plan.on_removal;
         let shuts_out = id.protocol == Protocol::Udp && is_for_others(&port.plan, &plan);
+        self.came_back |=
+            id.protocol == Protocol::Udp && plan.serving.iter().any(|backend| !serves(&port.plan, backend));
         let look = new || handed_over || released || stricter || shuts_out || !lost.is_empty();
         port.lost.extend(lost.into_iter().map(|backend| (backend, at)));
         plan.serving.iter().chain(&plan.cluster).chain(&plan.local).for_each(|backend| {
@@ -226,6 +230,12 @@ impl Judge {
         let led = Led { since: 0, protocol: Protocol::Udp, service, backend };
         let backend = Backend { address: backend.ip(), port: backend.port(), local: false };
         self.port_of(&led).is_some_and(|port| serves(&port.plan, &backend))
+    }
+
+    /// Whether a UDP port is at this address.
+    pub(super) fn is_service(&self, service: SocketAddr) -> bool {
+        let led = Led { since: 0, protocol: Protocol::Udp, service, backend: service };
+        self.port_of(&led).is_some_and(|port| port.gone.is_none())
     }
 
     /// Whether everything is known here that the programs knew when they led the socket.

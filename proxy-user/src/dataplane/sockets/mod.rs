@@ -54,8 +54,8 @@ pub use suspect::Suspects;
 /// After a sweep the room rests this many times as long as it took, so that it never takes more than a quarter of a CPU.
 const REST: u32 = 3;
 
-/// How often moved sockets are looked at, for those that are closed meanwhile.
-const LOOK_AT_MOVED: u64 = 60_000_000_000;
+/// How often moved sockets are looked at, for those that are closed meanwhile, and for tables that another program removed.
+const LOOK_AT_MOVED: u64 = 5_000_000_000;
 
 /// How many sockets were taken away from their backends.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -142,7 +142,8 @@ impl Sockets {
     /// How long until [`Sockets::sweep`] has something to do; `None` when nothing is to come.
     #[must_use]
     pub fn wait(&self) -> Option<Duration> {
-        let moved = self.moved.is_any().then_some(self.look_at_moved);
+        let look = if self.judge.came_back { 0 } else { self.look_at_moved };
+        let moved = self.moved.is_any().then_some(look);
         let next = self.judge.next().into_iter().chain(moved).min();
         next.map(|at| Duration::from_nanos(at.saturating_sub(clock())))
     }
@@ -151,7 +152,8 @@ impl Sockets {
     pub fn sweep(&mut self) -> Taken {
         let now = clock();
         let mut due = self.judge.take_due(now);
-        if self.moved.is_any() && self.look_at_moved <= now {
+        let came_back = std::mem::take(&mut self.judge.came_back);
+        if self.moved.is_any() && (came_back || self.look_at_moved <= now) {
             due.insert(Protocol::Udp);
         }
         let mut taken = Taken::default();
@@ -188,7 +190,10 @@ impl Sockets {
             }
             let Some(fate) = self.fate(&led, now) else { return };
             match self.moved.of(cookie).filter(|moved| fate.holds_for_moved(&led, moved)) {
-                Some(known) => drop(moved.insert(cookie, *known)),
+                Some(known) => {
+                    let exists = self.judge.is_service(led.service);
+                    moved.insert(cookie, Moved { exists, ..*known });
+                }
                 None => {
                     drop(condemned.entry(led.protocol).or_default().insert(cookie, Verdict { led, fate }))
                 }
@@ -239,7 +244,8 @@ impl Sockets {
                     channel.walk(*protocol, family, |found| {
                         let Some(verdict) = sockets.get(&found.cookie) else { return };
                         match verdict.over(&found, room > 0 && self.moved.has_room(moved.len())) {
-                            Some(Sentence::Move(to)) => {
+                            Some(Sentence::Move(mut to)) => {
+                                to.exists = self.judge.is_service(to.service);
                                 room -= 1;
                                 moved.insert(found.cookie, to);
                             }
@@ -317,7 +323,7 @@ impl Verdict {
             }
             Fate::Moved { only } => {
                 let moves = has_room && only.as_ref().is_none_or(|guard| guard.lets_in(found.own.ip()));
-                let to = Moved { client: found.own, backend, service };
+                let to = Moved { client: found.own, backend, service, exists: false };
                 Some(if moves { Sentence::Move(to) } else { Sentence::Close })
             }
         }

@@ -6,6 +6,8 @@
 //! No process can connect the socket of another one, and to close it would end a client that only sends: it may never read the error, and
 //! would not connect again. Packets could be led from the beginning, but then each datagram of each connected socket would be translated.
 
+use std::net::SocketAddr;
+
 use rustc_hash::FxHashMap;
 
 use super::super::{
@@ -27,8 +29,8 @@ pub(super) struct MovedSockets {
     conntrack: Conntrack,
     /// By their cookies.
     known: FxHashMap<u64, Moved>,
-    /// What the tables hold, where that is known.
-    written: PerFamily<Option<Vec<Moved>>>,
+    /// In which families there may be tables.
+    there: PerFamily<bool>,
     /// Whether the kernel refused to lead them. Then sockets are closed, until everything is told anew.
     refused: bool,
 }
@@ -37,13 +39,13 @@ impl MovedSockets {
     /// For the network namespace of the caller, through which the datagrams of all others come.
     pub(super) fn open() -> Result<Self, Error> {
         let (tables, conntrack) = (MovedTables::open()?, Conntrack::open()?);
-        let (known, written) = (FxHashMap::default(), PerFamily::default());
-        Ok(Self { tables, conntrack, known, written, refused: false })
+        let there = PerFamily { v4: true, v6: true };
+        Ok(Self { tables, conntrack, known: FxHashMap::default(), there, refused: false })
     }
 
     /// Everything was told anew, perhaps because another program removed tables.
     pub(super) fn begin_anew(&mut self) {
-        (self.written, self.refused) = (PerFamily::default(), false);
+        (self.there, self.refused) = (PerFamily { v4: true, v6: true }, false);
     }
 
     pub(super) fn is_any(&self) -> bool {
@@ -60,7 +62,8 @@ impl MovedSockets {
         self.known.get(&cookie)
     }
 
-    /// Has these sockets led, no others, and ends flows that do not lead where `leads` says.
+    /// Has these sockets led, no others, and ends flows of theirs, and of those that were led until now, that do not lead where
+    /// `leads` says. Everything is written each time, because other programs remove tables.
     ///
     /// # Errors
     ///
@@ -68,7 +71,7 @@ impl MovedSockets {
     pub(super) fn lead(
         &mut self,
         sockets: FxHashMap<u64, Moved>,
-        leads: impl Fn(&Moved, std::net::SocketAddr) -> bool,
+        leads: impl Fn(&Moved, SocketAddr) -> bool,
     ) -> Result<(), Error> {
         for family in Family::ALL {
             let written = self.write(family, &sockets);
@@ -77,7 +80,12 @@ impl MovedSockets {
                 return written;
             }
         }
-        self.known = sockets;
+        let before = std::mem::replace(&mut self.known, sockets);
+        let gone = before.into_iter().filter(|(cookie, _)| !self.known.contains_key(cookie));
+        for (_, moved) in gone {
+            // Its backend serves again, or the socket is another's now.
+            self.conntrack.end_wrong(moved.client, moved.backend, |answers| answers == moved.backend)?;
+        }
         self.known.values().try_for_each(|moved| {
             self.conntrack.end_wrong(moved.client, moved.backend, |answers| leads(moved, answers))
         })
@@ -85,13 +93,10 @@ impl MovedSockets {
 
     fn write(&mut self, family: Family, sockets: &FxHashMap<u64, Moved>) -> Result<(), Error> {
         let of_family = sockets.values().filter(|moved| Family::of(moved.client.ip()) == family);
-        let mut moved: Vec<Moved> = of_family.copied().collect();
-        moved.sort_unstable_by_key(|moved| (moved.client, moved.backend));
-        let written = self.written.get_mut(family);
-        if written.as_ref() == Some(&moved) {
+        let moved: Vec<Moved> = of_family.copied().collect();
+        if moved.is_empty() && !*self.there.get(family) {
             return Ok(());
         }
-        *written = None;
         match self.tables.write(family, &moved) {
             // There may be nothing of this family, and nothing is wanted.
             Err(error) if moved.is_empty() => {
@@ -99,7 +104,7 @@ impl MovedSockets {
             }
             result => result?,
         }
-        *self.written.get_mut(family) = Some(moved);
+        *self.there.get_mut(family) = !moved.is_empty();
         Ok(())
     }
 }
