@@ -17,7 +17,7 @@ pub(super) enum Door {
 }
 
 pub(super) struct Service {
-    present: bool,
+    pub(super) present: bool,
     sticky: bool,
     ready: Vec<u8>,
     /// Endpoints that terminate and serve.

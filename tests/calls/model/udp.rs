@@ -114,6 +114,13 @@ impl Model {
         socket.error.is_none() && to.is_some_and(|to| matches!(self.reach(socket, to), Door::Of(_)))
     }
 
+    /// Whether the socket's backend is gone, and its Service too.
+    fn is_dropped(&self, slot: usize, to: To) -> bool {
+        let peer = self.sockets[slot].peer.filter(|peer| peer.to == to);
+        let is_moved = peer.is_some_and(|peer| matches!(peer.way, Way::Moved(..)));
+        is_moved && to.service().is_some_and(|number| !self.services[number].present)
+    }
+
     pub(super) fn send_datagram(
         &mut self,
         slot: usize,
@@ -126,6 +133,10 @@ impl Model {
         let Some(to) = given.or(self.sockets[slot].peer.map(|peer| peer.to)) else {
             return is(outcome, &[Outcome::Failed(Errno::EDESTADDRREQ)]);
         };
+        if self.is_dropped(slot, to) {
+            let told = if self.side == Side::Host { Outcome::Failed(Errno::EPERM) } else { Outcome::Nowhere };
+            return is(outcome, &[told]);
+        }
         let reach = self.reach(&self.sockets[slot], to);
         // An IPv6 socket sends to its IPv4 peer by its address.
         let by_address = given.is_some() || self.wire == Wire::Mapped;
