@@ -9,7 +9,7 @@ use proxy_ebpf::Settings;
 
 use super::{
     ALLOW, home, maps, resolve,
-    socket::{self, Family, MAPPED, TCP, UDP},
+    socket::{self, Family, TCP, UDP},
 };
 
 /// A socket was bound to an address and a port.
@@ -17,28 +17,17 @@ use super::{
 pub(super) fn bound(context: &SockContext, family: Family) -> i32 {
     let Some(settings) = maps::SETTINGS.get(Settings::PLANE) else { return ALLOW };
     // SAFETY: the kernel hands every program of this kind a valid context; the verifier checks each access.
-    let socket = unsafe { &*context.sock };
-    let protocol = socket.protocol;
+    let bound = unsafe { &*context.sock };
+    let protocol = bound.protocol;
     if protocol != TCP && protocol != UDP {
         return ALLOW;
     }
     // SAFETY: the context is valid, and the helper only reads it.
     let namespace = unsafe { bpf_get_netns_cookie(context.as_ptr()) };
-    let address = match family {
-        Family::V4 => [0, 0, MAPPED, socket.src_ip4],
-        // Volatile, because the verifier accepts single words of a socket's address only.
-        // SAFETY: as above.
-        Family::V6 => unsafe {
-            [
-                (&raw const socket.src_ip6[0]).read_volatile(),
-                (&raw const socket.src_ip6[1]).read_volatile(),
-                (&raw const socket.src_ip6[2]).read_volatile(),
-                (&raw const socket.src_ip6[3]).read_volatile(),
-            ]
-        },
-    };
+    // SAFETY: as above.
+    let address = unsafe { socket::own_address(family, &raw const bound.src_ip4, &raw const bound.src_ip6) };
     // A port in the host's order, unlike everywhere else.
-    let port = (socket.src_port as u16).to_be();
+    let port = (bound.src_port as u16).to_be();
     if namespace != socket::host(settings.host) && resolve::is_frontend(&address, port, protocol) {
         home::note(context, namespace);
     }

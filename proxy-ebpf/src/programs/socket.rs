@@ -130,25 +130,40 @@ fn is_loopback(address: &Address) -> bool {
     (address[0] | address[1] | address[2]) == 0 && address[3] == LOOPBACK
 }
 
+/// An address of a socket or of a hook's context, of which only the part of its family is read. Volatile, because the verifier accepts
+/// single words only and the compiler would join them.
+///
+/// # Safety
+///
+/// That part can be read.
+#[inline(always)]
+pub(super) unsafe fn own_address(family: Family, v4: *const u32, v6: *const [u32; 4]) -> Address {
+    let words: *const u32 = v6.cast();
+    // SAFETY: the caller's; four words follow each other.
+    unsafe {
+        match family {
+            Family::V4 => [0, 0, MAPPED, v4.read_volatile()],
+            Family::V6 => [
+                words.read_volatile(),
+                words.add(1).read_volatile(),
+                words.add(2).read_volatile(),
+                words.add(3).read_volatile(),
+            ],
+        }
+    }
+}
+
 /// Whether the socket is bound to a loopback address and the backend is elsewhere: the kernel sends nothing out with such a source, so
 /// the process hears what it would hear without weir.
 #[inline(always)]
 pub(super) fn cannot_reach(context: &SockAddrContext, family: Family, backend: &Endpoint) -> bool {
-    // SAFETY: as in `is_connected`. Volatile, because the verifier accepts single words of a socket's address only.
+    // SAFETY: as in `is_connected`.
     let own = unsafe {
         let socket = (*context.sock_addr).__bindgen_anon_1.sk;
         if socket.is_null() {
             return false;
         }
-        match family {
-            Family::V4 => [0, 0, MAPPED, (&raw const (*socket).src_ip4).read_volatile()],
-            Family::V6 => [
-                (&raw const (*socket).src_ip6[0]).read_volatile(),
-                (&raw const (*socket).src_ip6[1]).read_volatile(),
-                (&raw const (*socket).src_ip6[2]).read_volatile(),
-                (&raw const (*socket).src_ip6[3]).read_volatile(),
-            ],
-        }
+        own_address(family, &raw const (*socket).src_ip4, &raw const (*socket).src_ip6)
     };
     is_loopback(&own) && !is_loopback(&backend.address)
 }
@@ -158,17 +173,7 @@ pub(super) fn cannot_reach(context: &SockAddrContext, family: Family, backend: &
 pub(super) fn cannot_send(context: &SockAddrContext, family: Family, backend: &Endpoint) -> bool {
     let user: *const bpf_sock_addr = context.sock_addr;
     // SAFETY: as in `sends_to_itself`.
-    let own = unsafe {
-        match family {
-            Family::V4 => [0, 0, MAPPED, (&raw const (*user).msg_src_ip4).read_volatile()],
-            Family::V6 => [
-                (&raw const (*user).msg_src_ip6[0]).read_volatile(),
-                (&raw const (*user).msg_src_ip6[1]).read_volatile(),
-                (&raw const (*user).msg_src_ip6[2]).read_volatile(),
-                (&raw const (*user).msg_src_ip6[3]).read_volatile(),
-            ],
-        }
-    };
+    let own = unsafe { own_address(family, &raw const (*user).msg_src_ip4, &raw const (*user).msg_src_ip6) };
     is_loopback(&own) && !is_loopback(&backend.address)
 }
 
