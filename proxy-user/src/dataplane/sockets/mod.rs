@@ -60,9 +60,9 @@ const LOOK_AT_MOVED: u64 = 5_000_000_000;
 /// How many sockets were taken away from their backends.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Taken {
-    /// Taken, over TCP.
+    /// Closed, over TCP.
     pub tcp: u64,
-    /// Taken, over UDP.
+    /// Closed, over UDP.
     pub udp: u64,
     /// Over UDP, whose datagrams go to their Service now.
     pub moved: u64,
@@ -189,11 +189,8 @@ impl Sockets {
                 return;
             }
             let Some(fate) = self.fate(&led, now) else { return };
-            match self.moved.of(cookie).filter(|moved| fate.holds_for_moved(&led, moved)) {
-                Some(known) => {
-                    let exists = self.judge.is_service(led.service);
-                    moved.insert(cookie, Moved { exists, ..*known });
-                }
+            match self.moved.of(cookie).and_then(|known| fate.of_moved(&led, known)) {
+                Some(known) => drop(moved.insert(cookie, known)),
                 None => {
                     drop(condemned.entry(led.protocol).or_default().insert(cookie, Verdict { led, fate }))
                 }
@@ -223,8 +220,11 @@ impl Sockets {
         // What a Service at a loopback address leads to, sockets alone know.
         let moves =
             led.protocol == Protocol::Udp && !led.service.ip().is_loopback() && self.moved.has_room(0);
-        let (unless, only) = (None, self.judge.guard_at(led.service));
-        Some(if moves { Fate::Moved { only } } else { Fate::Closed { unless } })
+        if !moves {
+            return Some(Fate::Closed { unless: None });
+        }
+        let (only, exists) = (self.judge.guard_at(led.service), self.judge.is_service(led.service));
+        Some(Fate::Moved { only, exists })
     }
 
     /// Goes through all network namespaces for these sockets. Those to move are added to `moved`, the others are closed.
@@ -244,8 +244,7 @@ impl Sockets {
                     channel.walk(*protocol, family, |found| {
                         let Some(verdict) = sockets.get(&found.cookie) else { return };
                         match verdict.over(&found, room > 0 && self.moved.has_room(moved.len())) {
-                            Some(Sentence::Move(mut to)) => {
-                                to.exists = self.judge.is_service(to.service);
+                            Some(Sentence::Move(to)) => {
                                 room -= 1;
                                 moved.insert(found.cookie, to);
                             }
@@ -283,16 +282,17 @@ type Condemned = BTreeMap<Protocol, FxHashMap<u64, Verdict>>;
 enum Fate {
     /// It is closed, unless this lets its client in.
     Closed { unless: Option<Guard> },
-    /// Its datagrams go to its Service, if this lets its client in. Otherwise it is closed.
-    Moved { only: Option<Guard> },
+    /// Its datagrams go to its Service, which may exist or not, if this lets its client in. Otherwise it is closed.
+    Moved { only: Option<Guard>, exists: bool },
 }
 
 impl Fate {
-    /// Whether nothing is to do about a socket that is moved.
-    fn holds_for_moved(&self, led: &Led, moved: &Moved) -> bool {
-        let Self::Moved { only } = self else { return false };
-        (moved.backend, moved.service) == (led.backend, led.service)
-            && only.as_ref().is_none_or(|guard| guard.lets_in(moved.client.ip()))
+    /// How a socket that was moved before goes on, if it may.
+    fn of_moved(&self, led: &Led, moved: &Moved) -> Option<Moved> {
+        let Self::Moved { only, exists } = self else { return None };
+        let goes_on = (moved.backend, moved.service) == (led.backend, led.service)
+            && only.as_ref().is_none_or(|guard| guard.lets_in(moved.client.ip()));
+        goes_on.then_some(Moved { exists: *exists, ..*moved })
     }
 }
 
@@ -321,9 +321,9 @@ impl Verdict {
                 let stays = unless.as_ref().is_some_and(|guard| guard.lets_in(found.own.ip()));
                 (!stays).then_some(Sentence::Close)
             }
-            Fate::Moved { only } => {
+            Fate::Moved { only, exists } => {
                 let moves = has_room && only.as_ref().is_none_or(|guard| guard.lets_in(found.own.ip()));
-                let to = Moved { client: found.own, backend, service, exists: false };
+                let to = Moved { client: found.own, backend, service, exists: *exists };
                 Some(if moves { Sentence::Move(to) } else { Sentence::Close })
             }
         }

@@ -81,14 +81,20 @@ impl MovedSockets {
             }
         }
         let before = std::mem::replace(&mut self.known, sockets);
-        let gone = before.into_iter().filter(|(cookie, _)| !self.known.contains_key(cookie));
-        for (_, moved) in gone {
+        let mut ended = Ok(());
+        // One that cannot be ended keeps no other from it.
+        let mut end_wrong = |moved: &Moved, is_right: &dyn Fn(SocketAddr) -> bool| {
+            let result = self.conntrack.end_wrong(moved.client, moved.backend, is_right);
+            if ended.is_ok() {
+                ended = result;
+            }
+        };
+        for (_, moved) in before.iter().filter(|(cookie, _)| !self.known.contains_key(*cookie)) {
             // Its backend serves again, or the socket is another's now.
-            self.conntrack.end_wrong(moved.client, moved.backend, |answers| answers == moved.backend)?;
+            end_wrong(moved, &|answers| answers == moved.backend);
         }
-        self.known.values().try_for_each(|moved| {
-            self.conntrack.end_wrong(moved.client, moved.backend, |answers| leads(moved, answers))
-        })
+        self.known.values().for_each(|moved| end_wrong(moved, &|answers| leads(moved, answers)));
+        ended
     }
 
     fn write(&mut self, family: Family, sockets: &FxHashMap<u64, Moved>) -> Result<(), Error> {
