@@ -208,7 +208,7 @@ pub struct ReplacedByFile {
     /// Requests at once, with --kube-api-qps [default: 10]
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     kube_api_burst: Option<i32>,
-    /// Feature gates as NAME=BOOL; only AllowServiceExternalIPs has an effect
+    /// Feature gates as NAME=BOOL; only AllowServiceExternalIPs and KubeProxyNFTablesLocalhostNodePorts have an effect
     #[arg(long, value_name = "NAME=BOOL,…", value_delimiter = ',', value_parser = feature_gate)]
     feature_gates: Option<Vec<(String, bool)>>,
 }

@@ -201,9 +201,12 @@ fn programs(allowed: bool) -> Vec<Finding> {
         needed("cgroup sock_addr programs", "4.17", "They lead sockets from Services to backends.", &|| {
             told(is_program_supported(address))
         }),
-        needed("cgroup sock programs", "4.17", "They keep NodePorts from being taken.", &|| {
-            told(is_program_supported(ProgramType::CgroupSock))
-        }),
+        needed(
+            "cgroup sock programs",
+            "4.17",
+            "They see pods that listen on a Service's own address.",
+            &|| told(is_program_supported(ProgramType::CgroupSock)),
+        ),
         needed("socket storage maps", "5.3", "They remember what an unconnected socket asked for.", &|| {
             both(told(is_map_supported(MapType::SkStorage)), || {
                 helpers(address, &[Helper::BPF_FUNC_sk_storage_get])
@@ -252,7 +255,7 @@ fn optional(allowed: bool) -> [Finding; 3] {
         optional(
             "errors chosen by programs (bpf_set_retval)",
             "6.1",
-            "Without it refused connections are left to nftables, and taking a NodePort fails with EPERM.",
+            "Without it refused connections are left to nftables.",
             if_allowed(&|| {
                 both(helpers(ProgramType::CgroupSockAddr, &set_retval), || {
                     helpers(ProgramType::CgroupSock, &set_retval)
@@ -268,7 +271,7 @@ fn optional(allowed: bool) -> [Finding; 3] {
         optional(
             "closing of sockets (CONFIG_INET_DIAG_DESTROY)",
             "5.10",
-            "Without it sockets of a removed backend stay open until they notice by themselves.",
+            "Without it TCP sockets of a removed backend stay open, and UDP sockets stay connected to it, until they notice by themselves.",
             if_allowed(&closing),
         ),
     ]
