@@ -3,6 +3,7 @@
 //! In: a program and where to run it. Out: its CPU time and memory, its own and its children's.
 
 use std::{
+    collections::VecDeque,
     fs::{self, File},
     path::{Path, PathBuf},
     process::Child,
@@ -107,27 +108,33 @@ impl Process {
         Ok(ticks(user + system).max(Duration::from_nanos(threads)) + ticks(children_user + children_system))
     }
 
-    /// Waits until the process has used (next to) no CPU time for a while, and says how much it has used in all. The
-    /// while is longer than the pause that kube-proxy makes between two syncs, so what is measured next starts at once.
+    /// Waits until the process has used next to no CPU time for a while, and says how much it has used in all. The while
+    /// is longer than the pause that kube-proxy makes between two syncs, so what is measured next starts at once. Idle is
+    /// what takes a twentieth of one CPU at most: a debug build's regular looks take a hundredth or two, and more on a
+    /// machine that takes back the memory of idle programs.
     ///
     /// # Errors
     ///
     /// When the process ends, or does not come to rest in time.
     pub(super) fn settle(&mut self, deadline: Deadline) -> anyhow::Result<Duration> {
         const WINDOW: Duration = Duration::from_millis(300);
-        const QUIET: u32 = 4;
-        let mut last = self.cpu()?;
-        let mut quiet = 0;
-        while quiet < QUIET {
+        const WINDOWS: usize = 4;
+        let mut counts = VecDeque::from([self.cpu()?]);
+        loop {
             deadline.check().with_context(|| format!("waiting for {} to come to rest", self.name))?;
             thread::sleep(WINDOW);
             self.check()?;
             let now = self.cpu()?;
+            counts.push_back(now);
+            if counts.len() <= WINDOWS {
+                continue;
+            }
             // The time of a thread that has ended is counted in ticks only, so the sum may go back a little.
-            quiet = if now.saturating_sub(last) < WINDOW / 100 { quiet + 1 } else { 0 };
-            last = now;
+            let used = counts.pop_front().map_or(Duration::ZERO, |before| now.saturating_sub(before));
+            if used < WINDOW * WINDOWS as u32 / 20 {
+                return Ok(now);
+            }
         }
-        Ok(last)
     }
 
     /// No longer looks at memory, which takes a little CPU time each time.
