@@ -114,6 +114,33 @@ struct Outcome {
     /// Whether cargo was content, which it also is not when a test did not compile or died.
     good: bool,
     took: Duration,
+    failures: Failures,
+}
+
+/// What failed tests said, each in its first lines: a log that is cut in the middle still ends with them.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Failures {
+    lines: Vec<String>,
+    /// How many more lines of the test at hand are kept.
+    room: usize,
+}
+
+impl Failures {
+    /// Lines kept of one test.
+    const LINES: usize = 30;
+
+    /// Takes a line that a test program wrote. What a failed test said comes below `---- its name stdout ----`.
+    fn read(&mut self, line: &str) {
+        if line.starts_with("---- ") && line.ends_with(" stdout ----") {
+            self.room = Self::LINES;
+        } else if line == "failures:" || line.trim().eq_ignore_ascii_case("stack backtrace:") {
+            self.room = 0;
+        }
+        if self.room > 0 && !line.is_empty() {
+            self.room -= 1;
+            self.lines.push(line.to_owned());
+        }
+    }
 }
 
 /// Runs the tests.
@@ -140,6 +167,11 @@ pub(crate) fn run(machine: &Machine, options: &Options) -> Result<()> {
         outcomes.push(follow(&mut command(machine, suite, &options.args, &environment)?)?);
     }
     println!("\n{}", table(&suites, &outcomes));
+    for (suite, outcome) in
+        suites.iter().zip(&outcomes).filter(|(_, outcome)| !outcome.failures.lines.is_empty())
+    {
+        println!("\n==== {}: what failed\n{}", suite.name, outcome.failures.lines.join("\n"));
+    }
     let bad =
         suites.iter().zip(&outcomes).filter(|(_, outcome)| !outcome.good).map(|(suite, _)| &*suite.name);
     match bad.collect::<Vec<_>>() {
@@ -199,6 +231,8 @@ fn command(
     let mut cargo = machine.cargo();
     cargo.args(["test", "--workspace", "--no-fail-fast"]).args(&suite.select);
     cargo.envs(environment.iter().map(|(name, value)| (name, value)));
+    // A test's error says where it comes from; the frames below it fill logs whose middle is then cut.
+    cargo.env("RUST_LIB_BACKTRACE", "0");
     cargo.arg("--");
     if suite.root {
         cargo.arg("--test-threads=1");
@@ -225,6 +259,7 @@ fn follow(cargo: &mut Command) -> Result<Outcome> {
     let good = process::follow(cargo, |line| {
         println!("{line}");
         outcome.count(line);
+        outcome.failures.read(line);
     })?;
     Ok(Outcome { good, took: start.elapsed(), ..outcome })
 }
@@ -334,6 +369,39 @@ mod tests {
             outcome.count(line);
         }
         assert_eq!((outcome.passed, outcome.failed, outcome.ignored), (13, 2, 1));
+    }
+
+    #[test]
+    fn what_failed_tests_said_is_kept_without_their_backtraces() {
+        let mut failures = Failures::default();
+        for line in [
+            "test a ... FAILED",
+            "failures:",
+            "---- a stdout ----",
+            "Error: no answer",
+            "",
+            "Caused by:",
+            "Stack backtrace:",
+            "   0: main",
+            "---- b stdout ----",
+            "thread 'b' panicked",
+            "failures:",
+            "    a",
+        ] {
+            failures.read(line);
+        }
+        let expected = [
+            "---- a stdout ----",
+            "Error: no answer",
+            "Caused by:",
+            "---- b stdout ----",
+            "thread 'b' panicked",
+        ];
+        assert_eq!(failures.lines, expected);
+        (0..100).for_each(|_| failures.read("---- c stdout ----"));
+        failures.lines.clear();
+        (0..100).for_each(|number| failures.read(&number.to_string()));
+        assert_eq!(failures.lines.len(), Failures::LINES - 1, "its name is one");
     }
 
     #[test]
