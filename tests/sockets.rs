@@ -574,11 +574,14 @@ fn the_maps_are_opened_by_their_pins_and_a_missing_one_is_named() {
         let mut ebpf = EbpfLoader::new().load(PROGRAMS).unwrap();
         for name in ["origins", "seats"] {
             let pin = root.path().join(name);
-            let error = Sockets::open(root.path(), &[Path::new("/run/netns")]).err().unwrap().to_string();
+            let error = Sockets::open(root.path(), root.path(), &[Path::new("/run/netns")])
+                .err()
+                .unwrap()
+                .to_string();
             assert!(error.contains(pin.to_str().unwrap()), "{error}");
             ebpf.map_mut(name).unwrap().pin(&pin).unwrap();
         }
-        let sockets = Sockets::open(root.path(), &[Path::new("/run/netns")]).unwrap();
+        let sockets = Sockets::open(root.path(), root.path(), &[Path::new("/run/netns")]).unwrap();
         assert_eq!(sockets.wait(), None);
         nix::mount::umount(root.path()).unwrap();
     };

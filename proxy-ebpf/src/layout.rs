@@ -499,6 +499,13 @@ pub const MADE: u32 = 1 << 14;
 /// How many elements `homes` has: a power of two. Cookies of network namespaces are dealt out in sequence.
 pub const HOMES: u32 = 1 << 12;
 
+/// The place in `homes` and `early_homes` that the cookie of a network namespace leads to.
+#[must_use]
+#[inline(always)]
+pub const fn place_of_home(namespace: u64) -> u32 {
+    namespace as u32 & (HOMES - 1)
+}
+
 /// How many Service addresses an unconnected socket remembers before it needs a [`Crowd`].
 pub const FEW: usize = 4;
 

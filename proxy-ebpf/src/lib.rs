@@ -18,6 +18,7 @@
 //! accounts   group of processes → how much of what all share it has
 //! bypassed   cgroup → not to be touched
 //! homes      place of a network namespace → how many sockets in it are bound to a Service's address, which are in bound
+//! early_homes the same place → whether the agent found such sockets, bound before weir knew the Service
 //! ```
 
 #![no_std]

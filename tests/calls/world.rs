@@ -403,7 +403,7 @@ fn open(plane: Plane, place: Place, names: &std::path::Path) -> Result<Tell> {
     let sockets = Ebpf::open(place.clone(), probe.set_retval)?;
     let mut agent = Agent::new(settings, Stack::new(packets, sockets).serving_as("ebpf"));
     agent.model().set_host_addresses(own);
-    let mut closing = sockets::Sockets::open(&place.sockets(), &[names])?;
+    let mut closing = sockets::Sockets::open(&place.sockets(), &place.services(), &[names])?;
     Ok(Box::new(move |changes| {
         let delta = bring(&mut agent, &mut tracking, changes)?;
         for standing in agent.plane().standing() {

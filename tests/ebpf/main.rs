@@ -34,6 +34,7 @@ use weir_tests::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace, wait::await_tha
 
 mod apart;
 mod asked;
+mod homes;
 mod killed;
 mod room;
 mod told;

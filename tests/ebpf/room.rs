@@ -41,7 +41,7 @@ fn elements(place: &Place, map: &str) -> Result<u32> {
 }
 
 /// The same port of the Service of another name, at another port number.
-fn numbered(plan: &PortPlan, number: u16) -> Arc<PortPlan> {
+pub(super) fn numbered(plan: &PortPlan, number: u16) -> Arc<PortPlan> {
     let mut plan = plan.clone();
     let service = ObjectName::new("default", &format!("web-{number}"));
     plan.id = PortId { service, ..plan.id };

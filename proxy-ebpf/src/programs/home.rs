@@ -1,6 +1,7 @@
 //! Pods that listen on a Service's own address.
 //!
-//! In: sockets that are bound to one, until they are closed. Out: whether a network namespace may have some.
+//! In: sockets that are bound to one, until they are closed, and those that the agent found bound already. Out: whether a
+//! network namespace may have some.
 //!
 //! A namespace counts at the place its cookie leads to, so there is room for any number, and those that share a place
 //! with one that has such sockets pay for a look.
@@ -11,11 +12,11 @@ use aya_ebpf::{
     helpers::generated::{bpf_get_netns_cookie, bpf_sk_storage_get},
     programs::SockContext,
 };
-use proxy_ebpf::{HOMES as MOST, trouble};
+use proxy_ebpf::{place_of_home, trouble};
 
 use super::{
     made,
-    maps::{self, BOUND, HOMES},
+    maps::{self, BOUND, EARLY_HOMES, HOMES},
     socket,
 };
 
@@ -51,13 +52,15 @@ pub(super) fn forget(context: &SockContext) {
 /// Whether there may be such a socket in this namespace.
 #[inline(always)]
 pub(super) fn is_any(namespace: u64) -> bool {
-    // SAFETY: an aligned word of the map. Volatile, because others change it.
-    HOMES.get_ptr(namespace as u32 & (MOST - 1)).is_some_and(|count| unsafe { count.read_volatile() } != 0)
+    let place = place_of_home(namespace);
+    // SAFETY: aligned words of the maps. Volatile, because others change them.
+    let is_set = |word: *const u64| unsafe { word.read_volatile() } != 0;
+    HOMES.get_ptr(place).is_some_and(is_set) || EARLY_HOMES.get_ptr(place).is_some_and(is_set)
 }
 
 #[inline(always)]
 fn add(namespace: u64, number: i64) {
-    if let Some(count) = HOMES.get_ptr_mut(namespace as u32 & (MOST - 1)) {
+    if let Some(count) = HOMES.get_ptr_mut(place_of_home(namespace)) {
         // SAFETY: an aligned word of the map, which programs change by this addition only.
         unsafe { maps::add(count, number) };
     }

@@ -46,6 +46,11 @@ pub(super) static BYPASSED: HashMap<u64, u32> = HashMap::with_max_entries(8192, 
 #[map(name = "homes")]
 pub(super) static HOMES: Array<u64> = Array::with_max_entries(proxy_ebpf::HOMES, 0);
 
+/// Whether sockets in the network namespaces that lead to a place were bound to a Service's address before weir knew it.
+/// The agent finds and writes this; programs only read it.
+#[map(name = "early_homes")]
+pub(super) static EARLY_HOMES: Array<u64> = Array::with_max_entries(proxy_ebpf::HOMES, 0);
+
 /// Sockets that `homes` counts.
 #[btf_map(name = "bound")]
 pub(super) static BOUND: SkStorage<u64> = SkStorage::new();

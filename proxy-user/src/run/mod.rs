@@ -279,7 +279,7 @@ fn go_along(
                 sockets::keep_attached(links, place.clone(), metrics)?;
             }
             sockets::forget_clients(place.clone())?;
-            sockets::close(&maps, metrics)?
+            sockets::close(place, metrics)?
         }
         None => None,
     };

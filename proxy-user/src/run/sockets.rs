@@ -68,8 +68,8 @@ const REFUSED: [(&str, &str); 4] = [
 
 /// Closes sockets whose backend serves no longer, behind the engine's back. Where that is not possible, one warning says
 /// so and nothing is closed.
-pub(super) fn close(maps: &Path, metrics: &Metrics) -> anyhow::Result<Option<mpsc::Sender<Suspects>>> {
-    let sockets = match Sockets::open(maps, &NAMESPACES.map(Path::new)) {
+pub(super) fn close(place: &Place, metrics: &Metrics) -> anyhow::Result<Option<mpsc::Sender<Suspects>>> {
+    let sockets = match Sockets::open(&place.sockets(), &place.services(), &NAMESPACES.map(Path::new)) {
         Ok(sockets) => sockets,
         Err(error) => {
             tracing::warn!(%error, "sockets whose backend is gone are not closed");

@@ -91,11 +91,12 @@ pub(super) const SERVICES: [Shape; 7] = [
 ];
 
 /// The maps of sockets, which never grow.
-pub(super) const SOCKETS: [Shape; 11] = [
+pub(super) const SOCKETS: [Shape; 12] = [
     ("settings", size_of::<u32>(), size_of::<Settings>()),
     ("troubles", size_of::<u32>(), size_of::<u64>()),
     ("bypassed", size_of::<u64>(), size_of::<u32>()),
     ("homes", size_of::<u32>(), size_of::<u64>()),
+    ("early_homes", size_of::<u32>(), size_of::<u64>()),
     ("bound", size_of::<u32>(), size_of::<u64>()),
     ("made", size_of::<u32>(), size_of::<u64>()),
     ("origins", size_of::<u64>(), size_of::<Origin>()),

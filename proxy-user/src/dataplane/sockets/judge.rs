@@ -75,7 +75,7 @@ pub(super) struct Judge {
 impl Judge {
     /// Takes in what came into force.
     pub(super) fn take_in(&mut self, suspects: Suspects) {
-        let Suspects { at, complete, node, ports } = suspects;
+        let Suspects { at, complete, node, ports, .. } = suspects;
         if complete || self.known != 0 {
             self.known = at;
         }

@@ -13,6 +13,9 @@
 //!                                                                                                    └─▶ moved: lead them
 //! ```
 //!
+//! The same room finds pods that had bound a Service's address before (`homes`), because it goes through all network
+//! namespaces: `Suspects` say that addresses came.
+//!
 //! After a restart the first, complete delta has every socket looked at, so nothing is forgotten, except that the time of
 //! `reset-after` starts anew, and TCP connections through a Service that was deleted meanwhile stay.
 
@@ -31,15 +34,17 @@ use rustc_hash::FxHashMap;
 use socket2::Socket;
 
 use self::{
+    homes::Homes,
     judge::{Guard, Judge, Led},
     moved::{MOST_OF_ONE, MovedSockets},
     namespaces::{Failures, Namespaces},
-    sockdiag::{Found, Name, SockDiag},
+    sockdiag::{Found, Name, SockDiag, States},
     told::Origins,
 };
 use super::{Error, nftables::Moved};
 use crate::model::{Family, Protocol};
 
+mod homes;
 mod judge;
 mod moved;
 mod namespaces;
@@ -76,26 +81,30 @@ pub struct Sockets {
     moved: MovedSockets,
     /// When moved sockets are to be looked at.
     look_at_moved: u64,
+    /// Pods that had bound a Service's address before; only where the maps have names.
+    homes: Option<Homes>,
     complaint: Option<String>,
+    homes_complaint: Option<String>,
 }
 
 impl Sockets {
-    /// Opens the maps `origins` and `seats`, pinned in a directory. `names` are directories in which network namespaces have names;
+    /// Opens the maps of sockets, pinned in a directory; those of `services` are opened when they are needed. `names` are directories in which network namespaces have names;
     /// those of visible processes are found by themselves.
     ///
     /// # Errors
     ///
     /// When a map is not there, or this kernel or our privileges do not allow closing sockets, as [`supported`] tells.
-    pub fn open(maps: &Path, names: &[&Path]) -> Result<Self, Error> {
+    pub fn open(maps: &Path, services: &Path, names: &[&Path]) -> Result<Self, Error> {
         let open = |name: &str| {
             let path = maps.join(name);
             MapData::from_pin(&path)
                 .map_err(|error| Error::Kernel(format!("opening the map {}: {error}", path.display())))
         };
-        Self::new(open("origins")?, open("seats")?, names)
+        let sockets = Self::new(open("origins")?, open("seats")?, names)?;
+        Ok(Self { homes: Some(Homes::new(maps, services)), ..sockets })
     }
 
-    /// The same with the maps themselves.
+    /// The same with the maps `origins` and `seats` themselves, and without a look for pods that are bound to Services' addresses.
     ///
     /// # Errors
     ///
@@ -105,7 +114,16 @@ impl Sockets {
         let namespaces =
             Namespaces { names: names.iter().map(PathBuf::from).collect(), processes: "/proc".into() };
         let (origins, judge, moved) = (Origins { origins, seats }, Judge::default(), MovedSockets::open()?);
-        Ok(Self { origins, namespaces, judge, moved, look_at_moved: 0, complaint: None })
+        Ok(Self {
+            origins,
+            namespaces,
+            judge,
+            moved,
+            look_at_moved: 0,
+            homes: None,
+            complaint: None,
+            homes_complaint: None,
+        })
     }
 
     /// Takes sockets away as `suspects` arrive and their times come, until nothing can send any more. `report` is told what
@@ -136,6 +154,9 @@ impl Sockets {
         if suspects.complete {
             self.moved.begin_anew();
         }
+        if let Some(homes) = &mut self.homes {
+            homes.take_in(suspects.came);
+        }
         self.judge.take_in(suspects);
     }
 
@@ -144,13 +165,15 @@ impl Sockets {
     pub fn wait(&self) -> Option<Duration> {
         let look = if self.judge.came_back { 0 } else { self.look_at_moved };
         let moved = self.moved.is_any().then_some(look);
-        let next = self.judge.next().into_iter().chain(moved).min();
+        let homes = self.homes.as_ref().and_then(Homes::next);
+        let next = self.judge.next().into_iter().chain(moved).chain(homes).min();
         next.map(|at| Duration::from_nanos(at.saturating_sub(clock())))
     }
 
     /// Takes away the sockets whose time has come. What cannot be done is logged, once until something else fails.
     pub fn sweep(&mut self) -> Taken {
         let now = clock();
+        self.look_for_homes(now);
         let mut due = self.judge.take_due(now);
         let came_back = std::mem::take(&mut self.judge.came_back);
         if self.moved.is_any() && (came_back || self.look_at_moved <= now) {
@@ -165,14 +188,9 @@ impl Sockets {
             // What cannot be moved is closed.
             result = self.take_away(&due, now, &mut taken);
         }
-        match result {
-            Ok(Failures { first: None, .. }) => self.complaint = None,
-            Ok(Failures { count, first: Some(error) }) => {
-                self.complain(&format!("in {count} network namespaces: {error}"));
-            }
-            Err(Error::Io { context, source }) => self.complain(&format!("{context}: {source}")),
-            Err(error) => self.complain(&error.to_string()),
-        }
+        let meaning =
+            "sockets of backends that are gone could not all be closed or moved; this needs SYS_ADMIN";
+        complain(&mut self.complaint, result, meaning);
         self.judge.tidy(now);
         taken
     }
@@ -241,7 +259,7 @@ impl Sockets {
                 let mut closed = Vec::new();
                 // A socket of the IPv6 family may speak IPv4.
                 for family in Family::ALL {
-                    channel.walk(*protocol, family, |found| {
+                    channel.walk(*protocol, family, States::Connected, |found| {
                         let Some(verdict) = sockets.get(&found.cookie) else { return };
                         match verdict.over(&found, room > 0 && self.moved.has_room(moved.len())) {
                             Some(Sentence::Move(to)) => {
@@ -264,15 +282,28 @@ impl Sockets {
         visited.map_err(failed("going through the network namespaces"))
     }
 
-    fn complain(&mut self, problem: &str) {
-        if self.complaint.as_deref() != Some(problem) {
-            tracing::warn!(
-                problem,
-                "sockets of backends that are gone could not all be closed or moved; this needs SYS_ADMIN"
-            );
-            self.complaint = Some(problem.to_owned());
-        }
+    fn look_for_homes(&mut self, now: u64) {
+        let Some(homes) = self.homes.as_mut().filter(|homes| homes.next().is_some_and(|next| next <= now))
+        else {
+            return;
+        };
+        let meaning = "pods that had bound a Service's address before could not all be found; they are led to the Service";
+        complain(&mut self.homes_complaint, homes.look(&self.namespaces, now), meaning);
     }
+}
+
+/// Warns of what went wrong, once until it goes well or something else fails.
+fn complain(last: &mut Option<String>, result: Result<Failures, Error>, meaning: &str) {
+    let problem = match result {
+        Ok(Failures { first: None, .. }) => None,
+        Ok(Failures { count, first: Some(error) }) => Some(format!("in {count} network namespaces: {error}")),
+        Err(Error::Io { context, source }) => Some(format!("{context}: {source}")),
+        Err(error) => Some(error.to_string()),
+    };
+    if let Some(problem) = problem.as_deref().filter(|_| problem != *last) {
+        tracing::warn!(problem, "{meaning}");
+    }
+    *last = problem;
 }
 
 /// Sockets that have to go, by their cookies.

@@ -1,6 +1,6 @@
 //! The two requests of sock_diag that closing needs: walk the sockets of a protocol and family, and destroy some.
 //!
-//! In: protocols, [`Name`]s. Out: connected sockets of the network namespace, each with its cookie.
+//! In: protocols, [`Name`]s. Out: sockets of the network namespace, each with its cookie.
 
 use std::{io, net::SocketAddr};
 
@@ -22,7 +22,7 @@ use crate::{
 /// So many sockets are destroyed with one system call: their answers fit into the socket's buffer.
 const BATCH: usize = 64;
 
-/// A connected socket.
+/// A socket. One that waits for clients has no peer: an unspecified address.
 pub(super) struct Found {
     /// What names it in maps.
     pub(super) cookie: u64,
@@ -30,6 +30,32 @@ pub(super) struct Found {
     pub(super) own: SocketAddr,
     pub(super) peer: SocketAddr,
     pub(super) name: Name,
+}
+
+/// Which sockets a walk is about.
+#[derive(Clone, Copy)]
+pub(super) enum States {
+    /// Those that speak to a peer. Only they can have been led anywhere.
+    Connected,
+    /// Those that wait for clients: TCP's that listen, UDP's without a peer.
+    Waiting,
+}
+
+impl States {
+    fn of(self, protocol: Protocol) -> StateFlags {
+        match (self, protocol) {
+            (Self::Connected, Protocol::Tcp) => {
+                StateFlags::ESTABLISHED
+                    | StateFlags::SYN_SENT
+                    | StateFlags::FIN_WAIT1
+                    | StateFlags::FIN_WAIT2
+                    | StateFlags::CLOSE_WAIT
+            }
+            (Self::Connected, Protocol::Udp | Protocol::Sctp) => StateFlags::ESTABLISHED,
+            (Self::Waiting, Protocol::Tcp) => StateFlags::LISTEN,
+            (Self::Waiting, Protocol::Udp | Protocol::Sctp) => StateFlags::CLOSE,
+        }
+    }
 }
 
 /// What names a socket to the kernel.
@@ -61,15 +87,17 @@ impl SockDiag {
         Channel::open(NETLINK_SOCK_DIAG).map(Self)
     }
 
-    /// Hands every connected socket to `visit`.
+    /// Hands every socket in one of these states to `visit`.
     pub(super) fn walk(
         &mut self,
         protocol: Protocol,
         family: Family,
+        states: States,
         mut visit: impl FnMut(Found),
     ) -> io::Result<()> {
         let name = Name { family: number(family), protocol, id: unnamed(family) };
-        self.0.send(&message(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP, &name))?;
+        let flags = NLM_F_REQUEST | NLM_F_DUMP;
+        self.0.send(&message(SOCK_DIAG_BY_FAMILY, flags, &name, states.of(protocol)))?;
         loop {
             for message in split(self.0.receive()?) {
                 match message.message_type() {
@@ -90,8 +118,10 @@ impl SockDiag {
         let (mut destroyed, mut failed) = (0, None);
         for batch in names.chunks(BATCH) {
             let flags = NLM_F_REQUEST | NLM_F_ACK;
-            let requests: Vec<u8> =
-                batch.iter().flat_map(|name| message(SOCK_DESTROY, flags, name)).collect();
+            let requests: Vec<u8> = batch
+                .iter()
+                .flat_map(|name| message(SOCK_DESTROY, flags, name, StateFlags::empty()))
+                .collect();
             self.0.send(&requests)?;
             let mut answers = 0;
             while answers < batch.len() {
@@ -128,19 +158,8 @@ const fn number(family: Family) -> u8 {
     }
 }
 
-/// A request about the sockets that `name` names. Only connected ones can have been led anywhere; that the states count
-/// in a walk alone is the kernel's way.
-fn message(kind: u16, flags: u16, name: &Name) -> Vec<u8> {
-    let states = match name.protocol {
-        Protocol::Tcp => {
-            StateFlags::ESTABLISHED
-                | StateFlags::SYN_SENT
-                | StateFlags::FIN_WAIT1
-                | StateFlags::FIN_WAIT2
-                | StateFlags::CLOSE_WAIT
-        }
-        Protocol::Udp | Protocol::Sctp => StateFlags::ESTABLISHED,
-    };
+/// A request about the sockets that `name` names. The kernel asks for the states in a walk alone.
+fn message(kind: u16, flags: u16, name: &Name, states: StateFlags) -> Vec<u8> {
     let request = InetRequest {
         family: name.family,
         protocol: name.protocol.number(),

@@ -16,6 +16,8 @@ pub struct Suspects {
     pub(super) complete: bool,
     pub(super) node: Option<Arc<NodePlan>>,
     pub(super) ports: Vec<Change>,
+    /// Whether addresses of Services came.
+    pub(super) came: bool,
 }
 
 /// How one service port changed.
@@ -49,14 +51,24 @@ impl Suspects {
             complete: delta.complete,
             node: delta.node.clone(),
             ports: delta.ports.iter().filter_map(change).collect(),
+            came: delta.complete || delta.ports.iter().any(came),
         }
     }
 
     /// Whether nothing follows from it.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        !self.complete && self.node.is_none() && self.ports.is_empty()
+        !self.complete && self.node.is_none() && self.ports.is_empty() && !self.came
     }
+}
+
+/// Whether a service port has a frontend that it had not.
+fn came(delta: &PortDelta) -> bool {
+    let frontends = |plan: &'_ Option<Arc<PortPlan>>| {
+        plan.iter().flat_map(|plan| &plan.frontends).map(|planned| planned.frontend).collect::<Vec<_>>()
+    };
+    let before = frontends(&delta.before);
+    frontends(&delta.after).iter().any(|frontend| !before.contains(frontend))
 }
 
 fn change(delta: &PortDelta) -> Option<Change> {
