@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 use crate::{
     chart, generate,
     machine::Machine,
-    process,
+    process, rules,
     setup::{self, Level},
 };
 
@@ -29,6 +29,11 @@ pub(crate) fn run(machine: &Machine) -> Result<()> {
         println!("{name}: {:.1} s", start.elapsed().as_secs_f32());
     }
     let unknown = advisories(machine, &mut failed);
+    println!("\n==== cited rules");
+    if let Err(error) = rules::check(&machine.workspace) {
+        println!("{error:#}");
+        failed.push("cited rules");
+    }
     println!("\n==== chart");
     if let Err(error) = chart::check(machine) {
         println!("{error:#}");

@@ -26,6 +26,7 @@ mod image;
 mod kind;
 mod machine;
 mod process;
+mod rules;
 mod setup;
 mod suites;
 
@@ -53,7 +54,7 @@ enum Task {
     },
     /// Run every test (needs root, or sudo)
     Test(suites::Options),
-    /// Check formatting, lints, documentation, licences and unit tests
+    /// Check formatting, lints, documentation, licences, unit tests and cited rules
     Check,
     /// Measure weir beside the real kube-proxy (needs root, or sudo)
     Bench {
