@@ -5,10 +5,10 @@
 
 use std::{
     fs::File,
-    net::{IpAddr, Ipv4Addr, TcpListener},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
     process::{Child, Command},
-    sync::Arc,
+    sync::{Arc, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -23,7 +23,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
@@ -51,6 +51,7 @@ struct Store {
     keeper: Keeper,
     etcd: std::sync::Mutex<Child>,
     etcd_port: u16,
+    etcd_arguments: Vec<String>,
 }
 
 impl ApiServer {
@@ -120,10 +121,58 @@ impl ApiServer {
         })
     }
 
+    /// Kills etcd as a power failure would, starts it again with the same data, and waits until it answers. API servers find it by
+    /// themselves.
+    ///
+    /// # Errors
+    ///
+    /// When it does not start.
+    pub async fn restart_etcd(&self) -> Result<()> {
+        self.store.restart_etcd()?;
+        let deadline = Instant::now() + START;
+        while let Err(error) = self.etcd_revision().await {
+            ensure!(Instant::now() < deadline, "etcd does not answer: {error:#}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
+    }
+
+    /// Has etcd forget what was before now.
+    ///
+    /// # Errors
+    ///
+    /// When etcd refuses.
+    pub async fn compact(&self) -> Result<()> {
+        let revision = self.etcd_revision().await?;
+        let body = serde_json::to_vec(&json!({ "revision": revision, "physical": true }))?;
+        let request = http::Request::post("/v3/kv/compaction").body(body)?;
+        self.etcd()?.request::<Value>(request).await.map(drop).context("compacting etcd")
+    }
+
+    /// As of when etcd is, as it writes that: a text.
+    async fn etcd_revision(&self) -> Result<Value> {
+        let request = http::Request::post("/v3/maintenance/status").body(b"{}".to_vec())?;
+        let mut status: Value = self.etcd()?.request(request).await?;
+        Ok(status["header"]["revision"].take())
+    }
+
     /// Where it listens.
     #[must_use]
     pub fn url(&self) -> String {
-        format!("https://{}:{}", self.address, self.port)
+        format!("https://{}", self.socket())
+    }
+
+    /// The same without the protocol.
+    #[must_use]
+    pub fn socket(&self) -> SocketAddr {
+        SocketAddr::new(self.address, self.port)
+    }
+
+    /// The file with the certificate that it shows, and the one with the key. It notices when they change.
+    #[must_use]
+    pub fn certificate(&self) -> [PathBuf; 2] {
+        let directory = self.store.path(&format!("certificates-{}", self.port));
+        ["apiserver.crt", "apiserver.key"].map(|name| directory.join(name))
     }
 
     /// Kills it as a power failure would.
@@ -194,10 +243,7 @@ impl ApiServer {
 
     /// Fails until there is the first namespace, and addresses of every family can be given to Services.
     async fn serves(&self) -> Result<()> {
-        ensure!(
-            self.store.path(&format!("certificates-{}/apiserver.crt", self.port)).exists(),
-            "no certificate yet"
-        );
+        ensure!(self.certificate()[0].exists(), "no certificate yet");
         let client = self.client().await?;
         Api::<Namespace>::all(client.clone()).get(NAMESPACE).await?;
         let service = json!({
@@ -217,12 +263,21 @@ impl ApiServer {
     ///
     /// When the file cannot be written.
     pub fn kubeconfig(&self, user: &str) -> Result<PathBuf> {
+        self.kubeconfig_by(user, self.socket())
+    }
+
+    /// The same for a client that asks at another address, which leads here.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be written.
+    pub fn kubeconfig_by(&self, user: &str, address: SocketAddr) -> Result<PathBuf> {
         self.store.write_authorities()?;
-        let path = self.store.path(&format!("kubeconfig-{}-{user}", self.port));
+        let path = self.store.path(&format!("kubeconfig-{}-{user}", address.port()));
         let config = json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "test",
             "clusters": [{"name": "test", "cluster": {
-                "server": self.url(),
+                "server": format!("https://{address}"),
                 "certificate-authority": "authorities",
             }}],
             "users": [{"name": user, "user": {"tokenFile": format!("token-{user}")}}],
@@ -265,15 +320,15 @@ impl Store {
         let (keeper, ()) = Keeper::start("etcd", || Ok(()))?;
         let local = Ipv4Addr::LOCALHOST.into();
         let (etcd_port, peer_port) = (free_port(local)?, free_port(local)?);
-        let arguments = [
+        let etcd_arguments = vec![
             format!("--data-dir={}", directory.path().join("etcd").display()),
             format!("--listen-client-urls=http://127.0.0.1:{etcd_port}"),
             format!("--advertise-client-urls=http://127.0.0.1:{etcd_port}"),
             format!("--listen-peer-urls=http://127.0.0.1:{peer_port}"),
             "--unsafe-no-fsync".to_owned(),
         ];
-        let etcd = spawn(&keeper, "etcd", &arguments, &directory.path().join("etcd.log"))?;
-        let store = Self { directory, keeper, etcd: etcd.into(), etcd_port };
+        let etcd = spawn(&keeper, "etcd", &etcd_arguments, &directory.path().join("etcd.log"))?;
+        let store = Self { directory, keeper, etcd: etcd.into(), etcd_port, etcd_arguments };
         store.write_tokens()?;
         let key = Command::new("openssl")
             .args(["ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out"])
@@ -282,6 +337,13 @@ impl Store {
             .context("cannot run openssl, which makes the API server's signing key")?;
         ensure!(key.status.success(), "openssl: {}", String::from_utf8_lossy(&key.stderr));
         Ok(store)
+    }
+
+    fn restart_etcd(&self) -> Result<()> {
+        let mut etcd = self.etcd.lock().unwrap_or_else(PoisonError::into_inner);
+        end(&mut etcd);
+        *etcd = spawn(&self.keeper, "etcd", &self.etcd_arguments, &self.path("etcd.log"))?;
+        Ok(())
     }
 
     fn path(&self, name: &str) -> PathBuf {

@@ -22,6 +22,7 @@ pub mod names;
 pub mod netns;
 pub mod node;
 pub mod objects;
+pub mod relay;
 pub mod runner;
 pub mod scenario;
 pub mod stand_in;

@@ -40,6 +40,9 @@ const MARGIN: Duration = Duration::from_secs(5);
 /// whatever a load balancer in between acknowledges.
 const SILENCE: Duration = Duration::from_secs(150);
 
+/// What is not a watch has no reason to pause, and HTTP/1.1, by which it comes, has no pings.
+const LIST_SILENCE: Duration = Duration::from_secs(30);
+
 /// What is in a bookmark, in JSON and in protobuf. `kube`'s watcher keeps bookmarks to itself.
 const BOOKMARK: &[u8] = b"BOOKMARK";
 
@@ -50,8 +53,8 @@ pub(super) struct EndedAtOnce;
 
 /// An answer that says no more.
 #[derive(Debug, thiserror::Error)]
-#[error("nothing came for {SILENCE:?}")]
-struct Silent;
+#[error("nothing came for {0:?}")]
+struct Silent(Duration);
 
 /// What comes of an answer.
 pub(super) type Contents = StreamBody<BoxStream<'static, Result<Frame<Bytes>, BoxError>>>;
@@ -85,14 +88,20 @@ impl Answers {
     }
 
     /// An answer began to a request with this query.
-    pub(super) fn begun(self: &Arc<Self>, query: &str, answer: Response<Body>) -> Response<Contents> {
+    /// `broke_off` is called if it does not come to its end.
+    pub(super) fn begun(
+        self: &Arc<Self>,
+        query: &str,
+        answer: Response<Body>,
+        broke_off: impl Fn() + Send + 'static,
+    ) -> Response<Contents> {
         self.status().set_connected(answer.status().is_success());
         // A date may stand there too, of which API servers make no use.
         let after =
             answer.headers().get(header::RETRY_AFTER).and_then(|after| after.to_str().ok()?.parse().ok());
         self.retry_after.store(after.unwrap_or_default(), Relaxed);
         let watch = answer.status().is_success().then(|| watch_time(query)).flatten();
-        answer.map(|body| contents(body, watch, Arc::clone(self)))
+        answer.map(|body| contents(body, watch, Arc::clone(self), Box::new(broke_off)))
     }
 }
 
@@ -113,6 +122,9 @@ fn watch_time(query: &str) -> Option<Duration> {
     Some(Duration::from_secs(seconds?.unwrap_or_default()))
 }
 
+/// Is called when an answer does not come to its end.
+type BrokeOff = Box<dyn Fn() + Send>;
+
 /// What is left of an answer.
 struct Rest {
     answers: Arc<Answers>,
@@ -123,10 +135,11 @@ struct Rest {
     /// Whether anything has come.
     brought: bool,
     over: bool,
+    broke_off: BrokeOff,
 }
 
-fn contents(body: Body, watch: Option<Duration>, answers: Arc<Answers>) -> Contents {
-    let rest = Rest { answers, body, watch, began: Instant::now(), brought: false, over: false };
+fn contents(body: Body, watch: Option<Duration>, answers: Arc<Answers>, broke_off: BrokeOff) -> Contents {
+    let rest = Rest { answers, body, watch, began: Instant::now(), brought: false, over: false, broke_off };
     let frames = stream::unfold(rest, async |mut rest| Some((rest.next().await?, rest)));
     StreamBody::new(frames.boxed())
 }
@@ -136,10 +149,14 @@ impl Rest {
         if self.over {
             return None;
         }
-        let frame = match tokio::time::timeout(SILENCE, self.body.frame()).await {
+        let patience = if self.watch.is_some() { SILENCE } else { LIST_SILENCE };
+        let frame = match tokio::time::timeout(patience, self.body.frame()).await {
             Ok(frame) => frame,
-            Err(_) => Some(Err(kube::Error::Service(Silent.into()))),
+            Err(_) => Some(Err(kube::Error::Service(Silent(patience).into()))),
         };
+        if let Some(Err(_)) = &frame {
+            (self.broke_off)();
+        }
         match (frame, self.watch) {
             (Some(Ok(frame)), _) => {
                 if let Some(data) = frame.data_ref() {
@@ -200,7 +217,9 @@ mod tests {
 
     async fn all(answers: &Arc<Answers>, body: &str, watch: Option<Duration>) -> Result<Bytes, BoxError> {
         let body = Body::from(body.as_bytes().to_vec());
-        Ok(http_body_util::BodyExt::collect(contents(body, watch, Arc::clone(answers))).await?.to_bytes())
+        Ok(http_body_util::BodyExt::collect(contents(body, watch, Arc::clone(answers), Box::new(|| ())))
+            .await?
+            .to_bytes())
     }
 
     fn answers() -> Arc<Answers> {

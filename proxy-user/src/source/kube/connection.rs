@@ -21,8 +21,8 @@ use kube::{
     Client,
     client::{Body, ConfigExt},
 };
-use tower::{BoxError, ServiceBuilder, limit::RateLimitLayer};
-use tracing::{info, warn};
+use tower::{BoxError, Service, ServiceBuilder, ServiceExt as _, limit::RateLimitLayer};
+use tracing::{debug, info, warn};
 
 use super::{
     ConnectError, KubeSource,
@@ -43,6 +43,8 @@ const USER_AGENT: HeaderValue = HeaderValue::from_static(if cfg!(target_arch = "
 const PATIENCE: u32 = 3;
 /// For TCP to be set up.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// For TCP and TLS together. TCP alone says little of a server: the kernel of a machine whose server hangs accepts connections.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// For an answer to begin: longer than an API server takes to give up by itself.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a peer may say nothing before TCP asks whether it is still there.
@@ -58,6 +60,9 @@ const IDLE: Duration = Duration::from_secs(30);
 const AHEAD: u32 = 1 << 20;
 /// So that watches of some kinds that are not taken in leave room for those of others on their connection.
 const KINDS: u32 = 8;
+
+/// What a connector sets up.
+type Secured = <HttpsConnector<HttpConnector> as Service<Uri>>::Response;
 
 /// A connection to whichever API server answers. Clones share it.
 #[derive(Clone)]
@@ -96,6 +101,8 @@ struct Shared {
     /// Held while a route is made, so that many failing watches make one.
     making: tokio::sync::Mutex<()>,
     outage: std::sync::Mutex<Option<Instant>>,
+    /// Whether the last answer said that we are not who we say we are.
+    rejected: AtomicBool,
 }
 
 /// One server with one set of credentials.
@@ -136,6 +143,7 @@ impl Connection {
             route: RwLock::new(Arc::new(route)),
             making: tokio::sync::Mutex::default(),
             outage: std::sync::Mutex::default(),
+            rejected: AtomicBool::default(),
         })))
     }
 
@@ -145,7 +153,10 @@ impl Connection {
         let shared = Arc::clone(&self.0);
         let service = tower::service_fn(move |request| {
             let shared = Arc::clone(&shared);
-            async move { shared.send(request).await }
+            async move {
+                let route = shared.usable_route().await;
+                shared.send_by(&route, request).await
+            }
         });
         Client::new(service, "default")
     }
@@ -166,15 +177,19 @@ impl Connection {
         Version::of(kind, Arc::clone(&self.0.versions))
     }
 
-    /// A client for one kind, whose answers are heard.
+    /// A client for one kind, whose answers are heard. One that breaks off counts against the server that gave it.
     pub(super) fn heard_client(&self, answers: Arc<Answers>) -> Client {
         let shared = Arc::clone(&self.0);
         let service = tower::service_fn(move |request: Request<Body>| {
             let (shared, answers) = (Arc::clone(&shared), Arc::clone(&answers));
             async move {
                 let query = request.uri().query().unwrap_or_default().to_owned();
-                let answer = shared.send(request).await.inspect_err(|_| answers.none())?;
-                Ok::<_, BoxError>(answers.begun(&query, answer))
+                let route = shared.usable_route().await;
+                let answer = shared.send_by(&route, request).await.inspect_err(|_| answers.none())?;
+                let broke_off = move || {
+                    route.failures.fetch_add(1, Relaxed);
+                };
+                Ok::<_, BoxError>(answers.begun(&query, answer, broke_off))
             }
         });
         Client::new(service, "default")
@@ -186,9 +201,8 @@ impl Shared {
         Arc::clone(&self.route.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    async fn send(&self, mut request: Request<Body>) -> Result<Response<Body>, BoxError> {
+    async fn send_by(&self, route: &Route, mut request: Request<Body>) -> Result<Response<Body>, BoxError> {
         request.headers_mut().insert(header::USER_AGENT, USER_AGENT);
-        let route = self.usable_route().await;
         let (method, asked) = (request.method().clone(), Instant::now());
         let answer = tokio::time::timeout(ANSWER_TIMEOUT, route.client.send(request)).await;
         if let Some(tell) = &self.manner.tell {
@@ -198,15 +212,15 @@ impl Shared {
         }
         match answer {
             Ok(Ok(answer)) => {
-                self.answered(&route, answer.status());
+                self.answered(route, answer.status());
                 Ok(answer)
             }
             Ok(Err(error)) => {
-                self.failed(&route, &error);
+                self.failed(route, &error);
                 Err(error.into())
             }
             Err(elapsed) => {
-                self.failed(&route, &elapsed);
+                self.failed(route, &elapsed);
                 Err(elapsed.into())
             }
         }
@@ -215,9 +229,17 @@ impl Shared {
     fn answered(&self, route: &Route, status: StatusCode) {
         if status == StatusCode::UNAUTHORIZED {
             route.rejected.store(true, Relaxed);
+            if !self.rejected.swap(true, Relaxed) {
+                warn!(
+                    server = %route.server, credentials = self.settings.credentials.origin(),
+                    "the API server does not accept the credentials; they are read anew until it does"
+                );
+            }
         } else if status.is_server_error() {
             self.failed(route, &format_args!("it answers {status}"));
             return;
+        } else if self.rejected.swap(false, Relaxed) {
+            info!(server = %route.server, "the API server accepts the credentials again");
         }
         route.failures.store(0, Relaxed);
         let outage = self.outage.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -228,6 +250,11 @@ impl Shared {
 
     fn failed(&self, route: &Route, error: &dyn std::fmt::Display) {
         route.failures.fetch_add(1, Relaxed);
+        if self.rejected.load(Relaxed) {
+            // A server ends the connections of those it does not accept.
+            debug!(server = %route.server, %error, "the API server does not answer");
+            return;
+        }
         let mut outage = self.outage.lock().unwrap_or_else(PoisonError::into_inner);
         if outage.is_none() {
             *outage = Some(Instant::now());
@@ -313,7 +340,7 @@ fn client(config: &kube::Config, manner: &Manner) -> Result<Client, BoxError> {
     let others = HttpClient::builder(TokioExecutor::new())
         .pool_timer(TokioTimer::new())
         .pool_idle_timeout(IDLE)
-        .build(config.rustls_https_connector_with_connector(tcp.clone())?);
+        .build(in_time(config.rustls_https_connector_with_connector(tcp.clone())?));
     let watches = HttpClient::builder(TokioExecutor::new())
         .timer(TokioTimer::new())
         .http2_initial_stream_window_size(AHEAD)
@@ -321,7 +348,7 @@ fn client(config: &kube::Config, manner: &Manner) -> Result<Client, BoxError> {
         .http2_keep_alive_interval(PING_AFTER)
         .http2_keep_alive_timeout(PING_TIMEOUT)
         .http2_keep_alive_while_idle(true)
-        .build(both_versions(config, tcp)?);
+        .build(in_time(both_versions(config, tcp)?));
     let ask = tower::service_fn(move |request: Request<Body>| {
         let client = if is_watch(request.uri().query()) { &watches } else { &others };
         client.request(request)
@@ -334,6 +361,16 @@ fn client(config: &kube::Config, manner: &Manner) -> Result<Client, BoxError> {
         .map_err(BoxError::from)
         .service(ask);
     Ok(Client::new(service, config.default_namespace.clone()))
+}
+
+/// A connector that gives up a server with which no TLS can be set up.
+fn in_time(
+    connector: HttpsConnector<HttpConnector>,
+) -> impl Service<Uri, Response = Secured, Error = BoxError, Future: Send + Unpin> + Clone + Send + Sync {
+    tower::service_fn(move |server: Uri| {
+        let connecting = connector.clone().oneshot(server);
+        Box::pin(async move { tokio::time::timeout(HANDSHAKE_TIMEOUT, connecting).await? })
+    })
 }
 
 /// As `kube` makes it, and HTTP/2 as well.

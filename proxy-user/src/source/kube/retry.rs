@@ -33,6 +33,8 @@ pub(super) enum Refusal {
     Gone,
     /// The server has too much to do.
     Busy,
+    /// The server does not accept our credentials, which says nothing of what was asked for.
+    Unauthenticated,
     /// The kind does not exist on the server or is forbidden to us.
     Absent,
     /// The server answered with some other error.
@@ -64,6 +66,7 @@ impl Refusal {
         match status.code {
             400 | 422 | 500 | 501 if streaming => Self::NoStreaming,
             _ if is_gone(status) => Self::Gone,
+            401 => Self::Unauthenticated,
             403 | 404 => Self::Absent,
             429 => Self::Busy,
             _ => Self::Refused,
@@ -120,7 +123,9 @@ impl Retry {
             Refusal::Absent => ABSENT_FOR_GOOD,
             Refusal::Refused | Refusal::Fruitless => USELESS,
             // The server said nothing against the watch, and a list would be more work for it.
-            Refusal::Unreachable | Refusal::Busy | Refusal::NoStreaming => return false,
+            Refusal::Unreachable | Refusal::Busy | Refusal::Unauthenticated | Refusal::NoStreaming => {
+                return false;
+            }
         };
         self.useless += 1;
         let lists = self.useless >= most;
@@ -136,9 +141,12 @@ impl Retry {
             Refusal::NoStreaming => Duration::ZERO,
             Refusal::Absent if optional => self.absent.next().unwrap_or(ABSENT),
             Refusal::Unreachable => self.unreachable.next().unwrap_or(ABSENT),
-            Refusal::Gone | Refusal::Busy | Refusal::Absent | Refusal::Refused | Refusal::Fruitless => {
-                self.refused.next().unwrap_or(ABSENT)
-            }
+            Refusal::Gone
+            | Refusal::Busy
+            | Refusal::Unauthenticated
+            | Refusal::Absent
+            | Refusal::Refused
+            | Refusal::Fruitless => self.refused.next().unwrap_or(ABSENT),
         }
     }
 }
@@ -221,6 +229,7 @@ mod tests {
         assert_eq!(Refusal::of(&Error::WatchError(status(500)), false), Refusal::Refused);
         assert_eq!(Refusal::of(&start(429), true), Refusal::Busy);
         assert_eq!(Refusal::of(&start(403), true), Refusal::Absent);
+        assert_eq!(Refusal::of(&start(401), true), Refusal::Unauthenticated);
         assert_eq!(Refusal::of(&Error::WatchError(status(410)), true), Refusal::Gone);
         let broken = Error::WatchFailed(kube::Error::Service("reset".into()));
         assert_eq!(Refusal::of(&broken, true), Refusal::Unreachable);
@@ -265,7 +274,7 @@ mod tests {
             [false, false, false, false, false, true]
         );
         assert!((0..9).all(|_| !lists(Refusal::Refused, true)), "a watch that brings news is of use");
-        for refusal in [Refusal::Busy, Refusal::Unreachable] {
+        for refusal in [Refusal::Busy, Refusal::Unreachable, Refusal::Unauthenticated] {
             assert!((0..9).all(|_| !lists(refusal, false)), "{refusal:?}");
         }
     }

@@ -301,10 +301,12 @@ impl<K: Watched> Watch<K> {
         asked.map_or(delay, |asked| as_asked(delay, asked))
     }
 
-    /// Warns about what the server says, once in a row. That it says nothing, the connection tells for all kinds.
+    /// Warns about what the server says, once in a row. That it says nothing, or does not accept the credentials, the connection
+    /// tells for all kinds.
     fn complain(&mut self, error: &watcher::Error, refusal: Refusal) {
         let text = error.source().map_or_else(|| error.to_string(), ToString::to_string);
-        if refusal == Refusal::Unreachable || text == self.complaint {
+        let told = matches!(refusal, Refusal::Unreachable | Refusal::Unauthenticated);
+        if told || text == self.complaint {
             debug!(kind = %K::KIND, error = text, "watch failed");
             return;
         }
