@@ -28,7 +28,7 @@ use super::{
     seed::{self, Stored},
     workload::{Numbered, Workload},
 };
-use crate::{apiserver::ApiServer, objects::NAMESPACE};
+use crate::{apiserver::ApiServer, objects::NAMESPACE, relay::Relay};
 
 /// How long the API server may take until it shows what is in etcd.
 const SHOWN: Duration = Duration::from_secs(120);
@@ -98,6 +98,24 @@ impl Cluster {
     /// When it does not come up.
     pub(super) async fn restart(&self) -> Result<()> {
         self.server.lock().await.restart().await
+    }
+
+    /// Starts a relay that leads to the API server, in the caller's network namespace.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot listen.
+    pub(super) async fn relay(&self) -> Result<Relay> {
+        Relay::start(API_SERVER.into(), self.server.lock().await.socket())
+    }
+
+    /// A kubeconfig for a subject that asks by this relay.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be written.
+    pub(super) async fn kubeconfig_by(&self, relay: &Relay) -> Result<PathBuf> {
+        self.server.lock().await.kubeconfig_by("admin", relay.address())
     }
 
     /// A kubeconfig for the subjects.

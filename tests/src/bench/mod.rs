@@ -25,7 +25,7 @@ use tokio::runtime::Runtime;
 use self::{
     cluster::{Cluster, ENDPOINTS},
     profile::Profiler,
-    programming::Programming,
+    programming::{Act, Programming},
     report::{Report, say},
     workload::Workload,
 };
@@ -201,16 +201,19 @@ impl Bench<'_> {
     }
 
     fn hostile(&self, workload: Workload) -> Result<()> {
-        let mut subjects = self.subjects.to_vec();
-        if self.options.subjects.is_empty() {
-            subjects.retain(|subject| subject.is_weir());
+        let named = !self.options.subjects.is_empty();
+        if !named {
             say(format_args!(
-                "hostile acts leave kube-proxy out, which looks at its rules only from time to time"
+                "hostile acts to rules leave kube-proxy out, which looks at them only from time to time"
             ));
         }
+        let takes_part = |act: Act, subject: Subject| {
+            (named || subject.is_weir() || act.is_to_api_server())
+                && !(act.is_long() && self.options.short_acts)
+        };
         let plan = self.options.programming();
         let keep = |recovery| self.keep(|report| report.recoveries.push(recovery));
-        self.programming(&plan).recoveries(workload, &subjects, keep)
+        self.programming(&plan).recoveries(workload, self.subjects, takes_part, keep)
     }
 
     fn programming<'a>(&'a self, plan: &'a programming::Plan) -> Programming<'a> {

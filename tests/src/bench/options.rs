@@ -61,6 +61,9 @@ pub struct Options {
     /// Hostile acts: numbers of Services.
     #[arg(long, value_delimiter = ',', default_values_t = [10_000])]
     pub(super) hostile_services: Vec<u32>,
+    /// Hostile acts: leave out what takes most of a minute for each subject, which is waiting for connections that fell silent.
+    #[arg(long)]
+    pub(super) short_acts: bool,
     /// Maps: the number of Services.
     #[arg(long, default_value_t = 50_000)]
     pub(super) map_services: u32,

@@ -35,7 +35,7 @@ use super::{
     subject::Subject,
     workload::{Numbered, Workload},
 };
-use crate::netns::Namespace;
+use crate::{netns::Namespace, relay::Relay};
 
 /// Numbers of Services that come and go start here.
 const CHANGING: u32 = 400_000;
@@ -75,6 +75,8 @@ struct Trial<'a> {
     /// Before the process, which it watches.
     profile: Option<Profile>,
     process: Option<Process>,
+    /// What leads to the API server, where the subject does not ask it itself.
+    relay: Option<Relay>,
     directory: TempDir,
     run: Run,
 }
@@ -143,6 +145,7 @@ impl Programming<'_> {
             workload,
             profile: None,
             process: None,
+            relay: None,
             directory: tempfile::tempdir()?,
             run: Run::new(subject, workload, round, self.plan.bound),
         })

@@ -54,16 +54,20 @@ pub enum Act {
     /// The API server ends and starts again, with watches that it ended; counted from the moment it is ready until a Service
     /// works that came then.
     ApiServerRestarted,
+    /// The API server falls silent on the connections that there are, as one that froze behind a load balancer, and serves new
+    /// ones; counted until a Service works that came then.
+    ApiServerSilent,
 }
 
 impl Act {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::FlushWhileStarting,
         Self::FlushWhileServing,
         Self::InterfaceUp,
         Self::StickyEndpointRemoved,
         Self::ApiServerRestarted,
+        Self::ApiServerSilent,
     ];
 
     /// What it is called in tables.
@@ -75,7 +79,20 @@ impl Act {
             Self::InterfaceUp => "an interface comes up beside a new Service",
             Self::StickyEndpointRemoved => "an endpoint with 50,000 sticky clients goes",
             Self::ApiServerRestarted => "a new Service after a restart of the API server",
+            Self::ApiServerSilent => "a new Service behind a server that froze",
         }
+    }
+
+    /// Whether it is done to the API server, so that what follows is no matter of rules.
+    #[must_use]
+    pub fn is_to_api_server(self) -> bool {
+        matches!(self, Self::ApiServerRestarted | Self::ApiServerSilent)
+    }
+
+    /// Whether it takes most of a minute, however fast a subject is: a silent connection is given up after 45 s.
+    #[must_use]
+    pub fn is_long(self) -> bool {
+        self == Self::ApiServerSilent
     }
 }
 
@@ -104,7 +121,8 @@ pub struct Recovery {
 }
 
 impl Programming<'_> {
-    /// Measures all acts with the subjects in turn. One that did not recover in time has no further rounds of that act.
+    /// Measures the acts with those of the subjects in turn that take part. One that did not recover in time has no further rounds
+    /// of that act.
     ///
     /// # Errors
     ///
@@ -113,6 +131,7 @@ impl Programming<'_> {
         &self,
         workload: Workload,
         subjects: &[Subject],
+        takes_part: impl Fn(Act, Subject) -> bool,
         mut keep: impl FnMut(Recovery) -> Result<()>,
     ) -> Result<()> {
         let mut too_slow = Vec::new();
@@ -120,7 +139,7 @@ impl Programming<'_> {
             for (act, subject) in
                 Act::ALL.into_iter().flat_map(|act| subjects.iter().map(move |subject| (act, *subject)))
             {
-                if too_slow.contains(&(act, subject)) {
+                if !takes_part(act, subject) || too_slow.contains(&(act, subject)) {
                     continue;
                 }
                 let recovery = self.recovery(subject, workload, round, act);
@@ -147,6 +166,9 @@ impl Programming<'_> {
             connects: 0,
             failed: 0,
         };
+        if act == Act::ApiServerSilent {
+            trial.relay = Some(self.runtime.block_on(self.cluster.relay())?);
+        }
         self.launch(&mut trial)?;
         let done = if act == Act::FlushWhileStarting {
             self.flush_while_starting(&mut trial)
@@ -202,6 +224,7 @@ impl Programming<'_> {
             (Act::StickyEndpointRemoved, Some(sticky)) => self.remove_sticky_endpoint(trial, sticky),
             (Act::InterfaceUp, _) => self.interface_up(trial),
             (Act::ApiServerRestarted, _) => self.restart_api_server(trial),
+            (Act::ApiServerSilent, _) => self.silence_api_server(trial),
             _ => flush_while_serving(trial, self.deadline()),
         };
         stop.store(true, Ordering::Release);
@@ -229,7 +252,17 @@ impl Programming<'_> {
 
     fn restart_api_server(&self, trial: &Trial<'_>) -> Result<Duration> {
         self.runtime.block_on(self.cluster.restart())?;
-        let ready = Instant::now();
+        self.new_service_works(trial)
+    }
+
+    fn silence_api_server(&self, trial: &Trial<'_>) -> Result<Duration> {
+        trial.relay.as_ref().context("the subject asks the API server itself")?.fall_silent();
+        self.new_service_works(trial)
+    }
+
+    /// How long it takes from now until a Service works that comes now.
+    fn new_service_works(&self, trial: &Trial<'_>) -> Result<Duration> {
+        let begin = Instant::now();
         let service = self.fresh();
         let (to, deadline) = (service.cluster_ip(), self.deadline());
         let probe = trial.node.namespace.thread(move || probe::all_answer(&[to], deadline))?;
@@ -237,7 +270,7 @@ impl Programming<'_> {
         let met = join(probe, None);
         self.runtime.block_on(self.cluster.objects.delete(service))?;
         written?;
-        Ok(met?.saturating_duration_since(ready))
+        Ok(met?.saturating_duration_since(begin))
     }
 
     /// A Service that many clients have been to, each of whom stays with its endpoint.

@@ -52,9 +52,12 @@ impl Programming<'_> {
     }
 
     pub(super) fn launch(&self, trial: &mut Trial<'_>) -> Result<()> {
-        let Trial { node, directory, run, .. } = trial;
-        let kubeconfig = self.cluster.kubeconfig();
-        let process = run.subject.start(kubeconfig, &node.namespace, &node.roots, directory.path())?;
+        let Trial { node, relay, directory, run, .. } = trial;
+        let kubeconfig = match relay {
+            Some(relay) => self.runtime.block_on(self.cluster.kubeconfig_by(relay))?,
+            None => self.cluster.kubeconfig().to_owned(),
+        };
+        let process = run.subject.start(&kubeconfig, &node.namespace, &node.roots, directory.path())?;
         if let Some(profiler) = self.profiler.filter(|_| run.subject.is_weir() && run.start.is_none()) {
             let name = format!("{} {} {}", run.subject.name(), run.workload, run.round);
             trial.profile = Some(profiler.attach(&name, process.id())?);

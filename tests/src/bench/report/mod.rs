@@ -188,7 +188,7 @@ impl Report {
             (programming, "Programming: single changes", programming::kinds_table(&self.programming)),
             (
                 self.recoveries.is_empty(),
-                "Serving again after hostile acts (aim: 1 s)",
+                "Serving again after hostile acts (aim: 1 s, of the API server 5 s, one that froze 50 s)",
                 programming::recovery_table(&self.recoveries),
             ),
             (paths, "Paths: part of straight, no proxy (95 %)", paths::ratio_table(&self.paths)),
