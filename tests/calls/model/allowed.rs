@@ -1,5 +1,4 @@
-//! What eBPF may answer otherwise than packets do: on purpose, each as a row of docs/differences.md says, and by mistake until it is
-//! mended.
+//! What eBPF may answer otherwise than packets do, each as a row of docs/differences.md says.
 
 use super::Model;
 use crate::world::Plane;
@@ -19,17 +18,30 @@ pub(crate) enum Row {
     OnePort,
     /// Senders are shown by what the socket knows when it reads.
     ReadLate,
+    /// A socket that asks a Service before it comes, and reads the answer after, takes the Service for a client of its own: what it
+    /// sends there is left to the packets, which draw for themselves.
+    LateServices,
+    /// A socket that comes back to a Service after it was connected elsewhere, loses its peer and asks the Service by address, or asked it
+    /// while it was connected elsewhere, gets another backend. One that loses its peer and with it its port, and connects to no Service
+    /// next, is remembered with what it was told before.
+    LostPeers,
+    /// A connected socket whose backend is gone hears nothing from its Service's own address: neither an answer, where nothing
+    /// translates what it sends, nor the ICMP error of a refusal.
+    Moved,
 }
 
 impl Row {
     /// All of them.
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::ClientsApart,
         Self::Refused,
         Self::OneBackend,
         Self::SharedPort,
         Self::OnePort,
         Self::ReadLate,
+        Self::LateServices,
+        Self::LostPeers,
+        Self::Moved,
     ];
 
     /// What the row begins with.
@@ -41,34 +53,16 @@ impl Row {
             Self::SharedPort => "`SO_REUSEPORT`",
             Self::OnePort => "one local port",
             Self::ReadLate => "read late",
+            Self::LateServices => "late Services",
+            Self::LostPeers => "lost peers",
+            Self::Moved => "K2",
         }
     }
-}
-
-/// What eBPF answers otherwise than it should. Each is to be mended, and then its excuse goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Fault {
-    /// A socket that asks a Service before it comes, and reads the answer after, takes the Service for a client of its own: what it
-    /// sends there is left to the packets, which draw for themselves.
-    TakenForClient,
-    /// A socket that comes back to a Service after it was connected elsewhere, loses its peer and asks the Service by address, or asked it
-    /// while it was connected elsewhere, gets another backend.
-    DrawsAnew,
-    /// A connected socket whose backend is gone hears nothing from its Service's own address: neither an answer, where nothing
-    /// translates what it sends, nor the ICMP error of a refusal.
-    NotTold,
-    /// A socket that loses its peer and with it its port, and connects to no Service next, is remembered with what it was told before.
-    Remembered,
 }
 
 impl Model {
     /// Whether this run may also answer as a row of docs/differences.md says.
     pub(super) fn also(&self, _row: Row) -> bool {
-        self.plane == Plane::Sockets
-    }
-
-    /// Whether this run is excused for a fault.
-    pub(super) fn excused(&self, _fault: Fault) -> bool {
         self.plane == Plane::Sockets
     }
 }

@@ -20,7 +20,7 @@ mod service;
 mod streams;
 mod udp;
 
-pub(super) use allowed::{Fault, Row};
+pub(super) use allowed::Row;
 
 use service::{Door, Service};
 
@@ -112,9 +112,9 @@ struct Socket {
     error: Option<Errno>,
     /// What it asked without being connected to it, and what got that.
     asked: Vec<(To, Server)>,
-    /// Services that it takes for clients ([`Fault::TakenForClient`]).
+    /// Services that it takes for clients ([`Row::LateServices`]).
     strangers: Vec<To>,
-    /// What it is remembered with though it is over ([`Fault::Remembered`]).
+    /// What it is remembered with though it is over ([`Row::LostPeers`]).
     over: Option<Peer>,
     /// How often it had another peer.
     peers: u32,
@@ -205,7 +205,7 @@ impl Model {
 
     /// The Service that a socket is told in place of the backend that it is connected to, if it is.
     fn misremembered(&self, socket: &Socket) -> Option<To> {
-        let over = socket.over.filter(|_| self.excused(Fault::Remembered))?;
+        let over = socket.over.filter(|_| self.also(Row::LostPeers))?;
         let peer = socket.peer?;
         let is_it = match over.way.end() {
             Some(None) => matches!(peer.to, To::Backend(_)),
@@ -235,7 +235,7 @@ impl Model {
         }
     }
 
-    /// A Service changes. Sockets that are not to be played with any more ([`Fault::Remembered`]) are said.
+    /// A Service changes. Sockets that are not to be played with any more ([`Row::LostPeers`]) are said.
     pub(super) fn change(&mut self, number: usize, change: Change) -> Vec<usize> {
         let service = &mut self.services[number];
         service.change(change);

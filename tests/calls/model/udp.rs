@@ -2,7 +2,7 @@
 
 use nix::errno::Errno;
 
-use super::{Door, Fault, Flow, Model, Outcome, Peer, Port, Row, Socket, Verdict, Waiting, Way, is};
+use super::{Door, Flow, Model, Outcome, Peer, Port, Row, Socket, Verdict, Waiting, Way, is};
 use crate::{
     sequence::{BACKENDS, Side, To, Transport, Wire},
     servers::Server,
@@ -17,7 +17,7 @@ impl Model {
         let socket = &self.sockets[slot];
         let way = match to.service() {
             Some(number) if self.plane == Plane::Sockets && !self.services[number].drawn().is_empty() => {
-                let draws_anew = self.excused(Fault::DrawsAnew);
+                let draws_anew = self.also(Row::LostPeers);
                 Way::Led(if draws_anew { self.begun(socket, to) } else { self.known(socket, to) })
             }
             _ => Way::AsAsked,
@@ -80,7 +80,7 @@ impl Model {
     /// A socket hears an answer from a Service's address that was not translated.
     pub(super) fn meet(&mut self, slot: usize, to: To) {
         let Some(number) = to.service() else { return };
-        if self.excused(Fault::TakenForClient)
+        if self.also(Row::LateServices)
             && self.sockets[slot].peer.is_none()
             && self.services[number].standing().0
         {
@@ -157,10 +157,10 @@ impl Model {
             Door::Closed => {
                 // The ICMP error comes to the host's own sockets too, beside what sending answers.
                 let is_host = self.side == Side::Host && matches!(to, To::Service(_));
-                let is_excused = self.excused(Fault::NotTold);
+                let may_be_deaf = self.also(Row::Moved);
                 let socket = &mut self.sockets[slot];
                 let peer = socket.peer.filter(|peer| peer.to == to);
-                let is_deaf = peer.is_some_and(|peer| matches!(peer.way, Way::Moved(..))) && is_excused;
+                let is_deaf = peer.is_some_and(|peer| matches!(peer.way, Way::Moved(..))) && may_be_deaf;
                 if peer.is_some() && !is_deaf {
                     socket.error = Some(Errno::ECONNREFUSED);
                 }
@@ -200,7 +200,7 @@ impl Model {
         let (asker, peers) = (socket.id, socket.peers);
         if let (Some(number), Server::Backend(backend)) = (to.service(), server) {
             let is_known = |flow: &Flow| flow.to == to && flow.port == port && flow.socket == asker;
-            let forgets = (is_peer || left) && self.excused(Fault::DrawsAnew);
+            let forgets = (is_peer || left) && self.also(Row::LostPeers);
             if !forgets && !self.flows.iter().any(is_known) {
                 self.flows.push(Flow { port, socket: asker, to, backend });
             }
@@ -222,7 +222,7 @@ impl Model {
         let asker = &self.sockets[slot];
         let from = self.sender(asker, to, server);
         let is_moved = asker.peer.is_some_and(|peer| peer.to == to && matches!(peer.way, Way::Moved(..)));
-        let is_lost = is_moved && server == Server::Untranslated && self.excused(Fault::NotTold);
+        let is_lost = is_moved && server == Server::Untranslated && self.also(Row::Moved);
         let on_port = |socket: &&Socket| socket.transport == Transport::Udp && socket.port == Some(port);
         let (mut certain, mut perhaps, mut open) = (Vec::new(), Vec::new(), Vec::new());
         for socket in self.sockets.iter().filter(on_port) {
@@ -281,7 +281,7 @@ impl Model {
                 None => last,
             });
         }
-        if self.excused(Fault::Remembered) {
+        if self.also(Row::LostPeers) {
             shown.extend(socket.over.map(|over| over.to));
         }
         if self.also(Row::SharedPort) && socket.id != answer.asker {
