@@ -19,8 +19,7 @@ use weir::{
         ebpf::{Ebpf, Place as EbpfPlace},
         nftables::Nftables,
     },
-    model::{DetectLocal, Family, NodePortSetting, PerFamily, Settings},
-    source::Change,
+    model::{Change, DetectLocal, Family, NodePortSetting, PerFamily, Settings},
 };
 use weir_tests::{
     agent::Agent,

@@ -14,9 +14,8 @@ use weir::{
         ebpf::{Ebpf, Place},
         nftables::Nftables,
     },
-    model::{Family, ObjectName, PerFamily},
+    model::{Change, Family, Kind, Object, ObjectName, PerFamily},
     plan::NodePortAddresses,
-    source::{Change, Kind, Object},
 };
 use weir_tests::{
     agent::Agent,

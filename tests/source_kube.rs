@@ -21,9 +21,12 @@ use kube::{
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use tokio::{sync::mpsc::Receiver, task::JoinHandle, time::timeout};
-use weir::source::{
-    Change, Kind, Object, SourceStatus,
-    kube::{Connection, Credentials, KubeSource, watch},
+use weir::{
+    model::{Change, Kind, Object},
+    source::{
+        SourceStatus,
+        kube::{Connection, Credentials, KubeSource, watch},
+    },
 };
 use weir_tests::apiserver::ApiServer;
 

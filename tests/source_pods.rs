@@ -17,9 +17,12 @@ use kube::{
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use tokio::{sync::mpsc::Receiver, task::JoinHandle, time::timeout};
-use weir::source::{
-    Change, Kind, PodChange, PodObject, SourceStatus,
-    kube::{Connection, Credentials, KubeSource, watch, watch_pods},
+use weir::{
+    model::{Change, Kind, PodChange, PodObject},
+    source::{
+        SourceStatus,
+        kube::{Connection, Credentials, KubeSource, watch, watch_pods},
+    },
 };
 use weir_tests::apiserver::ApiServer;
 

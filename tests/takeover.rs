@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 use serde_json::json;
-use weir::{model::Family, source::Object};
+use weir::model::{Family, Object};
 use weir_tests::{
     assets,
     control_plane::ControlPlane,

@@ -10,9 +10,12 @@ use std::{
 };
 
 use tokio::{sync::mpsc::Receiver, task::JoinHandle, time::timeout};
-use weir::source::{
-    Change, Kind, SourceStatus,
-    kube::{Connection, Credentials, KubeSource, watch, watch_pods},
+use weir::{
+    model::{Change, Kind},
+    source::{
+        SourceStatus,
+        kube::{Connection, Credentials, KubeSource, watch, watch_pods},
+    },
 };
 use weir_tests::stand_in::{Asked, Fault, StandIn};
 

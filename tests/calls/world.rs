@@ -35,9 +35,8 @@ use weir::{
         probe::Probe,
         sockets,
     },
-    model::{DetectLocal, Family, NodePortSetting, ObjectName, PerFamily, Settings},
+    model::{Change, DetectLocal, Family, Kind, NodePortSetting, Object, ObjectName, PerFamily, Settings},
     plan::Delta,
-    source::{Change, Kind, Object},
 };
 use weir_tests::{agent::Agent, bpffs::BpfFs, cgroup::Cgroup, netns::Namespace};
 

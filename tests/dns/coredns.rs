@@ -3,7 +3,7 @@
 use anyhow::Result;
 use hickory_proto::op::ResponseCode;
 use serde_json::{Value, json};
-use weir::source::Object;
+use weir::model::Object;
 use weir_tests::{
     control_plane::ControlPlane,
     names::{ask, ask_by_tcp, libc_resolves},

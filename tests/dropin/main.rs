@@ -19,7 +19,7 @@ use nix::{
     unistd::Pid,
 };
 use serde_json::{Value, json};
-use weir::source::Object;
+use weir::model::Object;
 use weir_tests::{
     assets,
     control_plane::ControlPlane,

@@ -10,8 +10,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use weir::{
     dataplane::Dataplane,
-    model::{DetectLocal, NodePortSetting, ObjectName, Settings},
-    source::{Change, Kind, Object},
+    model::{Change, DetectLocal, Kind, NodePortSetting, Object, ObjectName, Settings},
 };
 use weir_tests::agent::Agent;
 

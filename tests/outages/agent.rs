@@ -8,9 +8,12 @@ use std::{
 };
 
 use tokio::{sync::mpsc::Receiver, task::JoinHandle, time::timeout};
-use weir::source::{
-    Change, Kind, SourceStatus,
-    kube::{Connection, Credentials, KubeSource, watch},
+use weir::{
+    model::{Change, Kind},
+    source::{
+        SourceStatus,
+        kube::{Connection, Credentials, KubeSource, watch},
+    },
 };
 
 use crate::shop::NAMESPACE;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use weir::source::Kind;
+use weir::model::Kind;
 use weir_tests::apiserver::ApiServer;
 
 use crate::{agent::Agent, shop::Shop};

@@ -6,9 +6,8 @@ use std::mem;
 
 use weir::{
     dataplane::{Dataplane, Error, Shortfall, State},
-    model::{Model, Settings},
+    model::{Change, Model, Settings},
     plan::{Delta, Planner},
-    source::Change,
 };
 
 /// Model, planner and data plane.

@@ -17,7 +17,7 @@ use kube::{
     api::{DeleteParams, Patch, PatchParams, PostParams},
 };
 use tokio::runtime::Runtime;
-use weir::source::{Kind, Object};
+use weir::model::{Kind, Object};
 
 use crate::{apiserver::ApiServer, netns::Namespace, objects::NAMESPACE};
 

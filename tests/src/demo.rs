@@ -20,7 +20,7 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 use tokio::signal::unix::{SignalKind, signal};
-use weir::{model::Family, source::Object};
+use weir::model::{Family, Object};
 
 use crate::{
     names,

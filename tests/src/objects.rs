@@ -19,7 +19,7 @@ use k8s_openapi::{
     },
     apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
 };
-use weir::{model::Family, source::Object};
+use weir::model::{Family, Object};
 
 use crate::{
     node::{Place, SERVICE_CIDRS, node_address, node_name, pod_address},

@@ -26,8 +26,7 @@ use serde::{Deserialize, de::DeserializeOwned};
 use serde_yaml_ng::Value;
 use weir::{
     dataplane::{Installed, InstalledFrontend, Outcome, State},
-    model::{DetectLocal, NodePortSetting, ObjectName, Settings},
-    source::{Change, Kind, Object},
+    model::{Change, DetectLocal, Kind, NodePortSetting, Object, ObjectName, Settings},
 };
 
 /// One file.

@@ -333,9 +333,9 @@ mod tests {
     use super::*;
     use crate::{
         dataplane::{Faults, Faulty, Memory},
+        model::Change,
         model::fixture::{model, named, service, settings},
         plan::Planner,
-        source::Change,
     };
 
     const SERVES: &str = "front";

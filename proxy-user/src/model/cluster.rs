@@ -14,10 +14,9 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use tracing::warn;
 
 use super::{
-    DetectLocal, Endpoints, NameClients, Node, NodeView, ObjectName, Problem, Service, Settings, Slice, Uid,
-    dns::DnsServices, parse_network,
+    Change, DetectLocal, Endpoints, Kind, NameClients, Node, NodeView, Object, ObjectName, Problem, Service,
+    Settings, Slice, Uid, dns::DnsServices, parse_network,
 };
-use crate::source::{Change, Kind, Object};
 
 /// What is known under one Service name: the Service, its slices, or only one of them yet.
 #[derive(Debug, Default)]

@@ -10,8 +10,8 @@ use smallvec::SmallVec;
 
 use super::{Family, ObjectName, Problem, Protocol, parse_address};
 
-/// A slice with this label belongs to a headless Service (W2).
-const HEADLESS: &str = "service.kubernetes.io/headless";
+/// A slice with this label, whatever its value, belongs to a headless Service (W2).
+pub(crate) const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 
 /// The label that says which Service a slice belongs to (W7).
 pub(super) const SERVICE_NAME: &str = "kubernetes.io/service-name";
@@ -84,7 +84,7 @@ impl Slice {
         problems: &mut Vec<Problem>,
     ) -> Option<(ObjectName, Self)> {
         let label = |name: &str| slice.metadata.labels.as_ref().and_then(|labels| labels.get(name));
-        if label(HEADLESS).is_some() {
+        if label(HEADLESS_LABEL).is_some() {
             return None;
         }
         let Some(service) = label(SERVICE_NAME).filter(|name| !name.is_empty()) else {

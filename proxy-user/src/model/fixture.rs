@@ -3,8 +3,7 @@
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::{Model, ObjectName, Settings};
-use crate::source::{Change, Object};
+use super::{Change, Model, Object, ObjectName, Settings};
 
 /// Reads `value` as an API object.
 pub(crate) fn object<T: DeserializeOwned>(value: Value) -> T {

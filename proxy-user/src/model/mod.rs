@@ -1,6 +1,6 @@
 //! The cluster as this node needs it: Services, their endpoints, this Node.
 //!
-//! In: [`crate::source::Change`]s. Out: the names of Services whose plan may have changed, and what
+//! In: [`Change`]s. Out: the names of Services whose plan may have changed, and what
 //! [`crate::plan::plan_service`] reads. Kubernetes API types end here.
 
 use std::{fmt, sync::Arc};
@@ -8,6 +8,7 @@ use std::{fmt, sync::Arc};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 mod address;
+mod change;
 mod cluster;
 mod dns;
 mod endpoint;
@@ -17,6 +18,7 @@ pub(crate) mod fixture;
 mod names;
 mod node;
 mod pod;
+mod pod_change;
 mod pods;
 mod service;
 mod settings;
@@ -25,14 +27,18 @@ mod tests;
 mod uid;
 
 pub use address::{parse_address, parse_network, unusable};
+pub use change::{Change, Kind, Object};
 pub use cluster::Model;
 pub use dns::{DNS_PORT, DnsService, NameClients};
+pub(crate) use endpoint::HEADLESS_LABEL;
 pub use endpoint::{Candidate, Endpoint, Endpoints, Slice, SlicePort};
 pub use family::{Family, PerFamily, Protocol};
 pub use names::{Named, NamedEndpoint, NamedKind, NamedPort, NamedService, NamedSlice, Names, Nearness};
 pub use node::{LocalTraffic, Node, NodeView};
 pub use pod::{Namespace, Pod, Reason, SOCKET_LB_KEY, SocketLb};
+pub use pod_change::{PodChange, PodObject};
 pub use pods::{Bypassed, BypassedPod, Pods};
+pub(crate) use service::PROXY_NAME_LABEL;
 pub use service::{Removal, Service, ServicePort};
 pub use settings::{DetectLocal, LoopbackNodePorts, NodePortSetting, Settings};
 pub use uid::Uid;

@@ -7,8 +7,10 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use rustc_hash::FxHashMap;
 
-use super::{Namespace, ObjectName, Pod, Problem, Reason, SocketLb, cluster::report};
-use crate::source::{Change, Kind, PodChange, PodObject};
+use super::{
+    Change, Kind, Namespace, ObjectName, Pod, PodChange, PodObject, Problem, Reason, SocketLb,
+    cluster::report,
+};
 
 /// This node's pods and what namespaces say of them.
 #[derive(Debug, Default)]

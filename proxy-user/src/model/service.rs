@@ -16,7 +16,7 @@ use super::{
 };
 
 /// A Service with this label, whatever its value, is another proxy's (W1).
-const PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
+pub(crate) const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 
 /// The annotation that says what becomes of TCP connections whose backend stopped serving.
 const ON_BACKEND_REMOVAL: &str = "weir.dev/on-backend-removal";
@@ -86,7 +86,7 @@ impl Service {
     /// without a ClusterIP of a served family (W5). What cannot be understood is left out and told in `problems` (W9).
     #[must_use]
     pub fn read(service: &api::Service, settings: &Settings, problems: &mut Vec<Problem>) -> Option<Self> {
-        if service.metadata.labels.as_ref().is_some_and(|labels| labels.contains_key(PROXY_NAME)) {
+        if service.metadata.labels.as_ref().is_some_and(|labels| labels.contains_key(PROXY_NAME_LABEL)) {
             return None;
         }
         let spec = service.spec.as_ref()?;

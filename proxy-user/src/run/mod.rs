@@ -28,14 +28,14 @@ use crate::{
         kube_proxy,
         nftables::Nftables,
     },
-    model::{Family, Model, PerFamily},
+    model::{Change, Family, Model, PerFamily},
     observe::{
         About, Events, Health, HealthChecks, Metrics, Server, Telemetry, Trouble, admin_router, health_router,
     },
     places::Places,
     plan::{Frontend, Planner, PortId},
     source::{
-        Change, SourceStatus, host,
+        SourceStatus, host,
         kube::{self, Asked, Connection, Credentials, KubeSource, Manner},
         manifests::{self, ManifestSource, ManifestStatus},
     },

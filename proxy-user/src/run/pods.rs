@@ -11,9 +11,9 @@ use tokio::sync::{mpsc, watch};
 
 use crate::{
     dataplane::ebpf::{Bypass, BypassCensus},
-    model::{Bypassed, Pods},
+    model::{Bypassed, PodChange, Pods},
     source::{
-        PodChange, SourceStatus,
+        SourceStatus,
         kube::{self, Connection},
     },
 };

@@ -12,7 +12,7 @@ use std::{
 
 use serde::Serialize;
 
-use super::Kind;
+use crate::model::Kind;
 
 /// How a source is doing, kind by kind. The source writes it, everybody may read it.
 #[derive(Debug, Default)]

@@ -19,7 +19,7 @@ use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 use hickory_proto::rr::RecordType;
 use serde::Serialize;
 use serde_json::{Value, json};
-use weir::source::{Kind, Object};
+use weir::model::{Kind, Object};
 
 use super::{process::Process, report::say, statistics::quantile};
 use crate::{

@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use weir::{model::Family, source::Object};
+use weir::model::{Family, Object};
 
 use crate::{
     assets,

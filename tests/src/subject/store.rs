@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, path::PathBuf};
 
 use anyhow::{Result, bail};
-use weir::source::{Kind, Object};
+use weir::model::{Kind, Object};
 
 use crate::control_plane::ControlPlane;
 

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::{
     model::fixture::{full_slice, named, node, service},
-    source::{Change, Kind},
+    model::{Change, Kind},
 };
 
 fn slice(name: &str, endpoints: Value) -> Change {

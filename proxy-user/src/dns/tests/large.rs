@@ -18,8 +18,8 @@ use super::{
     *,
 };
 use crate::{
+    model::Kind,
     model::fixture::{service, slice},
-    source::Kind,
 };
 
 const WHOLE: &str = "db.ns.svc.cluster.local.";

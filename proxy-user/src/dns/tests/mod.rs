@@ -13,7 +13,7 @@ use hickory_proto::{
 };
 
 use super::{Answer, Query, Resolution, Zone, answer};
-use crate::{model::Names, source::Change};
+use crate::model::{Change, Names};
 
 /// The zone of the tests, with everything that is optional.
 fn zone() -> Zone {

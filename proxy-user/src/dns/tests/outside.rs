@@ -26,7 +26,7 @@ use super::{
     super::{Forwarder, Origin, Replier, Reply, UnderWay},
     *,
 };
-use crate::source::Kind;
+use crate::model::Kind;
 
 const DEADLINE: Duration = Duration::from_secs(20);
 const WWW: &str = "www.example.";

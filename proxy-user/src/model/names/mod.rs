@@ -13,8 +13,10 @@ use k8s_openapi::api::core::v1::Node;
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
 
-use super::{DNS_PORT, DnsService, ObjectName, Protocol, dns::DnsServices, node::ZONE, parse_network};
-use crate::source::{Change, Kind, Object};
+use super::{
+    Change, DNS_PORT, DnsService, Kind, Object, ObjectName, Protocol, dns::DnsServices, node::ZONE,
+    parse_network,
+};
 
 mod read;
 

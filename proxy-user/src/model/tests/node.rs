@@ -6,7 +6,7 @@ use super::super::{
     DetectLocal, LocalTraffic, Model, NodePortSetting, Settings,
     fixture::{model, named, node, service, service_cidr, settings, slice},
 };
-use crate::source::{Change, Kind};
+use crate::model::{Change, Kind};
 
 fn node_a(labels: Value, spec: Value, addresses: Value) -> Change {
     node(json!({ "metadata": { "name": "node-a", "labels": labels }, "spec": spec,

@@ -4,10 +4,7 @@ use k8s_openapi::{
 };
 use serde_json::{Value, json};
 
-use crate::{
-    model::{ObjectName, Pods},
-    source::{Change, Kind, PodChange, PodObject},
-};
+use crate::model::{Change, Kind, ObjectName, PodChange, PodObject, Pods};
 
 /// A pod in namespace `shop`, with this on top.
 fn pod(name: &str, metadata: Value, spec: Value) -> PodChange {

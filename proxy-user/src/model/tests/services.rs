@@ -8,7 +8,7 @@ use super::super::{
     Family, Model, PerFamily, Problem, Removal, Service, Settings,
     fixture::{full_service, model, named, object, service, settings, slice},
 };
-use crate::source::{Change, Kind};
+use crate::model::{Change, Kind};
 
 fn read_with(settings: &Settings, value: Value) -> (Option<Service>, Vec<Problem>) {
     let mut problems = Vec::new();

@@ -6,7 +6,7 @@ use super::super::{
     Endpoint, Family, Model, ObjectName, Protocol, Slice,
     fixture::{full_slice, model, named, object, service, settings, slice},
 };
-use crate::source::{Change, Kind};
+use crate::model::{Change, Kind};
 
 fn read(value: Value) -> (Option<(ObjectName, Slice)>, usize) {
     let mut problems = Vec::new();

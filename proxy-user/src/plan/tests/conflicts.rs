@@ -4,12 +4,12 @@ use serde_json::json;
 
 use crate::{
     dataplane::{Dataplane, Memory},
+    model::{Change, Kind},
     model::{
         Model, PerFamily,
         fixture::{full_service, model, named, settings},
     },
     plan::{Delta, Planner},
-    source::{Change, Kind},
 };
 
 /// A Service created in this second, with a ClusterIP of its own, that claims these external addresses.

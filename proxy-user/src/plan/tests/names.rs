@@ -3,11 +3,11 @@
 use serde_json::json;
 
 use crate::{
+    model::{Change, Kind},
     model::{
         DetectLocal, DnsService, Family, Model, ObjectName, Settings,
         fixture::{full_service, model, settings},
     },
-    source::{Change, Kind},
 };
 
 fn dns(namespace: &str, name: &str, ip: &str) -> Change {

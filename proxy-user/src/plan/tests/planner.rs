@@ -6,12 +6,12 @@ use serde_json::{Value, json};
 
 use crate::{
     dataplane::{Dataplane, Memory},
+    model::{Change, Kind},
     model::{
         Model, PerFamily,
         fixture::{model, named, service, settings, slice},
     },
     plan::{Backend, ClusterIpDelta, Delta, Planner, PortDelta, PortId, PortPlan, Removal, ServicePlan},
-    source::{Change, Kind},
 };
 
 /// A model with its planner; every step returns the delta that follows.

@@ -5,12 +5,12 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::{
+    model::Change,
     model::{
         Family, Settings,
         fixture::{full_service, full_slice, model, named, node, service, settings, slice},
     },
     plan::{Destination, FrontendPlan, HealthCheck, MOST_FRONTENDS, Planner, PortPlan, Removal, ServicePlan},
-    source::Change,
 };
 
 fn plan(changes: impl IntoIterator<Item = Change>) -> ServicePlan {

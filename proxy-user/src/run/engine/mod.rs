@@ -26,11 +26,10 @@ use super::{Addresses, census::Census, left_out, served};
 use crate::{
     dataplane::{Dataplane, conntrack::Suspects, nftables::News, sockets},
     dns::SharedNames,
-    model::{Family, Model, PerFamily, Settings},
+    model::{Change, Family, Model, Object, PerFamily, Settings},
     observe::{Events, Health, HealthChecks, Metrics},
     plan::{Planner, PortId},
     relay,
-    source::{Change, Object},
 };
 
 mod checks;

@@ -8,13 +8,13 @@ use serde_json::{Value, json};
 use super::*;
 use crate::{
     dataplane::{Error, Faults, Faulty, Fill, Memory, Standing, State, nftables::Seen},
+    model::Kind,
     model::{
         ObjectName,
         fixture::{full_slice, named, service, settings},
     },
     observe::{HealthCheckState, Trouble},
     plan::{Delta, Destination},
-    source::Kind,
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -25,7 +25,10 @@ use http_body_util::{BodyExt as _, StreamBody};
 use kube::client::Body;
 use tower::BoxError;
 
-use crate::source::{Kind, KindStatus, SourceStatus};
+use crate::{
+    model::Kind,
+    source::{KindStatus, SourceStatus},
+};
 
 /// How long a server is asked to keep a watch up, in seconds. Each watch has a time of its own, so that the agents of a
 /// cluster come back one by one.

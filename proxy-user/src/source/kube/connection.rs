@@ -29,7 +29,7 @@ use super::{
     answers::{Answers, is_watch},
     versions::{Version, Versions},
 };
-use crate::source::Kind;
+use crate::model::Kind;
 
 /// Which program asks, in the way of Kubernetes' own.
 const USER_AGENT: HeaderValue = HeaderValue::from_static(if cfg!(target_arch = "x86_64") {

@@ -6,10 +6,7 @@ use kube::runtime::watcher::Event;
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
 
-use crate::{
-    model::ObjectName,
-    source::{Change, Kind},
-};
+use crate::model::{Change, Kind, ObjectName};
 
 /// What one event amounts to: mostly one change.
 pub(super) type Changes<O> = SmallVec<[Change<O>; 1]>;
@@ -118,7 +115,7 @@ mod tests {
     use k8s_openapi::api::core::v1::Service;
 
     use super::*;
-    use crate::source::Object;
+    use crate::model::Object;
 
     fn service(name: &str) -> Object {
         let mut service = Service::default();

@@ -17,7 +17,8 @@ use std::{path::PathBuf, sync::Arc};
 
 use tokio::sync::mpsc::Sender;
 
-use super::{Change, PodChange, SourceStatus};
+use super::SourceStatus;
+use crate::model::{Change, PodChange};
 
 mod answers;
 mod connection;

@@ -18,10 +18,7 @@ use kube::{Client, Resource, runtime::watcher::Config};
 use serde::de::DeserializeOwned;
 
 use super::{json, ledger::Named, news::Brought, protobuf, versions::Version};
-use crate::{
-    model::ObjectName,
-    source::{HEADLESS_LABEL, Kind, Object, PROXY_NAME_LABEL},
-};
+use crate::model::{HEADLESS_LABEL, Kind, Object, ObjectName, PROXY_NAME_LABEL};
 
 /// The one annotation of others that is read (W10).
 const TRIGGER_TIME_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";

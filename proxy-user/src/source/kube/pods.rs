@@ -20,8 +20,8 @@ use super::{
     watch::Watch,
 };
 use crate::{
-    model::ObjectName,
-    source::{Kind, PodChange, PodObject, SourceStatus},
+    model::{Kind, ObjectName, PodChange, PodObject},
+    source::SourceStatus,
 };
 
 pub(super) async fn both_kinds(

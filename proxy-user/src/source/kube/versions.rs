@@ -20,7 +20,7 @@ use std::{
 
 use tracing::{info, warn};
 
-use crate::source::Kind;
+use crate::model::Kind;
 
 /// How many kinds the file has a line for.
 const KINDS: usize = Kind::ALL.len() + Kind::PODS.len();

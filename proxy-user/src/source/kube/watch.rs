@@ -32,7 +32,7 @@ use super::{
     retry::{Refusal, Retry, as_asked, spread},
     versions::Version,
 };
-use crate::source::{Change, SourceStatus};
+use crate::{model::Change, source::SourceStatus};
 
 /// A connection that lived this long was a good one, so delays start small again after it.
 const GOOD_CONNECTION: Duration = Duration::from_secs(10);

@@ -18,10 +18,7 @@ use super::{
     Allocation, NodePortAllocation,
     address::{Ranges, explicit_ips, families, has_cluster_ips},
 };
-use crate::{
-    model::{Family, ObjectName, Protocol},
-    source::Object,
-};
+use crate::model::{Family, Object, ObjectName, Protocol};
 
 /// What manifests name themselves, and what has been given out.
 #[derive(Debug, Default)]

@@ -18,10 +18,7 @@ use super::{
     directory::File,
     parse::Item,
 };
-use crate::{
-    model::ObjectName,
-    source::{Change, HEADLESS_LABEL, Kind, Object, PROXY_NAME_LABEL},
-};
+use crate::model::{Change, HEADLESS_LABEL, Kind, Object, ObjectName, PROXY_NAME_LABEL};
 
 type Key = (Kind, ObjectName);
 

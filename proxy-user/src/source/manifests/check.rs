@@ -16,10 +16,7 @@ use k8s_openapi::{
 };
 
 use super::address::{Problem, Ranges, families, family_of, has_cluster_ips, is_headless};
-use crate::{
-    model::{Family, Protocol},
-    source::Object,
-};
+use crate::model::{Family, Object, Protocol};
 
 /// Fills in the defaults without which an object would mean something else.
 pub(super) fn fill_in(object: &mut Object) {

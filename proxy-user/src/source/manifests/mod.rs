@@ -25,7 +25,8 @@ use ipnet::IpNet;
 use tokio::sync::{mpsc, watch};
 use tracing::{error, info, warn};
 
-use super::{Change, Kind, SourceStatus};
+use super::SourceStatus;
+use crate::model::{Change, Kind};
 
 mod address;
 mod allocate;

@@ -10,7 +10,7 @@ use serde_ignored::Path;
 use serde_yaml_ng::Value;
 
 use super::{address::Ranges, check};
-use crate::source::Object;
+use crate::model::Object;
 
 /// What is wrong in a manifest.
 #[derive(Clone, Debug, PartialEq, Eq)]

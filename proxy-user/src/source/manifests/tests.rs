@@ -4,7 +4,7 @@ use k8s_openapi::api::core::v1::ServiceSpec;
 use tokio::time::timeout;
 
 use super::*;
-use crate::source::Object;
+use crate::model::Object;
 
 /// A directory with a source on it.
 struct Fixture {

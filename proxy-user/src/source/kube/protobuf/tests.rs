@@ -25,9 +25,9 @@ use super::{
     message, object,
     object::FromProtobuf as _,
 };
-use crate::source::{
-    Kind,
-    kube::{
+use crate::{
+    model::Kind,
+    source::kube::{
         news::{Brought, News},
         versions::Version,
     },

@@ -2,8 +2,7 @@
 
 use k8s_openapi::api::core::v1::{Namespace, Pod};
 
-use super::{Change, Kind};
-use crate::model::ObjectName;
+use super::{Change, Kind, ObjectName};
 
 /// An object of the stream about pods.
 #[derive(Clone, Debug, PartialEq)]
