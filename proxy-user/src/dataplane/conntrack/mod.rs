@@ -11,11 +11,13 @@ use self::ctnetlink::{Entry, Requests, Scope, Walked};
 use super::Error;
 use crate::model::Family;
 
+mod coming;
 mod ctnetlink;
 mod suspect;
 #[cfg(test)]
 mod tests;
 
+pub use coming::Coming;
 pub use suspect::{Flow, Suspects};
 
 /// Up to so many frontends are asked for one by one. Each costs the kernel a walk over its table, a walk for all UDP
@@ -78,6 +80,7 @@ impl Conntrack {
     ///
     /// When the flows cannot be read or deleted; some may be gone by then. Calling again is safe.
     pub fn clean(&mut self, suspects: &Suspects) -> Result<u64, Error> {
+        suspects.begin();
         let cleaned = self.sweep_all(suspects);
         if cleaned.is_err() {
             // Answers to what failed may still be on their way.

@@ -14,6 +14,7 @@ use std::{
 
 use rustc_hash::{FxHashMap, FxHashSet};
 
+use super::Coming;
 use crate::{
     model::{Family, Protocol},
     plan::{
@@ -44,6 +45,8 @@ pub struct Suspects {
     apart: FxHashSet<SocketAddr>,
     /// Says where NodePorts answer.
     node: Option<Arc<NodePlan>>,
+    /// What will be in force, and how many of those deltas these suspects know of.
+    coming: Option<(Coming, u64)>,
 }
 
 /// One frontend that may have flows which are not right any more.
@@ -118,6 +121,20 @@ impl Suspects {
         self
     }
 
+    /// With what the kernel is told later: no flow is stale that it makes right. To be called before the next delta is
+    /// announced.
+    #[must_use]
+    pub fn in_view_of(self, coming: &Coming) -> Self {
+        Self { coming: Some((coming.clone(), coming.deltas())), ..self }
+    }
+
+    /// Flows are judged by these from now on: what was announced before is known.
+    pub(crate) fn begin(&self) {
+        if let Some((coming, known)) = &self.coming {
+            coming.forget(*known);
+        }
+    }
+
     fn suspect_former(&mut self, delta: &PortDelta) {
         let Some(before) = &delta.before else { return };
         for frontend in delta.released() {
@@ -149,7 +166,7 @@ impl Suspects {
 
     /// Adds later suspects; where a frontend is in both, the later plan counts.
     pub fn extend(&mut self, later: Self) {
-        let Self { frontends, newer, apart, node } = later;
+        let Self { frontends, newer, apart, node, coming } = later;
         for port in &newer {
             for planned in &port.frontends {
                 let suspect = self.frontends.get_mut(&planned.frontend);
@@ -167,6 +184,7 @@ impl Suspects {
         self.newer.extend(newer);
         self.apart.extend(apart);
         self.node = node.or(self.node.take());
+        self.coming = coming.or(self.coming.take());
     }
 
     /// Whether nothing follows from it.
@@ -194,9 +212,14 @@ impl Suspects {
 
     /// Whether `flow` is addressed to a suspect and answered by something that does not serve it (K2), also when it
     /// was never translated, or is of a client that may not come any more. A NodePort is a port of this node (K3), unless the
-    /// address and port are a frontend themselves: those come first for packets too (R1).
+    /// address and port are a frontend themselves: those come first for packets too (R1). What the kernel is about to be
+    /// told counts as well.
     #[must_use]
     pub fn is_stale(&self, flow: Flow) -> bool {
+        self.suspects(flow) && !self.coming.as_ref().is_some_and(|(coming, _)| coming.makes_right(flow))
+    }
+
+    fn suspects(&self, flow: Flow) -> bool {
         let (address, port) = (flow.destination.ip(), flow.destination.port());
         let look_up =
             |destination| self.frontends.get(&Frontend { destination, protocol: Protocol::Udp, port });
@@ -257,12 +280,12 @@ fn node_port_addresses(node: &NodePlan, family: Family) -> &[IpAddr] {
     }
 }
 
-fn is_udp(delta: &PortDelta) -> bool {
+pub(super) fn is_udp(delta: &PortDelta) -> bool {
     delta.id().is_some_and(|id| id.protocol == Protocol::Udp)
 }
 
 /// Whether a flow goes to an endpoint that serves.
-fn answers(plan: &PortPlan, flow: Flow) -> bool {
+pub(super) fn answers(plan: &PortPlan, flow: Flow) -> bool {
     serves(&plan.serving, flow.answers.ip(), flow.answers.port())
 }
 

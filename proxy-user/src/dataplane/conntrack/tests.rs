@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, net::SocketAddr, sync::Arc};
 
 use ipnet::IpNet;
 
-use super::{Flow, Suspects};
+use super::{Coming, Flow, Suspects};
 use crate::{
     model::{Family, ObjectName, PerFamily, Protocol},
     plan::{
@@ -410,4 +410,42 @@ fn an_external_ip_of_the_node_with_a_node_ports_number_keeps_its_own_flows_r1() 
     let suspects = Suspects::of(&lost).on(Some(&node()), |frontend| *frontend == external);
     assert!(!stale(&suspects, "192.0.2.5:30053", "10.1.0.9:53") && !stale(&suspects, "192.0.2.5:30053", B));
     assert!(stale(&suspects, "192.0.2.4:30053", "10.1.0.9:53"));
+}
+
+#[test]
+fn flows_that_the_next_change_makes_right_stay_though_a_walk_judges_by_the_one_before() {
+    const VIP: &str = "10.96.0.10:53";
+    const NODE: &str = "node4:30053";
+    const A: &str = "10.1.0.1:53";
+    const B: &str = "10.1.0.2:53";
+    let known = Coming::default();
+    let coming = &known;
+    let told = |before: &Option<Arc<PortPlan>>, after: &Option<Arc<PortPlan>>| {
+        let ports = [PortDelta { before: before.clone(), after: after.clone() }];
+        coming.announce(&ports);
+        move || of(&ports).in_view_of(coming)
+    };
+    let (one, both) = (udp(&[VIP, NODE], &[A]), udp(&[VIP, NODE], &[A, B]));
+    let gone = told(&one, &None)();
+    assert!(stale(&gone, VIP, A), "the Service is gone");
+    gone.begin();
+
+    // It comes back while the walk goes on.
+    let back = told(&None, &one);
+    assert!(!stale(&gone, VIP, A) && !stale(&gone, "192.0.2.4:30053", A));
+    let back = back();
+    let joined = told(&one, &both);
+    assert!(!stale(&back, VIP, B), "an endpoint joins while a walk does not know of it");
+    assert!(stale(&back, VIP, "10.1.0.3:53"), "what no change makes right");
+    let mut all = gone;
+    all.extend(back);
+    all.extend(joined());
+    all.begin();
+    assert!(!stale(&all, VIP, A) && !stale(&all, VIP, B), "the suspects know by themselves");
+
+    // What is known is forgotten: A is stale once it left, whatever was announced before.
+    let left = told(&both, &udp(&[VIP, NODE], &[B]))();
+    assert!(stale(&left, VIP, A) && !stale(&left, VIP, B));
+    left.begin();
+    assert!(stale(&left, VIP, A));
 }

@@ -24,7 +24,12 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{Addresses, census::Census, left_out, served};
 use crate::{
-    dataplane::{Dataplane, conntrack::Suspects, nftables::News, sockets},
+    dataplane::{
+        Dataplane,
+        conntrack::{Coming, Suspects},
+        nftables::News,
+        sockets,
+    },
     dns::SharedNames,
     model::{Change, Family, Model, Object, PerFamily, Settings},
     observe::{Events, Health, HealthChecks, Metrics},
@@ -76,6 +81,8 @@ pub(super) struct Engine {
     planner: Planner,
     plane: Option<Box<dyn Dataplane>>,
     conntrack: Option<mpsc::UnboundedSender<Suspects>>,
+    /// What the kernel is told next, for a walk over flows that is under way.
+    coming: Coming,
     sockets: Option<std::sync::mpsc::Sender<sockets::Suspects>>,
     checks: Checks,
     names: Option<(SharedNames, watch::Sender<u32>)>,
@@ -124,6 +131,7 @@ impl Engine {
             planner: Planner::default(),
             plane: None,
             conntrack: None,
+            coming: Coming::default(),
             sockets: None,
             checks: Checks::default(),
             names: None,

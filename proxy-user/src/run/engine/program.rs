@@ -111,6 +111,9 @@ impl Engine {
 
     /// Applies a delta. A data plane that fails whole fails for each family.
     fn apply(&self, plane: &mut dyn Dataplane, delta: &Delta) -> Shortfall {
+        if self.conntrack.is_some() {
+            self.coming.announce(&delta.ports);
+        }
         match plane.apply(delta) {
             Ok(()) => Shortfall::default(),
             Err(Error::Partly(short)) => short,

@@ -187,6 +187,7 @@ impl Engine {
         }
         suspects.extend(Suspects::of(in_force.iter().copied()));
         let suspects = suspects.on(self.planner.node(), |frontend| self.planner.has_frontend(frontend));
+        let suspects = suspects.in_view_of(&self.coming);
         if !suspects.is_empty() && conntrack.send(suspects).is_err() {
             tracing::error!("the conntrack thread is gone, stale UDP flows stay");
             self.conntrack = None;

@@ -8,9 +8,8 @@ use serde_json::{Value, json};
 use super::*;
 use crate::{
     dataplane::{Error, Faults, Faulty, Fill, Memory, Standing, State, nftables::Seen},
-    model::Kind,
     model::{
-        ObjectName,
+        Kind, ObjectName,
         fixture::{full_slice, named, service, settings},
     },
     observe::{HealthCheckState, Trouble},
@@ -342,6 +341,34 @@ async fn with_a_refused_port_stale_flows_of_others_are_looked_for() {
         json!([{ "addresses": ["10.244.0.1"], "conditions": { "ready": true, "serving": true } }]);
     rig.tell(slice_of("dns", json!([{ "name": "", "port": 53, "protocol": "UDP" }]), endpoints)).await;
     assert_eq!(looked_at(next(&mut rig.suspects).await), ["10.0.0.53:53/UDP"]);
+    rig.end().await;
+}
+
+#[tokio::test]
+async fn suspects_of_a_change_spare_flows_that_a_later_one_makes_right() {
+    let dns =
+        || service("dns", json!({ "clusterIP": "10.0.0.53", "ports": [{ "port": 53, "protocol": "UDP" }] }));
+    let ports = json!([{ "name": "", "port": 53, "protocol": "UDP" }]);
+    let endpoints =
+        json!([{ "addresses": ["10.244.0.1"], "conditions": { "ready": true, "serving": true } }]);
+    let mut rig = Rig::with([dns(), slice_of("dns", ports, endpoints)]).await;
+    next(&mut rig.suspects).await;
+    let flow = crate::dataplane::conntrack::Flow {
+        client: "10.244.0.9".parse().unwrap(),
+        destination: "10.0.0.53:53".parse().unwrap(),
+        answers: "10.244.0.1:53".parse().unwrap(),
+    };
+    rig.tell(Change::Delete(Kind::Service, named("dns"))).await;
+    let gone = loop {
+        let suspects = next(&mut rig.suspects).await;
+        suspects.begin();
+        if suspects.is_stale(flow) {
+            break suspects;
+        }
+    };
+    rig.tell(dns()).await;
+    next(&mut rig.suspects).await;
+    assert!(!gone.is_stale(flow), "a walk by them may still be under way");
     rig.end().await;
 }
 
