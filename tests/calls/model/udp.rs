@@ -133,7 +133,8 @@ impl Model {
         let Some(to) = given.or(self.sockets[slot].peer.map(|peer| peer.to)) else {
             return is(outcome, &[Outcome::Failed(Errno::EDESTADDRREQ)]);
         };
-        if self.is_dropped(slot, to) {
+        // Where the process names the Service, packets go there as asked.
+        if self.is_dropped(slot, to) && (given.is_none() || !matches!(outcome, Outcome::Reached(_))) {
             let told = if self.side == Side::Host { Outcome::Failed(Errno::EPERM) } else { Outcome::Nowhere };
             return is(outcome, &[told]);
         }
@@ -294,7 +295,9 @@ impl Model {
             if answer.moved {
                 shown.extend((0..BACKENDS).map(To::Backend));
             }
-            shown.extend(socket.asked.iter().filter(|(_, by)| *by == answer.server).map(|(to, _)| *to));
+            // The backend that it was moved from may be the one that another Service led it to.
+            let asks_there = |(_, by): &&(To, Server)| answer.moved || *by == answer.server;
+            shown.extend(socket.asked.iter().filter(asks_there).map(|(to, _)| *to));
         }
         shown
     }
