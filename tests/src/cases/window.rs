@@ -46,7 +46,7 @@ fn answers(scene: &Scene<'_>) -> Result<()> {
         // The answer took the way of the forged segments, behind them.
         let mut forged = Vec::new();
         let answered_by = loop {
-            let (packet, source) = next(&heard).context("the answer is not heard")?;
+            let (packet, source) = next(&heard, client).context("the answer is not heard")?;
             if holds(&packet, FORGED) {
                 forged.push(source);
             }
@@ -72,12 +72,18 @@ fn raw(address: IpAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// A packet, and which address it is from.
-fn next(socket: &UdpSocket) -> io::Result<(Vec<u8>, IpAddr)> {
-    let mut packet = vec![0; 4096];
-    let (length, source) = socket.recv_from(&mut packet)?;
-    packet.truncate(length);
-    Ok((packet, source.ip()))
+/// The next segment to the client's port, and which address it is from. Other cases' flows come by as well.
+fn next(socket: &UdpSocket, client: SocketAddr) -> io::Result<(Vec<u8>, IpAddr)> {
+    loop {
+        let mut packet = vec![0; 4096];
+        let (length, source) = socket.recv_from(&mut packet)?;
+        packet.truncate(length);
+        // The kernel hands out IPv4 headers, and no IPv6 ones.
+        let header = if client.is_ipv4() { usize::from(packet[0] & 0xf) * 4 } else { 0 };
+        if packet.get(header + 2..header + 4) == Some(&client.port().to_be_bytes()) {
+            return Ok((packet, source.ip()));
+        }
+    }
 }
 
 fn holds(packet: &[u8], text: &[u8]) -> bool {
