@@ -3,7 +3,10 @@
 //! In: the names of Services that were planned anew, and which of them have ports that could not be programmed. Out: the
 //! state of each one's health check, where it changed.
 
-use std::collections::{BTreeSet, HashMap};
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::IpAddr,
+};
 
 use crate::{
     model::{Family, Model, ObjectName},
@@ -18,6 +21,8 @@ pub(super) struct Checks {
     /// Planned anew, and not yet in force.
     replanned: Vec<ObjectName>,
     told: HashMap<ObjectName, HealthCheckState>,
+    /// Where the servers listen that were told.
+    addresses: Vec<IpAddr>,
 }
 
 impl Checks {
@@ -32,7 +37,8 @@ impl Checks {
         }
     }
 
-    /// Tells of the Services that were planned anew, now that their plans are in force. Of one with `refused` ports only
+    /// Tells of the Services that were planned anew, now that their plans are in force, and of all where the node's addresses
+    /// changed. Of one with `refused` ports only
     /// that it has fewer endpoints is told before those ports are programmed, so that no load balancer sends
     /// clients to what is not served.
     pub(super) fn tell(
@@ -43,13 +49,18 @@ impl Checks {
         refused: &BTreeSet<ObjectName>,
     ) {
         let Some(servers) = &self.servers else { return };
+        let addresses = addresses(planner, families);
+        if addresses != self.addresses {
+            self.replanned.extend(self.told.keys().cloned());
+            self.addresses.clone_from(&addresses);
+        }
         let mut waiting = Vec::new();
         for name in self.replanned.drain(..) {
             let check = planner.service(&name).and_then(|plan| plan.health_check);
             let state = check.map(|check| HealthCheckState {
                 port: check.port,
                 local_endpoints: check.local_endpoints,
-                addresses: addresses(planner, families),
+                addresses: addresses.clone(),
                 uid: model.uid(&name),
             });
             let known = self.told.get(&name);
@@ -79,11 +90,47 @@ fn is_fewer(state: &HealthCheckState, known: &HealthCheckState) -> bool {
 }
 
 /// Where health check servers listen (H3): on all addresses, or on those that serve NodePorts.
-fn addresses(planner: &Planner, families: &[Family]) -> Vec<std::net::IpAddr> {
+fn addresses(planner: &Planner, families: &[Family]) -> Vec<IpAddr> {
     let Some(node) = planner.node() else { return Vec::new() };
     let of = |family: &Family| match node.node_port_addresses.get(*family) {
         NodePortAddresses::AnyLocal => vec![HealthChecks::anywhere(*family)],
         NodePortAddresses::Only(addresses) => addresses.clone(),
     };
     families.iter().flat_map(of).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::model::{
+        NodePortSetting, Settings,
+        fixture::{model, named, service, settings},
+    };
+
+    #[test]
+    fn h3_servers_go_along_with_the_addresses_of_the_node() {
+        let nets = NodePortSetting::of(vec!["192.0.2.0/24".parse().unwrap()]);
+        let spec = json!({
+            "type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 30100,
+            "clusterIP": "10.0.3.1", "ports": [{ "port": 80, "nodePort": 30080 }],
+        });
+        let mut model = model(Settings { node_port_addresses: nets, ..settings() }, [service("lb", spec)]);
+        let (servers, mut told) = HealthChecks::channel();
+        let (mut checks, mut planner) = (Checks::of(servers), Planner::default());
+        for (address, replanned) in [("192.0.2.1", true), ("192.0.2.2", false)] {
+            model.set_host_addresses(vec![address.parse().unwrap()]);
+            planner.update_node(model.node_plan());
+            if replanned {
+                planner.update(&named("lb"), model.plan(&named("lb")));
+                checks.replanned(named("lb"));
+            }
+            checks.tell(&model, &planner, &[Family::V4], &BTreeSet::new());
+            let (name, state) = told.try_recv().unwrap();
+            assert_eq!((name, state.unwrap().addresses), (named("lb"), vec![address.parse().unwrap()]));
+            checks.tell(&model, &planner, &[Family::V4], &BTreeSet::new());
+            assert!(told.try_recv().is_err(), "nothing changed");
+        }
+    }
 }
