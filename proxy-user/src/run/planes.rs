@@ -63,7 +63,9 @@ impl Planes {
                 (Box::new(stack), None)
             }
         };
-        Ok(Self { plane, foreign, sockets, dropped, counted, links })
+        let planes = Self { plane, foreign, sockets, dropped, counted, links };
+        tracing::info!(mode = planes.mode(), "programming Services in this mode");
+        Ok(planes)
     }
 
     /// The name of what serves, as `/proxyMode` tells it.

@@ -129,7 +129,7 @@ impl Object {
         }
         generations.publish(&mut self.files, next)?;
         generations.keep(&mut self.files, next)?;
-        tracing::info!(?sizes, "made maps larger: {}", larger.join(", "));
+        tracing::info!(maps = larger.join(", "), "made maps larger, because more Services need room");
         Ok(())
     }
 
