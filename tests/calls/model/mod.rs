@@ -153,6 +153,9 @@ pub(super) struct Model {
     services: Vec<Service>,
     sockets: Vec<Socket>,
     flows: Vec<Flow>,
+    /// Ports of sockets that were moved and have another peer now, or none, with the backends that they were moved from, where known:
+    /// the rule that moves them stays for some seconds ([`Row::Moved`]).
+    moved: Vec<(Port, Option<u8>)>,
     waiting: Vec<Waiting>,
     made: u32,
 }
@@ -170,6 +173,7 @@ impl Model {
             services: services.collect(),
             sockets: Vec::new(),
             flows: Vec::new(),
+            moved: Vec::new(),
             waiting: Vec::new(),
             made: 0,
         };
@@ -313,6 +317,7 @@ impl Model {
 
     /// A socket has another peer.
     fn met(&mut self, slot: usize, peer: Peer) {
+        self.let_go(slot);
         let chosen = Port::Chosen(self.another());
         let socket = &mut self.sockets[slot];
         if peer.way != Way::AsAsked || socket.port.is_some() {
@@ -323,8 +328,17 @@ impl Model {
         socket.peers += 1;
     }
 
+    /// A socket loses its peer.
+    fn let_go(&mut self, slot: usize) {
+        let Socket { port, peer, .. } = &self.sockets[slot];
+        if let (Some(port), Some(Peer { way: Way::Moved(end, _), .. })) = (port, peer) {
+            self.moved.push((*port, *end));
+        }
+    }
+
     /// Another socket takes the place of one.
     pub(super) fn reopen(&mut self, slot: usize) {
+        self.let_go(slot);
         let socket = self.socket(self.sockets[slot].transport);
         let gone = std::mem::replace(&mut self.sockets[slot], socket).id;
         for waiting in &mut self.waiting {
@@ -364,6 +378,7 @@ impl Model {
     }
 
     fn disconnect(&mut self, slot: usize, outcome: Outcome) -> Verdict {
+        self.let_go(slot);
         let socket = &mut self.sockets[slot];
         let had = socket.peer.take();
         socket.peers += u32::from(had.is_some());

@@ -91,7 +91,7 @@ impl Model {
     }
 
     /// Whether packets to a backend from a socket's port are led to a Service, because the backend was a socket's there and is gone: what
-    /// is sent to it by its own address, or through another Service, cannot be told from that ([`Row::OneBackend`]).
+    /// is sent to it by its own address, or through another Service, cannot be told from that ([`Row::OneBackend`], [`Row::Moved`]).
     pub(super) fn is_moved(&self, slot: usize, to: Option<To>) -> bool {
         let socket = &self.sockets[slot];
         let Some(to) = to.or(socket.peer.map(|peer| peer.to)) else { return false };
@@ -100,11 +100,17 @@ impl Model {
             To::Elsewhere => return false,
             To::Service(number) | To::NodePort(number) => self.services[number].serving(),
         };
+        let meets = |end: Option<u8>| {
+            end.map_or(!backends.is_empty(), |end| backends.contains(&Server::Backend(end)))
+        };
+        let was_moved = |(port, end): &(Port, Option<u8>)| socket.port == Some(*port) && meets(*end);
+        if self.moved.iter().any(was_moved) && self.also(Row::Moved) {
+            return true;
+        }
         let moves = |other: &&Socket| {
             let is_near = other.id == socket.id || (other.port == socket.port && other.port.is_some());
             let Some(Peer { to: peer, way: Way::Moved(end, _) }) = other.peer else { return false };
-            let meets = end.map_or(!backends.is_empty(), |end| backends.contains(&Server::Backend(end)));
-            is_near && peer != to && meets
+            is_near && peer != to && meets(end)
         };
         socket.transport == Transport::Udp && self.sockets.iter().any(|other| moves(&other))
     }
