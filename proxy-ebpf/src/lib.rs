@@ -4,21 +4,33 @@
 //! Addresses and ports are held as the big-endian bytes of the wire, so nobody swaps them twice; IPv4 addresses stand in
 //! their IPv4-mapped form, so that both families, and IPv6 sockets that speak IPv4, go through the same maps.
 //!
+//! Maps of Services, which the agent writes:
+//!
 //! ```text
-//! frontends  address:port/protocol → number of the service port, and which column of its record
-//! ports      number → record: one store switches a service port with all its frontends
-//! records    number → slots of the backend sets, affinity, and what happens to whom
-//! slots      number → backend; every backend set has a range of its own
-//! members    backend set and backend → since when; only for sets somebody has to remember backends of
-//! affinities client and service port → backend and when it was last chosen
-//! tallies    service port → what was done
-//! origins    socket → which Service address it asked for and which backend it got (connected sockets)
-//! flows      socket → the same for each Service an unconnected socket sent to; crowds: for more than a few
-//! made       place of a cookie → the socket that a process made last there
-//! accounts   group of processes → how much of what all share it has
-//! bypassed   cgroup → not to be touched
-//! homes      place of a network namespace → how many sockets in it are bound to a Service's address, which are in bound
-//! early_homes the same place → whether the agent found such sockets, bound before weir knew the Service
+//! frontends    address:port/protocol → number of the service port, and which column of its record
+//! ports        number → record: one store switches a service port with all its frontends
+//! records      number → slots of the backend sets, affinity, and the outcome for each class of clients
+//! slots        number → backend; every backend set has a range of its own
+//! members      backend set and backend → since when; for sets of UDP and sticky ports
+//! affinities   client and service port → backend, and when it was last chosen; the programs write it
+//! tallies      number → connections led and refused; the programs write it
+//! ```
+//!
+//! Maps of sockets and of everything else, which know nothing of Services:
+//!
+//! ```text
+//! seats        place of a socket's cookie → the Service address that a connected socket asked for, and its backend
+//! origins      socket → the same, for connected sockets whose place in seats is taken
+//! flows        socket → the same for each Service that an unconnected socket sends to, at most 4
+//! crowds       socket → 64 more of these
+//! made         place of a cookie → the socket that a process made last there
+//! accounts     group of processes → how much it has of the room that all groups share
+//! bound        socket → that homes counts it
+//! homes        place of a network namespace → how many of its sockets are bound to a Service's address
+//! early_homes  the same place → whether such sockets were bound before weir knew the Service; the agent writes it
+//! bypassed     cgroup → its sockets are left alone; the agent writes it
+//! settings     PLANE → host namespace, layout, cgroup; PODS → how many cgroups are bypassed; the agent writes it
+//! troubles     kind → how often a program could not do something
 //! ```
 
 #![no_std]

@@ -190,7 +190,8 @@ impl fmt::Display for PortId {
 pub struct PortPlan {
     /// Which service port this is.
     pub id: PortId,
-    /// The Cluster set (E6). Its order is the order of slots; see [`PortPlan::settle`].
+    /// The Cluster set (E6). Its order is the order of slots; see [`PortPlan::settle`]. No backend is in it twice, because
+    /// slots are keyed by backend there: a repeated one would be lost at the next change.
     pub cluster: Vec<Backend>,
     /// The Local set (E7), empty when no route uses it.
     pub local: Vec<Backend>,

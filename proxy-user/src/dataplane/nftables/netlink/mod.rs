@@ -1,5 +1,6 @@
-//! The only unsafe code of the agent: nf_tables objects as libnftnl builds and reads them, and socket options that no crate
-//! has.
+//! nf_tables objects as libnftnl builds and reads them, and socket options that no crate has.
+//!
+//! Unsafe code of the agent is here and in the system calls of `proxy_ebpf::system`, nowhere else.
 //!
 //! In: tables, sets, chains, rules and elements as plain Rust values. Out: one netlink batch in a buffer; `read` parses
 //! dumps, `descriptor` sets socket options, `xtables` has those of legacy iptables. `nftnl` gives the batch, table, chain
