@@ -5,7 +5,7 @@ use std::{env, path::PathBuf, process::Command, time::Instant};
 use anyhow::{Result, bail};
 
 use crate::{
-    chart, generate,
+    arrows, chart, generate,
     machine::Machine,
     process, rules,
     setup::{self, Level},
@@ -33,6 +33,11 @@ pub(crate) fn run(machine: &Machine) -> Result<()> {
     if let Err(error) = rules::check(&machine.workspace) {
         println!("{error:#}");
         failed.push("cited rules");
+    }
+    println!("\n==== imports between rooms");
+    if let Err(error) = arrows::check(&machine.workspace) {
+        println!("{error:#}");
+        failed.push("imports between rooms");
     }
     println!("\n==== chart");
     if let Err(error) = chart::check(machine) {

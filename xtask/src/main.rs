@@ -17,6 +17,7 @@ use clap::{Parser, Subcommand};
 use machine::Machine;
 
 mod architecture;
+mod arrows;
 mod bench;
 mod chart;
 mod check;

@@ -1,0 +1,269 @@
+//! Checks that imports between the rooms of the agent point one way, as [`ARROWS`] has them.
+//!
+//! In: the source files of `proxy-user/src`. Out: each import that is no arrow of the table, with its file.
+//!
+//! A room is a module at the top, or one of the modules in `dataplane`. Tests may import what they like. Paths inside macros and in
+//! comments are not looked at.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use syn::{
+    Attribute, File, Item, ItemMod, ItemUse, UseTree,
+    visit::{self, Visit},
+};
+
+/// The agent's source files.
+const SOURCES: &str = "proxy-user/src";
+
+/// The room whose modules are rooms themselves.
+const WING: &str = "dataplane";
+
+/// Each room, and the rooms that it may import. Rooms stand in order: none imports a room below itself.
+const ARROWS: [(&str, &[&str]); 21] = [
+    ("places", &[]),
+    ("model", &[]),
+    ("config", &["model"]),
+    ("source", &["model"]),
+    ("plan", &["model"]),
+    ("dns", &["places", "model"]),
+    ("relay", &["places", "model", "plan"]),
+    ("observe", &["places", "model", "config"]),
+    ("dataplane", &["model", "plan"]),
+    ("dataplane/channel", &["dataplane"]),
+    ("dataplane/memory", &["model", "plan", "dataplane"]),
+    ("dataplane/faulty", &["model", "plan", "dataplane"]),
+    ("dataplane/stack", &["model", "plan", "dataplane"]),
+    ("dataplane/conntrack", &["model", "plan", "dataplane", "dataplane/channel"]),
+    ("dataplane/nftables", &["model", "plan", "dataplane", "dataplane/channel"]),
+    ("dataplane/ebpf", &["model", "plan", "dataplane"]),
+    (
+        "dataplane/sockets",
+        &["model", "plan", "dataplane", "dataplane/channel", "dataplane/conntrack", "dataplane/nftables"],
+    ),
+    ("dataplane/probe", &["model", "dataplane", "dataplane/sockets"]),
+    ("dataplane/kube_proxy", &["model", "dataplane", "dataplane/channel", "dataplane/nftables"]),
+    ("cli", &["model", "config", "plan", "dns", "dataplane", "dataplane/probe"]),
+    ("run", &[]),
+];
+
+/// The room that wires all others.
+const WIRING: &str = "run";
+
+/// Compares the imports with the table.
+///
+/// # Errors
+///
+/// When a file cannot be read or parsed, or naming every import that is no arrow.
+pub(crate) fn check(workspace: &Path) -> Result<()> {
+    let root = workspace.join(SOURCES);
+    let mut wrong = BTreeSet::new();
+    let mut files = 0;
+    for path in sources(&root)? {
+        let below = path.strip_prefix(&root)?;
+        let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+        let file = syn::parse_file(&text).with_context(|| format!("parsing {}", path.display()))?;
+        files += 1;
+        wrong.extend(
+            strays(below, &file).into_iter().map(|stray| format!("{SOURCES}/{}: {stray}", below.display())),
+        );
+    }
+    ensure!(wrong.is_empty(), "{}", wrong.into_iter().collect::<Vec<_>>().join("\n"));
+    println!("{files} files, {} rooms", ARROWS.len());
+    Ok(())
+}
+
+/// The source files below a directory that are not tests.
+fn sources(directory: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    let entries = fs::read_dir(directory).with_context(|| format!("reading {}", directory.display()))?;
+    for entry in entries {
+        let path = entry?.path();
+        let is_test = path.file_stem().is_some_and(|name| name == "tests" || name == "fixture");
+        match (path.is_dir(), path.extension().is_some_and(|ending| ending == "rs")) {
+            _ if is_test => {}
+            (true, _) => found.extend(sources(&path)?),
+            (false, true) => found.push(path),
+            (false, false) => {}
+        }
+    }
+    Ok(found)
+}
+
+/// What a file imports against the table.
+fn strays(file: &Path, content: &File) -> BTreeSet<String> {
+    let module = module(file);
+    let Some(from) = room(&module) else { return BTreeSet::new() };
+    let Some((_, allowed)) = ARROWS.iter().find(|(room, _)| *room == from) else {
+        return BTreeSet::from([format!("the room {from} is not in the table of arrows")]);
+    };
+    let mut paths = Paths { module, found: BTreeSet::new() };
+    paths.visit_file(content);
+    let rooms: BTreeSet<String> = paths.found.iter().filter_map(|path| room(path)).collect();
+    let is_stray = |to: &&String| **to != from && from != WIRING && !allowed.contains(&to.as_str());
+    rooms.iter().filter(is_stray).map(|to| format!("{from} must not import {to}")).collect()
+}
+
+/// The module that a file is, as its path in the crate; the files at the top are none.
+fn module(file: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        file.with_extension("").iter().map(|name| name.to_string_lossy().into_owned()).collect();
+    names.pop_if(|name| matches!(&**name, "mod" | "lib" | "main"));
+    names
+}
+
+/// The room that a path in the crate is in.
+fn room(path: &[String]) -> Option<String> {
+    match path {
+        [wing, inner, ..] if wing == WING => {
+            let inner = format!("{WING}/{inner}");
+            let is_room = ARROWS.iter().any(|(room, _)| *room == inner);
+            Some(if is_room { inner } else { WING.to_owned() })
+        }
+        [room, ..] => ARROWS.iter().any(|(name, _)| name == room).then(|| room.clone()),
+        [] => None,
+    }
+}
+
+/// Collects the paths in the crate that a file names.
+struct Paths {
+    module: Vec<String>,
+    found: BTreeSet<Vec<String>>,
+}
+
+impl Paths {
+    /// Takes in a path as it is written.
+    fn take_in(&mut self, written: &[String]) {
+        let mut base = self.module.clone();
+        let rest = match written.first().map(String::as_str) {
+            Some("crate") => {
+                base.clear();
+                &written[1..]
+            }
+            Some("self") => &written[1..],
+            Some("super") => {
+                let up = written.iter().take_while(|name| *name == "super").count();
+                base.truncate(base.len().saturating_sub(up));
+                &written[up..]
+            }
+            _ => return,
+        };
+        base.extend_from_slice(rest);
+        self.found.insert(base);
+    }
+
+    fn tree(&mut self, before: &mut Vec<String>, tree: &UseTree) {
+        match tree {
+            UseTree::Path(path) => {
+                before.push(path.ident.to_string());
+                self.tree(before, &path.tree);
+                before.pop();
+            }
+            UseTree::Group(group) => group.items.iter().for_each(|item| self.tree(before, item)),
+            UseTree::Name(name) => self.leaf(before, &name.ident),
+            UseTree::Rename(name) => self.leaf(before, &name.ident),
+            UseTree::Glob(_) => self.take_in(before),
+        }
+    }
+
+    fn leaf(&mut self, before: &[String], name: &syn::Ident) {
+        let mut path = before.to_vec();
+        if name != "self" {
+            path.push(name.to_string());
+        }
+        self.take_in(&path);
+    }
+}
+
+impl<'ast> Visit<'ast> for Paths {
+    fn visit_item(&mut self, item: &'ast Item) {
+        let attributes = match item {
+            Item::Fn(item) => &item.attrs,
+            Item::Impl(item) => &item.attrs,
+            Item::Mod(item) => &item.attrs,
+            Item::Use(item) => &item.attrs,
+            _ => &Vec::new(),
+        };
+        if !attributes.iter().any(is_for_tests) {
+            visit::visit_item(self, item);
+        }
+    }
+
+    /// A module in the file is one level further down.
+    fn visit_item_mod(&mut self, item: &'ast ItemMod) {
+        self.module.push(item.ident.to_string());
+        visit::visit_item_mod(self, item);
+        self.module.pop();
+    }
+
+    fn visit_item_use(&mut self, item: &'ast ItemUse) {
+        self.tree(&mut Vec::new(), &item.tree);
+    }
+
+    fn visit_path(&mut self, path: &'ast syn::Path) {
+        let names: Vec<String> = path.segments.iter().map(|segment| segment.ident.to_string()).collect();
+        self.take_in(&names);
+        visit::visit_path(self, path);
+    }
+}
+
+fn is_for_tests(attribute: &Attribute) -> bool {
+    attribute.path().is_ident("cfg")
+        && attribute.parse_args::<syn::Path>().is_ok_and(|condition| condition.is_ident("test"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(file: &str, text: &str) -> Vec<String> {
+        strays(Path::new(file), &syn::parse_file(text).unwrap()).into_iter().collect()
+    }
+
+    #[test]
+    fn imports_that_are_no_arrow_are_named_however_they_are_written() {
+        let to_dataplane = ["plan must not import dataplane"];
+        for text in [
+            "use crate::dataplane::Error;",
+            "use crate::{model::Family, dataplane::{Error, State}};",
+            "use super::super::dataplane;",
+            "fn f() -> crate::dataplane::Error { todo() }",
+            "mod inner { use crate::dataplane::*; }",
+        ] {
+            assert_eq!(found("plan/node.rs", text), to_dataplane, "{text}");
+        }
+        assert_eq!(
+            found("dataplane/ebpf/mod.rs", "use super::nftables;"),
+            ["dataplane/ebpf must not import dataplane/nftables"]
+        );
+    }
+
+    #[test]
+    fn arrows_tests_and_the_wiring_are_left_alone() {
+        for (file, text) in [
+            ("plan/node.rs", "use crate::model::Family; use super::Delta; use std::fmt;"),
+            ("plan/node.rs", "#[cfg(test)] mod tests { use crate::dataplane::Memory; }"),
+            ("run/mod.rs", "use crate::{dataplane, source, observe};"),
+            ("dataplane/sockets/moved.rs", "use crate::dataplane::nftables::Moved;"),
+            ("lib.rs", "pub mod plan;"),
+        ] {
+            assert_eq!(found(file, text), Vec::<String>::new(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_room_stands_in_the_table_before_it_is_built() {
+        assert!(ARROWS.iter().all(|(_, to)| to.iter().all(|to| ARROWS.iter().any(|(room, _)| room == to))));
+        for (index, (room, to)) in ARROWS.iter().enumerate() {
+            let before = &ARROWS[..index];
+            assert!(
+                to.iter().all(|to| before.iter().any(|(known, _)| known == to)),
+                "{room} imports one below"
+            );
+        }
+    }
+}
