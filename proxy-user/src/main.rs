@@ -37,13 +37,13 @@ fn execute(command: Command) -> anyhow::Result<()> {
         Command::Plan(args) => {
             let (state, owners) = run::plan(config::load(&args.config, &Host::this())?)?;
             let view = PlanView::new(&state, &owners, args.service.as_deref())?;
-            Ok(std::io::stdout().write_all(view.render(args.output, None)?.as_bytes())?)
+            Ok(std::io::stdout().write_all(view.render(args.output)?.as_bytes())?)
         }
         Command::Probe(args) => {
             let kernel = &args.kernel;
             let probe = Probe::of(&kernel.cgroup_root(&Host::this()), &kernel.bpf_root);
             let view = ProbeView::new(probe).with_names(openable());
-            Ok(std::io::stdout().write_all(view.render(args.output, None)?.as_bytes())?)
+            Ok(std::io::stdout().write_all(view.render(args.output)?.as_bytes())?)
         }
         Command::Cleanup(args) if args.kube_proxy => {
             run::cleanup_kube_proxy(&args.ipvs_exclude_cidrs, &args.log)

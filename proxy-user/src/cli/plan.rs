@@ -5,7 +5,6 @@
 use std::collections::BTreeMap;
 
 use clap::ValueEnum;
-use comfy_table::{ContentArrangement, Table, presets};
 use serde::Serialize;
 
 use crate::{
@@ -25,8 +24,11 @@ pub enum Output {
     Yaml,
 }
 
+/// What stands in a table where there is nothing.
+const NONE: &str = "<none>";
+
 /// How many backends a table names before it only counts.
-const NAMED: usize = 4;
+const NAMED: usize = 3;
 
 /// What is printed: one row for each frontend.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -98,43 +100,22 @@ impl PlanView {
         }
     }
 
-    /// The text to print, with a newline at its end. A table is at most `width` columns wide, or as wide as the
-    /// terminal it goes to.
+    /// The text to print, with a newline at its end. Nothing in it is cut, whatever the terminal's width.
     ///
     /// # Errors
     ///
     /// When JSON or YAML cannot be made, which does not happen for this type.
-    pub fn render(&self, output: Output, width: Option<u16>) -> anyhow::Result<String> {
+    pub fn render(&self, output: Output) -> anyhow::Result<String> {
         Ok(match output {
-            Output::Table => self
-                .table(width)
-                .lines()
-                .flat_map(|line| [line.trim_end().to_owned(), "\n".to_owned()])
-                .collect(),
+            Output::Table => super::columns(&HEADER, self.frontends.iter().map(Row::cells)),
             Output::Json => format!("{}\n", serde_json::to_string_pretty(self)?),
             Output::Yaml => serde_yaml_ng::to_string(self)?,
         })
     }
-
-    fn table(&self, width: Option<u16>) -> Table {
-        let mut table = Table::new();
-        table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
-        super::fit(&mut table, width);
-        table.set_header([
-            "Frontend",
-            "Service",
-            "From pod",
-            "From host",
-            "From outside",
-            "Affinity",
-            "Sources",
-        ]);
-        for row in &self.frontends {
-            table.add_row(row.cells());
-        }
-        table
-    }
 }
+
+const HEADER: [&str; 7] =
+    ["FRONTEND", "SERVICE", "FROM-POD", "FROM-HOST", "FROM-OUTSIDE", "AFFINITY", "SOURCES"];
 
 impl Row {
     fn new(frontend: &Frontend, installed: &InstalledFrontend, owner: Option<&PortId>) -> Self {
@@ -154,7 +135,7 @@ impl Row {
         }
     }
 
-    fn cells(&self) -> [String; 7] {
+    fn cells(&self) -> Vec<String> {
         let Self {
             frontend,
             service,
@@ -166,9 +147,10 @@ impl Row {
             allowed_sources,
             answered_here,
         } = self;
-        let frontend = if *answered_here { format!("{frontend}\nthis node first") } else { frontend.clone() };
+        let frontend =
+            if *answered_here { format!("{frontend} (this node first)") } else { frontend.clone() };
         let owner = match (service, port) {
-            (None, _) => String::new(),
+            (None, _) => NONE.to_owned(),
             (Some(service), None) => service.clone(),
             (Some(service), Some(port)) => format!("{service}:{port}"),
         };
@@ -178,9 +160,10 @@ impl Row {
             from_pod.text(),
             from_host.text(),
             from_outside.text(),
-            affinity_seconds.map(|seconds| format!("{seconds} s")).unwrap_or_default(),
-            allowed_sources.as_ref().map_or_else(|| "any".to_owned(), |sources| sources.join("\n")),
+            affinity_seconds.map_or_else(|| NONE.to_owned(), |seconds| format!("{seconds}s")),
+            allowed_sources.as_ref().map_or_else(|| "any".to_owned(), |sources| sources.join(",")),
         ]
+        .to_vec()
     }
 }
 
@@ -196,19 +179,19 @@ impl Cell {
     }
 
     fn text(&self) -> String {
-        let mut lines: Vec<String> = match self.action {
-            Action::Reject => vec!["reject".to_owned()],
-            Action::Drop => vec!["drop".to_owned()],
-            Action::Packets => vec!["left to packets".to_owned()],
-            Action::Forward => self.backends.iter().take(NAMED).cloned().collect(),
+        let mut text = match self.action {
+            Action::Reject => "reject".to_owned(),
+            Action::Drop => "drop".to_owned(),
+            Action::Packets => "left to packets".to_owned(),
+            Action::Forward => self.backends.iter().take(NAMED).cloned().collect::<Vec<_>>().join(","),
         };
         if self.backends.len() > NAMED {
-            lines.push(format!("and {} more", self.backends.len() - NAMED));
+            text += &format!(" + {} more", self.backends.len() - NAMED);
         }
         if self.masquerade {
-            lines.push("masquerade".to_owned());
+            text += " (masquerade)";
         }
-        lines.join("\n")
+        text
     }
 }
 
@@ -270,22 +253,11 @@ mod tests {
     fn a_table_shows_who_gets_what() {
         let (state, owners) = state();
         let view = PlanView::new(&state, &owners, None).unwrap();
-        insta::assert_snapshot!(view.render(Output::Table, Some(140)).unwrap(), @r"
-            ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-             Frontend               Service            From pod          From host         From outside      Affinity   Sources
-            ═══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-             10.96.0.1:80/TCP       default/web:http   10.244.0.1:8080   10.244.0.1:8080   10.244.0.1:8080   10800 s    192.0.2.0/24
-                                                       10.244.0.2:8080   10.244.0.2:8080   10.244.0.2:8080              203.0.113.0/24
-                                                                         masquerade        10.244.0.3:8080
-                                                                                           10.244.0.4:8080
-                                                                                           and 2 more
-                                                                                           masquerade
-            ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-             [fd00:96::1]:443/TCP   default/idle       reject            reject            reject                       any
-            ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-             node:30080/TCP         default/web:http   10.244.0.1:8080   10.244.0.1:8080   drop                         any
-                                                                         masquerade
-            ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+        insta::assert_snapshot!(view.render(Output::Table).unwrap(), @r"
+            FRONTEND               SERVICE            FROM-POD                          FROM-HOST                                      FROM-OUTSIDE                                                            AFFINITY   SOURCES
+            10.96.0.1:80/TCP       default/web:http   10.244.0.1:8080,10.244.0.2:8080   10.244.0.1:8080,10.244.0.2:8080 (masquerade)   10.244.0.1:8080,10.244.0.2:8080,10.244.0.3:8080 + 3 more (masquerade)   10800s     192.0.2.0/24,203.0.113.0/24
+            [fd00:96::1]:443/TCP   default/idle       reject                            reject                                         reject                                                                  <none>     any
+            node:30080/TCP         default/web:http   10.244.0.1:8080                   10.244.0.1:8080 (masquerade)                   drop                                                                    <none>     any
         ");
     }
 
@@ -293,7 +265,7 @@ mod tests {
     fn yaml_and_json_say_the_same_for_programs() {
         let (state, owners) = state();
         let view = PlanView::new(&state, &owners, Some("default/web")).unwrap();
-        let yaml = view.render(Output::Yaml, None).unwrap();
+        let yaml = view.render(Output::Yaml).unwrap();
         insta::assert_snapshot!(yaml, @r"
             frontends:
             - frontend: 10.96.0.1:80/TCP
@@ -342,8 +314,7 @@ mod tests {
                 action: drop
                 masquerade: false
         ");
-        let json: serde_json::Value =
-            serde_json::from_str(&view.render(Output::Json, None).unwrap()).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&view.render(Output::Json).unwrap()).unwrap();
         assert_eq!(serde_yaml_ng::from_str::<serde_json::Value>(&yaml).unwrap(), json);
     }
 

@@ -2,7 +2,6 @@
 //!
 //! In: a [`Probe`]. Out: a table, JSON or YAML.
 
-use comfy_table::{ContentArrangement, Table, presets};
 use serde::Serialize;
 
 use super::Output;
@@ -45,18 +44,20 @@ impl ProbeView {
         self
     }
 
-    /// The text to print, with a newline at its end. A table is at most `width` columns wide, or as wide as the
-    /// terminal it goes to.
+    /// The text to print, with a newline at its end. Nothing in it is cut, whatever the terminal's width.
     ///
     /// # Errors
     ///
     /// When JSON or YAML cannot be made, which does not happen for this type.
-    pub fn render(&self, output: Output, width: Option<u16>) -> anyhow::Result<String> {
+    pub fn render(&self, output: Output) -> anyhow::Result<String> {
         Ok(match output {
             Output::Table => {
-                let table = self.table(width);
-                let lines = table.lines().map(|line| format!("{}\n", line.trim_end()));
-                lines.chain([format!("{}\n", self.conclusion())]).collect()
+                let notes = self.probe.findings.iter().filter_map(note);
+                let lines = super::columns(
+                    &["FEATURE", "SINCE", "NEEDED", "FOUND"],
+                    self.probe.findings.iter().map(cells),
+                );
+                [lines].into_iter().chain(notes).chain([format!("\n{}\n", self.conclusion())]).collect()
             }
             Output::Json => format!("{}\n", serde_json::to_string_pretty(self)?),
             Output::Yaml => serde_yaml_ng::to_string(self)?,
@@ -67,37 +68,35 @@ impl ProbeView {
         let kernel = &self.probe.kernel;
         match self.probe.lacking().count() {
             0 => format!("Linux {kernel}: the eBPF data plane can be used."),
-            1 => format!("Linux {kernel}: the eBPF data plane cannot be used, for want of a needed feature."),
-            count => {
+            1 => {
                 format!(
-                    "Linux {kernel}: the eBPF data plane cannot be used, for want of {count} needed features."
+                    "Linux {kernel}: the eBPF data plane cannot be used, because a needed feature is missing."
                 )
             }
+            count => format!(
+                "Linux {kernel}: the eBPF data plane cannot be used, because {count} needed features are missing."
+            ),
         }
-    }
-
-    fn table(&self, width: Option<u16>) -> Table {
-        let mut table = Table::new();
-        table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
-        super::fit(&mut table, width);
-        table.set_header(["Feature", "Since", "Needed", "Found", "Purpose"]);
-        for finding in &self.probe.findings {
-            table.add_row(cells(finding));
-        }
-        table
     }
 }
 
-fn cells(finding: &Finding) -> [String; 5] {
-    let Finding { feature, since, needed, purpose, answer } = finding;
-    let found = match answer {
-        Answer::Yes => "yes".to_owned(),
-        Answer::No(why) if why.is_empty() => "no".to_owned(),
-        Answer::No(why) => format!("no: {why}"),
-        Answer::Unknown(why) => format!("not known: {why}"),
-    };
+fn cells(finding: &Finding) -> Vec<String> {
+    let Finding { feature, since, needed, answer, .. } = finding;
+    let since = if since.is_empty() { "<none>" } else { since };
     let needed = if *needed { "yes" } else { "no" };
-    [feature.clone(), (*since).to_owned(), needed.to_owned(), found, (*purpose).to_owned()]
+    let found = match answer {
+        Answer::Yes => "yes",
+        Answer::No(_) => "no",
+        Answer::Unknown(_) => "unknown",
+    };
+    [feature, since, needed, found].map(str::to_owned).to_vec()
+}
+
+/// What follows where a feature was not found.
+fn note(finding: &Finding) -> Option<String> {
+    let (Answer::No(why) | Answer::Unknown(why)) = &finding.answer else { return None };
+    let why = if why.is_empty() { String::new() } else { format!("{why}. ") };
+    Some(format!("\n{}: {why}{}\n", finding.feature, finding.purpose))
 }
 
 #[cfg(test)]
@@ -105,19 +104,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_table_ends_with_what_follows_from_it() {
-        let text = |lacking: &[(&str, bool)]| {
-            ProbeView::new(Probe::fixture(lacking)).render(Output::Table, Some(80)).unwrap()
-        };
+    fn the_table_is_as_kubectls_and_ends_with_what_follows_from_it() {
+        let text =
+            |lacking: &[(&str, bool)]| ProbeView::new(Probe::fixture(lacking)).render(Output::Table).unwrap();
         insta::assert_snapshot!(text(&[("bpffs at /b", true), ("bpf_set_retval", false)]), @r"
-        ───────────────────────────────────────────────────────────────
-         Feature          Since   Needed   Found   Purpose
-        ═══════════════════════════════════════════════════════════════
-         bpffs at /b      9.9     yes      no      A test asks for it.
-        ───────────────────────────────────────────────────────────────
-         bpf_set_retval   9.9     no       no      A test asks for it.
-        ───────────────────────────────────────────────────────────────
-        Linux 9.8.7: the eBPF data plane cannot be used, for want of a needed feature.
+        FEATURE          SINCE   NEEDED   FOUND
+        bpffs at /b      9.9     yes      no
+        bpf_set_retval   9.9     no       no
+
+        bpffs at /b: A test asks for it.
+
+        bpf_set_retval: A test asks for it.
+
+        Linux 9.8.7: the eBPF data plane cannot be used, because a needed feature is missing.
         ");
         let last = |lacking: &[(&str, bool)]| text(lacking).lines().last().unwrap().to_owned();
         assert_eq!(last(&[("bpf_set_retval", false)]), "Linux 9.8.7: the eBPF data plane can be used.");
@@ -126,7 +125,7 @@ mod tests {
     #[test]
     fn programs_get_the_same_in_json() {
         let view = ProbeView::new(Probe::fixture(&[("bpffs at /b", true)]));
-        insta::assert_snapshot!(view.render(Output::Json, None).unwrap(), @r#"
+        insta::assert_snapshot!(view.render(Output::Json).unwrap(), @r#"
         {
           "usable": false,
           "kernel": "9.8.7",
