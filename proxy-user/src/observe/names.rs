@@ -24,7 +24,7 @@ impl NameMetrics {
     pub(super) fn register(registry: &mut Registry) -> Self {
         let r = registry.sub_registry_with_prefix("weir_dns");
         Self {
-            queries: put(r, "queries", "Queries by what became of them", Labelled::default()),
+            queries: put(r, "queries", "DNS queries by result", Labelled::default()),
             addresses: put(
                 r,
                 "answered_addresses",

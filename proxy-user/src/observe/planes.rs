@@ -21,12 +21,12 @@ impl PlaneMetrics {
     pub(super) fn register(registry: &mut Registry) -> Self {
         let r = registry.sub_registry_with_prefix("weir");
         Self {
-            active: put(r, "plane_active", "Whether a data plane serves", Labelled::default()),
+            active: put(r, "plane_active", "Whether a data plane serves, 1 or 0", Labelled::default()),
             failures: put(r, "plane_failures", "Times a data plane failed as a whole", Labelled::default()),
             left: put(
                 r,
                 "ports_left_to_packets",
-                "Service ports that the sockets' plane could not take and packets serve",
+                "Service ports that packets serve because the socket plane could not take them",
                 Gauge::default(),
             ),
         }

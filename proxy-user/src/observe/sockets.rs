@@ -30,18 +30,23 @@ impl SocketMetrics {
         let r = registry.sub_registry_with_prefix("weir");
         Self {
             elements: put(r, "map_elements", "Elements in a map of the kernel programs", Labelled::default()),
-            room: put(r, "map_max_elements", "Elements it has room for before it grows", Labelled::default()),
-            bytes: put(r, "map_bytes", "Kernel memory that it takes", Labelled::default()),
+            room: put(
+                r,
+                "map_max_elements",
+                "Elements that a map has room for before weir makes it larger",
+                Labelled::default(),
+            ),
+            bytes: put(r, "map_bytes", "Kernel memory that a map takes, in bytes", Labelled::default()),
             refused: put(
                 r,
                 "sockets_refused",
-                "Sockets and clients that there was no room to remember",
+                "Sockets and clients that the kernel programs had no room to remember, by reason",
                 Labelled::default(),
             ),
             troubles: put(
                 r,
                 "program_troubles",
-                "Things the kernel programs could not do",
+                "Times that the kernel programs could not do their work, by trouble",
                 Labelled::default(),
             ),
             closed: put(
@@ -62,11 +67,16 @@ impl SocketMetrics {
                 "Kernel programs attached anew because another program had detached them",
                 Counter::default(),
             ),
-            bypassed: put(r, "bypassed_pods", "Pods whose sockets are left alone", Labelled::default()),
+            bypassed: put(
+                r,
+                "bypassed_pods",
+                "Pods whose sockets weir leaves alone, by reason",
+                Labelled::default(),
+            ),
             waiting: put(
                 r,
                 "bypassed_pods_waiting",
-                "Pods that should be left alone and are not yet",
+                "Pods whose sockets weir should leave alone and does not yet",
                 Gauge::default(),
             ),
         }

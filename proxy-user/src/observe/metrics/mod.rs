@@ -135,53 +135,63 @@ impl KubeProxy {
     fn register(registry: &mut Registry) -> Self {
         let r = registry.sub_registry_with_prefix("kubeproxy");
         let rules = |rest: &str| format!("sync_proxy_rules_{rest}");
-        let timed = "Time to bring the kernel up to date";
+        let timed = "Time that an update of the kernel took, in seconds";
         Self {
             sync: put(r, &rules("duration_seconds"), timed, timings(sync_timing)),
             full_sync: put(
                 r,
                 "sync_full_proxy_rules_duration_seconds",
-                "Of it, everything",
+                "Time that a comparison of everything with the kernel took, in seconds",
                 timings(sync_timing),
             ),
             partial_sync: put(
                 r,
                 "sync_partial_proxy_rules_duration_seconds",
-                "Of it, changes",
+                "Time that an update with changes alone took, in seconds",
                 timings(sync_timing),
             ),
             last_sync: put(
                 r,
                 &rules("last_timestamp_seconds"),
-                "When that last succeeded",
+                "When the kernel was last brought up to date, in seconds since 1970",
                 Labelled::default(),
             ),
             last_queued: put(
                 r,
                 &rules("last_queued_timestamp_seconds"),
-                "When a change came in",
+                "When the last change came in, in seconds since 1970",
                 Labelled::default(),
             ),
             network_programming: put(
                 r,
                 "network_programming_duration_seconds",
-                "Time from the change of a Service or its Pods to the kernel",
+                "Time from the change of a Service or its Pods until the kernel had it, in seconds",
                 timings(programming_timing),
             ),
             endpoint_changes_pending: put(
                 r,
                 &rules("endpoint_changes_pending"),
-                "Not applied",
+                "EndpointSlice changes that the kernel does not have yet",
                 Gauge::default(),
             ),
-            endpoint_changes: put(r, &rules("endpoint_changes"), "EndpointSlice changes", Counter::default()),
+            endpoint_changes: put(
+                r,
+                &rules("endpoint_changes"),
+                "EndpointSlice changes that came in",
+                Counter::default(),
+            ),
             service_changes_pending: put(
                 r,
                 &rules("service_changes_pending"),
-                "Not applied",
+                "Service changes that the kernel does not have yet",
                 Gauge::default(),
             ),
-            service_changes: put(r, &rules("service_changes"), "Service changes", Counter::default()),
+            service_changes: put(
+                r,
+                &rules("service_changes"),
+                "Service changes that came in",
+                Counter::default(),
+            ),
             no_local_endpoints: put(
                 r,
                 &rules("no_local_endpoints_total"),
@@ -191,17 +201,17 @@ impl KubeProxy {
             sync_failures: put(
                 r,
                 &rules("nftables_sync_failures"),
-                "Failed programmings",
+                "Updates of the kernel that failed",
                 Labelled::default(),
             ),
             cleanup_failures: put(
                 r,
                 &rules("nftables_cleanup_failures"),
-                "Failed removals",
+                "Removals of old rules and maps that failed",
                 Labelled::default(),
             ),
-            healthz: put(r, "proxy_healthz", "Answers of /healthz", Labelled::default()),
-            livez: put(r, "proxy_livez", "Answers of /livez", Labelled::default()),
+            healthz: put(r, "proxy_healthz", "Answers of /healthz, by HTTP status code", Labelled::default()),
+            livez: put(r, "proxy_livez", "Answers of /livez, by HTTP status code", Labelled::default()),
             localhost_listeners: put(
                 r,
                 "nftables_localhost_nodeport_listeners",
@@ -211,13 +221,13 @@ impl KubeProxy {
             localhost_failures: put(
                 r,
                 "nftables_localhost_nodeport_listener_creation_failures",
-                "Times it could not",
+                "NodePorts that the agent could not listen for on a loopback address",
                 Labelled::default(),
             ),
             conntrack: put(
                 r,
                 "conntrack_reconciler_sync_duration_seconds",
-                "Time spent",
+                "Time that a search for stale UDP flows took, in seconds",
                 timings(sync_timing),
             ),
             conntrack_deleted: put(
@@ -234,7 +244,7 @@ impl Weir {
     fn register(registry: &mut Registry) -> Self {
         let r = registry.sub_registry_with_prefix("weir");
         let build = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
-        r.register("build", "This program", build);
+        r.register("build", "The version of weir", build);
         Self {
             services: put(r, "services", "Services programmed", Gauge::default()),
             frontends: put(r, "frontends", "Frontends programmed", Gauge::default()),
@@ -265,13 +275,13 @@ impl Weir {
             reconciles: put(
                 r,
                 "reconciles",
-                "Times everything was compared with the kernel",
+                "Comparisons of everything with the kernel, by reason",
                 Labelled::default(),
             ),
             refused: put(
                 r,
                 "clients_refused",
-                "Connections and questions to weir's own servers that were given up because a bound was met",
+                "Connections and DNS queries that weir's own servers gave up because a limit was met, by server",
                 Labelled::default(),
             ),
         }
