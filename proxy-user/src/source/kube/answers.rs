@@ -46,6 +46,9 @@ const SILENCE: Duration = Duration::from_secs(150);
 /// What is not a watch has no reason to pause, and HTTP/1.1, by which it comes, has no pings.
 const LIST_SILENCE: Duration = Duration::from_secs(30);
 
+/// No event is so long: etcd takes no object of more than 1.5 MiB. `kube` keeps a line of JSON until it ends.
+const LONGEST_EVENT: usize = 16 << 20;
+
 /// What is in a bookmark, in JSON and in protobuf. `kube`'s watcher keeps bookmarks to itself.
 const BOOKMARK: &[u8] = b"BOOKMARK";
 
@@ -58,6 +61,11 @@ pub(super) struct EndedAtOnce;
 #[derive(Debug, thiserror::Error)]
 #[error("nothing came for {0:?}")]
 struct Silent(Duration);
+
+/// An event that does not end.
+#[derive(Debug, thiserror::Error)]
+#[error("an event of the watch is longer than {0} bytes")]
+struct TooLong(usize);
 
 /// What comes of an answer.
 pub(super) type Contents = StreamBody<BoxStream<'static, Result<Frame<Bytes>, BoxError>>>;
@@ -104,7 +112,11 @@ impl Answers {
             answer.headers().get(header::RETRY_AFTER).and_then(|after| after.to_str().ok()?.parse().ok());
         self.retry_after.store(after.unwrap_or_default(), Relaxed);
         let watch = answer.status().is_success().then(|| watch_time(query)).flatten();
-        answer.map(|body| contents(body, watch, Arc::clone(self), Box::new(broke_off)))
+        let json =
+            answer.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(JSON));
+        answer.map(|body| {
+            contents(body, watch.map(|time| Watch { time, json }), Arc::clone(self), Box::new(broke_off))
+        })
     }
 }
 
@@ -125,6 +137,17 @@ fn watch_time(query: &str) -> Option<Duration> {
     Some(Duration::from_secs(seconds?.unwrap_or_default()))
 }
 
+/// How a watch begins that is in JSON, a line for each event.
+const JSON: &[u8] = b"application/json";
+
+/// A watch.
+#[derive(Clone, Copy)]
+struct Watch {
+    /// How long it is to last.
+    time: Duration,
+    json: bool,
+}
+
 /// Is called when an answer does not come to its end.
 type BrokeOff = Box<dyn Fn() + Send>;
 
@@ -132,8 +155,9 @@ type BrokeOff = Box<dyn Fn() + Send>;
 struct Rest {
     answers: Arc<Answers>,
     body: Body,
-    /// How long it is to last, where it is a watch.
-    watch: Option<Duration>,
+    watch: Option<Watch>,
+    /// How much there is of the line that has not ended.
+    line: usize,
     began: Instant,
     /// Whether anything has come.
     brought: bool,
@@ -141,8 +165,9 @@ struct Rest {
     broke_off: BrokeOff,
 }
 
-fn contents(body: Body, watch: Option<Duration>, answers: Arc<Answers>, broke_off: BrokeOff) -> Contents {
-    let rest = Rest { answers, body, watch, began: Instant::now(), brought: false, over: false, broke_off };
+fn contents(body: Body, watch: Option<Watch>, answers: Arc<Answers>, broke_off: BrokeOff) -> Contents {
+    let rest =
+        Rest { answers, body, watch, line: 0, began: Instant::now(), brought: false, over: false, broke_off };
     let frames = stream::unfold(rest, async |mut rest| Some((rest.next().await?, rest)));
     StreamBody::new(frames.boxed())
 }
@@ -161,9 +186,14 @@ impl Rest {
             (self.broke_off)();
         }
         match (frame, self.watch) {
-            (Some(Ok(frame)), _) => {
+            (Some(Ok(frame)), watch) => {
                 if let Some(data) = frame.data_ref() {
                     self.came(data);
+                }
+                if watch.is_some_and(|watch| watch.json) && self.line > LONGEST_EVENT {
+                    (self.broke_off)();
+                    self.over = true;
+                    return Some(Err(kube::Error::Service(TooLong(LONGEST_EVENT).into()).into()));
                 }
                 Some(Ok(frame))
             }
@@ -175,9 +205,9 @@ impl Rest {
                 self.over = true;
                 Some(Err(EndedAtOnce.into()))
             }
-            (end, Some(time)) => {
+            (end, Some(watch)) => {
                 self.over = true;
-                tokio::time::sleep(self.pause(time)).await;
+                tokio::time::sleep(self.pause(watch.time)).await;
                 end.map(|end| end.map_err(Into::into))
             }
         }
@@ -185,6 +215,10 @@ impl Rest {
 
     fn came(&mut self, data: &[u8]) {
         self.brought |= !data.is_empty();
+        self.line = match data.iter().rposition(|byte| *byte == b'\n') {
+            Some(end) => data.len() - end - 1,
+            None => self.line + data.len(),
+        };
         if self.watch.is_some() && data.windows(BOOKMARK.len()).any(|part| part == BOOKMARK) {
             self.answers.status().hear();
         }
@@ -216,9 +250,10 @@ pub(super) fn ended_at_once(error: &kube::Error) -> bool {
 mod tests {
     use super::*;
 
-    const FIVE_MINUTES: Option<Duration> = Some(Duration::from_secs(300));
+    const AT_ONCE: Option<Watch> = Some(Watch { time: Duration::ZERO, json: true });
+    const FIVE_MINUTES: Option<Watch> = Some(Watch { time: Duration::from_secs(300), json: true });
 
-    async fn all(answers: &Arc<Answers>, body: &str, watch: Option<Duration>) -> Result<Bytes, BoxError> {
+    async fn all(answers: &Arc<Answers>, body: &str, watch: Option<Watch>) -> Result<Bytes, BoxError> {
         let body = Body::from(body.as_bytes().to_vec());
         Ok(http_body_util::BodyExt::collect(contents(body, watch, Arc::clone(answers), Box::new(|| ())))
             .await?
@@ -250,6 +285,17 @@ mod tests {
         assert!(began.elapsed() >= SHORTEST, "the next watch begins within {:?}", began.elapsed());
     }
 
+    #[tokio::test]
+    async fn an_event_that_does_not_end_is_given_up_and_many_short_ones_are_not() {
+        let answers = answers();
+        let long = "x".repeat(LONGEST_EVENT + 1);
+        let error = all(&answers, &long, FIVE_MINUTES).await.unwrap_err();
+        assert!(error.to_string().contains("longer than"), "{error}");
+        all(&answers, &long, None).await.unwrap();
+        let many = [&long[..LONGEST_EVENT / 2], "\n"].concat().repeat(3);
+        all(&answers, &many, FIVE_MINUTES).await.unwrap();
+    }
+
     #[test]
     fn watches_have_times_of_their_own() {
         let times: Vec<_> = (0..100).map(|_| some_watch_time()).collect();
@@ -260,9 +306,9 @@ mod tests {
     #[tokio::test]
     async fn a_bookmark_is_heard_and_an_error_is_not() {
         let answers = answers();
-        all(&answers, r#"{"type":"ERROR","object":{}}"#, Some(Duration::ZERO)).await.unwrap();
+        all(&answers, r#"{"type":"ERROR","object":{}}"#, AT_ONCE).await.unwrap();
         assert_eq!(answers.status().heard(), None);
-        all(&answers, r#"{"type":"BOOKMARK","object":{}}"#, Some(Duration::ZERO)).await.unwrap();
+        all(&answers, r#"{"type":"BOOKMARK","object":{}}"#, AT_ONCE).await.unwrap();
         assert!(answers.status().heard().is_some());
     }
 }
