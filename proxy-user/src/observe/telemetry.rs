@@ -43,10 +43,11 @@ pub enum TelemetryError {
 }
 
 /// The filter for kube-proxy's `-v`: up to 3 what an operator cares about, 4 debug messages, from 5 on traces. The
-/// libraries below us stay one step quieter, since they log every request.
+/// libraries below weir stay one step quieter, since they log every request, and `kube_client` two: it warns of each watch that breaks
+/// off, which weir tells of itself.
 pub(super) const fn directives(verbosity: u32) -> &'static str {
     match verbosity {
-        0..=3 => "warn,weir=info",
+        0..=3 => "warn,weir=info,kube_client=error",
         4 => "info,weir=debug",
         _ => "debug,weir=trace",
     }

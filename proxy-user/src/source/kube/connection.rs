@@ -27,6 +27,7 @@ use tracing::{debug, info, warn};
 use super::{
     ConnectError, KubeSource,
     answers::{Answers, is_watch},
+    token::Token,
     versions::{Version, Versions},
 };
 use crate::model::Kind;
@@ -60,6 +61,9 @@ const IDLE: Duration = Duration::from_secs(30);
 const AHEAD: u32 = 1 << 20;
 /// So that watches of some kinds that are not taken in leave room for those of others on their connection.
 const KINDS: u32 = 8;
+
+/// For how long the first reason of an outage stands for all: connections that break fail in several ways.
+const SAME_REASON: Duration = Duration::from_secs(10);
 
 /// What a connector sets up.
 type Secured = <HttpsConnector<HttpConnector> as Service<Uri>>::Response;
@@ -100,9 +104,19 @@ struct Shared {
     route: RwLock<Arc<Route>>,
     /// Held while a route is made, so that many failing watches make one.
     making: tokio::sync::Mutex<()>,
-    outage: std::sync::Mutex<Option<Instant>>,
+    outage: std::sync::Mutex<Option<Outage>>,
+    /// Why the credentials could not be read anew last time.
+    unreadable: std::sync::Mutex<Option<String>>,
     /// Whether the last answer said that we are not who we say we are.
     rejected: AtomicBool,
+}
+
+/// No server answers.
+struct Outage {
+    since: Instant,
+    /// What was said of it last, and when.
+    error: String,
+    told: Instant,
 }
 
 /// One server with one set of credentials.
@@ -143,6 +157,7 @@ impl Connection {
             route: RwLock::new(Arc::new(route)),
             making: tokio::sync::Mutex::default(),
             outage: std::sync::Mutex::default(),
+            unreadable: std::sync::Mutex::default(),
             rejected: AtomicBool::default(),
         })))
     }
@@ -216,11 +231,11 @@ impl Shared {
                 Ok(answer)
             }
             Ok(Err(error)) => {
-                self.failed(route, &error);
+                self.failed(route, causes(&error));
                 Err(error.into())
             }
             Err(elapsed) => {
-                self.failed(route, &elapsed);
+                self.failed(route, format!("no answer came within {ANSWER_TIMEOUT:?}"));
                 Err(elapsed.into())
             }
         }
@@ -236,29 +251,38 @@ impl Shared {
                 );
             }
         } else if status.is_server_error() {
-            self.failed(route, &format_args!("it answers {status}"));
+            self.failed(route, format!("it answers {status}"));
             return;
         } else if self.rejected.swap(false, Relaxed) {
             info!(server = %route.server, "the API server accepts the credentials again");
         }
         route.failures.store(0, Relaxed);
         let outage = self.outage.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(since) = outage {
-            info!(server = %route.server, outage = ?since.elapsed(), "the API server answers again");
+        if let Some(outage) = outage {
+            info!(server = %route.server, outage = ?outage.since.elapsed(), "the API server answers again");
         }
     }
 
-    fn failed(&self, route: &Route, error: &dyn std::fmt::Display) {
+    /// Says once that no server answers, and once more where the reason is another one for a while.
+    fn failed(&self, route: &Route, error: String) {
         route.failures.fetch_add(1, Relaxed);
         if self.rejected.load(Relaxed) {
             // A server ends the connections of those it does not accept.
-            debug!(server = %route.server, %error, "the API server does not answer");
+            debug!(server = %route.server, error, "the API server does not answer");
             return;
         }
         let mut outage = self.outage.lock().unwrap_or_else(PoisonError::into_inner);
-        if outage.is_none() {
-            *outage = Some(Instant::now());
-            warn!(server = %route.server, %error, "the API server does not answer; what is programmed stays");
+        let now = Instant::now();
+        match &mut *outage {
+            None => {
+                warn!(server = %route.server, error, "the API server does not answer; what is programmed stays");
+                *outage = Some(Outage { since: now, error, told: now });
+            }
+            Some(outage) if outage.error != error && outage.told.elapsed() >= SAME_REASON => {
+                warn!(server = %route.server, error, "the API server does not answer, for another reason than before");
+                (outage.error, outage.told) = (error, now);
+            }
+            Some(_) => {}
         }
     }
 
@@ -281,10 +305,16 @@ impl Shared {
                 }
                 let next = Arc::new(next);
                 *self.route.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&next);
+                *self.unreadable.lock().unwrap_or_else(PoisonError::into_inner) = None;
                 next
             }
             Err(error) => {
-                warn!(error = &error as &dyn std::error::Error, "keeping the credentials read before");
+                let error = causes(&error);
+                let mut last = self.unreadable.lock().unwrap_or_else(PoisonError::into_inner);
+                if last.as_ref() != Some(&error) {
+                    warn!(error, "keeping the credentials read before");
+                    *last = Some(error);
+                }
                 route.forgive();
                 route
             }
@@ -353,14 +383,37 @@ fn client(config: &kube::Config, manner: &Manner) -> Result<Client, BoxError> {
         let client = if is_watch(request.uri().query()) { &watches } else { &others };
         client.request(request)
     });
+    let mut without_token = config.clone();
+    let token = Token::taken_from(&mut without_token.auth_info)?.map(Arc::new);
+    let carry_token = move |mut request: Request<Body>| {
+        if let Some(token) = &token {
+            request.headers_mut().insert(header::AUTHORIZATION, token.header());
+        }
+        request
+    };
     let limit = manner.limit.map(|(requests, window)| RateLimitLayer::new(requests, window));
     let service = ServiceBuilder::new()
         .option_layer(limit)
         .layer(config.base_uri_layer())
-        .option_layer(config.auth_layer()?)
+        .option_layer(without_token.auth_layer()?)
+        .map_request(carry_token)
         .map_err(BoxError::from)
         .service(ask);
     Ok(Client::new(service, config.default_namespace.clone()))
+}
+
+/// An error with its causes, each once: some errors repeat theirs.
+fn causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let said = cause.to_string();
+        if !text.contains(&said) {
+            text = format!("{text}: {said}");
+        }
+        next = cause.source();
+    }
+    text
 }
 
 /// A connector that gives up a server with which no TLS can be set up.

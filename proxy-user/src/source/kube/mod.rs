@@ -30,6 +30,7 @@ mod objects;
 mod pods;
 mod protobuf;
 mod retry;
+mod token;
 mod versions;
 mod watch;
 
