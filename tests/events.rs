@@ -111,6 +111,11 @@ fn trouble(service: &Service, note: &str) -> Trouble {
     Trouble::of_service(name, "FailedToProgram", "Program", note.to_owned()).with_uid(uid(service))
 }
 
+/// Whether an event is one of [`trouble`]: the API server writes some about the same Services, when it looks at their addresses.
+fn is_trouble(event: &Event) -> bool {
+    event.reason.as_deref() == Some("FailedToProgram")
+}
+
 fn uid(service: &Service) -> Option<Uid> {
     Uid::read(&service.uid()?)
 }
@@ -137,12 +142,12 @@ async fn trouble_with_a_service_becomes_one_event_that_describe_finds() {
     events.tell(trouble(&cart, "the map is full"));
     events.tell(trouble(&till, &"é".repeat(1000)));
 
-    let about_till = event(&admin, "till", |_| true).await;
+    let about_till = event(&admin, "till", is_trouble).await;
     assert_eq!(about_till.note, Some("é".repeat(512)), "no more than an API server takes");
     assert_eq!(about_till.regarding.unwrap().uid, till.uid());
 
     // Written before the one about `till`, so it is there as it will be.
-    let found = event(&admin, "cart", |_| true).await;
+    let found = event(&admin, "cart", is_trouble).await;
     let regarding = found.regarding.clone().unwrap();
     assert_eq!(
         (regarding.api_version, regarding.kind, regarding.namespace, regarding.name, regarding.uid),
@@ -269,7 +274,7 @@ async fn h6_a_health_check_port_that_is_taken_becomes_an_event() {
     let addresses = vec![address.ip()];
     let state = HealthCheckState { port: address.port(), local_endpoints: 1, addresses, uid: uid(&cart) };
     checks.set(ObjectName::new(NAMESPACE, "cart"), Some(state));
-    let found = event(&admin, "cart", |_| true).await;
+    let found = event(&admin, "cart", is_trouble).await;
     assert_eq!(found.type_.as_deref(), Some("Warning"));
     assert_eq!(found.reason.as_deref(), Some("FailedToStartServiceHealthcheck"));
     assert_eq!(found.action.as_deref(), Some("Listen"));

@@ -154,7 +154,7 @@ fn a_map_without_a_name_gets_it_again_and_no_service_reaches_another() -> Result
         let early = TcpStream::connect((service_ip(Family::V4), 80))?;
         await_that("its own backend is asked", || is_asked(&listener));
         let whole = maps(&rig.place)?;
-        ensure!(whole.len() == 18, "{whole:?}");
+        ensure!(whole.len() == 19, "{whole:?}");
         for (pin, _) in &whole {
             fs::remove_file(pin)?;
             assert_eq!(name_again(&rig.place)?.len(), 1, "{} while an agent runs", pin.display());
