@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use super::clock;
-use crate::plan::{Backend, Delta, NodePlan, PortDelta, PortId, PortPlan, Removal};
+use crate::plan::{Backend, Delta, FrontendPlan, NodePlan, PortDelta, PortId, PortPlan, Removal};
 
 /// What a delta says about service ports whose [`PortPlan::on_removal`] is not to keep sockets.
 #[derive(Clone, Debug)]
@@ -64,11 +64,10 @@ impl Suspects {
 
 /// Whether a service port has a frontend that it had not.
 fn came(delta: &PortDelta) -> bool {
-    let frontends = |plan: &'_ Option<Arc<PortPlan>>| {
-        plan.iter().flat_map(|plan| &plan.frontends).map(|planned| planned.frontend).collect::<Vec<_>>()
+    let is_new = |planned: &FrontendPlan| {
+        delta.before.as_ref().is_none_or(|before| before.frontend(planned.frontend).is_none())
     };
-    let before = frontends(&delta.before);
-    frontends(&delta.after).iter().any(|frontend| !before.contains(frontend))
+    delta.after.as_ref().is_some_and(|after| after.frontends.iter().any(is_new))
 }
 
 fn change(delta: &PortDelta) -> Option<Change> {
