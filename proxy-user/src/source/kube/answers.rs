@@ -156,7 +156,7 @@ struct Rest {
     answers: Arc<Answers>,
     body: Body,
     watch: Option<Watch>,
-    /// How much there is of the line that has not ended.
+    /// How much there is of the line that has not ended, in a watch in JSON.
     line: usize,
     began: Instant,
     /// Whether anything has come.
@@ -186,11 +186,11 @@ impl Rest {
             (self.broke_off)();
         }
         match (frame, self.watch) {
-            (Some(Ok(frame)), watch) => {
+            (Some(Ok(frame)), _) => {
                 if let Some(data) = frame.data_ref() {
                     self.came(data);
                 }
-                if watch.is_some_and(|watch| watch.json) && self.line > LONGEST_EVENT {
+                if self.line > LONGEST_EVENT {
                     (self.broke_off)();
                     self.over = true;
                     return Some(Err(kube::Error::Service(TooLong(LONGEST_EVENT).into()).into()));
@@ -215,10 +215,12 @@ impl Rest {
 
     fn came(&mut self, data: &[u8]) {
         self.brought |= !data.is_empty();
-        self.line = match data.iter().rposition(|byte| *byte == b'\n') {
-            Some(end) => data.len() - end - 1,
-            None => self.line + data.len(),
-        };
+        if self.watch.is_some_and(|watch| watch.json) {
+            self.line = match data.iter().rposition(|byte| *byte == b'\n') {
+                Some(end) => data.len() - end - 1,
+                None => self.line + data.len(),
+            };
+        }
         if self.watch.is_some() && data.windows(BOOKMARK.len()).any(|part| part == BOOKMARK) {
             self.answers.status().hear();
         }
