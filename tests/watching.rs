@@ -2,12 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by panicking")]
 
-use std::{
-    io,
-    path::Path,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use tokio::{sync::mpsc::Receiver, task::JoinHandle, time::timeout};
 use weir::{
@@ -17,7 +12,10 @@ use weir::{
         kube::{Connection, Credentials, KubeSource, watch, watch_pods},
     },
 };
-use weir_tests::stand_in::{Asked, Fault, StandIn};
+use weir_tests::{
+    logged::Lines,
+    stand_in::{Asked, Fault, StandIn},
+};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 /// A kind in protobuf and one in JSON, each with the kind as changes name it.
@@ -96,40 +94,23 @@ fn gaps(asked: &[Asked]) -> Vec<Duration> {
     asked.windows(2).map(|pair| pair[1].at - pair[0].at).collect()
 }
 
-/// What is logged.
-#[derive(Clone, Default)]
-struct Lines(Arc<Mutex<Vec<u8>>>);
-
-impl io::Write for Lines {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
+/// Takes what is logged from now on, by other tests too.
+fn logged_by_all() -> Lines {
+    let lines = Lines::default();
+    let writer = lines.clone();
+    let log = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+    tracing::subscriber::set_global_default(log).unwrap();
+    lines
 }
 
-impl Lines {
-    /// Takes what is logged from now on, by other tests too.
-    fn of_all() -> Self {
-        let lines = Self::default();
-        let writer = lines.clone();
-        let log = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
-        tracing::subscriber::set_global_default(log).unwrap();
-        lines
-    }
-
-    fn with(&self, words: &[&str]) -> usize {
-        let lines = self.0.lock().unwrap();
-        let lines = String::from_utf8_lossy(&lines);
-        lines.lines().filter(|line| words.iter().all(|word| line.contains(word))).count()
-    }
+/// How many lines have all these words.
+fn with(lines: &Lines, words: &[&str]) -> usize {
+    lines.text().lines().filter(|line| words.iter().all(|word| line.contains(word))).count()
 }
 
 #[tokio::test]
 async fn a_kind_whose_watches_end_at_once_is_asked_for_less_and_less_and_delays_no_other() {
-    let lines = Lines::of_all();
+    let lines = logged_by_all();
     for (plural, kind) in KINDS {
         let server = StandIn::start().await.unwrap();
         server.fail(plural, Fault::EndAtOnce);
@@ -148,7 +129,7 @@ async fn a_kind_whose_watches_end_at_once_is_asked_for_less_and_less_and_delays_
             assert!(*gap >= least, "{plural} is asked for again after {gaps:?}");
         }
         assert_eq!(lists(&server, "endpointslices"), 1, "the other kind is not disturbed");
-        assert_eq!(lines.with(&["WARN", kind, "ends the watch"]), 1, "it is said once");
+        assert_eq!(with(&lines, &["WARN", kind, "ends the watch"]), 1, "it is said once");
 
         server.fail(plural, Fault::None);
         server.put(plural, "late");

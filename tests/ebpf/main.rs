@@ -8,7 +8,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsRawFd as _,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicBool, AtomicU32, Ordering::Relaxed},
     },
     thread,
@@ -30,7 +30,7 @@ use weir::{
         PortDelta, PortId, PortPlan, Removal, Route, Target, Treatment,
     },
 };
-use weir_tests::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace, wait::await_that};
+use weir_tests::{bpffs::BpfFs, cgroup::Cgroup, logged::Lines, netns::Namespace, wait::await_that};
 
 mod apart;
 mod asked;
@@ -361,26 +361,6 @@ fn maps_of_another_layout_are_left_behind_once_the_new_ones_serve() -> Result<()
     })
 }
 
-/// What is logged.
-#[derive(Clone, Default)]
-struct Lines(Arc<Mutex<Vec<u8>>>);
-
-impl io::Write for Lines {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().map_err(|_| io::ErrorKind::Other)?.write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Lines {
-    fn count(&self, text: &str) -> usize {
-        self.0.lock().map_or(0, |lines| String::from_utf8_lossy(&lines).matches(text).count())
-    }
-}
-
 #[test]
 fn programs_say_what_they_do_at_the_level_trace_also_after_growing() -> Result<()> {
     let rig = Rig::new()?;
@@ -399,10 +379,10 @@ fn programs_say_what_they_do_at_the_level_trace_also_after_growing() -> Result<(
             plane.apply(&complete(vec![port(Family::V4, Protocol::Tcp, &[server])]))?;
             TcpStream::connect((service_ip(Family::V4), 80))?;
             let led = "TRACE weir::programs: ::ffff:10.96.0.10 port 80 leads to ::ffff:127.0.0.1 port";
-            await_that("the connection is told of", || lines.count(led) == 1);
+            await_that("the connection is told of", || lines.text().matches(led).count() == 1);
             plane.apply(&come(crowd(0, 5000)))?;
             TcpStream::connect((service_ip(Family::V4), 80))?;
-            await_that("the next is told of too", || lines.count(led) == 2);
+            await_that("the next is told of too", || lines.text().matches(led).count() == 2);
             plane.remove()?;
             Ok(())
         })

@@ -2,9 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -20,7 +18,7 @@ use kube::{
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::time::timeout;
-use weir_tests::{apiserver::ApiServer, relay::Relay};
+use weir_tests::{apiserver::ApiServer, logged::Lines, relay::Relay};
 
 use crate::{
     agent::Agent,
@@ -139,33 +137,16 @@ async fn certificates_of_server_and_client_and_their_authorities_may_be_replaced
     assert_eq!(agent.lists_since(&before), BTreeMap::new(), "the watches go on where they were");
 }
 
-/// What is logged.
-#[derive(Clone, Default)]
-struct Lines(Arc<Mutex<Vec<u8>>>);
-
-impl io::Write for Lines {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
+/// Takes what this thread logs, until the guard is dropped.
+fn logged_by_this_thread() -> (Lines, tracing::subscriber::DefaultGuard) {
+    let lines = Lines::default();
+    let writer = lines.clone();
+    let log = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+    (lines, tracing::subscriber::set_default(log))
 }
 
-impl Lines {
-    /// Takes what this thread logs, until the guard is dropped.
-    fn of_this_thread() -> (Self, tracing::subscriber::DefaultGuard) {
-        let lines = Self::default();
-        let writer = lines.clone();
-        let log = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
-        (lines, tracing::subscriber::set_default(log))
-    }
-
-    fn warnings(&self) -> Vec<String> {
-        let lines = String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned();
-        lines.lines().filter(|line| line.contains(" WARN ")).map(str::to_owned).collect()
-    }
+fn warnings(lines: &Lines) -> Vec<String> {
+    lines.text().lines().filter(|line| line.contains(" WARN ")).map(str::to_owned).collect()
 }
 
 /// A service account whose tokens are good as long as a Secret is there that each is bound to.
@@ -213,7 +194,7 @@ async fn a_token_that_is_replaced_is_read_anew_and_an_old_one_costs_no_list_and_
     let by_relay = format!("https://{}", relay.address());
     let known_by = |file: &Path| json!({"tokenFile": file});
     let authorities = &server.certificate()[0];
-    let (lines, _guard) = Lines::of_this_thread();
+    let (lines, _guard) = logged_by_this_thread();
     let config = kubeconfig(directory.path(), &by_relay, authorities, &known_by(&file));
     let mut agent = Agent::start(config, &[]).await;
     agent.comes_to(&["web"]).await;
@@ -229,11 +210,11 @@ async fn a_token_that_is_replaced_is_read_anew_and_an_old_one_costs_no_list_and_
     relay.cut();
     shop.add("late").await;
     agent.comes_to(&["late", "web"]).await;
-    assert!(lines.warnings().len() <= 1, "{:#?}", lines.warnings());
+    assert!(warnings(&lines).len() <= 1, "{:#?}", warnings(&lines));
 
     // Too late.
     std::fs::copy(&file, &old).unwrap();
-    let warned = lines.warnings().len();
+    let warned = warnings(&lines).len();
     account.end("second").await;
     until("the second token is worth nothing", async || !admits(&with_old).await).await;
     relay.cut();
@@ -241,7 +222,7 @@ async fn a_token_that_is_replaced_is_read_anew_and_an_old_one_costs_no_list_and_
     audit.refuses(&resources, 4).await;
     let refused = audit.refused();
     assert!(refused.len() < 3 * 4 * resources.len(), "refused too often: {refused:#?}");
-    assert_eq!(lines.warnings().len() - warned, 1, "{:#?}", lines.warnings());
+    assert_eq!(warnings(&lines).len() - warned, 1, "{:#?}", warnings(&lines));
     put(&file, &account.token("third").await);
     shop.add("last").await;
     agent.comes_to(&["last", "late", "web"]).await;

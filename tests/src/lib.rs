@@ -17,6 +17,7 @@ pub mod cgroup;
 pub mod control_plane;
 pub mod demo;
 pub mod keeper;
+pub mod logged;
 pub mod maps;
 pub mod names;
 pub mod netns;
