@@ -13,6 +13,7 @@
 
 #![deny(unsafe_code)]
 
+mod causes;
 pub mod cli;
 pub mod config;
 pub mod dataplane;

@@ -24,11 +24,12 @@ const SOURCES: &str = "proxy-user/src";
 const WING: &str = "dataplane";
 
 /// Each room, and the rooms that it may import. Rooms stand in order: none imports a room below itself.
-const ARROWS: [(&str, &[&str]); 21] = [
+const ARROWS: [(&str, &[&str]); 22] = [
+    ("causes", &[]),
     ("places", &[]),
     ("model", &[]),
     ("config", &["model"]),
-    ("source", &["model"]),
+    ("source", &["causes", "model"]),
     ("plan", &["model"]),
     ("dns", &["places", "model"]),
     ("relay", &["places", "model", "plan"]),
@@ -40,7 +41,7 @@ const ARROWS: [(&str, &[&str]); 21] = [
     ("dataplane/stack", &["model", "plan", "dataplane"]),
     ("dataplane/conntrack", &["model", "plan", "dataplane", "dataplane/channel"]),
     ("dataplane/nftables", &["model", "plan", "dataplane", "dataplane/channel"]),
-    ("dataplane/ebpf", &["model", "plan", "dataplane"]),
+    ("dataplane/ebpf", &["causes", "model", "plan", "dataplane"]),
     (
         "dataplane/sockets",
         &["model", "plan", "dataplane", "dataplane/channel", "dataplane/conntrack", "dataplane/nftables"],

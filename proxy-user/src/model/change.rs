@@ -60,7 +60,7 @@ impl fmt::Display for Kind {
     }
 }
 
-/// An object as its origin wrote it, less the metadata nobody reads.
+/// An object as its origin wrote it, less the metadata that weir does not read.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Object {
     /// A Service.

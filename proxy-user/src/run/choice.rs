@@ -3,7 +3,7 @@
 //! In: the mode asked for, what this machine has, and a way to open the plane. Out: the open plane, or none, and then
 //! nftables serves alone; why, is in the log.
 
-use crate::{config::ProxyMode, dataplane::probe::Probe};
+use crate::{causes::causes, config::ProxyMode, dataplane::probe::Probe};
 
 /// The plane that `open` makes, where `mode` asks for one and the machine has what it takes. With
 /// [`ProxyMode::Auto`] what is missing and what fails is logged, and `None` is the answer.
@@ -38,11 +38,12 @@ pub fn choose<T, E: Into<anyhow::Error>>(
     probe.log();
     match open(&probe).map_err(Into::into) {
         Ok(plane) => Ok(Some(plane)),
-        Err(error) if only => {
-            Err(anyhow::anyhow!("the mode is ebpf, and the eBPF plane does not start: {}", whole(&error)))
-        }
+        Err(error) if only => Err(anyhow::anyhow!(
+            "the mode is ebpf, and the eBPF plane does not start: {}",
+            causes(error.as_ref())
+        )),
         Err(error) => {
-            let text = whole(&error).replace('\n', "\n    ");
+            let text = causes(error.as_ref()).replace('\n', "\n    ");
             tracing::error!(
                 kernel = probe.kernel,
                 "the eBPF plane does not start, nftables serves alone:\n    {text}"
@@ -50,19 +51,6 @@ pub fn choose<T, E: Into<anyhow::Error>>(
             Ok(None)
         }
     }
-}
-
-/// An error with its causes, each told once: some errors repeat theirs, and the verifier's message, which is part of
-/// one, is long.
-fn whole(error: &anyhow::Error) -> String {
-    error.chain().fold(String::new(), |text, cause| {
-        let cause = cause.to_string();
-        match (text.is_empty(), text.contains(&cause)) {
-            (true, _) => cause,
-            (false, true) => text,
-            (false, false) => format!("{text}: {cause}"),
-        }
-    })
 }
 
 #[cfg(test)]

@@ -1,14 +1,13 @@
 //! What can go wrong between us and the kernel.
 
 use std::{
-    error::Error as StdError,
     io,
     path::{Path, PathBuf},
 };
 
 use aya::{EbpfError, maps::MapError, programs::ProgramError};
 
-use crate::dataplane::Error;
+use crate::{causes::causes, dataplane::Error};
 
 /// Why programs or maps are not as they should be.
 #[derive(Debug, thiserror::Error)]
@@ -17,7 +16,7 @@ pub enum Problem {
     #[error("the kernel programs have no map `{0}`: this agent was built wrongly")]
     Object(&'static str),
     /// The kernel does not take the object.
-    #[error("loading the kernel programs: {}", chain(.0))]
+    #[error("loading the kernel programs: {}", causes(.0))]
     Load(Box<EbpfError>),
     /// The kernel refuses a program; the text has the verifier's own words.
     #[error("the kernel refuses the program `{name}`: {text}")]
@@ -62,7 +61,7 @@ pub enum Problem {
 
 impl Problem {
     pub(super) fn map(name: &str, error: MapError) -> Self {
-        Self::Map { name: name.to_owned(), text: chain(&error) }
+        Self::Map { name: name.to_owned(), text: causes(&error) }
     }
 
     pub(super) fn file(doing: &'static str, path: &Path, error: io::Error) -> Self {
@@ -72,24 +71,10 @@ impl Problem {
     pub(super) fn program(name: &str, error: ProgramError) -> Self {
         let text = match &error {
             ProgramError::LoadError { io_error, verifier_log } => format!("{io_error}\n{verifier_log}"),
-            other => chain(other),
+            other => causes(other),
         };
         Self::Program { name: name.to_owned(), text }
     }
-}
-
-/// An error with its causes.
-pub(super) fn chain(error: &dyn StdError) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = error.source();
-    }
-    text
 }
 
 impl From<Problem> for Error {

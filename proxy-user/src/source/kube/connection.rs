@@ -30,7 +30,7 @@ use super::{
     token::Token,
     versions::{Version, Versions},
 };
-use crate::model::Kind;
+use crate::{causes::causes, model::Kind};
 
 /// Which program asks, in the way of Kubernetes' own.
 const USER_AGENT: HeaderValue = HeaderValue::from_static(if cfg!(target_arch = "x86_64") {
@@ -107,7 +107,7 @@ struct Shared {
     outage: std::sync::Mutex<Option<Outage>>,
     /// Why the credentials could not be read anew last time.
     unreadable: std::sync::Mutex<Option<String>>,
-    /// Whether the last answer said that we are not who we say we are.
+    /// Whether the API server did not accept the credentials at its last answer.
     rejected: AtomicBool,
 }
 
@@ -400,20 +400,6 @@ fn client(config: &kube::Config, manner: &Manner) -> Result<Client, BoxError> {
         .map_err(BoxError::from)
         .service(ask);
     Ok(Client::new(service, config.default_namespace.clone()))
-}
-
-/// An error with its causes, each once: some errors repeat theirs.
-fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let said = cause.to_string();
-        if !text.contains(&said) {
-            text = format!("{text}: {said}");
-        }
-        next = cause.source();
-    }
-    text
 }
 
 /// A connector that gives up a server with which no TLS can be set up.
