@@ -16,8 +16,8 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use proxy_ebpf::system;
 use weir::dataplane::ebpf::PROGRAMS;
+use weir::sys::bpf;
 use weir_tests::{
     assets,
     bpffs::BpfFs,
@@ -311,7 +311,7 @@ fn attach_alone(cgroup: &Path) -> Result<()> {
     let program: &mut CgroupSockAddr =
         foreign.program_mut("connect4").context("there is no program connect4")?.try_into()?;
     program.load()?;
-    Ok(system::attach_alone(File::open(cgroup)?, program.fd()?.as_fd(), CONNECT4)?)
+    Ok(bpf::attach_alone(File::open(cgroup)?, program.fd()?.as_fd(), CONNECT4)?)
 }
 
 #[test]

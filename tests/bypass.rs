@@ -26,14 +26,14 @@ use tokio::{sync::watch, task::JoinHandle, time::timeout};
 use weir::{
     dataplane::{
         Dataplane as _,
-        ebpf::{Bypass, BypassCensus, Ebpf, Place},
+        ebpf::{Ebpf, Place},
     },
-    model::{Bypassed, BypassedPod, Family, ObjectName, PerFamily, Protocol, Reason},
+    model::{Family, ObjectName, PerFamily, Protocol},
+    optout::{self, Bypass, Bypassed, BypassedPod, Census, Reason},
     plan::{
         Backend, ClusterIpDelta, Delta, Destination, Frontend, FrontendPlan, NodePlan, NodePortAddresses,
         PortDelta, PortId, PortPlan, Route, Target, Treatment,
     },
-    run::pods,
     source::{
         SourceStatus,
         kube::{Connection, Credentials, KubeSource},
@@ -135,7 +135,7 @@ impl Pins {
 /// The agent's part at work.
 struct Rig {
     wanted: watch::Sender<Arc<Bypassed>>,
-    census: watch::Receiver<BypassCensus>,
+    census: watch::Receiver<Census>,
     task: JoinHandle<()>,
 }
 
@@ -176,14 +176,9 @@ impl Rig {
     }
 }
 
-async fn reach(
-    census: &mut watch::Receiver<BypassCensus>,
-    reason: &'static str,
-    pods: usize,
-    waiting: usize,
-) {
+async fn reach(census: &mut watch::Receiver<Census>, reason: &'static str, pods: usize, waiting: usize) {
     let pods = if pods == 0 { BTreeMap::new() } else { BTreeMap::from([(reason, pods)]) };
-    let wanted = BypassCensus { pods, waiting };
+    let wanted = Census { pods, waiting };
     let reached = timeout(PATIENCE, census.wait_for(|census| *census == wanted)).await.is_ok();
     assert!(reached, "{wanted:?} is not reached: {:?}", *census.borrow());
 }
@@ -416,7 +411,8 @@ async fn what_is_written_in_the_cluster_is_what_the_map_holds() {
     };
     let connection = Connection::open(settings).await.unwrap();
     let status = Arc::new(SourceStatus::default());
-    let mut census = pods::start(connection, status, &pins.place.sockets(), &pins.place.cgroup_root).unwrap();
+    let mut census =
+        optout::start(connection, status, &pins.place.sockets(), &pins.place.cgroup_root).unwrap();
 
     let client = server.client().await.unwrap();
     let pods: Api<Pod> = Api::namespaced(client.clone(), "default");

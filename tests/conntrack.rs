@@ -13,12 +13,12 @@ use std::{
 
 use nix::sched::{CloneFlags, unshare};
 use weir::{
-    dataplane::conntrack::{Conntrack, Suspects},
     model::{Family, ObjectName, PerFamily, Protocol},
     plan::{
         Backend, Destination, Frontend, FrontendPlan, NodePlan, NodePortAddresses, PortDelta, PortId,
         PortPlan, Removal, Route, Target, Treatment,
     },
+    stale::flows::{Conntrack, Suspects},
 };
 
 fn run(program: &str, arguments: &str) -> String {

@@ -14,7 +14,8 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::Value;
 use weir::{
     config::{Host, ProxyMode},
-    dataplane::{ebpf::PROGRAMS, probe::Probe},
+    dataplane::ebpf::PROGRAMS,
+    machine::probe::Probe,
     run,
 };
 use weir_tests::assets;

@@ -28,15 +28,13 @@ use proxy_ebpf::{Endpoint, Origin, SEATS, Seat};
 use socket2::{Domain, Socket, Type};
 use tempfile::TempDir;
 use weir::{
-    dataplane::{
-        ebpf::PROGRAMS,
-        sockets::{Sockets, Suspects, Taken, supported},
-    },
+    dataplane::ebpf::PROGRAMS,
     model::{Family, ObjectName, Protocol},
     plan::{
         Backend, Delta, Destination, Frontend, FrontendPlan, PortDelta, PortId, PortPlan, Removal, Route,
         Target, Treatment,
     },
+    stale::sockets::{Sockets, Suspects, Taken, supported},
 };
 use weir_tests::{
     netns::Namespace,

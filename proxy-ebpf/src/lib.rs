@@ -35,14 +35,11 @@
 
 #![no_std]
 
-#[cfg(not(target_arch = "bpf"))]
-extern crate std;
-
 pub mod account;
 mod layout;
-mod select;
 #[cfg(not(target_arch = "bpf"))]
-pub mod system;
+mod pod;
+mod select;
 
 pub use layout::*;
 pub use select::select;

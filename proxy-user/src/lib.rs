@@ -18,10 +18,19 @@ pub mod cli;
 pub mod config;
 pub mod dataplane;
 pub mod dns;
-pub mod model;
+pub mod machine;
 pub mod observe;
+pub mod optout;
 pub mod places;
-pub mod plan;
 pub mod relay;
 pub mod run;
 pub mod source;
+pub mod stale;
+pub mod sys;
+pub mod takeover;
+
+pub use weir_plan::{model, plan};
+
+#[cfg(test)]
+#[path = "../plan/src/model/fixture.rs"]
+mod fixture;

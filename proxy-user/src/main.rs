@@ -5,13 +5,13 @@ use std::{io::Write as _, process::ExitCode, sync::Arc};
 use weir::{
     cli::{Cli, Command, PlanView, ProbeView},
     config::{self, Host},
-    dataplane::probe::Probe,
     dns::openable,
+    machine::probe::Probe,
     run,
 };
 
 fn main() -> ExitCode {
-    proxy_ebpf::system::share_heap();
+    weir::sys::bpf::share_heap();
     let cli = Cli::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
     match execute(cli.command) {
         Ok(()) => ExitCode::SUCCESS,

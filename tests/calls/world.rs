@@ -29,14 +29,14 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use weir::{
     dataplane::{
-        Dataplane, Stack, conntrack,
+        Dataplane, Stack,
         ebpf::{Ebpf, Place},
         nftables::Nftables,
-        probe::Probe,
-        sockets,
     },
+    machine::probe::Probe,
     model::{Change, DetectLocal, Family, Kind, NodePortSetting, Object, ObjectName, PerFamily, Settings},
     plan::Delta,
+    stale::{flows, sockets},
 };
 use weir_tests::{agent::Agent, bpffs::BpfFs, cgroup::Cgroup, netns::Namespace};
 
@@ -389,7 +389,7 @@ fn open(plane: Plane, place: Place, names: &std::path::Path) -> Result<Tell> {
         Family::ALL.into_iter().flat_map(|family| [own_address(Side::Host, family), address(family, 1, 1)]);
     let own: Vec<IpAddr> = own.collect();
     let packets = Nftables::open(PerFamily { v4: true, v6: true }).context("these tests need root")?;
-    let mut tracking = conntrack::Conntrack::open()?;
+    let mut tracking = flows::Conntrack::open()?;
     tracking.load()?;
     if plane == Plane::Packets {
         let mut agent = Agent::new(settings, packets);
@@ -417,14 +417,14 @@ fn open(plane: Plane, place: Place, names: &std::path::Path) -> Result<Tell> {
 /// Brings changes into force, and ends flows that are stale by them.
 fn bring<D: Dataplane>(
     agent: &mut Agent<D>,
-    tracking: &mut conntrack::Conntrack,
+    tracking: &mut flows::Conntrack,
     changes: Vec<Change>,
 ) -> Result<Delta> {
     changes.into_iter().for_each(|change| agent.take_in(change));
     let delta = agent
         .bring_into_force()
         .map_err(|error| anyhow!("{error}: {:?}", std::error::Error::source(&error)))?;
-    let suspects = conntrack::Suspects::of(&delta.ports);
+    let suspects = flows::Suspects::of(&delta.ports);
     let suspects = suspects.on(agent.planner().node(), |frontend| agent.planner().has_frontend(frontend));
     if !suspects.is_empty() {
         tracking.clean(&suspects)?;

@@ -11,12 +11,10 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use aya::maps::{Array, Map, MapData};
 use tempfile::TempDir;
 use weir::{
-    dataplane::{
-        Dataplane as _,
-        sockets::{Sockets, Suspects},
-    },
+    dataplane::Dataplane as _,
     model::{Family, Protocol},
     plan::{Delta, PortDelta, PortPlan},
+    stale::sockets::{Sockets, Suspects},
 };
 use weir_tests::netns::Namespace;
 

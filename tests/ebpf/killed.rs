@@ -18,8 +18,8 @@ use weir::{
     dataplane::{
         Dataplane as _,
         ebpf::{Ebpf, Place, name_again},
-        probe::Probe,
     },
+    machine::probe::Probe,
     model::{Family, Protocol},
     plan::{Delta, PortDelta, PortPlan},
 };

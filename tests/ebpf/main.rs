@@ -17,13 +17,13 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya::maps::HashMap;
-use proxy_ebpf::system;
+use weir::sys::bpf;
 use weir::{
     dataplane::{
         Dataplane as _, Error,
         ebpf::{Ebpf, Place, Problem},
-        probe::Probe,
     },
+    machine::probe::Probe,
     model::{Family, ObjectName, PerFamily, Protocol},
     plan::{
         Backend, ClusterIpDelta, Delta, Destination, Frontend, FrontendPlan, NodePlan, NodePortAddresses,
@@ -460,7 +460,7 @@ fn links(place: &Place) -> Result<BTreeMap<String, [u32; 2]>> {
     for entry in fs::read_dir(&place.bpf_root)? {
         let name = entry?.file_name().to_string_lossy().into_owned();
         if name.starts_with("link-") {
-            let link = system::open_pinned(&place.bpf_root.join(&name))?;
+            let link = bpf::open_pinned(&place.bpf_root.join(&name))?;
             let told = fs::read_to_string(format!("/proc/self/fdinfo/{}", link.as_raw_fd()))?;
             let field = |name: &str| {
                 let line = told.lines().find_map(|line| line.strip_prefix(name));

@@ -1,6 +1,6 @@
 //! Checks that imports between the rooms of the agent point one way, as [`ARROWS`] has them.
 //!
-//! In: the source files of `proxy-user/src`. Out: each import that is no arrow of the table, with its file.
+//! In: the source files of the crates in `proxy-user`. Out: each import that is no arrow of the table, with its file.
 //!
 //! A room is a module at the top, or one of the modules in `dataplane`. Tests may import what they like. Paths inside macros and in
 //! comments are not looked at.
@@ -17,8 +17,8 @@ use syn::{
     visit::{self, Visit},
 };
 
-/// The agent's source files.
-const SOURCES: &str = "proxy-user/src";
+/// The source files of the agent, and of the crate that plans.
+const SOURCES: [&str; 2] = ["proxy-user/src", "proxy-user/plan/src"];
 
 /// The room whose modules are rooms themselves.
 const WING: &str = "dataplane";
@@ -28,27 +28,24 @@ const ARROWS: [(&str, &[&str]); 22] = [
     ("causes", &[]),
     ("places", &[]),
     ("model", &[]),
+    ("plan", &["model"]),
+    ("sys", &["model"]),
     ("config", &["model"]),
     ("source", &["causes", "model"]),
-    ("plan", &["model"]),
-    ("dns", &["places", "model"]),
-    ("relay", &["places", "model", "plan"]),
     ("observe", &["places", "model", "config"]),
     ("dataplane", &["model", "plan"]),
-    ("dataplane/channel", &["dataplane"]),
     ("dataplane/memory", &["model", "plan", "dataplane"]),
     ("dataplane/faulty", &["model", "plan", "dataplane"]),
     ("dataplane/stack", &["model", "plan", "dataplane"]),
-    ("dataplane/conntrack", &["model", "plan", "dataplane", "dataplane/channel"]),
-    ("dataplane/nftables", &["model", "plan", "dataplane", "dataplane/channel"]),
-    ("dataplane/ebpf", &["causes", "model", "plan", "dataplane"]),
-    (
-        "dataplane/sockets",
-        &["model", "plan", "dataplane", "dataplane/channel", "dataplane/conntrack", "dataplane/nftables"],
-    ),
-    ("dataplane/probe", &["model", "dataplane", "dataplane/sockets"]),
-    ("dataplane/kube_proxy", &["model", "dataplane", "dataplane/channel", "dataplane/nftables"]),
-    ("cli", &["model", "config", "plan", "dns", "dataplane", "dataplane/probe"]),
+    ("dataplane/nftables", &["sys", "model", "plan", "dataplane"]),
+    ("dataplane/ebpf", &["causes", "sys", "model", "plan", "dataplane"]),
+    ("optout", &["model", "source", "observe"]),
+    ("dns", &["places", "model", "config", "source", "observe", "dataplane/nftables"]),
+    ("relay", &["places", "model", "plan", "observe", "dataplane/ebpf"]),
+    ("stale", &["sys", "model", "plan", "observe", "dataplane", "dataplane/nftables", "dataplane/ebpf"]),
+    ("takeover", &["sys", "model"]),
+    ("machine", &["sys", "model", "config", "dataplane", "dataplane/ebpf", "stale"]),
+    ("cli", &["model", "config", "plan", "dns", "dataplane", "machine"]),
     ("run", &[]),
 ];
 
@@ -61,17 +58,17 @@ const WIRING: &str = "run";
 ///
 /// When a file cannot be read or parsed, or naming every import that is no arrow.
 pub(crate) fn check(workspace: &Path) -> Result<()> {
-    let root = workspace.join(SOURCES);
     let mut wrong = BTreeSet::new();
     let mut files = 0;
-    for path in sources(&root)? {
-        let below = path.strip_prefix(&root)?;
-        let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-        let file = syn::parse_file(&text).with_context(|| format!("parsing {}", path.display()))?;
-        files += 1;
-        wrong.extend(
-            strays(below, &file).into_iter().map(|stray| format!("{SOURCES}/{}: {stray}", below.display())),
-        );
+    for root in SOURCES {
+        for path in sources(&workspace.join(root))? {
+            let below = path.strip_prefix(workspace.join(root))?;
+            let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+            let file = syn::parse_file(&text).with_context(|| format!("parsing {}", path.display()))?;
+            files += 1;
+            let strays = strays(below, &file).into_iter();
+            wrong.extend(strays.map(|stray| format!("{root}/{}: {stray}", below.display())));
+        }
     }
     ensure!(wrong.is_empty(), "{}", wrong.into_iter().collect::<Vec<_>>().join("\n"));
     println!("{files} files, {} rooms", ARROWS.len());

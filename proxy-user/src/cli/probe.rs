@@ -6,8 +6,8 @@ use serde::Serialize;
 
 use super::Output;
 use crate::{
-    dataplane::probe::{Answer, Finding, Probe},
     dns::TunError,
+    machine::probe::{Answer, Finding, Probe},
 };
 
 /// What is printed.

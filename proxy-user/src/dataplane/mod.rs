@@ -12,17 +12,12 @@ use crate::{
     plan::{Backend, Delta, Frontend, PortId},
 };
 
-mod channel;
 mod faulty;
 mod memory;
 pub use faulty::{Faults, Faulty};
 pub use memory::Memory;
-pub mod conntrack;
 pub mod ebpf;
-pub mod kube_proxy;
 pub mod nftables;
-pub mod probe;
-pub mod sockets;
 mod stack;
 pub use stack::Stack;
 

@@ -333,8 +333,8 @@ mod tests {
     use super::*;
     use crate::{
         dataplane::{Faults, Faulty, Memory},
+        fixture::{model, named, service, settings},
         model::Change,
-        model::fixture::{model, named, service, settings},
         plan::Planner,
     };
 

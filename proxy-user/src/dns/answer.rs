@@ -13,11 +13,12 @@ use hickory_proto::{
     },
 };
 
+use super::names::{Named, NamedKind, NamedService, Names};
 use super::{
     endpoints::{self, Chosen},
     question::{Part, Question},
 };
-use crate::model::{Family, Named, NamedKind, NamedService, Names, ObjectName, Protocol, ServicePort};
+use crate::model::{Family, ObjectName, Protocol, ServicePort};
 
 /// How many aliases of aliases are followed.
 const MOST_ALIASES: usize = 8;

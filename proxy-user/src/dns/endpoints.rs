@@ -5,11 +5,12 @@
 
 use hickory_proto::rr::RecordType;
 
+use super::names::{Named, NamedEndpoint, NamedPort, NamedService, NamedSlice, Names, Nearness};
 use super::{
     answer::{Query, is},
     question::Part,
 };
-use crate::model::{Family, Named, NamedEndpoint, NamedPort, NamedService, NamedSlice, Names, Nearness};
+use crate::model::Family;
 
 /// An endpoint and the slice it is in.
 #[derive(Clone, Copy, Debug)]

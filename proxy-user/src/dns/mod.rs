@@ -1,6 +1,6 @@
 //! Node-local answers for the cluster's names.
 //!
-//! In: [`crate::model::Names`], kept by the engine from the same watch as everything else, and queries. Out: answers.
+//! In: [`crate::dns::names::Names`], kept by the engine from the same watch as everything else, and queries. Out: answers.
 //!
 //! ```text
 //! server (UDP, TCP) ──query──▶ limits ──▶ answer (pure: names → records) ──▶ reply ──▶ encode
@@ -17,10 +17,12 @@ mod endpoints;
 mod forward;
 mod limits;
 mod listen;
+pub mod names;
 mod question;
 mod remembered;
 mod reply;
 mod server;
+mod start;
 #[cfg(test)]
 mod tests;
 mod tun;
@@ -36,6 +38,7 @@ pub use listen::Sockets;
 pub use question::{Part, Question};
 pub use reply::{Pending, Replier, Reply, SharedNames};
 pub use server::{Responder, connections, datagrams};
+pub(crate) use start::{Room, start, tell_of_strangers};
 pub use tun::{TunError, openable};
 pub use upstream::Outside;
 pub use watchdog::{Standing, Wanted, Watchdog};

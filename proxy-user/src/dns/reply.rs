@@ -20,12 +20,12 @@ use hickory_proto::{
 };
 use hickory_server::server::Request;
 
+use super::names::Names;
 use super::{
     answer::{self, Answer, Query, Resolution, Zone},
     encode::{SHORTEST_RECORD, encode, room},
     upstream::Outside,
 };
-use crate::model::Names;
 
 /// More additional records than this no honest query has.
 const MOST_ADDITIONALS: u16 = 4;

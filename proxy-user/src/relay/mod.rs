@@ -14,6 +14,7 @@
 mod datagrams;
 mod draw;
 mod leads;
+mod start;
 mod streams;
 #[cfg(test)]
 mod tests;
@@ -21,4 +22,5 @@ mod tests;
 pub use datagrams::{Datagrams, relay_datagrams};
 pub use draw::Draw;
 pub use leads::{Lead, Leads, News, Port};
+pub(crate) use start::{relayed, start};
 pub use streams::{Streams, relay_streams};

@@ -3,7 +3,7 @@
 //! In: the mode asked for, what this machine has, and a way to open the plane. Out: the open plane, or none, and then
 //! nftables serves alone; why, is in the log.
 
-use crate::{causes::causes, config::ProxyMode, dataplane::probe::Probe};
+use crate::{causes::causes, config::ProxyMode, machine::probe::Probe};
 
 /// The plane that `open` makes, where `mode` asks for one and the machine has what it takes. With
 /// [`ProxyMode::Auto`] what is missing and what fails is logged, and `None` is the answer.

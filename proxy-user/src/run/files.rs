@@ -7,7 +7,12 @@
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use prometheus_client::metrics::counter::Counter;
 
-use crate::{observe::Metrics, places::Places, relay::Port};
+use crate::{
+    dns::{Room, UnderWay},
+    observe::Metrics,
+    places::Places,
+    relay::Port,
+};
 
 /// What is assumed where the kernel does not tell.
 const USUAL: u64 = 1024;
@@ -48,9 +53,13 @@ impl Files {
         self.places(64, 32, metrics.refused("metrics-connections"))
     }
 
-    /// Room for connections that ask for names.
-    pub(super) fn names(self, metrics: &Metrics) -> Places {
-        self.places(512, 32, metrics.refused("dns-connections"))
+    /// Room for clients that ask for names.
+    pub(super) fn names(self, metrics: &Metrics) -> Room {
+        let (most, each) = self.lookups();
+        Room {
+            connections: self.places(512, 32, metrics.refused("dns-connections")),
+            lookups: UnderWay::new(most, each, metrics.refused("dns-lookups")),
+        }
     }
 
     /// Room for what is relayed from loopback addresses, a share for each NodePort. A connection takes two files.
@@ -60,7 +69,7 @@ impl Files {
     }
 
     /// How many names may be asked of the upstream at a time, and how many of them for one client.
-    pub(super) fn lookups(self) -> (usize, usize) {
+    fn lookups(self) -> (usize, usize) {
         (self.share(1000), self.share(100))
     }
 

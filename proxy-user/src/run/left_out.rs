@@ -57,7 +57,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        model::fixture::{model, named, service, settings},
+        fixture::{model, named, service, settings},
         observe::Metrics,
     };
 

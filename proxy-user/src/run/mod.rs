@@ -6,71 +6,48 @@
 //! rule set watch (own thread) ──┘  ▼ kernel
 //! ```
 
-use std::{
-    collections::BTreeMap,
-    convert::Infallible,
-    net::IpAddr,
-    path::{Path, PathBuf},
-    pin::pin,
-    sync::Arc,
-};
+use std::{convert::Infallible, pin::pin, sync::Arc};
 
 use anyhow::{Context as _, bail};
-use ipnet::IpNet;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
-    config::{Config, KernelArgs, Loaded, LogArgs, RequestLimit, SourceConfig},
-    dataplane::{
-        Dataplane as _, Memory, Stack, State,
-        conntrack::{Conntrack, Suspects},
-        ebpf::{Place, Retired},
-        kube_proxy,
-        nftables::Nftables,
-    },
-    model::{Change, Family, Model, PerFamily},
-    observe::{
-        About, Events, Health, HealthChecks, Metrics, Server, Telemetry, Trouble, admin_router, health_router,
-    },
-    places::Places,
-    plan::{Frontend, Planner, PortId},
-    source::{
-        SourceStatus, host,
-        kube::{self, Asked, Connection, Credentials, KubeSource, Manner},
-        manifests::{self, ManifestSource, ManifestStatus},
-    },
+    config::{Config, Loaded, SourceConfig},
+    dataplane::ebpf::Place,
+    dns, machine,
+    model::{Family, PerFamily},
+    observe::{About, Health, HealthChecks, Metrics, Server, Telemetry, Trouble, health_router},
+    optout, relay,
+    source::{SourceStatus, host, kube::Connection},
+    stale, takeover,
 };
 
-mod bpffs;
 mod census;
 mod choice;
-mod dns;
+mod commands;
 mod engine;
 mod files;
+mod http;
 mod left_out;
 mod lock;
-mod machine;
 mod manager;
 mod planes;
-pub mod pods;
-mod relay;
 mod reload;
-mod sockets;
-mod takeover;
+mod socket_plane;
+mod sources;
 
 pub use choice::choose;
+pub use commands::{cleanup, cleanup_kube_proxy, init_only, plan, write_config};
 pub use reload::Again;
 
 use engine::{Engine, Inputs, Opened};
 use files::Files;
 use lock::{Holder, Lock};
 use planes::Planes;
+use sources::Origin;
 
 /// Changes that may wait between a source and the engine; a source that is further ahead waits itself.
 const WAITING_CHANGES: usize = 4096;
-
-/// Where as of when the cluster is known is kept: what is programmed does not live longer either.
-const VERSIONS: &str = "/run/weir/versions";
 
 /// Programs this node until told to stop, or until the configuration file changes: then this program starts anew. What
 /// is programmed stays when this ends. `again` reads the configuration once more.
@@ -150,7 +127,7 @@ async fn serve(
     let health = Health::new(config.sync_period);
     let (changes_in, changes) = mpsc::channel(WAITING_CHANGES);
     let (addresses_in, addresses) = watch::channel(Vec::new());
-    let Origin { events, connection } = match start_source(&config, changes_in, &metrics).await {
+    let Origin { events, connection } = match sources::start(&config, changes_in, &metrics).await {
         Ok(origin) => origin,
         Err(error) => {
             // What the kernel lacks is told first: with it missing, no source would be of use.
@@ -163,7 +140,7 @@ async fn serve(
     tokio::spawn(host::watch(addresses_in));
     tokio::spawn(manager::follow(health.clone()));
     let names = match &config.dns {
-        Some(dns) => Some(dns::start(&config, dns, addresses.clone(), files, &metrics)?),
+        Some(dns) => Some(dns::start(&config, dns, addresses.clone(), files.names(&metrics), &metrics)?),
         None => None,
     };
 
@@ -176,7 +153,7 @@ async fn serve(
         .with_events(events.clone())
         .with_names(names)
         .with_optional_node(matches!(config.source, SourceConfig::Manifests { .. }))
-        .with_conntrack(clean_conntrack(metrics.clone())?)
+        .with_conntrack(stale::flows::start(metrics.clone())?)
         .with_first(
             config.take_over.clone().map(|excluded| takeover::start(excluded, config.model.families)),
         );
@@ -199,7 +176,7 @@ async fn serve(
     let words = std::env::args().skip(1).collect();
     let (mode_in, mode) = watch::channel(planes.mode());
     if let Some(news) = relay {
-        relay::start(news, mode.clone(), files, &metrics)?;
+        relay::start(news, mode.clone(), files.relayed(&metrics), &metrics)?;
     }
     let about = About { proxy_mode: mode, configuration: document, words };
     let (opened, sockets) = go_along(planes, connection, &config, &metrics, mode_in)?;
@@ -208,7 +185,7 @@ async fn serve(
     let told = events;
     told.tell(Trouble::starting());
     let places = [health_places, files.metrics(&metrics)];
-    let servers = tokio::spawn(serve_http(config, health, metrics, about, places, told, stopping));
+    let servers = tokio::spawn(http::serve(config, health, metrics, about, places, told, stopping));
 
     let ended = tokio::select! {
         name = signalled() => {
@@ -220,7 +197,7 @@ async fn serve(
             ended??;
             Ended::Told
         }
-        () = sockets::removed(sockets) => {
+        () = socket_plane::removed(sockets) => {
             bail!("somebody removed our kernel programs or their maps from the BPF file system; start the agent again")
         }
     };
@@ -262,284 +239,31 @@ fn go_along(
     }
     metrics.count_drops(move || planes::drops(&dropped));
     if let Some(counted) = counted {
-        metrics.count_services(move || sockets::counts(&counted));
+        metrics.count_services(move || socket_plane::counts(&counted));
     }
     let closing = match &sockets {
         Some(place) => {
             let maps = place.sockets();
             if let Some(connection) = connection {
                 let status = Arc::new(SourceStatus::default());
-                show_silences(metrics, &status);
-                let census = pods::start(connection, status, &maps, &place.cgroup_root)?;
-                sockets::watch_bypassed(census, metrics);
+                sources::show_silences(metrics, &status);
+                let census = optout::start(connection, status, &maps, &place.cgroup_root)?;
+                optout::show_census(census, metrics);
             }
-            sockets::watch_troubles(&maps, metrics)?;
-            sockets::watch_usage(place.clone(), metrics);
+            socket_plane::watch_troubles(&maps, metrics)?;
+            socket_plane::watch_usage(place.clone(), metrics);
             if let Some(links) = links {
-                sockets::keep_attached(links, place.clone(), metrics)?;
+                socket_plane::keep_attached(links, place.clone(), metrics)?;
             }
-            sockets::forget_clients(place.clone())?;
-            sockets::close(place, metrics)?
+            socket_plane::forget_clients(place.clone())?;
+            stale::sockets::start(place, metrics)?
         }
         None => None,
     };
     Ok((Opened { plane, foreign, sockets: closing, mode }, sockets))
 }
 
-/// A source at work.
-struct Origin {
-    /// Where events about its objects go.
-    events: Events,
-    /// The API server, where there is one.
-    connection: Option<Connection>,
-}
-
-async fn start_source(
-    config: &Config,
-    changes: mpsc::Sender<Change>,
-    metrics: &Metrics,
-) -> anyhow::Result<Origin> {
-    let status = Arc::new(SourceStatus::default());
-    Ok(match &config.source {
-        SourceConfig::Kubernetes { kubeconfig, servers } => {
-            let credentials = kubeconfig.clone().map_or(Credentials::InCluster, Credentials::Kubeconfig);
-            let servers = servers.iter().map(|server| {
-                server.parse().with_context(|| format!("`{server}` is not the address of an API server"))
-            });
-            let servers = servers.collect::<anyhow::Result<_>>()?;
-            let (node, versions) = (config.model.node_name.clone(), Some(VERSIONS.into()));
-            let source = KubeSource { credentials, servers, node, versions };
-            let connection = Connection::open_with(source, manner(config, metrics)).await?;
-            tracing::info!(node = config.model.node_name, server = %connection.server(), "watching the API server");
-            show_silences(metrics, &status);
-            let events = Events::start(connection.client(), &config.model.node_name, metrics.clone());
-            match &config.dns {
-                Some(_) => tokio::spawn(kube::watch_with_names(connection.clone(), changes, status)),
-                None => tokio::spawn(kube::watch(connection.clone(), changes, status)),
-            };
-            Origin { events, connection: Some(connection) }
-        }
-        SourceConfig::Manifests { .. } => {
-            let source = manifest_source(config)?;
-            tracing::info!(node = config.model.node_name, directory = %source.directory.display(), "watching manifests");
-            let (view, _) = watch::channel(Arc::new(ManifestStatus::default()));
-            tokio::spawn(manifests::watch(source, changes, status, view));
-            Origin { events: Events::logged(), connection: None }
-        }
-    })
-}
-
-fn show_silences(metrics: &Metrics, status: &Arc<SourceStatus>) {
-    let status = Arc::clone(status);
-    metrics.show_silences(move || status.silences());
-}
-
-/// How the API server is asked; every request is counted.
-fn manner(config: &Config, metrics: &Metrics) -> Manner {
-    let limit = config.request_limit.map(|RequestLimit { requests, window }| (requests, window));
-    let metrics = metrics.clone();
-    let tell = move |asked: &Asked<'_>| {
-        metrics.asked(asked.method.as_str(), asked.host, asked.code, asked.took);
-    };
-    Manner { limit, tell: Some(Arc::new(tell)) }
-}
-
-fn manifest_source(config: &Config) -> anyhow::Result<ManifestSource> {
-    let SourceConfig::Manifests { dir, service_ranges, status_file } = &config.source else {
-        bail!("this needs `--source manifests:DIR`");
-    };
-    let mut source = ManifestSource::new(dir, &config.model.node_name);
-    if !service_ranges.is_empty() {
-        source.service_ranges.clone_from(service_ranges);
-    }
-    source.status_file.clone_from(status_file);
-    source.last_good = Some(ManifestSource::place_until_reboot(dir));
-    source.names = config.dns.is_some();
-    Ok(source)
-}
-
-/// Clears stale flows behind the engine's back: a walk over a large table must not hold up the next change. What comes
-/// while a walk is under way is one walk later.
-fn clean_conntrack(metrics: Metrics) -> anyhow::Result<mpsc::UnboundedSender<Suspects>> {
-    let mut conntrack = Conntrack::open()?;
-    let (sender, mut receiver) = mpsc::unbounded_channel::<Suspects>();
-    std::thread::Builder::new().name("conntrack".to_owned()).spawn(move || {
-        while let Some(mut suspects) = receiver.blocking_recv() {
-            while let Ok(later) = receiver.try_recv() {
-                suspects.extend(later);
-            }
-            let started = std::time::Instant::now();
-            match conntrack.clean(&suspects) {
-                Ok(deleted) => {
-                    let deleted = usize::try_from(deleted).unwrap_or(usize::MAX);
-                    // The walk is one for all families; it is booked on the first that had a part in it.
-                    if let Some(family) = suspects.families().into_iter().next() {
-                        metrics.conntrack_cleaned(family, started.elapsed(), deleted);
-                    }
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "stale UDP flows may still lead to backends that are gone")
-                }
-            }
-        }
-    })?;
-    Ok(sender)
-}
-
-async fn serve_http(
-    config: Config,
-    health: Health,
-    metrics: Metrics,
-    about: About,
-    [health_places, metrics_places]: [Places; 2],
-    events: Events,
-    stopping: watch::Receiver<bool>,
-) -> anyhow::Result<()> {
-    let server = |name, reason, address, places, router| {
-        let (stopping, events) = (stopping.clone(), events.clone());
-        async move {
-            match address {
-                Some(address) => {
-                    let tell = move |error: &std::io::Error| {
-                        let note = format!("{name} cannot be served at {address}: {error}");
-                        events.tell(Trouble::of_node(reason, "StartKubeProxy", note));
-                    };
-                    let server = Server::new(name, address, config.bind_hard_fail, places);
-                    server.run_and_tell(router, stopping, tell).await
-                }
-                None => {
-                    let mut stopping = stopping;
-                    // An error means that nobody can ask to stop any more, which is a stop too.
-                    let _ = stopping.wait_for(|stop| *stop).await;
-                    Ok(())
-                }
-            }
-        }
-    };
-    tokio::try_join!(
-        server(
-            "healthz",
-            "FailedToStartProxierHealthcheck",
-            config.healthz,
-            health_places,
-            health_router(&health, &metrics)
-        ),
-        server(
-            "metrics",
-            "FailedToStartMetricServer",
-            config.metrics,
-            metrics_places,
-            admin_router(&metrics, about)
-        ),
-    )?;
-    Ok(())
-}
-
-/// What would be programmed from a directory of manifests, and whose each frontend is. The kernel is not touched.
-///
-/// # Errors
-///
-/// When the source is not a directory, or something in it is wrong.
-pub fn plan(loaded: Loaded) -> anyhow::Result<(State, BTreeMap<Frontend, PortId>)> {
-    let Loaded { config, warnings, document: _ } = loaded;
-    Telemetry::init(config.log)?;
-    for warning in warnings {
-        tracing::warn!("{warning}");
-    }
-    let mut model = Model::new(config.model.clone());
-    for change in manifests::load_once(&manifest_source(&config)?)? {
-        model.apply(change);
-    }
-    let mut planner = Planner::default();
-    for name in model.take_dirty() {
-        planner.update(&name, model.plan(&name));
-    }
-    left_out::tell(&mut model, &mut planner, &Events::logged());
-    planner.update_node(model.node_plan());
-    let mut memory = Memory::default();
-    memory.apply(&planner.complete())?;
-    let mut owners = BTreeMap::new();
-    for port in planner.services().flat_map(|(_, plan)| &plan.ports) {
-        owners.extend(port.frontends.iter().map(|planned| (planned.frontend, port.id.clone())));
-    }
-    Ok((memory.dump()?, owners))
-}
-
-/// Does what needs privileges the agent can do without afterwards: connection tracking, and a bpffs. Nothing is programmed.
-///
-/// # Errors
-///
-/// When logging cannot be set up, or something without which the agent would not start cannot be done.
-pub fn init_only(loaded: &Loaded) -> anyhow::Result<()> {
-    let Loaded { config, warnings, document: _ } = loaded;
-    Telemetry::init(config.log)?;
-    for warning in warnings {
-        tracing::warn!("{warning}");
-    }
-    machine::prepare(&config.conntrack, config.oom_score_adj);
-    bpffs::ensure(config)
-}
-
-/// Writes the whole configuration, defaults and all, to a file.
-///
-/// # Errors
-///
-/// When the file cannot be written.
-pub fn write_config(loaded: &Loaded, path: &Path) -> anyhow::Result<()> {
-    let text = serde_yaml_ng::to_string(&loaded.document)?;
-    std::fs::write(path, text).with_context(|| format!("cannot write `{}`", path.display()))
-}
-
-/// Takes what kube-proxy left out of the kernel, except virtual servers of IPVS in the `excluded` networks.
-///
-/// # Errors
-///
-/// When something could not be removed.
-pub fn cleanup_kube_proxy(excluded: &[IpNet], log: &LogArgs) -> anyhow::Result<()> {
-    Telemetry::init(log.config())?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let (removed, failed) = runtime.block_on(kube_proxy::remove(excluded));
-    takeover::tell(&removed);
-    let failed: Vec<String> =
-        failed.into_iter().map(|error| format!("{:#}", anyhow::Error::from(error))).collect();
-    if failed.is_empty() { Ok(()) } else { bail!("{}", failed.join("\n")) }
-}
-
-/// Takes everything of ours out of the kernel, and with `stay` lives on until told to end, as pods have to.
-///
-/// # Errors
-///
-/// When something could not be removed.
-pub fn cleanup(kernel: &KernelArgs, log: &LogArgs, stay: bool) -> anyhow::Result<()> {
-    Telemetry::init(log.config())?;
-    if let Some(Holder { process }) = Holder::of_this_node() {
-        tracing::warn!(
-            process,
-            "an agent serves this node; what is removed now, it programs again, so end it first"
-        );
-    }
-    let place = Place { bpf_root: kernel.bpf_root.clone(), cgroup_root: PathBuf::new() };
-    let packets = Nftables::open(PerFamily { v4: true, v6: true })?;
-    Stack::new(packets, Retired::new(place)).remove()?;
-    tracing::info!(
-        bpf_root = %kernel.bpf_root.display(),
-        "removed weir's tables of both families, and the kernel programs with their maps"
-    );
-    if stay { ended() } else { Ok(()) }
-}
-
-/// Waits until told to end.
-fn ended() -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let name = runtime.block_on(signalled())?;
-    tracing::info!(signal = name, "stopping");
-    Ok(())
-}
-
 /// The families served.
 fn served(families: PerFamily<bool>) -> impl Iterator<Item = Family> {
     Family::ALL.into_iter().filter(move |family| *families.get(*family))
 }
-
-/// The addresses a host tells of; empty until it has told.
-type Addresses = watch::Receiver<Vec<IpAddr>>;

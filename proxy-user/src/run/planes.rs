@@ -7,15 +7,15 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::sync::watch;
 
-use super::{choice::choose, sockets};
+use super::choice::choose;
 use crate::{
     config::{Config, ProxyMode},
     dataplane::{
         Dataplane, Stack,
-        ebpf::{Counted, Ebpf, Links, Place, Retired, no_rivals},
+        ebpf::{self, Counted, Ebpf, Links, Place, Retired, no_rivals},
         nftables::{Dropped, Drops, News, Nftables, Seen, Watch},
-        probe::Probe,
     },
+    machine::probe::Probe,
     model::PerFamily,
     observe::DropCount,
 };
@@ -54,7 +54,7 @@ impl Planes {
         let (plane, sockets): (Box<dyn Dataplane>, _) = match sockets {
             Some(sockets) => {
                 let stack =
-                    Stack::new(packets, sockets).serving_as(sockets::MODE).with_retry(config.sync_period);
+                    Stack::new(packets, sockets).serving_as(ebpf::MODE).with_retry(config.sync_period);
                 (Box::new(stack), Some(place))
             }
             None => {
@@ -70,7 +70,7 @@ impl Planes {
 
     /// The name of what serves, as `/proxyMode` tells it.
     pub(super) fn mode(&self) -> &'static str {
-        if self.sockets.is_some() { sockets::MODE } else { "nftables" }
+        if self.sockets.is_some() { ebpf::MODE } else { "nftables" }
     }
 }
 

@@ -13,6 +13,9 @@ use rtnetlink::{
 use tokio::sync::watch;
 use tracing::{debug, warn};
 
+/// The addresses that [`watch`] keeps; empty until it has read them once.
+pub type Addresses = watch::Receiver<Vec<IpAddr>>;
+
 /// How long to wait before a broken connection to the kernel is made anew.
 const PAUSE: Duration = Duration::from_secs(1);
 

@@ -11,8 +11,9 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
+use crate::sys::bpf;
 use aya::maps::{Array, HashMap, IterableMap as _, Map, MapData};
-use proxy_ebpf::{Affinity, AffinityKey, account, system};
+use proxy_ebpf::{Affinity, AffinityKey, account};
 
 use super::{
     maps::{monotonic, removed, typed},
@@ -41,7 +42,7 @@ pub fn forget_clients(place: &Place) -> Result<usize, Problem> {
     let info = affinities.map().info().map_err(|error| Problem::map("affinities", error))?;
     let (mut gone, mut known) = (Vec::new(), Vec::new());
     let now = monotonic();
-    let read = system::read_all(affinities.map(), |key, affinity: Affinity| {
+    let read = bpf::read_all(affinities.map(), |key, affinity: Affinity| {
         if affinity.until < now {
             gone.push(key);
         } else {
@@ -106,7 +107,7 @@ fn share(mut counts: Vec<usize>, mut most: usize) -> usize {
 /// Writes down how many clients each group has. What comes meanwhile is counted the next time.
 fn count(accounts: &mut Array<MapData, u64>, counts: &BTreeMap<u32, u64>) -> Result<(), Problem> {
     let mut known = Vec::new();
-    let read = system::read_first(accounts.map(), account::COUNT as usize, |place: u32, count: u64| {
+    let read = bpf::read_first(accounts.map(), account::COUNT as usize, |place: u32, count: u64| {
         known.push((place, count));
     });
     read.map_err(|error| Problem::map("accounts", error.into()))?;

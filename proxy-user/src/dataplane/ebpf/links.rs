@@ -12,7 +12,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use proxy_ebpf::system::{self, CgroupLink};
+use crate::sys::bpf::{self, CgroupLink};
 
 use super::problem::Problem;
 
@@ -93,7 +93,7 @@ impl Attached {
         self.programs.clear();
         self.cgroup_root = cgroup_root.to_owned();
         for (pin, program) in programs {
-            let as_attached = system::cgroup_link(system::open_pinned(&pin)?)?;
+            let as_attached = bpf::cgroup_link(bpf::open_pinned(&pin)?)?;
             self.programs.push(AttachedProgram { pin, program, as_attached, was_missing: false });
         }
         Ok(())
@@ -107,12 +107,12 @@ impl Attached {
 
 impl AttachedProgram {
     fn look(&self, cgroup: u64) -> io::Result<Option<Trouble>> {
-        let link = match system::open_pinned(&self.pin) {
+        let link = match bpf::open_pinned(&self.pin) {
             Ok(link) => link,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Some(Trouble::Missing)),
             Err(error) => return Err(error),
         };
-        let found = system::cgroup_link(&link)?;
+        let found = bpf::cgroup_link(&link)?;
         Ok(if found.cgroup != cgroup {
             Some(Trouble::Detached)
         } else if found.program != self.as_attached.program {
@@ -128,16 +128,16 @@ impl AttachedProgram {
             return Ok(false);
         };
         match trouble {
-            Trouble::OtherProgram(link) => system::update_link(link, &self.program)?,
+            Trouble::OtherProgram(link) => bpf::update_link(link, &self.program)?,
             Trouble::Missing if !self.was_missing || !in_use() => {
                 self.was_missing = true;
                 return Ok(false);
             }
             Trouble::Missing | Trouble::Detached => {
-                let fresh = system::link_to_cgroup(&self.program, cgroup, self.as_attached.attach_type)?;
+                let fresh = bpf::link_to_cgroup(&self.program, cgroup, self.as_attached.attach_type)?;
                 match fs::remove_file(&self.pin) {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                    _ => system::pin(fresh, &self.pin)?,
+                    _ => bpf::pin(fresh, &self.pin)?,
                 }
             }
         }

@@ -4,6 +4,7 @@
 
 use std::{hash::Hash, io};
 
+use crate::sys::bpf;
 use aya::{
     Ebpf,
     maps::{Array, HashMap, IterableMap as _, Map, MapData, MapError, PerCpuArray},
@@ -11,7 +12,6 @@ use aya::{
 use nix::time::{ClockId, clock_gettime};
 use proxy_ebpf::{
     Affinity, AffinityKey, Endpoint, FrontendKey, FrontendValue, Member, MemberKey, Record, Settings, Tally,
-    system,
 };
 use rustc_hash::{FxHashMap, FxHashSet};
 
@@ -25,7 +25,7 @@ const IF_ABSENT: u64 = 1;
 
 pub(super) struct Maps {
     frontends: HashMap<MapData, FrontendKey, FrontendValue>,
-    ports: system::Words,
+    ports: bpf::Words,
     records: Array<MapData, Record>,
     slots: Array<MapData, Endpoint>,
     members: HashMap<MapData, MemberKey, Member>,
@@ -43,7 +43,7 @@ impl Maps {
         let ports: Array<MapData, u64> = typed("ports", take("ports")?)?;
         Ok(Self {
             frontends: typed("frontends", take("frontends")?)?,
-            ports: system::Words::of(&ports).map_err(|error| Problem::map("ports", error.into()))?,
+            ports: bpf::Words::of(&ports).map_err(|error| Problem::map("ports", error.into()))?,
             records: typed("records", take("records")?)?,
             slots: typed("slots", take("slots")?)?,
             members: typed("members", take("members")?)?,
@@ -102,8 +102,7 @@ impl Maps {
         let led: Vec<(u32, u32)> = led.collect();
         let end = led.iter().map(|(_, record)| record.saturating_add(1)).max().unwrap_or(0);
         let mut records = Vec::new();
-        let read =
-            system::read_first(self.records.map(), end as usize, |_: u32, record| records.push(record));
+        let read = bpf::read_first(self.records.map(), end as usize, |_: u32, record| records.push(record));
         read.map_err(|error| Problem::map("records", error.into()))?;
         let found = |(number, record): (u32, u32)| {
             records.get(record as usize).map(|content: &Record| (number, (record, *content)))
@@ -153,7 +152,7 @@ impl Maps {
 
     fn read_slots(&self, end: u32) -> io::Result<Vec<Endpoint>> {
         let mut slots = Vec::new();
-        system::read_first(self.slots.map(), end as usize, |_: u32, endpoint| slots.push(endpoint))?;
+        bpf::read_first(self.slots.map(), end as usize, |_: u32, endpoint| slots.push(endpoint))?;
         Ok(slots)
     }
 
@@ -166,7 +165,7 @@ impl Maps {
         if backends.is_empty() {
             return Ok(());
         }
-        self.write("slots", |maps| Ok(system::write_all(&maps.slots, first, backends)?))
+        self.write("slots", |maps| Ok(bpf::write_all(&maps.slots, first, backends)?))
     }
 
     pub(super) fn reset_tally(&mut self, port: u32) -> Result<(), Problem> {
@@ -193,15 +192,15 @@ impl Maps {
             "frontends" => copy(&old.frontends, &mut new.frontends),
             "members" => copy(&old.members, &mut new.members),
             "affinities" => copy(&old.affinities, &mut new.affinities),
-            "slots" => Ok(system::write_all(&new.slots, 0, &old.read_slots(slots_in_use)?)?),
+            "slots" => Ok(bpf::write_all(&new.slots, 0, &old.read_slots(slots_in_use)?)?),
             "ports" => {
                 let words = (0..).map_while(|number| Some((number, old.ports.get(number)?)));
                 Ok(words.into_iter().try_for_each(|(number, record)| new.ports.set(number, record))?)
             }
             "records" => {
                 let mut records = Vec::new();
-                system::read_all(old.records.map(), |_: u32, record: Record| records.push(record))?;
-                Ok(system::write_all(&new.records, 0, &records)?)
+                bpf::read_all(old.records.map(), |_: u32, record: Record| records.push(record))?;
+                Ok(bpf::write_all(&new.records, 0, &records)?)
             }
             _ => (0..old.tallies.len())
                 .try_for_each(|port| new.tallies.set(port, old.tallies.get(&port, ANY)?, ANY)),
@@ -241,7 +240,7 @@ where
     V: aya::Pod + Default,
 {
     let mut elements = FxHashMap::default();
-    let read = system::read_all(map, |key, value| {
+    let read = bpf::read_all(map, |key, value| {
         elements.insert(key, value);
     });
     read.map_err(|error| Problem::map(name, error.into()))?;

@@ -16,12 +16,14 @@
 
 use std::{collections::BTreeMap, net::UdpSocket, sync::Arc, time::Instant};
 
-use proxy_ebpf::{SERVICES_VERSION, Settings, system};
+use proxy_ebpf::{SERVICES_VERSION, Settings};
 
 use super::{Dataplane, Error, Fill, Shortfall, State};
-use crate::plan::{Delta, NodePlan};
+use crate::{
+    plan::{Delta, NodePlan},
+    sys::bpf,
+};
 
-mod bypass;
 mod clients;
 mod columns;
 mod counted;
@@ -48,7 +50,6 @@ mod usage;
 mod whole;
 mod write;
 
-pub use bypass::{Bypass, Census as BypassCensus, Error as BypassError};
 pub use clients::forget_clients;
 pub use counted::Counted;
 pub use files::Interrupt;
@@ -60,6 +61,9 @@ pub use problem::Problem;
 pub use retired::Retired;
 pub use rivals::{Rivalry, no_rivals};
 pub use usage::{Usage, usage};
+
+/// The name of the mode in which this plane serves, as `/proxyMode` answers it.
+pub const MODE: &str = "ebpf";
 
 /// The kernel programs and their maps, an ELF object for `aya`, aligned as its reader wants it.
 pub static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/weir-programs"));
@@ -147,7 +151,7 @@ impl Ebpf {
 /// The cookie of the network namespace we run in, which is the host's; 0 where the kernel does not tell, which stands
 /// for the initial one.
 fn host_namespace() -> u64 {
-    let cookie = UdpSocket::bind("127.0.0.1:0").and_then(system::namespace_cookie);
+    let cookie = UdpSocket::bind("127.0.0.1:0").and_then(bpf::namespace_cookie);
     cookie.unwrap_or_else(|error| {
         tracing::debug!(%error, "taking the initial network namespace for the host's");
         0

@@ -12,6 +12,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::sys::bpf;
 use aya::{
     Ebpf, EbpfLoader,
     maps::{MapData, MapInfo},
@@ -19,7 +20,7 @@ use aya::{
         CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, ProgramError, ProgramFd, links::FdLink,
     },
 };
-use proxy_ebpf::{SERVICES_VERSION, Settings, system};
+use proxy_ebpf::{SERVICES_VERSION, Settings};
 
 use super::{
     PROGRAMS,
@@ -353,12 +354,12 @@ fn pinned(path: &Path) -> Result<Option<MapInfo>, Problem> {
 /// gone and the link leads nowhere.
 fn switch(link: &Path, program: &ProgramFd) -> Result<bool, Problem> {
     let fail = |error| Problem::file("switching the program behind", link, error);
-    let pinned = match system::open_pinned(link) {
+    let pinned = match bpf::open_pinned(link) {
         Ok(pinned) => pinned,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(fail(error)),
     };
-    match system::update_link(&pinned, program) {
+    match bpf::update_link(&pinned, program) {
         Ok(()) => Ok(true),
         Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => Ok(false),
         Err(error) => Err(fail(error)),

@@ -10,8 +10,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::sys::bpf::{Attached, attached};
 use aya::programs::loaded_programs;
-use proxy_ebpf::system::{Attached, attached};
 
 /// The hooks of our programs, with the number that the kernel has for each.
 const HOOKS: [(&str, u32); 12] = [

@@ -4,7 +4,8 @@
 
 use std::{sync::Arc, time::Instant};
 
-use proxy_ebpf::{FrontendKey, FrontendValue, MemberKey, Record, system};
+use crate::sys::bpf;
+use proxy_ebpf::{FrontendKey, FrontendValue, MemberKey, Record};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::{
@@ -222,7 +223,7 @@ impl Ground {
 
 /// Waits for the programs that run; false where the kernel cannot, as with `nohz_full`.
 pub(super) fn settle() -> bool {
-    let waited = system::wait_for_programs();
+    let waited = bpf::wait_for_programs();
     if let Err(error) = &waited {
         tracing::debug!(%error, "cannot wait for programs");
     }

@@ -5,8 +5,9 @@
 
 use std::{fs, io, os::fd::AsRawFd as _, path::Path};
 
+use crate::sys::bpf;
 use aya::maps::{Array, Map, MapData};
-use proxy_ebpf::{Crowd, Flows, SEATS, Seat, account, system};
+use proxy_ebpf::{Crowd, Flows, SEATS, Seat, account};
 
 use super::{
     maps::{is_missing, typed},
@@ -78,7 +79,7 @@ fn open(maps: &Path, name: &'static str) -> Result<MapData, Problem> {
 
 fn seated(seats: &MapData) -> Result<u32, Problem> {
     let mut taken = 0;
-    let read = system::read_all(seats, |_: u32, seat: Seat| taken += u32::from(Seat::is_taken(seat.claims)));
+    let read = bpf::read_all(seats, |_: u32, seat: Seat| taken += u32::from(Seat::is_taken(seat.claims)));
     read.map_err(|error: io::Error| Problem::map("seats", error.into()))?;
     Ok(taken)
 }

@@ -37,8 +37,6 @@ mod watch;
 
 use table::Table;
 
-pub(super) use netlink::xtables;
-
 pub use drops::{Dropped, Drops, Strangers};
 pub use moved::{Moved, MovedTables};
 pub use watch::{News, Seen, Watch};

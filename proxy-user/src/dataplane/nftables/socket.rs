@@ -10,7 +10,7 @@ use nix::{
     sys::socket::{MsgFlags, recv},
 };
 
-use super::netlink::OwnSocket;
+use crate::sys::descriptor::OwnSocket;
 
 /// Large enough for the messages of one dump step, which the kernel keeps below 32 KiB, and for any error report.
 pub(super) const BUFFER: usize = 1 << 16;
@@ -48,7 +48,7 @@ impl Netlink {
     pub(super) fn open() -> io::Result<Self> {
         let socket = Socket::new(Bus::Netfilter)?;
         close_on_exec(&socket)?;
-        super::netlink::report_briefly(&socket)?;
+        crate::sys::descriptor::report_briefly(&socket)?;
         Ok(Self { socket: OwnSocket(socket), buffer: vec![0; BUFFER], sequence: 0 })
     }
 
@@ -187,7 +187,7 @@ impl Netlink {
 /// libmnl opens sockets that the next program would inherit, and the agent may start anew in its own place.
 pub(super) fn close_on_exec(socket: &Socket) -> io::Result<()> {
     use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-    fcntl(super::netlink::borrow(socket), FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    fcntl(crate::sys::descriptor::borrow(socket), FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
     Ok(())
 }
 
@@ -195,7 +195,7 @@ pub(super) fn close_on_exec(socket: &Socket) -> io::Result<()> {
 /// only whole.
 fn grow(socket: &Socket, batch: usize, reports: usize) -> io::Result<()> {
     use nix::sys::socket::{getsockopt, setsockopt, sockopt};
-    let socket = super::netlink::borrow(socket);
+    let socket = crate::sys::descriptor::borrow(socket);
     let needed = batch + (1 << 16);
     if getsockopt(&socket, sockopt::SndBuf)? < needed {
         setsockopt(&socket, sockopt::SndBufForce, &needed)?;

@@ -11,10 +11,13 @@ use std::io;
 use mnl::{Bus, Socket};
 
 use super::{
-    netlink::{self, OwnSocket},
+    netlink,
     socket::{BUFFER, close_on_exec, header},
 };
-use crate::model::{Family, PerFamily};
+use crate::{
+    model::{Family, PerFamily},
+    sys::descriptor::{OwnSocket, ignore_sender},
+};
 
 /// Room for the notices of a commit of others that replaces 100,000 rules at once, as iptables does: what finds no room is
 /// lost, and then everything has to be compared. Only what waits takes memory.
@@ -85,7 +88,7 @@ impl Watch {
         close_on_exec(&socket)?;
         socket.bind(1 << (NFNLGRP_NFTABLES - 1), mnl::mnl_sys::MNL_SOCKET_AUTOPID)?;
         setsockopt(&netlink::borrow(&socket), sockopt::RcvBufForce, &ROOM)?;
-        netlink::ignore_sender(&socket, ours)?;
+        ignore_sender(&socket, ours)?;
         let touched = PerFamily::default();
         Ok(Self { socket: OwnSocket(socket), buffer: vec![0; BUFFER], ours, touched })
     }

@@ -18,8 +18,8 @@ use super::{
     *,
 };
 use crate::{
+    fixture::{service, slice},
     model::Kind,
-    model::fixture::{service, slice},
 };
 
 fn replier() -> Replier {

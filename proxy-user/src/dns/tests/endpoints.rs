@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::{
-    model::fixture::{full_slice, named, node, service},
+    fixture::{full_slice, named, node, service},
     model::{Change, Kind},
 };
 

@@ -12,8 +12,9 @@ use hickory_proto::{
     rr::{Name, Record, RecordType},
 };
 
+use super::names::Names;
 use super::{Answer, Query, Resolution, Zone, answer};
-use crate::model::{Change, Names};
+use crate::model::Change;
 
 /// The zone of the tests, with everything that is optional.
 fn zone() -> Zone {

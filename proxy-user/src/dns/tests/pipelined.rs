@@ -23,7 +23,7 @@ use super::{
     super::{Counters, Forwarder, Limits, Origin, Replier, Responder, UnderWay, connections},
     *,
 };
-use crate::{model::Kind, model::fixture::service, places::Places};
+use crate::{fixture::service, model::Kind, places::Places};
 
 const DEADLINE: Duration = Duration::from_secs(20);
 

@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::*;
-use crate::model::fixture::{full_service, full_slice, service};
+use crate::fixture::{full_service, full_slice, service};
 
 fn cluster() -> Names {
     names([

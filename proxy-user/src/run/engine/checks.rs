@@ -104,9 +104,9 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::model::{
-        NodePortSetting, Settings,
+    use crate::{
         fixture::{model, named, service, settings},
+        model::{NodePortSetting, Settings},
     };
 
     #[test]

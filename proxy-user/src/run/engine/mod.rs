@@ -7,7 +7,7 @@
 //! both while every other change is written as it comes.
 //!
 //! ```text
-//! changes ─▶ take_in ─▶ program ─▶ settle: in force ─▶ health, health checks, metrics, conntrack, sockets
+//! changes ─▶ take_in ─▶ program ─▶ applied: in force ─▶ report, checks, suspects, relay
 //!                          ▲              │ refused, failed
 //!                          └── recovery ◀─┘
 //! ```
@@ -19,33 +19,33 @@ use std::{
     time::{Duration, Instant},
 };
 
-use k8s_openapi::jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{Addresses, census::Census, left_out, served};
+use super::{left_out, served};
 use crate::{
-    dataplane::{
-        Dataplane,
-        conntrack::{Coming, Suspects},
-        nftables::News,
-        sockets,
-    },
+    dataplane::{Dataplane, nftables::News},
     dns::SharedNames,
-    model::{Change, Family, Model, Object, PerFamily, Settings},
+    model::{Change, Family, Model, PerFamily, Settings},
     observe::{Events, Health, HealthChecks, Metrics},
     plan::{Planner, PortId},
     relay,
+    source::host::Addresses,
+    stale::{flows::Suspects, sockets},
 };
 
+mod applied;
 mod checks;
 mod program;
 mod recovery;
-mod settle;
+mod report;
+mod suspects;
 #[cfg(test)]
 mod tests;
 
 use checks::Checks;
 use recovery::{FIRST_RETRY, Recovery, Retries};
+use report::Report;
+use suspects::Suspected;
 
 /// What the engine listens to.
 pub(super) struct Inputs {
@@ -80,46 +80,32 @@ pub(super) struct Engine {
     model: Model,
     planner: Planner,
     plane: Option<Box<dyn Dataplane>>,
-    conntrack: Option<mpsc::UnboundedSender<Suspects>>,
-    /// What the kernel is told next, for a walk over flows that is under way.
-    coming: Coming,
-    sockets: Option<std::sync::mpsc::Sender<sockets::Suspects>>,
-    checks: Checks,
-    names: Option<(SharedNames, watch::Sender<u32>)>,
-    events: Events,
-    metrics: Metrics,
-    health: Health,
     families: Vec<Family>,
-    census: Census,
-    started: Timestamp,
     know_addresses: bool,
     node_is_optional: bool,
-    longest_retry: Duration,
     /// Whether the data plane was ever given everything.
     began: bool,
+
+    // When what failed is tried again.
     recoveries: PerFamily<Recovery>,
+    retries: Retries,
+    longest_retry: Duration,
     /// The service ports that cannot be programmed, and why.
     refused: BTreeMap<PortId, String>,
     /// The service ports that one plane leaves to another.
     left: BTreeMap<PortId, String>,
-    retries: Retries,
-    /// Frontends whose flows are still to be looked at: given up while their family took no part, or by an earlier agent.
-    given_up: PerFamily<Suspects>,
-    mode: Option<watch::Sender<&'static str>>,
-    /// What was last heard of foreign changes.
+    /// The last news of foreign changes.
     news: News,
     /// When something is to be tried again.
     wake: Option<Instant>,
-    /// How many changes of Services and of slices are taken in and not yet in force.
-    pending: (usize, usize),
-    /// Told of NodePorts in force, and for which families.
+
+    // What hears of it.
+    report: Report,
+    checks: Checks,
+    suspected: Suspected,
+    names: Option<(SharedNames, watch::Sender<u32>)>,
+    /// Receives NodePorts in force of these families.
     relay: Option<(mpsc::UnboundedSender<relay::News>, PerFamily<bool>)>,
-    /// Told of each family once everything of it is in force.
-    first: Option<mpsc::UnboundedSender<Family>>,
-    /// The families of which everything has been in force since the start, but for ports that were refused.
-    served: PerFamily<bool>,
-    /// Slices taken in and not yet in force: their family and when the endpoints changed.
-    triggers: Vec<(Family, Timestamp)>,
 }
 
 impl Engine {
@@ -130,33 +116,21 @@ impl Engine {
             model: Model::new(settings),
             planner: Planner::default(),
             plane: None,
-            conntrack: None,
-            coming: Coming::default(),
-            sockets: None,
-            checks: Checks::default(),
-            names: None,
-            events: Events::logged(),
-            metrics,
-            health,
-            census: Census::default(),
-            started: Timestamp::now(),
             know_addresses: false,
             node_is_optional: false,
-            longest_retry: Duration::from_secs(30),
             began: false,
             recoveries: PerFamily { v4: Recovery::at_start(now), v6: Recovery::at_start(now) },
+            retries: Retries::default(),
+            longest_retry: Duration::from_secs(30),
             refused: BTreeMap::new(),
             left: BTreeMap::new(),
-            retries: Retries::default(),
-            given_up: PerFamily::default(),
-            mode: None,
             news: News::default(),
             wake: None,
-            pending: (0, 0),
+            report: Report::new(metrics, health),
+            checks: Checks::default(),
+            suspected: Suspected::default(),
+            names: None,
             relay: None,
-            first: None,
-            served: PerFamily::default(),
-            triggers: Vec::new(),
         }
     }
 
@@ -171,8 +145,9 @@ impl Engine {
     }
 
     /// Tells there of service ports that cannot be programmed.
-    pub(super) fn with_events(self, events: Events) -> Self {
-        Self { events, ..self }
+    pub(super) fn with_events(mut self, events: Events) -> Self {
+        self.report.events = events;
+        self
     }
 
     /// Tells there of NodePorts in force of these families.
@@ -181,8 +156,9 @@ impl Engine {
     }
 
     /// Tells there of each family once everything of it is in force.
-    pub(super) fn with_first(self, first: Option<mpsc::UnboundedSender<Family>>) -> Self {
-        Self { first, ..self }
+    pub(super) fn with_first(mut self, first: Option<mpsc::UnboundedSender<Family>>) -> Self {
+        self.report.first = first;
+        self
     }
 
     /// Whether a source without this node's Node is no reason to keep load balancers away.
@@ -196,15 +172,16 @@ impl Engine {
     }
 
     /// Sends suspects there once what they follow from is in force.
-    pub(super) fn with_conntrack(self, conntrack: mpsc::UnboundedSender<Suspects>) -> Self {
-        Self { conntrack: Some(conntrack), ..self }
+    pub(super) fn with_conntrack(mut self, flows: mpsc::UnboundedSender<Suspects>) -> Self {
+        self.suspected.flows = Some(flows);
+        self
     }
 
     /// Works until the source ends or stopping is asked for.
     pub(super) async fn run(mut self, inputs: Inputs) {
         let Inputs { mut changes, mut addresses, mut opened, mut stopping } = inputs;
         let mut foreign = None;
-        self.families.iter().for_each(|family| self.health.started(*family));
+        self.report.started(&self.families);
         let mut taken = Vec::new();
         loop {
             let wake = self.wake;
@@ -223,8 +200,8 @@ impl Engine {
                 opened = &mut opened, if self.plane.is_none() => {
                     // Without one the agent ends, and says why.
                     let Ok(Opened { plane, foreign: news, sockets, mode }) = opened else { return };
-                    self.mode = Some(mode);
-                    (self.plane, self.sockets, foreign) = (Some(plane), sockets, Some(news));
+                    (self.report.mode, self.suspected.sockets) = (Some(mode), sockets);
+                    (self.plane, foreign) = (Some(plane), Some(news));
                 }
                 news = next(&mut foreign) => self.notice(news),
                 () = wake => {}
@@ -239,11 +216,8 @@ impl Engine {
                 self.take_in(change);
             }
             self.bring_up_to_date();
-            self.metrics.set_pending(self.pending.0, self.pending.1);
-            // A node whose Services are not programmed yet is none to send traffic to (P3), whatever its Node says.
             let unknown = self.node_is_optional && !self.model.knows_node();
-            let serves = self.families.iter().any(|family| *self.served.get(*family));
-            self.health.set_eligible(serves && (unknown || self.model.node_eligible()));
+            self.report.publish(&self.families, unknown || self.model.node_eligible());
         }
     }
 
@@ -282,20 +256,7 @@ impl Engine {
     }
 
     fn take_in(&mut self, change: Change) {
-        match &change {
-            Change::Apply(Object::Service(_)) => {
-                self.metrics.service_changed();
-                self.pending.0 += 1;
-            }
-            Change::Apply(Object::EndpointSlice(slice)) => {
-                self.metrics.endpoints_changed();
-                self.pending.1 += 1;
-                // A family that cannot be written must not pile them up.
-                let room = MOST_CHANGES.saturating_sub(self.triggers.len());
-                self.triggers.extend(trigger(slice).filter(|(_, at)| *at > self.started).take(room));
-            }
-            Change::Apply(_) | Change::Delete(..) | Change::Synced(_) => {}
-        }
+        self.report.taken_in(&change);
         self.model.apply(change);
     }
 
@@ -308,7 +269,7 @@ impl Engine {
             self.planner.update(&name, self.model.plan(&name));
             self.checks.replanned(name);
         }
-        left_out::tell(&mut self.model, &mut self.planner, &self.events);
+        left_out::tell(&mut self.model, &mut self.planner, &self.report.events);
         self.planner.update_node(self.model.node_plan());
         if let Some(mut plane) = self.plane.take() {
             self.program(&mut *plane, started);
@@ -325,19 +286,4 @@ async fn next(foreign: &mut Option<watch::Receiver<News>>) -> News {
         return *foreign.borrow_and_update();
     }
     std::future::pending().await
-}
-
-/// The family of a slice, and when its endpoints last changed, if it says so (W10).
-fn trigger(
-    slice: &k8s_openapi::api::discovery::v1::EndpointSlice,
-) -> impl Iterator<Item = (Family, Timestamp)> {
-    let annotation = slice.metadata.annotations.as_ref().and_then(|annotations| {
-        annotations.get("endpoints.kubernetes.io/last-change-trigger-time")?.parse().ok()
-    });
-    let family = match slice.address_type.as_str() {
-        "IPv4" => Some(Family::V4),
-        "IPv6" => Some(Family::V6),
-        _ => None,
-    };
-    family.zip(annotation).into_iter()
 }

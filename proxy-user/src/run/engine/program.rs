@@ -1,16 +1,16 @@
 //! From plans to the data plane: changes as they come, everything where that is due.
 //!
-//! In: the planner's state, and what is due. Out: deltas to the data plane, and what became of them, for [`settle`](super::settle).
+//! In: the planner's state, and what is due. Out: deltas to the data plane, and what became of them, for [`after_apply`](Engine::after_apply).
 
 use std::time::Instant;
 
-use proxy_ebpf::system;
-
-use super::{Engine, settle::Told};
+use super::{Engine, applied::Applied};
 use crate::{
-    dataplane::{Dataplane, Error, Fill, Shortfall, Standing, conntrack::Suspects},
+    causes::causes,
+    dataplane::{Dataplane, Error, Shortfall},
     model::{Family, PerFamily},
     plan::{ClusterIpDelta, Delta, PortDelta},
+    sys::bpf,
 };
 
 impl Engine {
@@ -22,14 +22,14 @@ impl Engine {
         }
         let due = self.reread_due(plane, started);
         if self.began {
-            self.tell_changes(plane, due, started);
+            self.give_changes(plane, due, started);
         }
         let now = Instant::now();
         let front = plane.wants_everything().is_some_and(|at| at <= now);
         if front || self.families.iter().any(|family| due.get(*family).is_some()) {
-            self.tell_everything(plane, due, front, started);
+            self.give_everything(plane, due, front, started);
         }
-        self.show(plane);
+        self.report.plane(plane, self.refused.len(), self.left.len());
         let recoveries = self.families.iter().filter_map(|family| self.recoveries.get(*family).next());
         self.wake = recoveries.chain(self.retries.next()).chain(plane.wants_everything()).min();
     }
@@ -50,7 +50,7 @@ impl Engine {
         due
     }
 
-    fn tell_changes(
+    fn give_changes(
         &mut self,
         plane: &mut dyn Dataplane,
         due: PerFamily<Option<&'static str>>,
@@ -67,21 +67,21 @@ impl Engine {
         let families: Vec<Family> = self.families.iter().copied().filter(takes_part).collect();
         if delta.is_empty() {
             if families.len() == self.families.len() {
-                self.pending = (0, 0);
+                self.report.nothing_pending();
             }
-            return self.tell_health_checks();
+            return self.update_health_checks();
         }
         for family in self.families.clone() {
             if families.contains(&family) || concerns(&delta, family) {
-                self.queued(family);
+                self.report.queued(family);
             }
         }
         let short = self.apply(plane, &delta);
-        self.suspect_sockets(&delta);
-        self.settle(&delta, short, Told { families, reasons: PerFamily::default(), started });
+        self.suspected.send_sockets(&delta);
+        self.after_apply(&delta, short, Applied { families, reasons: PerFamily::default(), started });
     }
 
-    fn tell_everything(
+    fn give_everything(
         &mut self,
         plane: &mut dyn Dataplane,
         due: PerFamily<Option<&'static str>>,
@@ -92,61 +92,35 @@ impl Engine {
         let delta = self.planner.complete_for(PerFamily { v4: is_due(Family::V4), v6: is_due(Family::V6) });
         let families: Vec<Family> = self.families.iter().copied().filter(|family| is_due(*family)).collect();
         for family in &families {
-            self.queued(*family);
-            due.get(*family).iter().for_each(|reason| self.metrics.reconciled(reason));
+            self.report.queued(*family);
+            due.get(*family).iter().for_each(|reason| self.report.metrics.reconciled(reason));
         }
         let short = self.apply(plane, &delta);
         // Later comparisons say nothing new about sockets, unless it was their plane that lacked something.
         if front || !self.began {
-            self.suspect_sockets(&delta);
+            self.suspected.send_sockets(&delta);
         }
         self.began = true;
         for frontend in plane.take_left_over() {
-            self.given_up.get_mut(frontend.destination.family()).extend(Suspects::left_over([frontend]));
+            self.suspected.left_over(frontend);
         }
-        self.settle(&delta, short, Told { families, reasons: due, started });
+        self.after_apply(&delta, short, Applied { families, reasons: due, started });
         drop(delta);
-        system::trim_heap();
+        bpf::trim_heap();
     }
 
     /// Applies a delta. A data plane that fails whole fails for each family.
     fn apply(&self, plane: &mut dyn Dataplane, delta: &Delta) -> Shortfall {
-        if self.conntrack.is_some() {
-            self.coming.announce(&delta.ports);
-        }
+        self.suspected.announce(delta);
         match plane.apply(delta) {
             Ok(()) => Shortfall::default(),
             Err(Error::Partly(short)) => short,
             Err(error) => {
-                let text = super::settle::with_cause(&error);
+                let text = causes(&error);
                 let failed = self.families.iter().map(|family| (*family, Error::Kernel(text.clone())));
                 Shortfall { failed: failed.collect(), ..Shortfall::default() }
             }
         }
-    }
-
-    fn queued(&self, family: Family) {
-        self.health.queued(family);
-        self.metrics.queued(family);
-    }
-
-    /// Shows how the data plane stands.
-    fn show(&self, plane: &dyn Dataplane) {
-        for Fill { map, elements, room } in plane.fill() {
-            self.metrics.set_fill(map, elements, room);
-        }
-        let standing = plane.standing();
-        for Standing { plane, active, failures, failed_removals } in &standing {
-            self.metrics.set_plane(plane, *active, *failures);
-            for family in Family::ALL {
-                self.metrics.removals_failed(family, *failed_removals.get(family));
-            }
-        }
-        if let (Some(mode), Some(serves)) = (&self.mode, standing.iter().find(|standing| standing.active)) {
-            mode.send_if_modified(|mode| std::mem::replace(mode, serves.plane) != serves.plane);
-        }
-        self.metrics.set_unprogrammed(self.refused.len());
-        self.metrics.set_left_to_packets(self.left.len());
     }
 }
 

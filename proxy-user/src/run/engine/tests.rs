@@ -8,10 +8,8 @@ use serde_json::{Value, json};
 use super::*;
 use crate::{
     dataplane::{Error, Faults, Faulty, Fill, Memory, Standing, State, nftables::Seen},
-    model::{
-        Kind, ObjectName,
-        fixture::{full_slice, named, service, settings},
-    },
+    fixture::{full_slice, named, service, settings},
+    model::{Kind, ObjectName},
     observe::{HealthCheckState, Trouble},
     plan::{Delta, Destination},
 };
@@ -353,7 +351,7 @@ async fn suspects_of_a_change_spare_flows_that_a_later_one_makes_right() {
         json!([{ "addresses": ["10.244.0.1"], "conditions": { "ready": true, "serving": true } }]);
     let mut rig = Rig::with([dns(), slice_of("dns", ports, endpoints)]).await;
     next(&mut rig.suspects).await;
-    let flow = crate::dataplane::conntrack::Flow {
+    let flow = crate::stale::flows::Flow {
         client: "10.244.0.9".parse().unwrap(),
         destination: "10.0.0.53:53".parse().unwrap(),
         answers: "10.244.0.1:53".parse().unwrap(),

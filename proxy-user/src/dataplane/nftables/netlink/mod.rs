@@ -1,9 +1,7 @@
-//! nf_tables objects as libnftnl builds and reads them, and socket options that no crate has.
-//!
-//! Unsafe code of the agent is here and in the system calls of `proxy_ebpf::system`, nowhere else.
+//! nf_tables objects as libnftnl builds and reads them.
 //!
 //! In: tables, sets, chains, rules and elements as plain Rust values. Out: one netlink batch in a buffer; `read` parses
-//! dumps, `descriptor` sets socket options, `xtables` has those of legacy iptables. `nftnl` gives the batch, table, chain
+//! dumps. `nftnl` gives the batch, table, chain
 //! and rule; maps, set elements and the expressions it has no type for are built here through `nftnl-sys`.
 
 #![expect(unsafe_code, reason = "a C library and system calls; every block states why it is sound")]
@@ -20,11 +18,8 @@ use nftnl::{
 };
 use smallvec::SmallVec;
 
-mod descriptor;
 mod read;
-pub(in crate::dataplane) mod xtables;
 
-pub(super) use descriptor::{OwnSocket, borrow, ignore_sender, report_briefly};
 pub(super) use read::{
     Dump, NEW_GENERATION, ReadChain, dump_request, generation_request, get_request, parse_chain,
     parse_counter, parse_elements, parse_generation, parse_set,

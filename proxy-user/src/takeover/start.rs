@@ -1,0 +1,71 @@
+//! Taking over from kube-proxy: what it left in the kernel goes once everything of ours is in force.
+//!
+//! In: the news that a family is in force. Out: a kernel without kube-proxy's rules of that family, or a line that says why
+//! they are still there; what is of no single family goes with the last one. It is done once for each start, so that a
+//! kube-proxy that still runs and puts its rules back is not fought.
+
+use ipnet::IpNet;
+use tokio::sync::mpsc;
+
+use super::{Because, KeptChain, Removed, listed};
+use crate::{
+    model::{Family, PerFamily},
+    takeover,
+};
+
+/// Waits for the news in a task. Virtual servers of IPVS in the `excluded` networks stay. Of a family that is not `served`
+/// the rules go with the first one that is.
+pub(crate) fn start(excluded: Vec<IpNet>, served: PerFamily<bool>) -> mpsc::UnboundedSender<Family> {
+    let (sender, mut in_force) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        let mut waiting = served;
+        let mut going = PerFamily { v4: !served.v4, v6: !served.v6 };
+        while let Some(family) = in_force.recv().await {
+            *going.get_mut(family) = true;
+            *waiting.get_mut(family) = false;
+            let last = (!waiting.v4 && !waiting.v6).then_some(&*excluded);
+            let (removed, failed) = kube_proxy::remove_of(std::mem::take(&mut going), last).await;
+            tell(&removed);
+            for error in failed {
+                let cause = std::error::Error::source(&error).map(ToString::to_string);
+                tracing::warn!(%error, cause, "kube-proxy's rules may still lead new connections; `weir cleanup --kube-proxy` tries again");
+            }
+            if last.is_some() {
+                return;
+            }
+        }
+    });
+    sender
+}
+
+/// Says what was removed, and what stays.
+pub(crate) fn tell(removed: &Removed) {
+    let Removed { tables, chains, servers, sets, devices, kept_chains, kept_sets } = removed;
+    if !removed.is_empty() {
+        tracing::info!(
+            tables,
+            chains,
+            servers,
+            sets,
+            devices,
+            "took over from kube-proxy and removed what it had left"
+        );
+    }
+    let is_refused = |kept: &&KeptChain| matches!(kept.because, Because::Refused(_));
+    let (refused, led_to): (Vec<_>, Vec<_>) = kept_chains.iter().partition(is_refused);
+    if !refused.is_empty() {
+        tracing::warn!(
+            chains = listed(refused),
+            "chains of kube-proxy stay, because packets to Services would be refused without them; they are not kept up, so accept these packets by rules of your own"
+        );
+    }
+    if !led_to.is_empty() {
+        tracing::warn!(
+            chains = listed(led_to),
+            "chains of kube-proxy stay, because other programs use them; those that held Services are empty"
+        );
+    }
+    if !kept_sets.is_empty() {
+        tracing::warn!(sets = kept_sets.join(", "), "sets of kube-proxy stay, because rules use them");
+    }
+}
