@@ -60,7 +60,7 @@ fn no_bpffs_is_mounted_over_files_that_are_there() -> Result<()> {
         "mkdir $PLACE/weir; touch $PLACE/weir/diary; ! $WEIR ebpf 2>&1; $WEIR auto 2>&1; ls $PLACE/weir; stat -f -c %T $PLACE/weir",
     )?;
     assert!(said.contains("is on no bpffs and holds `diary`"), "{said}");
-    assert!(said.contains("there is no bpffs, so nftables will serve alone"), "{said}");
+    assert!(said.contains("cannot mount a bpffs, so nftables will serve alone"), "{said}");
     assert!(said.ends_with("\ndiary\ntmpfs\n"), "{said}");
     Ok(())
 }
@@ -85,7 +85,7 @@ fn without_the_right_to_mount_ebpf_fails_and_auto_leaves_it_to_nftables() -> Res
     let said = prepared(
         "limited='setpriv --bounding-set=-sys_admin'; $limited $WEIR auto 2>&1; ! $limited $WEIR ebpf 2>&1; stat -f -c %T $PLACE",
     )?;
-    assert!(said.contains("there is no bpffs, so nftables will serve alone"), "{said}");
+    assert!(said.contains("cannot mount a bpffs, so nftables will serve alone"), "{said}");
     assert!(said.contains("weir: mounting a bpffs at"), "{said}");
     assert!(said.ends_with("\ntmpfs\n"), "{said}");
     Ok(())

@@ -1,7 +1,7 @@
-//! A bpffs where eBPF will want one, made by `--init-only` before the agent starts with fewer rights.
+//! The BPF file system for weir's pins, which `--init-only` mounts before the agent starts with fewer rights.
 //!
-//! In: the [`Config`]. Out: a mount, which a container with mount propagation has made for the host; or, for nftables
-//! alone, a bpffs with nothing of ours.
+//! In: the [`Config`]. Out: a mount, which mount propagation makes visible on the host; or, for nftables alone, a bpffs without
+//! weir's pins.
 
 use std::{fs, path::Path};
 
@@ -16,13 +16,13 @@ use crate::{
     dataplane::ebpf::Place,
 };
 
-/// Mounts a bpffs on the directory of our pins, if that is on none and eBPF may serve; nothing else is mounted over, except
-/// the directory that the kernel has for that. Where it may not, what
-/// an agent with eBPF left goes: the one with nftables alone may not have the right to.
+/// If the socket plane may serve, mounts a bpffs on the directory of weir's pins, unless that is on one. Only an empty directory or
+/// the kernel's own mount point is mounted over. In nftables mode, removes the pins of an earlier agent, because the agent itself
+/// may lack the right to.
 ///
 /// # Errors
 ///
-/// When it cannot be mounted and no other data plane would do, or something is left.
+/// When the mount fails in mode ebpf, or a pin cannot be removed.
 pub(crate) fn ensure(config: &Config) -> anyhow::Result<()> {
     if config.mode == ProxyMode::Nftables {
         let place = Place { bpf_root: config.bpf_root.clone(), cgroup_root: config.cgroup_root.clone() };
@@ -32,17 +32,20 @@ pub(crate) fn ensure(config: &Config) -> anyhow::Result<()> {
     match (made(&config.bpf_root), config.mode) {
         (Err(error), ProxyMode::Ebpf) => Err(error),
         (Err(error), _) => {
-            tracing::warn!(error = format!("{error:#}"), "there is no bpffs, so nftables will serve alone");
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "cannot mount a bpffs, so nftables will serve alone"
+            );
             Ok(())
         }
         (Ok(()), _) => Ok(()),
     }
 }
 
-/// A bpffs with our directory in it, so that the agent can be given that and nothing else of the file system.
+/// Mounts a bpffs with weir's directory in it, so that the agent's container can mount that directory alone.
 fn made(bpf_root: &Path) -> anyhow::Result<()> {
     if let Some(place) = bpf_root.ancestors().find(|ancestor| is_kernels(ancestor)) {
-        // In sysfs there can be no directory of ours to mount on.
+        // sysfs takes no new directories to mount on.
         mount_at(place)?;
     }
     fs::create_dir_all(bpf_root).with_context(|| format!("making {}", bpf_root.display()))?;
@@ -52,8 +55,7 @@ fn made(bpf_root: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whether this is the directory that the kernel has for a bpffs, below wherever its sysfs is mounted, and nothing is
-/// mounted there.
+/// Whether this is the kernel's own mount point for a bpffs in a sysfs, with nothing mounted on it.
 fn is_kernels(directory: &Path) -> bool {
     directory.ends_with("fs/bpf") && file_system(directory).is_ok_and(|kind| kind == SYSFS_MAGIC)
 }

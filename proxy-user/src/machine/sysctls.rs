@@ -1,8 +1,7 @@
-//! What kube-proxy sets on the machine beside its rules, set as it does: limits of connection tracking, and how ready the
-//! kernel is to kill the agent.
+//! Sysctls of connection tracking, and oom_score_adj, as kube-proxy sets them.
 //!
-//! In: the configuration. Out: sysctls that hold it. A machine that does not let itself be changed, such as a container
-//! with a read-only /proc/sys, is warned of with the value to set by hand; Services are served all the same.
+//! In: the configuration. Out: the written values. Where the kernel refuses a write, as in a container with a read-only /proc/sys,
+//! a warning names the value to set by hand, and weir serves all the same.
 
 use std::{
     fs, io,
@@ -12,13 +11,12 @@ use std::{
 
 use crate::{config::Conntrack, stale::flows::Conntrack as Tracking};
 
-/// No more connections than this are made room for, whatever the number of CPUs.
+/// The upper bound, whatever the number of CPUs (K8).
 const MOST_CONNECTIONS: u64 = 1 << 20;
 const MAX: &str = "proc/sys/net/netfilter/nf_conntrack_max";
-/// The kernel's default is 0; kube-proxy, and weir, go among the last.
+/// kube-proxy's default: the kernel kills it among the last.
 const OOM_SCORE: i32 = -999;
 
-/// A value that is not as it should be.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot set {} to {wanted}, it is {found}; set it by hand or change the field", path.display())]
 struct NotSet {
@@ -29,18 +27,18 @@ struct NotSet {
     source: io::Error,
 }
 
-/// Sets everything, and warns of what cannot be set.
+/// Writes all values, and warns about those that cannot be written.
 pub(crate) fn prepare(conntrack: &Conntrack, oom_score: Option<i32>) {
-    // Its settings come with the module, and on a fresh node that is loaded when rules ask for it, after this.
+    // The sysctls appear with the module, which a fresh node loads only when the first rule needs it.
     if !Path::new("/").join(MAX).exists()
         && let Err(error) = Tracking::open().and_then(|mut tracking| tracking.load())
     {
-        tracing::warn!(%error, "connection tracking cannot be set up before it is used");
+        tracing::warn!(%error, "cannot load connection tracking before its first use");
     }
     match aya::util::online_cpus() {
         Ok(cpus) => limit(conntrack, cpus.len() as u64, Path::new("/")),
         Err((_, error)) => {
-            tracing::warn!(%error, "cannot tell the number of CPUs, connection tracking stays as it is")
+            tracing::warn!(%error, "cannot read the number of CPUs, the limits of connection tracking stay unchanged")
         }
     }
     let path = "/proc/self/oom_score_adj";
@@ -50,8 +48,8 @@ pub(crate) fn prepare(conntrack: &Conntrack, oom_score: Option<i32>) {
         return;
     }
     match fs::write(path, score.to_string()) {
-        // The kubelet has given a pod of a node-critical class one that is as good.
-        Err(error) if oom_score.is_none() => tracing::debug!(%error, score, "oom_score_adj stays as it is"),
+        // The kubelet sets an equally low value for node-critical pods.
+        Err(error) if oom_score.is_none() => tracing::debug!(%error, score, "oom_score_adj stays unchanged"),
         Err(error) => {
             tracing::warn!(%error, score, "cannot set oomScoreAdj, which takes CAP_SYS_RESOURCE");
         }
@@ -59,7 +57,7 @@ pub(crate) fn prepare(conntrack: &Conntrack, oom_score: Option<i32>) {
     }
 }
 
-/// Sets what `conntrack` says on a machine with so many CPUs, whose file systems start at `root`.
+/// Writes the values for `cpus` CPUs, below `root`.
 fn limit(conntrack: &Conntrack, cpus: u64, root: &Path) {
     for problem in limits(conntrack, cpus).into_iter().filter_map(|(path, wanted)| {
         let path = root.join(path);
@@ -103,7 +101,7 @@ fn most_connections(conntrack: &Conntrack, cpus: u64) -> Option<u64> {
     Some(if scaled > MOST_CONNECTIONS { MOST_CONNECTIONS } else { scaled.max(conntrack.min.into()) })
 }
 
-/// Gives connection tracking a hash table that suits the limit weir asks for. The table is one for the whole machine.
+/// Sizes the hash table for the limit. All network namespaces share the table.
 fn widen(conntrack: &Conntrack, cpus: u64, root: &Path) -> io::Result<()> {
     let Some(most) = most_connections(conntrack, cpus) else { return Ok(()) };
     let limit = fs::read_to_string(root.join(MAX))?;
@@ -118,7 +116,7 @@ fn widen(conntrack: &Conntrack, cpus: u64, root: &Path) -> io::Result<()> {
     fs::write(&path, (most / 4).to_string())
 }
 
-/// Writes a value where another one is that will not do; on failure tells which.
+/// Writes a value unless the present one will do. The error has the present value.
 fn set(path: &Path, wanted: u64) -> Result<(), (String, io::Error)> {
     let found = fs::read_to_string(path).map_err(|error| ("missing".to_owned(), error))?;
     let found = found.trim();
@@ -130,8 +128,7 @@ fn set(path: &Path, wanted: u64) -> Result<(), (String, io::Error)> {
     Ok(())
 }
 
-/// Whether a setting may stay as it was found. An administrator may have made room for more connections, so the limit is
-/// only ever raised (K8).
+/// Whether the present value may stay. The limit is only raised, because an administrator may have set more (K8).
 fn does(path: &Path, found: &str, wanted: u64) -> bool {
     found == wanted.to_string()
         || (path.ends_with(MAX) && found.parse().is_ok_and(|found: u64| found > wanted))

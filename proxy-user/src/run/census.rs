@@ -1,6 +1,6 @@
-//! How much is programmed, kept up to date from what changes.
+//! Totals of programmed frontends and backends.
 //!
-//! In: the port changes of deltas that are in force. Out: the numbers for the metrics, without a walk over everything.
+//! In: the port changes of deltas that are in force. Out: the numbers for the metrics, counted along with each change.
 
 use crate::{
     model::{Family, PerFamily},
@@ -8,7 +8,6 @@ use crate::{
     plan::{PortDelta, PortPlan, Target},
 };
 
-/// The running totals.
 #[derive(Debug, Default)]
 pub(super) struct Census {
     frontends: PerFamily<usize>,
@@ -19,7 +18,6 @@ pub(super) struct Census {
 }
 
 impl Census {
-    /// Counts a change that is in force.
     pub(super) fn count(&mut self, delta: &PortDelta) {
         if let Some(plan) = &delta.before {
             self.shift(plan, usize::saturating_sub);
@@ -29,7 +27,7 @@ impl Census {
         }
     }
 
-    /// Begins a family anew, because everything of it is counted next.
+    /// Sets a family to zero, because a complete delta counts all of it again.
     pub(super) fn forget(&mut self, family: Family) {
         for totals in
             [&mut self.frontends, &mut self.backends, &mut self.internal_drops, &mut self.external_drops]
@@ -51,7 +49,6 @@ impl Census {
         shift(self.external_drops.get_mut(family), usize::from(external));
     }
 
-    /// Shows the totals.
     pub(super) fn publish(&self, metrics: &Metrics, services: usize) {
         let both = |totals: &PerFamily<usize>| totals.v4 + totals.v6;
         metrics.set_size(services, both(&self.frontends), both(&self.backends));

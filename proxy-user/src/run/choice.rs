@@ -1,16 +1,16 @@
-//! Whether the eBPF plane serves in front of nftables.
+//! Whether the socket plane serves in front of nftables.
 //!
-//! In: the mode asked for, what this machine has, and a way to open the plane. Out: the open plane, or none, and then
-//! nftables serves alone; why, is in the log.
+//! In: the configured mode, the probe's findings, and a function that opens the plane. Out: the open plane; or none, with the
+//! reason in the log, and then nftables serves alone.
 
 use crate::{causes::causes, config::ProxyMode, machine::probe::Probe};
 
-/// The plane that `open` makes, where `mode` asks for one and the machine has what it takes. With
-/// [`ProxyMode::Auto`] what is missing and what fails is logged, and `None` is the answer.
+/// Opens the plane if `mode` wants it and the machine has every needed feature. With [`ProxyMode::Auto`] a missing feature
+/// or a failure is logged, and the result is `None`.
 ///
 /// # Errors
 ///
-/// With [`ProxyMode::Ebpf`], when something needed is missing, or `open` fails.
+/// With [`ProxyMode::Ebpf`], when a needed feature is missing, or `open` fails.
 pub fn choose<T, E: Into<anyhow::Error>>(
     mode: ProxyMode,
     probe: impl FnOnce() -> Probe,
@@ -25,28 +25,28 @@ pub fn choose<T, E: Into<anyhow::Error>>(
     if !reasons.is_empty() {
         if only {
             anyhow::bail!(
-                "the mode is ebpf, and this machine lacks what that needs:\n  {}",
+                "the mode is ebpf, and this machine lacks needed features:\n  {}",
                 reasons.join("\n  ")
             );
         }
         for reason in reasons {
             tracing::warn!(kernel = probe.kernel, "{reason}");
         }
-        tracing::warn!(kernel = probe.kernel, "there can be no eBPF plane, nftables serves alone");
+        tracing::warn!(kernel = probe.kernel, "the socket plane cannot run, nftables serves alone");
         return Ok(None);
     }
     probe.log();
     match open(&probe).map_err(Into::into) {
         Ok(plane) => Ok(Some(plane)),
         Err(error) if only => Err(anyhow::anyhow!(
-            "the mode is ebpf, and the eBPF plane does not start: {}",
+            "the mode is ebpf, and the socket plane does not start: {}",
             causes(error.as_ref())
         )),
         Err(error) => {
             let text = causes(error.as_ref()).replace('\n', "\n    ");
             tracing::error!(
                 kernel = probe.kernel,
-                "the eBPF plane does not start, nftables serves alone:\n    {text}"
+                "the socket plane does not start, nftables serves alone:\n    {text}"
             );
             Ok(None)
         }
@@ -62,7 +62,7 @@ mod tests {
 
     use super::*;
 
-    /// What is logged while `work` runs.
+    /// The log lines of `work`.
     fn logged<T>(work: impl FnOnce() -> T) -> (T, String) {
         #[derive(Clone, Default)]
         struct Lines(Arc<Mutex<Vec<u8>>>);
@@ -98,7 +98,6 @@ mod tests {
         cause: io::Error,
     }
 
-    /// What the opener says around it.
     #[derive(Debug, thiserror::Error)]
     #[error("cannot load the program connect4")]
     struct NotLoaded(#[source] Refused);
@@ -112,7 +111,7 @@ mod tests {
     }
 
     fn not_asked<T, E>(_: &Probe) -> Result<T, E> {
-        panic!("it was opened in spite of everything")
+        panic!("opened although a feature is missing")
     }
 
     #[test]
@@ -122,14 +121,14 @@ mod tests {
             assert_eq!(chosen.unwrap(), Some("plane"));
             assert_eq!(
                 log,
-                " INFO this kernel has everything that the eBPF plane can use kernel=\"9.8.7\"\n"
+                " INFO this kernel has every feature that the socket plane can use kernel=\"9.8.7\"\n"
             );
         }
     }
 
     #[test]
     fn nftables_asks_for_nothing() {
-        let probe = || panic!("nobody wants to know");
+        let probe = || panic!("nftables needs no probe");
         let (chosen, log) = logged(|| choose(ProxyMode::Nftables, probe, not_asked::<(), NotLoaded>));
         assert_eq!((chosen.unwrap(), log.as_str()), (None, ""));
     }
@@ -151,11 +150,11 @@ mod tests {
         insta::assert_snapshot!(log, @r#"
          WARN storage: no (since Linux 9.9). A test asks for it. kernel="9.8.7"
          WARN bpffs: no (since Linux 9.9). A test asks for it. kernel="9.8.7"
-         WARN there can be no eBPF plane, nftables serves alone kernel="9.8.7"
+         WARN the socket plane cannot run, nftables serves alone kernel="9.8.7"
         "#);
         let error = choose(ProxyMode::Ebpf, probe, not_asked::<(), NotLoaded>).unwrap_err();
         insta::assert_snapshot!(format!("{error:#}"), @r"
-        the mode is ebpf, and this machine lacks what that needs:
+        the mode is ebpf, and this machine lacks needed features:
           storage: no (since Linux 9.9). A test asks for it.
           bpffs: no (since Linux 9.9). A test asks for it.
         ");
@@ -167,7 +166,7 @@ mod tests {
         assert_eq!(chosen.unwrap(), None);
         insta::assert_snapshot!(log, @r#"
          WARN x: no (since Linux 9.9). A test asks for it. kernel="9.8.7"
-        ERROR the eBPF plane does not start, nftables serves alone:
+        ERROR the socket plane does not start, nftables serves alone:
             cannot load the program connect4: the BPF_PROG_LOAD syscall returned Invalid argument (os error 22). Verifier output: 0: R1=ctx() R10=fp0
             0: (b7) r0 = 7
             At program exit the register R0 has a bad value kernel="9.8.7"

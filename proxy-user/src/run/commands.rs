@@ -26,11 +26,11 @@ use crate::{
     takeover,
 };
 
-/// What would be programmed from a directory of manifests, and whose each frontend is. The kernel is not touched.
+/// The state that weir would program from a directory of manifests, and the owner of each frontend. Needs no kernel.
 ///
 /// # Errors
 ///
-/// When the source is not a directory, or something in it is wrong.
+/// When the source is not a directory of manifests, or naming the wrong object.
 pub fn plan(loaded: Loaded) -> anyhow::Result<(State, BTreeMap<Frontend, PortId>)> {
     let Loaded { config, warnings, document: _ } = loaded;
     Telemetry::init(config.log)?;
@@ -56,11 +56,11 @@ pub fn plan(loaded: Loaded) -> anyhow::Result<(State, BTreeMap<Frontend, PortId>
     Ok((memory.dump()?, owners))
 }
 
-/// Does what needs privileges the agent can do without afterwards: connection tracking, and a bpffs. Nothing is programmed.
+/// Sets up connection tracking and a bpffs, so that the agent can run with fewer privileges afterwards.
 ///
 /// # Errors
 ///
-/// When logging cannot be set up, or something without which the agent would not start cannot be done.
+/// When logging cannot be set up, or the bpffs cannot be mounted and the mode needs it.
 pub fn init_only(loaded: &Loaded) -> anyhow::Result<()> {
     let Loaded { config, warnings, document: _ } = loaded;
     Telemetry::init(config.log)?;
@@ -81,11 +81,11 @@ pub fn write_config(loaded: &Loaded, path: &Path) -> anyhow::Result<()> {
     std::fs::write(path, text).with_context(|| format!("cannot write `{}`", path.display()))
 }
 
-/// Takes what kube-proxy left out of the kernel, except virtual servers of IPVS in the `excluded` networks.
+/// Removes kube-proxy's rules from the kernel, except virtual servers of IPVS in the `excluded` networks.
 ///
 /// # Errors
 ///
-/// When something could not be removed.
+/// Naming each thing that could not be removed.
 pub fn cleanup_kube_proxy(excluded: &[IpNet], log: &LogArgs) -> anyhow::Result<()> {
     Telemetry::init(log.config())?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -96,18 +96,16 @@ pub fn cleanup_kube_proxy(excluded: &[IpNet], log: &LogArgs) -> anyhow::Result<(
     if failed.is_empty() { Ok(()) } else { bail!("{}", failed.join("\n")) }
 }
 
-/// Takes everything of ours out of the kernel, and with `stay` lives on until told to end, as pods have to.
+/// Removes weir's tables, programs and maps from the kernel. With `stay` the process then waits for a signal, because the kubelet
+/// restarts pods that end.
 ///
 /// # Errors
 ///
-/// When something could not be removed.
+/// Naming each thing that could not be removed.
 pub fn cleanup(kernel: &KernelArgs, log: &LogArgs, stay: bool) -> anyhow::Result<()> {
     Telemetry::init(log.config())?;
     if let Some(Holder { process }) = Holder::of_this_node() {
-        tracing::warn!(
-            process,
-            "an agent serves this node; what is removed now, it programs again, so end it first"
-        );
+        tracing::warn!(process, "an agent serves this node and will program everything again; stop it first");
     }
     let place = Place { bpf_root: kernel.bpf_root.clone(), cgroup_root: PathBuf::new() };
     let packets = Nftables::open(PerFamily { v4: true, v6: true })?;
@@ -119,7 +117,7 @@ pub fn cleanup(kernel: &KernelArgs, log: &LogArgs, stay: bool) -> anyhow::Result
     if stay { ended() } else { Ok(()) }
 }
 
-/// Waits until told to end.
+/// Waits for a signal.
 fn ended() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let name = runtime.block_on(signalled())?;

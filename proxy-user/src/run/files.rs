@@ -1,8 +1,8 @@
-//! How many files this process may have open, and how many of them its servers may take.
+//! Limits for open files.
 //!
-//! In: the limits that the process was started with. Out: the soft limit at the hard one, and bounds for the servers that
-//! together stay below it. Container runtimes start processes with a soft limit of 1,024, which one client with as many
-//! connections would use up for the sources, the planes and all servers.
+//! In: the process's RLIMIT_NOFILE. Out: the soft limit raised to the hard one, and a bound for each server; together the bounds
+//! stay below the limit. Container runtimes start processes with a soft limit of 1,024, so without bounds one client with 1,024
+//! connections would leave no file for the sources and the planes.
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use prometheus_client::metrics::counter::Counter;
@@ -14,10 +14,9 @@ use crate::{
     relay::Port,
 };
 
-/// What is assumed where the kernel does not tell.
+/// The soft limit that container runtimes set; assumed if the kernel's answer is missing.
 const USUAL: u64 = 1024;
 
-/// The limit in force.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Files(u64);
 
@@ -37,23 +36,21 @@ impl Files {
         }
     }
 
-    /// `most`, or the part of the limit that stands for it where the limit is smaller than usual.
+    /// `most`, but at most a quarter of the limit.
     fn share(self, most: u64) -> usize {
-        // Together the servers ask for fewer than four times the usual limit, and get a quarter of it each at most.
+        // A quarter each leaves files for the rest, because not every server asks for that much.
         usize::try_from(most.min(self.0 / 4)).unwrap_or(usize::MAX)
     }
 
-    /// Room for clients of `/healthz` and of the healthCheckNodePorts: load balancers from anywhere.
+    /// For `/healthz` and the healthCheckNodePorts, whose clients are load balancers from anywhere.
     pub(super) fn health(self, metrics: &Metrics) -> Places {
         self.places(256, 64, metrics.refused("health-connections"))
     }
 
-    /// Room for clients of `/metrics`.
     pub(super) fn metrics(self, metrics: &Metrics) -> Places {
         self.places(64, 32, metrics.refused("metrics-connections"))
     }
 
-    /// Room for clients that ask for names.
     pub(super) fn names(self, metrics: &Metrics) -> Room {
         let (most, each) = self.lookups();
         Room {
@@ -62,13 +59,13 @@ impl Files {
         }
     }
 
-    /// Room for what is relayed from loopback addresses, a share for each NodePort. A connection takes two files.
+    /// For the relay, with a share for each NodePort. A connection takes two files.
     pub(super) fn relayed(self, metrics: &Metrics) -> Places<Port> {
         let refused = metrics.refused("localhost-node-port-flows");
         Places::new(self.share(4096) / 2, self.share(1024) / 2, refused)
     }
 
-    /// How many names may be asked of the upstream at a time, and how many of them for one client.
+    /// Concurrent upstream queries: of all clients, and of one.
     fn lookups(self) -> (usize, usize) {
         (self.share(1000), self.share(100))
     }

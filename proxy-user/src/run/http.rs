@@ -33,7 +33,7 @@ pub(super) async fn serve(
                 }
                 None => {
                     let mut stopping = stopping;
-                    // An error means that nobody can ask to stop any more, which is a stop too.
+                    // An error means that the sender is gone, which is a stop too.
                     let _ = stopping.wait_for(|stop| *stop).await;
                     Ok(())
                 }

@@ -1,7 +1,7 @@
-//! What of a Service is not served although its object asks for it.
+//! Parts of Services that weir does not serve.
 //!
-//! In: values that mean nothing, frontends that another Service has, frontends beyond the bound. Out: one log line and
-//! one event for each Service and reason, whose note counts what it does not name.
+//! In: invalid values, frontends that another Service already has, frontends beyond the bound. Out: one log line and one event
+//! for each Service and reason.
 
 use std::{collections::BTreeMap, fmt::Display};
 
@@ -11,10 +11,10 @@ use crate::{
     plan::{MOST_FRONTENDS, Planner},
 };
 
-/// As many are named in a note; the others are counted.
+/// A note names this many and counts the rest.
 const NAMED: usize = 8;
 
-/// Tells what was left out since this was last called.
+/// Reports what was left out since the last call.
 pub(super) fn tell(model: &mut Model, planner: &mut Planner, events: &Events) {
     for (service, (uid, note)) in model.take_ignored() {
         events.tell(Trouble::of_service(service, "ValueIgnored", "Program", note).with_uid(uid));
@@ -42,7 +42,7 @@ fn tell_of(model: &Model, events: &Events, service: ObjectName, reason: &'static
     events.tell(Trouble::of_service(service, reason, "Program", note).with_uid(uid));
 }
 
-/// The first few, and how many more there are.
+/// The first few, and the number of the rest.
 pub(super) fn some_of<T: Display>(all: &[T]) -> String {
     let mut words: Vec<String> = all.iter().take(NAMED).map(ToString::to_string).collect();
     if all.len() > NAMED {

@@ -1,13 +1,12 @@
-//! One agent on a node: a second one would undo what the first programs, and both would have one set of maps.
+//! One agent a node, because two would overwrite each other's tables and maps.
 //!
-//! In: the network namespace, which is the node's. Out: a [`Lock`], or which agent has it. The lock is a name for sockets,
-//! which the kernel keeps for each network namespace, and takes back however the process ends.
+//! In: the network namespace, which is the node's. Out: a [`Lock`], or the process that holds it. The lock is an abstract Unix
+//! socket: the kernel keeps its name for each network namespace, and frees it however the process ends.
 //!
 //! ```text
 //! first agent ── bind "@weir-agent" ──▶ kernel ◀── bind: in use; connect: by process 4711 of root ── second agent
 //! ```
-//! Every process may take such a name. One that is neither root's nor of the agent's own user is no agent, and keeps none
-//! from serving.
+//! Every process may bind such a name. Therefore a holder that runs neither as root nor as the agent's own user is ignored.
 
 use std::{
     os::fd::{AsRawFd as _, OwnedFd},
@@ -24,38 +23,37 @@ use nix::{
     unistd::{Uid, getpid},
 };
 
-/// The name, in the abstract namespace of Unix sockets.
+/// In the abstract namespace of Unix sockets.
 const NAME: &[u8] = b"weir-agent";
 
-/// How often a waiting agent tries.
+/// The pause between two attempts to take the lock.
 const AGAIN: Duration = Duration::from_millis(200);
 
-/// How often an agent that has bound the name and does not listen yet is asked.
+/// The pause before another connect to a holder that has bound the name and does not listen yet.
 const ATTEMPTS: usize = 5;
 
-/// What this process holds while it is the agent of its network namespace.
+/// Held while this process is the agent of its network namespace.
 #[derive(Debug)]
 pub(super) struct Lock(Option<OwnedFd>);
 
 /// The agent that holds the lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Holder {
-    /// Its process; none where that is in a container of its own, out of sight.
+    /// Its process id; none if that process is in another pid namespace.
     pub(super) process: Option<i32>,
 }
 
-/// What a try came to.
 #[derive(Debug)]
 enum Taken {
     Yes(Lock),
     /// Another agent has it.
     By(Holder),
-    /// The name is bound by a process that may not keep an agent from serving, or by one that does not tell.
+    /// The holder is no agent, or the kernel does not identify it.
     Useless(String),
 }
 
 impl Lock {
-    /// Takes the lock, if need be after the agent that has it. `waiting` is told once of that agent.
+    /// Takes the lock. If another agent holds it, calls `waiting` once and waits for the end of that agent.
     pub(super) async fn take(waiting: impl FnOnce(Holder)) -> Self {
         let mut waiting = Some(waiting);
         loop {
@@ -69,7 +67,7 @@ impl Lock {
                 Taken::Useless(why) => {
                     tracing::warn!(
                         why,
-                        "nothing keeps a second agent from serving this node at the same time"
+                        "weir runs without the lock, so a second agent could serve this node at the same time"
                     );
                     return Self(None);
                 }
@@ -80,13 +78,13 @@ impl Lock {
         }
     }
 
-    /// Has what this process becomes by `exec` hold the lock.
+    /// Keeps the lock over `exec`.
     pub(super) fn keep_over_exec(self) {
         if let Some(socket) = self.0 {
             match fcntl(&socket, FcntlArg::F_SETFD(FdFlag::empty())) {
-                // It ends with the process.
+                // The socket lives as long as the process.
                 Ok(_) => std::mem::forget(socket),
-                Err(error) => tracing::debug!(%error, "the lock is taken anew"),
+                Err(error) => tracing::debug!(%error, "weir will take the lock again after exec"),
             }
         }
     }
@@ -95,17 +93,17 @@ impl Lock {
         match bound(name) {
             Ok(socket) => return Taken::Yes(Self(Some(socket))),
             Err(Errno::EADDRINUSE) => {}
-            Err(error) => return Taken::Useless(format!("the kernel does not give the lock: {error}")),
+            Err(error) => return Taken::Useless(format!("the kernel refuses the lock: {error}")),
         }
         match holder(name) {
             Ok((pid, _)) if pid == getpid().as_raw() => Taken::Yes(Self(None)),
             Ok((pid, uid)) if is_trusted(uid) => Taken::By(Holder::of(pid)),
             Ok((pid, uid)) => {
-                Taken::Useless(format!("process {pid} of user {uid} has the lock and is no agent"))
+                Taken::Useless(format!("process {pid} of user {uid} holds the lock and is no agent"))
             }
-            // It has just ended.
+            // The holder has just ended.
             Err(Errno::ECONNREFUSED) if is_free(name) => Self::attempt(name),
-            Err(error) => Taken::Useless(format!("the process that has the lock does not answer: {error}")),
+            Err(error) => Taken::Useless(format!("the process that holds the lock does not answer: {error}")),
         }
     }
 }
@@ -122,7 +120,7 @@ impl Holder {
     }
 }
 
-/// Whether a process of this user may keep an agent from serving.
+/// Whether weir accepts a process of this user as an agent.
 fn is_trusted(user: Uid) -> bool {
     user.is_root() || user == Uid::effective()
 }
@@ -131,7 +129,7 @@ fn unix_socket() -> nix::Result<OwnedFd> {
     socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)
 }
 
-/// A socket with the name, that others can find out about.
+/// A bound and listening socket, so that another agent can read its process id.
 fn bound(name: &[u8]) -> nix::Result<OwnedFd> {
     let socket = unix_socket()?;
     bind(socket.as_raw_fd(), &UnixAddr::new_abstract(name)?)?;
@@ -145,7 +143,7 @@ fn is_free(name: &[u8]) -> bool {
     bound != Err(Errno::EADDRINUSE)
 }
 
-/// The process and the user of what listens by the name.
+/// The process id and the user id of the holder.
 fn holder(name: &[u8]) -> nix::Result<(i32, Uid)> {
     let address = UnixAddr::new_abstract(name)?;
     let mut attempts = 0;

@@ -1,14 +1,13 @@
-//! What systemd hears of the agent, where that is what started it.
+//! Notifications to systemd, if systemd started the agent.
 //!
-//! In: health. Out: the news that Services are in force, which is when a unit of the type `notify` has started; signs of life
-//! for its watchdog, as long as no change is late; and the news that the agent ends. Started by anything else, the agent
-//! has no socket to send this to.
+//! In: health. Out: READY once Services are in force, because a unit of type `notify` has then started; WATCHDOG while no change
+//! is late; and STOPPING. Without systemd there is no socket, and nothing is sent.
 
 use sd_notify::NotifyState;
 
 use crate::observe::Health;
 
-/// Tells for as long as the agent serves.
+/// Notifies until the process ends.
 pub(super) async fn follow(health: Health) {
     let ready = async {
         health.serves().await;
@@ -17,13 +16,12 @@ pub(super) async fn follow(health: Health) {
     tokio::join!(ready, live(&health));
 }
 
-/// Tells that the agent ends, and that nothing of what it programmed does.
+/// Sends STOPPING.
 pub(super) fn ending() {
     tell(&[NotifyState::Stopping, NotifyState::Status("what is programmed stays in the kernel")]);
 }
 
-/// Gives signs of life, also before Services are in force: the watchdog of an agent that has started anew in its own process
-/// has been running on.
+/// Sends WATCHDOG, also before Services are in force: after `exec` systemd's watchdog keeps running.
 async fn live(health: &Health) {
     let Some(limit) = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero()) else { return };
     let mut signs = tokio::time::interval(limit / 2);
@@ -38,6 +36,6 @@ async fn live(health: &Health) {
 
 fn tell(news: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(news) {
-        tracing::warn!(%error, "systemd cannot be told how the agent is");
+        tracing::warn!(%error, "cannot notify systemd");
     }
 }

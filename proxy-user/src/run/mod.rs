@@ -1,7 +1,7 @@
 //! The only wiring: sources, engine, data plane, servers, and how they stop.
 //!
 //! ```text
-//! source (tasks) ──Change──▶ engine (own thread: model, planner, data plane) ──Suspects──▶ conntrack (own thread)
+//! source (tasks) ──Change──▶ engine (own thread: model, planner, data plane) ──Suspects──▶ stale (own threads)
 //! host addresses ───────────▶   ▲  │                                        └─▶ health, metrics ──▶ servers (tasks)
 //! rule set watch (own thread) ──┘  ▼ kernel
 //! ```
@@ -46,11 +46,11 @@ use lock::{Holder, Lock};
 use planes::Planes;
 use sources::Origin;
 
-/// Changes that may wait between a source and the engine; a source that is further ahead waits itself.
+/// Changes that may wait between a source and the engine. A full queue blocks the source.
 const WAITING_CHANGES: usize = 4096;
 
-/// Programs this node until told to stop, or until the configuration file changes: then this program starts anew. What
-/// is programmed stays when this ends. `again` reads the configuration once more.
+/// Programs this node until a signal ends the agent. A changed configuration file restarts the process by `exec`. Programmed state
+/// stays in the kernel. `again` reads the configuration once more.
 ///
 /// # Errors
 ///
@@ -72,7 +72,7 @@ pub fn run(loaded: Loaded, again: Again) -> anyhow::Result<()> {
         let (config, document) = (loaded.config.clone(), loaded.document.clone());
         let mut changed = pin!(reload::changed(loaded, again, planes::possible, reload::LOOK));
         let lock = tokio::select! {
-            // In this order, so that a free lock is taken before anything else is begun.
+            // In this order, so that a free lock is taken before `/healthz` of the waiting agent is served.
             biased;
             lock = Lock::take(say_waiting) => lock,
             never = stand_by(&config, files) => match never {},
@@ -88,7 +88,7 @@ pub fn run(loaded: Loaded, again: Again) -> anyhow::Result<()> {
         }
         ended
     });
-    // A watch thread may be waiting in the kernel; it holds nothing that needs an orderly end.
+    // Threads that wait in the kernel hold nothing that needs an orderly end.
     runtime.shutdown_background();
     match result? {
         Ended::Told => Ok(()),
@@ -97,11 +97,11 @@ pub fn run(loaded: Loaded, again: Again) -> anyhow::Result<()> {
 }
 
 fn say_waiting(Holder { process }: Holder) {
-    tracing::warn!(process, "another agent serves this node; this one waits until that one ends");
+    tracing::warn!(process, "another agent serves this node; this agent waits until the other ends");
 }
 
-/// Answers on `/healthz` that this node is not ready, for as long as another agent serves it. That agent has the port as a
-/// rule, and answers itself.
+/// Answers `/healthz` with "not ready" while another agent serves this node. Usually the other agent has the port and answers
+/// itself.
 async fn stand_by(config: &Config, files: Files) -> Infallible {
     let Some(address) = config.healthz else { return std::future::pending().await };
     let metrics = Metrics::new();
@@ -130,12 +130,12 @@ async fn serve(
     let Origin { events, connection } = match sources::start(&config, changes_in, &metrics).await {
         Ok(origin) => origin,
         Err(error) => {
-            // What the kernel lacks is told first: with it missing, no source would be of use.
+            // A missing kernel feature is reported before the source's error, because no source helps without it.
             planes::look(&config)?;
             return Err(error);
         }
     };
-    // An agent that cannot ask for Services leaves the machine as it is.
+    // Only now, so that an agent without a source leaves the machine unchanged.
     machine::prepare(&config.conntrack, config.oom_score_adj);
     tokio::spawn(host::watch(addresses_in));
     tokio::spawn(manager::follow(health.clone()));
@@ -171,7 +171,7 @@ async fn serve(
         runtime.block_on(engine.run(inputs));
         anyhow::Ok(())
     })?;
-    // Sources and engine are at work on their own threads meanwhile.
+    // The sources and the engine already work on their own threads.
     let planes = Planes::open(&config)?;
     let words = std::env::args().skip(1).collect();
     let (mode_in, mode) = watch::channel(planes.mode());
@@ -180,7 +180,7 @@ async fn serve(
     }
     let about = About { proxy_mode: mode, configuration: document, words };
     let (opened, sockets) = go_along(planes, connection, &config, &metrics, mode_in)?;
-    // An engine that is gone has panicked, which is found out when it is joined.
+    // The receiver is gone only if the engine panicked; the join below reports that.
     let _ = open.send(opened);
     let told = events;
     told.tell(Trouble::starting());
@@ -198,7 +198,7 @@ async fn serve(
             Ended::Told
         }
         () = socket_plane::removed(sockets) => {
-            bail!("somebody removed our kernel programs or their maps from the BPF file system; start the agent again")
+            bail!("another program removed weir's kernel programs or maps from the BPF file system; start the agent again")
         }
     };
     if matches!(ended, Ended::Told) {
@@ -210,7 +210,7 @@ async fn serve(
     Ok(ended)
 }
 
-/// Waits for a signal that asks to end.
+/// Waits for SIGTERM or SIGINT.
 async fn signalled() -> anyhow::Result<&'static str> {
     use tokio::signal::unix::{SignalKind, signal};
     let (mut term, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -220,7 +220,7 @@ async fn signalled() -> anyhow::Result<&'static str> {
     })
 }
 
-/// Starts what goes along with the data planes that there are.
+/// Starts everything that runs beside the open planes.
 fn go_along(
     planes: Planes,
     connection: Option<Connection>,

@@ -1,6 +1,6 @@
-//! Which data planes this agent has, and opening them.
+//! The data planes of this agent.
 //!
-//! In: the configuration, and what the machine has. Out: nftables, with the sockets' plane in front where there can be one.
+//! In: the configuration and the machine's features. Out: the nftables plane, with the socket plane in front where it can run.
 
 use std::time::Duration;
 
@@ -20,24 +20,22 @@ use crate::{
     observe::DropCount,
 };
 
-/// The planes of this agent.
 pub(super) struct Planes {
-    /// What the engine writes to.
     pub(super) plane: Box<dyn Dataplane>,
-    /// News of foreign changes to our tables.
+    /// Changes that other programs make to weir's tables.
     pub(super) foreign: watch::Receiver<News>,
-    /// Where the sockets' plane is, if there is one.
+    /// The pins of the socket plane, if it runs.
     pub(super) sockets: Option<Place>,
-    /// What the nftables plane counts.
+    /// Counters of the nftables plane.
     pub(super) dropped: Drops,
-    /// What the sockets' plane counts.
+    /// Counters of the socket plane.
     pub(super) counted: Option<Counted>,
-    /// How the programs of the sockets' plane are attached.
+    /// Links of the socket plane's programs.
     pub(super) links: Option<Links>,
 }
 
 impl Planes {
-    /// Opens what the mode asks for and the machine allows.
+    /// Opens the planes of the configured mode.
     pub(super) fn open(config: &Config) -> anyhow::Result<Self> {
         let (mut packets, rule_set) = packets(config)?;
         let foreign = watch_rule_set(rule_set)?;
@@ -68,7 +66,7 @@ impl Planes {
         Ok(planes)
     }
 
-    /// The name of what serves, as `/proxyMode` tells it.
+    /// The answer of `/proxyMode`.
     pub(super) fn mode(&self) -> &'static str {
         if self.sockets.is_some() { ebpf::MODE } else { "nftables" }
     }
@@ -79,23 +77,23 @@ fn packets(config: &Config) -> anyhow::Result<(Nftables, Watch)> {
         .context("opening the nftables data plane, which needs nf_tables and the capability NET_ADMIN")
 }
 
-/// Looks for what any agent with this configuration needs of the kernel, which stays as it is.
+/// Checks the kernel features that this configuration needs, without a change to the kernel.
 ///
 /// # Errors
 ///
-/// Naming what is missing.
+/// Naming the missing feature.
 pub(super) fn look(config: &Config) -> anyhow::Result<()> {
     packets(config)?;
     possible(config)
 }
 
-/// Whether an agent with this configuration would find what its mode insists on. Nothing is loaded that stays.
+/// Checks the kernel features that the configured mode insists on. Loaded programs are removed again.
 ///
 /// # Errors
 ///
-/// Naming what is missing.
+/// Naming the missing feature.
 pub(super) fn possible(config: &Config) -> anyhow::Result<()> {
-    // The other modes make do with what there is.
+    // The other modes fall back to nftables.
     if config.mode == ProxyMode::Ebpf {
         let probe = || Probe::of(&config.cgroup_root, &config.bpf_root);
         choose(config.mode, probe, |_| no_rivals(&config.cgroup_root))?;
@@ -103,10 +101,10 @@ pub(super) fn possible(config: &Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What packet rules dropped and refused; nothing where that cannot be read.
+/// Dropped and refused packets by reason; empty if the counters cannot be read.
 pub(super) fn drops(dropped: &Drops) -> Vec<DropCount> {
     let counts = dropped.read().unwrap_or_else(|error| {
-        tracing::debug!(%error, "cannot read what the rules counted");
+        tracing::debug!(%error, "cannot read the counters of the nftables plane");
         Vec::new()
     });
     counts
@@ -115,16 +113,16 @@ pub(super) fn drops(dropped: &Drops) -> Vec<DropCount> {
         .collect()
 }
 
-/// The longest wait before listening anew.
+/// The longest pause before another attempt to listen.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
-/// Tells of foreign changes to our tables. The thread ends with the process, or when nobody listens.
+/// Reports changes that other programs make to weir's tables, until the receiver is gone.
 fn watch_rule_set(mut rule_set: Watch) -> anyhow::Result<watch::Receiver<News>> {
     let (news, foreign) = watch::channel(News::default());
     std::thread::Builder::new().name("rule-set-watch".to_owned()).spawn(move || {
         while !news.is_closed() {
             let seen = rule_set.wait().unwrap_or_else(|error| {
-                tracing::warn!(%error, "listening anew for foreign changes to our tables");
+                tracing::warn!(%error, "listening again for changes by other programs");
                 listen_anew(&mut rule_set);
                 Seen::Lost { families: PerFamily { v4: true, v6: true } }
             });
@@ -134,11 +132,11 @@ fn watch_rule_set(mut rule_set: Watch) -> anyhow::Result<watch::Receiver<News>> 
     Ok(foreign)
 }
 
-/// Tries until the kernel lets us listen.
+/// Retries until the kernel accepts the socket.
 fn listen_anew(rule_set: &mut Watch) {
     let mut wait = Duration::from_millis(100);
     while let Err(error) = rule_set.reopen() {
-        tracing::error!(%error, ?wait, "foreign changes to our tables are not noticed");
+        tracing::error!(%error, ?wait, "cannot listen for changes by other programs; weir does not notice them meanwhile");
         std::thread::sleep(wait);
         wait = (wait * 2).min(LONGEST_WAIT);
     }

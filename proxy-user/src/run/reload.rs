@@ -1,9 +1,8 @@
-//! What makes the agent read its configuration again: a changed file, and SIGHUP.
+//! Reloads of the configuration: a changed file, and SIGHUP.
 //!
-//! In: the file, the signal. Out: for SIGHUP other log settings; for a changed file the end of this program and a start
-//! of the same one in its place, as a new agent finds everything a restart finds. A file that cannot be used changes
-//! nothing: the error names the field, and the agent goes on as it is. Nor does one whose mode this process cannot have,
-//! because the rights and the mounts of a process come from what started it: a pod keeps those it was made with.
+//! In: the file and the signal. Out: SIGHUP changes the log settings; a changed file restarts the process by `exec`. An invalid
+//! file changes nothing: the error names the field, and the agent goes on. The same holds for a mode that this process cannot
+//! run, because a pod keeps the rights and mounts that it was started with.
 
 use std::{os::unix::process::CommandExt as _, path::Path, process::Command, sync::Arc, time::Duration};
 
@@ -14,15 +13,14 @@ use crate::{
     observe::Telemetry,
 };
 
-/// How often the file is looked at. A look costs microseconds, and unlike a watch it finds whatever was swapped on the
-/// way to the file: a ConfigMap's links, a mount.
+/// The pause between two reads of the file. A read costs microseconds, and unlike inotify it notices a replaced link or mount on
+/// the path, as of a ConfigMap.
 pub(super) const LOOK: Duration = Duration::from_secs(1);
 
 /// Reads the configuration as the start did, from the same file and flags.
 pub type Again = Arc<dyn Fn() -> Result<Loaded, Error> + Send + Sync>;
 
-/// Follows SIGHUP for as long as it runs: the log settings of the file, where no flag wins over them, are in force
-/// from then on.
+/// Applies the log settings of the file at each SIGHUP; flags still win over them.
 pub(super) async fn follow_hangups(again: Again, telemetry: Telemetry) -> anyhow::Result<()> {
     let mut hangups = signal(SignalKind::hangup())?;
     while hangups.recv().await.is_some() {
@@ -34,18 +32,18 @@ pub(super) async fn follow_hangups(again: Again, telemetry: Telemetry) -> anyhow
             }
         };
         match telemetry.set(log) {
-            Ok(()) => tracing::info!(verbosity = log.verbosity, json = log.json, "logging set anew"),
+            Ok(()) => tracing::info!(verbosity = log.verbosity, json = log.json, "log settings changed"),
             Err(error) => tracing::error!(%error, "the log settings stay as they are"),
         }
     }
     Ok(())
 }
 
-/// Tells why an agent with a configuration would end at its start.
+/// Answers why an agent with a configuration would end at its start.
 pub(super) type Possible = fn(&Config) -> anyhow::Result<()>;
 
-/// Looks at the file every so often, and ends once it holds a configuration that can be used, means something else than
-/// `running` and is `possible`.
+/// Reads the file periodically, and returns once it holds a valid configuration that differs from `running` and is
+/// `possible`.
 pub(super) async fn changed(running: Loaded, again: Again, possible: Possible, every: Duration) {
     let Some(file) = running.config.file.clone() else { return std::future::pending().await };
     let mut looks = tokio::time::interval(every);
@@ -54,7 +52,7 @@ pub(super) async fn changed(running: Loaded, again: Again, possible: Possible, e
     loop {
         looks.tick().await;
         let now = read(&file);
-        // What changed since the last look may still be being written.
+        // An editor may still be writing a file that changed just now.
         let at_rest = now.is_some() && now == before;
         before.clone_from(&now);
         if !at_rest || now == judged {
@@ -65,22 +63,22 @@ pub(super) async fn changed(running: Loaded, again: Again, possible: Possible, e
             Ok(loaded) if loaded == running => {}
             Ok(loaded) => match judge(loaded.config, possible).await {
                 Ok(()) => {
-                    tracing::info!(file = %file.display(), "the configuration has changed, starting anew with it");
+                    tracing::info!(file = %file.display(), "the configuration has changed, restarting with it");
                     return;
                 }
                 Err(error) => tracing::error!(
                     file = %file.display(),
-                    "the configuration has changed, and an agent could not start with it here; the one before stays: {error:#}"
+                    "the configuration has changed, and an agent could not start with it here; the old one stays in force: {error:#}"
                 ),
             },
             Err(error) => {
-                tracing::error!(%error, "the configuration has changed and cannot be used; the one before stays");
+                tracing::error!(%error, "the configuration has changed and is invalid; the old one stays in force");
             }
         }
     }
 }
 
-/// Asks whether a configuration is possible, beside the tasks of this agent: programs are loaded to find out.
+/// Checks whether a configuration is possible, on a thread of its own because it loads programs.
 async fn judge(config: Config, possible: Possible) -> anyhow::Result<()> {
     tokio::task::spawn_blocking(move || possible(&config)).await?
 }
@@ -89,9 +87,9 @@ fn read(file: &Path) -> Option<Vec<u8>> {
     std::fs::read(file).ok()
 }
 
-/// Becomes this program once more, with the same words. Comes back only to say why not.
+/// Executes this binary again with the same arguments. Returns only with an error.
 pub(super) fn start_anew() -> anyhow::Error {
-    // Where the file was replaced, the link leads to the one that runs, which is not by chance another version.
+    // `/proc/self/exe` is the running binary even if the file was replaced, so the version stays the same.
     let program = std::env::current_exe().ok().filter(|path| path.exists());
     let program = program.unwrap_or_else(|| "/proc/self/exe".into());
     let mut words = std::env::args_os();

@@ -18,12 +18,10 @@ use crate::{
     },
 };
 
-/// Where as of when the cluster is known is kept: what is programmed does not live longer either.
+/// Keeps the resource versions until the next reboot, which is as long as programmed state lives.
 const VERSIONS: &str = "/run/weir/versions";
 
-/// A source at work.
 pub(super) struct Origin {
-    /// Where events about its objects go.
     pub(super) events: Events,
     /// The API server, where there is one.
     pub(super) connection: Option<Connection>,
@@ -69,7 +67,7 @@ pub(super) fn show_silences(metrics: &Metrics, status: &Arc<SourceStatus>) {
     metrics.show_silences(move || status.silences());
 }
 
-/// How the API server is asked; every request is counted.
+/// Limits and counts requests to the API server.
 fn manner(config: &Config, metrics: &Metrics) -> Manner {
     let limit = config.request_limit.map(|RequestLimit { requests, window }| (requests, window));
     let metrics = metrics.clone();

@@ -1,7 +1,7 @@
-//! What follows from a delta that the data plane was given, for each family and each service port by itself.
+//! Consequences of an applied delta, for each family and each service port by itself.
 //!
-//! In: a delta, and what of it could not be done. Out: reports, health checks, suspects and the relay's news of all that is in
-//! force; and when the rest is tried again.
+//! In: a delta and its shortfall. Out: reports, health checks, suspects and NodePorts for the relay of everything in force; and the
+//! retry of the rest.
 
 use std::{collections::BTreeSet, time::Instant};
 
@@ -13,7 +13,6 @@ use crate::{
     relay::News,
 };
 
-/// How a delta was given to the data plane.
 pub(super) struct Applied {
     /// The families that take part in it.
     pub(super) families: Vec<Family>,
@@ -24,7 +23,6 @@ pub(super) struct Applied {
 }
 
 impl Engine {
-    /// Draws the consequences of a delta.
     pub(super) fn after_apply(&mut self, delta: &Delta, short: Shortfall, applied: Applied) {
         let Applied { mut families, reasons, started } = applied;
         for (family, error) in &short.failed {
@@ -58,7 +56,7 @@ impl Engine {
         tracing::debug!(ports = in_force.len(), refused = refused.len(), took = ?started.elapsed(), "in force");
     }
 
-    /// Has refused ports tried again by themselves.
+    /// Schedules the retry of refused ports.
     fn try_again(&mut self, delta: &Delta, refused: &BTreeSet<&PortId>) {
         let refused: Vec<PortId> = refused.iter().copied().cloned().collect();
         let entangled = self.planner.settled(delta, &refused);
@@ -113,7 +111,6 @@ impl Engine {
         }
     }
 
-    /// Brings the health check servers to what is in force.
     pub(super) fn update_health_checks(&mut self) {
         let refused = self.refused.keys().map(|port| port.service.clone()).collect();
         self.checks.tell(&self.model, &self.planner, &self.families, &refused);
@@ -128,7 +125,7 @@ impl Engine {
         }
     }
 
-    /// Has a family's table read back and compared.
+    /// Schedules a comparison of a family's table with the kernel.
     pub(super) fn failed(&mut self, family: Family, error: &Error) {
         self.recoveries.get_mut(family).failed(Instant::now(), self.longest_retry);
         self.report.failed(family, error);

@@ -1,7 +1,6 @@
-//! What the health check servers are told of Services (H1 to H3): what is in force.
+//! Answers of the health check servers (H1 to H3): they follow what is in force.
 //!
-//! In: the names of Services that were planned anew, and which of them have ports that could not be programmed. Out: the
-//! state of each one's health check, where it changed.
+//! In: the names of replanned Services, and the refused ports. Out: changed states of health checks.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -14,14 +13,13 @@ use crate::{
     plan::{NodePortAddresses, Planner},
 };
 
-/// The Services that have a health check, and those that are to be looked at.
 #[derive(Default)]
 pub(super) struct Checks {
     servers: Option<HealthChecks>,
-    /// Planned anew, and not yet in force.
+    /// Replanned, and not yet in force.
     replanned: Vec<ObjectName>,
     told: HashMap<ObjectName, HealthCheckState>,
-    /// Where the servers listen that were told.
+    /// The addresses of the servers' last state.
     addresses: Vec<IpAddr>,
 }
 
@@ -30,17 +28,15 @@ impl Checks {
         Self { servers: Some(servers), ..Self::default() }
     }
 
-    /// A Service was planned anew.
     pub(super) fn replanned(&mut self, name: ObjectName) {
         if self.servers.is_some() {
             self.replanned.push(name);
         }
     }
 
-    /// Tells of the Services that were planned anew, now that their plans are in force, and of all where the node's addresses
-    /// changed. Of one with `refused` ports only
-    /// that it has fewer endpoints is told before those ports are programmed, so that no load balancer sends
-    /// clients to what is not served.
+    /// Sends the states of replanned Services, whose plans are now in force, and of all Services if the node's addresses changed. For
+    /// a Service with `refused` ports only a smaller number of endpoints is sent, so that no load balancer sends clients to
+    /// a port that is not programmed.
     pub(super) fn tell(
         &mut self,
         model: &Model,
@@ -83,13 +79,13 @@ impl Checks {
     }
 }
 
-/// Whether nothing is different but that there are fewer endpoints.
+/// Whether only the number of endpoints differs, and is smaller.
 fn is_fewer(state: &HealthCheckState, known: &HealthCheckState) -> bool {
     let same = HealthCheckState { local_endpoints: known.local_endpoints, ..state.clone() };
     same == *known && state.local_endpoints < known.local_endpoints
 }
 
-/// Where health check servers listen (H3): on all addresses, or on those that serve NodePorts.
+/// The addresses of health check servers (H3): all, or those that serve NodePorts.
 fn addresses(planner: &Planner, families: &[Family]) -> Vec<IpAddr> {
     let Some(node) = planner.node() else { return Vec::new() };
     let of = |family: &Family| match node.node_port_addresses.get(*family) {

@@ -1,10 +1,9 @@
 //! Model, planner and data plane on one thread: takes changes in, brings the kernel up to date, takes the next in.
 //!
-//! In: changes, host addresses, news of foreign rule set changes. Out: a kernel that holds what was planned, health
-//! and metrics, and suspects for conntrack. There is no pacing: what arrives while the kernel is being written is the
-//! next delta. What fails costs nothing else anything: a service port that is refused is tried again by itself, a family
-//! whose table cannot be written is compared with the kernel again by itself, first at once and then ever less often, and
-//! both while every other change is written as it comes.
+//! In: changes, host addresses, and changes of weir's tables by other programs. Out: a programmed kernel, reports, and suspects for
+//! `stale`. There is no pacing: changes that arrive while the kernel is written are the next delta. A failure delays nothing else:
+//! a refused service port is tried again by itself, and a family with a failed table is compared with the kernel by itself, at
+//! once and then less and less often, while every other change is written as it comes.
 //!
 //! ```text
 //! changes ─▶ take_in ─▶ program ─▶ applied: in force ─▶ report, checks, suspects, relay
@@ -47,33 +46,31 @@ use recovery::{FIRST_RETRY, Recovery, Retries};
 use report::Report;
 use suspects::Suspected;
 
-/// What the engine listens to.
 pub(super) struct Inputs {
     pub(super) changes: mpsc::Receiver<Change>,
     pub(super) addresses: Addresses,
-    /// Comes once the data plane is open. What the kernel holds is read while changes are taken in and planned.
+    /// The open data plane. The kernel's state is read while the engine already takes in changes and plans.
     pub(super) opened: oneshot::Receiver<Opened>,
     pub(super) stopping: watch::Receiver<bool>,
 }
 
-/// An open data plane, and what goes with it.
 pub(super) struct Opened {
     pub(super) plane: Box<dyn Dataplane>,
-    /// Tells of foreign changes to our tables.
+    /// Changes that other programs make to weir's tables.
     pub(super) foreign: watch::Receiver<News>,
-    /// Is told which backends serve no longer, once that is in force.
+    /// Receives the backends that serve no longer, once that is in force.
     pub(super) sockets: Option<std::sync::mpsc::Sender<sockets::Suspects>>,
-    /// Is told the name of the plane that serves.
+    /// Receives the name of the plane that serves.
     pub(super) mode: watch::Sender<&'static str>,
 }
 
-/// When a table is compared of which it is not known whether another program touched it.
+/// The delay before a table is compared if weir does not know whether another program changed it.
 const COMPARE: Duration = Duration::from_secs(60);
 
-/// Most changes of names while queries wait.
+/// Queries for names wait for at most this many changes.
 const CHANGES_OF_NAMES: usize = 256;
 
-/// Most changes taken in before the kernel is brought up to date, and of each kind remembered for a family that fails.
+/// The most changes that one delta takes in, and that are kept of each kind for a family that fails.
 const MOST_CHANGES: usize = 65_536;
 
 pub(super) struct Engine {
@@ -83,10 +80,10 @@ pub(super) struct Engine {
     families: Vec<Family>,
     know_addresses: bool,
     node_is_optional: bool,
-    /// Whether the data plane was ever given everything.
+    /// Whether the data plane has received a complete delta.
     began: bool,
 
-    // When what failed is tried again.
+    // Retries.
     recoveries: PerFamily<Recovery>,
     retries: Retries,
     longest_retry: Duration,
@@ -94,12 +91,12 @@ pub(super) struct Engine {
     refused: BTreeMap<PortId, String>,
     /// The service ports that one plane leaves to another.
     left: BTreeMap<PortId, String>,
-    /// The last news of foreign changes.
+    /// The latest changes by other programs.
     news: News,
-    /// When something is to be tried again.
+    /// The time of the next retry.
     wake: Option<Instant>,
 
-    // What hears of it.
+    // Receivers of the outcome.
     report: Report,
     checks: Checks,
     suspected: Suspected,
@@ -134,34 +131,34 @@ impl Engine {
         }
     }
 
-    /// Tells these servers how many local endpoints are in force.
+    /// Sends the number of local endpoints in force to these servers.
     pub(super) fn with_health_checks(self, health_checks: HealthChecks) -> Self {
         Self { checks: Checks::of(health_checks), ..self }
     }
 
-    /// Keeps these names, and tells there how many changes they have seen.
+    /// Keeps these names up to date, and sends the number of changes that they have taken in.
     pub(super) fn with_names(self, names: Option<(SharedNames, watch::Sender<u32>)>) -> Self {
         Self { names, ..self }
     }
 
-    /// Tells there of service ports that cannot be programmed.
+    /// Sends events about service ports that cannot be programmed.
     pub(super) fn with_events(mut self, events: Events) -> Self {
         self.report.events = events;
         self
     }
 
-    /// Tells there of NodePorts in force of these families.
+    /// Sends NodePorts in force of these families.
     pub(super) fn with_relay(self, relay: mpsc::UnboundedSender<relay::News>, of: PerFamily<bool>) -> Self {
         Self { relay: Some((relay, of)), ..self }
     }
 
-    /// Tells there of each family once everything of it is in force.
+    /// Sends each family once everything of it is in force.
     pub(super) fn with_first(mut self, first: Option<mpsc::UnboundedSender<Family>>) -> Self {
         self.report.first = first;
         self
     }
 
-    /// Whether a source without this node's Node is no reason to keep load balancers away.
+    /// Whether load balancers may send traffic although the source has no Node of this node.
     pub(super) fn with_optional_node(self, optional: bool) -> Self {
         Self { node_is_optional: optional, ..self }
     }
@@ -171,13 +168,13 @@ impl Engine {
         Self { longest_retry: longest.max(FIRST_RETRY), ..self }
     }
 
-    /// Sends suspects there once what they follow from is in force.
+    /// Sends suspects once their delta is in force.
     pub(super) fn with_conntrack(mut self, flows: mpsc::UnboundedSender<Suspects>) -> Self {
         self.suspected.flows = Some(flows);
         self
     }
 
-    /// Works until the source ends or stopping is asked for.
+    /// Runs until the source ends or `stopping` is true.
     pub(super) async fn run(mut self, inputs: Inputs) {
         let Inputs { mut changes, mut addresses, mut opened, mut stopping } = inputs;
         let mut foreign = None;
@@ -198,7 +195,7 @@ impl Engine {
                     self.know_addresses = true;
                 }
                 opened = &mut opened, if self.plane.is_none() => {
-                    // Without one the agent ends, and says why.
+                    // The sender is gone only if the agent ends.
                     let Ok(Opened { plane, foreign: news, sockets, mode }) = opened else { return };
                     (self.report.mode, self.suspected.sockets) = (Some(mode), sockets);
                     (self.plane, foreign) = (Some(plane), Some(news));
@@ -221,9 +218,8 @@ impl Engine {
         }
     }
 
-    /// Has tables repaired that other programs touched since they were read. Where more happened than could be followed, a
-    /// quick look tells what cannot wait; the rest is compared later, because that takes its time and may be needed
-    /// for nothing.
+    /// Schedules repairs of tables that other programs changed since weir read them. If the kernel dropped notifications, a quick
+    /// look finds what is urgent, and a full comparison follows later, because it is expensive and often finds nothing.
     fn notice(&mut self, news: News) {
         let (now, known) = (Instant::now(), std::mem::replace(&mut self.news, news));
         for family in self.families.clone() {
@@ -236,16 +232,16 @@ impl Engine {
             if news.lost != known.lost {
                 is_touched |= self.plane.as_deref_mut().is_some_and(|plane| !plane.looks_intact(family));
                 if self.recoveries.get_mut(family).by("lost", now + COMPARE) {
-                    tracing::debug!(%family, "more changes of rule sets than could be followed");
+                    tracing::debug!(%family, "the kernel dropped notifications about rule sets");
                 }
             }
             if is_touched && let Some(wait) = self.recoveries.get_mut(family).touched(now) {
-                tracing::warn!(%family, ?wait, "another program changed our table, repairing it");
+                tracing::warn!(%family, ?wait, "another program changed weir's table, repairing it");
             }
         }
     }
 
-    /// Names first: they are there at once, and the kernel takes longer.
+    /// Names come first, because the kernel takes longer.
     fn take_in_names(&self, changes: &[Change]) {
         let Some((names, seen)) = &self.names else { return };
         for some in changes.chunks(CHANGES_OF_NAMES) {
@@ -278,7 +274,7 @@ impl Engine {
     }
 }
 
-/// The next news of foreign changes; none before there is a data plane.
+/// The next change by another program; waits for ever while there is no data plane.
 async fn next(foreign: &mut Option<watch::Receiver<News>>) -> News {
     if let Some(foreign) = foreign
         && foreign.changed().await.is_ok()

@@ -1,6 +1,6 @@
-//! From plans to the data plane: changes as they come, everything where that is due.
+//! Deltas for the data plane: changes as they come, and complete ones when a comparison is due.
 //!
-//! In: the planner's state, and what is due. Out: deltas to the data plane, and what became of them, for [`after_apply`](Engine::after_apply).
+//! In: the planner's state, and the families that are due. Out: applied deltas, and their shortfall for [`after_apply`](Engine::after_apply).
 
 use std::time::Instant;
 
@@ -14,8 +14,8 @@ use crate::{
 };
 
 impl Engine {
-    /// Brings the data plane up to date: what changed goes to everything that can be written, and what is compared with
-    /// everything that should be there waits for none of it.
+    /// Brings the data plane up to date. Changes go first to every family that can be written, so that they do not wait for a
+    /// comparison of the other family.
     pub(super) fn program(&mut self, plane: &mut dyn Dataplane, started: Instant) {
         if self.retries.take_due(started) {
             self.planner.retry();
@@ -34,7 +34,7 @@ impl Engine {
         self.wake = recoveries.chain(self.retries.next()).chain(plane.wants_everything()).min();
     }
 
-    /// Reads back what is to be compared now. At the start that was done when the data plane was opened.
+    /// Reads back the families that are due. At the start, opening the data plane has done that.
     fn reread_due(&mut self, plane: &mut dyn Dataplane, now: Instant) -> PerFamily<Option<&'static str>> {
         let mut due = PerFamily::default();
         for family in self.families.clone() {
@@ -59,7 +59,7 @@ impl Engine {
         let delta = self.planner.take_delta();
         let stray = self.planner.take_stray();
         for family in self.families.iter().filter(|family| *stray.get(**family)) {
-            // Only what was found before the start is left, and a comparison has its price.
+            // Leftovers from before the start harm nothing, and a comparison is expensive, so they wait.
             self.recoveries.get_mut(*family).by("leftovers", started + self.longest_retry);
         }
         let takes_part =
@@ -96,7 +96,7 @@ impl Engine {
             due.get(*family).iter().for_each(|reason| self.report.metrics.reconciled(reason));
         }
         let short = self.apply(plane, &delta);
-        // Later comparisons say nothing new about sockets, unless it was their plane that lacked something.
+        // Later comparisons change nothing for sockets, unless the socket plane itself was incomplete.
         if front || !self.began {
             self.suspected.send_sockets(&delta);
         }
@@ -109,7 +109,7 @@ impl Engine {
         bpf::trim_heap();
     }
 
-    /// Applies a delta. A data plane that fails whole fails for each family.
+    /// Applies a delta. If the whole data plane fails, each family fails.
     fn apply(&self, plane: &mut dyn Dataplane, delta: &Delta) -> Shortfall {
         self.suspected.announce(delta);
         match plane.apply(delta) {
@@ -124,7 +124,6 @@ impl Engine {
     }
 }
 
-/// Whether a delta has anything for a family.
 fn concerns(delta: &Delta, family: Family) -> bool {
     let of_family = |port: &PortDelta| port.id().is_some_and(|id| id.family == family);
     let address = |change: &ClusterIpDelta| {

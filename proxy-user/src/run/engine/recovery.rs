@@ -1,24 +1,25 @@
-//! When what failed is tried again: one family's table as a whole, and refused service ports.
+//! Retry policy: for one family's table as a whole, and for refused service ports.
 //!
-//! In: failures, foreign changes, successes, each with its time. Out: what is due. Nothing here waits or reads a clock.
+//! In: failures, changes by other programs and successes, each with its time. Out: what is due. This module neither waits nor reads
+//! a clock.
 
 use std::time::{Duration, Instant};
 
 /// The first wait after a failure; it doubles up to the configured syncPeriod.
 pub(super) const FIRST_RETRY: Duration = Duration::from_millis(100);
 
-/// So many failures in a row, and so many repairs after foreign changes, have no wait: a table that was taken away while
-/// it was written is back at once. What fails more often will not be helped by haste.
+/// The first failures in a row, and the first repairs, have no wait, because a table that another program deleted should be back
+/// at once. After more failures a short wait does not help.
 const AT_ONCE: u32 = 3;
 
-/// A repair this long after the one before is a new story.
+/// After this long without a repair, the next repair has no wait.
 const CALM: Duration = Duration::from_secs(10);
 
-/// The longest wait between two repairs: two programs that undo each other's work do not keep a CPU busy, and what one
-/// of them undid last is still back within a second.
+/// The longest wait between two repairs. It keeps two programs that undo each other's work from using a whole CPU, and still
+/// restores the table within a second.
 const LONGEST_REPAIR: Duration = Duration::from_millis(500);
 
-/// The n-th of some growing waits, of which the first ones are none.
+/// The wait after `number` failures.
 fn wait(number: u32, longest: Duration) -> Duration {
     match number.checked_sub(AT_ONCE) {
         None => Duration::ZERO,
@@ -26,20 +27,19 @@ fn wait(number: u32, longest: Duration) -> Duration {
     }
 }
 
-/// Whether and when a family's table is compared with everything that should be there.
+/// When a family's table is compared with the plan.
 #[derive(Debug)]
 pub(super) struct Recovery {
     due: Option<(&'static str, Instant)>,
-    /// Whether nothing is known of the table.
+    /// Whether the table's content is unknown.
     lost: bool,
     failures: u32,
-    /// Repairs after foreign changes, one soon after the other.
+    /// Repairs in a row.
     repairs: u32,
     repaired: Option<Instant>,
 }
 
 impl Recovery {
-    /// At the start nothing is known.
     pub(super) fn at_start(now: Instant) -> Self {
         Self { due: Some(("start", now)), lost: true, failures: 0, repairs: 0, repaired: None }
     }
@@ -66,8 +66,8 @@ impl Recovery {
         self.lost = true;
     }
 
-    /// Something else changed the table. However many notices there are of it before the repair, that is one repair. Tells
-    /// the wait unless the repair is due earlier anyway.
+    /// Another program changed the table. Any number of notifications before the repair make one repair. Answers the wait, unless
+    /// an earlier comparison is due.
     pub(super) fn touched(&mut self, now: Instant) -> Option<Duration> {
         if self.repaired.is_none_or(|last| now.saturating_duration_since(last) >= CALM) {
             self.repairs = 0;
@@ -76,7 +76,7 @@ impl Recovery {
         self.by("foreign", now + wait).then_some(wait)
     }
 
-    /// Has the table compared at this time or earlier. Tells whether it would have been later.
+    /// Schedules a comparison at this time or earlier. Answers whether none was due before.
     pub(super) fn by(&mut self, reason: &'static str, at: Instant) -> bool {
         let later = self.due.is_none_or(|(_, known)| known > at);
         if later {
@@ -85,7 +85,7 @@ impl Recovery {
         later
     }
 
-    /// The table holds everything.
+    /// The table equals the plan.
     pub(super) fn done(&mut self, now: Instant) {
         if let Some(("foreign" | "failure", _)) = self.due.take() {
             self.repairs = self.repairs.saturating_add(1);
@@ -115,12 +115,12 @@ impl Retries {
         self.at = Some(now + wait);
     }
 
-    /// None is refused any more.
+    /// No port is refused any more.
     pub(super) fn settled(&mut self) {
         *self = Self::default();
     }
 
-    /// Whether they are to be tried now. They are, when this says so.
+    /// Whether the ports are due; then they are no longer.
     pub(super) fn take_due(&mut self, now: Instant) -> bool {
         self.at.take_if(|at| *at <= now).is_some()
     }

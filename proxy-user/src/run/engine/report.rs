@@ -1,4 +1,4 @@
-//! How far the kernel is, as operators and load balancers see it.
+//! The progress of programming, for operators and load balancers.
 //!
 //! In: changes that the engine takes in, and what of each delta is in force, refused or failed. Out: health, metrics, events and
 //! log lines, and the first time that everything of a family is in force.

@@ -48,7 +48,7 @@ impl Suspected {
         }
     }
 
-    /// Has the flows of what is in force looked at.
+    /// Sends the suspects of everything in force to `stale::flows`.
     pub(super) fn send_flows(&mut self, in_force: &[&PortDelta], families: &[Family], planner: &Planner) {
         let Some(flows) = &self.flows else { return };
         let mut suspects = Suspects::default();
@@ -64,7 +64,7 @@ impl Suspected {
         }
     }
 
-    /// Has the sockets of a delta's backends looked at.
+    /// Sends the suspects of a delta to `stale::sockets`.
     pub(super) fn send_sockets(&mut self, delta: &Delta) {
         let Some(sockets) = &self.sockets else { return };
         let suspects = sockets::Suspects::of(delta);

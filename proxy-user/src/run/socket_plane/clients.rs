@@ -6,17 +6,17 @@ use std::time::Duration;
 
 use crate::dataplane::ebpf::{self, Place};
 
-/// How often sticky clients are looked at for those to forget.
+/// The pause between two sweeps over sticky clients.
 const FORGET: Duration = Duration::from_secs(10);
 
-/// Removes sticky clients whose time is over, and those of groups that have too many, so that they do not fill the map.
+/// Removes expired sticky clients, and the oldest of groups that have too many, so that the map does not fill.
 pub(in crate::run) fn forget_clients(place: Place) -> anyhow::Result<()> {
     std::thread::Builder::new().name("affinity".to_owned()).spawn(move || {
         loop {
             std::thread::sleep(FORGET);
             match ebpf::forget_clients(&place) {
-                Ok(clients) => tracing::debug!(clients, "forgot sticky clients"),
-                Err(error) => tracing::warn!(%error, "sticky clients are not forgotten"),
+                Ok(clients) => tracing::debug!(clients, "removed sticky clients"),
+                Err(error) => tracing::warn!(%error, "cannot remove expired sticky clients"),
             }
         }
     })?;

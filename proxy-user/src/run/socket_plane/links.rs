@@ -9,10 +9,10 @@ use crate::{
     observe::Metrics,
 };
 
-/// How often the links of the programs are looked at.
+/// The pause between two checks of the links.
 const LOOK_AT_LINKS: Duration = Duration::from_secs(2);
 
-/// Attaches programs anew that others have detached, and gives maps their names again, behind the engine's back.
+/// Attaches programs again that another program detached, and pins maps again, on a thread of its own.
 pub(in crate::run) fn keep_attached(links: Links, place: Place, metrics: &Metrics) -> anyhow::Result<()> {
     let metrics = metrics.clone();
     std::thread::Builder::new().name("links".to_owned()).spawn(move || {
@@ -21,28 +21,28 @@ pub(in crate::run) fn keep_attached(links: Links, place: Place, metrics: &Metric
             std::thread::sleep(LOOK_AT_LINKS);
             let repaired = links.repair(|| place.is_in_use());
             let repaired = new_failure(repaired, &mut last_failure, |error| {
-                tracing::error!(error, "kernel programs are detached; packets are served meanwhile");
+                tracing::error!(error, "kernel programs are detached; nftables serves meanwhile");
             });
             if !repaired.is_empty() {
                 tracing::warn!(
                     links = file_names(&repaired),
-                    "another program detached our kernel programs or removed their links; they are attached anew"
+                    "another program detached weir's kernel programs or removed their links; weir attached them again"
                 );
                 metrics.count_attached_anew(repaired.len() as u64);
             }
             let named = new_failure(name_again(&place), &mut last_name, |error| {
-                tracing::warn!(error, "our maps have no names; the next agent will begin with empty ones");
+                tracing::warn!(error, "weir's maps are not pinned; the next agent will start with empty maps");
             });
             if !named.is_empty() {
                 let maps = file_names(&named);
-                tracing::warn!(maps, "another program removed the names of our maps; they have them again");
+                tracing::warn!(maps, "another program removed the pins of weir's maps; weir pinned them again");
             }
         }
     })?;
     Ok(())
 }
 
-/// What was found; of a failure that is not the last one once more, `say` is told.
+/// The repaired paths. Calls `say` with a failure that differs from the last one.
 fn new_failure(
     found: Result<Vec<PathBuf>, Problem>,
     last: &mut Option<String>,

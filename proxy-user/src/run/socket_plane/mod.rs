@@ -1,4 +1,4 @@
-//! What runs beside a socket plane. No Service waits for it.
+//! Tasks and threads beside the socket plane. No Service waits for them.
 //!
 //! ```text
 //! troubles (map) ──▶ `troubles` (task) ──▶ log, metrics
@@ -28,10 +28,10 @@ pub(super) use usage::watch_usage;
 /// How often weir reads the programs' counters and looks for its pins.
 const LOOK: Duration = Duration::from_secs(5);
 
-/// What was counted for each service port; nothing where that cannot be read.
+/// Connections of each service port; empty if the counters cannot be read.
 pub(super) fn counts(counted: &Counted) -> Vec<PortCount> {
     let tallies = counted.read().unwrap_or_else(|error| {
-        tracing::debug!(%error, "cannot read what the programs counted");
+        tracing::debug!(%error, "cannot read the counters of the programs");
         Default::default()
     });
     let count = |(id, tally): (PortId, proxy_ebpf::Tally)| PortCount {
@@ -45,9 +45,8 @@ pub(super) fn counts(counted: &Counted) -> Vec<PortCount> {
     tallies.into_iter().map(count).collect()
 }
 
-/// Ends when all pins that were there are gone, as after `weir cleanup`. The kernel has detached the programs then, and
-/// everything beside the plane holds maps that no program reads; packets serve meanwhile, and the next start of the agent
-/// makes new ones.
+/// Returns when all pins are gone, as after `weir cleanup`. The kernel has then detached the programs, and this process holds maps
+/// that no program reads. nftables serves until the next start, which makes new maps.
 pub(super) async fn removed(place: Option<Place>) {
     let Some(place) = place else { return std::future::pending().await };
     let mut interval = tokio::time::interval(LOOK);

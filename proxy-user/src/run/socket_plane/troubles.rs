@@ -10,20 +10,23 @@ use aya::maps::{Map, MapData, PerCpuArray};
 use super::LOOK;
 use crate::observe::Metrics;
 
-/// What each of [`proxy_ebpf::trouble`] is called, and what it means.
+/// The metric label and the log text of each [`proxy_ebpf::trouble`].
 const TROUBLES: [(&str, &str); proxy_ebpf::trouble::COUNT as usize] = [
-    ("affinity-full", "clients of Services with session affinity could not be remembered"),
     (
-        "socket-storage",
-        "unconnected sockets could not be remembered; their packets are led to backends instead",
+        "affinity-full",
+        "the map of sticky clients is full, so some clients get another backend at each connection",
     ),
-    ("flows-full", "sockets without a connection spoke to more Services at a time than are remembered"),
-    ("slots", "the map of backends was not as it should be; were our maps changed by others?"),
-    ("homes-full", "pods that listen on a Service's address themselves are led to the Service all the same"),
-    ("origins-full", "connected sockets could not be remembered; their packets are led to backends instead"),
+    ("socket-storage", "no room for some unconnected sockets; nftables translates their packets instead"),
+    ("flows-full", "some unconnected sockets sent to more Services at a time than weir keeps"),
+    ("slots", "the map of backends was inconsistent; did another program change weir's maps?"),
+    (
+        "homes-full",
+        "no room for some pods that listen on a Service's address; their connections go to the Service",
+    ),
+    ("origins-full", "no room for some connected sockets; nftables translates their packets instead"),
 ];
 
-/// Those of [`TROUBLES`] that a bound is the reason of, and what was refused.
+/// The [`TROUBLES`] that a bound causes, and the metric label of what was refused.
 const REFUSED: [(&str, &str); 4] = [
     ("affinity-full", "clients"),
     ("socket-storage", "flows"),
@@ -31,7 +34,7 @@ const REFUSED: [(&str, &str); 4] = [
     ("origins-full", "origins"),
 ];
 
-/// Says what goes wrong inside the programs.
+/// Logs and counts problems inside the programs.
 pub(in crate::run) fn watch_troubles(maps: &Path, metrics: &Metrics) -> anyhow::Result<()> {
     let path = maps.join("troubles");
     let map = MapData::from_pin(&path).with_context(|| format!("opening {}", path.display()))?;
@@ -47,7 +50,7 @@ pub(in crate::run) fn watch_troubles(maps: &Path, metrics: &Metrics) -> anyhow::
             for ((element, (name, meaning)), known) in (0..).zip(TROUBLES).zip(&mut known) {
                 let Ok(counts) = map.get(&element, 0) else { continue };
                 let count: u64 = counts.iter().sum();
-                // What was counted before this agent started has been told by another.
+                // The agent before this one has reported earlier counts.
                 let more = count.saturating_sub(known.replace(count).unwrap_or(count));
                 if more > 0 {
                     tracing::warn!(trouble = name, times = more, "{meaning}");

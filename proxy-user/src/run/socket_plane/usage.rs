@@ -8,7 +8,7 @@ use crate::{
     observe::Metrics,
 };
 
-/// Keeps the metrics at what the maps hold and cost.
+/// Keeps the metrics up to date.
 pub(in crate::run) fn watch_usage(place: Place, metrics: &Metrics) {
     let metrics = metrics.clone();
     tokio::spawn(async move {
@@ -16,7 +16,7 @@ pub(in crate::run) fn watch_usage(place: Place, metrics: &Metrics) {
         loop {
             interval.tick().await;
             let usage = usage(&place).unwrap_or_else(|error| {
-                tracing::debug!(%error, "cannot read what the maps hold");
+                tracing::debug!(%error, "cannot read the size of the maps");
                 Vec::new()
             });
             for Usage { map, elements, bytes } in usage {
