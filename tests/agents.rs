@@ -255,7 +255,7 @@ fn an_agent_that_starts_anew_with_another_configuration_stays_the_only_one() -> 
             let name = agent.log.file_name().and_then(|name| name.to_str()).context("no name")?;
             node.configure(name, agent.port, &format!("clusterCIDR: 10.24{round}.0.0/16\n"))?;
         }
-        await_that("the first agent starts anew", || first.says("starting anew") == round);
+        await_that("the first agent starts anew", || first.says("restarting with it") == round);
         await_that("the first agent serves again", || {
             first.says("watching manifests") == round + 1 && node.health(&first) == Some(200)
         });
@@ -280,7 +280,7 @@ fn a_process_without_rights_cannot_keep_the_agent_from_serving() -> Result<()> {
     await_that("the name is taken", || fs::read_to_string(&log).is_ok_and(|log| log.contains("bound")));
     let agent = node.start("agent.log", Plane::Nftables, 20256)?;
     await_that("the agent serves", || node.health(&agent) == Some(200));
-    ensure!(agent.says("nothing keeps a second agent from serving") == 1, "{}", agent.log());
+    ensure!(agent.says("weir runs without the lock") == 1, "{}", agent.log());
     end(&mut rogue);
     Ok(())
 }
@@ -364,7 +364,7 @@ fn links_that_are_removed_or_detached_are_there_again() -> Result<()> {
     let before = served();
     node.connect_as_a_pod();
     await_that("a socket is led in the new cgroup", || served() > before);
-    ensure!(agent.says("are attached anew") >= 3, "{}", agent.log());
+    ensure!(agent.says("weir attached them again") >= 3, "{}", agent.log());
     Ok(())
 }
 

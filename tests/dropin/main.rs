@@ -420,7 +420,7 @@ fn another_configuration_starts_the_agent_anew_in_its_place_and_a_bad_one_does_n
     assert_eq!(fs::read_to_string(format!("/proc/{}/comm", agent.child.id()))?.trim(), "weir");
 
     fs::write(place.path("config.conf"), "kind: KubeProxyConfiguration\nmode: [")?;
-    await_that("the bad file is told of", || agent.log().contains("cannot be used; the one before stays"));
+    await_that("the bad file is told of", || agent.log().contains("is invalid; the old one stays in force"));
     place.await_code(HEALTHZ, "/healthz", 200);
     assert_eq!(configured("clusterCIDR"), "10.0.0.0/11");
     Ok(())
