@@ -35,6 +35,9 @@
 
 #![no_std]
 
+#[cfg(test)]
+extern crate std;
+
 pub mod account;
 mod layout;
 #[cfg(not(target_arch = "bpf"))]

@@ -32,5 +32,6 @@ pub mod takeover;
 pub use weir_plan::{model, plan};
 
 #[cfg(test)]
+#[expect(dead_code, reason = "the tests of weir-plan use the rest")]
 #[path = "../plan/src/model/fixture.rs"]
 mod fixture;

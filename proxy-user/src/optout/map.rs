@@ -30,14 +30,12 @@ use proxy_ebpf::Settings;
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
-use super::{Bypassed, BypassedPod, Reason};
+use super::{
+    Bypassed, BypassedPod, Reason,
+    cgroups::{Cgroups, Look},
+    notices::Notices,
+};
 use crate::model::ObjectName;
-
-mod cgroups;
-mod notices;
-
-use cgroups::{Cgroups, Look};
-use notices::Notices;
 
 /// The first pause of the timer, doubled up to [`LONGEST`].
 const SHORTEST: Duration = Duration::from_millis(100);

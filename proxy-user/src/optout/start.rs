@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, watch};
 use super::{Bypass, Bypassed, Census, Pods};
 use crate::{
     model::PodChange,
+    observe::Metrics,
     source::{
         SourceStatus,
         kube::{self, Connection},

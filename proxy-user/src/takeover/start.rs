@@ -7,11 +7,8 @@
 use ipnet::IpNet;
 use tokio::sync::mpsc;
 
-use super::{Because, KeptChain, Removed, listed};
-use crate::{
-    model::{Family, PerFamily},
-    takeover,
-};
+use super::{Because, KeptChain, Removed, listed, remove_of};
+use crate::model::{Family, PerFamily};
 
 /// Waits for the news in a task. Virtual servers of IPVS in the `excluded` networks stay. Of a family that is not `served`
 /// the rules go with the first one that is.
@@ -24,7 +21,7 @@ pub(crate) fn start(excluded: Vec<IpNet>, served: PerFamily<bool>) -> mpsc::Unbo
             *going.get_mut(family) = true;
             *waiting.get_mut(family) = false;
             let last = (!waiting.v4 && !waiting.v6).then_some(&*excluded);
-            let (removed, failed) = kube_proxy::remove_of(std::mem::take(&mut going), last).await;
+            let (removed, failed) = remove_of(std::mem::take(&mut going), last).await;
             tell(&removed);
             for error in failed {
                 let cause = std::error::Error::source(&error).map(ToString::to_string);

@@ -14,7 +14,7 @@ use super::{Family, ObjectName, Problem, Protocol, parse_address};
 pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 
 /// The label that says which Service a slice belongs to (W7).
-pub(super) const SERVICE_NAME: &str = "kubernetes.io/service-name";
+pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 
 /// One endpoint of a slice, whichever of the slice's ports is asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,8 +87,8 @@ impl Slice {
         if label(HEADLESS_LABEL).is_some() {
             return None;
         }
-        let Some(service) = label(SERVICE_NAME).filter(|name| !name.is_empty()) else {
-            let field = format!("metadata.labels[{SERVICE_NAME}]");
+        let Some(service) = label(SERVICE_NAME_LABEL).filter(|name| !name.is_empty()) else {
+            let field = format!("metadata.labels[{SERVICE_NAME_LABEL}]");
             problems.push(Problem::new(field, "", "the slice names no Service"));
             return None;
         };

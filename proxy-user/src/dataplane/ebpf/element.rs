@@ -143,7 +143,7 @@ pub(super) fn record(plan: &PortPlan, site: &Site, columns: [Column; Record::COL
 mod tests {
     use super::*;
     use crate::{
-        dataplane::ebpf::fixture::{address, backend, port},
+        dataplane::ebpf::fixture::{WithFrontends as _, address, backend, port},
         plan::Target,
     };
 

@@ -29,9 +29,20 @@ pub(super) fn port(name: &str, backends: &[&str]) -> PortPlan {
     }
 }
 
-impl PortPlan {
+/// Adds frontends to a service port.
+pub(super) trait WithFrontends {
     /// The same with one more frontend: pods get the first target and the host the second.
-    pub(super) fn at(mut self, destination: Destination, port: u16, targets: [Target; 2]) -> Self {
+    fn at(self, destination: Destination, port: u16, targets: [Target; 2]) -> Self;
+
+    /// The same with a ClusterIP that all clients may use.
+    fn at_ip(self, ip: &str) -> Self;
+
+    /// The same with this source range on every frontend.
+    fn guarded(self, source: &str) -> Self;
+}
+
+impl WithFrontends for PortPlan {
+    fn at(mut self, destination: Destination, port: u16, targets: [Target; 2]) -> Self {
         let [pod, host] = targets.map(|target| Treatment { target, masquerade: false });
         let frontend = Frontend { destination, protocol: self.id.protocol, port };
         let route = Route { pod, host, outside: pod };
@@ -39,13 +50,11 @@ impl PortPlan {
         self
     }
 
-    /// The same with a ClusterIP where everybody gets to its backends.
-    pub(super) fn at_ip(self, ip: &str) -> Self {
+    fn at_ip(self, ip: &str) -> Self {
         self.at(address(ip), 80, [Target::Cluster; 2])
     }
 
-    /// The same that lets in these sources only.
-    pub(super) fn guarded(mut self, source: &str) -> Self {
+    fn guarded(mut self, source: &str) -> Self {
         let source: IpNet = source.parse().unwrap();
         self.frontends.iter_mut().for_each(|planned| planned.allowed_sources = Some(Arc::new([source])));
         self

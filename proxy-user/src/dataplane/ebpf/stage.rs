@@ -292,7 +292,7 @@ mod tests {
 
     use super::*;
     use crate::dataplane::ebpf::{
-        fixture::{backend, port},
+        fixture::{WithFrontends as _, backend, port},
         slots::{REST, Range},
     };
 

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     model::{Family, PerFamily},
-    sys::descriptor::{OwnSocket, ignore_sender},
+    sys::descriptor::{OwnSocket, borrow, ignore_sender},
 };
 
 /// Room for the notices of a commit of others that replaces 100,000 rules at once, as iptables does: what finds no room is
@@ -87,7 +87,7 @@ impl Watch {
         let socket = Socket::open(Bus::Netfilter)?;
         close_on_exec(&socket)?;
         socket.bind(1 << (NFNLGRP_NFTABLES - 1), mnl::mnl_sys::MNL_SOCKET_AUTOPID)?;
-        setsockopt(&netlink::borrow(&socket), sockopt::RcvBufForce, &ROOM)?;
+        setsockopt(&borrow(&socket), sockopt::RcvBufForce, &ROOM)?;
         ignore_sender(&socket, ours)?;
         let touched = PerFamily::default();
         Ok(Self { socket: OwnSocket(socket), buffer: vec![0; BUFFER], ours, touched })

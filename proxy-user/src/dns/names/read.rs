@@ -7,7 +7,7 @@ use std::{net::IpAddr, sync::Arc};
 
 use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
 
-use crate::model::{Family, ObjectName, Protocol, ServicePort, endpoint::SERVICE_NAME, parse_address};
+use crate::model::{Family, ObjectName, Protocol, SERVICE_NAME_LABEL, ServicePort, parse_address};
 
 /// What the name of a Service stands for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -158,7 +158,8 @@ impl NamedSlice {
         node_name: &str,
         mut zone: impl FnMut(Option<&str>) -> u16,
     ) -> Option<(ObjectName, Self)> {
-        let service = slice.metadata.labels.as_ref()?.get(SERVICE_NAME).filter(|name| !name.is_empty())?;
+        let service =
+            slice.metadata.labels.as_ref()?.get(SERVICE_NAME_LABEL).filter(|name| !name.is_empty())?;
         let family = Family::ALL.into_iter().find(|family| family.to_string() == slice.address_type)?;
         let endpoints = slice.endpoints.iter().flatten().filter_map(|endpoint| {
             let address = parse_address(endpoint.addresses.first()?)?;

@@ -2,8 +2,8 @@
 
 use serde_json::json;
 
+use super::applied::Applied;
 use crate::{
-    dataplane::{Dataplane, Memory},
     model::{Change, Kind},
     model::{
         Model, PerFamily,
@@ -25,12 +25,12 @@ fn claiming(name: &str, created: u32, external_ips: &[&str]) -> Change {
 struct Rig {
     model: Model,
     planner: Planner,
-    memory: Memory,
+    applied: Applied,
 }
 
 impl Rig {
     fn new() -> Self {
-        Self { model: model(settings(), []), planner: Planner::default(), memory: Memory::default() }
+        Self { model: model(settings(), []), planner: Planner::default(), applied: Applied::default() }
     }
 
     fn step(&mut self, changes: impl IntoIterator<Item = Change>) -> Delta {
@@ -39,8 +39,7 @@ impl Rig {
             self.planner.update(&name, self.model.plan(&name));
         }
         let delta = self.planner.take_delta();
-        self.memory.apply(&delta).unwrap();
-        self.memory.dump().unwrap();
+        self.applied.apply(&delta);
         delta
     }
 

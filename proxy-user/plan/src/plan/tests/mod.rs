@@ -1,5 +1,6 @@
 //! The plan's rules, case by case.
 
+mod applied;
 mod conflicts;
 mod endpoints;
 mod matrix;
