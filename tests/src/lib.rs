@@ -10,7 +10,6 @@
 pub mod agent;
 pub mod apiserver;
 pub mod assets;
-pub mod bench;
 pub mod bpffs;
 pub mod cases;
 pub mod cgroup;

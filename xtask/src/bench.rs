@@ -25,7 +25,7 @@ pub(crate) fn run(machine: &Machine, args: &[OsString]) -> Result<()> {
         "-p",
         "proxy-user",
         "-p",
-        "weir-tests",
+        "weir-bench",
         "--bins",
     ]))?;
     let built = machine.target_directory()?.join("release");

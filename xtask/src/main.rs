@@ -53,7 +53,7 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<std::ffi::OsString>,
     },
-    /// Run every test (needs root, or sudo)
+    /// Run every test (needs root, or sudo; `--quick` does not)
     Test(suites::Options),
     /// Check formatting, lints, documentation, licences, unit tests and cited rules
     Check,

@@ -1,4 +1,4 @@
-//! Lists in pieces, and what messages mean. Against a real API server: `tests/source_kube.rs`.
+//! Lists in pieces, and what messages mean. Against a real API server: `tests/suites/source/services.rs`.
 
 use std::{
     io::Write as _,

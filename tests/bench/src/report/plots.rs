@@ -1,0 +1,242 @@
+//! SVG plots: bars with intervals, and curves.
+//!
+//! In: names and numbers. Out: files. Axes that span several orders of magnitude are logarithmic.
+
+use std::{collections::BTreeSet, ops::Range, path::Path};
+
+use anyhow::Result;
+use plotters::prelude::*;
+
+use weir_tests::subject::Plane;
+
+use crate::{statistics::Estimate, subject::Subject};
+
+/// Colours that are told apart in print too.
+#[must_use]
+pub(super) fn colour(subject: Option<Subject>) -> RGBColor {
+    match subject {
+        None => RGBColor(90, 90, 90),
+        Some(Subject::WeirEbpf) => RGBColor(0, 114, 178),
+        Some(Subject::WeirNftables) => RGBColor(86, 180, 233),
+        Some(Subject::KubeProxyNftables) => RGBColor(213, 94, 0),
+        Some(Subject::OtherKubeProxy(_)) => RGBColor(120, 60, 0),
+        Some(Subject::KubeProxyIptables) => RGBColor(230, 159, 0),
+        Some(Subject::KubeProxyIpvs) => RGBColor(204, 121, 167),
+        Some(Subject::OtherWeir(Plane::Ebpf, _)) => RGBColor(0, 158, 115),
+        Some(Subject::OtherWeir(Plane::Nftables, _)) => RGBColor(240, 228, 66),
+    }
+}
+
+/// The name in a legend.
+#[must_use]
+pub(super) fn name(subject: Option<Subject>) -> &'static str {
+    subject.map_or("straight, no proxy", Subject::name)
+}
+
+/// Bars of one case, each with its subject.
+pub(super) struct Group {
+    /// The case.
+    pub(super) name: String,
+    /// Its bars.
+    pub(super) bars: Vec<(Subject, Estimate)>,
+}
+
+/// Room for the names of groups, in units of the axis.
+const NAMES: f64 = 0.75;
+/// Room for title and legend, in pixels.
+const HEAD: u32 = 55;
+/// The height of a bar, in pixels.
+const BAR: u32 = 14;
+
+/// Ratios as horizontal bars with their intervals.
+///
+/// # Errors
+///
+/// When the file cannot be written.
+pub(super) fn bars(path: &Path, title: &str, groups: &[Group]) -> Result<()> {
+    let rows: usize = groups.iter().map(|group| group.bars.len() + 1).sum();
+    let height = 140 + BAR * u32::try_from(rows)?;
+    let highest = groups.iter().flat_map(|group| &group.bars).map(|(_, bar)| bar.high).fold(1.1, f64::max);
+    let root = SVGBackend::new(path, (900, height)).into_drawing_area();
+    root.fill(&WHITE)?;
+    let subjects = groups.iter().flat_map(|group| group.bars.iter().map(|(subject, _)| Some(*subject)));
+    let body = headed(&root, title, subjects)?;
+    let mut chart = ChartBuilder::on(&body)
+        .margin(10)
+        .x_label_area_size(35)
+        .build_cartesian_2d(-NAMES..highest.min(2.0), 0.0..rows as f64 + 1.0)?;
+    let label = |value: &f64| if *value < 0.0 { String::new() } else { format!("{value:.1}") };
+    chart
+        .configure_mesh()
+        .disable_y_mesh()
+        .max_light_lines(1)
+        .x_labels(20)
+        .x_label_formatter(&label)
+        .x_desc("part of straight, no proxy (95 % intervals)")
+        .y_labels(0)
+        .draw()?;
+    let top = rows as f64 + 1.0;
+    chart.draw_series(LineSeries::new([(1.0, 0.0), (1.0, top)], BLACK.mix(0.6)))?;
+    let mut y = top - 0.5;
+    for group in groups {
+        let middle = y - 0.3 - group.bars.len() as f64 / 2.0;
+        chart.draw_series([Text::new(
+            group.name.clone(),
+            (0.02 - NAMES, middle + 0.4),
+            ("sans-serif", 13),
+        )])?;
+        for (subject, bar) in &group.bars {
+            y -= 1.0;
+            let colour = colour(Some(*subject));
+            chart.draw_series([Rectangle::new([(0.0, y - 0.4), (bar.point, y + 0.4)], colour.filled())])?;
+            chart.draw_series([ErrorBar::new_horizontal(
+                y,
+                bar.low,
+                bar.point,
+                bar.high,
+                BLACK.stroke_width(1),
+                6,
+            )])?;
+        }
+        y -= 1.0;
+    }
+    root.present()?;
+    Ok(())
+}
+
+type Area<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
+
+/// Writes title and legend, and leaves what is below them.
+fn headed<'a>(
+    root: &Area<'a>,
+    title: &str,
+    subjects: impl Iterator<Item = Option<Subject>>,
+) -> Result<Area<'a>> {
+    let (head, body) = root.split_vertically(HEAD);
+    head.draw(&Text::new(title, (12, 8), ("sans-serif", 18)))?;
+    let all: BTreeSet<Option<Subject>> = subjects.collect();
+    for (number, subject) in (0..).zip(all) {
+        let (x, y) = (12 + number * 165, 36);
+        head.draw(&Rectangle::new([(x, y), (x + 12, y + 10)], colour(subject).filled()))?;
+        head.draw(&Text::new(name(subject), (x + 17, y), ("sans-serif", 13)))?;
+    }
+    Ok(body)
+}
+
+/// How an axis counts.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Scale {
+    /// By powers of ten.
+    Powers,
+    /// From nothing.
+    FromZero,
+    /// From the least that there is.
+    FromLeast,
+}
+
+/// An axis.
+#[derive(Clone, Copy)]
+pub(super) struct Axis {
+    /// What it says.
+    pub(super) name: &'static str,
+    /// How it counts.
+    pub(super) scale: Scale,
+    /// A number as it is written.
+    pub(super) text: fn(f64) -> String,
+}
+
+impl Axis {
+    fn place(self, value: f64) -> f64 {
+        if self.scale == Scale::Powers { value.max(1e-9).log10() } else { value }
+    }
+
+    /// From where to where; whole powers of ten where it counts by those.
+    fn range(self, values: impl Iterator<Item = f64>) -> Range<f64> {
+        let places = values.map(|value| self.place(value));
+        let (low, high) =
+            places.fold((f64::MAX, f64::MIN), |(low, high), place| (low.min(place), high.max(place)));
+        match self.scale {
+            Scale::Powers => low.floor()..high.ceil().max(low.floor() + 1.0),
+            Scale::FromZero => low.min(0.0)..high.max(f64::EPSILON),
+            Scale::FromLeast => low..high.max(low * 1.01 + f64::EPSILON),
+        }
+    }
+
+    fn labels(self, range: &Range<f64>) -> usize {
+        if self.scale == Scale::Powers { (range.end - range.start) as usize + 1 } else { 10 }
+    }
+
+    fn label(self, place: f64) -> String {
+        (self.text)(if self.scale == Scale::Powers { 10_f64.powf(place) } else { place })
+    }
+}
+
+/// One curve.
+pub(super) struct Curve {
+    /// Whose.
+    pub(super) subject: Option<Subject>,
+    /// Where it goes.
+    pub(super) points: Vec<(f64, f64)>,
+}
+
+/// Curves with their points.
+///
+/// # Errors
+///
+/// When the file cannot be written.
+pub(super) fn curves(path: &Path, title: &str, x: Axis, y: Axis, curves: &[Curve]) -> Result<()> {
+    let points = || curves.iter().flat_map(|curve| &curve.points);
+    let (across, up) = (x.range(points().map(|point| point.0)), y.range(points().map(|point| point.1)));
+    let (x_labels, y_labels) = (x.labels(&across), y.labels(&up));
+    let root = SVGBackend::new(path, (900, 440)).into_drawing_area();
+    root.fill(&WHITE)?;
+    let body = headed(&root, title, curves.iter().map(|curve| curve.subject))?;
+    let mut chart = ChartBuilder::on(&body)
+        .margin(10)
+        .margin_right(30)
+        .x_label_area_size(40)
+        .y_label_area_size(80)
+        .build_cartesian_2d(across, up)?;
+    chart
+        .configure_mesh()
+        .max_light_lines(1)
+        .x_labels(x_labels)
+        .y_labels(y_labels)
+        .x_label_formatter(&|place| x.label(*place))
+        .y_label_formatter(&|place| y.label(*place))
+        .x_desc(x.name)
+        .y_desc(y.name)
+        .draw()?;
+    for curve in curves {
+        let colour = colour(curve.subject);
+        let places: Vec<_> =
+            curve.points.iter().map(|(one, other)| (x.place(*one), y.place(*other))).collect();
+        chart.draw_series(LineSeries::new(places.iter().copied(), colour.stroke_width(2)))?;
+        chart.draw_series(places.into_iter().map(|place| Circle::new(place, 3, colour.filled())))?;
+    }
+    root.present()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::time;
+
+    #[test]
+    fn plots_say_whose_they_are() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("plot.svg");
+        let bar = Estimate { point: 0.9, low: 0.8, high: 0.95 };
+        let group = Group { name: "a route".to_owned(), bars: vec![(Subject::WeirEbpf, bar)] };
+        bars(&path, "Ratios", &[group]).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(["a route", "weir eBPF", "Ratios"].iter().all(|word| text.contains(word)), "{text}");
+
+        let axis = |name| Axis { name, scale: Scale::Powers, text: time };
+        let curve = Curve { subject: None, points: vec![(100.0, 0.01), (1000.0, 0.02)] };
+        curves(&path, "Costs", axis("across"), axis("up"), &[curve]).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(["across", "straight, no proxy", "Costs"].iter().all(|word| text.contains(word)), "{text}");
+    }
+}

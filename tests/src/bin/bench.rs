@@ -1,7 +1,0 @@
-//! `weir-bench`: how fast Services are programmed and reached, weir and kube-proxy side by side.
-
-use clap::Parser as _;
-
-fn main() -> anyhow::Result<()> {
-    weir_tests::bench::run(&weir_tests::bench::Options::parse())
-}
