@@ -15,13 +15,11 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 use hickory_proto::rr::RecordType;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use weir::model::{Kind, Object};
 
-use super::{process::Process, report::say, statistics::quantile};
 use weir_tests::{
     assets,
     control_plane::ControlPlane,
@@ -29,6 +27,8 @@ use weir_tests::{
     netns::Namespace,
     objects::NAMESPACE,
 };
+
+use super::{process::Process, report::say};
 
 /// Services with a ClusterIP, and headless ones, that are asked for.
 const SERVICES: u8 = 200;
@@ -44,29 +44,31 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// How much is measured.
 #[derive(Clone, Copy, Debug)]
-pub struct Plan {
+pub(super) struct Plan {
     /// How often each server takes its turn.
-    pub rounds: u32,
+    pub(super) rounds: u32,
     /// How long a turn is.
-    pub turn: Duration,
+    pub(super) turn: Duration,
     /// Changes whose first answer is waited for.
-    pub changes: u32,
+    pub(super) changes: u32,
 }
 
 /// What was seen of one server.
-#[derive(Clone, Debug, Default, Serialize)]
-struct Seen {
-    server: &'static str,
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Seen {
+    /// Its name.
+    pub server: String,
     /// Queries a second, one figure for each turn.
-    rate: Vec<f64>,
+    pub rate: Vec<f64>,
     /// Queries for each second of processor time.
-    rate_by_core: Vec<f64>,
+    pub rate_by_core: Vec<f64>,
     /// Seconds of single queries, one after the other.
-    alone: Vec<f64>,
-    /// Seconds from the API server's word that a change is made to the first answer with it.
-    change: Vec<f64>,
+    pub alone: Vec<f64>,
+    /// Seconds from the API server's answer to a change until the first answer with the change.
+    pub change: Vec<f64>,
     /// Bytes of memory that the endpoints added.
-    memory: Option<i64>,
+    pub memory: Option<i64>,
 }
 
 /// One of the two.
@@ -76,13 +78,12 @@ struct Server {
     process: Process,
 }
 
-/// Measures, prints a table on standard output, and writes every sample to a file.
+/// Measures both servers in turn.
 ///
 /// # Errors
 ///
 /// When something needed is missing, or a server does not answer.
-pub fn run(plan: &Plan, output: &Path) -> Result<()> {
-    use std::io::Write as _;
+pub(super) fn run(plan: &Plan) -> Result<Vec<Seen>> {
     let namespace = Namespace::new("names")?;
     namespace.ip(&[format!("addr add {API_SERVER}/32 dev lo")])?;
     let cluster = ControlPlane::start(&namespace, API_SERVER.into())?;
@@ -91,7 +92,7 @@ pub fn run(plan: &Plan, output: &Path) -> Result<()> {
     let directory = tempfile::tempdir()?;
     let servers = start(&namespace, &cluster, directory.path())?;
     let mut seen: Vec<Seen> =
-        servers.iter().map(|server| Seen { server: server.name, ..Seen::default() }).collect();
+        servers.iter().map(|server| Seen { server: server.name.to_owned(), ..Seen::default() }).collect();
     for round in 0..plan.rounds {
         for (server, seen) in servers.iter().zip(&mut seen) {
             namespace.run(|| take_turn(server, plan.turn, seen))?;
@@ -103,9 +104,16 @@ pub fn run(plan: &Plan, output: &Path) -> Result<()> {
         first_answers(&namespace, &cluster, &servers, number, &mut seen)?;
     }
     endpoints(&namespace, &cluster, &servers, &mut seen)?;
-    std::fs::write(output.with_extension("names.json"), serde_json::to_vec_pretty(&seen)?)?;
-    writeln!(std::io::stdout(), "{}", table(&seen))?;
-    Ok(())
+    seen.iter_mut().for_each(|seen| thin(&mut seen.alone));
+    Ok(seen)
+}
+
+/// Leaves so many of the samples, spread evenly over all: tens of thousands would be most of the file.
+fn thin(samples: &mut Vec<f64>) {
+    const LEFT: usize = 1000;
+    samples.sort_by(f64::total_cmp);
+    let step = samples.len().div_ceil(LEFT).max(1);
+    *samples = samples.iter().copied().step_by(step).collect();
 }
 
 fn service(name: &str, spec: &Value) -> Object {
@@ -315,52 +323,4 @@ fn endpoints(
     }
     let names: Vec<_> = (0..=last).map(|number| (Kind::EndpointSlice, format!("many-{number}"))).collect();
     cluster.delete(&names)
-}
-
-fn table(seen: &[Seen]) -> Table {
-    let mut table = Table::new();
-    table.load_style(UTF8_FULL_CONDENSED);
-    table.set_header([
-        "names",
-        "queries/s",
-        "queries/CPU s",
-        "p50",
-        "p99",
-        "after a change, p50",
-        "p99",
-        "10,000 endpoints",
-    ]);
-    let median = |samples: &[f64]| quantile(samples.to_vec(), 0.5);
-    let micro = |samples: &[f64], part| format!("{:.0} µs", quantile(samples.to_vec(), part) * 1e6);
-    let milli = |samples: &[f64], part| format!("{:.1} ms", quantile(samples.to_vec(), part) * 1e3);
-    for seen in seen {
-        let memory = seen.memory.unwrap_or_default() as f64 / f64::from(1 << 20);
-        table.add_row([
-            seen.server.to_owned(),
-            format!("{:.0}", median(&seen.rate)),
-            format!("{:.0}", median(&seen.rate_by_core)),
-            micro(&seen.alone, 0.5),
-            micro(&seen.alone, 0.99),
-            milli(&seen.change, 0.5),
-            milli(&seen.change, 0.99),
-            format!("{memory:.1} MiB"),
-        ]);
-    }
-    if let [weir, coredns] = seen {
-        let ratio =
-            |of: fn(&Seen) -> &[f64]| format!("{:.1}x", median(of(weir)) / median(of(coredns)).max(1e-12));
-        let empty = String::new;
-        table.add_row([
-            "ratio".to_owned(),
-            ratio(|seen| &seen.rate),
-            ratio(|seen| &seen.rate_by_core),
-            ratio(|seen| &seen.alone),
-            empty(),
-            empty(),
-            empty(),
-            empty(),
-        ]);
-    }
-    table.column_iter_mut().skip(1).for_each(|column| column.set_cell_alignment(CellAlignment::Right));
-    table
 }

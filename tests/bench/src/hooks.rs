@@ -14,13 +14,10 @@ use aya::{
     programs::loaded_programs,
     sys::{Stats, enable_stats},
 };
-use comfy_table::Table;
 use serde::{Deserialize, Serialize};
 
 use super::{
     paths::client::{Crew, connect, datagrams, reset},
-    report::grid,
-    statistics::quantile,
     subject::Subject,
 };
 
@@ -164,21 +161,4 @@ fn counted_by_name(agent: u32, names: &BTreeMap<u64, String>) -> Result<BTreeMap
         }
     }
     Ok(all)
-}
-
-/// One row for each program and case.
-#[must_use]
-pub(super) fn table(costs: &[Cost]) -> Table {
-    let mut table = grid(&["Services", "program", "case", "ns a run", "least"], &[1, 2]);
-    for cost in costs {
-        table.add_row([
-            cost.services.to_string(),
-            cost.other
-                .map_or_else(|| cost.program.clone(), |other| format!("{}, {}", cost.program, other.name())),
-            cost.case.clone(),
-            format!("{:.0}", quantile(cost.nanoseconds.clone(), 0.5)),
-            format!("{:.0}", quantile(cost.nanoseconds.clone(), 0.0)),
-        ]);
-    }
-    table
 }

@@ -1,15 +1,15 @@
 //! The benchmark: weir's two data planes and kube-proxy's with the same Services, in turn.
 //!
-//! In: [`Options`]. Out: tables, and every sample in a JSON file, from which page and plots are made. There are these parts:
+//! In: [`Options`]. Out: tables, every sample in a JSON file, and of a full run a page with plots. There are these parts:
 //!
-//! - [`maps`]: the eBPF plane's maps by themselves,
+//! - [`maps`]: the socket plane's maps by themselves,
 //! - [`programming`]: how fast the Services of an API server are programmed, and what it costs; how long it takes to serve
 //!   again after a hostile act,
 //! - [`paths`]: traffic through Services beside the same traffic straight to their endpoints,
 //! - [`hooks`]: what the socket programs take,
 //! - [`dns`]: names answered on the node beside a real CoreDNS's answers, with an API server of their own.
 //!
-//! One API server with its etcd feeds all subjects of the last three; its Services grow in number, and whatever is to be
+//! One API server with its etcd feeds all subjects of `programming`, `paths` and `hooks`; its Services grow in number, and what is
 //! measured with one number is measured before it grows on.
 
 #![deny(unsafe_code)]
@@ -21,7 +21,7 @@ use std::{
     time::Instant,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use tokio::runtime::Runtime;
 
 use self::{
@@ -59,7 +59,8 @@ pub mod workload;
 /// kube-proxy's paths are not measured with more Services than this unless it is asked for: that alone takes minutes.
 const KUBE_PROXY_UP_TO: u32 = 10_000;
 
-/// Measures, reporting progress on standard error and the tables on standard output; or does with samples what it is told.
+/// Measures, reporting progress on standard error and the tables on standard output, and publishes a full run; or does with
+/// samples what the options say.
 ///
 /// # Errors
 ///
@@ -67,33 +68,34 @@ const KUBE_PROXY_UP_TO: u32 = 10_000;
 pub fn run(options: &Options) -> Result<()> {
     let options = options.settled();
     let mut out = std::io::stdout();
-    if let [before, after] = &options.compare[..] {
-        let tables = report::compare::tables(&Report::load(before)?, &Report::load(after)?);
-        ensure!(!tables.is_empty(), "the two have no case in common");
-        return tables.into_iter().try_for_each(|table| Ok(writeln!(out, "{table}")?));
-    }
     if let Some(samples) = &options.render {
-        return report::page::write(&Report::load(samples)?, samples, &options.docs);
+        return publish(&Report::load(samples)?, &options);
     }
     if options.list {
         return options.names().into_iter().try_for_each(|name| Ok(writeln!(out, "{name}")?));
     }
     let report = measure(&options)?;
-    for (title, table) in report.tables() {
+    for (title, table) in report.parts().into_iter().flat_map(|part| part.tables) {
         writeln!(out, "{title}\n{table}")?;
     }
+    writeln!(out, "Verdicts\n{}", report.verdicts())?;
     for (subject, why) in &report.absent {
-        writeln!(out, "{subject}: not measured, {why}")?;
+        writeln!(out, "{subject}: not run, {why}")?;
     }
+    if options.is_full() { publish(&report, &options) } else { Ok(()) }
+}
+
+fn publish(report: &Report, options: &Options) -> Result<()> {
+    let directory = report::page::write(report, options.render.as_deref(), &options.docs)?;
+    say(format_args!("{} has the page", directory.display()));
     Ok(())
 }
 
 fn measure(options: &Options) -> Result<Report> {
     let begin = Instant::now();
-    let subjects = if options.subjects.is_empty() { &Subject::ALL[..] } else { &options.subjects };
-    let mut report = Report::new(options, subjects)?;
-    let subjects: Vec<Subject> =
-        subjects.iter().copied().filter(|subject| subject.lacks().is_none()).collect();
+    let mut subjects = if options.subjects.is_empty() { Subject::every() } else { options.subjects.clone() };
+    let mut report = Report::new(options, &subjects)?;
+    subjects.retain(|subject| subject.lacks().is_none());
     if options.selection().has("maps") {
         report.maps = maps::measure(options.map_services, options.rounds, options.map_changes())?;
         report.save(&options.output)?;
@@ -124,7 +126,7 @@ fn measure(options: &Options) -> Result<Report> {
         })?;
     }
     if options.selection().has(options::NAMES) {
-        dns::run(&options.dns(), &options.output)?;
+        report.names = dns::run(&options.dns())?;
     }
     report.seconds = begin.elapsed().as_secs_f64();
     report.save(&options.output)?;

@@ -14,7 +14,6 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use aya::maps::MapData;
-use comfy_table::Table;
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use weir::{
@@ -29,12 +28,7 @@ use weir::{
     },
 };
 
-use super::{
-    cluster::ENDPOINTS,
-    report::{bytes, grid, say, time},
-    statistics::quantile,
-    workload::Numbered,
-};
+use super::{cluster::ENDPOINTS, report::say, workload::Numbered};
 use weir_tests::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace};
 
 /// What all Services of a run have in common, which decides what is in the maps.
@@ -50,9 +44,9 @@ pub enum Shape {
 }
 
 impl Shape {
-    const ALL: [Self; 3] = [Self::Tcp, Self::Sticky, Self::Udp];
+    pub(super) const ALL: [Self; 3] = [Self::Tcp, Self::Sticky, Self::Udp];
 
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::Tcp => "TCP",
             Self::Sticky => "TCP with session affinity",
@@ -279,50 +273,9 @@ fn maps(directory: &Path) -> Result<Vec<Map>> {
     Ok(maps)
 }
 
-/// One row for each shape.
-#[must_use]
-pub(super) fn table(runs: &[Run]) -> Table {
-    let mut table = grid(
-        &[
-            "Services",
-            "of",
-            "filled (CPU)",
-            "adopted (CPU)",
-            "endpoint more or less p50 / p99",
-            "Service more or less p50 / p99",
-            "bytes a Service",
-            "bytes an endpoint",
-            "all maps",
-        ],
-        &[1],
-    );
-    for shape in Shape::ALL {
-        let of_shape: Vec<&Run> = runs.iter().filter(|run| run.shape == shape).collect();
-        let Some(run) = of_shape.first() else { continue };
-        let over =
-            |value: fn(&Run) -> f64| time(quantile(of_shape.iter().map(|run| value(run)).collect(), 0.5));
-        let both = |value: fn(&Run) -> &Vec<f64>| {
-            let all: Vec<f64> = of_shape.iter().flat_map(|run| value(run)).copied().collect();
-            format!("{} / {}", time(quantile(all.clone(), 0.5)), time(quantile(all, 0.99)))
-        };
-        let services = f64::from(run.services);
-        table.add_row([
-            run.services.to_string(),
-            shape.name().to_owned(),
-            format!("{} ({})", over(|run| run.filled_seconds), over(|run| run.filled_cpu_seconds)),
-            format!("{} ({})", over(|run| run.adopted_seconds), over(|run| run.adopted_cpu_seconds)),
-            both(|run| &run.changed_seconds),
-            both(|run| &run.came_seconds),
-            format!("{:.0}", run.bytes(&["frontends", "tallies"]) / services),
-            format!("{:.0}", run.bytes(&["slots", "members"]) / services / f64::from(run.endpoints)),
-            bytes(run.maps.iter().map(|map| map.bytes).sum::<u64>() as f64),
-        ]);
-    }
-    table
-}
-
 impl Run {
-    fn bytes(&self, names: &[&str]) -> f64 {
+    /// Kernel memory of some of the maps.
+    pub(super) fn bytes(&self, names: &[&str]) -> f64 {
         let named = self.maps.iter().filter(|map| names.contains(&map.name.as_str()));
         named.map(|map| map.bytes).sum::<u64>() as f64
     }

@@ -14,17 +14,20 @@ use super::{
 
 /// Measures how fast Services are programmed and reached: weir's data planes beside kube-proxy's.
 ///
-/// KUBEBUILDER_ASSETS names a directory with etcd and kube-apiserver; kube-proxy is there or in PATH. WEIR_BIN names a
-/// release build of weir. `cargo xtask bench` sees to all that.
+/// A full run, without --only, --quick and --subject, takes under 90 minutes on two cores and writes its page: docs/benchmarks/DATE with
+/// README.md, samples.json and plots. @TIMES@
+///
+/// KUBEBUILDER_ASSETS names a directory with etcd and kube-apiserver; kube-proxy is there or in PATH. WEIR_BIN names a release build of
+/// weir. `cargo xtask bench` sets all of them.
 ///
 /// Every case has a name: `maps`, `programming/SERVICESxENDPOINTS`, `hostile/SERVICESxENDPOINTS`, `paths/SERVICES/ROUTE/TRAFFIC/FAMILY`,
 /// `hooks/SERVICES`, `dns`. `--only` picks by parts of names.
 #[derive(Clone, Debug, Parser)]
 #[command(version)]
 pub struct Options {
-    /// What to measure; without this all that the machine can run: weir-ebpf, weir-nftables, kube-proxy-nftables,
-    /// kube-proxy-iptables, kube-proxy-ipvs. weir-ebpf@PATH and weir-nftables@PATH are another build of weir, so that
-    /// before and after stand in one run, and kube-proxy-nftables@PATH is the kube-proxy of another Kubernetes.
+    /// What to measure; without this all that the machine can run: weir-ebpf, weir-nftables, kube-proxy-nftables, kube-proxy-iptables,
+    /// kube-proxy-ipvs, and the kube-proxy of a later Kubernetes that setup built. weir-ebpf@PATH and weir-nftables@PATH are another build
+    /// of weir, so that before and after are in one run, and kube-proxy-nftables@PATH is another kube-proxy.
     #[arg(long = "subject", value_name = "SUBJECT[@PATH]", value_delimiter = ',')]
     pub(super) subjects: Vec<Subject>,
     /// Measure only cases with this in their name; several times for more.
@@ -33,7 +36,7 @@ pub struct Options {
     /// Under 5 minutes: few rounds, at most 1000 Services, IPv6 by one route, no hostile acts.
     #[arg(long)]
     pub(super) quick: bool,
-    /// Name the cases and measure none.
+    /// Print the names of the cases and measure none.
     #[arg(long)]
     pub(super) list: bool,
     /// Programming: numbers of Services.
@@ -43,59 +46,55 @@ pub struct Options {
     #[arg(long, default_value_t = 10_000)]
     pub(super) wide: u32,
     /// Programming, hostile acts and maps: how often each subject is started for each number of Services.
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 1)]
     pub(super) rounds: u32,
     /// Programming: changes of each kind after each start.
-    #[arg(long, default_value_t = 7)]
+    #[arg(long, default_value_t = 5)]
     pub(super) changes: u32,
     /// Programming: changes of each kind while others go on.
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = 10)]
     pub(super) busy_changes: u32,
     /// Programming: how many others in a second.
     #[arg(long, default_value_t = 100)]
     pub(super) churn: u32,
-    /// Programming: seconds that a subject has for the start, for each change, for the restart, and after a hostile act; no further change is
-    /// begun after so many either.
-    #[arg(long, default_value_t = 120)]
+    /// Programming: the most seconds for the start, for each change, for the restart, and after a hostile act; no further change is begun
+    /// after so many either.
+    #[arg(long, default_value_t = 75)]
     pub(super) bound: u64,
     /// Hostile acts: numbers of Services.
     #[arg(long, value_delimiter = ',', default_values_t = [10_000])]
     pub(super) hostile_services: Vec<u32>,
-    /// Hostile acts: leave out what takes most of a minute for each subject, which is waiting for connections that fell silent.
+    /// Hostile acts: leave out the act that takes most of a minute for each subject, which is waiting for connections that fell silent.
     #[arg(long)]
     pub(super) short_acts: bool,
     /// Maps: the number of Services.
     #[arg(long, default_value_t = 50_000)]
     pub(super) map_services: u32,
     /// Paths: numbers of Services.
-    #[arg(long, value_delimiter = ',', default_values_t = [10, 1000, 10_000, 50_000])]
+    #[arg(long, value_delimiter = ',', default_values_t = [10, 10_000])]
     pub(super) path_services: Vec<u32>,
-    /// Paths: the number of Services that everything is measured with; with others only connecting is. Where it is none
-    /// of those, the first is taken.
-    #[arg(long, default_value_t = 1000)]
+    /// Paths: the number of Services that everything is measured with; with others only connecting is. Where it is none of those, the first
+    /// is taken.
+    #[arg(long, default_value_t = 10)]
     pub(super) path_all: u32,
     /// Paths: how often each way takes its turn for each kind of traffic.
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = 10)]
     pub(super) path_rounds: u32,
     /// Paths: how long a turn is, in milliseconds.
     #[arg(long, default_value_t = 60)]
     pub(super) path_slot: u64,
-    /// Where the samples go.
+    /// The file that samples are written to.
     #[arg(long, default_value = "bench.json")]
     pub(super) output: PathBuf,
-    /// Profile weir's agent while it is measured (needs perf): folded stacks and what its programs took go into this
-    /// directory.
+    /// Profile weir's agent while it is measured (needs perf): folded stacks and the time of its programs go into this directory.
     #[arg(long, value_name = "DIRECTORY", num_args = 0..=1, default_missing_value = "bench-profile")]
     pub(super) profile: Option<PathBuf>,
     /// Measure nothing: write page and plots of these samples.
     #[arg(long, value_name = "SAMPLES")]
     pub(super) render: Option<PathBuf>,
-    /// Where `--render` writes `benchmarks.md` and, below it, `benchmarks/`.
+    /// The directory of `benchmarks.md`, and of `benchmarks/DATE` for each run.
     #[arg(long, default_value = "docs")]
     pub(super) docs: PathBuf,
-    /// Measure nothing: compare two files of samples.
-    #[arg(long, num_args = 2, value_names = ["BEFORE", "AFTER"])]
-    pub(super) compare: Vec<PathBuf>,
 }
 
 /// The name of the case about answers to names.
@@ -139,7 +138,13 @@ impl Options {
         settled
     }
 
-    /// What the command line said, to be said again.
+    /// Whether all is measured, so that there is a page about it.
+    #[must_use]
+    pub(super) fn is_full(&self) -> bool {
+        self.only.is_empty() && self.subjects.is_empty() && !self.quick
+    }
+
+    /// The command line, to be repeated.
     #[must_use]
     pub(super) fn said(&self) -> Vec<String> {
         std::env::args().skip(1).collect()
@@ -303,7 +308,7 @@ mod tests {
     fn all_is_measured_with_one_number_of_services_and_connecting_with_every() {
         let names = options("").names();
         let of = |prefix: &str| names.iter().filter(|name| name.starts_with(prefix)).count();
-        assert!(of("paths/1000/") > 60 && of("paths/50000/") == 3, "{names:?}");
+        assert!(of("paths/10/") > 60 && of("paths/10000/") == 3, "{names:?}");
         assert_eq!((of("programming/"), of("programming/1x10000"), of("maps")), (5, 1, 1));
         assert_eq!((of("hostile/"), of("hostile/10000x5")), (1, 1));
     }

@@ -16,11 +16,8 @@ pub(super) fn quantile(mut samples: Vec<f64>, part: f64) -> f64 {
     samples.get(index.saturating_sub(1)).copied().unwrap_or(f64::NAN)
 }
 
-/// The parts that `quantiles` are given for: what a curve of latencies is drawn from.
-pub const PARTS: [f64; 27] = [
-    0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9,
-    0.925, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999,
-];
+/// The parts that [`quantiles`] are given for.
+pub const PARTS: [f64; 4] = [0.5, 0.9, 0.99, 0.999];
 
 /// [`quantile`] for all [`PARTS`]; none when there are no samples.
 pub(super) fn quantiles(mut samples: Vec<f64>) -> Vec<f64> {
@@ -41,10 +38,15 @@ pub(super) struct Estimate {
     pub(super) high: f64,
 }
 
-/// Reads like `0.987 (0.980 to 0.991)`.
+/// Reads like `0.987 (0.980 to 0.991)`, with fewer digits where the number is large.
 impl fmt::Display for Estimate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:.3} ({:.3} to {:.3})", self.point, self.low, self.high)
+        let digits = match self.point {
+            point if point < 2.0 => 3,
+            point if point < 20.0 => 1,
+            _ => 0,
+        };
+        write!(f, "{:.digits$} ({:.digits$} to {:.digits$})", self.point, self.low, self.high)
     }
 }
 
@@ -69,6 +71,31 @@ pub(super) fn estimate(samples: &[f64]) -> Estimate {
         low: quantile(middles.clone(), 0.025),
         high: quantile(middles, 0.975),
     }
+}
+
+/// With fewer samples a bootstrap says nothing.
+pub(super) const ENOUGH: usize = 4;
+
+/// The ratio of two medians whose samples were not taken in the same rounds: by bootstrap over both sides, or, where
+/// there are few samples, from the smallest to the largest ratio of two of them.
+pub(super) fn ratio_of_medians(of: &[f64], to: &[f64]) -> Option<Estimate> {
+    if of.is_empty() || to.is_empty() {
+        return None;
+    }
+    let median = |samples: &[f64]| quantile(samples.to_vec(), 0.5);
+    let point = median(of) / median(to);
+    if of.len().min(to.len()) < ENOUGH {
+        let ends = |samples: &[f64]| (quantile(samples.to_vec(), 0.0), quantile(samples.to_vec(), 1.0));
+        let ((of_least, of_most), (to_least, to_most)) = (ends(of), ends(to));
+        return Some(Estimate { point, low: of_least / to_most, high: of_most / to_least });
+    }
+    let mut random = SEED;
+    let mut again = |samples: &[f64]| {
+        let drawn = samples.iter().map(|_| samples[(next(&mut random) % samples.len() as u64) as usize]);
+        quantile(drawn.collect(), 0.5)
+    };
+    let ratios: Vec<f64> = (0..RESAMPLES).map(|_| again(of) / again(to)).collect();
+    Some(Estimate { point, low: quantile(ratios.clone(), 0.025), high: quantile(ratios, 0.975) })
 }
 
 /// The mean of the middle half: a round that something else disturbed is not in it.
@@ -114,11 +141,19 @@ mod tests {
     }
 
     #[test]
-    fn a_curve_has_all_its_points_or_none() {
-        let curve = quantiles((1..=1000).rev().map(f64::from).collect());
-        assert_eq!(curve.len(), PARTS.len());
-        assert_eq!((curve[0], curve[10], curve[26]), (10.0, 500.0, 999.0));
+    fn quantiles_are_all_there_or_none() {
+        assert_eq!(quantiles((1..=1000).rev().map(f64::from).collect()), [500.0, 900.0, 990.0, 999.0]);
         assert!(quantiles(Vec::new()).is_empty());
+    }
+
+    #[test]
+    fn few_samples_have_the_interval_of_all_their_ratios() {
+        let ratio = |of: &[f64], to: &[f64]| ratio_of_medians(of, to).unwrap();
+        assert_eq!(ratio(&[6.0, 8.0], &[2.0]), Estimate { point: 3.0, low: 3.0, high: 4.0 });
+        let many = ratio(&[6.0, 6.1, 6.2, 6.3, 6.4], &[2.0, 2.0, 2.0, 2.0, 2.1]);
+        assert!(many.low > 2.9 && many.low <= many.point && many.point <= many.high, "{many:?}");
+        assert!(ratio_of_medians(&[], &[1.0]).is_none());
+        assert_eq!(Estimate { point: 119.12, low: 90.4, high: 130.0 }.to_string(), "119 (90 to 130)");
     }
 
     #[test]

@@ -58,6 +58,15 @@ impl Subject {
         Self::KubeProxyIpvs,
     ];
 
+    /// Those that are measured where none is named: all of these, and the later kube-proxy where there is one.
+    pub(super) fn every() -> Vec<Self> {
+        let mut every = Self::ALL.to_vec();
+        if let Ok(next) = assets::next_kube_proxy() {
+            every.push(Self::OtherKubeProxy(kept(next.display().to_string())));
+        }
+        every
+    }
+
     /// What the command line calls it, without the path of another build.
     fn id(self) -> &'static str {
         match self {

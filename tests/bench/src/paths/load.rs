@@ -235,10 +235,10 @@ impl Route {
         }
     }
 
-    /// Whether clients also go straight where a subject serves: what it costs those who ask for no Service. From outside
-    /// only the node without a proxy is compared with.
+    /// Whether clients also go straight to the pods where a subject serves: what the subject costs traffic to no Service.
+    /// From outside only the node without a proxy is compared with.
     #[must_use]
-    pub(super) fn is_compared_in_place(self) -> bool {
+    pub(crate) fn is_compared_in_place(self) -> bool {
         self.from() != From::Outside && self != Self::Affinity
     }
 

@@ -34,17 +34,17 @@ use super::{
 };
 use weir_tests::{cgroup::Cgroup, netns::Namespace, subject::Plane};
 
+mod cases;
 pub mod client;
 mod cpu;
 mod iperf;
 mod load;
 mod server;
-mod table;
 mod target;
 mod topology;
 
+pub(super) use self::cases::{cases, ratio};
 pub use self::load::{Load, Route, Traffic, Way};
-pub(super) use self::table::{Case, cases, latency_table, rate_table, ratio, ratio_table};
 
 /// Bytes of a request, and of its answer.
 const MESSAGE: usize = 64;

@@ -11,7 +11,6 @@ mod churn;
 mod record;
 mod recovery;
 mod start;
-mod table;
 
 use std::{cell::Cell, collections::BTreeSet, time::Duration};
 
@@ -19,7 +18,6 @@ use anyhow::{Context as _, Result, anyhow};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
-pub(super) use self::table::{kinds_table, recovery_table, start_table};
 pub use self::{
     record::{Busy, Change, Kind, Phase, Restart, Run, Start},
     recovery::{Act, Recovery},

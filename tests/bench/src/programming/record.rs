@@ -156,7 +156,7 @@ pub struct Restart {
 impl Run {
     /// One that has not begun.
     #[must_use]
-    pub(super) fn new(subject: Subject, workload: Workload, round: u32, bound: Duration) -> Self {
+    pub(crate) fn new(subject: Subject, workload: Workload, round: u32, bound: Duration) -> Self {
         Self {
             subject,
             workload,

@@ -1,42 +1,42 @@
-//! What was measured: raw samples as JSON, and tables of them.
+//! What was measured: raw samples as JSON, and tables, verdicts and plots of them.
 //!
-//! In: samples. Out: a file, tables for the terminal (`tables`), a page with plots (`page`), the difference to
-//! another file (`compare`).
+//! In: samples. Out: a file, tables for the terminal (`tables`, `verdicts`), a page with plots (`page`).
 
 use std::{collections::BTreeMap, fmt, fs, io::Write as _, path::Path};
 
 use anyhow::{Context as _, Result, ensure};
-use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
+use comfy_table::Table;
 use serde::{Deserialize, Serialize};
-
-use super::{
-    hooks::{self, Cost},
-    maps,
-    options::Options,
-    paths::{self, Series},
-    programming::{self, Recovery, Run},
-    subject::{Subject, version},
-};
 use weir_tests::assets;
 
-mod behind;
-pub(super) mod compare;
+use super::{
+    dns,
+    hooks::Cost,
+    maps,
+    options::Options,
+    paths::{Series, Way},
+    programming::{Recovery, Run},
+    subject::{Subject, version},
+};
+
 pub(super) mod page;
 mod plots;
-mod validate;
+mod tables;
 mod verdicts;
+
+use tables::ratios;
 
 /// What the file looks like; another number is another form.
 const FORMAT: u32 = 2;
 
 /// One line of progress.
 pub(super) fn say(line: fmt::Arguments<'_>) {
-    // Progress that nobody can see is no reason to stop.
+    // A closed standard error is no reason to stop.
     let _ = writeln!(std::io::stderr(), "{} {line}", k8s_openapi::jiff::Zoned::now().strftime("%H:%M:%S"));
 }
 
-/// Everything one invocation measured.
-#[derive(Debug, Serialize, Deserialize)]
+/// Everything one run measured.
+#[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Report {
     /// `FORMAT`.
@@ -45,17 +45,17 @@ pub struct Report {
     pub began: String,
     /// How long it took, in seconds.
     pub seconds: f64,
-    /// What it was told.
+    /// Its command line.
     pub arguments: Vec<String>,
     /// Where.
     pub machine: Machine,
-    /// The versions of subjects and tools, in their own words.
+    /// The versions of subjects and tools, as they print them.
     pub versions: BTreeMap<String, String>,
     /// Subjects that could not be measured here, and why.
     pub absent: BTreeMap<String, String>,
     /// What the values of [`Series::latencies`] are for.
     pub latency_parts: Vec<f64>,
-    /// What the maps of the eBPF plane cost, programmed by themselves.
+    /// What the maps of the socket plane cost, programmed by themselves.
     pub maps: Vec<maps::Run>,
     /// Each start of a subject, in the order they were made.
     pub programming: Vec<Run>,
@@ -66,17 +66,20 @@ pub struct Report {
     pub paths: Vec<Series>,
     /// What the socket programs took.
     pub hooks: Vec<Cost>,
+    /// What answers to names cost, of weir and of CoreDNS.
+    #[serde(default)]
+    pub names: Vec<dns::Seen>,
 }
 
 /// The machine measured on.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Machine {
     /// Its kernel's release.
     pub kernel: String,
     /// Its distribution.
     pub system: String,
-    /// What its processor calls itself.
+    /// The name of its processor.
     pub processor: String,
     /// Cores that the benchmark may use.
     pub processors: usize,
@@ -140,32 +143,26 @@ impl Report {
         Ok(Self {
             format: FORMAT,
             began: k8s_openapi::jiff::Timestamp::now().strftime("%Y-%m-%d %H:%M").to_string(),
-            seconds: 0.0,
             arguments: options.said(),
             machine: Machine::this()?,
             versions,
             absent,
             latency_parts: super::statistics::PARTS.to_vec(),
-            maps: Vec::new(),
-            programming: Vec::new(),
-            recoveries: Vec::new(),
-            paths: Vec::new(),
-            hooks: Vec::new(),
+            ..Self::default()
         })
     }
 
-    /// Reads one, and looks whether it can be what it says.
+    /// Reads one.
     ///
     /// # Errors
     ///
-    /// When the file is not there, or of another form, or holds what cannot have been measured.
+    /// When the file is not there, or of another form.
     pub fn load(path: &Path) -> Result<Self> {
         let name = path.display();
         let text = fs::read(path).with_context(|| format!("reading {name}"))?;
         let report: Self = serde_json::from_slice(&text)
             .with_context(|| format!("{name} is not what this version of the benchmark writes"))?;
         ensure!(report.format == FORMAT, "{name} has format {}, not {FORMAT}", report.format);
-        report.validate().with_context(|| name.to_string())?;
         Ok(report)
     }
 
@@ -178,38 +175,86 @@ impl Report {
         fs::write(path, serde_json::to_vec(self)?).with_context(|| format!("writing {}", path.display()))
     }
 
-    /// Titles and tables of what was measured.
+    /// The same with the version of each other build in place of its path, which means nothing on another machine.
+    ///
+    /// # Errors
+    ///
+    /// When the result cannot be read back, which would be a fault of this function.
+    pub(super) fn without_paths(&self) -> Result<Self> {
+        let mut labels: BTreeMap<&str, String> = BTreeMap::new();
+        for (name, version) in &self.versions {
+            let Some((_, path)) = name.split_once(" @ ").filter(|(_, path)| path.contains('/')) else {
+                continue;
+            };
+            let number = version.split([' ', ',']).find(|word| word.contains('.')).unwrap_or("another build");
+            let same =
+                labels.iter().filter(|(other, label)| **other != path && label.starts_with(number)).count();
+            let label = if same == 0 { number.to_owned() } else { format!("{number} ({})", same + 1) };
+            labels.insert(path, label);
+        }
+        let mut text = serde_json::to_string(self)?;
+        for (path, label) in labels {
+            text = text.replace(path, &label);
+        }
+        Ok(serde_json::from_str(&text)?)
+    }
+
+    /// What was measured, part by part. A part without tables was not run.
     #[must_use]
-    pub(super) fn tables(&self) -> Vec<(&'static str, Table)> {
-        let (programming, paths) = (self.programming.is_empty(), self.paths.is_empty());
-        let tables = [
-            (self.maps.is_empty(), "Maps of the eBPF plane by themselves", maps::table(&self.maps)),
-            (programming, "Programming: start and restart", programming::start_table(&self.programming)),
-            (programming, "Programming: single changes", programming::kinds_table(&self.programming)),
-            (
-                self.recoveries.is_empty(),
-                "Serving again after hostile acts (aim: 1 s, of the API server 5 s, one that froze 50 s)",
-                programming::recovery_table(&self.recoveries),
-            ),
-            (paths, "Paths: part of straight, no proxy (95 %)", paths::ratio_table(&self.paths)),
-            (paths, "Paths: rates and CPU time", paths::rate_table(&self.paths)),
-            (paths, "Paths: latencies, IPv4", paths::latency_table(&self.paths)),
-            (self.hooks.is_empty(), "Socket programs", hooks::table(&self.hooks)),
-            (false, "Verdicts", verdicts::table(self)),
-        ];
-        tables.into_iter().filter(|(empty, ..)| !empty).map(|(_, title, table)| (title, table)).collect()
+    pub(super) fn parts(&self) -> Vec<Part> {
+        let (paths, runs) = (&self.paths, &self.programming);
+        vec![
+            part("Packet paths", "paths", !paths.is_empty(), || {
+                vec![
+                    (
+                        "Through the Service, as a part of straight without a proxy (95 %)",
+                        ratios(paths, Way::Service),
+                    ),
+                    (
+                        "Straight to the pod past each subject, as a part of the same",
+                        ratios(paths, Way::Straight),
+                    ),
+                    ("Latencies, one client, IPv4", tables::latencies(self)),
+                ]
+            }),
+            part("Programming", "programming", !runs.is_empty(), || {
+                vec![("Start and restart", tables::starts(runs)), ("Single changes", tables::changes(runs))]
+            }),
+            part("Serving again after hostile acts", "recovery", !self.recoveries.is_empty(), || {
+                vec![("By act", tables::recoveries(&self.recoveries))]
+            }),
+            part("Socket programs", "hooks", !self.hooks.is_empty(), || {
+                vec![("By case", tables::hooks(&self.hooks))]
+            }),
+            part("Maps of the socket plane by themselves", "maps", !self.maps.is_empty(), || {
+                vec![("By shape of Service", tables::maps(&self.maps))]
+            }),
+            part("Names", "names", !self.names.is_empty(), || {
+                vec![("weir beside CoreDNS", tables::names(&self.names))]
+            }),
+        ]
+    }
+
+    /// Ahead, level or behind.
+    #[must_use]
+    pub(super) fn verdicts(&self) -> Table {
+        verdicts::table(self)
     }
 }
 
-/// An empty table; columns are numbers but for those in `words`.
-#[must_use]
-pub(super) fn grid(header: &[&str], words: &[usize]) -> Table {
-    let mut table = Table::new();
-    table.load_style(UTF8_FULL_CONDENSED).set_header(header);
-    for column in table.column_iter_mut().filter(|column| !words.contains(&column.index)) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    table
+/// Tables with their titles.
+type Titled = Vec<(&'static str, Table)>;
+
+/// A part of a report.
+pub(super) struct Part {
+    pub(super) title: &'static str,
+    /// What the files of its plots begin with.
+    pub(super) prefix: &'static str,
+    pub(super) tables: Titled,
+}
+
+fn part(title: &'static str, prefix: &'static str, has_run: bool, tables: impl FnOnce() -> Titled) -> Part {
+    Part { title, prefix, tables: if has_run { tables() } else { Vec::new() } }
 }
 
 /// A time with a fitting unit.
@@ -249,5 +294,19 @@ mod tests {
         assert_eq!(texts, ["0", "200 ns", "40.0 µs", "4.2 ms", "420 ms", "13.4 s", "-"]);
         let texts = [2048.0, 3_250_000.0, 1e8, f64::NAN].map(bytes);
         assert_eq!(texts, ["2 KiB", "3.1 MiB", "95 MiB", "-"]);
+    }
+
+    #[test]
+    fn another_build_is_published_by_its_version() {
+        let name = "kube-proxy nftables @ /opt/next/kube-proxy".to_owned();
+        let version = "Kubernetes v1.37.2, nftables v1.0.6".to_owned();
+        let report = Report {
+            arguments: vec!["--subject".to_owned(), "kube-proxy-nftables@/opt/next/kube-proxy".to_owned()],
+            versions: [(name, version), ("etcd".to_owned(), "etcd Version: 3.6.8".to_owned())].into(),
+            ..Report::default()
+        };
+        let published = report.without_paths().unwrap();
+        assert_eq!(published.arguments[1], "kube-proxy-nftables@v1.37.2");
+        assert!(published.versions.contains_key("kube-proxy nftables @ v1.37.2"), "{published:?}");
     }
 }

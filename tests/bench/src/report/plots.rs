@@ -1,6 +1,6 @@
 //! SVG plots: bars with intervals, and curves.
 //!
-//! In: names and numbers. Out: files. Axes that span several orders of magnitude are logarithmic.
+//! In: names and numbers. Out: files. The axes of curves are logarithmic.
 
 use std::{collections::BTreeSet, ops::Range, path::Path};
 
@@ -11,26 +11,18 @@ use weir_tests::subject::Plane;
 
 use crate::{statistics::Estimate, subject::Subject};
 
-/// Colours that are told apart in print too.
-#[must_use]
-pub(super) fn colour(subject: Option<Subject>) -> RGBColor {
+/// Colours that differ in print too.
+fn colour(subject: Subject) -> RGBColor {
     match subject {
-        None => RGBColor(90, 90, 90),
-        Some(Subject::WeirEbpf) => RGBColor(0, 114, 178),
-        Some(Subject::WeirNftables) => RGBColor(86, 180, 233),
-        Some(Subject::KubeProxyNftables) => RGBColor(213, 94, 0),
-        Some(Subject::OtherKubeProxy(_)) => RGBColor(120, 60, 0),
-        Some(Subject::KubeProxyIptables) => RGBColor(230, 159, 0),
-        Some(Subject::KubeProxyIpvs) => RGBColor(204, 121, 167),
-        Some(Subject::OtherWeir(Plane::Ebpf, _)) => RGBColor(0, 158, 115),
-        Some(Subject::OtherWeir(Plane::Nftables, _)) => RGBColor(240, 228, 66),
+        Subject::WeirEbpf => RGBColor(0, 114, 178),
+        Subject::WeirNftables => RGBColor(86, 180, 233),
+        Subject::KubeProxyNftables => RGBColor(213, 94, 0),
+        Subject::OtherKubeProxy(_) => RGBColor(120, 60, 0),
+        Subject::KubeProxyIptables => RGBColor(230, 159, 0),
+        Subject::KubeProxyIpvs => RGBColor(204, 121, 167),
+        Subject::OtherWeir(Plane::Ebpf, _) => RGBColor(0, 158, 115),
+        Subject::OtherWeir(Plane::Nftables, _) => RGBColor(240, 228, 66),
     }
-}
-
-/// The name in a legend.
-#[must_use]
-pub(super) fn name(subject: Option<Subject>) -> &'static str {
-    subject.map_or("straight, no proxy", Subject::name)
 }
 
 /// Bars of one case, each with its subject.
@@ -41,10 +33,12 @@ pub(super) struct Group {
     pub(super) bars: Vec<(Subject, Estimate)>,
 }
 
+/// The width of a plot, in pixels.
+const WIDTH: u32 = 900;
 /// Room for the names of groups, in units of the axis.
 const NAMES: f64 = 0.75;
 /// Room for title and legend, in pixels.
-const HEAD: u32 = 55;
+const HEAD: u32 = 75;
 /// The height of a bar, in pixels.
 const BAR: u32 = 14;
 
@@ -55,11 +49,11 @@ const BAR: u32 = 14;
 /// When the file cannot be written.
 pub(super) fn bars(path: &Path, title: &str, groups: &[Group]) -> Result<()> {
     let rows: usize = groups.iter().map(|group| group.bars.len() + 1).sum();
-    let height = 140 + BAR * u32::try_from(rows)?;
+    let height = 160 + BAR * u32::try_from(rows)?;
     let highest = groups.iter().flat_map(|group| &group.bars).map(|(_, bar)| bar.high).fold(1.1, f64::max);
-    let root = SVGBackend::new(path, (900, height)).into_drawing_area();
+    let root = SVGBackend::new(path, (WIDTH, height)).into_drawing_area();
     root.fill(&WHITE)?;
-    let subjects = groups.iter().flat_map(|group| group.bars.iter().map(|(subject, _)| Some(*subject)));
+    let subjects = groups.iter().flat_map(|group| group.bars.iter().map(|(subject, _)| *subject));
     let body = headed(&root, title, subjects)?;
     let mut chart = ChartBuilder::on(&body)
         .margin(10)
@@ -87,7 +81,7 @@ pub(super) fn bars(path: &Path, title: &str, groups: &[Group]) -> Result<()> {
         )])?;
         for (subject, bar) in &group.bars {
             y -= 1.0;
-            let colour = colour(Some(*subject));
+            let colour = colour(*subject);
             chart.draw_series([Rectangle::new([(0.0, y - 0.4), (bar.point, y + 0.4)], colour.filled())])?;
             chart.draw_series([ErrorBar::new_horizontal(
                 y,
@@ -107,75 +101,52 @@ pub(super) fn bars(path: &Path, title: &str, groups: &[Group]) -> Result<()> {
 type Area<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
 
 /// Writes title and legend, and leaves what is below them.
-fn headed<'a>(
-    root: &Area<'a>,
-    title: &str,
-    subjects: impl Iterator<Item = Option<Subject>>,
-) -> Result<Area<'a>> {
+fn headed<'a>(root: &Area<'a>, title: &str, subjects: impl Iterator<Item = Subject>) -> Result<Area<'a>> {
     let (head, body) = root.split_vertically(HEAD);
     head.draw(&Text::new(title, (12, 8), ("sans-serif", 18)))?;
-    let all: BTreeSet<Option<Subject>> = subjects.collect();
-    for (number, subject) in (0..).zip(all) {
-        let (x, y) = (12 + number * 165, 36);
+    let all: BTreeSet<Subject> = subjects.collect();
+    let (mut x, mut y) = (12, 36);
+    for subject in all {
+        let width = 40 + 7 * i32::try_from(subject.name().len())?;
+        if x + width > i32::try_from(WIDTH)? {
+            (x, y) = (12, y + 18);
+        }
         head.draw(&Rectangle::new([(x, y), (x + 12, y + 10)], colour(subject).filled()))?;
-        head.draw(&Text::new(name(subject), (x + 17, y), ("sans-serif", 13)))?;
+        head.draw(&Text::new(subject.name(), (x + 17, y), ("sans-serif", 13)))?;
+        x += width;
     }
     Ok(body)
 }
 
-/// How an axis counts.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Scale {
-    /// By powers of ten.
-    Powers,
-    /// From nothing.
-    FromZero,
-    /// From the least that there is.
-    FromLeast,
-}
-
-/// An axis.
+/// An axis that counts by powers of ten.
 #[derive(Clone, Copy)]
 pub(super) struct Axis {
-    /// What it says.
     pub(super) name: &'static str,
-    /// How it counts.
-    pub(super) scale: Scale,
     /// A number as it is written.
     pub(super) text: fn(f64) -> String,
 }
 
 impl Axis {
-    fn place(self, value: f64) -> f64 {
-        if self.scale == Scale::Powers { value.max(1e-9).log10() } else { value }
+    fn place(value: f64) -> f64 {
+        value.max(1e-9).log10()
     }
 
-    /// From where to where; whole powers of ten where it counts by those.
-    fn range(self, values: impl Iterator<Item = f64>) -> Range<f64> {
-        let places = values.map(|value| self.place(value));
-        let (low, high) =
-            places.fold((f64::MAX, f64::MIN), |(low, high), place| (low.min(place), high.max(place)));
-        match self.scale {
-            Scale::Powers => low.floor()..high.ceil().max(low.floor() + 1.0),
-            Scale::FromZero => low.min(0.0)..high.max(f64::EPSILON),
-            Scale::FromLeast => low..high.max(low * 1.01 + f64::EPSILON),
-        }
-    }
-
-    fn labels(self, range: &Range<f64>) -> usize {
-        if self.scale == Scale::Powers { (range.end - range.start) as usize + 1 } else { 10 }
+    /// Whole powers of ten around all values.
+    fn range(values: impl Iterator<Item = f64>) -> Range<f64> {
+        let (low, high) = values
+            .map(Self::place)
+            .fold((f64::MAX, f64::MIN), |(low, high), place| (low.min(place), high.max(place)));
+        low.floor()..high.ceil().max(low.floor() + 1.0)
     }
 
     fn label(self, place: f64) -> String {
-        (self.text)(if self.scale == Scale::Powers { 10_f64.powf(place) } else { place })
+        (self.text)(10_f64.powf(place))
     }
 }
 
-/// One curve.
+/// The points of one subject.
 pub(super) struct Curve {
-    /// Whose.
-    pub(super) subject: Option<Subject>,
-    /// Where it goes.
+    pub(super) subject: Subject,
     pub(super) points: Vec<(f64, f64)>,
 }
 
@@ -186,9 +157,11 @@ pub(super) struct Curve {
 /// When the file cannot be written.
 pub(super) fn curves(path: &Path, title: &str, x: Axis, y: Axis, curves: &[Curve]) -> Result<()> {
     let points = || curves.iter().flat_map(|curve| &curve.points);
-    let (across, up) = (x.range(points().map(|point| point.0)), y.range(points().map(|point| point.1)));
-    let (x_labels, y_labels) = (x.labels(&across), y.labels(&up));
-    let root = SVGBackend::new(path, (900, 440)).into_drawing_area();
+    let (across, up) =
+        (Axis::range(points().map(|point| point.0)), Axis::range(points().map(|point| point.1)));
+    let labels = |range: &Range<f64>| (range.end - range.start) as usize + 1;
+    let (x_labels, y_labels) = (labels(&across), labels(&up));
+    let root = SVGBackend::new(path, (WIDTH, 460)).into_drawing_area();
     root.fill(&WHITE)?;
     let body = headed(&root, title, curves.iter().map(|curve| curve.subject))?;
     let mut chart = ChartBuilder::on(&body)
@@ -210,7 +183,7 @@ pub(super) fn curves(path: &Path, title: &str, x: Axis, y: Axis, curves: &[Curve
     for curve in curves {
         let colour = colour(curve.subject);
         let places: Vec<_> =
-            curve.points.iter().map(|(one, other)| (x.place(*one), y.place(*other))).collect();
+            curve.points.iter().map(|(one, other)| (Axis::place(*one), Axis::place(*other))).collect();
         chart.draw_series(LineSeries::new(places.iter().copied(), colour.stroke_width(2)))?;
         chart.draw_series(places.into_iter().map(|place| Circle::new(place, 3, colour.filled())))?;
     }
@@ -224,7 +197,7 @@ mod tests {
     use crate::report::time;
 
     #[test]
-    fn plots_say_whose_they_are() {
+    fn plots_have_their_titles_and_legends() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("plot.svg");
         let bar = Estimate { point: 0.9, low: 0.8, high: 0.95 };
@@ -233,10 +206,10 @@ mod tests {
         let text = std::fs::read_to_string(&path).unwrap();
         assert!(["a route", "weir eBPF", "Ratios"].iter().all(|word| text.contains(word)), "{text}");
 
-        let axis = |name| Axis { name, scale: Scale::Powers, text: time };
-        let curve = Curve { subject: None, points: vec![(100.0, 0.01), (1000.0, 0.02)] };
+        let axis = |name| Axis { name, text: time };
+        let curve = Curve { subject: Subject::WeirNftables, points: vec![(100.0, 0.01), (1000.0, 0.02)] };
         curves(&path, "Costs", axis("across"), axis("up"), &[curve]).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
-        assert!(["across", "straight, no proxy", "Costs"].iter().all(|word| text.contains(word)), "{text}");
+        assert!(["across", "weir nftables", "Costs"].iter().all(|word| text.contains(word)), "{text}");
     }
 }
