@@ -28,7 +28,7 @@ use tempfile::TempDir;
 
 use crate::{
     assets,
-    keeper::{Keeper, end, tail},
+    child_guard::{ChildGuard, end, tail},
     node::SERVICE_CIDRS,
     objects::NAMESPACE,
 };
@@ -48,7 +48,7 @@ pub struct ApiServer {
 /// What API servers on the same data share.
 struct Store {
     directory: TempDir,
-    keeper: Keeper,
+    guard: ChildGuard,
     etcd: std::sync::Mutex<Child>,
     etcd_port: u16,
     etcd_arguments: Vec<String>,
@@ -202,7 +202,7 @@ impl ApiServer {
     pub async fn restart(&mut self) -> Result<()> {
         self.stop();
         let log = self.store.path(&format!("kube-apiserver-{}.log", self.port));
-        self.process = Some(spawn(&self.store.keeper, "kube-apiserver", &self.arguments(), &log)?);
+        self.process = Some(spawn(&self.store.guard, "kube-apiserver", &self.arguments(), &log)?);
         self.ready(&log).await
     }
 
@@ -317,7 +317,7 @@ impl Drop for ApiServer {
 impl Store {
     fn start() -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("weir-apiserver-").tempdir()?;
-        let (keeper, ()) = Keeper::start("etcd", || Ok(()))?;
+        let (guard, ()) = ChildGuard::start("etcd", || Ok(()))?;
         let local = Ipv4Addr::LOCALHOST.into();
         let (etcd_port, peer_port) = (free_port(local)?, free_port(local)?);
         let etcd_arguments = vec![
@@ -327,8 +327,8 @@ impl Store {
             format!("--listen-peer-urls=http://127.0.0.1:{peer_port}"),
             "--unsafe-no-fsync".to_owned(),
         ];
-        let etcd = spawn(&keeper, "etcd", &etcd_arguments, &directory.path().join("etcd.log"))?;
-        let store = Self { directory, keeper, etcd: etcd.into(), etcd_port, etcd_arguments };
+        let etcd = spawn(&guard, "etcd", &etcd_arguments, &directory.path().join("etcd.log"))?;
+        let store = Self { directory, guard, etcd: etcd.into(), etcd_port, etcd_arguments };
         store.write_tokens()?;
         let key = Command::new("openssl")
             .args(["ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out"])
@@ -342,7 +342,7 @@ impl Store {
     fn restart_etcd(&self) -> Result<()> {
         let mut etcd = self.etcd.lock().unwrap_or_else(PoisonError::into_inner);
         end(&mut etcd);
-        *etcd = spawn(&self.keeper, "etcd", &self.etcd_arguments, &self.path("etcd.log"))?;
+        *etcd = spawn(&self.guard, "etcd", &self.etcd_arguments, &self.path("etcd.log"))?;
         Ok(())
     }
 
@@ -387,10 +387,10 @@ fn put(path: &Path, text: &str) -> Result<()> {
     Ok(std::fs::rename(draft, path)?)
 }
 
-fn spawn(keeper: &Keeper, program: &str, arguments: &[String], log: &Path) -> Result<Child> {
+fn spawn(guard: &ChildGuard, program: &str, arguments: &[String], log: &Path) -> Result<Child> {
     let log = File::options().create(true).append(true).open(log)?;
     let errors = log.try_clone()?;
-    keeper.spawn(&assets::kubernetes(program)?, |command| {
+    guard.spawn(&assets::kubernetes(program)?, |command| {
         command.args(arguments).stdout(log).stderr(errors);
     })
 }

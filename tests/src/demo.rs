@@ -24,8 +24,8 @@ use weir::model::{Family, Object};
 
 use crate::{
     names,
-    node::{Place, Topology, node_address, pod_address},
-    objects::{Lot, NAMESPACE, PORT, Shape, TARGET, pod, service},
+    node::{Location, Topology, node_address, pod_address},
+    objects::{Addresses, NAMESPACE, PORT, Shape, TARGET, pod, service},
     runner::serve,
     subject::{Kind, Plane, Settings, Subject},
     traffic::{Call, Outcome, Transport, ask},
@@ -41,13 +41,13 @@ pub struct Options {
     pub keep: bool,
 }
 
-const WEB: Lot = Lot::new(1).named("web");
-const STICKY: Lot = Lot::new(2).named("sticky");
+const WEB: Addresses = Addresses::new(1).named("web");
+const STICKY: Addresses = Addresses::new(2).named("sticky");
 /// A headless Service: what routes to it is its name.
 const DB: &str = "db";
 /// Where each node answers names.
 const NAMES: &str = "169.254.20.53";
-const EMPTY: Lot = Lot::new(3).named("empty");
+const EMPTY: Addresses = Addresses::new(3).named("empty");
 /// How often each call is made.
 const CALLS: usize = 60;
 /// The prefix of the namespaces' names while they have any.
@@ -122,16 +122,16 @@ struct Demo<'a, 'b> {
 
 /// What a row of the table should show.
 enum Expect {
-    Each(&'static [Place]),
+    Each(&'static [Location]),
     OneEach,
     Refused,
 }
 
-const BOTH: Expect = Expect::Each(&[Place::Pod(1, 1), Place::Pod(2, 1)]);
-const FIRST: Expect = Expect::Each(&[Place::Pod(1, 1)]);
+const BOTH: Expect = Expect::Each(&[Location::Pod(1, 1), Location::Pod(2, 1)]);
+const FIRST: Expect = Expect::Each(&[Location::Pod(1, 1)]);
 
 impl Demo<'_, '_> {
-    fn publish(&self, lot: Lot, shape: &Shape) -> Result<()> {
+    fn publish(&self, lot: Addresses, shape: &Shape) -> Result<()> {
         self.subject.publish(&lot.name(), shape.objects(lot))
     }
 
@@ -139,14 +139,14 @@ impl Demo<'_, '_> {
         let mut table = Table::new();
         table.load_style(UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Dynamic);
         table.set_header(["What", "From", "To", "Answers"]);
-        let from_pod = [Place::Pod(1, 2)];
-        let outside = [Place::Outside(0)];
-        let clients: Vec<Place> = (0..6).map(Place::Outside).collect();
-        let cluster = |lot: Lot| move |family| SocketAddr::new(lot.cluster_ip(family), PORT);
+        let from_pod = [Location::Pod(1, 2)];
+        let outside = [Location::Outside(0)];
+        let clients: Vec<Location> = (0..6).map(Location::Outside).collect();
+        let cluster = |lot: Addresses| move |family| SocketAddr::new(lot.cluster_ip(family), PORT);
         let node_port = |family| SocketAddr::new(node_address(family, 1), WEB.node_port(PORT));
         let external = |family| SocketAddr::new(WEB.external_ip(family), PORT);
         self.rows(&mut table, "ClusterIP, from a pod", &from_pod, &cluster(WEB), &BOTH)?;
-        self.rows(&mut table, "ClusterIP, from the node", &[Place::Host(1)], &cluster(WEB), &BOTH)?;
+        self.rows(&mut table, "ClusterIP, from the node", &[Location::Host(1)], &cluster(WEB), &BOTH)?;
         self.rows(&mut table, "NodePort, from outside", &outside, &node_port, &BOTH)?;
         self.rows(&mut table, "external address, from outside", &outside, &external, &BOTH)?;
         self.rows(&mut table, "session affinity", &clients, &cluster(STICKY), &Expect::OneEach)?;
@@ -167,7 +167,7 @@ impl Demo<'_, '_> {
         &self,
         table: &mut Table,
         what: &str,
-        from: &[Place],
+        from: &[Location],
         to: &dyn Fn(Family) -> SocketAddr,
         expect: &Expect,
     ) -> Result<()> {
@@ -190,7 +190,7 @@ impl Demo<'_, '_> {
 
     /// A row for what the headless Service's name stands for, once these pods are it, and each was reached.
     fn names(&self, table: &mut Table, what: &str, pods: &[(u8, u8)]) -> Result<()> {
-        let (from, name) = (Place::Pod(1, 2), format!("{DB}.{NAMESPACE}.svc.cluster.local."));
+        let (from, name) = (Location::Pod(1, 2), format!("{DB}.{NAMESPACE}.svc.cluster.local."));
         let mut wanted: Vec<IpAddr> =
             pods.iter().map(|&(node, pod)| pod_address(Family::V4, node, pod)).collect();
         wanted.sort_unstable();
@@ -216,7 +216,7 @@ impl Demo<'_, '_> {
     }
 
     /// Who answered how often, or what was seen instead.
-    fn call(&self, from: Place, to: SocketAddr) -> BTreeMap<String, usize> {
+    fn call(&self, from: Location, to: SocketAddr) -> BTreeMap<String, usize> {
         let call = Call::new(from, to, Transport::Tcp);
         let mut seen = BTreeMap::new();
         self.topology.at(from).run(|| {
@@ -237,11 +237,11 @@ impl Demo<'_, '_> {
 impl Expect {
     fn check(&self, seen: &BTreeMap<String, usize>) -> Result<()> {
         let answers: BTreeSet<&str> = seen.keys().map(String::as_str).collect();
-        let pods = |places: &[Place]| places.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let pods = |places: &[Location]| places.iter().map(ToString::to_string).collect::<Vec<_>>();
         let fits = match self {
             Self::Each(places) => answers == pods(places).iter().map(String::as_str).collect(),
             Self::OneEach => {
-                answers.len() == 1 && pods(&Place::PODS).iter().any(|pod| answers.contains(pod.as_str()))
+                answers.len() == 1 && pods(&Location::PODS).iter().any(|pod| answers.contains(pod.as_str()))
             }
             Self::Refused => answers == BTreeSet::from(["refused"]),
         };

@@ -18,7 +18,7 @@ use hickory_proto::{
 
 use crate::{
     assets,
-    keeper::{end, tail},
+    child_guard::{end, tail},
     netns::Namespace,
     wait::DEADLINE,
     wait::await_that,

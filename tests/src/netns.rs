@@ -19,7 +19,7 @@ use nix::{
     sched::{CloneFlags, setns, unshare},
 };
 
-use crate::{cgroup::Cgroup, keeper::Keeper};
+use crate::{cgroup::Cgroup, child_guard::ChildGuard};
 
 /// Where `ip netns` looks for names.
 const NAMES: &str = "/run/netns";
@@ -30,7 +30,7 @@ pub struct Namespace {
     label: String,
     file: File,
     cgroup: Option<Cgroup>,
-    keeper: Keeper,
+    guard: ChildGuard,
     name: Option<PathBuf>,
 }
 
@@ -55,13 +55,13 @@ impl Namespace {
 
     fn made(label: &str, cgroup: Option<Cgroup>) -> Result<Self> {
         let door = cgroup.as_ref().map(Cgroup::door).transpose()?;
-        let (keeper, file) = Keeper::start(label, move || {
+        let (guard, file) = ChildGuard::start(label, move || {
             door.map_or(Ok(()), |door| door.enter()).context("cannot enter a control group")?;
             unshare(CloneFlags::CLONE_NEWNET)
                 .context("cannot make a network namespace; these tests need root")?;
             Ok(File::open("/proc/thread-self/ns/net")?)
         })?;
-        let namespace = Self { label: label.to_owned(), file, cgroup, keeper, name: None };
+        let namespace = Self { label: label.to_owned(), file, cgroup, guard, name: None };
         for (key, value) in SYSCTLS {
             namespace.sysctl(key, value)?;
         }
@@ -181,7 +181,7 @@ impl Namespace {
     ///
     /// When the program cannot be started.
     pub fn spawn(&self, program: &Path, prepare: impl FnOnce(&mut Command)) -> Result<Child> {
-        self.keeper.spawn(program, prepare)
+        self.guard.spawn(program, prepare)
     }
 
     /// Runs a program inside the namespace to its end.

@@ -21,14 +21,14 @@ use std::{
 use anyhow::Result;
 use weir::model::Family;
 
-use crate::{bpffs::BpfFs, cgroup::Cgroup, keeper::end, netns::Namespace};
+use crate::{bpffs::BpfFs, cgroup::Cgroup, child_guard::end, netns::Namespace};
 
 /// How many addresses the outside client may use as source.
 pub const OUTSIDE_CLIENTS: u8 = 16;
 
 /// Somewhere traffic starts, or a backend answers. Nodes and pods are numbered from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Place {
+pub enum Location {
     /// A pod: its node, and its number there.
     Pod(u8, u8),
     /// A node's own processes.
@@ -39,7 +39,7 @@ pub enum Place {
     Router,
 }
 
-impl Place {
+impl Location {
     /// Every pod.
     pub const PODS: [Self; 4] = [Self::Pod(1, 1), Self::Pod(1, 2), Self::Pod(2, 1), Self::Pod(2, 2)];
 
@@ -66,7 +66,7 @@ impl Place {
     }
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Pod(node, pod) => write!(f, "pod-{node}-{pod}"),
@@ -206,18 +206,18 @@ impl Topology {
         }
         topology.wire_outside()?;
         topology.pauses =
-            Place::PODS.map(|pod| Pause::within(topology.at(pod))).into_iter().collect::<Result<_>>()?;
+            Location::PODS.map(|pod| Pause::within(topology.at(pod))).into_iter().collect::<Result<_>>()?;
         Ok(topology)
     }
 
-    /// The namespace of a place.
+    /// The namespace of a location.
     #[must_use]
-    pub fn at(&self, place: Place) -> &Namespace {
-        match place {
-            Place::Pod(node, pod) => &self.pods[usize::from(node) - 1][usize::from(pod) - 1],
-            Place::Host(node) => &self.nodes[usize::from(node) - 1],
-            Place::Outside(_) => &self.outside,
-            Place::Router => &self.router,
+    pub fn at(&self, location: Location) -> &Namespace {
+        match location {
+            Location::Pod(node, pod) => &self.pods[usize::from(node) - 1][usize::from(pod) - 1],
+            Location::Host(node) => &self.nodes[usize::from(node) - 1],
+            Location::Outside(_) => &self.outside,
+            Location::Router => &self.router,
         }
     }
 
@@ -293,7 +293,7 @@ impl Topology {
             ));
         }
         for pod in [1, 2] {
-            let path = self.at(Place::Pod(node, pod)).path();
+            let path = self.at(Location::Pod(node, pod)).path();
             lines.push(format!("link add pod{pod} type veth peer name eth0 netns {path}"));
             lines.push(format!("link set pod{pod} up"));
             for family in Family::ALL {
@@ -302,7 +302,7 @@ impl Topology {
                 lines.push(format!("route add {} dev pod{pod}", pod_address(family, node, pod)));
             }
         }
-        self.at(Place::Host(node)).ip(&lines)
+        self.at(Location::Host(node)).ip(&lines)
     }
 
     fn wire_pod(&self, node: u8, pod: u8) -> Result<()> {
@@ -313,7 +313,7 @@ impl Topology {
             lines.push(format!("route add {gateway} dev eth0"));
             lines.push(format!("route add default via {gateway}"));
         }
-        self.at(Place::Pod(node, pod)).ip(&lines)
+        self.at(Location::Pod(node, pod)).ip(&lines)
     }
 
     fn wire_outside(&self) -> Result<()> {
@@ -321,7 +321,7 @@ impl Topology {
         for (index, family) in Family::ALL.into_iter().enumerate() {
             for client in 0..OUTSIDE_CLIENTS {
                 let lifetime = if client == 0 { "" } else { "preferred_lft 0" };
-                let address = Place::Outside(client).client_address(family);
+                let address = Location::Outside(client).client_address(family);
                 lines.push(add_address(address, on_link(family), "eth0", lifetime));
             }
             for node in [1, 2] {

@@ -1,6 +1,6 @@
 //! Kubernetes objects of the cases, in few words.
 //!
-//! In: a [`Shape`], which says what is special about a Service and its endpoints, and a [`Lot`], which gives it addresses
+//! In: a [`Shape`], which says what is special about a Service and its endpoints, and [`Addresses`], which give it addresses
 //! nobody else has. Out: complete objects as a cluster would hold them.
 
 use std::{collections::BTreeMap, net::IpAddr};
@@ -22,7 +22,7 @@ use k8s_openapi::{
 use weir::model::{Family, Object};
 
 use crate::{
-    node::{Place, SERVICE_CIDRS, node_address, node_name, pod_address},
+    node::{Location, SERVICE_CIDRS, node_address, node_name, pod_address},
     traffic::Transport,
 };
 
@@ -31,16 +31,16 @@ pub const NAMESPACE: &str = "default";
 
 /// The name and the addresses of one Service: all follow from its number, so that no two Services meet.
 #[derive(Clone, Copy, Debug)]
-pub struct Lot {
+pub struct Addresses {
     number: u16,
     name: Option<&'static str>,
 }
 
-impl Lot {
+impl Addresses {
     /// The highest number that leaves room for NodePorts and health check ports.
     pub const LAST: u16 = 240;
 
-    /// The lot with this number.
+    /// Those with this number.
     #[must_use]
     pub const fn new(number: u16) -> Self {
         Self { number, name: None }
@@ -139,7 +139,7 @@ pub struct Slice {
 #[derive(Clone, Debug)]
 pub struct Endpoint {
     /// The pod, or the node itself for a pod in the host's network.
-    pub place: Place,
+    pub location: Location,
     /// Ready, serving and terminating, each as the slice says or leaves open.
     pub conditions: [Option<bool>; 3],
     /// Zones and nodes that should use it.
@@ -151,14 +151,14 @@ pub struct Endpoint {
 /// A ready pod.
 #[must_use]
 pub fn pod(node: u8, pod: u8) -> Endpoint {
-    at(Place::Pod(node, pod))
+    at(Location::Pod(node, pod))
 }
 
-/// A ready endpoint at a place.
+/// A ready endpoint at a location.
 #[must_use]
-pub fn at(place: Place) -> Endpoint {
+pub fn at(location: Location) -> Endpoint {
     let conditions = [Some(true), Some(true), Some(false)];
-    Endpoint { place, conditions, hints: (Vec::new(), Vec::new()), placed: true }
+    Endpoint { location, conditions, hints: (Vec::new(), Vec::new()), placed: true }
 }
 
 impl Endpoint {
@@ -198,9 +198,9 @@ impl Endpoint {
     }
 
     fn object(&self, family: Family) -> SliceEndpoint {
-        let (address, node) = match self.place {
-            Place::Pod(node, pod) => (pod_address(family, node, pod), Some(node_name(node))),
-            Place::Host(node) => (node_address(family, node), Some(node_name(node))),
+        let (address, node) = match self.location {
+            Location::Pod(node, pod) => (pod_address(family, node, pod), Some(node_name(node))),
+            Location::Host(node) => (node_address(family, node), Some(node_name(node))),
             other => (other.client_address(family), None),
         };
         let [ready, serving, terminating] = self.conditions;
@@ -361,23 +361,24 @@ impl Shape {
         self.slices.iter().all(|slice| slice.endpoints.is_empty())
     }
 
-    /// The objects, at the addresses of `lot`.
+    /// The objects at these addresses.
     #[must_use]
-    pub fn objects(&self, lot: Lot) -> Vec<Object> {
-        let mut objects = vec![Object::Service(Box::new(self.service(lot)))];
+    pub fn objects(&self, addresses: Addresses) -> Vec<Object> {
+        let mut objects = vec![Object::Service(Box::new(self.service(addresses)))];
         for (number, slice) in self.slices.iter().enumerate() {
             for &family in &self.families {
-                objects.push(Object::EndpointSlice(Box::new(slice.object(lot, number, family))));
+                objects.push(Object::EndpointSlice(Box::new(slice.object(addresses, number, family))));
             }
         }
         objects
     }
 
-    fn service(&self, lot: Lot) -> Service {
-        let spec = if self.kind == ServiceType::ExternalName { self.external_name() } else { self.spec(lot) };
+    fn service(&self, addresses: Addresses) -> Service {
+        let spec =
+            if self.kind == ServiceType::ExternalName { self.external_name() } else { self.spec(addresses) };
         let ingress = self.balancer.map(|mode| {
             let address = |family| LoadBalancerIngress {
-                ip: Some(lot.balancer_ip(family).to_string()),
+                ip: Some(addresses.balancer_ip(family).to_string()),
                 ip_mode: mode.map(str::to_owned),
                 ..LoadBalancerIngress::default()
             };
@@ -385,7 +386,7 @@ impl Shape {
         });
         let status = ServiceStatus { load_balancer: Some(LoadBalancerStatus { ingress }), conditions: None };
         Service {
-            metadata: named(&lot.name(), &self.labels),
+            metadata: named(&addresses.name(), &self.labels),
             spec: Some(spec),
             status: self.balancer.is_some().then_some(status),
         }
@@ -399,30 +400,31 @@ impl Shape {
         }
     }
 
-    fn spec(&self, lot: Lot) -> ServiceSpec {
-        let addresses: Vec<String> =
-            self.families.iter().map(|&family| lot.cluster_ip(family).to_string()).collect();
-        let external = |yes: bool, address: fn(Lot, Family) -> IpAddr| {
-            yes.then(|| self.families.iter().map(|&family| address(lot, family).to_string()).collect())
+    fn spec(&self, addresses: Addresses) -> ServiceSpec {
+        let cluster_ips: Vec<String> =
+            self.families.iter().map(|&family| addresses.cluster_ip(family).to_string()).collect();
+        let external = |yes: bool, address: fn(Addresses, Family) -> IpAddr| {
+            yes.then(|| self.families.iter().map(|&family| address(addresses, family).to_string()).collect())
         };
         let with_node_port = matches!(self.kind, ServiceType::NodePort | ServiceType::LoadBalancer);
         let ports =
-            self.ports.iter().map(|port| port.object(with_node_port.then(|| lot.node_port(port.port))));
+            self.ports.iter().map(|port| port.object(with_node_port.then(|| addresses.node_port(port.port))));
         let balanced = self.kind == ServiceType::LoadBalancer;
         ServiceSpec {
             type_: Some(self.kind.name().to_owned()),
             ip_families: Some(self.families.iter().map(ToString::to_string).collect()),
             ip_family_policy: Some(
-                if addresses.len() == 2 { "RequireDualStack" } else { "SingleStack" }.to_owned(),
+                if cluster_ips.len() == 2 { "RequireDualStack" } else { "SingleStack" }.to_owned(),
             ),
-            cluster_ip: addresses.first().cloned(),
-            cluster_ips: Some(addresses),
+            cluster_ip: cluster_ips.first().cloned(),
+            cluster_ips: Some(cluster_ips),
             ports: Some(ports.collect()),
-            external_ips: external(self.external_ip, Lot::external_ip),
+            external_ips: external(self.external_ip, Addresses::external_ip),
             internal_traffic_policy: Some(policy(self.internal_local)),
             external_traffic_policy: (with_node_port || self.external_ip)
                 .then(|| policy(self.external_local)),
-            health_check_node_port: (balanced && self.external_local).then(|| 32_000 + i32::from(lot.number)),
+            health_check_node_port: (balanced && self.external_local)
+                .then(|| 32_000 + i32::from(addresses.number)),
             session_affinity: Some(if self.affinity.is_some() { "ClientIP" } else { "None" }.to_owned()),
             session_affinity_config: self.affinity.map(|seconds| SessionAffinityConfig {
                 client_ip: Some(ClientIPConfig { timeout_seconds: Some(seconds) }),
@@ -462,9 +464,9 @@ impl Port {
 }
 
 impl Slice {
-    fn object(&self, lot: Lot, number: usize, family: Family) -> EndpointSlice {
-        let name = format!("{}-{number}-{}", lot.name(), family.to_string().to_lowercase());
-        let service = lot.name();
+    fn object(&self, addresses: Addresses, number: usize, family: Family) -> EndpointSlice {
+        let name = format!("{}-{number}-{}", addresses.name(), family.to_string().to_lowercase());
+        let service = addresses.name();
         let mut metadata = named(&name, &self.labels);
         let labels = metadata.labels.get_or_insert_default();
         labels.entry("kubernetes.io/service-name".to_owned()).or_insert(service);

@@ -22,7 +22,7 @@ use weir_tests::{
     assets,
     bpffs::BpfFs,
     cgroup::Cgroup,
-    keeper::end,
+    child_guard::end,
     netns::Namespace,
     subject::{Kind, Plane},
     wait::await_that,

@@ -7,15 +7,15 @@ use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 use anyhow::Result;
 use weir::model::Family;
 use weir_tests::{
-    node::{Place, Topology, node_address},
-    objects::{Lot, PORT, Shape, pod, service},
+    node::{Location, Topology, node_address},
+    objects::{Addresses, PORT, Shape, pod, service},
     runner::serve,
     subject::{Kind, Plane, Settings, Subject},
     traffic::{Call, Load, Outcome, SILENCE, Transport, ask},
     wait::{await_that, await_within},
 };
 
-const WEB: Lot = Lot::new(1).named("web");
+const WEB: Addresses = Addresses::new(1).named("web");
 /// How long flows may take to move (K2): less than they live by themselves.
 const MOVE: Duration = Duration::from_secs(10);
 /// So many calls in a row miss one of two backends once in 2³⁹ times.
@@ -35,14 +35,14 @@ fn to_node_port(family: Family) -> SocketAddr {
 }
 
 /// Ways to the Service over both nodes, both families and both transports.
-fn calls() -> Vec<(Place, Call)> {
+fn calls() -> Vec<(Location, Call)> {
     let mut calls = Vec::new();
     for family in Family::ALL {
         for (from, to) in [
-            (Place::Pod(1, 2), to_cluster_ip(family)),
-            (Place::Host(1), to_cluster_ip(family)),
-            (Place::Pod(2, 2), to_cluster_ip(family)),
-            (Place::Outside(0), to_node_port(family)),
+            (Location::Pod(1, 2), to_cluster_ip(family)),
+            (Location::Host(1), to_cluster_ip(family)),
+            (Location::Pod(2, 2), to_cluster_ip(family)),
+            (Location::Outside(0), to_node_port(family)),
         ] {
             calls.extend(TRANSPORTS.map(|transport| (from, Call::new(from, to, transport))));
         }
@@ -64,12 +64,12 @@ impl<'a> Cluster<'a> {
         self.subject.publish(&WEB.name(), shape.objects(WEB))
     }
 
-    fn ask(&self, from: Place, call: &Call) -> Outcome {
+    fn ask(&self, from: Location, call: &Call) -> Outcome {
         self.topology.at(from).run(|| ask(call))
     }
 
     /// Who answers a row of calls, or what becomes of them instead.
-    fn seen(&self, from: Place, call: &Call) -> BTreeSet<String> {
+    fn seen(&self, from: Location, call: &Call) -> BTreeSet<String> {
         let word = |outcome| match outcome {
             Outcome::Answer(answer) => answer.backend.split(':').next().unwrap_or_default().to_owned(),
             other => other.to_string(),
@@ -78,7 +78,7 @@ impl<'a> Cluster<'a> {
     }
 
     /// Every way leads to all of these pods and to nothing else.
-    fn leads_to(&self, pods: &[Place]) {
+    fn leads_to(&self, pods: &[Location]) {
         // The ports of earlier calls come up again, and their flows are cut only after the rules are in force (K1).
         await_within(MOVE, "no UDP flow is left that leads elsewhere", || self.others(pods).is_empty());
         let wanted: BTreeSet<String> = pods.iter().map(ToString::to_string).collect();
@@ -88,13 +88,13 @@ impl<'a> Cluster<'a> {
     }
 
     /// The UDP flows of the Service that other pods than these answer.
-    fn others(&self, pods: &[Place]) -> Vec<String> {
+    fn others(&self, pods: &[Location]) -> Vec<String> {
         let mut others = Vec::new();
         for (node, family) in [1, 2].into_iter().flat_map(|node| Family::ALL.map(|family| (node, family))) {
             let name = family.to_string().to_lowercase();
             let flows =
-                self.topology.at(Place::Host(node)).stdout("conntrack", &["-L", "-p", "udp", "-f", &name]);
-            let strangers = Place::PODS.into_iter().filter(|pod| !pods.contains(pod));
+                self.topology.at(Location::Host(node)).stdout("conntrack", &["-L", "-p", "udp", "-f", &name]);
+            let strangers = Location::PODS.into_iter().filter(|pod| !pods.contains(pod));
             let strangers: Vec<_> =
                 strangers.map(|pod| format!("src={} ", pod.server_address(family))).collect();
             let ports = [PORT, WEB.node_port(PORT)].map(|port| format!("dport={port} "));
@@ -118,10 +118,10 @@ impl<'a> Cluster<'a> {
     fn leads_nowhere(&self) {
         for family in Family::ALL {
             for transport in TRANSPORTS {
-                let from = Place::Pod(1, 2);
+                let from = Location::Pod(1, 2);
                 let call = Call { patience: SILENCE, ..Call::new(from, to_cluster_ip(family), transport) };
                 assert_eq!(self.ask(from, &call), Outcome::Timeout, "{} by {transport}", call.to);
-                let from = Place::Outside(0);
+                let from = Location::Outside(0);
                 let call = Call::new(from, to_node_port(family), transport);
                 assert_eq!(self.ask(from, &call), Outcome::Refused, "{} by {transport}", call.to);
             }
@@ -174,11 +174,11 @@ fn what_is_written_is_followed(plane: Plane) -> Result<()> {
     cluster.subject.start(&Settings::default())?;
     cluster.leads_nowhere();
     cluster.publish(&web(&[(1, 1)]))?;
-    cluster.leads_to(&[Place::Pod(1, 1)]);
+    cluster.leads_to(&[Location::Pod(1, 1)]);
     cluster.publish(&web(&[(1, 1), (2, 1)]))?;
-    cluster.leads_to(&[Place::Pod(1, 1), Place::Pod(2, 1)]);
+    cluster.leads_to(&[Location::Pod(1, 1), Location::Pod(2, 1)]);
     cluster.publish(&web(&[(2, 1)]))?;
-    cluster.leads_to(&[Place::Pod(2, 1)]);
+    cluster.leads_to(&[Location::Pod(2, 1)]);
     cluster.publish(&web(&[]))?;
     for (from, call) in calls() {
         // F1; a host's own datagram is denied instead of refused.
@@ -187,14 +187,14 @@ fn what_is_written_is_followed(plane: Plane) -> Result<()> {
         assert!(refused, "{from} to {} by {}: {outcome}", call.to, call.transport);
     }
     cluster.publish(&web(&[(1, 1), (2, 1)]))?;
-    cluster.leads_to(&[Place::Pod(1, 1), Place::Pod(2, 1)]);
+    cluster.leads_to(&[Location::Pod(1, 1), Location::Pod(2, 1)]);
 
     let mut handed_over = web(&[(1, 1), (2, 1)]);
     handed_over.labels = vec![("service.kubernetes.io/service-proxy-name", "another")];
     cluster.publish(&handed_over)?;
     cluster.leads_nowhere();
     cluster.publish(&web(&[(1, 1)]))?;
-    cluster.leads_to(&[Place::Pod(1, 1)]);
+    cluster.leads_to(&[Location::Pod(1, 1)]);
     cluster.subject.publish(&WEB.name(), Vec::new())?;
     cluster.leads_nowhere();
     Ok(())
@@ -227,7 +227,7 @@ fn an_outage_takes_nothing_away(plane: Plane) -> Result<()> {
     let all_answer =
         || calls().iter().all(|(from, call)| matches!(cluster.ask(*from, call), Outcome::Answer(_)));
     for theft in [&["flush", "ruleset"][..], &["flush", "table", "ip", "weir"]] {
-        topology.at(Place::Host(1)).stdout("nft", theft)?;
+        topology.at(Location::Host(1)).stdout("nft", theft)?;
         await_that(&format!("everything answers after nft {}", theft.join(" ")), all_answer);
     }
 
@@ -238,13 +238,13 @@ fn an_outage_takes_nothing_away(plane: Plane) -> Result<()> {
     cluster.start_alone(1)?;
     answered_more(&loads);
     without_failure("while an agent started alone", loads)?;
-    cluster.leads_to(&[Place::Pod(1, 1), Place::Pod(2, 1)]);
+    cluster.leads_to(&[Location::Pod(1, 1), Location::Pod(2, 1)]);
 
     cluster.subject.restart_api_server()?;
     // A list that is taken again has no order: only what is published after it tells how far the agents have come.
     cluster.subject.settle()?;
     cluster.publish(&web(&[(2, 2)]))?;
-    cluster.leads_to(&[Place::Pod(2, 2)]);
+    cluster.leads_to(&[Location::Pod(2, 2)]);
     Ok(())
 }
 
@@ -272,7 +272,7 @@ fn one_that_comes_later_is_followed(plane: Plane) -> Result<()> {
     }
     cluster.subject.restart_api_server()?;
     cluster.subject.settle()?;
-    cluster.leads_to(&[Place::Pod(1, 1), Place::Pod(2, 1)]);
+    cluster.leads_to(&[Location::Pod(1, 1), Location::Pod(2, 1)]);
     Ok(())
 }
 

@@ -133,13 +133,13 @@ impl Pins {
 }
 
 /// The agent's part at work.
-struct Rig {
+struct Fixture {
     wanted: watch::Sender<Arc<Bypassed>>,
     census: watch::Receiver<Census>,
     task: JoinHandle<()>,
 }
 
-impl Rig {
+impl Fixture {
     fn start(place: &Place) -> Self {
         let bypass = Bypass::open(&place.sockets(), &place.cgroup_root).unwrap();
         let (wanted, receiver) = watch::channel(Arc::default());
@@ -190,17 +190,17 @@ async fn ids_come_with_the_choice_and_go_with_it_under_either_driver() {
     let systemd = tree.make("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-poda_1.slice");
     let cgroupfs = tree.make("kubelet/kubepods/podb-2");
     tree.make("kubelet/kubepods/podc-3/container");
-    let mut rig = Rig::start(&pins.place);
-    rig.want(true, &["a-1", "b-2"]);
-    rig.reach(2, 0).await;
+    let mut fixture = Fixture::start(&pins.place);
+    fixture.want(true, &["a-1", "b-2"]);
+    fixture.reach(2, 0).await;
     assert_eq!(pins.ids(), BTreeSet::from([systemd, cgroupfs]));
-    rig.want(true, &["b-2"]);
-    rig.reach(1, 0).await;
+    fixture.want(true, &["b-2"]);
+    fixture.reach(1, 0).await;
     assert_eq!(pins.ids(), BTreeSet::from([cgroupfs]));
-    rig.want(true, &[]);
-    rig.reach(0, 0).await;
+    fixture.want(true, &[]);
+    fixture.reach(0, 0).await;
     assert_eq!(pins.ids(), BTreeSet::new());
-    rig.end().await;
+    fixture.end().await;
 }
 
 #[tokio::test]
@@ -212,18 +212,18 @@ async fn a_pod_is_left_alone_while_a_cluster_runs_in_it_unless_something_was_dec
     let late = tree.make("kubepods/podb");
     tree.make("kubepods/podb/container/init");
     tree.make("kubepods/pod-on/container/kubepods");
-    let mut rig = Rig::start(&pins.place);
-    rig.undecided(&["a", "b"]);
-    reach(&mut rig.census, "cluster", 1, 0).await;
+    let mut fixture = Fixture::start(&pins.place);
+    fixture.undecided(&["a", "b"]);
+    reach(&mut fixture.census, "cluster", 1, 0).await;
     assert_eq!(pins.ids(), BTreeSet::from([early]));
     // In a container in the pod's container, with a kubelet that uses slices. Nothing tells of it.
     tree.make("kubepods/podb/container/docker/1f/kubelet.slice/kubelet-kubepods.slice");
-    reach(&mut rig.census, "cluster", 2, 0).await;
+    reach(&mut fixture.census, "cluster", 2, 0).await;
     assert_eq!(pins.ids(), BTreeSet::from([early, late]));
-    rig.undecided(&["b"]);
-    reach(&mut rig.census, "cluster", 1, 0).await;
+    fixture.undecided(&["b"]);
+    reach(&mut fixture.census, "cluster", 1, 0).await;
     assert_eq!(pins.ids(), BTreeSet::from([late]));
-    rig.end().await;
+    fixture.end().await;
 }
 
 #[tokio::test]
@@ -231,36 +231,36 @@ async fn a_cgroup_that_appears_late_is_in_the_map_at_once_and_one_made_anew_too(
     let tree = Tree::new("late");
     let pins = Pins::new(16, &tree);
     tree.make("kubepods/burstable");
-    let mut rig = Rig::start(&pins.place);
-    rig.want(true, &["a"]);
-    rig.reach(0, 1).await;
+    let mut fixture = Fixture::start(&pins.place);
+    fixture.want(true, &["a"]);
+    fixture.reach(0, 1).await;
     assert_eq!(pins.ids(), BTreeSet::new());
     let made = Instant::now();
     let first = tree.make("kubepods/burstable/poda");
-    rig.reach(1, 0).await;
+    fixture.reach(1, 0).await;
     println!("in the map {:?} after the cgroup was made", made.elapsed());
     assert_eq!(pins.ids(), BTreeSet::from([first]));
     // Nothing is missing now, so only inotify can tell.
     tree.remove("kubepods/burstable/poda");
-    rig.reach(0, 1).await;
+    fixture.reach(0, 1).await;
     assert_eq!(pins.ids(), BTreeSet::new());
     let second = tree.make("kubepods/besteffort/poda");
-    rig.reach(1, 0).await;
+    fixture.reach(1, 0).await;
     assert_eq!(pins.ids(), BTreeSet::from([second]));
-    rig.end().await;
+    fixture.end().await;
 }
 
 #[tokio::test]
 async fn the_kubelet_s_directories_may_come_later_than_the_agent() {
     let tree = Tree::new("early");
     let pins = Pins::new(16, &tree);
-    let mut rig = Rig::start(&pins.place);
-    rig.want(true, &["a"]);
-    rig.reach(0, 1).await;
+    let mut fixture = Fixture::start(&pins.place);
+    fixture.want(true, &["a"]);
+    fixture.reach(0, 1).await;
     let id = tree.make("kubepods.slice/kubepods-poda.slice");
-    rig.reach(1, 0).await;
+    fixture.reach(1, 0).await;
     assert_eq!(pins.ids(), BTreeSet::from([id]));
-    rig.end().await;
+    fixture.end().await;
 }
 
 #[tokio::test]
@@ -270,25 +270,25 @@ async fn after_a_restart_nothing_goes_before_everything_is_known() {
     let [still, no_more] = ["a", "b"].map(|uid| tree.make(&format!("kubepods/pod{uid}")));
     let gone = u64::MAX;
     [still, no_more, gone].into_iter().for_each(|id| pins.put(id));
-    let mut rig = Rig::start(&pins.place);
+    let mut fixture = Fixture::start(&pins.place);
     // The count may have been lost; it is put right before anything is heard.
     assert_eq!(pins.ids(), BTreeSet::from([still, no_more, gone]));
-    rig.want(false, &["a"]);
-    rig.reach(1, 0).await;
+    fixture.want(false, &["a"]);
+    fixture.reach(1, 0).await;
     assert_eq!(pins.ids(), BTreeSet::from([still, no_more, gone]));
     // What was seen in use by this run may go at any time.
-    rig.want(false, &["a", "b"]);
-    rig.reach(2, 0).await;
-    rig.want(false, &["a"]);
-    rig.reach(1, 0).await;
+    fixture.want(false, &["a", "b"]);
+    fixture.reach(2, 0).await;
+    fixture.want(false, &["a"]);
+    fixture.reach(1, 0).await;
     assert_eq!(pins.ids(), BTreeSet::from([still, gone]));
-    rig.want(true, &["a"]);
+    fixture.want(true, &["a"]);
     // Complete or not is no part of the census, so another pod shows that it was seen.
     let other = tree.make("kubepods/podc");
-    rig.want(true, &["a", "c"]);
-    rig.reach(2, 0).await;
+    fixture.want(true, &["a", "c"]);
+    fixture.reach(2, 0).await;
     assert_eq!(pins.ids(), BTreeSet::from([still, other]));
-    rig.end().await;
+    fixture.end().await;
 }
 
 #[tokio::test]
@@ -296,16 +296,16 @@ async fn what_does_not_fit_waits_for_room() {
     let tree = Tree::new("full");
     let pins = Pins::new(1, &tree);
     let [first, second] = ["a", "b"].map(|uid| tree.make(&format!("kubepods/pod{uid}")));
-    let mut rig = Rig::start(&pins.place);
-    rig.want(true, &["a"]);
-    rig.reach(1, 0).await;
+    let mut fixture = Fixture::start(&pins.place);
+    fixture.want(true, &["a"]);
+    fixture.reach(1, 0).await;
     assert_eq!(pins.ids(), BTreeSet::from([first]));
-    rig.want(true, &["a", "b"]);
-    rig.reach(1, 1).await;
-    rig.want(true, &["b"]);
-    rig.reach(1, 0).await;
+    fixture.want(true, &["a", "b"]);
+    fixture.reach(1, 1).await;
+    fixture.want(true, &["b"]);
+    fixture.reach(1, 0).await;
     assert_eq!(pins.ids(), BTreeSet::from([second]));
-    rig.end().await;
+    fixture.end().await;
 }
 
 /// A Service at `service`:80 with one backend.
@@ -381,15 +381,15 @@ fn sockets_of_a_pod_that_is_off_are_left_alone_and_its_neighbour_s_are_not() {
             let ask = || [&on, &off].map(|pod| connect(pod, to));
             assert_eq!(ask(), [Ok(()), Ok(())]);
             runtime.block_on(async {
-                let mut rig = Rig::start(&place);
-                rig.want(true, &["b"]);
-                rig.reach(1, 0).await;
+                let mut fixture = Fixture::start(&place);
+                fixture.want(true, &["b"]);
+                fixture.reach(1, 0).await;
                 // There is no way to the Service's address here but for sockets that are led to the backend.
                 assert_eq!(ask(), [Ok(()), Err(ErrorKind::NetworkUnreachable)]);
-                rig.want(true, &[]);
-                rig.reach(0, 0).await;
+                fixture.want(true, &[]);
+                fixture.reach(0, 0).await;
                 assert_eq!(ask(), [Ok(()), Ok(())]);
-                rig.end().await;
+                fixture.end().await;
             });
             plane.remove().unwrap();
         }

@@ -15,8 +15,8 @@ use anyhow::Result;
 use weir_tests::{
     bpffs::{BpfFs, unpin_all},
     cgroup::{self, Cgroup},
-    keeper::end,
-    node::{Place, Topology},
+    child_guard::end,
+    node::{Location, Topology},
     wait::await_that,
 };
 
@@ -27,29 +27,29 @@ fn group(process: &str) -> PathBuf {
     cgroup::root().unwrap().join(path)
 }
 
-const PLACES: [Place; 8] = [
-    Place::Host(1),
-    Place::Host(2),
-    Place::Pod(1, 1),
-    Place::Pod(1, 2),
-    Place::Pod(2, 1),
-    Place::Pod(2, 2),
-    Place::Outside(0),
-    Place::Router,
+const PLACES: [Location; 8] = [
+    Location::Host(1),
+    Location::Host(2),
+    Location::Pod(1, 1),
+    Location::Pod(1, 2),
+    Location::Pod(2, 1),
+    Location::Pod(2, 2),
+    Location::Outside(0),
+    Location::Router,
 ];
 
-/// The nodes whose group holds a place's threads.
-fn inside(topology: &Topology, place: Place) -> Vec<u8> {
-    let here = topology.at(place).run(|| group("thread-self"));
-    let started = topology.at(place).thread(|| group("thread-self")).unwrap();
-    assert_eq!(here, started.join().unwrap(), "{place}");
+/// The nodes whose group holds a location's threads.
+fn inside(topology: &Topology, location: Location) -> Vec<u8> {
+    let here = topology.at(location).run(|| group("thread-self"));
+    let started = topology.at(location).thread(|| group("thread-self")).unwrap();
+    assert_eq!(here, started.join().unwrap(), "{location}");
     let mut child = topology
-        .at(place)
+        .at(location)
         .spawn(Path::new("sleep"), |sleep| {
             sleep.arg("60");
         })
         .unwrap();
-    assert_eq!(here, group(&child.id().to_string()), "{place}");
+    assert_eq!(here, group(&child.id().to_string()), "{location}");
     end(&mut child);
     [1, 2].into_iter().filter(|node| here.starts_with(topology.cgroup_root(*node))).collect()
 }
@@ -58,12 +58,12 @@ fn inside(topology: &Topology, place: Place) -> Vec<u8> {
 fn threads_and_programs_are_in_the_group_of_their_node() -> Result<()> {
     let [one, two] = [Topology::new()?, Topology::new()?];
     for topology in [&one, &two] {
-        for place in PLACES {
-            let expected = match place {
-                Place::Host(node) | Place::Pod(node, _) => vec![node],
-                Place::Outside(_) | Place::Router => vec![],
+        for location in PLACES {
+            let expected = match location {
+                Location::Host(node) | Location::Pod(node, _) => vec![node],
+                Location::Outside(_) | Location::Router => vec![],
             };
-            assert_eq!(inside(topology, place), expected, "{place}");
+            assert_eq!(inside(topology, location), expected, "{location}");
         }
     }
     for node in [1, 2] {
@@ -81,7 +81,7 @@ fn namespaces() -> BTreeSet<PathBuf> {
 #[test]
 fn the_namespace_of_every_pod_is_that_of_a_process() -> Result<()> {
     let topology = Topology::new()?;
-    let own: Vec<_> = Place::PODS
+    let own: Vec<_> = Location::PODS
         .map(|pod| topology.at(pod).run(|| fs::read_link("/proc/thread-self/ns/net").unwrap()))
         .to_vec();
     let found = namespaces();
@@ -100,8 +100,8 @@ fn groups_go_with_their_owner_even_if_it_panics() -> Result<()> {
     assert_ne!(own, before);
     // A thread that goes on, and a program, must not keep a group.
     let (stop, stopped) = std::sync::mpsc::channel::<()>();
-    let left = topology.at(Place::Pod(1, 1)).thread(move || stopped.recv())?;
-    let mut program = topology.at(Place::Host(2)).spawn(Path::new("sleep"), |sleep| {
+    let left = topology.at(Location::Pod(1, 1)).thread(move || stopped.recv())?;
+    let mut program = topology.at(Location::Host(2)).spawn(Path::new("sleep"), |sleep| {
         sleep.arg("60");
     })?;
     let root = topology.cgroup_root(1).to_owned();

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result};
 use weir_tests::{
     assets, cases,
-    node::{Place, Topology},
+    node::{Location, Topology},
     runner::serve,
     subject::{Kind, Plane, Settings, Subject},
 };
@@ -27,13 +27,14 @@ fn programs() -> Result<Vec<PathBuf>> {
 fn every_nft_lists_the_rules_of_all_cases() -> Result<()> {
     let topology = Topology::new()?;
     let _servers = serve(&topology)?;
-    let node = topology.at(Place::Host(1));
+    let node = topology.at(Location::Host(1));
     let foreign = ["add", "table", "inet", "someone"];
     node.stdout("nft", &foreign)?;
     node.stdout("nft", &["add", "chain", "inet", "someone", "elses"])?;
 
     let subject = Subject::new(Kind::Weir(Plane::Nftables), &topology)?;
-    let all = cases::all().into_iter().map(|case| (case.lot.name(), case.shape.objects(case.lot)));
+    let all =
+        cases::all().into_iter().map(|case| (case.addresses.name(), case.shape.objects(case.addresses)));
     subject.publish_all(all)?;
     subject.start(&Settings::default())?;
 

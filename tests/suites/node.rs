@@ -8,7 +8,7 @@ use std::{
 use anyhow::Result;
 use weir_tests::{
     assets,
-    keeper::end,
+    child_guard::end,
     netns::Namespace,
     runner::run_cases,
     subject::{Kind, Plane},

@@ -23,15 +23,15 @@ use weir::{
 };
 use weir_tests::{
     agent::Agent,
-    node::{CLUSTER_CIDRS, Place, Topology, node_name},
-    objects::{Endpoint, Lot, PORT, Shape, Slice, node, pod, service, service_cidr, slice},
+    node::{CLUSTER_CIDRS, Location, Topology, node_name},
+    objects::{Addresses, Endpoint, PORT, Shape, Slice, node, pod, service, service_cidr, slice},
     runner::serve,
     traffic::{Call, Load, Tally, Transport},
 };
 
-const WEB: Lot = Lot::new(1).named("web");
+const WEB: Addresses = Addresses::new(1).named("web");
 /// Services whose slots and sets change next to those of the one that is watched.
-const NEIGHBOURS: [Lot; 2] = [Lot::new(2), Lot::new(3)];
+const NEIGHBOURS: [Addresses; 2] = [Addresses::new(2), Addresses::new(3)];
 /// How long each data plane is put to the test.
 const DURATION: Duration = Duration::from_secs(8);
 /// The clients need the processors as well.
@@ -56,7 +56,7 @@ fn backends() -> BTreeSet<String> {
     slices
         .flat_map(|slice| {
             let port = slice.ports[0].2;
-            slice.endpoints.iter().map(move |endpoint| format!("{}:{port}", endpoint.place))
+            slice.endpoints.iter().map(move |endpoint| format!("{}:{port}", endpoint.location))
         })
         .collect()
 }
@@ -71,8 +71,8 @@ fn settings() -> Result<Settings> {
     })
 }
 
-fn publish<D: Dataplane>(agent: &mut Agent<D>, lot: Lot, shape: &Shape) {
-    shape.objects(lot).into_iter().for_each(|object| agent.take_in(Change::Apply(object)));
+fn publish<D: Dataplane>(agent: &mut Agent<D>, addresses: Addresses, shape: &Shape) {
+    shape.objects(addresses).into_iter().for_each(|object| agent.take_in(Change::Apply(object)));
 }
 
 fn begin<D: Dataplane>(plane: D) -> Result<Agent<D>> {
@@ -81,7 +81,7 @@ fn begin<D: Dataplane>(plane: D) -> Result<Agent<D>> {
     agent.take_in(Change::Apply(service_cidr()));
     let [[web, _], [neighbour, _]] = sets();
     publish(&mut agent, WEB, &web);
-    NEIGHBOURS.iter().for_each(|lot| publish(&mut agent, *lot, &neighbour));
+    NEIGHBOURS.iter().for_each(|addresses| publish(&mut agent, *addresses, &neighbour));
     agent.bring_up_to_date()?;
     Ok(agent)
 }
@@ -105,7 +105,7 @@ fn flip<D: Dataplane>(agent: &mut Agent<D>, stop: &AtomicBool) -> Result<u64> {
 fn loads(topology: &Topology) -> Result<Vec<(String, Load)>> {
     let mut loads = Vec::new();
     for family in Family::ALL {
-        for from in [Place::Pod(1, 1), Place::Pod(1, 2), Place::Host(1)] {
+        for from in [Location::Pod(1, 1), Location::Pod(1, 2), Location::Host(1)] {
             let to = SocketAddr::new(WEB.cluster_ip(family), PORT);
             // A busy machine may answer late; what is asked here is whether it answers at all.
             let call = Call { patience: Duration::from_secs(5), ..Call::new(from, to, Transport::Tcp) };
@@ -121,7 +121,7 @@ fn goes_to_old_or_new<D: Dataplane + 'static>(
 ) -> Result<()> {
     let topology = Topology::new()?;
     let _servers = serve(&topology)?;
-    let on_node = topology.at(Place::Host(1));
+    let on_node = topology.at(Location::Host(1));
     let mut agent = on_node.run(|| begin(open(&topology)?))?;
     let stop = Arc::new(AtomicBool::new(false));
     let loads = loads(&topology)?;
@@ -158,8 +158,8 @@ fn packets_go_to_old_or_new_backends() -> Result<()> {
 #[test]
 fn sockets_go_to_old_or_new_backends() -> Result<()> {
     goes_to_old_or_new(|topology| {
-        let place =
+        let location =
             EbpfPlace { bpf_root: topology.bpf_root(1)?, cgroup_root: topology.cgroup_root(1).to_owned() };
-        Ok(Stack::new(Nftables::open(families())?, Ebpf::open(place, true)?))
+        Ok(Stack::new(Nftables::open(families())?, Ebpf::open(location, true)?))
     })
 }

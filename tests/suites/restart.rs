@@ -1,34 +1,35 @@
-//! The agent is killed, restarted and robbed of its rules while connections are made: R1, A5 and the Restart row.
+//! The agent is killed and restarted, and its rules are removed, while clients connect (R1, A5).
 
 use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Result, anyhow, bail};
 use weir::model::Family;
 use weir_tests::{
-    node::{OUTSIDE_CLIENTS, Place, Topology},
-    objects::{Lot, PORT, Shape, pod, service},
+    node::{Location, OUTSIDE_CLIENTS, Topology},
+    objects::{Addresses, PORT, Shape, pod, service},
     runner::serve,
     subject::{Kind, Plane, Settings, Subject},
     traffic::{Call, Flow, Load, Outcome, PATIENCE, Transport, ask, await_answers, every_way},
     wait::await_that,
 };
 
-const WEB: Lot = Lot::new(1).named("web");
-const STICKY: Lot = Lot::new(2).named("sticky");
+const WEB: Addresses = Addresses::new(1).named("web");
+const STICKY: Addresses = Addresses::new(2).named("sticky");
 
 fn web() -> Shape {
     service([pod(1, 1), pod(2, 1)]).everywhere()
 }
 
 /// Every way to the Service that the tests keep under load.
-fn calls() -> Vec<(Place, Call)> {
+fn calls() -> Vec<(Location, Call)> {
     every_way(WEB, &[Transport::Tcp, Transport::Udp, Transport::Datagram])
 }
 
-/// Who remembers is for clients outside the packets' plane, and for those on a node the sockets' where there is one.
+/// The backends of a sticky Service. nftables stores affinity for clients outside the node; eBPF, if it runs, stores it for clients
+/// on the node.
 fn sticky_backends(topology: &Topology) -> Result<Vec<String>> {
-    let inside = [Place::Host(1), Place::Host(2)].into_iter().chain(Place::PODS);
-    let clients = (0..OUTSIDE_CLIENTS).map(Place::Outside).chain(inside);
+    let inside = [Location::Host(1), Location::Host(2)].into_iter().chain(Location::PODS);
+    let clients = (0..OUTSIDE_CLIENTS).map(Location::Outside).chain(inside);
     let ask = |from| {
         let call = Call::new(from, SocketAddr::new(STICKY.cluster_ip(Family::V4), PORT), Transport::Tcp);
         match topology.at(from).run(|| ask(&call)) {
@@ -68,7 +69,7 @@ fn killed_and_restarted_under_traffic(kind: Kind) -> Result<()> {
         subject.kill_agent(1)?;
         subject.kill_agent(2)?;
         await_answers(&loads, 20);
-        // What changed meanwhile is found at the start.
+        // The next agent finds at its start what changed meanwhile.
         let endpoints = if round % 2 == 0 { all.to_vec() } else { vec![pod(1, 1), pod(2, 1)] };
         subject.publish(&WEB.name(), service(endpoints).everywhere().objects(WEB))?;
         subject.start_agent(1)?;
@@ -112,13 +113,13 @@ fn weir_at_sockets_killed_and_restarted_under_traffic_fails_no_connection() -> R
     killed_and_restarted_under_traffic(Kind::Weir(Plane::Ebpf))
 }
 
-/// The same on the oracle: it proves that the test asks for nothing kube-proxy does not give.
+/// The same on kube-proxy: it proves that the test asks for nothing that kube-proxy does not do.
 #[test]
 fn kube_proxy_killed_and_restarted_under_traffic_fails_no_connection() -> Result<()> {
     killed_and_restarted_under_traffic(Kind::KubeProxy)
 }
 
-/// Clients that keep sending to a Service that was deleted while no agent ran: nothing serves them any more (K6).
+/// Clients keep sending to a Service that was deleted while no agent ran: nothing serves them any more (K6).
 fn deleted_while_no_agent_runs(plane: Plane) -> Result<()> {
     let topology = Topology::new()?;
     let _servers = serve(&topology)?;
@@ -156,7 +157,7 @@ fn udp_flows_of_a_service_deleted_while_no_agent_ran_end_with_sockets_in_front()
     deleted_while_no_agent_runs(Plane::Ebpf)
 }
 
-fn what_others_took_away_is_put_back(plane: Plane) -> Result<()> {
+fn removed_rules_are_restored(plane: Plane) -> Result<()> {
     let topology = Topology::new()?;
     let _servers = serve(&topology)?;
     let subject = Subject::new(Kind::Weir(plane), &topology)?;
@@ -169,14 +170,14 @@ fn what_others_took_away_is_put_back(plane: Plane) -> Result<()> {
         })
     };
     await_that("everything answers", answered);
-    for theft in [
+    for removal in [
         &["flush", "ruleset"][..],
         &["delete", "table", "ip", "weir"],
         &["delete", "table", "ip6", "weir"],
         &["flush", "table", "ip", "weir"],
     ] {
-        topology.at(Place::Host(1)).stdout("nft", theft)?;
-        await_that(&format!("everything answers after nft {}", theft.join(" ")), answered);
+        topology.at(Location::Host(1)).stdout("nft", removal)?;
+        await_that(&format!("everything answers after nft {}", removal.join(" ")), answered);
     }
     // The agent still follows changes afterwards.
     subject.publish(&WEB.name(), service([pod(2, 2)]).everywhere().objects(WEB))?;
@@ -190,11 +191,11 @@ fn what_others_took_away_is_put_back(plane: Plane) -> Result<()> {
 }
 
 #[test]
-fn weir_puts_back_what_others_took_away() -> Result<()> {
-    what_others_took_away_is_put_back(Plane::Nftables)
+fn weir_restores_removed_rules() -> Result<()> {
+    removed_rules_are_restored(Plane::Nftables)
 }
 
 #[test]
-fn weir_at_sockets_puts_back_what_others_took_away() -> Result<()> {
-    what_others_took_away_is_put_back(Plane::Ebpf)
+fn weir_at_sockets_restores_removed_rules() -> Result<()> {
+    removed_rules_are_restored(Plane::Ebpf)
 }

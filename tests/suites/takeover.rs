@@ -16,18 +16,18 @@ use serde_json::json;
 use weir::model::{Family, Object};
 use weir_tests::{
     assets,
+    child_guard::end,
     control_plane::ControlPlane,
-    keeper::end,
     netns::Namespace,
-    node::{CLUSTER_CIDRS, Place, Topology, node_address, node_name},
-    objects::{Lot, node, pod, service},
+    node::{CLUSTER_CIDRS, Location, Topology, node_address, node_name},
+    objects::{Addresses, node, pod, service},
     runner::serve,
     subject::Plane,
     traffic::{Call, Load, Outcome, SERVER_PORTS, Transport, ask, await_answers, every_way},
     wait::{await_that, await_within},
 };
 
-const WEB: Lot = Lot::new(1).named("web");
+const WEB: Addresses = Addresses::new(1).named("web");
 /// kube-proxy's first start waits for its informers, and iptables is slow on a busy machine.
 const LONG: Duration = Duration::from_secs(120);
 
@@ -112,7 +112,7 @@ struct Cluster<'a> {
 
 impl<'a> Cluster<'a> {
     fn new(topology: &'a Topology, mode: Mode) -> Result<Self> {
-        let plane = ControlPlane::start(&topology.router, Place::Router.client_address(Family::V4))?;
+        let plane = ControlPlane::start(&topology.router, Location::Router.client_address(Family::V4))?;
         let directory = tempfile::Builder::new().prefix("weir-takeover-").tempdir()?;
         plane.apply(&[&node(1), &node(2)])?;
         let configuration = json!({
@@ -145,7 +145,7 @@ impl<'a> Cluster<'a> {
     }
 
     fn host(&self, node: u8) -> &Namespace {
-        self.topology.at(Place::Host(node))
+        self.topology.at(Location::Host(node))
     }
 
     fn start(&self, node: u8, program: &Path, words: &[String]) -> Result<Agent> {
@@ -224,7 +224,7 @@ impl<'a> Cluster<'a> {
 }
 
 /// Every way to the Service, from and through the first node.
-fn calls() -> Vec<(Place, Call)> {
+fn calls() -> Vec<(Location, Call)> {
     every_way(WEB, &[Transport::Tcp, Transport::Udp])
 }
 
@@ -274,7 +274,7 @@ impl Others {
         }
         let port = Self::HOST_PORT;
         for ((family, program), cidr) in Self::programs(mode).into_iter().zip(CLUSTER_CIDRS) {
-            let pod = SocketAddr::new(Place::Pod(1, 1).server_address(family), SERVER_PORTS[0]);
+            let pod = SocketAddr::new(Location::Pod(1, 1).server_address(family), SERVER_PORTS[0]);
             let rules = format!(
                 "*filter\n:FORWARD DROP [0:0]\n-A FORWARD -s {cidr} -j ACCEPT\nCOMMIT\n*nat\n\
                  :CNI-HOSTPORT-SETMARK - [0:0]\n:CNI-HOSTPORT-DNAT - [0:0]\n:CNI-DN-WEB - [0:0]\n\
@@ -313,7 +313,7 @@ impl Others {
 
     /// Whether the first pod reaches itself by the port of the node, which takes masquerading.
     fn reach_the_pod(topology: &Topology) -> bool {
-        let from = Place::Pod(1, 1);
+        let from = Location::Pod(1, 1);
         Family::ALL.iter().all(|family| {
             let to = SocketAddr::new(node_address(*family, 1), Self::HOST_PORT);
             let call = Call { patience: Duration::from_secs(5), ..Call::new(from, to, Transport::Tcp) };
@@ -341,7 +341,7 @@ fn there_and_back_beside(others: Others, mode: Mode, plane: Plane, taking_over: 
     let cluster = Cluster::new(&topology, mode)?;
     // By IPVS of Linux 6.1 a pod does not reach itself over IPv6: no caller is an endpoint of it while all are called.
     let (third, last) = if mode == Mode::Ipvs { (pod(2, 2), pod(1, 2)) } else { (pod(1, 2), pod(2, 2)) };
-    let names = [&third, &last].map(|endpoint| endpoint.place.to_string());
+    let names = [&third, &last].map(|endpoint| endpoint.location.to_string());
     let endpoints = [pod(1, 1), pod(2, 1), third, last];
     // An endpoint that leaves takes UDP answers under way with it, whoever serves; so endpoints only come.
     let publish = |count: usize| cluster.publish(&service(&endpoints[..count]).everywhere().objects(WEB));
@@ -351,7 +351,7 @@ fn there_and_back_beside(others: Others, mode: Mode, plane: Plane, taking_over: 
         matches!(answer, Outcome::Answer(answer) if answer.backend.starts_with(backend))
     };
     let answered =
-        |(from, call): &(Place, Call)| matches!(topology.at(*from).run(|| ask(call)), Outcome::Answer(_));
+        |(from, call): &(Location, Call)| matches!(topology.at(*from).run(|| ask(call)), Outcome::Answer(_));
     publish(2)?;
     let agent = cluster.start_kube_proxy(1)?;
     let _other = cluster.start_kube_proxy(2)?;

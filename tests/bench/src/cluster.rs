@@ -24,7 +24,7 @@ use kube::{
 };
 
 use super::{
-    rig::{API_SERVER, NODE_ADDRESSES},
+    node::{API_SERVER, NODE_ADDRESSES},
     seed::{self, Stored},
     workload::{Numbered, Workload},
 };

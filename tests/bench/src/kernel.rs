@@ -114,7 +114,7 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    /// What has been counted so far; [`super::rig::control_plane`] makes the counters.
+    /// What has been counted so far; [`super::node::control_plane`] makes the counters.
     ///
     /// # Errors
     ///

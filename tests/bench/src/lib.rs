@@ -42,6 +42,7 @@ pub mod hooks;
 pub mod kernel;
 pub mod maps;
 mod metrics;
+mod node;
 mod options;
 pub mod paths;
 mod probe;
@@ -49,7 +50,6 @@ pub mod process;
 mod profile;
 pub mod programming;
 pub mod report;
-mod rig;
 mod seed;
 pub mod statistics;
 mod subject;
@@ -103,7 +103,7 @@ fn measure(options: &Options) -> Result<Report> {
     let counts = path_counts(options);
     let programmed = options.workloads().len() + options.hostile().len();
     if programmed > 0 || !counts.is_empty() {
-        let control_plane = rig::control_plane()?;
+        let control_plane = node::control_plane()?;
         // All threads of the runtime are in the namespace of the one that makes it.
         control_plane.run(|| {
             let runtime =

@@ -20,7 +20,7 @@ use nix::unistd::{SysconfVar, sysconf};
 
 use super::bound::Deadline;
 use weir_tests::{
-    keeper::{end, tail},
+    child_guard::{end, tail},
     netns::Namespace,
 };
 

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     cluster::{ENDPOINTS, NODE},
-    rig::BACKEND_PORT,
+    node::BACKEND_PORT,
 };
 
 /// Endpoints that go into one slice: what the controller of Kubernetes puts there.

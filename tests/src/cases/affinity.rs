@@ -60,11 +60,11 @@ pub(super) fn cases() -> Vec<Case> {
         case("A1", "affinity ends when it is switched off, and starts when it is switched on", {
             service(four()).sticky(hour)
         })
-        .step(Step::Run("stay with one backend", |scene| one_each(scene, CLUSTER).map(drop)))
+        .step(Step::Run("stay with one backend", |run| one_each(run, CLUSTER).map(drop)))
         .then(service(four()))
-        .check(POD12, CLUSTER, any(&Place::PODS))
+        .check(POD12, CLUSTER, any(&Location::PODS))
         .then(service(four()).sticky(hour))
-        .step(Step::Run("stay with one backend again", |scene| one_each(scene, CLUSTER).map(drop))),
+        .step(Step::Run("stay with one backend again", |run| one_each(run, CLUSTER).map(drop))),
     ]
 }
 
@@ -75,17 +75,17 @@ fn any_of_two() -> Expect {
     Expect::OneOf(vec![(POD11, TARGET), (POD21, TARGET)])
 }
 
-fn clients() -> impl Iterator<Item = Place> {
-    (0..OUTSIDE_CLIENTS).map(Place::Outside)
+fn clients() -> impl Iterator<Item = Location> {
+    (0..OUTSIDE_CLIENTS).map(Location::Outside)
 }
 
 /// The backend of every client outside, each asked more than once; that all have the same is a one in 4^15 chance.
-fn one_each(scene: &Scene<'_>, target: Target) -> Result<Vec<String>> {
+fn one_each(run: &CaseRun<'_>, target: Target) -> Result<Vec<String>> {
     let mut backends = Vec::new();
     for client in clients() {
-        let first = scene.backend(client, target)?;
+        let first = run.backend(client, target)?;
         for _ in 0..4 {
-            let again = scene.backend(client, target)?;
+            let again = run.backend(client, target)?;
             ensure!(again == first, "{client} was sent to {first} and then to {again}");
         }
         backends.push(first);
@@ -98,45 +98,45 @@ fn one_each(scene: &Scene<'_>, target: Target) -> Result<Vec<String>> {
     Ok(backends)
 }
 
-fn stay(scene: &Scene<'_>) -> Result<()> {
-    let first = one_each(scene, CLUSTER)?;
+fn stay(run: &CaseRun<'_>) -> Result<()> {
+    let first = one_each(run, CLUSTER)?;
     for target in EXTERNALS {
-        let others = one_each(scene, target)?;
+        let others = one_each(run, target)?;
         ensure!(others == first, "backends by ClusterIP {first:?}, by {target:?} {others:?}");
     }
     for from in [POD12, HOST] {
-        let first = scene.backend(from, CLUSTER)?;
+        let first = run.backend(from, CLUSTER)?;
         for target in [CLUSTER, CLUSTER, NODE_PORT, EXTERNAL, BALANCER] {
-            let other = scene.backend(from, target)?;
+            let other = run.backend(from, target)?;
             ensure!(other == first, "{from} was sent to {first} by ClusterIP and to {other} by {target:?}");
         }
     }
     Ok(())
 }
 
-fn stay_local(scene: &Scene<'_>) -> Result<()> {
+fn stay_local(run: &CaseRun<'_>) -> Result<()> {
     for target in EXTERNALS {
-        let backends = one_each(scene, target)?;
+        let backends = one_each(run, target)?;
         ensure!(backends.iter().all(|backend| backend.starts_with("pod-1-")), "not only local: {backends:?}");
     }
     Ok(())
 }
 
-fn apart(scene: &Scene<'_>) -> Result<()> {
-    let first = one_each(scene, CLUSTER)?;
-    let second = one_each(scene, CLUSTER.port(81))?;
+fn apart(run: &CaseRun<'_>) -> Result<()> {
+    let first = one_each(run, CLUSTER)?;
+    let second = one_each(run, CLUSTER.port(81))?;
     ensure!(first != second, "both ports sent every client to the same backend: {first:?}");
     Ok(())
 }
 
-fn forget(scene: &Scene<'_>) -> Result<()> {
-    let first = one_each(scene, CLUSTER)?;
+fn forget(run: &CaseRun<'_>) -> Result<()> {
+    let first = one_each(run, CLUSTER)?;
     let mut called = vec![Instant::now(); first.len()];
     for _ in 0..4 {
         // Shorter than the timeout, and longer than it in sum: each new flow must have wound the clock again.
         thread::sleep(TIMEOUT * 2 / 5);
         for ((client, backend), called) in clients().zip(&first).zip(&mut called) {
-            let again = scene.backend(client, CLUSTER)?;
+            let again = run.backend(client, CLUSTER)?;
             // On a machine too busy to call in time nothing can be said.
             ensure!(
                 again == *backend || called.elapsed() > TIMEOUT,
@@ -149,7 +149,7 @@ fn forget(scene: &Scene<'_>) -> Result<()> {
         }
     }
     thread::sleep(TIMEOUT + Duration::from_millis(500));
-    let again = one_each(scene, CLUSTER)?;
+    let again = one_each(run, CLUSTER)?;
     ensure!(again != first, "all clients were remembered beyond the timeout");
     Ok(())
 }

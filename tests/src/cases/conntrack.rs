@@ -61,7 +61,7 @@ fn shut_out() -> Vec<Case> {
     let friends =
         ["192.168.77.100/32", "10.244.1.12/32", "fd00:192:168:77::100/128", "fd00:10:244:1::12/128"];
     let one = || service([pod(1, 1)]).everywhere();
-    let flows = |name, clients: &[Place], to: Target| {
+    let flows = |name, clients: &[Location], to: Target| {
         clients
             .iter()
             .fold(case("F7 K6", name, one()).over(&UDP), |case, &client| case.step(Step::Open(client, to)))
@@ -75,13 +75,17 @@ fn shut_out() -> Vec<Case> {
             .step(Step::Open(OUTSIDE, NODE_PORT))
             .then(one().ports(&[("stream", TCP, PORT), ("datagram", Transport::Udp, PORT + 1)]))
             .step(Step::Ends),
-        flows("UDP flows of clients that source ranges shut out end", &[HOST, Place::Outside(1)], BALANCER)
-            .then(one().only_from(&friends))
-            .check(Place::Outside(1), BALANCER, Expect::Dropped)
-            .step(Step::Ends),
+        flows(
+            "UDP flows of clients that source ranges shut out end",
+            &[HOST, Location::Outside(1)],
+            BALANCER,
+        )
+        .then(one().only_from(&friends))
+        .check(Location::Outside(1), BALANCER, Expect::Dropped)
+        .step(Step::Ends),
         flows("UDP flows of clients that source ranges let in stay", &[POD12, OUTSIDE], BALANCER)
             .then(one().only_from(&friends))
-            .check(Place::Outside(1), BALANCER, Expect::Dropped)
+            .check(Location::Outside(1), BALANCER, Expect::Dropped)
             .step(Step::Stays),
     ]
 }

@@ -8,7 +8,7 @@ use std::fmt;
 
 use super::{Address, Target};
 use crate::{
-    node::Place,
+    node::Location,
     objects::Shape,
     subject::{Kind, Plane},
     traffic::Transport,
@@ -88,13 +88,13 @@ impl fmt::Display for Difference {
 /// Whether a client's socket is led to its backend, so that no packet to the target ever exists. What is not so goes
 /// by packets, as everywhere: other transports, source ranges (F7), and the NodePorts of other nodes.
 #[must_use]
-pub fn at_socket(kind: Kind, shape: &Shape, from: Place, to: Target, transport: Transport) -> bool {
-    let (Place::Host(node) | Place::Pod(node, _)) = from else { return false };
+pub fn at_socket(kind: Kind, shape: &Shape, from: Location, to: Target, transport: Transport) -> bool {
+    let (Location::Host(node) | Location::Pod(node, _)) = from else { return false };
     let reached = match to.address {
         Address::Cluster | Address::External => true,
         Address::Balancer => shape.source_ranges.is_empty(),
         Address::Node(other) | Address::SecondNode(other) => other == node,
-        Address::Loopback => matches!(from, Place::Host(_)),
+        Address::Loopback => matches!(from, Location::Host(_)),
         Address::UnusedCluster => false,
     };
     let by_socket = matches!(transport, Transport::Tcp | Transport::Udp | Transport::Datagram);

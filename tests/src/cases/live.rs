@@ -89,12 +89,12 @@ fn addresses() -> Vec<Case> {
             .then(plain())
             .check(POD12, CLUSTER, both.clone()),
         case("F7", "source ranges come and go", plain().everywhere())
-            .check(Place::Outside(1), BALANCER, both.clone())
+            .check(Location::Outside(1), BALANCER, both.clone())
             .then(plain().everywhere().only_from(&["192.168.77.100/32", "fd00:192:168:77::100/128"]))
-            .check(Place::Outside(1), BALANCER, Expect::Dropped)
+            .check(Location::Outside(1), BALANCER, Expect::Dropped)
             .check(OUTSIDE, BALANCER, both.clone())
             .then(plain().everywhere().only_from(&["192.168.77.101/32", "fd00:192:168:77::101/128"]))
-            .check(Place::Outside(1), BALANCER, both.clone())
+            .check(Location::Outside(1), BALANCER, both.clone())
             .check(OUTSIDE, BALANCER, Expect::Dropped)
             .then(plain().everywhere())
             .check(OUTSIDE, BALANCER, both.clone()),

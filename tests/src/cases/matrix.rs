@@ -143,18 +143,18 @@ fn special() -> Vec<Case> {
         case(
             "R3",
             "backends in the host's network",
-            service([crate::objects::at(Place::Host(2))]).everywhere(),
+            service([crate::objects::at(Location::Host(2))]).everywhere(),
         )
         .checks(
             &[POD12, OUTSIDE],
             &[CLUSTER, NODE_PORT, EXTERNAL, BALANCER],
-            &any(&[Place::Host(2)]),
+            &any(&[Location::Host(2)]),
         ),
     ]
 }
 
 pub(super) fn router() -> Expect {
-    Expect::Served(vec![(Place::Router, 9999)], Source::Any)
+    Expect::Served(vec![(Location::Router, 9999)], Source::Any)
 }
 
 fn node_port_addresses() -> Vec<Case> {

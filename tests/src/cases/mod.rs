@@ -9,9 +9,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use weir::model::Family;
 
 use crate::{
-    node::{Place, node_address, second_node_address},
-    objects::{Lot, PORT, ServiceType, Shape, TARGET},
-    runner::Scene,
+    node::{Location, node_address, second_node_address},
+    objects::{Addresses, PORT, ServiceType, Shape, TARGET},
+    runner::CaseRun,
     subject::Settings,
     traffic::Transport,
 };
@@ -36,8 +36,8 @@ pub struct Case {
     pub rules: &'static str,
     /// What it shows.
     pub name: String,
-    /// Its addresses.
-    pub lot: Lot,
+    /// The name and addresses of its Service.
+    pub addresses: Addresses,
     /// How the agents are to be set up.
     pub settings: Settings,
     /// The Service as the case finds it.
@@ -51,27 +51,27 @@ pub struct Case {
 }
 
 /// A step that is written out, run once for each family and transport.
-pub type Act = fn(&Scene<'_>) -> anyhow::Result<()>;
+pub type Act = fn(&CaseRun<'_>) -> anyhow::Result<()>;
 
 /// One step of a case.
 #[derive(Clone, Debug)]
 pub enum Step {
     /// New flows get what they should.
-    Check(Place, Target, Expect),
+    Check(Location, Target, Expect),
     /// The Service and its endpoints change to this.
     Become(Box<Shape>),
     /// The Service and its endpoints are deleted.
     Vanish,
     /// A flow is opened, for the steps below to ask on.
-    Open(Place, Target),
+    Open(Location, Target),
     /// A flow is opened by sending to where nobody answers yet.
-    Send(Place, Target),
+    Send(Location, Target),
     /// The open flows are answered by whoever answered first.
     Stays,
     /// The open flows come to get no answers (K6, K7); those of the kube-proxy that proves the table stay.
     Ends,
-    /// The open flows come to be answered by this place.
-    Moves(Place),
+    /// After some time a backend at this location answers the open flows.
+    Moves(Location),
     /// Something of its own.
     Run(&'static str, Act),
 }
@@ -113,21 +113,21 @@ impl Target {
         Self { address: self.address, port }
     }
 
-    /// The socket address in a case's lot. Addresses of nodes stand for NodePorts.
+    /// The socket address among those of a case. Addresses of nodes stand for NodePorts.
     #[must_use]
-    pub fn resolve(self, lot: Lot, family: Family) -> SocketAddr {
+    pub fn resolve(self, addresses: Addresses, family: Family) -> SocketAddr {
         let loopback: IpAddr = match family {
             Family::V4 => Ipv4Addr::LOCALHOST.into(),
             Family::V6 => Ipv6Addr::LOCALHOST.into(),
         };
         let (address, port) = match self.address {
-            Address::Cluster => (lot.cluster_ip(family), self.port),
-            Address::UnusedCluster => (lot.unused_cluster_ip(family), self.port),
-            Address::External => (lot.external_ip(family), self.port),
-            Address::Balancer => (lot.balancer_ip(family), self.port),
-            Address::Node(node) => (node_address(family, node), lot.node_port(self.port)),
-            Address::SecondNode(node) => (second_node_address(family, node), lot.node_port(self.port)),
-            Address::Loopback => (loopback, lot.node_port(self.port)),
+            Address::Cluster => (addresses.cluster_ip(family), self.port),
+            Address::UnusedCluster => (addresses.unused_cluster_ip(family), self.port),
+            Address::External => (addresses.external_ip(family), self.port),
+            Address::Balancer => (addresses.balancer_ip(family), self.port),
+            Address::Node(node) => (node_address(family, node), addresses.node_port(self.port)),
+            Address::SecondNode(node) => (second_node_address(family, node), addresses.node_port(self.port)),
+            Address::Loopback => (loopback, addresses.node_port(self.port)),
         };
         SocketAddr::new(address, port)
     }
@@ -138,11 +138,11 @@ impl Target {
         self.address == Address::Cluster
     }
 
-    /// The node that handles calls from a place to here.
+    /// The node that translates calls from a location to this target.
     #[must_use]
-    pub fn handled_by(self, from: Place) -> u8 {
+    pub fn handled_by(self, from: Location) -> u8 {
         match (from, self.address) {
-            (Place::Pod(node, _) | Place::Host(node), _) => node,
+            (Location::Pod(node, _) | Location::Host(node), _) => node,
             (_, Address::Node(node) | Address::SecondNode(node)) => node,
             _ => 1,
         }
@@ -164,9 +164,9 @@ pub enum Source {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Expect {
     /// Each of these answers now and then, and nobody else ever.
-    Served(Vec<(Place, u16)>, Source),
+    Served(Vec<(Location, u16)>, Source),
     /// Always the same one of these answers.
-    OneOf(Vec<(Place, u16)>),
+    OneOf(Vec<(Location, u16)>),
     /// Connection refused.
     Refused,
     /// Nothing at all.
@@ -185,28 +185,28 @@ impl Expect {
 use Source::{Kept, Masqueraded};
 
 /// Answered by these places on the usual target port.
-fn by(places: &[Place], source: Source) -> Expect {
-    Expect::Served(places.iter().map(|&place| (place, TARGET)).collect(), source)
+fn by(places: &[Location], source: Source) -> Expect {
+    Expect::Served(places.iter().map(|&location| (location, TARGET)).collect(), source)
 }
 
 /// Answered by these places on the usual target port, whatever they see of the client.
-fn any(places: &[Place]) -> Expect {
+fn any(places: &[Location]) -> Expect {
     by(places, Source::Any)
 }
 
-const POD11: Place = Place::Pod(1, 1);
-const POD12: Place = Place::Pod(1, 2);
-const POD21: Place = Place::Pod(2, 1);
-const POD22: Place = Place::Pod(2, 2);
-const HOST: Place = Place::Host(1);
-const OUTSIDE: Place = Place::Outside(0);
+const POD11: Location = Location::Pod(1, 1);
+const POD12: Location = Location::Pod(1, 2);
+const POD21: Location = Location::Pod(2, 1);
+const POD22: Location = Location::Pod(2, 2);
+const HOST: Location = Location::Host(1);
+const OUTSIDE: Location = Location::Outside(0);
 
 /// A case that finds this Service.
 fn case(rules: &'static str, name: impl Into<String>, shape: Shape) -> Case {
     Case {
         rules,
         name: name.into(),
-        lot: Lot::new(0),
+        addresses: Addresses::new(0),
         settings: Settings::default(),
         shape,
         families: Family::ALL.to_vec(),
@@ -236,11 +236,11 @@ impl Case {
         self
     }
 
-    fn check(self, from: Place, to: Target, expect: Expect) -> Self {
+    fn check(self, from: Location, to: Target, expect: Expect) -> Self {
         self.step(Step::Check(from, to, expect))
     }
 
-    fn checks(mut self, from: &[Place], to: &[Target], expect: &Expect) -> Self {
+    fn checks(mut self, from: &[Location], to: &[Target], expect: &Expect) -> Self {
         for &from in from {
             for &to in to {
                 self = self.check(from, to, expect.clone());
@@ -271,8 +271,8 @@ pub fn all() -> Vec<Case> {
     cases.extend(sockets::cases());
     cases.extend(window::cases());
     for (number, case) in (1..).zip(&mut cases) {
-        assert!(number <= Lot::LAST, "too many cases for the lots there are");
-        case.lot = Lot::new(number);
+        assert!(number <= Addresses::LAST, "too many cases for the addresses there are");
+        case.addresses = Addresses::new(number);
     }
     cases
 }

@@ -68,8 +68,8 @@ fn sctp(endpoints: impl Into<Vec<Endpoint>>) -> Shape {
     service([]).everywhere().ports(&[("message", Transport::Sctp, PORT)]).slices([slice])
 }
 
-fn on(port: u16, places: &[Place]) -> Expect {
-    Expect::Served(places.iter().map(|&place| (place, port)).collect(), Source::Any)
+fn on(port: u16, places: &[Location]) -> Expect {
+    Expect::Served(places.iter().map(|&location| (location, port)).collect(), Source::Any)
 }
 
 fn same_number() -> Case {
@@ -83,10 +83,10 @@ fn same_number() -> Case {
 }
 
 /// With a share of a hundred each, a fair choice strays by 9 as a rule; 40 it does not reach.
-fn balance(scene: &Scene<'_>) -> Result<()> {
+fn balance(run: &CaseRun<'_>) -> Result<()> {
     let mut shares: BTreeMap<String, u32> = BTreeMap::new();
     for _ in 0..400 {
-        *shares.entry(scene.backend(POD12, CLUSTER)?).or_default() += 1;
+        *shares.entry(run.backend(POD12, CLUSTER)?).or_default() += 1;
     }
     ensure!(
         shares.len() == 4 && shares.values().all(|share| (60..=140).contains(share)),

@@ -84,23 +84,23 @@ fn left_alone() -> Vec<Case> {
             .checks(&[POD12, HOST], &[EXTERNAL.port(9999), BALANCER.port(9999)], &router()),
         case("F6", "external addresses answer ICMP echo as they would without a Service", shape())
             .over(&PING)
-            .step(Step::Run("ping the router behind both addresses", |scene| {
-                scene.echo(POD12, EXTERNAL)?;
-                scene.echo(POD12, BALANCER)
+            .step(Step::Run("ping the router behind both addresses", |run| {
+                run.echo(POD12, EXTERNAL)?;
+                run.echo(POD12, BALANCER)
             })),
         case("F6", "other ports of the node's address reach the node", shape()).step(Step::Run(
             "ask the node's own server",
-            |scene| {
-                scene.node_itself(POD12)?;
-                scene.node_itself(OUTSIDE)
+            |run| {
+                run.node_itself(POD12)?;
+                run.node_itself(OUTSIDE)
             },
         )),
     ]
 }
 
 fn source_ranges() -> Vec<Case> {
-    let friend = Place::Outside(0);
-    let stranger = Place::Outside(1);
+    let friend = Location::Outside(0);
+    let stranger = Location::Outside(1);
     let ranged = |ranges: &[&str]| service([pod(1, 1)]).everywhere().only_from(ranges);
     let one = ["192.168.77.100/32", "fd00:192:168:77::100/128"];
     vec![

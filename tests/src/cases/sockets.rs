@@ -20,7 +20,7 @@ use crate::{
     wait::await_that,
 };
 
-const INSIDE: [Place; 2] = [POD12, HOST];
+const INSIDE: [Location; 2] = [POD12, HOST];
 const EVERYWHERE: [Target; 4] = [CLUSTER, NODE_PORT, EXTERNAL, BALANCER];
 
 pub(super) fn cases() -> Vec<Case> {
@@ -59,35 +59,35 @@ pub(super) fn cases() -> Vec<Case> {
         // A packet to an address of its own does not leave a pod.
         case("R1", "a pod that listens on a Service's address speaks to itself", service([pod(1, 1)]))
             .over(&streams_and_datagrams)
-            .step(Step::Run("give the pod the address", |scene| own_address(scene, true)))
+            .step(Step::Run("give the pod the address", |run| own_address(run, true)))
             .step(Step::Run("listen there and ask", speaks_to_itself))
             .check(POD21, CLUSTER, any(&[POD11]))
-            .step(Step::Run("take the address away", |scene| own_address(scene, false)))
+            .step(Step::Run("take the address away", |run| own_address(run, false)))
             .check(POD22, CLUSTER, any(&[POD11])),
     ]
 }
 
-fn mapped(scene: &Scene<'_>) -> Result<()> {
+fn mapped(run: &CaseRun<'_>) -> Result<()> {
     let map = |address: IpAddr| match address {
         IpAddr::V4(address) => IpAddr::V6(address.to_ipv6_mapped()),
         IpAddr::V6(_) => address,
     };
     for (from, to) in INSIDE.into_iter().flat_map(|from| EVERYWHERE.map(|to| (from, to))) {
-        let call = scene.call(from, to);
+        let call = run.call(from, to);
         let to = SocketAddr::new(map(call.to.ip()), call.to.port());
         let call = Call { from: map(call.from), to, ..call };
         // The flow itself sees to it that its peer has the mapped address of the Service.
-        let outcome = scene.namespace(from).run(|| ask(&call));
+        let outcome = run.namespace(from).run(|| ask(&call));
         let served = matches!(&outcome, Outcome::Answer(answer) if answer.backend == "pod-1-1:8080");
         ensure!(served, "{from} to {to}: {outcome}");
     }
     Ok(())
 }
 
-fn stay(scene: &Scene<'_>) -> Result<()> {
+fn stay(run: &CaseRun<'_>) -> Result<()> {
     let mut backends = BTreeSet::new();
     for (from, to) in [POD12, HOST, OUTSIDE].into_iter().flat_map(|from| EVERYWHERE.map(|to| (from, to))) {
-        let (flow, first) = scene.flow(from, to)?;
+        let (flow, first) = run.flow(from, to)?;
         for number in 2..=20 {
             let outcome = flow.ask(PATIENCE);
             let same = matches!(&outcome, Outcome::Answer(answer) if answer.backend == first.backend);
@@ -103,21 +103,21 @@ fn stay(scene: &Scene<'_>) -> Result<()> {
 /// Ports that are each served by one pod, so that the answer tells the port.
 fn several() -> Shape {
     let ports = [("first", 80, POD11), ("second", 81, POD12), ("third", 82, POD21)];
-    let slices = ports.map(|(name, _, place)| Slice {
+    let slices = ports.map(|(name, _, location)| Slice {
         ports: vec![(name, Transport::Udp, TARGET)],
-        ..slice([crate::objects::at(place)])
+        ..slice([crate::objects::at(location)])
     });
     service([]).everywhere().ports(&ports.map(|(name, port, _)| (name, Transport::Udp, port))).slices(slices)
 }
 
-const PORTS: [(u16, Place); 3] = [(80, POD11), (81, POD12), (82, POD21)];
+const PORTS: [(u16, Location); 3] = [(80, POD11), (81, POD12), (82, POD21)];
 
-fn at_a_time(scene: &Scene<'_>) -> Result<()> {
+fn at_a_time(run: &CaseRun<'_>) -> Result<()> {
     for from in [POD22, HOST] {
         for to in EVERYWHERE {
-            let socket = scene.datagrams(from, to)?;
+            let socket = run.datagrams(from, to)?;
             let targets =
-                PORTS.map(|(port, place)| (scene.address(to.port(port)), format!("{place}:{TARGET}")));
+                PORTS.map(|(port, location)| (run.address(to.port(port)), format!("{location}:{TARGET}")));
             for _ in 0..3 {
                 for (target, _) in &targets {
                     socket.ask(*target)?;
@@ -137,11 +137,11 @@ fn next(socket: &Datagrams) -> Result<(SocketAddr, String)> {
 }
 
 /// The same backend behind every address: whom an answer is from follows from who was asked last.
-fn in_turn(scene: &Scene<'_>) -> Result<()> {
+fn in_turn(run: &CaseRun<'_>) -> Result<()> {
     for from in [POD22, HOST] {
-        let socket = scene.datagrams(from, CLUSTER)?;
+        let socket = run.datagrams(from, CLUSTER)?;
         for to in [EVERYWHERE, EVERYWHERE].concat() {
-            let to = scene.address(to);
+            let to = run.address(to);
             socket.ask(to)?;
             let answer = next(&socket)?;
             ensure!(answer == (to, format!("{POD11}:{TARGET}")), "{from} asked {to} and heard {answer:?}");
@@ -151,15 +151,15 @@ fn in_turn(scene: &Scene<'_>) -> Result<()> {
 }
 
 /// Binds in the host's namespace and in a pod's, to the number of a NodePort and to another one.
-fn binds(scene: &Scene<'_>) -> Result<()> {
-    let node_port = scene.address(NODE_PORT);
-    let other = scene.address(NODE_PORT.port(PORT + 5)).port();
-    let loopback = scene.address(Target { address: Address::Loopback, port: PORT }).ip();
+fn binds(run: &CaseRun<'_>) -> Result<()> {
+    let node_port = run.address(NODE_PORT);
+    let other = run.address(NODE_PORT.port(PORT + 5)).port();
+    let loopback = run.address(Target { address: Address::Loopback, port: PORT }).ip();
     let any = match loopback {
         IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
         IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
-    for (place, address, port) in [
+    for (location, address, port) in [
         (HOST, any, node_port.port()),
         (HOST, loopback, node_port.port()),
         (HOST, node_port.ip(), node_port.port()),
@@ -167,25 +167,25 @@ fn binds(scene: &Scene<'_>) -> Result<()> {
         (POD12, any, node_port.port()),
     ] {
         let at = SocketAddr::new(address, port);
-        let outcome = scene.namespace(place).run(|| bound(scene.transport(), at)).map(drop);
-        ensure!(outcome.is_ok(), "{place} binds {at} by {}: {outcome:?}", scene.transport());
+        let outcome = run.namespace(location).run(|| bound(run.transport(), at)).map(drop);
+        ensure!(outcome.is_ok(), "{location} binds {at} by {}: {outcome:?}", run.transport());
     }
     Ok(())
 }
 
-fn from_loopback(scene: &Scene<'_>) -> Result<()> {
-    let call = scene.call(HOST, Target { address: Address::Loopback, port: NODE_PORT.port });
+fn from_loopback(run: &CaseRun<'_>) -> Result<()> {
+    let call = run.call(HOST, Target { address: Address::Loopback, port: NODE_PORT.port });
     let call = Call { from: call.to.ip(), ..call };
-    let outcome = scene.namespace(HOST).run(|| ask(&call));
-    ensure!(outcome == Outcome::Refused, "{} to {} by {}: {outcome}", call.from, call.to, scene.transport());
+    let outcome = run.namespace(HOST).run(|| ask(&call));
+    ensure!(outcome == Outcome::Refused, "{} to {} by {}: {outcome}", call.from, call.to, run.transport());
     Ok(())
 }
 
 /// Masquerading gives clients from outside such ports by chance; here it is a process that no group keeps from them.
-fn answered_on_node_port(scene: &Scene<'_>) -> Result<()> {
-    let node_port = scene.address(NODE_PORT);
+fn answered_on_node_port(run: &CaseRun<'_>) -> Result<()> {
+    let node_port = run.address(NODE_PORT);
     let pod = SocketAddr::new(POD11.server_address(Family::of(node_port.ip())), TARGET);
-    let network = File::open(scene.namespace(HOST).path())?;
+    let network = File::open(run.namespace(HOST).path())?;
     let outside_groups = || {
         setns(network, CloneFlags::CLONE_NEWNET)?;
         let socket = UdpSocket::from(bound(Transport::Udp, node_port)?);
@@ -200,9 +200,9 @@ fn answered_on_node_port(scene: &Scene<'_>) -> Result<()> {
 }
 
 /// Gives the pod the Service's address, or takes it away; the scenes of both transports share it.
-fn own_address(scene: &Scene<'_>, own: bool) -> Result<()> {
-    if scene.transport() == Transport::Tcp {
-        let (address, pod) = (scene.address(CLUSTER).ip(), scene.namespace(POD22));
+fn own_address(run: &CaseRun<'_>, own: bool) -> Result<()> {
+    if run.transport() == Transport::Tcp {
+        let (address, pod) = (run.address(CLUSTER).ip(), run.namespace(POD22));
         let at_once = if address.is_ipv6() { "nodad" } else { "" };
         let act = if own { "replace" } else { "del" };
         pod.ip(&[format!("addr {act} {address} dev lo {at_once}")])?;
@@ -214,9 +214,9 @@ fn own_address(scene: &Scene<'_>, own: bool) -> Result<()> {
     Ok(())
 }
 
-fn speaks_to_itself(scene: &Scene<'_>) -> Result<()> {
-    let call = Call { patience: Duration::from_secs(2), ..scene.call(POD22, CLUSTER) };
-    scene.namespace(POD22).run(|| match call.transport {
+fn speaks_to_itself(run: &CaseRun<'_>) -> Result<()> {
+    let call = Call { patience: Duration::from_secs(2), ..run.call(POD22, CLUSTER) };
+    run.namespace(POD22).run(|| match call.transport {
         Transport::Tcp => {
             let listener = bound(call.transport, call.to)?;
             listener.listen(1)?;

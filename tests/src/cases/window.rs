@@ -34,13 +34,13 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-fn answers(scene: &Scene<'_>) -> Result<()> {
+fn answers(run: &CaseRun<'_>) -> Result<()> {
     for (from, to) in [(POD12, CLUSTER), (OUTSIDE, EXTERNAL)] {
-        let (flow, first) = scene.flow(from, to)?;
+        let (flow, first) = run.flow(from, to)?;
         let client = first.client;
         // A raw socket is read as one for datagrams is.
-        let heard: UdpSocket = scene.namespace(from).run(|| raw(client.ip()))?.into();
-        scene.namespace(POD11).run(|| forge(client))?;
+        let heard: UdpSocket = run.namespace(from).run(|| raw(client.ip()))?.into();
+        run.namespace(POD11).run(|| forge(client))?;
         let outcome = flow.ask(PATIENCE);
         ensure!(matches!(outcome, Outcome::Answer(_)), "{from} to {to:?}, then: {outcome}");
         // The answer took the way of the forged segments, behind them.
@@ -56,7 +56,7 @@ fn answers(scene: &Scene<'_>) -> Result<()> {
         };
         // What the kernel takes for old data sent again it still translates. Where a socket was led, nothing is translated.
         forged.retain(|source| *source != answered_by);
-        if scene.differs(Difference::OutOfWindow) {
+        if run.differs(Difference::OutOfWindow) {
             ensure!(forged.is_empty(), "{from} to {to:?}: forged segments came from {forged:?}");
         } else {
             ensure!(!forged.is_empty(), "{from} to {to:?}: the forged segments are lost by themselves");
@@ -90,7 +90,7 @@ fn holds(packet: &[u8], text: &[u8]) -> bool {
     packet.windows(text.len()).any(|part| part == text)
 }
 
-/// Sends from pod 1/1 what its server might, at another place in the stream.
+/// Sends from pod 1/1 what its server might, at another position in the stream.
 fn forge(client: SocketAddr) -> io::Result<()> {
     let backend = POD11.server_address(Family::of(client.ip()));
     let backend = SocketAddr::new(backend, TARGET);

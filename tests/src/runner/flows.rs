@@ -9,7 +9,7 @@ use anyhow::{Result, ensure};
 
 use crate::{
     cases::Difference,
-    node::Place,
+    node::Location,
     subject::Kind,
     traffic::{Flow, Outcome, PATIENCE},
 };
@@ -25,7 +25,7 @@ pub(super) struct OpenFlow {
 }
 
 impl OpenFlow {
-    /// The flow is answered by the place that answered first.
+    /// The flow is answered by the location that answered first.
     pub(super) fn stays(&self) -> Result<()> {
         let outcome = self.flow.ask(PATIENCE);
         let same =
@@ -43,10 +43,10 @@ impl OpenFlow {
         Ok(Some(Difference::Ended))
     }
 
-    /// The flow comes to be answered by this place.
-    pub(super) fn moves(&self, place: Place) -> Result<()> {
-        self.comes_to(&format!("move to {place}"), |outcome| {
-            matches!(outcome, Outcome::Answer(answer) if answer.backend.starts_with(&format!("{place}:")))
+    /// The flow comes to be answered by this location.
+    pub(super) fn moves(&self, location: Location) -> Result<()> {
+        self.comes_to(&format!("move to {location}"), |outcome| {
+            matches!(outcome, Outcome::Answer(answer) if answer.backend.starts_with(&format!("{location}:")))
         })
     }
 

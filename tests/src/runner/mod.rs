@@ -15,17 +15,17 @@ use weir::model::Family;
 
 use crate::{
     cases::{self, Case, Difference, Step},
-    node::{Place, Topology},
+    node::{Location, Topology},
     objects::Shape,
     subject::{Kind, Settings, Subject},
     traffic::{Server, Transport},
 };
 
+mod case_run;
 mod flows;
-mod scene;
 
+pub use case_run::CaseRun;
 use flows::OpenFlow;
-pub use scene::Scene;
 
 /// How many cases run at a time: most of their time is waiting for what must not arrive.
 const AT_ONCE: usize = 4;
@@ -101,12 +101,12 @@ pub fn run_cases(kind: Kind) -> Result<Report> {
 ///
 /// When a port cannot be listened on.
 pub fn serve(topology: &Topology) -> Result<Vec<Server>> {
-    let fixed = [Place::Host(1), Place::Host(2), Place::Router];
-    let start = |place: Place| {
-        let addresses = Family::ALL.map(|family| place.server_address(family));
-        Server::start(topology.at(place), &place.to_string(), addresses)
+    let fixed = [Location::Host(1), Location::Host(2), Location::Router];
+    let start = |location: Location| {
+        let addresses = Family::ALL.map(|family| location.server_address(family));
+        Server::start(topology.at(location), &location.to_string(), addresses)
     };
-    fixed.into_iter().chain(Place::PODS).map(start).collect()
+    fixed.into_iter().chain(Location::PODS).map(start).collect()
 }
 
 fn title(case: &Case) -> String {
@@ -122,9 +122,11 @@ struct Runner<'a, 'b> {
 impl Runner<'_, '_> {
     fn run_group(&self, settings: &Settings, cases: Vec<Case>) -> Result<()> {
         // Objects first: a start finds everything there, as it does after an upgrade.
-        self.subject.publish_all(cases.iter().map(|case| (case.lot.name(), case.shape.objects(case.lot))))?;
+        self.subject.publish_all(
+            cases.iter().map(|case| (case.addresses.name(), case.shape.objects(case.addresses))),
+        )?;
         self.subject.start(settings)?;
-        let names: Vec<_> = cases.iter().map(|case| case.lot.name()).collect();
+        let names: Vec<_> = cases.iter().map(|case| case.addresses.name()).collect();
         let queue = Mutex::new(VecDeque::from(cases));
         thread::scope(|scope| {
             for _ in 0..AT_ONCE {
@@ -174,11 +176,11 @@ impl Runner<'_, '_> {
     ) -> Result<BTreeSet<Difference>> {
         match step {
             Step::Become(shape) => {
-                self.subject.publish(&case.lot.name(), shape.objects(case.lot))?;
+                self.subject.publish(&case.addresses.name(), shape.objects(case.addresses))?;
                 return Ok(BTreeSet::new());
             }
             Step::Vanish => {
-                self.subject.publish(&case.lot.name(), Vec::new())?;
+                self.subject.publish(&case.addresses.name(), Vec::new())?;
                 return Ok(BTreeSet::new());
             }
             Step::Stays => {
@@ -189,20 +191,22 @@ impl Runner<'_, '_> {
                 let kind = self.subject.kind();
                 return flows.iter().filter_map(|flow| flow.ends(kind).transpose()).collect();
             }
-            Step::Moves(place) => {
-                flows.iter().try_for_each(|flow| flow.moves(*place))?;
+            Step::Moves(location) => {
+                flows.iter().try_for_each(|flow| flow.moves(*location))?;
                 return Ok(BTreeSet::new());
             }
             Step::Check(..) | Step::Open(..) | Step::Send(..) | Step::Run(..) => {}
         }
         let mut done = Vec::new();
         for transports in rounds(case, shape) {
-            let scenes = case.families.iter().flat_map(|&family| {
+            let runs = case.families.iter().flat_map(|&family| {
                 let subject = (self.topology, self.subject.kind());
-                transports.iter().map(move |&transport| Scene::new(subject, case, shape, (family, transport)))
+                transports
+                    .iter()
+                    .map(move |&transport| CaseRun::new(subject, case, shape, (family, transport)))
             });
             thread::scope(|scope| {
-                let running: Vec<_> = scenes.map(|scene| scope.spawn(move || scene.take(step))).collect();
+                let running: Vec<_> = runs.map(|run| scope.spawn(move || run.take(step))).collect();
                 let taken = |thread: ScopedJoinHandle<'_, _>| {
                     thread.join().unwrap_or_else(|panic| resume_unwind(panic))
                 };

@@ -18,10 +18,12 @@ use weir::model::{Family, Object};
 use crate::{
     assets,
     bpffs::unpin_all,
+    child_guard::{end, tail},
     control_plane::ControlPlane,
-    keeper::{end, tail},
-    node::{Place, Topology, node_address, node_name},
-    objects::{self, Endpoint, Lot, PORT, Shape, Slice, TARGET, node, pod, service, service_cidr, slice},
+    node::{Location, Topology, node_address, node_name},
+    objects::{
+        self, Addresses, Endpoint, PORT, Shape, Slice, TARGET, node, pod, service, service_cidr, slice,
+    },
     traffic::{Call, Outcome, PATIENCE, Transport, ask},
 };
 
@@ -33,8 +35,8 @@ use store::Store;
 
 /// How long a change may take to show on both nodes, on a busy machine.
 const SETTLE: Duration = Duration::from_secs(30);
-/// The lot of the Service that tells how far the agents have come.
-const MARKER: Lot = Lot::new(250).named("marker");
+/// The Service that shows how far the agents have come.
+const MARKER: Addresses = Addresses::new(250).named("marker");
 
 /// Which service proxy runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,7 +132,7 @@ impl<'a> Subject<'a> {
     /// When a program is missing, or the control plane does not come up.
     pub fn of_cluster(kind: Kind, topology: &'a Topology) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("weir-subject-").tempdir()?;
-        let address = Place::Router.client_address(Family::V4);
+        let address = Location::Router.client_address(Family::V4);
         let store = Store::Cluster(Box::new(ControlPlane::start(&topology.router, address)?));
         Self::fed(kind, topology, directory, store)
     }
@@ -218,7 +220,7 @@ impl<'a> Subject<'a> {
     fn await_service_cidrs(&self) -> Result<()> {
         let deadline = Instant::now() + SETTLE;
         for (node, family) in [1, 2].into_iter().flat_map(|node| Family::ALL.map(|family| (node, family))) {
-            let from = Place::Host(node);
+            let from = Location::Host(node);
             let call =
                 Call::new(from, SocketAddr::new(MARKER.unused_cluster_ip(family), PORT), Transport::Udp);
             loop {
@@ -263,7 +265,7 @@ impl<'a> Subject<'a> {
         if let Some(directory) = state.store.directory() {
             args.push(format!("--source=manifests:{}", directory.display()));
         }
-        let child = self.topology.at(Place::Host(node)).spawn(&self.kind.program()?, |command| {
+        let child = self.topology.at(Location::Host(node)).spawn(&self.kind.program()?, |command| {
             command.args(args).stdout(log).stderr(errors);
         })?;
         state.agents[usize::from(node) - 1] = Some(child);
@@ -313,7 +315,7 @@ impl<'a> Subject<'a> {
     pub fn stop(&self) -> Result<()> {
         for node in [1, 2] {
             self.kill_agent(node)?;
-            self.topology.at(Place::Host(node)).stdout("nft", &["flush", "ruleset"])?;
+            self.topology.at(Location::Host(node)).stdout("nft", &["flush", "ruleset"])?;
             unpin_all(&self.topology.bpf_root(node)?)?;
         }
         Ok(())
@@ -410,7 +412,7 @@ impl<'a> Subject<'a> {
     }
 
     fn await_marker(&self, node: u8, port: u16, target: u16) -> Result<()> {
-        let expected = format!("{}:{target}", Place::Pod(1, 1));
+        let expected = format!("{}:{target}", Location::Pod(1, 1));
         let deadline = Instant::now() + SETTLE;
         let ways =
             Family::ALL.into_iter().flat_map(|family| self.marked().iter().map(move |way| (family, *way)));
@@ -424,7 +426,7 @@ impl<'a> Subject<'a> {
             loop {
                 let shown = |outcome: &Outcome| matches!(outcome, Outcome::Answer(answer) if answer.backend == expected);
                 let outcomes =
-                    self.topology.at(Place::Host(node)).run(|| [ask(&call), ask(&call), ask(&call)]);
+                    self.topology.at(Location::Host(node)).run(|| [ask(&call), ask(&call), ask(&call)]);
                 let Some(outcome) = outcomes.into_iter().find(|outcome| !shown(outcome)) else { break };
                 self.still_runs(node)?;
                 if Instant::now() > deadline {

@@ -17,25 +17,25 @@ use weir::model::Family;
 use super::{Call, Flow, Transport};
 use crate::{
     netns::Namespace,
-    node::{Place, node_address},
-    objects::{Lot, PORT},
+    node::{Location, node_address},
+    objects::{Addresses, PORT},
     wait::await_that,
 };
 
 /// Every way to a Service on the first node: from a pod, from the node itself and from outside, in both families.
 #[must_use]
-pub fn every_way(lot: Lot, transports: &[Transport]) -> Vec<(Place, Call)> {
+pub fn every_way(addresses: Addresses, transports: &[Transport]) -> Vec<(Location, Call)> {
     let mut calls = Vec::new();
     for family in Family::ALL {
-        let cluster = SocketAddr::new(lot.cluster_ip(family), PORT);
-        let node_port = SocketAddr::new(node_address(family, 1), lot.node_port(PORT));
-        let external = SocketAddr::new(lot.external_ip(family), PORT);
+        let cluster = SocketAddr::new(addresses.cluster_ip(family), PORT);
+        let node_port = SocketAddr::new(node_address(family, 1), addresses.node_port(PORT));
+        let external = SocketAddr::new(addresses.external_ip(family), PORT);
         for transport in transports {
             for (from, to) in [
-                (Place::Pod(1, 2), cluster),
-                (Place::Host(1), cluster),
-                (Place::Outside(0), node_port),
-                (Place::Outside(0), external),
+                (Location::Pod(1, 2), cluster),
+                (Location::Host(1), cluster),
+                (Location::Outside(0), node_port),
+                (Location::Outside(0), external),
             ] {
                 // A busy machine may answer late; what is asked here is whether it answers at all.
                 let call = Call { patience: Duration::from_secs(5), ..Call::new(from, to, *transport) };

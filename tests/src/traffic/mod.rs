@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 use weir::model::Family;
 
-use crate::node::Place;
+use crate::node::Location;
 
 mod client;
 mod load;
@@ -85,7 +85,7 @@ pub struct Call {
 impl Call {
     /// A call with the usual patience from where a client is.
     #[must_use]
-    pub fn new(from: Place, to: SocketAddr, transport: Transport) -> Self {
+    pub fn new(from: Location, to: SocketAddr, transport: Transport) -> Self {
         let from = from.client_address(Family::of(to.ip()));
         Self { from, to, transport, patience: PATIENCE }
     }

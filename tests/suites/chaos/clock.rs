@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::Result;
 
-use super::rig::run;
+use super::fixture::run;
 
 /// Stands before libc's functions. Time that only goes on is left alone: no clock that jumps changes that.
 const LIBRARY: &str = r#"

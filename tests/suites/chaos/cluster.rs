@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use serde_json::{Value, json};
 use weir::model::Family;
 use weir_tests::{
-    node::{Place, node_address, node_name},
+    node::{Location, node_address, node_name},
     traffic::Transport,
 };
 
@@ -23,13 +23,13 @@ pub(crate) const TARGET: u16 = 8080;
 /// How many are in one file.
 pub(crate) const IN_FILE: u16 = 100;
 /// Where clients are that are pods; no endpoint is there.
-pub(crate) const CLIENT: Place = Place::Pod(1, 2);
+pub(crate) const CLIENT: Location = Location::Pod(1, 2);
 /// Where the endpoints of block 200 are, on the node; those of block 201 are elsewhere.
-pub(crate) const HERE: Place = Place::Pod(1, 1);
+pub(crate) const HERE: Location = Location::Pod(1, 1);
 /// See [`HERE`].
-pub(crate) const ELSEWHERE: Place = Place::Pod(2, 1);
+pub(crate) const ELSEWHERE: Location = Location::Pod(2, 1);
 /// The networks of endpoints and the pods that have them.
-pub(crate) const ENDPOINTS: [(u8, Place); 3] = [(200, HERE), (201, ELSEWHERE), (MARKED, HERE)];
+pub(crate) const ENDPOINTS: [(u8, Location); 3] = [(200, HERE), (201, ELSEWHERE), (MARKED, HERE)];
 /// The network of load balancers' addresses.
 pub(crate) const BALANCERS: u8 = 210;
 /// The network of external addresses.
@@ -119,7 +119,7 @@ pub(crate) enum Expected {
 #[derive(Clone, Debug)]
 pub(crate) struct Probe {
     /// Where the client is.
-    pub(crate) from: Place,
+    pub(crate) from: Location,
     /// Whether programs at sockets do not see the client.
     pub(crate) by_packets: bool,
     /// Where to.
@@ -202,7 +202,7 @@ impl Service {
     pub(crate) fn to_cluster_ip(
         self,
         family: Family,
-        from: Place,
+        from: Location,
         by_packets: bool,
         transport: Transport,
     ) -> Probe {
@@ -221,8 +221,8 @@ impl Service {
         for family in Family::ALL {
             for transport in [Transport::Tcp, Transport::Udp, Transport::Datagram] {
                 ways.push(self.to_cluster_ip(family, CLIENT, false, transport));
-                ways.push(self.to_cluster_ip(family, Place::Host(1), false, transport));
-                ways.push(self.to_cluster_ip(family, Place::Host(1), true, transport));
+                ways.push(self.to_cluster_ip(family, Location::Host(1), false, transport));
+                ways.push(self.to_cluster_ip(family, Location::Host(1), true, transport));
                 ways.extend(self.ways_of_others(family, transport));
             }
         }
@@ -236,20 +236,20 @@ impl Service {
             by_packets: false,
             to,
             transport,
-            expected: self.expected(family, local && from == Place::Outside(0)),
+            expected: self.expected(family, local && from == Location::Outside(0)),
         };
         let mut ways = Vec::new();
         if let Some(port) = self.node_port() {
             let to = SocketAddr::new(node_address(family, 1), port);
-            ways.extend([Place::Outside(0), CLIENT].map(|from| way(from, to)));
+            ways.extend([Location::Outside(0), CLIENT].map(|from| way(from, to)));
         }
         if self.is_balanced() {
             let to = SocketAddr::new(address(family, BALANCERS, self.0 + 1), PORT);
-            ways.push(way(Place::Outside(0), to));
+            ways.push(way(Location::Outside(0), to));
         }
         if self.kind() == Kind::External {
             let to = SocketAddr::new(address(family, EXTERNAL, self.0 + 1), PORT);
-            ways.push(way(Place::Outside(0), to));
+            ways.push(way(Location::Outside(0), to));
         }
         ways
     }
@@ -353,8 +353,8 @@ fn low(address: IpAddr) -> u16 {
 /// The Service that tells whether the agent follows changes: each version has another endpoint.
 pub(crate) mod marker {
     use super::{
-        CLIENT, Expected, Family, MARKED, PORT, Place, Probe, Service, SocketAddr, TARGET, Transport, Value,
-        address, json, slice,
+        CLIENT, Expected, Family, Location, MARKED, PORT, Probe, Service, SocketAddr, TARGET, Transport,
+        Value, address, json, slice,
     };
 
     const MARKER: Service = Service(super::SERVICES);
@@ -385,7 +385,8 @@ pub(crate) mod marker {
     pub(crate) fn ways(version: u16) -> Vec<Probe> {
         let mut ways = Vec::new();
         for family in Family::ALL {
-            for (from, by_packets) in [(CLIENT, false), (Place::Host(1), false), (Place::Host(1), true)] {
+            for (from, by_packets) in [(CLIENT, false), (Location::Host(1), false), (Location::Host(1), true)]
+            {
                 ways.push(Probe {
                     from,
                     by_packets,

@@ -1,7 +1,7 @@
 //! What must be true again after every act: every Service works, none reaches another, health tells the truth, names are
 //! answered, and the agent takes in changes.
 //!
-//! In: a [`Rig`]. Out: how long that took, or what is still wrong at the deadline. An answer from an endpoint of another
+//! In: a [`Fixture`]. Out: how long that took, or what is still wrong at the deadline. An answer from an endpoint of another
 //! Service is never waited for to end.
 
 use std::{
@@ -15,14 +15,14 @@ use hickory_proto::rr::RecordType;
 use weir::model::Family;
 use weir_tests::{
     names,
-    node::{Place, node_address},
+    node::{Location, node_address},
     traffic::{Call, Flow, Outcome, Transport},
 };
 
 use super::{
     cluster::{CLIENT, Expected, Probe, SERVICES, Service, marker},
+    fixture::{DNS, Fixture},
     random::Random,
-    rig::{DNS, Rig},
 };
 
 /// How long a client waits for one answer.
@@ -33,19 +33,19 @@ const PAUSE: Duration = Duration::from_millis(10);
 const SAMPLE: usize = 6;
 
 /// Waits until all of it is true.
-pub(crate) fn reach(rig: &mut Rig, random: &mut Random, deadline: Duration) -> Result<Duration> {
+pub(crate) fn reach(fixture: &mut Fixture, random: &mut Random, deadline: Duration) -> Result<Duration> {
     let begin = Instant::now();
     let until = begin + deadline;
-    rig.mark()?;
+    fixture.mark()?;
     let mut probes = sample(random);
-    probes.extend(rig.extra.iter().cloned());
-    probes.extend(marker::ways(rig.version()));
+    probes.extend(fixture.extra.iter().cloned());
+    probes.extend(marker::ways(fixture.version()));
     loop {
-        if Instant::now() < rig.may_end_until {
-            rig.restart_if_dead()?;
+        if Instant::now() < fixture.may_end_until {
+            fixture.restart_if_dead()?;
         }
-        rig.alive()?;
-        let found = ask_all(rig, &probes).and_then(|()| tells_the_truth(rig, random));
+        fixture.alive()?;
+        let found = ask_all(fixture, &probes).and_then(|()| tells_the_truth(fixture, random));
         match found {
             Ok(()) => break,
             Err(Wrong::Now(error)) => return Err(error),
@@ -59,11 +59,11 @@ pub(crate) fn reach(rig: &mut Rig, random: &mut Random, deadline: Duration) -> R
 }
 
 /// Looks at every Service once: what a sample missed is as wrong as what it found.
-pub(crate) fn all_serve(rig: &Rig, random: &mut Random, deadline: Duration) -> Result<()> {
+pub(crate) fn all_serve(fixture: &Fixture, random: &mut Random, deadline: Duration) -> Result<()> {
     let until = Instant::now() + deadline;
     let all = every_cluster_ip(random.below(2) as u16);
     loop {
-        match ask_all(rig, &all) {
+        match ask_all(fixture, &all) {
             Ok(()) => return Ok(()),
             Err(Wrong::Now(error)) => return Err(error),
             Err(Wrong::Yet(error)) if Instant::now() > until => {
@@ -100,15 +100,16 @@ fn every_cluster_ip(turn: u16) -> Vec<Probe> {
         if (service.0 / 20 + turn).is_multiple_of(2) {
             service.to_cluster_ip(family, CLIENT, false, Transport::Tcp)
         } else {
-            service.to_cluster_ip(family, Place::Host(1), true, Transport::Tcp)
+            service.to_cluster_ip(family, Location::Host(1), true, Transport::Tcp)
         }
     };
     Service::all().map(one).collect()
 }
 
 /// Asks all of these, client by client; ends with the first that goes wrong.
-fn ask_all(rig: &Rig, probes: &[Probe]) -> Result<(), Wrong> {
-    let mut clients: Vec<(Place, bool)> = probes.iter().map(|probe| (probe.from, probe.by_packets)).collect();
+fn ask_all(fixture: &Fixture, probes: &[Probe]) -> Result<(), Wrong> {
+    let mut clients: Vec<(Location, bool)> =
+        probes.iter().map(|probe| (probe.from, probe.by_packets)).collect();
     clients.sort_unstable();
     clients.dedup();
     for (from, by_packets) in clients {
@@ -117,7 +118,7 @@ fn ask_all(rig: &Rig, probes: &[Probe]) -> Result<(), Wrong> {
             .filter(|probe| (probe.from, probe.by_packets) == (from, by_packets))
             .cloned()
             .collect();
-        let namespace = rig.topology.at(from);
+        let namespace = fixture.topology.at(from);
         let work = move || own.iter().try_for_each(ask);
         let thread = if by_packets { namespace.thread_outside_group(work) } else { namespace.thread(work) }?;
         thread.join().map_err(|_| anyhow!("a client panicked"))??;
@@ -148,8 +149,8 @@ fn ask(probe: &Probe) -> Result<(), Wrong> {
 }
 
 /// `/healthz` is 200, health checks of Services say how many endpoints are here, and names have their addresses.
-fn tells_the_truth(rig: &Rig, random: &mut Random) -> Result<(), Wrong> {
-    let health = get(rig, 10256, "/healthz")?;
+fn tells_the_truth(fixture: &Fixture, random: &mut Random) -> Result<(), Wrong> {
+    let health = get(fixture, 10256, "/healthz")?;
     if !health.starts_with("HTTP/1.1 200") && !health.starts_with("HTTP/1.0 200") {
         return Err(Wrong::Yet(anyhow!("everything works and /healthz says {}", first_line(&health))));
     }
@@ -157,15 +158,15 @@ fn tells_the_truth(rig: &Rig, random: &mut Random) -> Result<(), Wrong> {
     for _ in 0..3 {
         let service = random.pick(&checked).context("no Service has a health check")?;
         let port = service.health_port().context("it has a health check")?;
-        let said = get(rig, port, "/")?;
+        let said = get(fixture, port, "/")?;
         if !said.contains("\"localEndpoints\": 1,") {
             return Err(Wrong::Yet(anyhow!("the health check of {} says {said:?}", service.name())));
         }
     }
-    let (name, address) = Rig::name_of(Service(random.below(SERVICES.into()) as u16));
+    let (name, address) = Fixture::name_of(Service(random.below(SERVICES.into()) as u16));
     for server in DNS {
         let said = names::ask(
-            rig.topology.at(CLIENT),
+            fixture.topology.at(CLIENT),
             server.parse().map_err(anyhow::Error::from)?,
             &name,
             RecordType::A,
@@ -182,9 +183,9 @@ fn first_line(text: &str) -> &str {
 }
 
 /// What a port of node 1 says to a GET from the node.
-fn get(rig: &Rig, port: u16, path: &str) -> Result<String> {
+fn get(fixture: &Fixture, port: u16, path: &str) -> Result<String> {
     let to = SocketAddr::new(node_address(Family::V4, 1), port);
-    rig.topology.at(Place::Host(1)).run(|| {
+    fixture.topology.at(Location::Host(1)).run(|| {
         let mut stream =
             TcpStream::connect_timeout(&to, PATIENCE).with_context(|| format!("asking {to}{path}"))?;
         stream.set_read_timeout(Some(Duration::from_secs(1)))?;
@@ -197,8 +198,8 @@ fn get(rig: &Rig, port: u16, path: &str) -> Result<String> {
 }
 
 /// The `/healthz` of an agent that is dead is not there.
-pub(crate) fn is_silent(rig: &Rig) -> Result<()> {
-    if let Ok(said) = get(rig, 10256, "/healthz") {
+pub(crate) fn is_silent(fixture: &Fixture) -> Result<()> {
+    if let Ok(said) = get(fixture, 10256, "/healthz") {
         bail!("no agent runs, and /healthz says {}", first_line(&said));
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! Hostile acts, one after another, on a node with 2,000 Services under load: after each of them everything works again.
 //!
 //! ```text
-//! seed ──▶ acts (a table) ──done to──▶ rig (node, Services, clients, agent) ──▶ end_state (waited for) ──▶ report
+//! seed ──▶ acts (a table) ──done to──▶ fixture (node, Services, clients, agent) ──▶ end_state (waited for) ──▶ report
 //! ```
 //!
 //! `WEIR_CHAOS_MINUTES` says how long all of it lasts (3 without it), `WEIR_CHAOS_SEED` repeats a run, and `WEIR_CHAOS_ACTS`
@@ -14,10 +14,10 @@ mod acts;
 mod clock;
 mod cluster;
 mod end_state;
+mod fixture;
 mod memory;
 mod random;
 mod report;
-mod rig;
 mod servers;
 
 use std::time::{Duration, Instant};
@@ -26,9 +26,9 @@ use anyhow::{Context as _, Result, bail};
 use weir_tests::subject::Plane;
 
 use acts::Act;
+use fixture::Fixture;
 use random::Random;
 use report::{Record, Report};
-use rig::Rig;
 
 /// What is not right so long after an act is a fault, on a machine that has little else to do.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -84,7 +84,7 @@ fn hostile_acts(plane: Plane) -> Result<()> {
     let settings = Settings::of_environment()?;
     let begin = Instant::now();
     let mut report = Report::new(plane, &settings);
-    let mut rig = None;
+    let mut fixture = None;
     let mut left = Vec::new();
     for step in 0.. {
         let mut random = Random::of_step(settings.seed, step);
@@ -96,14 +96,14 @@ fn hostile_acts(plane: Plane) -> Result<()> {
             break;
         }
         let Some(act) = left.pop() else { break };
-        let record = one(&mut rig, plane, act, &mut random)?;
+        let record = one(&mut fixture, plane, act, &mut random)?;
         if record.failure.is_some() {
-            rig = None;
+            fixture = None;
         }
         report.add(record);
     }
-    if let Some(mut rig) = rig {
-        let load = rig.end_load()?;
+    if let Some(mut fixture) = fixture {
+        let load = fixture.end_load()?;
         report.end_load(load);
     }
     report.print();
@@ -111,38 +111,43 @@ fn hostile_acts(plane: Plane) -> Result<()> {
 }
 
 /// One act, on a node that serves.
-fn one(rig: &mut Option<Rig>, plane: Plane, act: &'static Act, random: &mut Random) -> Result<Record> {
-    let rig = match rig {
-        Some(rig) => rig,
+fn one(
+    fixture: &mut Option<Fixture>,
+    plane: Plane,
+    act: &'static Act,
+    random: &mut Random,
+) -> Result<Record> {
+    let fixture = match fixture {
+        Some(fixture) => fixture,
         None => {
-            let mut new = Rig::new(plane)?;
+            let mut new = Fixture::new(plane)?;
             let up = end_state::reach(&mut new, random, FIRST);
             let took =
                 up.with_context(|| format!("before any act; the agent logged\n{}", new.last_words()))?;
             new.deadline = DEADLINE.max(took * STARTS);
             new.start_load()?;
-            rig.insert(new)
+            fixture.insert(new)
         }
     };
     let mut record = Record::new(act.name);
-    let done = act_on(rig, act, random, &mut record);
+    let done = act_on(fixture, act, random, &mut record);
     if let Err(error) = done {
-        record.failure = Some(format!("{error:#}\nthe agent logged\n{}", rig.last_words()));
+        record.failure = Some(format!("{error:#}\nthe agent logged\n{}", fixture.last_words()));
     }
     Ok(record)
 }
 
-fn act_on(rig: &mut Rig, act: &Act, random: &mut Random, record: &mut Record) -> Result<()> {
-    let deadline = rig.deadline;
+fn act_on(fixture: &mut Fixture, act: &Act, random: &mut Random, record: &mut Record) -> Result<()> {
+    let deadline = fixture.deadline;
     if act.ends_agent {
-        rig.may_end_until = Instant::now() + ENDING;
+        fixture.may_end_until = Instant::now() + ENDING;
     }
-    let held = (act.act)(rig, random)?;
-    record.under = Some(end_state::reach(rig, random, deadline)?);
+    let held = (act.act)(fixture, random)?;
+    record.under = Some(end_state::reach(fixture, random, deadline)?);
     drop(held);
-    (act.undo)(rig)?;
-    record.after = Some(end_state::reach(rig, random, deadline)?);
-    end_state::all_serve(rig, random, deadline)
+    (act.undo)(fixture)?;
+    record.after = Some(end_state::reach(fixture, random, deadline)?);
+    end_state::all_serve(fixture, random, deadline)
 }
 
 #[test]

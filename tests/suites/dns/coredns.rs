@@ -227,14 +227,14 @@ fn compare(client: &Namespace, ours: IpAddr, theirs: IpAddr) -> Result<()> {
 #[test]
 fn what_coredns_says_weir_says_and_goes_on_saying_without_an_api_server() -> Result<()> {
     let topology = Topology::new()?;
-    let mut cluster = ControlPlane::start(&topology.router, Place::Router.client_address(Family::V4))?;
+    let mut cluster = ControlPlane::start(&topology.router, Location::Router.client_address(Family::V4))?;
     let objects = [with_addresses(), headless()].concat();
     cluster.apply(&objects.iter().collect::<Vec<_>>())?;
     let kubeconfig = cluster.kubeconfig()?;
-    let rig = Rig::new(&topology, Plane::Nftables)?;
-    let coredns = rig.coredns(&kubeadm(&kubeconfig))?;
-    let arguments = [rig.arguments()?, vec![format!("--kubeconfig={}", kubeconfig.display())]].concat();
-    let start = || Answering::start(topology.at(Place::Host(1)), rig.directory.path(), &arguments);
+    let fixture = Fixture::new(&topology, Plane::Nftables)?;
+    let coredns = fixture.coredns(&kubeadm(&kubeconfig))?;
+    let arguments = [fixture.arguments()?, vec![format!("--kubeconfig={}", kubeconfig.display())]].concat();
+    let start = || Answering::start(topology.at(Location::Host(1)), fixture.directory.path(), &arguments);
     let weir = start()?;
     let client = topology.at(CLIENT);
     let theirs = pod_address(Family::V4, 2, 1);
@@ -244,8 +244,8 @@ fn what_coredns_says_weir_says_and_goes_on_saying_without_an_api_server() -> Res
             .is_ok_and(|said| said.answers.len() == 3)
     };
     await_that(&format!("CoreDNS has read everything\n{}", coredns.log()), || reads(theirs));
-    await_that(&format!("weir has read everything\n{}", rig.say_log()), || reads(ours));
-    await_that("weir answers at the Service", || rig.logged("names are answered here"));
+    await_that(&format!("weir has read everything\n{}", fixture.say_log()), || reads(ours));
+    await_that("weir answers at the Service", || fixture.logged("names are answered here"));
 
     compare(client, ours, theirs)?;
     // A change shows without anybody being asked again.
@@ -261,7 +261,7 @@ fn what_coredns_says_weir_says_and_goes_on_saying_without_an_api_server() -> Res
     );
     cluster.apply(&[&more])?;
     await_that("the new endpoint is there", || {
-        rig.ask("db-9.db.default.svc.cluster.local.", RecordType::A).addresses().len() == 1
+        fixture.ask("db-9.db.default.svc.cluster.local.", RecordType::A).addresses().len() == 1
     });
 
     cluster.stop();

@@ -21,14 +21,14 @@ use tempfile::TempDir;
 use weir::model::Family;
 use weir_tests::{
     names::{Answering, Asker, CoreDns, Said, query},
-    node::{CLUSTER_CIDRS, Place, Topology, node_name, pod_address},
+    node::{CLUSTER_CIDRS, Location, Topology, node_name, pod_address},
     subject::Plane,
     wait::await_that,
 };
 
 /// Where the pods of these tests are that ask, and where CoreDNS is.
-const CLIENT: Place = Place::Pod(1, 1);
-const COREDNS: Place = Place::Pod(2, 1);
+const CLIENT: Location = Location::Pod(1, 1);
+const COREDNS: Location = Location::Pod(2, 1);
 /// A name that both know, each with another address.
 const WEB: &str = "web.default.svc.cluster.local.";
 /// A name that CoreDNS alone knows.
@@ -123,7 +123,7 @@ spec: {{type: ExternalName, externalName: upstream.example}}
 }
 
 /// Weir on node 1 with a directory of manifests.
-struct Rig<'a> {
+struct Fixture<'a> {
     topology: &'a Topology,
     directory: TempDir,
     plane: Plane,
@@ -133,17 +133,17 @@ struct Rig<'a> {
     service: Option<&'static str>,
 }
 
-impl<'a> Rig<'a> {
+impl<'a> Fixture<'a> {
     fn new(topology: &'a Topology, plane: Plane) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("weir-dns-").tempdir()?;
         std::fs::create_dir(directory.path().join("manifests"))?;
         let cluster_cidrs = CLUSTER_CIDRS.map(str::to_owned).to_vec();
-        let rig = Self { topology, directory, plane, cluster_cidrs, service: Some("default/kube-dns") };
-        rig.write("cluster", &cluster(true))?;
-        Ok(rig)
+        let fixture = Self { topology, directory, plane, cluster_cidrs, service: Some("default/kube-dns") };
+        fixture.write("cluster", &cluster(true))?;
+        Ok(fixture)
     }
 
-    /// Puts a file of manifests in place, whole.
+    /// Puts a whole file of manifests in place.
     fn write(&self, name: &str, text: &str) -> Result<()> {
         let manifests = self.directory.path().join("manifests");
         let draft = self.directory.path().join("draft");
@@ -168,7 +168,7 @@ impl<'a> Rig<'a> {
     fn weir(&self) -> Result<Answering> {
         let source = format!("--source=manifests:{}", self.directory.path().join("manifests").display());
         let arguments = [self.arguments()?, vec![source]].concat();
-        Answering::start(self.topology.at(Place::Host(1)), self.directory.path(), &arguments)
+        Answering::start(self.topology.at(Location::Host(1)), self.directory.path(), &arguments)
     }
 
     fn coredns(&self, block: &str) -> Result<CoreDns> {
@@ -184,16 +184,16 @@ impl<'a> Rig<'a> {
     }
 
     fn say_log(&self) -> String {
-        weir_tests::keeper::tail(&self.log())
+        weir_tests::child_guard::tail(&self.log())
     }
 
-    fn asker(&self, place: Place, family: Family, connected: bool) -> Asker {
-        self.topology.at(place).run(|| Asker::new(dns_ip(family), connected)).unwrap()
+    fn asker(&self, location: Location, family: Family, connected: bool) -> Asker {
+        self.topology.at(location).run(|| Asker::new(dns_ip(family), connected)).unwrap()
     }
 
     /// What a port of the node itself answers.
     fn http(&self, port: u16, path: &str) -> std::io::Result<String> {
-        self.topology.at(Place::Host(1)).run(|| {
+        self.topology.at(Location::Host(1)).run(|| {
             let mut stream = TcpStream::connect(("127.0.0.1", port))?;
             stream.set_read_timeout(Some(Duration::from_secs(20)))?;
             stream.write_all(
@@ -210,14 +210,16 @@ impl<'a> Rig<'a> {
         self.http(10256, path)
     }
 
-    /// Waits until a new socket of each place and family is answered by this one.
+    /// Waits until a new socket of each location and family is answered by this one.
     fn await_answers_of(&self, wanted: Who) {
-        for (place, family) in
-            [CLIENT, Place::Host(1)].into_iter().flat_map(|place| Family::ALL.map(|family| (place, family)))
+        for (location, family) in [CLIENT, Location::Host(1)]
+            .into_iter()
+            .flat_map(|location| Family::ALL.map(|family| (location, family)))
         {
-            await_that(&format!("{place} is answered by {wanted} over {family}\n{}", self.say_log()), || {
-                who(&self.asker(place, family, false)) == wanted
-            });
+            await_that(
+                &format!("{location} is answered by {wanted} over {family}\n{}", self.say_log()),
+                || who(&self.asker(location, family, false)) == wanted,
+            );
         }
     }
 

@@ -19,32 +19,36 @@ use weir_tests::names::{ask_by_tcp, libc_resolves};
 use super::*;
 
 /// Sockets that live through everything, of pods and of the host.
-fn long_lived(rig: &Rig<'_>) -> Vec<(String, Asker)> {
+fn long_lived(fixture: &Fixture<'_>) -> Vec<(String, Asker)> {
     let mut askers = Vec::new();
-    for place in [CLIENT, Place::Host(1)] {
+    for location in [CLIENT, Location::Host(1)] {
         for family in Family::ALL {
             for connected in [false, true] {
-                let label = format!("{place} over {family}, connected: {connected}");
-                askers.push((label, rig.asker(place, family, connected)));
+                let label = format!("{location} over {family}, connected: {connected}");
+                askers.push((label, fixture.asker(location, family, connected)));
             }
         }
     }
     askers
 }
 
-fn all_answered_by(rig: &Rig<'_>, askers: &[(String, Asker)], wanted: Who) {
+fn all_answered_by(fixture: &Fixture<'_>, askers: &[(String, Asker)], wanted: Who) {
     for (label, asker) in askers {
-        await_that(&format!("{label} is answered by {wanted}\n{}", rig.say_log()), || who(asker) == wanted);
+        await_that(&format!("{label} is answered by {wanted}\n{}", fixture.say_log()), || {
+            who(asker) == wanted
+        });
         assert_eq!(who(asker), wanted, "{label} stays there");
     }
 }
 
 /// The kernel may let a connected socket of the host keep the way it has, which leads to CoreDNS; all others come back.
-fn back_at_weir(rig: &Rig<'_>, askers: &[(String, Asker)]) {
+fn back_at_weir(fixture: &Fixture<'_>, askers: &[(String, Asker)]) {
     let (may_stay, come): (Vec<_>, Vec<_>) =
         askers.iter().partition(|(label, _)| label.starts_with("node-1") && label.ends_with("true"));
     for (label, asker) in come {
-        await_that(&format!("{label} is answered by weir\n{}", rig.say_log()), || who(asker) == Who::Weir);
+        await_that(&format!("{label} is answered by weir\n{}", fixture.say_log()), || {
+            who(asker) == Who::Weir
+        });
     }
     for (label, asker) in may_stay {
         assert_ne!(who(asker), Who::Nobody, "{label} has somebody");
@@ -55,8 +59,9 @@ fn back_at_weir(rig: &Rig<'_>, askers: &[(String, Asker)]) {
 struct Connection(TcpStream);
 
 impl Connection {
-    fn open(rig: &Rig<'_>) -> Self {
-        let stream = rig.topology.at(CLIENT).run(|| TcpStream::connect((dns_ip(Family::V4), 53)).unwrap());
+    fn open(fixture: &Fixture<'_>) -> Self {
+        let stream =
+            fixture.topology.at(CLIENT).run(|| TcpStream::connect((dns_ip(Family::V4), 53)).unwrap());
         stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
         Self(stream)
     }
@@ -81,36 +86,36 @@ impl Connection {
 
 fn queries_come_back_to_coredns(plane: Plane) -> Result<()> {
     let topology = Topology::new()?;
-    let rig = Rig::new(&topology, plane)?;
-    let _coredns = rig.coredns(HOSTS)?;
-    let weir = rig.weir()?;
-    rig.await_answers_of(Who::Weir);
+    let fixture = Fixture::new(&topology, plane)?;
+    let _coredns = fixture.coredns(HOSTS)?;
+    let weir = fixture.weir()?;
+    fixture.await_answers_of(Who::Weir);
     // Killed before, weir would have programmed nothing that leads to CoreDNS.
     await_that("Services are in force", || {
-        rig.health("/healthz").is_ok_and(|answer| answer.starts_with("HTTP/1.1 200 "))
+        fixture.health("/healthz").is_ok_and(|answer| answer.starts_with("HTTP/1.1 200 "))
     });
-    let askers = long_lived(&rig);
-    all_answered_by(&rig, &askers, Who::Weir);
-    let mut connection = Connection::open(&rig);
+    let askers = long_lived(&fixture);
+    all_answered_by(&fixture, &askers, Who::Weir);
+    let mut connection = Connection::open(&fixture);
     assert_eq!(connection.who(), Who::Weir);
 
     drop(weir);
     // Not one new socket may find nobody there.
-    let fresh = rig.asker(CLIENT, Family::V4, true);
+    let fresh = fixture.asker(CLIENT, Family::V4, true);
     assert_eq!(who(&fresh), Who::CoreDns, "the first query after SIGKILL");
-    all_answered_by(&rig, &askers, Who::CoreDns);
+    all_answered_by(&fixture, &askers, Who::CoreDns);
     assert_eq!(connection.who(), Who::Nobody, "a connection ends with the process that accepted it");
     let client = topology.at(CLIENT);
     assert_eq!(
         libc_resolves(client, dns_ip(Family::V4), "web")?,
         ["192.0.2.78".parse::<IpAddr>()?, "2001:db8::78".parse()?]
     );
-    let mut connection = Connection::open(&rig);
+    let mut connection = Connection::open(&fixture);
     assert_eq!(connection.who(), Who::CoreDns);
 
-    let weir = rig.weir()?;
-    rig.await_answers_of(Who::Weir);
-    back_at_weir(&rig, &askers);
+    let weir = fixture.weir()?;
+    fixture.await_answers_of(Who::Weir);
+    back_at_weir(&fixture, &askers);
     assert_eq!(connection.who(), Who::CoreDns, "a connection stays with whoever accepted it");
     assert_eq!(
         ask_by_tcp(client, dns_ip(Family::V6), WEB, RecordType::A)?.addresses(),
@@ -118,7 +123,7 @@ fn queries_come_back_to_coredns(plane: Plane) -> Result<()> {
     );
 
     kill(Pid::from_raw(weir.id().try_into()?), Signal::SIGTERM)?;
-    all_answered_by(&rig, &askers, Who::CoreDns);
+    all_answered_by(&fixture, &askers, Who::CoreDns);
     Ok(())
 }
 
@@ -134,25 +139,25 @@ fn sockets_of_every_kind_come_back_to_coredns_when_weir_is_killed_ebpf() -> Resu
 
 fn names_without_coredns(plane: Plane) -> Result<()> {
     let topology = Topology::new()?;
-    let rig = Rig::new(&topology, plane)?;
-    let coredns = rig.coredns(HOSTS)?;
-    let _weir = rig.weir()?;
-    rig.await_answers_of(Who::Weir);
+    let fixture = Fixture::new(&topology, plane)?;
+    let coredns = fixture.coredns(HOSTS)?;
+    let _weir = fixture.weir()?;
+    fixture.await_answers_of(Who::Weir);
     let client = topology.at(CLIENT);
     // An alias is followed to the upstream, which is CoreDNS itself and not the Service.
-    await_that("the upstream answers", || rig.ask(ELSEWHERE, RecordType::A).addresses().len() == 1);
+    await_that("the upstream answers", || fixture.ask(ELSEWHERE, RecordType::A).addresses().len() == 1);
     let elsewhere = ["192.0.2.77".parse::<IpAddr>()?, "2001:db8::77".parse()?];
     for family in Family::ALL {
         assert_eq!(libc_resolves(client, dns_ip(family), "upstream.example")?, elsewhere);
         assert_eq!(libc_resolves(client, dns_ip(family), "out")?, elsewhere, "an ExternalName");
     }
     assert_eq!(
-        rig.ask("out.default.svc.cluster.local.", RecordType::A).answers[0],
+        fixture.ask("out.default.svc.cluster.local.", RecordType::A).answers[0],
         "out.default.svc.cluster.local. 5 IN CNAME upstream.example."
     );
 
     drop(coredns);
-    rig.write("cluster", &cluster(false))?;
+    fixture.write("cluster", &cluster(false))?;
     // Whom else to ask, the node's own resolv.conf says; there is nobody.
     let code = ask_by_tcp(client, dns_ip(Family::V4), "x.example.", RecordType::A)?.code;
     assert!(matches!(code, ResponseCode::ServFail | ResponseCode::Refused), "{code}");
@@ -164,7 +169,7 @@ fn names_without_coredns(plane: Plane) -> Result<()> {
             ["10.96.1.1".parse::<IpAddr>()?],
             "F1 is not for what is answered here"
         );
-        let by_host = ask_by_tcp(topology.at(Place::Host(1)), dns_ip(family), WEB, RecordType::A)?;
+        let by_host = ask_by_tcp(topology.at(Location::Host(1)), dns_ip(family), WEB, RecordType::A)?;
         assert_eq!(by_host.addresses(), ["10.96.1.1".parse::<IpAddr>()?]);
     }
     Ok(())
@@ -186,13 +191,13 @@ fn the_clusters_names_resolve_while_coredns_is_away_ebpf() -> Result<()> {
 fn a_host_with_no_route_elsewhere_is_answered_too() -> Result<()> {
     for plane in [Plane::Nftables, Plane::Ebpf] {
         let topology = Topology::new()?;
-        let host = topology.at(Place::Host(1));
+        let host = topology.at(Location::Host(1));
         for family in ["-4", "-6"] {
             host.stdout("ip", &[family, "route", "del", "default"])?;
         }
-        let rig = Rig::new(&topology, plane)?;
-        let _weir = rig.weir()?;
-        rig.await_answers_of(Who::Weir);
+        let fixture = Fixture::new(&topology, plane)?;
+        let _weir = fixture.weir()?;
+        fixture.await_answers_of(Who::Weir);
         assert_eq!(host.stdout("ip", &["-6", "-o", "addr", "show", "dev", "weir-dns"])?, "");
     }
     Ok(())
@@ -201,25 +206,27 @@ fn a_host_with_no_route_elsewhere_is_answered_too() -> Result<()> {
 #[test]
 fn a_weir_that_does_not_answer_gives_the_queries_back() -> Result<()> {
     let topology = Topology::new()?;
-    let rig = Rig::new(&topology, Plane::Nftables)?;
-    let _coredns = rig.coredns(HOSTS)?;
-    let _weir = rig.weir()?;
-    rig.await_answers_of(Who::Weir);
-    let askers = long_lived(&rig);
-    all_answered_by(&rig, &askers, Who::Weir);
+    let fixture = Fixture::new(&topology, Plane::Nftables)?;
+    let _coredns = fixture.coredns(HOSTS)?;
+    let _weir = fixture.weir()?;
+    fixture.await_answers_of(Who::Weir);
+    let askers = long_lived(&fixture);
+    all_answered_by(&fixture, &askers, Who::Weir);
     // Whatever the reason: here its own questions to itself get lost.
-    let node = topology.at(Place::Host(1));
+    let node = topology.at(Location::Host(1));
     let deaf = "add table ip deaf; add chain ip deaf in { type filter hook input priority -10; }; \
                 add rule ip deaf in ip daddr 169.254.20.53 udp dport 53 drop";
     node.stdout("nft", &[deaf])?;
-    all_answered_by(&rig, &askers, Who::CoreDns);
-    assert!(rig.logged("the cluster's DNS Service has its address back"), "{}", rig.say_log());
+    all_answered_by(&fixture, &askers, Who::CoreDns);
+    assert!(fixture.logged("the cluster's DNS Service has its address back"), "{}", fixture.say_log());
     node.stdout("nft", &["delete table ip deaf"])?;
-    rig.await_answers_of(Who::Weir);
-    back_at_weir(&rig, &askers);
+    fixture.await_answers_of(Who::Weir);
+    back_at_weir(&fixture, &askers);
     node.stdout("ip", &["link", "del", "weir-dns"])?;
-    await_that("weir notices that its device is gone", || rig.logged("another program deleted the device"));
-    rig.await_answers_of(Who::Weir);
+    await_that("weir notices that its device is gone", || {
+        fixture.logged("another program deleted the device")
+    });
+    fixture.await_answers_of(Who::Weir);
     Ok(())
 }
 
@@ -227,11 +234,11 @@ fn a_weir_that_does_not_answer_gives_the_queries_back() -> Result<()> {
 #[test]
 fn routes_that_another_program_removes_come_back() -> Result<()> {
     let topology = Topology::new()?;
-    let rig = Rig::new(&topology, Plane::Nftables)?;
-    let _coredns = rig.coredns(HOSTS)?;
-    let _weir = rig.weir()?;
-    rig.await_answers_of(Who::Weir);
-    let node = topology.at(Place::Host(1));
+    let fixture = Fixture::new(&topology, Plane::Nftables)?;
+    let _coredns = fixture.coredns(HOSTS)?;
+    let _weir = fixture.weir()?;
+    fixture.await_answers_of(Who::Weir);
+    let node = topology.at(Location::Host(1));
     let routes = || {
         let of = |family| {
             let local = ["route", "show", "table", "local", "type", "local", "dev", "weir-dns"];
@@ -247,30 +254,30 @@ fn routes_that_another_program_removes_come_back() -> Result<()> {
         node.stdout("ip", &[flush, &["table", "local", "dev", "weir-dns"]].concat())?;
     }
     await_that("weir makes the routes anew", || routes().is_ok_and(|now| now == all));
-    rig.await_answers_of(Who::Weir);
+    fixture.await_answers_of(Who::Weir);
     node.stdout("ip", &["link", "set", "weir-dns", "down"])?;
     await_that("weir sets the device up again", || routes().is_ok_and(|now| now == all));
-    rig.await_answers_of(Who::Weir);
+    fixture.await_answers_of(Who::Weir);
     Ok(())
 }
 
 #[test]
 fn a_pod_that_holds_a_thousand_connections_keeps_no_other_client_out() -> Result<()> {
     let topology = Topology::new()?;
-    let rig = Rig::new(&topology, Plane::Nftables)?;
-    let _weir = rig.weir()?;
-    rig.await_answers_of(Who::Weir);
-    let greedy = topology.at(Place::Pod(1, 2));
+    let fixture = Fixture::new(&topology, Plane::Nftables)?;
+    let _weir = fixture.weir()?;
+    fixture.await_answers_of(Who::Weir);
+    let greedy = topology.at(Location::Pod(1, 2));
     let held: Vec<TcpStream> = greedy.run(|| {
         (0..1000).map(|_| TcpStream::connect((dns_ip(Family::V4), 53))).collect::<std::io::Result<_>>()
     })?;
-    for place in [CLIENT, Place::Host(1)] {
+    for location in [CLIENT, Location::Host(1)] {
         for family in Family::ALL {
-            let said = ask_by_tcp(topology.at(place), dns_ip(family), WEB, RecordType::A)?;
-            assert_eq!(said.addresses(), ["10.96.1.1".parse::<IpAddr>()?], "{place} over {family}");
+            let said = ask_by_tcp(topology.at(location), dns_ip(family), WEB, RecordType::A)?;
+            assert_eq!(said.addresses(), ["10.96.1.1".parse::<IpAddr>()?], "{location} over {family}");
         }
     }
-    let healthz = rig.health("/livez")?;
+    let healthz = fixture.health("/livez")?;
     assert!(healthz.starts_with("HTTP/1.1 200 "), "{healthz}");
     drop(held);
     Ok(())
@@ -279,35 +286,36 @@ fn a_pod_that_holds_a_thousand_connections_keeps_no_other_client_out() -> Result
 #[test]
 fn an_address_that_somebody_on_the_node_has_already_is_left_to_him() -> Result<()> {
     let topology = Topology::new()?;
-    let rig = Rig::new(&topology, Plane::Nftables)?;
-    let node = topology.at(Place::Host(1));
+    let fixture = Fixture::new(&topology, Plane::Nftables)?;
+    let node = topology.at(Location::Host(1));
     // As NodeLocal DNSCache does it.
     node.ip(&["addr add 10.96.0.10/32 dev lo".into()])?;
     let cache = CoreDns::start(node, &format!("    bind 10.96.0.10\n{HOSTS}"))?;
-    let _weir = rig.weir()?;
-    await_that("weir says whom it leaves it to", || rig.logged("left to"));
-    for place in [CLIENT, Place::Host(1)] {
-        await_that(&format!("{place} is answered by the cache\n{}\n{}", rig.say_log(), cache.log()), || {
-            who(&rig.asker(place, Family::V4, false)) == Who::CoreDns
-        });
+    let _weir = fixture.weir()?;
+    await_that("weir says whom it leaves it to", || fixture.logged("left to"));
+    for location in [CLIENT, Location::Host(1)] {
+        await_that(
+            &format!("{location} is answered by the cache\n{}\n{}", fixture.say_log(), cache.log()),
+            || who(&fixture.asker(location, Family::V4, false)) == Who::CoreDns,
+        );
     }
     // The other family's is nobody's, so weir has it.
-    await_that("IPv6 is answered by weir", || who(&rig.asker(CLIENT, Family::V6, false)) == Who::Weir);
+    await_that("IPv6 is answered by weir", || who(&fixture.asker(CLIENT, Family::V6, false)) == Who::Weir);
     sleep(Duration::from_secs(1));
-    assert_eq!(who(&rig.asker(CLIENT, Family::V4, false)), Who::CoreDns, "and so it stays");
+    assert_eq!(who(&fixture.asker(CLIENT, Family::V4, false)), Who::CoreDns, "and so it stays");
     Ok(())
 }
 
 #[test]
 fn f4_nothing_else_is_to_be_had_at_an_address_that_is_the_nodes() -> Result<()> {
     let topology = Topology::new()?;
-    let rig = Rig::new(&topology, Plane::Nftables)?;
-    let _coredns = rig.coredns(HOSTS)?;
+    let fixture = Fixture::new(&topology, Plane::Nftables)?;
+    let _coredns = fixture.coredns(HOSTS)?;
     let _servers = weir_tests::runner::serve(&topology)?;
-    let _weir = rig.weir()?;
-    rig.await_answers_of(Who::Weir);
+    let _weir = fixture.weir()?;
+    fixture.await_answers_of(Who::Weir);
     // A process of the host that listens everywhere is not to be had at a ClusterIP.
-    let anywhere = topology.at(Place::Host(1)).run(|| std::net::TcpListener::bind("0.0.0.0:2222"))?;
+    let anywhere = topology.at(Location::Host(1)).run(|| std::net::TcpListener::bind("0.0.0.0:2222"))?;
     let refused = topology.at(CLIENT).run(|| TcpStream::connect((dns_ip(Family::V4), 2222)));
     assert_eq!(refused.unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
     drop(anywhere);

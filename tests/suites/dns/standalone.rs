@@ -56,29 +56,29 @@ spec: {{clusterIP: None, ports: [{{name: http, port: 8080}}]}}
 fn a_headless_service_resolves_to_its_pods_and_follows_them() -> Result<()> {
     let topology = Topology::new()?;
     let _servers = serve(&topology)?;
-    let rig = Rig::new(&topology, Plane::Nftables)?;
+    let fixture = Fixture::new(&topology, Plane::Nftables)?;
     // No DNS Service at all.
-    rig.write("cluster", "")?;
+    fixture.write("cluster", "")?;
     let all = |pods: &[(u8, u8)]| -> BTreeSet<IpAddr> {
         pods.iter()
             .flat_map(|&(node, pod)| Family::ALL.map(|family| pod_address(family, node, pod)))
             .collect()
     };
-    let _weir = rig.weir()?;
+    let _weir = fixture.weir()?;
     let client = topology.at(CLIENT);
     let own: IpAddr = OWN.parse()?;
     let resolves =
         || libc_resolves(client, own, "db").map(|found| found.into_iter().collect::<BTreeSet<_>>());
     for pods in [&[(1, 2)][..], &[(1, 2), (2, 1)], &[(2, 1), (2, 2), (1, 2)], &[(2, 2)], &[]] {
-        rig.write("db", &headless(pods))?;
-        await_that(&format!("db is {pods:?}\n{}", rig.say_log()), || resolves().unwrap() == all(pods));
+        fixture.write("db", &headless(pods))?;
+        await_that(&format!("db is {pods:?}\n{}", fixture.say_log()), || resolves().unwrap() == all(pods));
         for address in resolves()? {
             let call = Call::new(CLIENT, (address, 8080).into(), Transport::Tcp);
             let outcome = client.run(|| ask(&call));
             assert!(matches!(outcome, Outcome::Answer(_)), "{address}: {outcome}");
         }
     }
-    rig.write("db", &headless(&[(2, 1)]))?;
+    fixture.write("db", &headless(&[(2, 1)]))?;
     await_that("an endpoint has a name of its own", || {
         libc_resolves(client, own, "pod-2-1.db").unwrap()
             == [pod_address(Family::V4, 2, 1), pod_address(Family::V6, 2, 1)]
@@ -90,18 +90,19 @@ fn a_headless_service_resolves_to_its_pods_and_follows_them() -> Result<()> {
 #[test]
 fn a_dns_service_of_another_name_is_found_and_followed() -> Result<()> {
     let topology = Topology::new()?;
-    let mut rig = Rig::new(&topology, Plane::Nftables)?;
-    rig.service = None;
-    let _coredns = rig.coredns(HOSTS)?;
+    let mut fixture = Fixture::new(&topology, Plane::Nftables)?;
+    fixture.service = None;
+    let _coredns = fixture.coredns(HOSTS)?;
     // The Service of the other tests is one of a namespace that users may write to.
     let labelled = "name: kube-dns, namespace: default, labels: {k8s-app: kube-dns}";
-    rig.write("cluster", &cluster(true).replace("name: kube-dns, namespace: default", labelled))?;
-    let _weir = rig.weir()?;
-    await_that(&format!("weir says where it answers\n{}", rig.say_log()), || {
-        rig.logged("there is no DNS Service") && rig.logged("names are answered at 169.254.20.53 only")
+    fixture.write("cluster", &cluster(true).replace("name: kube-dns, namespace: default", labelled))?;
+    let _weir = fixture.weir()?;
+    await_that(&format!("weir says where it answers\n{}", fixture.say_log()), || {
+        fixture.logged("there is no DNS Service")
+            && fixture.logged("names are answered at 169.254.20.53 only")
     });
     await_that("CoreDNS answers at the Service", || {
-        who(&rig.asker(CLIENT, Family::V4, false)) == Who::CoreDns
+        who(&fixture.asker(CLIENT, Family::V4, false)) == Who::CoreDns
     });
     let name = "rke2-coredns-rke2-coredns";
     let rke2 = cluster(true)
@@ -113,12 +114,12 @@ fn a_dns_service_of_another_name_is_found_and_followed() -> Result<()> {
             "namespace: default, labels: {kubernetes.io/service-name: kube-dns}",
             &format!("namespace: kube-system, labels: {{kubernetes.io/service-name: {name}}}"),
         );
-    rig.write("cluster", &rke2)?;
-    rig.await_answers_of(Who::Weir);
-    assert!(rig.logged(&format!("service=kube-system/{name}")), "{}", rig.say_log());
+    fixture.write("cluster", &rke2)?;
+    fixture.await_answers_of(Who::Weir);
+    assert!(fixture.logged(&format!("service=kube-system/{name}")), "{}", fixture.say_log());
     // It goes, and another one takes its addresses.
-    rig.write("cluster", &cluster(true))?;
-    await_that("CoreDNS answers again", || who(&rig.asker(CLIENT, Family::V4, false)) == Who::CoreDns);
+    fixture.write("cluster", &cluster(true))?;
+    await_that("CoreDNS answers again", || who(&fixture.asker(CLIENT, Family::V4, false)) == Who::CoreDns);
     Ok(())
 }
 
@@ -126,21 +127,25 @@ fn a_dns_service_of_another_name_is_found_and_followed() -> Result<()> {
 #[test]
 fn a_weir_that_may_not_make_its_device_says_what_to_do_about_it() -> Result<()> {
     let topology = Topology::new()?;
-    let rig = Rig::new(&topology, Plane::Nftables)?;
-    let _coredns = rig.coredns(HOSTS)?;
-    let source = format!("--source=manifests:{}", rig.directory.path().join("manifests").display());
+    let fixture = Fixture::new(&topology, Plane::Nftables)?;
+    let _coredns = fixture.coredns(HOSTS)?;
+    let source = format!("--source=manifests:{}", fixture.directory.path().join("manifests").display());
     // The kernel opens no device of such a file system.
     let script = "mount -t tmpfs -o nodev none /dev/net; mknod /dev/net/tun c 10 200";
-    let arguments = [rig.arguments()?, vec![source]].concat();
-    let _weir =
-        Answering::start_behind(script, topology.at(Place::Host(1)), rig.directory.path(), &arguments)?;
-    await_that(&format!("weir says what it lacks\n{}", rig.say_log()), || {
+    let arguments = [fixture.arguments()?, vec![source]].concat();
+    let _weir = Answering::start_behind(
+        script,
+        topology.at(Location::Host(1)),
+        fixture.directory.path(),
+        &arguments,
+    )?;
+    await_that(&format!("weir says what it lacks\n{}", fixture.say_log()), || {
         ["weir-dns", "/dev/net/tun may not be opened", "allow the device c 10:200"]
             .iter()
-            .all(|word| rig.logged(word))
+            .all(|word| fixture.logged(word))
     });
-    rig.await_answers_of(Who::CoreDns);
-    let log = std::fs::read_to_string(rig.log())?;
+    fixture.await_answers_of(Who::CoreDns);
+    let log = std::fs::read_to_string(fixture.log())?;
     assert_eq!(log.matches("/dev/net/tun may not be opened").count(), 1, "{log}");
     Ok(())
 }

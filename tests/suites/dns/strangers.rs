@@ -9,53 +9,53 @@ use super::*;
 /// weir's own address.
 const OWN: &str = "169.254.20.53";
 /// A pod of the same node as the client's.
-const OTHER: Place = Place::Pod(1, 2);
+const OTHER: Location = Location::Pod(1, 2);
 /// A machine outside, which reaches the Service's address through node 1.
-const OUTSIDE: Place = Place::Outside(0);
+const OUTSIDE: Location = Location::Outside(0);
 
 /// Which answers a client gets at the DNS Service's address, by a socket of each kind and by TCP.
-fn served_by(rig: &Rig<'_>, place: Place, family: Family, wanted: Who) -> Result<()> {
+fn served_by(fixture: &Fixture<'_>, location: Location, family: Family, wanted: Who) -> Result<()> {
     for connected in [false, true] {
         await_that(
             &format!(
-                "{place} is answered by {wanted} over {family}, connected: {connected}\n{}",
-                rig.say_log()
+                "{location} is answered by {wanted} over {family}, connected: {connected}\n{}",
+                fixture.say_log()
             ),
-            || who(&rig.asker(place, family, connected)) == wanted,
+            || who(&fixture.asker(location, family, connected)) == wanted,
         );
     }
     let address = match wanted {
         Who::Weir => "10.96.1.1",
         _ => "192.0.2.78",
     };
-    let said = ask_by_tcp(rig.topology.at(place), dns_ip(family), WEB, RecordType::A)?;
-    assert_eq!(said.addresses(), [address.parse::<IpAddr>()?], "{place} over {family} by TCP");
+    let said = ask_by_tcp(fixture.topology.at(location), dns_ip(family), WEB, RecordType::A)?;
+    assert_eq!(said.addresses(), [address.parse::<IpAddr>()?], "{location} over {family} by TCP");
     Ok(())
 }
 
 fn strangers_are_left_to_coredns(plane: Plane) -> Result<()> {
     let topology = Topology::new()?;
-    let mut rig = Rig::new(&topology, plane)?;
-    rig.cluster_cidrs = Family::ALL
+    let mut fixture = Fixture::new(&topology, plane)?;
+    fixture.cluster_cidrs = Family::ALL
         .map(|family| {
             let address = CLIENT.client_address(family);
             format!("{address}/{}", if family == Family::V4 { 32 } else { 128 })
         })
         .to_vec();
-    let coredns = rig.coredns(HOSTS)?;
-    let _weir = rig.weir()?;
-    rig.await_answers_of(Who::Weir);
+    let coredns = fixture.coredns(HOSTS)?;
+    let _weir = fixture.weir()?;
+    fixture.await_answers_of(Who::Weir);
     for family in Family::ALL {
-        served_by(&rig, OTHER, family, Who::CoreDns)?;
-        served_by(&rig, OUTSIDE, family, Who::CoreDns)?;
-        served_by(&rig, CLIENT, family, Who::Weir)?;
-        served_by(&rig, Place::Host(1), family, Who::Weir)?;
+        served_by(&fixture, OTHER, family, Who::CoreDns)?;
+        served_by(&fixture, OUTSIDE, family, Who::CoreDns)?;
+        served_by(&fixture, CLIENT, family, Who::Weir)?;
+        served_by(&fixture, Location::Host(1), family, Who::Weir)?;
     }
-    await_that(&format!("weir says for whom it does not answer\n{}", rig.say_log()), || {
-        rig.logged("the cluster's DNS Service itself answers") && rig.logged("clusterCIDR")
+    await_that(&format!("weir says for whom it does not answer\n{}", fixture.say_log()), || {
+        fixture.logged("the cluster's DNS Service itself answers") && fixture.logged("clusterCIDR")
     });
     await_that("flows that were passed on are counted", || {
-        let metrics = rig.http(10249, "/metrics").unwrap_or_default();
+        let metrics = fixture.http(10249, "/metrics").unwrap_or_default();
         metrics.lines().any(|line| {
             line.starts_with("weir_dns_queries_total{outcome=\"passed-on\"}") && !line.ends_with(" 0")
         })
@@ -69,20 +69,21 @@ fn strangers_are_left_to_coredns(plane: Plane) -> Result<()> {
         ask(topology.at(CLIENT), own, WEB, RecordType::A)?.addresses(),
         ["10.96.1.1".parse::<IpAddr>()?]
     );
-    await_that(&format!("weir says whom it refuses\n{}", rig.say_log()), || {
-        rig.logged("refused a query for a name") && rig.logged(&OTHER.client_address(Family::V4).to_string())
+    await_that(&format!("weir says whom it refuses\n{}", fixture.say_log()), || {
+        fixture.logged("refused a query for a name")
+            && fixture.logged(&OTHER.client_address(Family::V4).to_string())
     });
 
     // Without endpoints their queries are refused as those to any other Service.
     drop(coredns);
-    rig.write("cluster", &cluster(false))?;
+    fixture.write("cluster", &cluster(false))?;
     let refused = |family| {
         let asked = topology.at(OTHER).run(|| TcpStream::connect((dns_ip(family), 53)));
         asked.is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
     };
     for family in Family::ALL {
         await_that(&format!("{OTHER} is refused over {family}"), || refused(family));
-        served_by(&rig, CLIENT, family, Who::Weir)?;
+        served_by(&fixture, CLIENT, family, Who::Weir)?;
     }
     Ok(())
 }
@@ -99,15 +100,15 @@ fn pods_outside_cluster_cidr_are_answered_by_coredns_ebpf() -> Result<()> {
 
 fn one_family_is_known(plane: Plane) -> Result<()> {
     let topology = Topology::new()?;
-    let mut rig = Rig::new(&topology, plane)?;
-    rig.cluster_cidrs = vec![CLUSTER_CIDRS[0].to_owned()];
-    let _coredns = rig.coredns(HOSTS)?;
-    let _weir = rig.weir()?;
-    for place in [CLIENT, OTHER] {
-        served_by(&rig, place, Family::V4, Who::Weir)?;
-        served_by(&rig, place, Family::V6, Who::CoreDns)?;
+    let mut fixture = Fixture::new(&topology, plane)?;
+    fixture.cluster_cidrs = vec![CLUSTER_CIDRS[0].to_owned()];
+    let _coredns = fixture.coredns(HOSTS)?;
+    let _weir = fixture.weir()?;
+    for location in [CLIENT, OTHER] {
+        served_by(&fixture, location, Family::V4, Who::Weir)?;
+        served_by(&fixture, location, Family::V6, Who::CoreDns)?;
     }
-    served_by(&rig, Place::Host(1), Family::V6, Who::Weir)
+    served_by(&fixture, Location::Host(1), Family::V6, Who::Weir)
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! weir where kube-proxy was: the same flags, the same file, the same answers over HTTP (sections 4 and 5 of the
-//! behaviour: rows P1 to P8, H1 to H6), seen on both programs with one configuration.
+//! weir in place of kube-proxy: the same flags, the same file, the same answers over HTTP (P1 to P8, H1 to H6), compared between
+//! both programs with one configuration.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,11 +22,11 @@ use serde_json::{Value, json};
 use weir::model::Object;
 use weir_tests::{
     assets,
+    child_guard::end,
     control_plane::ControlPlane,
-    keeper::end,
     netns::Namespace,
     node::node_name,
-    objects::{Lot, Shape, node, pod, service},
+    objects::{Addresses, Shape, node, pod, service},
     wait::{await_that, await_within},
 };
 
@@ -34,7 +34,7 @@ mod values;
 
 const HEALTHZ: u16 = 10256;
 const ADMIN: u16 = 10249;
-const SHOP: Lot = Lot::new(7).named("shop");
+const SHOP: Addresses = Addresses::new(7).named("shop");
 const CHECK: u16 = 32_007;
 const V4: Ipv4Addr = Ipv4Addr::LOCALHOST;
 /// An API server wants an address that others could reach.
@@ -77,7 +77,7 @@ fn get(at: SocketAddr, path: &str) -> Result<Answer> {
 }
 
 /// A namespace with an API server in it, which agents are started in one after the other.
-struct Place<'a> {
+struct Fixture<'a> {
     namespace: &'a Namespace,
     plane: &'a ControlPlane<'a>,
     directory: tempfile::TempDir,
@@ -121,12 +121,12 @@ fn configuration(kubeconfig: &Path) -> Value {
     })
 }
 
-impl<'a> Place<'a> {
+impl<'a> Fixture<'a> {
     fn new(namespace: &'a Namespace, plane: &'a ControlPlane<'a>) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("weir-dropin-").tempdir()?;
-        let place = Self { namespace, plane, directory };
-        fs::write(place.path("config.conf"), configuration(&plane.kubeconfig()?).to_string())?;
-        Ok(place)
+        let fixture = Self { namespace, plane, directory };
+        fs::write(fixture.path("config.conf"), configuration(&plane.kubeconfig()?).to_string())?;
+        Ok(fixture)
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -188,12 +188,12 @@ fn tainted(key: &str) -> Object {
 /// Everything that can be asked of an agent, by a name for the question.
 type Seen = BTreeMap<&'static str, Answer>;
 
-fn look(place: &Place<'_>, program: &Path) -> Result<Seen> {
-    place.plane.apply(&[&node(1)])?;
-    place.plane.apply(&shop(true).iter().collect::<Vec<_>>())?;
-    let agent = place.start(program)?;
-    place.await_code(HEALTHZ, "/healthz", 200);
-    place.await_code(CHECK, "/", 200);
+fn look(fixture: &Fixture<'_>, program: &Path) -> Result<Seen> {
+    fixture.plane.apply(&[&node(1)])?;
+    fixture.plane.apply(&shop(true).iter().collect::<Vec<_>>())?;
+    let agent = fixture.start(program)?;
+    fixture.await_code(HEALTHZ, "/healthz", 200);
+    fixture.await_code(CHECK, "/", 200);
     let mut seen = Seen::new();
     for (name, port, path) in [
         ("healthz", HEALTHZ, "/healthz"),
@@ -212,26 +212,26 @@ fn look(place: &Place<'_>, program: &Path) -> Result<Seen> {
         ("check", CHECK, "/"),
         ("check anywhere", CHECK, "/some/path"),
     ] {
-        seen.insert(name, place.get(port, path)?);
+        seen.insert(name, fixture.get(port, path)?);
     }
     let v6 = (Ipv6Addr::LOCALHOST, CHECK).into();
-    await_that("the health check answers on IPv6", || place.namespace.run(|| get(v6, "/").is_ok()));
-    seen.insert("check by IPv6", place.namespace.run(|| get(v6, "/"))?);
+    await_that("the health check answers on IPv6", || fixture.namespace.run(|| get(v6, "/").is_ok()));
+    seen.insert("check by IPv6", fixture.namespace.run(|| get(v6, "/"))?);
     let score = fs::read_to_string(format!("/proc/{}/oom_score_adj", agent.child.id()))?;
     assert_eq!(score.trim(), "17");
 
-    place.plane.apply(&shop(false).iter().collect::<Vec<_>>())?;
-    place.await_code(CHECK, "/", 503);
-    seen.insert("check without local endpoints", place.get(CHECK, "/")?);
-    place.plane.apply(&[&tainted("ToBeDeletedByClusterAutoscaler")])?;
-    place.await_code(HEALTHZ, "/healthz", 503);
-    seen.insert("healthz of a node that goes", place.get(HEALTHZ, "/healthz")?);
-    seen.insert("livez of a node that goes", place.get(HEALTHZ, "/livez")?);
-    place.plane.apply(&[&tainted("other")])?;
-    place.await_code(HEALTHZ, "/healthz", 200);
+    fixture.plane.apply(&shop(false).iter().collect::<Vec<_>>())?;
+    fixture.await_code(CHECK, "/", 503);
+    seen.insert("check without local endpoints", fixture.get(CHECK, "/")?);
+    fixture.plane.apply(&[&tainted("ToBeDeletedByClusterAutoscaler")])?;
+    fixture.await_code(HEALTHZ, "/healthz", 503);
+    seen.insert("healthz of a node that goes", fixture.get(HEALTHZ, "/healthz")?);
+    seen.insert("livez of a node that goes", fixture.get(HEALTHZ, "/livez")?);
+    fixture.plane.apply(&[&tainted("other")])?;
+    fixture.await_code(HEALTHZ, "/healthz", 200);
     assert!(!agent.log().contains("cannot serve"), "{}", agent.log());
     drop(agent);
-    place.namespace.stdout("nft", &["flush", "ruleset"])?;
+    fixture.namespace.stdout("nft", &["flush", "ruleset"])?;
     Ok(seen)
 }
 
@@ -270,9 +270,9 @@ fn fields(value: &Value) -> BTreeMap<String, String> {
 fn p1_to_p7_and_h1_to_h6_are_answered_as_kube_proxy_answers() -> Result<()> {
     let namespace = machine("dropin")?;
     let plane = ControlPlane::start(&namespace, API.into())?;
-    let place = Place::new(&namespace, &plane)?;
-    let theirs = look(&place, &assets::kubernetes("kube-proxy")?)?;
-    let ours = look(&place, &place.weir_as_kube_proxy()?)?;
+    let fixture = Fixture::new(&namespace, &plane)?;
+    let theirs = look(&fixture, &assets::kubernetes("kube-proxy")?)?;
+    let ours = look(&fixture, &fixture.weir_as_kube_proxy()?)?;
 
     let mut differences = Vec::new();
     for (name, their) in &theirs {
@@ -387,11 +387,11 @@ fn another_configuration_starts_the_agent_anew_in_its_place_and_a_bad_one_does_n
     let namespace = machine("reload")?;
     let plane = ControlPlane::start(&namespace, API.into())?;
     plane.apply(&[&node(1)])?;
-    let place = Place::new(&namespace, &plane)?;
-    let agent = place.start(&place.weir_as_kube_proxy()?)?;
-    place.await_code(HEALTHZ, "/healthz", 200);
+    let fixture = Fixture::new(&namespace, &plane)?;
+    let agent = fixture.start(&fixture.weir_as_kube_proxy()?)?;
+    fixture.await_code(HEALTHZ, "/healthz", 200);
     let configured = |field: &str| -> Value {
-        let answer = place.get(ADMIN, "/configz").map(|answer| answer.json()).unwrap_or_default();
+        let answer = fixture.get(ADMIN, "/configz").map(|answer| answer.json()).unwrap_or_default();
         answer.pointer(&format!("/kubeproxy.config.k8s.io/{field}")).cloned().unwrap_or_default()
     };
     let descriptors = || fs::read_dir(format!("/proc/{}/fd", agent.child.id())).map(Iterator::count);
@@ -409,19 +409,19 @@ fn another_configuration_starts_the_agent_anew_in_its_place_and_a_bad_one_does_n
         let mut next = configuration(&plane.kubeconfig()?);
         next["clusterCIDR"] = cidr.into();
         // As a ConfigMap changes: another file under the same name.
-        fs::write(place.path("draft"), next.to_string())?;
-        fs::rename(place.path("draft"), place.path("config.conf"))?;
+        fs::write(fixture.path("draft"), next.to_string())?;
+        fs::rename(fixture.path("draft"), fixture.path("config.conf"))?;
         await_that("the new configuration is in force", || configured("clusterCIDR") == cidr);
-        place.await_code(HEALTHZ, "/healthz", 200);
+        fixture.await_code(HEALTHZ, "/healthz", 200);
         counts.push(descriptors()?);
     }
     assert!(counts[2] <= counts[0] + 3, "descriptors are left open: {counts:?}");
     assert_eq!(chains()?, chains_before, "chains were adopted, not made again");
     assert_eq!(fs::read_to_string(format!("/proc/{}/comm", agent.child.id()))?.trim(), "weir");
 
-    fs::write(place.path("config.conf"), "kind: KubeProxyConfiguration\nmode: [")?;
+    fs::write(fixture.path("config.conf"), "kind: KubeProxyConfiguration\nmode: [")?;
     await_that("the bad file is told of", || agent.log().contains("is invalid; the old one stays in force"));
-    place.await_code(HEALTHZ, "/healthz", 200);
+    fixture.await_code(HEALTHZ, "/healthz", 200);
     assert_eq!(configured("clusterCIDR"), "10.0.0.0/11");
     Ok(())
 }

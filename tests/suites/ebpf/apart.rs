@@ -22,7 +22,7 @@ use weir::{
 };
 use weir_tests::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace};
 
-use super::{Rig, complete, crowd, loopback, open, open_on_host, port, service_ip};
+use super::{Fixture, complete, crowd, loopback, open, open_on_host, port, service_ip};
 
 /// Connects of each family: as many as take some seconds.
 const CONNECTS: u32 = 600_000;
@@ -81,14 +81,14 @@ fn is_left_to_the_packets(error: &anyhow::Error) -> bool {
 
 #[test]
 fn no_connect_reaches_a_backend_of_another_service_while_both_are_written() -> Result<()> {
-    let rig = Rig::new()?;
+    let fixture = Fixture::new()?;
     for family in Family::ALL {
         for number in [1, 2] {
-            rig.inside.ip(&[format!("addr add {} dev lo", backend(family, number))])?;
+            fixture.inside.ip(&[format!("addr add {} dev lo", backend(family, number))])?;
         }
     }
-    rig.inside.run(|| -> Result<()> {
-        let mut plane = open(&rig.place)?;
+    fixture.inside.run(|| -> Result<()> {
+        let mut plane = open(&fixture.place)?;
         for family in Family::ALL {
             let services = vec![service(family, 80, 1), service(family, OTHER, 2)];
             plane.reread()?;
@@ -96,7 +96,7 @@ fn no_connect_reaches_a_backend_of_another_service_while_both_are_written() -> R
             let keys = [80, OTHER].map(|port| FrontendKey::new(service_ip(family), port, 17));
             let stop = AtomicBool::new(false);
             thread::scope(|scope| -> Result<()> {
-                let writing = scope.spawn(|| rewrite(&rig.place, keys, &stop));
+                let writing = scope.spawn(|| rewrite(&fixture.place, keys, &stop));
                 let mut left = 0;
                 let wrong = (0..CONNECTS).find_map(|_| match led_to(family) {
                     Ok(address) if address == backend(family, 1) => None,
@@ -189,8 +189,8 @@ fn who_asks_for_no_address_in_particular_asks_for_itself() -> Result<()> {
 
 #[test]
 fn a_port_that_cannot_be_written_is_left_to_the_packets_and_the_others_change() -> Result<()> {
-    let rig = Rig::new()?;
-    rig.inside.run(|| -> Result<()> {
+    let fixture = Fixture::new()?;
+    fixture.inside.run(|| -> Result<()> {
         let (before, after) = (TcpListener::bind("127.0.0.1:0")?, TcpListener::bind("127.0.0.1:0")?);
         let web = |listener: &TcpListener| {
             Ok::<_, anyhow::Error>(port(Family::V4, Protocol::Tcp, &[listener.local_addr()?]))
@@ -198,7 +198,7 @@ fn a_port_that_cannot_be_written_is_left_to_the_packets_and_the_others_change() 
         let (old, new) = (web(&before)?, web(&after)?);
         let neighbour = crowd(1, 1).next().context("one of a crowd")?;
         for map in ["records", "slots", "ports"] {
-            let mut plane = open(&rig.place)?;
+            let mut plane = open(&fixture.place)?;
             plane.apply(&complete(vec![Arc::clone(&old), Arc::clone(&neighbour)]))?;
             TcpStream::connect((service_ip(Family::V4), 80)).context("it is served")?;
             let mut writes = 0;

@@ -16,7 +16,7 @@ use weir::{
     model::{Family, Protocol},
 };
 
-use super::{Rig, complete, loopback, open, port, service_ip};
+use super::{Fixture, complete, loopback, open, port, service_ip};
 
 /// So often each order is tried: with two backends, by chance alone two of these in a million would come out right.
 const TIMES: usize = 20;
@@ -167,9 +167,9 @@ const ORDERS: [(&str, Order); 7] = [
 
 #[test]
 fn a_socket_and_a_service_have_one_backend_and_the_socket_is_shown_what_it_asked() -> Result<()> {
-    let rig = Rig::new()?;
-    rig.inside.run(|| -> Result<()> {
-        let mut plane = open(&rig.place)?;
+    let fixture = Fixture::new()?;
+    fixture.inside.run(|| -> Result<()> {
+        let mut plane = open(&fixture.place)?;
         for family in Family::ALL {
             let servers = Servers::start(family)?;
             plane.reread()?;

@@ -18,7 +18,7 @@ use weir::{
 };
 use weir_tests::netns::Namespace;
 
-use super::{Rig, complete, loopback, open_on_host, port, room::numbered, service_ip};
+use super::{Fixture, complete, loopback, open_on_host, port, room::numbered, service_ip};
 
 /// The port of Services that come while weir runs; those that are there at its start have 80.
 const LATER: u16 = 81;
@@ -78,8 +78,8 @@ fn servers(number: u16) -> Result<Vec<Server>> {
 
 #[test]
 fn pods_that_had_bound_a_service_address_before_the_service_came_are_at_home_there() -> Result<()> {
-    let rig = Rig::new()?;
-    let home = Namespace::within(&rig.cgroup, "home")?;
+    let fixture = Fixture::new()?;
+    let home = Namespace::within(&fixture.cgroup, "home")?;
     let names = TempDir::new()?;
     symlink(home.path(), names.path().join(home.label()))?;
     for family in Family::ALL {
@@ -87,8 +87,8 @@ fn pods_that_had_bound_a_service_address_before_the_service_came_are_at_home_the
     }
     let (now, later) = home.run(|| anyhow::Ok((servers(80)?, servers(LATER)?)))?;
     let met = |servers: &[Server]| home.run(|| servers.iter().try_for_each(Server::is_met));
-    rig.inside.run(|| -> Result<()> {
-        let mut plane = open_on_host(&rig.place)?;
+    fixture.inside.run(|| -> Result<()> {
+        let mut plane = open_on_host(&fixture.place)?;
         let elsewhere = kinds().map(|(family, it)| Server::bind(it, SocketAddr::new(loopback(family), 0)));
         let elsewhere = elsewhere.collect::<Result<Vec<_>>>()?;
         let ports: Vec<Arc<PortPlan>> = kinds()
@@ -98,7 +98,7 @@ fn pods_that_had_bound_a_service_address_before_the_service_came_are_at_home_the
         let all = complete(ports.clone());
         plane.reread()?;
         plane.apply(&all)?;
-        let open = || Sockets::open(&rig.place.sockets(), &rig.place.services(), &[names.path()]);
+        let open = || Sockets::open(&fixture.place.sockets(), &fixture.place.services(), &[names.path()]);
         let mut sockets = open()?;
         sockets.take_in(Suspects::of(&all));
         sockets.sweep();
@@ -118,7 +118,7 @@ fn pods_that_had_bound_a_service_address_before_the_service_came_are_at_home_the
         met(&later).context("came later")?;
 
         let early = || -> Result<u64> {
-            let map = MapData::from_pin(rig.place.sockets().join("early_homes"))?;
+            let map = MapData::from_pin(fixture.place.sockets().join("early_homes"))?;
             let map: Array<_, u64> = Map::Array(map).try_into()?;
             Ok(map.iter().collect::<Result<Vec<_>, _>>()?.into_iter().sum())
         };

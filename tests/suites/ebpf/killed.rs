@@ -25,7 +25,7 @@ use weir::{
 };
 use weir_tests::{bpffs::BpfFs, wait::await_that};
 
-use super::{Rig, come, complete, crowd, open, port, service_ip};
+use super::{Fixture, come, complete, crowd, open, port, service_ip};
 
 /// So many Services that the maps of an agent that has none have to grow.
 const MANY: u32 = 1100;
@@ -73,8 +73,8 @@ fn generations(place: &Place) -> Result<(Vec<String>, String)> {
 
 #[test]
 fn an_agent_that_starts_after_one_was_killed_anywhere_serves_what_is_to_be() -> Result<()> {
-    let rig = Rig::new()?;
-    rig.inside.run(|| -> Result<()> {
+    let fixture = Fixture::new()?;
+    fixture.inside.run(|| -> Result<()> {
         let (first, second) = (TcpListener::bind("127.0.0.1:0")?, TcpListener::bind("127.0.0.1:0")?);
         [&first, &second].into_iter().try_for_each(|listener| listener.set_nonblocking(true))?;
         let web = |listener: &TcpListener| -> Result<_> {
@@ -82,15 +82,16 @@ fn an_agent_that_starts_after_one_was_killed_anywhere_serves_what_is_to_be() -> 
         };
         let (old, new) = (web(&first)?, web(&second)?);
         for before in 0.. {
-            let was_killed = killed(&rig.place, &old, before)?;
-            let served = rig.place.bpf_root.join("link-connect4").exists();
+            let was_killed = killed(&fixture.place, &old, before)?;
+            let served = fixture.place.bpf_root.join("link-connect4").exists();
             if served {
                 TcpStream::connect((service_ip(Family::V4), 80)).context("a pinned program serves")?;
                 await_that(&format!("the old backend is asked, killed before operation {before}"), || {
                     is_asked(&first)
                 });
             }
-            let mut heir = open(&rig.place).with_context(|| format!("opening after {before} operations"))?;
+            let mut heir =
+                open(&fixture.place).with_context(|| format!("opening after {before} operations"))?;
             if served {
                 TcpStream::connect((service_ip(Family::V4), 80))
                     .context("an open must not end what serves")?;
@@ -106,7 +107,7 @@ fn an_agent_that_starts_after_one_was_killed_anywhere_serves_what_is_to_be() -> 
                 is_asked(&second)
             });
             assert_eq!(heir.dump()?.frontends.len(), 2);
-            let (all, current) = generations(&rig.place)?;
+            let (all, current) = generations(&fixture.place)?;
             assert_eq!(all, [current], "killed before operation {before}");
             heir.remove()?;
             // The kernel detaches programs whose links are gone when it gets round to it.
@@ -138,8 +139,8 @@ fn maps(place: &Place) -> Result<Vec<(PathBuf, u32)>> {
 
 #[test]
 fn a_map_without_a_name_gets_it_again_and_no_service_reaches_another() -> Result<()> {
-    let rig = Rig::new()?;
-    rig.inside.run(|| -> Result<()> {
+    let fixture = Fixture::new()?;
+    fixture.inside.run(|| -> Result<()> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         listener.set_nonblocking(true)?;
         let web = port(Family::V4, Protocol::Tcp, &[listener.local_addr()?]);
@@ -149,20 +150,20 @@ fn a_map_without_a_name_gets_it_again_and_no_service_reaches_another() -> Result
             assert_eq!(socket.peer_addr()?, (service_ip(Family::V4), 80).into());
             Ok(())
         };
-        let mut plane = open(&rig.place)?;
+        let mut plane = open(&fixture.place)?;
         plane.apply(&complete(vec![Arc::clone(&web)]))?;
         let early = TcpStream::connect((service_ip(Family::V4), 80))?;
         await_that("its own backend is asked", || is_asked(&listener));
-        let whole = maps(&rig.place)?;
+        let whole = maps(&fixture.place)?;
         ensure!(whole.len() == 19, "{whole:?}");
         for (pin, _) in &whole {
             fs::remove_file(pin)?;
-            assert_eq!(name_again(&rig.place)?.len(), 1, "{} while an agent runs", pin.display());
-            assert_eq!(maps(&rig.place)?, whole);
+            assert_eq!(name_again(&fixture.place)?.len(), 1, "{} while an agent runs", pin.display());
+            assert_eq!(maps(&fixture.place)?, whole);
             fs::remove_file(pin)?;
             drop(plane);
-            plane = open(&rig.place)?;
-            assert_eq!(maps(&rig.place)?, whole, "{} while none runs", pin.display());
+            plane = open(&fixture.place)?;
+            assert_eq!(maps(&fixture.place)?, whole, "{} while none runs", pin.display());
             serves()?;
             plane.apply(&complete(vec![Arc::clone(&web)]))?;
             serves()?;
@@ -171,7 +172,7 @@ fn a_map_without_a_name_gets_it_again_and_no_service_reaches_another() -> Result
         // All at once, of Services as of sockets.
         whole.iter().try_for_each(|(pin, _)| fs::remove_file(pin))?;
         drop(plane);
-        plane = open(&rig.place)?;
+        plane = open(&fixture.place)?;
         serves()?;
         plane.apply(&complete(vec![web]))?;
         // Of these maps nothing was known, so other programs are attached in the place of theirs, which the kernel detaches
@@ -191,21 +192,21 @@ fn a_map_without_a_name_gets_it_again_and_no_service_reaches_another() -> Result
 /// Another program's map under the name of one of ours: the programs that are attached are to read what the agent writes.
 #[test]
 fn programs_meet_the_maps_that_the_agent_writes_whatever_their_names_lead_to() -> Result<()> {
-    let rig = Rig::new()?;
-    rig.inside.run(|| -> Result<()> {
+    let fixture = Fixture::new()?;
+    fixture.inside.run(|| -> Result<()> {
         let (first, second) = (TcpListener::bind("127.0.0.1:0")?, TcpListener::bind("127.0.0.1:0")?);
         [&first, &second].into_iter().try_for_each(|listener| listener.set_nonblocking(true))?;
         let web = |listener: &TcpListener| -> Result<_> {
             Ok(port(Family::V4, Protocol::Tcp, &[listener.local_addr()?]))
         };
-        let mut plane = open(&rig.place)?;
+        let mut plane = open(&fixture.place)?;
         plane.apply(&complete(vec![web(&first)?]))?;
         drop(plane);
-        let slots = rig.place.services().join("slots");
+        let slots = fixture.place.services().join("slots");
         let room = MapInfo::from_pin(&slots)?.max_entries();
         fs::remove_file(&slots)?;
         Array::<_, [u8; size_of::<Endpoint>()]>::create(room, 0)?.pin(&slots)?;
-        let mut plane = open(&rig.place)?;
+        let mut plane = open(&fixture.place)?;
         plane.apply(&Delta { complete: false, ..complete(vec![web(&second)?]) })?;
         TcpStream::connect((service_ip(Family::V4), 80))?;
         await_that("the backend that was written is asked", || is_asked(&second));
@@ -217,19 +218,19 @@ fn programs_meet_the_maps_that_the_agent_writes_whatever_their_names_lead_to() -
 
 #[test]
 fn sockets_are_remembered_when_the_maps_of_services_are_laid_out_anew() -> Result<()> {
-    let rig = Rig::new()?;
-    rig.inside.run(|| -> Result<()> {
+    let fixture = Fixture::new()?;
+    fixture.inside.run(|| -> Result<()> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let web = port(Family::V4, Protocol::Tcp, &[listener.local_addr()?]);
-        let mut former = open(&rig.place)?;
+        let mut former = open(&fixture.place)?;
         former.apply(&complete(vec![Arc::clone(&web)]))?;
         let socket = TcpStream::connect((service_ip(Family::V4), 80))?;
         drop(former);
         // As an agent with another layout would have left it.
-        let ours = rig.place.services().parent().context("a directory above")?.to_owned();
+        let ours = fixture.place.services().parent().context("a directory above")?.to_owned();
         let other = ours.with_file_name("services-4000000");
         fs::rename(&ours, &other)?;
-        let mut plane = open(&rig.place)?;
+        let mut plane = open(&fixture.place)?;
         assert!(other.exists(), "programs still use it");
         assert_eq!(socket.peer_addr()?, (service_ip(Family::V4), 80).into());
         plane.apply(&complete(vec![web]))?;

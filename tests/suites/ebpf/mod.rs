@@ -205,29 +205,29 @@ fn open_on_host(place: &Place) -> Result<Ebpf> {
 }
 
 /// A plane whose programs serve the sockets of a namespace, and what they need.
-struct Rig {
+struct Fixture {
     inside: Namespace,
     place: Place,
     cgroup: Cgroup,
     _files: BpfFs,
 }
 
-impl Rig {
+impl Fixture {
     fn new() -> Result<Self> {
-        let cgroup = Cgroup::new("rig")?;
+        let cgroup = Cgroup::new("fixture")?;
         let files = BpfFs::new()?;
         let place = Place { bpf_root: files.directory("weir")?, cgroup_root: cgroup.path().to_owned() };
-        Ok(Self { inside: Namespace::within(&cgroup, "rig")?, place, cgroup, _files: files })
+        Ok(Self { inside: Namespace::within(&cgroup, "fixture")?, place, cgroup, _files: files })
     }
 }
 
 #[test]
 fn maps_grow_while_sockets_go_on_being_served() -> Result<()> {
-    let rig = Rig::new()?;
-    rig.inside.run(|| -> Result<()> {
+    let fixture = Fixture::new()?;
+    fixture.inside.run(|| -> Result<()> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let server = listener.local_addr()?;
-        let mut plane = open(&rig.place)?;
+        let mut plane = open(&fixture.place)?;
         plane.apply(&complete(vec![sticky(port(Family::V4, Protocol::Tcp, &[server]))]))?;
         let room = |plane: &Ebpf| plane.fill().iter().map(|fill| (fill.map, fill.room)).collect::<Vec<_>>();
         let before = room(&plane);
@@ -241,7 +241,7 @@ fn maps_grow_while_sockets_go_on_being_served() -> Result<()> {
                 accepted
             });
             let connecting = scope.spawn(|| -> io::Result<u64> {
-                rig.inside.run(|| {
+                fixture.inside.run(|| {
                     let mut connected = 0;
                     while !stop.load(Relaxed) {
                         TcpStream::connect((service_ip(Family::V4), 80))?;
@@ -269,7 +269,7 @@ fn maps_grow_while_sockets_go_on_being_served() -> Result<()> {
         assert_eq!(state.frontends.len(), 8002);
         // Another agent finds the large maps, and everything in them.
         drop(plane);
-        let mut heir = open(&rig.place)?;
+        let mut heir = open(&fixture.place)?;
         assert_eq!(heir.dump()?, state);
         let ports = iter::once(sticky(port(Family::V4, Protocol::Tcp, &[server]))).chain(crowd(0, 8000));
         heir.apply(&complete(ports.collect()))?;
@@ -285,9 +285,9 @@ fn sticky(port: Arc<PortPlan>) -> Arc<PortPlan> {
 
 #[test]
 fn a_plane_that_steps_aside_leaves_new_sockets_to_packets_and_old_ones_as_they_are() -> Result<()> {
-    let rig = Rig::new()?;
-    rig.inside.run(|| -> Result<()> {
-        let mut plane = open(&rig.place)?;
+    let fixture = Fixture::new()?;
+    fixture.inside.run(|| -> Result<()> {
+        let mut plane = open(&fixture.place)?;
         for family in Family::ALL {
             let listener = TcpListener::bind((loopback(family), 0))?;
             let web = port(family, Protocol::Tcp, &[listener.local_addr()?]);
@@ -311,10 +311,10 @@ fn a_plane_that_steps_aside_leaves_new_sockets_to_packets_and_old_ones_as_they_a
 
 #[test]
 fn a_port_that_does_not_fit_is_named_and_the_others_are_served() -> Result<()> {
-    let rig = Rig::new()?;
-    rig.inside.run(|| -> Result<()> {
+    let fixture = Fixture::new()?;
+    fixture.inside.run(|| -> Result<()> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
-        let mut plane = open(&rig.place)?;
+        let mut plane = open(&fixture.place)?;
         plane.apply(&complete(crowd(0, 10).collect()))?;
         let mut writes = 0;
         plane.fail_writes(Some(Box::new(move |map| {
@@ -341,14 +341,14 @@ fn a_port_that_does_not_fit_is_named_and_the_others_are_served() -> Result<()> {
 
 #[test]
 fn maps_of_another_layout_are_left_behind_once_the_new_ones_serve() -> Result<()> {
-    let rig = Rig::new()?;
-    rig.inside.run(|| -> Result<()> {
+    let fixture = Fixture::new()?;
+    fixture.inside.run(|| -> Result<()> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
-        let foreign = rig.place.bpf_root.join("v4000000");
+        let foreign = fixture.place.bpf_root.join("v4000000");
         fs::create_dir(&foreign)?;
         let map = HashMap::<_, u32, u32>::create(1, 0)?;
         map.pin(foreign.join("frontends"))?;
-        let mut plane = open(&rig.place)?;
+        let mut plane = open(&fixture.place)?;
         assert!(foreign.exists(), "programs of that layout may still use it");
         plane.apply(&complete(vec![port(Family::V4, Protocol::Tcp, &[listener.local_addr()?])]))?;
         assert!(!foreign.exists());
@@ -363,7 +363,7 @@ fn maps_of_another_layout_are_left_behind_once_the_new_ones_serve() -> Result<()
 
 #[test]
 fn programs_say_what_they_do_at_the_level_trace_also_after_growing() -> Result<()> {
-    let rig = Rig::new()?;
+    let fixture = Fixture::new()?;
     let lines = Lines::default();
     let writer = lines.clone();
     let log = tracing_subscriber::fmt()
@@ -371,11 +371,11 @@ fn programs_say_what_they_do_at_the_level_trace_also_after_growing() -> Result<(
         .with_ansi(false)
         .with_writer(move || writer.clone())
         .finish();
-    rig.inside.run(|| -> Result<()> {
+    fixture.inside.run(|| -> Result<()> {
         tracing::subscriber::with_default(log, || -> Result<()> {
             let listener = TcpListener::bind("127.0.0.1:0")?;
             let server = listener.local_addr()?;
-            let mut plane = open(&rig.place)?;
+            let mut plane = open(&fixture.place)?;
             plane.apply(&complete(vec![port(Family::V4, Protocol::Tcp, &[server])]))?;
             TcpStream::connect((service_ip(Family::V4), 80))?;
             let led = "TRACE weir::programs: ::ffff:10.96.0.10 port 80 leads to ::ffff:127.0.0.1 port";
@@ -391,10 +391,10 @@ fn programs_say_what_they_do_at_the_level_trace_also_after_growing() -> Result<(
 
 #[test]
 fn a_map_of_another_layout_under_our_name_is_refused_by_name() -> Result<()> {
-    let rig = Rig::new()?;
-    fs::create_dir(rig.place.sockets())?;
-    HashMap::<_, u32, u32>::create(1, 0)?.pin(rig.place.sockets().join("origins"))?;
-    let Err(problem) = open(&rig.place) else { bail!("it was opened") };
+    let fixture = Fixture::new()?;
+    fs::create_dir(fixture.place.sockets())?;
+    HashMap::<_, u32, u32>::create(1, 0)?.pin(fixture.place.sockets().join("origins"))?;
+    let Err(problem) = open(&fixture.place) else { bail!("it was opened") };
     let text = problem.to_string();
     assert!(text.contains("sockets-5/origins is of another layout"), "{text}");
     Ok(())
@@ -402,15 +402,15 @@ fn a_map_of_another_layout_under_our_name_is_refused_by_name() -> Result<()> {
 
 #[test]
 fn a_cluster_ip_that_the_host_has_is_left_to_packets_until_it_leaves() -> Result<()> {
-    let rig = Rig::new()?;
-    rig.inside.run(|| -> Result<()> {
+    let fixture = Fixture::new()?;
+    fixture.inside.run(|| -> Result<()> {
         let backend = TcpListener::bind("127.0.0.1:0")?;
         let ip = service_ip(Family::V4);
         let port = port(Family::V4, Protocol::Tcp, &[backend.local_addr()?]);
-        let mut plane = open_on_host(&rig.place)?;
+        let mut plane = open_on_host(&fixture.place)?;
         plane.apply(&complete(vec![Arc::clone(&port)]))?;
         // A DNS cache, say, that answers on the Service's address on every node.
-        rig.inside.ip(&[format!("addr add {ip} dev lo")])?;
+        fixture.inside.ip(&[format!("addr add {ip} dev lo")])?;
         let cache = TcpListener::bind((ip, 80))?;
         let with = |addresses: Vec<IpAddr>| {
             Arc::new(NodePlan { host_addresses: addresses, ..NodePlan::clone(&node()) })

@@ -26,7 +26,7 @@ use weir::{
 };
 use weir_tests::{cgroup::Cgroup, netns::Namespace};
 
-use super::{Rig, complete, exchange, loopback, open, open_on_host, port, service_ip, sticky};
+use super::{Fixture, complete, exchange, loopback, open, open_on_host, port, service_ip, sticky};
 
 const MPTCP: i32 = 262;
 
@@ -50,7 +50,7 @@ pub(super) fn numbered(plan: &PortPlan, number: u16) -> Arc<PortPlan> {
     Arc::new(plan)
 }
 
-/// Runs `work` in a group of processes below the rig's, in the network namespace of the caller.
+/// Runs `work` in a group of processes below the fixture's, in the network namespace of the caller.
 fn within<T: Send>(group: &Cgroup, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     let inside = || {
         group.enter()?;
@@ -61,9 +61,9 @@ fn within<T: Send>(group: &Cgroup, work: impl FnOnce() -> Result<T> + Send) -> R
 
 #[test]
 fn sockets_that_the_kernel_makes_for_itself_are_left_to_packets_and_leave_nothing_behind() -> Result<()> {
-    let rig = Rig::new()?;
-    rig.inside.run(|| -> Result<()> {
-        let mut plane = open(&rig.place)?;
+    let fixture = Fixture::new()?;
+    fixture.inside.run(|| -> Result<()> {
+        let mut plane = open(&fixture.place)?;
         for family in Family::ALL {
             let listener = TcpListener::bind((loopback(family), 0))?;
             plane.reread()?;
@@ -76,11 +76,11 @@ fn sockets_that_the_kernel_makes_for_itself_are_left_to_packets_and_leave_nothin
                 // Nothing is behind these programs here that would serve its packets.
                 assert!(socket.connect(&to.into()).is_err());
             }
-            assert_eq!((elements(&rig.place, "seats")?, elements(&rig.place, "origins")?), (1, 0));
+            assert_eq!((elements(&fixture.place, "seats")?, elements(&fixture.place, "origins")?), (1, 0));
             assert_eq!(ordinary.peer_addr()?, to);
             assert_eq!(TcpStream::connect(to)?.peer_addr()?, to, "processes' own sockets are led");
             drop((ordinary, accepted));
-            assert_eq!(elements(&rig.place, "seats")?, 0);
+            assert_eq!(elements(&fixture.place, "seats")?, 0);
         }
         plane.remove()?;
         Ok(())
@@ -90,12 +90,12 @@ fn sockets_that_the_kernel_makes_for_itself_are_left_to_packets_and_leave_nothin
 #[test]
 fn unconnected_sockets_of_a_greedy_group_have_their_share_and_those_of_others_are_led() -> Result<()> {
     setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS)?;
-    let rig = Rig::new()?;
-    let [greedy, modest] = ["greedy", "modest"].map(|label| rig.cgroup.child(label));
+    let fixture = Fixture::new()?;
+    let [greedy, modest] = ["greedy", "modest"].map(|label| fixture.cgroup.child(label));
     let (greedy, modest) = (greedy?, modest?);
     let share = account::MOST_FLOWS / 9;
-    rig.inside.run(|| -> Result<()> {
-        let mut plane = open(&rig.place)?;
+    fixture.inside.run(|| -> Result<()> {
+        let mut plane = open(&fixture.place)?;
         for family in Family::ALL {
             let server = UdpSocket::bind((loopback(family), 0))?;
             plane.reread()?;
@@ -110,17 +110,17 @@ fn unconnected_sockets_of_a_greedy_group_have_their_share_and_those_of_others_ar
                 ensure!(led < sockets.len(), "all {led} were led");
                 Ok(sockets)
             })?;
-            let taken = elements(&rig.place, "flows")?;
+            let taken = elements(&fixture.place, "flows")?;
             assert!((share..=share + 1).contains(&taken), "{taken} of {share}");
             assert!(plane.troubles()?[trouble::STORAGE as usize] > before);
             let server = fresh(server, &mut plane, family)?;
             within(&modest, || exchange(family, to, &server))?;
-            assert_eq!(elements(&rig.place, "flows")?, taken, "closed and given back");
+            assert_eq!(elements(&fixture.place, "flows")?, taken, "closed and given back");
             // What it gives back it has again.
             sockets.truncate(sockets.len() / 2);
             within(&greedy, || exchange(family, to, &server))?;
             drop(sockets);
-            assert_eq!(elements(&rig.place, "flows")?, 0);
+            assert_eq!(elements(&fixture.place, "flows")?, 0);
         }
         plane.remove()?;
         Ok(())
@@ -138,11 +138,12 @@ fn fresh(full: UdpSocket, plane: &mut Ebpf, family: Family) -> Result<UdpSocket>
 
 #[test]
 fn a_socket_takes_memory_for_what_it_speaks_to_and_none_without_need() -> Result<()> {
-    let rig = Rig::new()?;
-    rig.inside.run(|| -> Result<()> {
-        let mut plane = open(&rig.place)?;
-        let used =
-            || Ok::<_, anyhow::Error>((elements(&rig.place, "flows")?, elements(&rig.place, "crowds")?));
+    let fixture = Fixture::new()?;
+    fixture.inside.run(|| -> Result<()> {
+        let mut plane = open(&fixture.place)?;
+        let used = || {
+            Ok::<_, anyhow::Error>((elements(&fixture.place, "flows")?, elements(&fixture.place, "crowds")?))
+        };
         for family in Family::ALL {
             let server = UdpSocket::bind((loopback(family), 0))?;
             let served = port(family, Protocol::Udp, &[server.local_addr()?]);
@@ -195,12 +196,12 @@ fn talk(socket: &UdpSocket, server: &UdpSocket, to: SocketAddr) -> Result<()> {
 #[test]
 fn pods_that_listen_on_a_service_address_count_until_they_are_gone_however_many_there_are() -> Result<()> {
     const NAMESPACES: usize = 100;
-    let rig = Rig::new()?;
-    let pod = Namespace::within(&rig.cgroup, "pod")?;
-    rig.inside.run(|| -> Result<()> {
-        let mut plane = open_on_host(&rig.place)?;
+    let fixture = Fixture::new()?;
+    let pod = Namespace::within(&fixture.cgroup, "pod")?;
+    fixture.inside.run(|| -> Result<()> {
+        let mut plane = open_on_host(&fixture.place)?;
         let homes = || -> Result<u64> {
-            let map = MapData::from_pin(rig.place.sockets().join("homes"))?;
+            let map = MapData::from_pin(fixture.place.sockets().join("homes"))?;
             let homes: Array<_, u64> = Map::Array(map).try_into()?;
             Ok(homes.iter().collect::<Result<Vec<_>, _>>()?.into_iter().sum())
         };
@@ -221,7 +222,7 @@ fn pods_that_listen_on_a_service_address_count_until_they_are_gone_however_many_
                 Ok(())
             };
             for _ in 0..NAMESPACES {
-                within(&rig.cgroup, throw_away)?;
+                within(&fixture.cgroup, throw_away)?;
             }
             assert_eq!(homes()?, 0, "closed and given back");
 
@@ -242,12 +243,12 @@ fn pods_that_listen_on_a_service_address_count_until_they_are_gone_however_many_
 #[test]
 fn throw_away_namespaces_take_no_room_from_clients_of_other_groups() -> Result<()> {
     const PORTS: u16 = 32;
-    let rig = Rig::new()?;
-    let [greedy, modest] = ["greedy", "modest"].map(|label| rig.cgroup.child(label));
+    let fixture = Fixture::new()?;
+    let [greedy, modest] = ["greedy", "modest"].map(|label| fixture.cgroup.child(label));
     let (greedy, modest) = (greedy?, modest?);
-    rig.inside.run(|| -> Result<()> {
+    fixture.inside.run(|| -> Result<()> {
         for family in Family::ALL {
-            let mut plane = open(&rig.place)?;
+            let mut plane = open(&fixture.place)?;
             let servers: Vec<UdpSocket> =
                 (0..4).map(|_| UdpSocket::bind((loopback(family), 0))).collect::<Result<_, _>>()?;
             let backends: Vec<SocketAddr> =
@@ -256,7 +257,7 @@ fn throw_away_namespaces_take_no_room_from_clients_of_other_groups() -> Result<(
             let plan = sticky(port(family, Protocol::Udp, &backends));
             let ports = 100..100 + PORTS;
             plane.apply(&complete(ports.clone().map(|number| numbered(&plan, number)).collect()))?;
-            let room = usage(&rig.place)?.into_iter().find(|usage| usage.map == "affinities");
+            let room = usage(&fixture.place)?.into_iter().find(|usage| usage.map == "affinities");
             let (_, room) = room.and_then(|usage| usage.elements).context("affinities do not tell")?;
             let namespaces = room / 9 / u32::from(PORTS) + 2;
             let throw_away = || {
@@ -265,7 +266,7 @@ fn throw_away_namespaces_take_no_room_from_clients_of_other_groups() -> Result<(
             };
             within(&greedy, || (0..namespaces).try_for_each(|_| within(&greedy, throw_away)))?;
             let refused = || Ok::<_, anyhow::Error>(plane.troubles()?[trouble::AFFINITY_FULL as usize]);
-            let taken = elements(&rig.place, "affinities")?;
+            let taken = elements(&fixture.place, "affinities")?;
             assert!(taken <= room / 9 + 1 && refused()? > 0, "{taken} of {room}");
 
             let before = refused()?;
@@ -274,10 +275,10 @@ fn throw_away_namespaces_take_no_room_from_clients_of_other_groups() -> Result<(
                 asked.map(|backends| backends.len() == 1)
             };
             assert!(within(&modest, stays)?, "a client of another group is remembered");
-            assert_eq!((elements(&rig.place, "affinities")?, refused()?), (taken + 1, before));
-            let forgotten = u32::try_from(forget_clients(&rig.place)?)?;
+            assert_eq!((elements(&fixture.place, "affinities")?, refused()?), (taken + 1, before));
+            let forgotten = u32::try_from(forget_clients(&fixture.place)?)?;
             assert!((taken / 5..taken / 3).contains(&forgotten), "{forgotten} of {taken}");
-            assert_eq!(elements(&rig.place, "affinities")?, taken + 1 - forgotten);
+            assert_eq!(elements(&fixture.place, "affinities")?, taken + 1 - forgotten);
             assert!(within(&modest, stays)?);
             let next = || {
                 unshare(CloneFlags::CLONE_NEWNET)?;

@@ -20,20 +20,20 @@ use weir::{
     model::{Family, Protocol},
 };
 
-use super::{Rig, complete, loopback, open, port, service_ip};
+use super::{Fixture, complete, loopback, open, port, service_ip};
 
 /// Elements of a map are allocated one by one (`linux/bpf.h`).
 const BPF_F_NO_PREALLOC: u32 = 1;
 
 #[test]
 fn sockets_are_remembered_until_they_are_closed_and_one_too_many_is_left_alone() -> Result<()> {
-    let rig = Rig::new()?;
+    let fixture = Fixture::new()?;
     // Room for one socket without a seat, found as another agent would have left it.
-    fs::create_dir(rig.place.sockets())?;
-    HashMap::<_, u64, Origin>::create(1, BPF_F_NO_PREALLOC)?.pin(rig.place.sockets().join("origins"))?;
-    rig.inside.run(|| -> Result<()> {
-        let mut plane = open(&rig.place)?;
-        let mut told = Told::open(&rig.place)?;
+    fs::create_dir(fixture.place.sockets())?;
+    HashMap::<_, u64, Origin>::create(1, BPF_F_NO_PREALLOC)?.pin(fixture.place.sockets().join("origins"))?;
+    fixture.inside.run(|| -> Result<()> {
+        let mut plane = open(&fixture.place)?;
+        let mut told = Told::open(&fixture.place)?;
         for (family, before) in Family::ALL.into_iter().zip(0..) {
             let listener = TcpListener::bind((loopback(family), 0))?;
             plane.reread()?;
@@ -78,10 +78,10 @@ fn more_sockets_than_seats_that_come_at_the_same_time_are_all_remembered_and_all
     const THREADS: usize = 4;
     let sockets_each = SEATS as usize / 2;
     setrlimit(Resource::RLIMIT_NOFILE, 4 * u64::from(SEATS), 4 * u64::from(SEATS))?;
-    let rig = Rig::new()?;
-    rig.inside.run(|| -> Result<()> {
-        let mut plane = open(&rig.place)?;
-        let told = Told::open(&rig.place)?;
+    let fixture = Fixture::new()?;
+    fixture.inside.run(|| -> Result<()> {
+        let mut plane = open(&fixture.place)?;
+        let told = Told::open(&fixture.place)?;
         for family in Family::ALL {
             let datagrams = UdpSocket::bind((loopback(family), 0))?;
             plane.reread()?;
@@ -115,10 +115,10 @@ fn more_sockets_than_seats_that_come_at_the_same_time_are_all_remembered_and_all
             assert_eq!(known, open);
             assert_eq!(seated.len() + others.len(), sockets.len(), "each once");
             assert!(!others.is_empty(), "there are fewer seats than sockets");
-            assert_eq!(counted(&rig.place)?, u32::try_from(others.len())?);
+            assert_eq!(counted(&fixture.place)?, u32::try_from(others.len())?);
             drop(sockets);
             assert_eq!(told.read()?, (vec![], vec![]));
-            assert_eq!(counted(&rig.place)?, 0);
+            assert_eq!(counted(&fixture.place)?, 0);
             assert!(told.seats.iter().all(|seat| seat.is_ok_and(|seat| seat.claims == 0)));
         }
         plane.remove()?;

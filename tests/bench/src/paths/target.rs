@@ -12,7 +12,7 @@ use k8s_openapi::{
 use weir::model::Family;
 
 use super::{
-    super::{cluster::NODE, rig::NODE_ADDRESSES},
+    super::{cluster::NODE, node::NODE_ADDRESSES},
     topology::{BULK, Endpoints, LONE, SHARED, external_address},
 };
 

@@ -17,7 +17,7 @@ use std::{
 
 use weir::model::Family;
 
-use super::super::{cluster::ENDPOINTS, rig::NODE_ADDRESSES, subject::Roots};
+use super::super::{cluster::ENDPOINTS, node::NODE_ADDRESSES, subject::Roots};
 use weir_tests::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace};
 
 /// What a lone client's server listens on, for those who come by the Service.

@@ -26,10 +26,10 @@ use super::{
     bound::{Deadline, in_time},
     cluster::Cluster,
     kernel::{self, KernelMemory, Traffic},
+    node::Node,
     process::Process,
     profile::{Profile, Profiler},
     report::say,
-    rig::Node,
     subject::Subject,
     workload::{Numbered, Workload},
 };

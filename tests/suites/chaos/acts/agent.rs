@@ -18,74 +18,74 @@ const RUN: usize = 32 << 20;
 const GROWTH: &str = "growth";
 
 pub(crate) const ACTS: &[Act] = &[
-    Act::new("kill the agent", |rig, random| {
+    Act::new("kill the agent", |fixture, random| {
         thread::sleep(random.time(Duration::from_millis(300)));
-        rig.kill_agent()?;
-        is_silent(rig)?;
-        rig.start_agent()?;
+        fixture.kill_agent()?;
+        is_silent(fixture)?;
+        fixture.start_agent()?;
         nothing()
     }),
-    Act::new("kill the agent during starts", |rig, random| {
+    Act::new("kill the agent during starts", |fixture, random| {
         for _ in 0..3 {
-            rig.kill_agent()?;
-            rig.start_agent()?;
+            fixture.kill_agent()?;
+            fixture.start_agent()?;
             thread::sleep(random.time(Duration::from_secs(2)));
         }
-        rig.kill_agent()?;
-        rig.start_agent()?;
+        fixture.kill_agent()?;
+        fixture.start_agent()?;
         nothing()
     }),
-    Act::new("kill the agent while Services come", |rig, random| {
-        rig.write(GROWTH, &growth(random.below(2) == 0))?;
+    Act::new("kill the agent while Services come", |fixture, random| {
+        fixture.write(GROWTH, &growth(random.below(2) == 0))?;
         thread::sleep(random.time(Duration::from_millis(800)));
-        rig.kill_agent()?;
-        rig.start_agent()?;
+        fixture.kill_agent()?;
+        fixture.start_agent()?;
         nothing()
     })
-    .undone(|rig| rig.remove(GROWTH)),
-    Act::new("start a second agent", |rig, random| {
-        rig.start_other_agent()?;
+    .undone(|fixture| fixture.remove(GROWTH)),
+    Act::new("start a second agent", |fixture, random| {
+        fixture.start_other_agent()?;
         thread::sleep(Duration::from_millis(500) + random.time(Duration::from_secs(2)));
-        rig.kill_one(random.below(2) == 0)?;
+        fixture.kill_one(random.below(2) == 0)?;
         nothing()
     }),
-    Act::new("give the agent little memory", |rig, _| {
-        rig.memory.set(Some(rig.memory.used()? + ROOM))?;
+    Act::new("give the agent little memory", |fixture, _| {
+        fixture.memory.set(Some(fixture.memory.used()? + ROOM))?;
         nothing()
     })
-    .undone(|rig| rig.memory.set(None)),
-    Act::new("give the agent too little memory", |rig, _| {
-        let used = rig.memory.used()?;
+    .undone(|fixture| fixture.memory.set(None)),
+    Act::new("give the agent too little memory", |fixture, _| {
+        let used = fixture.memory.used()?;
         // The kernel refuses a limit that it cannot reclaim down to.
-        let limited = rig.memory.set(Some(used / 2));
-        rig.write(GROWTH, &growth(false))?;
+        let limited = fixture.memory.set(Some(used / 2));
+        fixture.write(GROWTH, &growth(false))?;
         thread::sleep(Duration::from_secs(1));
-        rig.memory.set(None)?;
+        fixture.memory.set(None)?;
         // The limit ends before the agent has to be well again.
         drop(limited);
         nothing()
     })
-    .undone(|rig| rig.remove(GROWTH))
+    .undone(|fixture| fixture.remove(GROWTH))
     .ending_the_agent(),
-    Act::new("fill the disk at /run", |rig, _| {
+    Act::new("fill the disk at /run", |fixture, _| {
         // The disk is full when this fails, which is what it is for.
-        let _ = fs::write(rig.run_directory().join("filler"), vec![0; RUN]);
+        let _ = fs::write(fixture.run_directory().join("filler"), vec![0; RUN]);
         nothing()
     })
-    .undone(|rig| Ok(fs::remove_file(rig.run_directory().join("filler"))?)),
-    Act::new("fill the disk at /run and start the agent again", |rig, _| {
-        let _ = fs::write(rig.run_directory().join("filler"), vec![0; RUN]);
-        rig.kill_agent()?;
-        rig.start_agent()?;
+    .undone(|fixture| Ok(fs::remove_file(fixture.run_directory().join("filler"))?)),
+    Act::new("fill the disk at /run and start the agent again", |fixture, _| {
+        let _ = fs::write(fixture.run_directory().join("filler"), vec![0; RUN]);
+        fixture.kill_agent()?;
+        fixture.start_agent()?;
         nothing()
     })
-    .undone(|rig| Ok(fs::remove_file(rig.run_directory().join("filler"))?)),
-    Act::new("let the clock jump", |rig, random| {
+    .undone(|fixture| Ok(fs::remove_file(fixture.run_directory().join("filler"))?)),
+    Act::new("let the clock jump", |fixture, random| {
         let days = [-400, -1, 1, 400, 3_650];
-        rig.clock.jump(random.pick(&days).map_or(0, |days| days * DAY))?;
+        fixture.clock.jump(random.pick(&days).map_or(0, |days| days * DAY))?;
         nothing()
     })
-    .undone(|rig| rig.clock.jump(0)),
+    .undone(|fixture| fixture.clock.jump(0)),
 ];
 
 /// Services beside the others, that nothing is asked of: what matters is that they come at a bad moment.

@@ -17,14 +17,14 @@ use weir::model::Family;
 use weir_tests::{
     names::query,
     netns::Namespace,
-    node::{Place, node_address},
+    node::{Location, node_address},
 };
 
 use super::{Act, Held, nothing};
 use crate::suites::chaos::{
     cluster::{CLIENT, EACH, PORT, SERVICES, Service},
+    fixture::{DNS, Fixture},
     random::Random,
-    rig::{DNS, Rig},
 };
 
 /// How long one client of a flood waits.
@@ -35,9 +35,9 @@ const STICKY: Service = Service(1);
 pub(crate) const ACTS: &[Act] = &[
     Act::new("many clients of a sticky Service", sticky_clients),
     Act::new("throw-away namespaces", throw_away_namespaces),
-    Act::new("many UDP sockets", |rig, random| {
+    Act::new("many UDP sockets", |fixture, random| {
         let to = SocketAddr::new(pick(random).cluster_ip(Family::V4), PORT);
-        let sockets = rig.topology.at(CLIENT).run(|| -> Result<Vec<UdpSocket>> {
+        let sockets = fixture.topology.at(CLIENT).run(|| -> Result<Vec<UdpSocket>> {
             (0..3_000)
                 .map(|_| {
                     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
@@ -48,22 +48,22 @@ pub(crate) const ACTS: &[Act] = &[
         })?;
         Ok(vec![Box::new(sockets)])
     }),
-    Act::new("half requests to health ports", |rig, _| {
+    Act::new("half requests to health ports", |fixture, _| {
         let checked =
             Service::all().find_map(Service::health_port).context("no Service has a health check")?;
         let held = [10_256, checked].map(|port| {
             let to = SocketAddr::new(node_address(Family::V4, 1), port);
-            opened(rig.topology.at(Place::Outside(0)), to, 800, b"GET /healthz HTTP/1.1\r\nHost: ")
+            opened(fixture.topology.at(Location::Outside(0)), to, 800, b"GET /healthz HTTP/1.1\r\nHost: ")
         });
         Ok(held.into_iter().map(|streams| Box::new(streams) as Box<dyn std::any::Any>).collect())
     }),
-    Act::new("idle connections to the names' port", |rig, _| {
+    Act::new("idle connections to the names' port", |fixture, _| {
         let to = SocketAddr::new(DNS[0].parse()?, 53);
-        Ok(vec![Box::new(opened(rig.topology.at(CLIENT), to, 1_000, &[0]))])
+        Ok(vec![Box::new(opened(fixture.topology.at(CLIENT), to, 1_000, &[0]))])
     }),
     Act::new("a flood of names", flood_of_names),
-    Act::new("interfaces come and go", |rig, _| {
-        let node = rig.topology.at(Place::Host(1));
+    Act::new("interfaces come and go", |fixture, _| {
+        let node = fixture.topology.at(Location::Host(1));
         for number in 0..10 {
             let name = format!("flap{number}");
             node.ip(&[
@@ -103,9 +103,9 @@ fn opened(from: &Namespace, to: SocketAddr, count: usize, request: &[u8]) -> Vec
 }
 
 /// Each with an address of its own, from outside by packets.
-fn sticky_clients(rig: &mut Rig, random: &mut Random) -> Result<Held> {
-    let (outside, node) = (rig.topology.at(Place::Outside(0)), rig.topology.at(Place::Host(1)));
-    let back = Place::Outside(0).client_address(Family::V4);
+fn sticky_clients(fixture: &mut Fixture, random: &mut Random) -> Result<Held> {
+    let (outside, node) = (fixture.topology.at(Location::Outside(0)), fixture.topology.at(Location::Host(1)));
+    let back = Location::Outside(0).client_address(Family::V4);
     outside.ip(&["route replace local 10.78.0.0/16 dev lo".to_owned()])?;
     node.ip(&[format!("route replace 10.78.0.0/16 via {back}")])?;
     let port = Service(3).node_port().context("the Service has a NodePort")?;
@@ -130,11 +130,11 @@ fn client(from: SocketAddr, to: SocketAddr) -> std::io::Result<()> {
 }
 
 /// Each asks for a sticky Service and binds to a ClusterIP, and is gone: nothing of it leaves the namespace.
-fn throw_away_namespaces(rig: &mut Rig, random: &mut Random) -> Result<Held> {
+fn throw_away_namespaces(fixture: &mut Fixture, random: &mut Random) -> Result<Held> {
     let services: Vec<Service> = (0..4).map(|_| Service(pick(random).0 + STICKY.0)).collect();
     let threads = (0..4).map(|_| {
         let services = services.clone();
-        rig.topology.at(CLIENT).thread(move || -> Result<()> {
+        fixture.topology.at(CLIENT).thread(move || -> Result<()> {
             for number in 0..100 {
                 unshare(CloneFlags::CLONE_NEWNET)?;
                 let service = services[number % services.len()];
@@ -168,16 +168,16 @@ fn any(family: Family) -> IpAddr {
 }
 
 /// Names that are there and names that are not, without waiting for answers.
-fn flood_of_names(rig: &mut Rig, random: &mut Random) -> Result<Held> {
+fn flood_of_names(fixture: &mut Fixture, random: &mut Random) -> Result<Held> {
     let mut questions = Vec::new();
     for number in 0..20 {
-        let (name, _) = Rig::name_of(pick(random));
+        let (name, _) = Fixture::name_of(pick(random));
         questions.push(query(&name, RecordType::A, true)?.to_vec()?);
         questions
             .push(query(&format!("nothing-{number}.elsewhere.example."), RecordType::A, true)?.to_vec()?);
     }
     let to = SocketAddr::new(DNS[0].parse()?, 53);
-    rig.topology.at(CLIENT).run(|| -> Result<()> {
+    fixture.topology.at(CLIENT).run(|| -> Result<()> {
         let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
         for question in questions.iter().cycle().take(20_000) {
             // A full queue is one answer of the kernel's.

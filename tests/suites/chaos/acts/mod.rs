@@ -1,6 +1,6 @@
 //! What is done to the node: a table of acts, one file for each group of them.
 //!
-//! In: a [`Rig`]. Out: the same after something hostile. An act returns what it holds while the Services have to work in
+//! In: a [`Fixture`]. Out: the same after something hostile. An act returns what it holds while the Services have to work in
 //! spite of it; then that is let go, its `undo` is called, and the Services have to work without it.
 
 use std::any::Any;
@@ -8,7 +8,7 @@ use std::any::Any;
 use anyhow::Result;
 use weir_tests::subject::Plane;
 
-use super::{random::Random, rig::Rig};
+use super::{fixture::Fixture, random::Random};
 
 pub(crate) use floods::raise_limits;
 
@@ -39,17 +39,17 @@ pub(crate) struct Act {
     /// Whether it may end the agent, which is started again then.
     pub(crate) ends_agent: bool,
     /// Does it.
-    pub(crate) act: fn(&mut Rig, &mut Random) -> Result<Held>,
+    pub(crate) act: fn(&mut Fixture, &mut Random) -> Result<Held>,
     /// Takes back what would be in the way of the next one.
-    pub(crate) undo: fn(&mut Rig) -> Result<()>,
+    pub(crate) undo: fn(&mut Fixture) -> Result<()>,
 }
 
 impl Act {
-    const fn new(name: &'static str, act: fn(&mut Rig, &mut Random) -> Result<Held>) -> Self {
+    const fn new(name: &'static str, act: fn(&mut Fixture, &mut Random) -> Result<Held>) -> Self {
         Self { name, needs: Needs::Anything, ends_agent: false, act, undo: |_| Ok(()) }
     }
 
-    const fn undone(self, undo: fn(&mut Rig) -> Result<()>) -> Self {
+    const fn undone(self, undo: fn(&mut Fixture) -> Result<()>) -> Self {
         Self { undo, ..self }
     }
 

@@ -4,71 +4,71 @@ use std::{thread, time::Duration};
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
-use weir_tests::node::Place;
+use weir_tests::node::Location;
 
 use super::{Act, Held, nothing};
-use crate::suites::chaos::{random::Random, rig::Rig};
+use crate::suites::chaos::{fixture::Fixture, random::Random};
 
 pub(crate) const ACTS: &[Act] = &[
-    Act::new("flush the rule set", |rig, _| {
-        nft(rig, "flush ruleset")?;
+    Act::new("flush the rule set", |fixture, _| {
+        nft(fixture, "flush ruleset")?;
         nothing()
     }),
-    Act::new("flush the rule set again and again", |rig, random| {
+    Act::new("flush the rule set again and again", |fixture, random| {
         for _ in 0..4 {
-            nft(rig, "flush ruleset")?;
+            nft(fixture, "flush ruleset")?;
             thread::sleep(random.time(Duration::from_millis(400)));
         }
-        nft(rig, "flush ruleset")?;
+        nft(fixture, "flush ruleset")?;
         nothing()
     }),
-    Act::new("delete a table", |rig, random| {
+    Act::new("delete a table", |fixture, random| {
         let family = family(random);
-        nft(rig, &format!("delete table {family} weir"))?;
+        nft(fixture, &format!("delete table {family} weir"))?;
         nothing()
     }),
-    Act::new("flush a table", |rig, random| {
+    Act::new("flush a table", |fixture, random| {
         let family = family(random);
-        nft(rig, &format!("flush table {family} weir"))?;
+        nft(fixture, &format!("flush table {family} weir"))?;
         nothing()
     }),
     Act::new("delete an element", delete_element),
-    Act::new("empty a map or a set", |rig, random| {
-        let Some((kind, family, name)) = any_of(rig, random, &["map", "set"])? else { return nothing() };
-        nft(rig, &format!("flush {kind} {family} weir {name}"))?;
+    Act::new("empty a map or a set", |fixture, random| {
+        let Some((kind, family, name)) = any_of(fixture, random, &["map", "set"])? else { return nothing() };
+        nft(fixture, &format!("flush {kind} {family} weir {name}"))?;
         nothing()
     }),
-    Act::new("delete a map or a set", |rig, random| {
-        let Some((kind, family, name)) = any_of(rig, random, &["map", "set"])? else { return nothing() };
+    Act::new("delete a map or a set", |fixture, random| {
+        let Some((kind, family, name)) = any_of(fixture, random, &["map", "set"])? else { return nothing() };
         // One that rules refer to cannot be deleted, which is the kernel's answer to the foreign hand.
-        let _ = nft(rig, &format!("delete {kind} {family} weir {name}"));
+        let _ = nft(fixture, &format!("delete {kind} {family} weir {name}"));
         nothing()
     }),
-    Act::new("empty a chain", |rig, random| {
-        let Some((_, family, name)) = any_of(rig, random, &["chain"])? else { return nothing() };
-        nft(rig, &format!("flush chain {family} weir {name}"))?;
+    Act::new("empty a chain", |fixture, random| {
+        let Some((_, family, name)) = any_of(fixture, random, &["chain"])? else { return nothing() };
+        nft(fixture, &format!("flush chain {family} weir {name}"))?;
         nothing()
     }),
-    Act::new("delete a chain", |rig, random| {
-        let Some((_, family, name)) = any_of(rig, random, &["chain"])? else { return nothing() };
-        let _ = nft(rig, &format!("delete chain {family} weir {name}"));
+    Act::new("delete a chain", |fixture, random| {
+        let Some((_, family, name)) = any_of(fixture, random, &["chain"])? else { return nothing() };
+        let _ = nft(fixture, &format!("delete chain {family} weir {name}"));
         nothing()
     }),
-    Act::new("add a foreign set and a foreign chain", |rig, random| {
+    Act::new("add a foreign set and a foreign chain", |fixture, random| {
         let family = family(random);
         let kind = if family == "ip" { "ipv4_addr" } else { "ipv6_addr" };
         nft(
-            rig,
+            fixture,
             &format!("add set {family} weir foreign {{ type {kind}; }}; add chain {family} weir foreign"),
         )?;
         nothing()
     }),
-    Act::new("flush during a start", |rig, random| {
-        rig.kill_agent()?;
-        nft(rig, "flush ruleset")?;
-        rig.start_agent()?;
+    Act::new("flush during a start", |fixture, random| {
+        fixture.kill_agent()?;
+        nft(fixture, "flush ruleset")?;
+        fixture.start_agent()?;
         thread::sleep(random.time(Duration::from_secs(2)));
-        nft(rig, "flush ruleset")?;
+        nft(fixture, "flush ruleset")?;
         nothing()
     }),
 ];
@@ -77,20 +77,24 @@ fn family(random: &mut Random) -> &'static str {
     if random.below(2) == 0 { "ip" } else { "ip6" }
 }
 
-fn nft(rig: &Rig, script: &str) -> Result<String> {
-    rig.topology.at(Place::Host(1)).stdout("nft", &[script])
+fn nft(fixture: &Fixture, script: &str) -> Result<String> {
+    fixture.topology.at(Location::Host(1)).stdout("nft", &[script])
 }
 
-fn listed(rig: &Rig, arguments: &[&str]) -> Result<Vec<Value>> {
-    let text = rig.topology.at(Place::Host(1)).stdout("nft", arguments)?;
+fn listed(fixture: &Fixture, arguments: &[&str]) -> Result<Vec<Value>> {
+    let text = fixture.topology.at(Location::Host(1)).stdout("nft", arguments)?;
     let listing: Value = serde_json::from_str(&text)?;
     Ok(listing["nftables"].as_array().cloned().unwrap_or_default())
 }
 
 /// Kind, family and name of one of the tables' objects; none where there is none of these kinds.
-fn any_of(rig: &Rig, random: &mut Random, kinds: &[&str]) -> Result<Option<(String, &'static str, String)>> {
+fn any_of(
+    fixture: &Fixture,
+    random: &mut Random,
+    kinds: &[&str],
+) -> Result<Option<(String, &'static str, String)>> {
     let family = family(random);
-    let listing = listed(rig, &["-t", "-j", "list", "table", family, "weir"])?;
+    let listing = listed(fixture, &["-t", "-j", "list", "table", family, "weir"])?;
     let names: Vec<(String, String)> = listing
         .iter()
         .flat_map(|entry| kinds.iter().map(move |kind| (*kind, entry[*kind]["name"].as_str())))
@@ -99,18 +103,18 @@ fn any_of(rig: &Rig, random: &mut Random, kinds: &[&str]) -> Result<Option<(Stri
     Ok(random.pick(&names).map(|(kind, name)| (kind.clone(), family, name.clone())))
 }
 
-fn delete_element(rig: &mut Rig, random: &mut Random) -> Result<Held> {
+fn delete_element(fixture: &mut Fixture, random: &mut Random) -> Result<Held> {
     // One that has elements is among a few; if none is, there is nothing to delete.
     for _ in 0..10 {
-        let Some((kind, family, name)) = any_of(rig, random, &["map", "set"])? else { continue };
-        let listing = listed(rig, &["-j", "list", &kind, family, "weir", &name])?;
+        let Some((kind, family, name)) = any_of(fixture, random, &["map", "set"])? else { continue };
+        let listing = listed(fixture, &["-j", "list", &kind, family, "weir", &name])?;
         let entry = listing.iter().find_map(|entry| entry.get(&kind)).context("nft lists nothing")?;
         let elements = entry["elem"].as_array().cloned().unwrap_or_default();
         let Some(element) = random.pick(&elements).map(named) else { continue };
         let deletion = json!({ "nftables": [{ "delete": { "element": {
             "family": family, "table": "weir", "name": name, "elem": [element],
         } } }] });
-        rig.topology.at(Place::Host(1)).stdout("nft", &["-j", &deletion.to_string()])?;
+        fixture.topology.at(Location::Host(1)).stdout("nft", &["-j", &deletion.to_string()])?;
         break;
     }
     nothing()

@@ -15,7 +15,7 @@ use super::OpenFlow;
 use crate::{
     cases::{Case, Difference, Expect, Source, Step, Target, at_socket},
     netns::Namespace,
-    node::{Place, Topology, node_address, node_addresses},
+    node::{Location, Topology, node_address, node_addresses},
     objects::Shape,
     subject::Kind,
     traffic::{Answer, Call, Datagrams, Flow, Outcome, PATIENCE, SILENCE, Transport, ask},
@@ -30,7 +30,7 @@ const AT_ONCE: Duration = Duration::from_millis(200);
 
 /// One case over one family and transport.
 #[derive(Debug)]
-pub struct Scene<'a> {
+pub struct CaseRun<'a> {
     topology: &'a Topology,
     kind: Kind,
     case: &'a Case,
@@ -42,7 +42,7 @@ pub struct Scene<'a> {
     seen: Mutex<BTreeSet<Difference>>,
 }
 
-impl<'a> Scene<'a> {
+impl<'a> CaseRun<'a> {
     pub(super) fn new(
         (topology, kind): (&'a Topology, Kind),
         case: &'a Case,
@@ -61,7 +61,7 @@ impl<'a> Scene<'a> {
         differs
     }
 
-    /// By what this scene calls.
+    /// By what this case_run calls.
     #[must_use]
     pub fn transport(&self) -> Transport {
         self.transport
@@ -70,18 +70,18 @@ impl<'a> Scene<'a> {
     /// Where a target is.
     #[must_use]
     pub fn address(&self, to: Target) -> SocketAddr {
-        to.resolve(self.case.lot, self.family)
+        to.resolve(self.case.addresses, self.family)
     }
 
-    /// A place's namespace.
+    /// A location's namespace.
     #[must_use]
-    pub fn namespace(&self, place: Place) -> &Namespace {
-        self.topology.at(place)
+    pub fn namespace(&self, location: Location) -> &Namespace {
+        self.topology.at(location)
     }
 
     /// What a client does to reach a target.
     #[must_use]
-    pub fn call(&self, from: Place, to: Target) -> Call {
+    pub fn call(&self, from: Location, to: Target) -> Call {
         let to = self.address(to);
         let call = Call::new(from, to, self.transport);
         // From which address a loopback address is spoken to is the kernel's choice: not from one of the network's, and
@@ -93,16 +93,16 @@ impl<'a> Scene<'a> {
         Call { from: if to.ip().is_loopback() { any } else { call.from }, ..call }
     }
 
-    fn at_socket(&self, from: Place, to: Target) -> bool {
+    fn at_socket(&self, from: Location, to: Target) -> bool {
         at_socket(self.kind, self.shape, from, to, self.transport)
     }
 
-    fn label(&self, from: Place, to: Target) -> String {
-        let to = to.resolve(self.case.lot, self.family);
+    fn label(&self, from: Location, to: Target) -> String {
+        let to = to.resolve(self.case.addresses, self.family);
         format!("{from} to {to} by {}", self.transport)
     }
 
-    /// Takes a step that is the same in every scene; returns the flow it left open, and the differences that showed.
+    /// Takes a step that is the same in every case_run; returns the flow it left open, and the differences that showed.
     pub(super) fn take(self, step: &Step) -> Result<(Option<OpenFlow>, BTreeSet<Difference>)> {
         let mut left = None;
         match step {
@@ -113,7 +113,7 @@ impl<'a> Scene<'a> {
                 act(&self).with_context(|| format!("{what} ({} {})", self.family, self.transport))?;
             }
             Step::Become(_) | Step::Vanish | Step::Stays | Step::Ends | Step::Moves(_) => {
-                bail!("not a step of one scene")
+                bail!("not a step of one case_run")
             }
         }
         Ok((left, self.seen.into_inner().unwrap_or_else(PoisonError::into_inner)))
@@ -124,7 +124,7 @@ impl<'a> Scene<'a> {
     /// # Errors
     ///
     /// When nobody answers.
-    pub fn backend(&self, from: Place, to: Target) -> Result<String> {
+    pub fn backend(&self, from: Location, to: Target) -> Result<String> {
         let call = self.call(from, to);
         match self.topology.at(from).run(|| ask(&call)) {
             Outcome::Answer(answer) => Ok(answer.backend),
@@ -137,7 +137,7 @@ impl<'a> Scene<'a> {
     /// # Errors
     ///
     /// When it does not.
-    pub fn echo(&self, from: Place, to: Target) -> Result<()> {
+    pub fn echo(&self, from: Location, to: Target) -> Result<()> {
         let backend = self.backend(from, to)?;
         ensure!(backend == "echo", "{}: {backend} answered", self.label(from, to));
         Ok(())
@@ -148,7 +148,7 @@ impl<'a> Scene<'a> {
     /// # Errors
     ///
     /// When it is not.
-    pub fn node_itself(&self, from: Place) -> Result<()> {
+    pub fn node_itself(&self, from: Location) -> Result<()> {
         let call = Call::new(from, SocketAddr::new(node_address(self.family, 1), 9999), self.transport);
         let outcome = self.topology.at(from).run(|| ask(&call));
         let own = matches!(&outcome, Outcome::Answer(answer) if answer.backend == "node-1:9999");
@@ -156,33 +156,33 @@ impl<'a> Scene<'a> {
         Ok(())
     }
 
-    /// A socket in a place that may ask several targets.
+    /// A socket in a location that may ask several targets.
     ///
     /// # Errors
     ///
     /// When there is none to be had.
-    pub fn datagrams(&self, from: Place, to: Target) -> Result<Datagrams> {
+    pub fn datagrams(&self, from: Location, to: Target) -> Result<Datagrams> {
         let call = self.call(from, to);
         Ok(self.topology.at(from).run(|| Datagrams::open(&call))?)
     }
 
-    /// [`Scene::call`] with a flow left open.
+    /// [`CaseRun::call`] with a flow left open.
     ///
     /// # Errors
     ///
     /// When nobody answers.
-    pub fn flow(&self, from: Place, to: Target) -> Result<(Flow, Answer)> {
+    pub fn flow(&self, from: Location, to: Target) -> Result<(Flow, Answer)> {
         let call = self.call(from, to);
         let opened = self.topology.at(from).run(|| Flow::open(&call));
         opened.map_err(|outcome| anyhow!("{}: {outcome}", self.label(from, to)))
     }
 
-    fn open(&self, from: Place, to: Target) -> Result<OpenFlow> {
+    fn open(&self, from: Location, to: Target) -> Result<OpenFlow> {
         let (flow, answer) = self.flow(from, to)?;
         Ok(self.left_open(from, to, flow, Some(answer.backend)))
     }
 
-    fn send(&self, from: Place, to: Target) -> Result<OpenFlow> {
+    fn send(&self, from: Location, to: Target) -> Result<OpenFlow> {
         let call = self.call(from, to);
         let label = self.label(from, to);
         let flow = self.topology.at(from).run(|| Flow::connect(&call))?;
@@ -191,11 +191,11 @@ impl<'a> Scene<'a> {
         Ok(self.left_open(from, to, flow, None))
     }
 
-    fn left_open(&self, from: Place, to: Target, flow: Flow, backend: Option<String>) -> OpenFlow {
+    fn left_open(&self, from: Location, to: Target, flow: Flow, backend: Option<String>) -> OpenFlow {
         OpenFlow { label: self.label(from, to), flow, backend }
     }
 
-    fn check(&self, from: Place, to: Target, expect: &Expect) -> Result<()> {
+    fn check(&self, from: Location, to: Target, expect: &Expect) -> Result<()> {
         if let Expect::Unless(difference, other, usual) = expect {
             return self.check(from, to, if self.differs(*difference) { other } else { usual });
         }
@@ -218,7 +218,7 @@ impl<'a> Scene<'a> {
     fn served(
         &self,
         call: &Call,
-        from: Place,
+        from: Location,
         to: Target,
         backends: &BTreeSet<String>,
         source: Source,
@@ -243,7 +243,7 @@ impl<'a> Scene<'a> {
     }
 
     /// Whether it is the Service that refuses, and not whoever the datagram goes to instead.
-    fn refuses_datagrams(&self, from: Place, to: Target) -> bool {
+    fn refuses_datagrams(&self, from: Location, to: Target) -> bool {
         let by_service = to.is_cluster_ip() || self.shape.is_empty();
         self.transport == Transport::Datagram && self.at_socket(from, to) && by_service
     }
@@ -271,8 +271,8 @@ impl<'a> Scene<'a> {
     }
 }
 
-fn names(places: &[(Place, u16)]) -> BTreeSet<String> {
-    places.iter().map(|(place, port)| format!("{place}:{port}")).collect()
+fn names(places: &[(Location, u16)]) -> BTreeSet<String> {
+    places.iter().map(|(location, port)| format!("{location}:{port}")).collect()
 }
 
 fn one_of(call: &Call, backends: &BTreeSet<String>) -> Result<()> {
@@ -289,10 +289,10 @@ fn one_of(call: &Call, backends: &BTreeSet<String>) -> Result<()> {
 
 /// Checks for a call that nobody answers. A sender on the node itself learns of both verdicts as EPERM where the
 /// protocol tells the sender at all; TCP does not, and waits for an answer like everybody else.
-fn lost(call: &Call, from: Place, expected: &Outcome) -> Result<()> {
+fn lost(call: &Call, from: Location, expected: &Outcome) -> Result<()> {
     let outcome = ask(call);
     let denied =
-        outcome == Outcome::Denied && matches!(from, Place::Host(_)) && call.transport != Transport::Tcp;
+        outcome == Outcome::Denied && matches!(from, Location::Host(_)) && call.transport != Transport::Tcp;
     ensure!(outcome == *expected || denied, "expected: {expected}, got: {outcome}");
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! Programs that do not outlive whoever started them.
 //!
-//! In: programs. Out: children that the kernel kills once this process has died, or their [`Keeper`] was dropped.
+//! In: programs. Out: children that the kernel kills once this process has died, or their [`ChildGuard`] was dropped.
 
 use std::{
     path::Path,
@@ -15,12 +15,12 @@ type Job = Box<dyn FnOnce() + Send>;
 
 /// A thread that starts programs: the kernel's death signal is bound to the thread that did, not to the process.
 #[derive(Debug)]
-pub struct Keeper {
+pub struct ChildGuard {
     label: String,
     jobs: Sender<Job>,
 }
 
-impl Keeper {
+impl ChildGuard {
     /// Starts the thread in the caller's network namespace and runs `prepare` on it first; programs find themselves
     /// where that leaves it.
     ///

@@ -1,6 +1,6 @@
 //! The node: Services, endpoints, clients under load, and the agent with a `/run`, a clock and a memory limit of its own.
 //!
-//! In: a data plane. Out: a [`Rig`] that acts are done to. Everything is gone when it is dropped.
+//! In: a data plane. Out: a [`Fixture`] that acts are done to. Everything is gone when it is dropped.
 
 use std::{
     fs,
@@ -16,7 +16,7 @@ use weir::model::Family;
 use weir_tests::{
     assets,
     keeper::{end, tail},
-    node::{CLUSTER_CIDRS, Place, Topology, node_address, node_name},
+    node::{CLUSTER_CIDRS, Location, Topology, node_address, node_name},
     subject::{Kind, Plane},
     traffic::{Call, Load, Transport},
     wait::await_that,
@@ -33,7 +33,7 @@ use super::{
 pub(crate) const DNS: [&str; 2] = ["10.96.0.10", "fd00:10:96::a"];
 
 /// The node and what is on it.
-pub(crate) struct Rig {
+pub(crate) struct Fixture {
     agent: Option<Child>,
     /// Another agent that was started beside it.
     other: Option<Child>,
@@ -57,17 +57,17 @@ pub(crate) struct Rig {
     pub(crate) topology: Topology,
 }
 
-impl Rig {
+impl Fixture {
     /// Makes the node and starts the agent, without waiting for it.
     pub(crate) fn new(plane: Plane) -> Result<Self> {
         let topology = Topology::new()?;
         let directory = tempfile::Builder::new().prefix("weir-chaos-").tempdir()?;
         fs::create_dir(directory.path().join("manifests"))?;
         wire(&topology)?;
-        for place in [cluster::HERE, cluster::ELSEWHERE] {
-            servers::start(topology.at(place))?;
+        for location in [cluster::HERE, cluster::ELSEWHERE] {
+            servers::start(topology.at(location))?;
         }
-        let mut rig = Self {
+        let mut fixture = Self {
             agent: None,
             other: None,
             mounts: own_run(&topology)?,
@@ -83,13 +83,13 @@ impl Rig {
             directory,
             topology,
         };
-        rig.write("cluster", &cluster_objects())?;
+        fixture.write("cluster", &cluster_objects())?;
         for file in 0..SERVICES / IN_FILE {
-            rig.write_services(file)?;
+            fixture.write_services(file)?;
         }
-        rig.mark()?;
-        rig.start_agent()?;
-        Ok(rig)
+        fixture.mark()?;
+        fixture.start_agent()?;
+        Ok(fixture)
     }
 
     /// Where manifests are.
@@ -131,7 +131,7 @@ impl Rig {
         self.write("marker", &marker::objects(self.version))
     }
 
-    /// The last one that [`Rig::mark`] wrote.
+    /// The last one that [`Fixture::mark`] wrote.
     pub(crate) fn version(&self) -> u16 {
         self.version
     }
@@ -155,7 +155,7 @@ impl Rig {
         let log = fs::File::options().create(true).append(true).open(log)?;
         let errors = log.try_clone()?;
         let weir = assets::weir()?;
-        let child = self.topology.at(Place::Host(1)).spawn(Path::new("nsenter"), |command| {
+        let child = self.topology.at(Location::Host(1)).spawn(Path::new("nsenter"), |command| {
             command.arg(format!("--mount=/proc/{}/ns/mnt", self.mounts.id())).arg("--");
             // What containers have: a soft limit that an agent has to raise for itself.
             command.args(["prlimit", "--nofile=1024:", "--"]);
@@ -249,11 +249,12 @@ impl Rig {
         tail(&self.log())
     }
 
-    /// Keeps clients connecting to some Services until [`Rig::end_load`].
+    /// Keeps clients connecting to some Services until [`Fixture::end_load`].
     pub(crate) fn start_load(&mut self) -> Result<()> {
         for (number, family) in [(0, Family::V4), (1, Family::V6), (1002, Family::V4), (1003, Family::V6)] {
             let service = Service(number);
-            for (from, transport) in [(cluster::CLIENT, Transport::Tcp), (Place::Host(1), Transport::Udp)] {
+            for (from, transport) in [(cluster::CLIENT, Transport::Tcp), (Location::Host(1), Transport::Udp)]
+            {
                 let to = service.to_cluster_ip(family, from, false, transport).to;
                 let call = Call { patience: Duration::from_millis(300), ..Call::new(from, to, transport) };
                 let load = Load::start(self.topology.at(from), call, Duration::from_millis(20))?;
@@ -284,12 +285,12 @@ impl Rig {
     }
 
     /// A probe of something that no Service has: a connection to it is refused.
-    pub(crate) fn refused(from: Place, to: std::net::SocketAddr) -> Probe {
+    pub(crate) fn refused(from: Location, to: std::net::SocketAddr) -> Probe {
         Probe { from, by_packets: false, to, transport: Transport::Tcp, expected: Expected::Refused }
     }
 }
 
-impl Drop for Rig {
+impl Drop for Fixture {
     fn drop(&mut self) {
         for child in self.agent.iter_mut().chain(&mut self.other) {
             end(child);
@@ -311,9 +312,11 @@ fn wire(topology: &Topology) -> Result<()> {
             let here = pod == cluster::HERE;
             let (own, other) = if here { (1, 2) } else { (2, 1) };
             let to = pod.client_address(family);
-            topology.at(Place::Host(own)).ip(&[format!("route add {network} via {to} dev pod1 onlink")])?;
             topology
-                .at(Place::Host(other))
+                .at(Location::Host(own))
+                .ip(&[format!("route add {network} via {to} dev pod1 onlink")])?;
+            topology
+                .at(Location::Host(other))
                 .ip(&[format!("route add {network} via {}", node_address(family, own))])?;
         }
         for block in [BALANCERS, EXTERNAL] {
@@ -327,7 +330,7 @@ fn wire(topology: &Topology) -> Result<()> {
 /// A mount namespace whose `/run` is small and of its own, as a container's is.
 fn own_run(topology: &Topology) -> Result<Child> {
     let script = "mount -t tmpfs -o size=16m tmpfs /run && exec sleep infinity";
-    let mut child = topology.at(Place::Host(1)).spawn(Path::new("unshare"), |command| {
+    let mut child = topology.at(Location::Host(1)).spawn(Path::new("unshare"), |command| {
         command.args(["--mount", "--propagation", "private", "sh", "-c", script]);
     })?;
     let id = child.id();
