@@ -1,4 +1,4 @@
-//! A real kube-apiserver with its etcd, in the network namespace of whoever starts it.
+//! A real kube-apiserver with its etcd, in the network namespace of the caller.
 //!
 //! In: the programs that `cargo xtask setup` builds. Out: an API server that can be stopped, started again with the same
 //! data on the same port, and given a sibling on the same data. Everything is killed and removed on drop.
@@ -220,7 +220,7 @@ impl ApiServer {
             format!("--service-account-key-file={}", path("accounts.key")),
             format!("--service-account-signing-key-file={}", path("accounts.key")),
         ];
-        // Nobody is told of a loopback address, and there need not be another one to find.
+        // No client needs a loopback address announced, and there need not be another address to find.
         let advertised =
             (!self.address.is_loopback()).then(|| format!("--advertise-address={}", self.address));
         fixed.into_iter().chain(advertised).chain(self.options.iter().cloned()).collect()
@@ -256,7 +256,7 @@ impl ApiServer {
         Ok(())
     }
 
-    /// Writes a kubeconfig for `user`, who is in group system:masters if called `admin`, and in none otherwise. The
+    /// Writes a kubeconfig for `user`; `admin` is in group system:masters, all others are in none. The
     /// token is in a file of its own; see [`ApiServer::rotate_tokens`].
     ///
     /// # Errors
@@ -380,7 +380,7 @@ impl Drop for Store {
     }
 }
 
-/// Writes a file that somebody may be reading.
+/// Writes a file that another process may be reading.
 fn put(path: &Path, text: &str) -> Result<()> {
     let draft = path.with_extension("draft");
     std::fs::write(&draft, text)?;

@@ -1,7 +1,7 @@
 //! A BPF file system for the agents of a test to pin their maps and links in.
 //!
 //! In: nothing. Out: directories by paths that every process can open while this one lives. The file system is mounted
-//! and at once unmounted again, and lives on by an open file: nobody else meets it, and however the process ends, the
+//! and at once unmounted again, and lives on by an open file: no other process sees it, and however the process ends, the
 //! kernel takes it away, with everything pinned there and every program that only a pinned link held.
 
 use std::{

@@ -102,7 +102,7 @@ impl Door {
     }
 }
 
-/// The kernel takes zero for whoever writes it.
+/// The kernel takes zero for the writing process.
 fn enter(mut threads: &File) -> io::Result<()> {
     threads.write_all(b"0")
 }

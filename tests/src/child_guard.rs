@@ -1,4 +1,4 @@
-//! Programs that do not outlive whoever started them.
+//! Programs that do not outlive the process that started them.
 //!
 //! In: programs. Out: children that the kernel kills once this process has died, or their [`ChildGuard`] was dropped.
 

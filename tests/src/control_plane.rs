@@ -1,6 +1,6 @@
 //! A real etcd and kube-apiserver inside a namespace, for agents that know no other source.
 //!
-//! In: objects. Out: the same objects, admitted by Kubernetes' own validation, on the watches of whoever connects.
+//! In: objects. Out: the same objects, admitted by Kubernetes' own validation, on the watches of its clients.
 
 use std::{fmt::Debug, net::IpAddr, path::PathBuf, sync::OnceLock};
 
@@ -25,7 +25,7 @@ use crate::{apiserver::ApiServer, netns::Namespace, objects::NAMESPACE};
 pub struct ControlPlane<'a> {
     namespace: &'a Namespace,
     server: ApiServer,
-    /// Connects from the namespace of whoever blocks on it.
+    /// Connects from the namespace of the thread that blocks on it.
     runtime: Runtime,
     client: OnceLock<Client>,
 }

@@ -112,7 +112,7 @@ impl Asker {
     ///
     /// # Errors
     ///
-    /// When nobody answers, or somebody else does.
+    /// Without an answer, or when another server answers.
     pub fn ask(&self, message: &Message) -> Result<Message> {
         let bytes = message.to_vec()?;
         if self.connected {
@@ -133,7 +133,7 @@ impl Asker {
 ///
 /// # Errors
 ///
-/// When nobody answers ten times.
+/// Without an answer in ten tries.
 pub fn ask(namespace: &Namespace, server: IpAddr, name: &str, kind: RecordType) -> Result<Said> {
     let message = query(name, kind, true)?;
     namespace.run(|| {
@@ -152,7 +152,7 @@ pub fn ask(namespace: &Namespace, server: IpAddr, name: &str, kind: RecordType) 
 ///
 /// # Errors
 ///
-/// When nobody answers.
+/// Without an answer.
 pub fn ask_by_tcp(namespace: &Namespace, server: IpAddr, name: &str, kind: RecordType) -> Result<Said> {
     let bytes = query(name, kind, false)?.to_vec()?;
     namespace.run(|| {
@@ -168,7 +168,7 @@ pub fn ask_by_tcp(namespace: &Namespace, server: IpAddr, name: &str, kind: Recor
     })
 }
 
-/// What libc's resolver makes of a name in a namespace whose `/etc/resolv.conf` names this server, sorted. No address is
+/// What libc's resolver makes of a name where `/etc/resolv.conf` names this server, sorted. No address is
 /// no error.
 ///
 /// # Errors

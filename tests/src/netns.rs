@@ -44,7 +44,7 @@ impl Namespace {
         Self::made(label, None)
     }
 
-    /// [`Namespace::new`] whose threads and programs are in a control group too.
+    /// [`Namespace::new`] with its threads and programs in a control group too.
     ///
     /// # Errors
     ///
@@ -257,7 +257,7 @@ fn enter(file: &File, grouped: io::Result<()>, label: &str) {
 impl Drop for Namespace {
     fn drop(&mut self) {
         if let Some(path) = self.name.take() {
-            // Best effort: a drop has nobody to report to, and `ip netns del` remains.
+            // Best effort: a drop has no caller to report to, and `ip netns del` remains.
             let _ = umount2(&path, MntFlags::MNT_DETACH);
             let _ = std::fs::remove_file(&path);
         }

@@ -1,6 +1,6 @@
 //! Two nodes with two pods each, a client outside the cluster and the router that joins them, all dual-stack.
 //!
-//! In: nothing. Out: a [`Topology`] whose addresses follow from the numbering alone.
+//! In: nothing. Out: a [`Topology`]; its addresses follow from the numbering alone.
 //!
 //! ```text
 //! pod 1/1 ─┐                                            ┌─ pod 2/1

@@ -1,7 +1,7 @@
 //! Kubernetes objects of the cases, in few words.
 //!
 //! In: a [`Shape`], which says what is special about a Service and its endpoints, and [`Addresses`], which give it addresses
-//! nobody else has. Out: complete objects as a cluster would hold them.
+//! that no other Service has. Out: complete objects as a cluster would hold them.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -255,7 +255,7 @@ pub const PORT: u16 = 80;
 /// Where endpoints serve it.
 pub const TARGET: u16 = 8080;
 
-/// A ClusterIP Service of both families, with port 80 by TCP and UDP, whose endpoints are these.
+/// A ClusterIP Service of both families, with port 80 by TCP and UDP, and these endpoints.
 #[must_use]
 pub fn service(endpoints: impl Into<Vec<Endpoint>>) -> Shape {
     Shape {
@@ -276,7 +276,7 @@ pub fn service(endpoints: impl Into<Vec<Endpoint>>) -> Shape {
     }
 }
 
-/// A slice whose ports fit [`service`].
+/// A slice with the ports of [`service`].
 #[must_use]
 pub fn slice(endpoints: impl Into<Vec<Endpoint>>) -> Slice {
     let ports = vec![("stream", Transport::Tcp, TARGET), ("datagram", Transport::Udp, TARGET)];

@@ -37,7 +37,7 @@ conntrack: {maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeou
 /// A node with a directory of manifests.
 struct Node {
     namespace: Namespace,
-    /// The cgroup whose sockets are served. The agents are outside of it.
+    /// The programs serve the sockets of this cgroup. The agents are outside of it.
     pods: PathBuf,
     files: tempfile::TempDir,
     bpffs: BpfFs,

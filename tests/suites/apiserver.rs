@@ -68,7 +68,7 @@ impl<'a> Cluster<'a> {
         self.topology.at(from).run(|| ask(call))
     }
 
-    /// Who answers a row of calls, or what becomes of them instead.
+    /// The backends that answer a row of calls, or the outcomes where none does.
     fn seen(&self, from: Location, call: &Call) -> BTreeSet<String> {
         let word = |outcome| match outcome {
             Outcome::Answer(answer) => answer.backend.split(':').next().unwrap_or_default().to_owned(),
@@ -114,7 +114,7 @@ impl<'a> Cluster<'a> {
         others
     }
 
-    /// The Service's addresses are nobody's any more: F5 for the ClusterIP, and nobody listens on the NodePort.
+    /// No Service has the addresses any more: F5 for the ClusterIP, and no process listens on the NodePort.
     fn leads_nowhere(&self) {
         for family in Family::ALL {
             for transport in TRANSPORTS {

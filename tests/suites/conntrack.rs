@@ -93,7 +93,7 @@ fn of(ports: &[PortDelta]) -> Suspects {
     Suspects::of(ports).on(Some(&Arc::new(node)), |_| false)
 }
 
-/// A flow that connection tracking is given: protocol, where its client sends to, who answers, and more arguments.
+/// A flow for connection tracking: protocol, the address that its client sends to, the one that answers, and more arguments.
 fn insert(flows: &[(&str, &str, &str, &str)]) {
     let mut lines = String::new();
     for (number, (protocol, to, from, more)) in flows.iter().enumerate() {

@@ -38,7 +38,7 @@ const PLACES: [Location; 8] = [
     Location::Router,
 ];
 
-/// The nodes whose group holds a location's threads.
+/// The nodes with a group that holds a location's threads.
 fn inside(topology: &Topology, location: Location) -> Vec<u8> {
     let here = topology.at(location).run(|| group("thread-self"));
     let started = topology.at(location).thread(|| group("thread-self")).unwrap();
@@ -120,7 +120,7 @@ fn groups_go_with_their_owner_even_if_it_panics() -> Result<()> {
 
 #[test]
 fn what_a_killed_process_left_is_cleared() -> Result<()> {
-    // A process that has ended: nobody has its id for long.
+    // A process that has ended: no other process gets its id for long.
     let mut child = Command::new("true").stdin(Stdio::null()).spawn()?;
     let left = cgroup::root()?.join(format!("weir-test-{}", child.id()));
     child.wait()?;

@@ -16,20 +16,20 @@ use weir_tests::{
     wait::await_that,
 };
 
-fn gives_every_packet_case_its_due(plane: Plane) -> Result<()> {
+fn every_packet_case_passes(plane: Plane) -> Result<()> {
     let report = run_cases(Kind::Weir(plane))?;
     report.print();
     report.verdict()
 }
 
 #[test]
-fn nftables_gives_every_packet_case_its_due() -> Result<()> {
-    gives_every_packet_case_its_due(Plane::Nftables)
+fn every_packet_case_passes_on_nftables() -> Result<()> {
+    every_packet_case_passes(Plane::Nftables)
 }
 
 #[test]
-fn ebpf_gives_every_packet_case_its_due() -> Result<()> {
-    gives_every_packet_case_its_due(Plane::Ebpf)
+fn every_packet_case_passes_on_ebpf() -> Result<()> {
+    every_packet_case_passes(Plane::Ebpf)
 }
 
 /// An agent in nftables mode on one machine, with what stands for its pods on addresses of the machine itself.
@@ -68,7 +68,7 @@ fn node_ports_on_loopback_addresses_are_relayed_but_where_a_process_has_the_port
     {
         await_that("a NodePort answers", || served(address, 30_080, transport));
     }
-    // Those whose port no process has are served all the same.
+    // NodePorts that no process listens on are served all the same.
     await_that("IPv4 answers beside the taken port", || served(v4, TAKEN, Transport::Tcp));
     let metrics = || machine.output("curl", &["-s", "http://127.0.0.1:10249/metrics"]);
     let shows = |line: &str| {
@@ -89,7 +89,7 @@ fn node_ports_on_loopback_addresses_are_relayed_but_where_a_process_has_the_port
     for transport in [Transport::Tcp, Transport::Udp] {
         await_that("the port that became free is served", || served(v6, TAKEN, transport));
     }
-    // Nobody else's port opens to the network: the machine's own address serves no NodePort here.
+    // No port opens to the network: the machine's own address serves no NodePort here.
     assert_eq!(ask(pod[0], 30_080, Transport::Tcp), Outcome::Refused);
     fs::write(at("manifests/web.yaml"), "")?;
     await_that("a NodePort that is gone is refused", || ask(v6, 30_080, Transport::Udp) == Outcome::Refused);

@@ -3,7 +3,7 @@
 use weir_tests::{runner::run_cases, subject::Kind};
 
 #[test]
-fn kube_proxy_gives_every_packet_case_its_due() {
+fn every_packet_case_passes_on_kube_proxy() {
     let report = run_cases(Kind::KubeProxy).unwrap();
     report.print();
     report.verdict().unwrap();

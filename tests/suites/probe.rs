@@ -99,7 +99,7 @@ fn without_any_cgroup_mounted_it_names_the_directory() -> Result<()> {
     Ok(())
 }
 
-/// What a container runtime gives a container: a cgroup namespace whose root is the container's own cgroup.
+/// What a container runtime gives a container: a cgroup namespace with the container's own cgroup as root.
 #[test]
 fn in_a_container_without_the_nodes_cgroups_it_says_so() -> Result<()> {
     let mounted = BpfFs::new()?;
@@ -122,7 +122,7 @@ fn in_a_container_without_the_nodes_cgroups_it_says_so() -> Result<()> {
     Ok(())
 }
 
-/// As in containers whose runtime does not give or allow the device, and on nodes without it.
+/// As in containers without the device, or without the right to use it, and on nodes without it.
 #[test]
 fn what_answering_names_lacks_is_told_with_its_remedy() -> Result<()> {
     let mounted = BpfFs::new()?;

@@ -30,7 +30,7 @@ use weir_tests::{
 };
 
 const WEB: Addresses = Addresses::new(1).named("web");
-/// Services whose slots and sets change next to those of the one that is watched.
+/// Services with slots and sets that change next to those of the one under test.
 const NEIGHBOURS: [Addresses; 2] = [Addresses::new(2), Addresses::new(3)];
 /// How long each data plane is put to the test.
 const DURATION: Duration = Duration::from_secs(8);

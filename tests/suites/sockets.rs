@@ -209,7 +209,7 @@ struct Origins {
 }
 
 impl Origins {
-    /// The maps twice: for the test, and for who closes sockets.
+    /// The maps twice: for the test, and for the code that closes sockets.
     fn new() -> (Self, [MapData; 2]) {
         let mut ebpf = EbpfLoader::new().load(PROGRAMS).unwrap();
         let (Some(Map::HashMap(origins)), Some(Map::Array(seats))) =
@@ -541,7 +541,7 @@ fn namespaces_without_a_name_are_found_by_their_processes_and_come_and_go() {
     let mut sockets = host.namespace.run(|| sockets(maps, names.path()));
     let client = pod.client(Udp, A, false).led(&mut origins, VIP);
     sockets.take_in(in_force(true, []));
-    assert_eq!(host.namespace.run(|| sockets.sweep()), Taken::default(), "nobody tells of the namespace");
+    assert_eq!(host.namespace.run(|| sockets.sweep()), Taken::default(), "no process names the namespace");
 
     let mut process = pod
         .namespace

@@ -242,7 +242,7 @@ fn under_load<T>(
     await_answers(&loads, 20);
     for ((from, call), load) in calls().into_iter().zip(loads) {
         let mut tally = load.stop()?;
-        // A socket that was led by the programs and outlives them tells who it is really connected to; it works.
+        // A socket that the programs connected and that outlives them shows its real peer; it works.
         tally.failures.retain(|what, _| !(plane == Plane::Ebpf && what.starts_with("the peer of a call to")));
         ensure!(tally.failures.is_empty(), "{what}: {from} to {} by {}: {tally:?}", call.to, call.transport);
     }
@@ -322,7 +322,7 @@ impl Others {
     }
 }
 
-/// Who removes what kube-proxy left.
+/// How kube-proxy's leftovers are removed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum TakingOver {
     /// The agent, as soon as it serves.
@@ -343,7 +343,7 @@ fn there_and_back_beside(others: Others, mode: Mode, plane: Plane, taking_over: 
     let (third, last) = if mode == Mode::Ipvs { (pod(2, 2), pod(1, 2)) } else { (pod(1, 2), pod(2, 2)) };
     let names = [&third, &last].map(|endpoint| endpoint.location.to_string());
     let endpoints = [pod(1, 1), pod(2, 1), third, last];
-    // An endpoint that leaves takes UDP answers under way with it, whoever serves; so endpoints only come.
+    // An endpoint that leaves takes UDP answers under way with it under every proxy; so endpoints only come.
     let publish = |count: usize| cluster.publish(&service(&endpoints[..count]).everywhere().objects(WEB));
     let reaches = |backend: &str| {
         let (from, call) = calls()[0];

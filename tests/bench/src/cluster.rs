@@ -196,7 +196,7 @@ impl Objects {
         Ok(())
     }
 
-    /// Creates one Service and then its slice, whose creation is the one that counts.
+    /// Creates one Service and then its slice; the time of the slice counts.
     ///
     /// # Errors
     ///

@@ -49,7 +49,7 @@ pub(super) struct Plan {
     pub(super) rounds: u32,
     /// How long a turn is.
     pub(super) turn: Duration,
-    /// Changes whose first answer is waited for.
+    /// Changes; of each the first answer is waited for.
     pub(super) changes: u32,
 }
 
@@ -195,7 +195,7 @@ fn await_that(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()>
     Ok(())
 }
 
-/// How many addresses a name has, none when nobody answers.
+/// How many addresses a name has, none without an answer.
 fn found(server: IpAddr, name: &str) -> usize {
     let ask = || Asker::new(server, false)?.ask(&query(name, RecordType::A, true)?);
     ask().map_or(0, |reply| reply.answers.len())

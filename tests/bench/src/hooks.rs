@@ -1,6 +1,6 @@
 //! What the socket programs take, by the kernel's own clock.
 //!
-//! In: an agent, clients in its topology. Out: [`Cost`]s. The kernel counts runs and their time only while somebody asks
+//! In: an agent, clients in its topology. Out: [`Cost`]s. The kernel counts runs and their time only while a process asks
 //! it to (`BPF_ENABLE_STATS`), and stops by itself when that one is gone; reading the clock twice is in each figure.
 
 use std::{
@@ -30,7 +30,7 @@ const ROUNDS: usize = 9;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Cost {
-    /// Whose programs they are; nothing for those of the build under test.
+    /// The subject of the programs; none for those of the build under test.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub other: Option<Subject>,
     /// Services there were.
@@ -43,7 +43,7 @@ pub struct Cost {
     pub nanoseconds: Vec<f64>,
 }
 
-/// What clients do, which program that runs, and with whom.
+/// Program, what clients do, the function that does it, and with which address.
 type Case = (&'static str, &'static str, fn(SocketAddr) -> Result<()>, SocketAddr);
 
 /// Measures all cases: `service` and `pod` are addresses of both families.
@@ -126,7 +126,7 @@ fn exchange(socket: &UdpSocket, to: SocketAddr) -> Result<()> {
 
 /// The names of all programs, by their numbers.
 fn names() -> Result<BTreeMap<u64, String>> {
-    // A program of somebody else's may go while they are read.
+    // A program of another process may go while they are read.
     let known = loaded_programs().filter_map(Result::ok);
     Ok(known
         .map(|program| (program.id().into(), program.name_as_str().unwrap_or_default().to_owned()))

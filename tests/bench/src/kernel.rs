@@ -51,7 +51,7 @@ pub(super) fn maps(pid: u32) -> Result<u64> {
     Ok(maps.into_values().sum())
 }
 
-/// Takes all rules out of a node that nobody programs any more, and says how much memory the kernel got back.
+/// Takes all rules out of a node without an agent. The memory that the kernel got back.
 ///
 /// # Errors
 ///
@@ -62,7 +62,7 @@ pub(super) fn cleared(node: &Namespace) -> Result<i64> {
     Ok(before - resting()?)
 }
 
-/// Takes all rules out of a node, whoever made them.
+/// Takes all rules out of a node.
 ///
 /// # Errors
 ///

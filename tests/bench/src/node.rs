@@ -1,4 +1,4 @@
-//! The network: the control plane's namespace, and for each run a node whose endpoints all live in it.
+//! The network: the control plane's namespace, and for each run a node with all endpoints in it.
 //!
 //! ```text
 //! control plane                                 node
@@ -22,7 +22,7 @@ use super::{
 };
 use weir_tests::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace};
 
-/// Where the API server is, for everybody.
+/// The address of the API server.
 pub(super) const API_SERVER: Ipv4Addr = Ipv4Addr::new(10, 255, 0, 1);
 /// The node's own addresses, those that its Node object names; every node of the benchmark has the same ones.
 pub(super) const NODE_ADDRESSES: (Ipv4Addr, Ipv6Addr) =

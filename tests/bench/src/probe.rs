@@ -26,7 +26,7 @@ const BEAT: Duration = Duration::from_millis(2);
 ///
 /// # Errors
 ///
-/// When nobody answers in time.
+/// Without an answer in time.
 fn connect(to: SocketAddrV4, patience: Duration) -> io::Result<(Ipv4Addr, Instant)> {
     let stream = TcpStream::connect_timeout(&to.into(), patience)?;
     let at = Instant::now();
@@ -63,7 +63,7 @@ fn pace(elapsed: Duration) -> (Duration, Duration) {
     (attempt, pause)
 }
 
-/// Whether somebody answers there now.
+/// Whether an endpoint answers there now.
 #[must_use]
 pub(super) fn answers(target: SocketAddrV4) -> bool {
     connect(target, Duration::from_millis(200)).is_ok()

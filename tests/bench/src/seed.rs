@@ -1,7 +1,7 @@
 //! Puts many objects where the API server keeps them, past the API server.
 //!
 //! In: Services and EndpointSlices. Out: the same in etcd, in JSON, which an API server reads as well as the form it
-//! writes itself, and for each Service the IPAddress that says whose its ClusterIP is. To ask the API server for each of
+//! writes itself, and for each Service the IPAddress that assigns its ClusterIP. To ask the API server for each of
 //! them takes longer than everything that is measured: 85 s for 10,000 Services, over 12 minutes for 50,000.
 
 use anyhow::{Context as _, Result, ensure};

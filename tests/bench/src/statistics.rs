@@ -76,7 +76,7 @@ pub(super) fn estimate(samples: &[f64]) -> Estimate {
 /// With fewer samples a bootstrap says nothing.
 pub(super) const ENOUGH: usize = 4;
 
-/// The ratio of two medians whose samples were not taken in the same rounds: by bootstrap over both sides, or, where
+/// The ratio of two medians of samples that were not taken in the same rounds: by bootstrap over both sides, or, where
 /// there are few samples, from the smallest to the largest ratio of two of them.
 pub(super) fn ratio_of_medians(of: &[f64], to: &[f64]) -> Option<Estimate> {
     if of.is_empty() || to.is_empty() {

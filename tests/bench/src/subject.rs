@@ -119,7 +119,7 @@ impl Subject {
         if self != Self::KubeProxyIpvs {
             return None;
         }
-        // It may be a module that nobody has asked for yet; where that fails, the file is not there either.
+        // It may be a module that is not loaded yet; where loading fails, the file is not there either.
         let _ = Command::new("modprobe").arg("ip_vs").output();
         (!Path::new("/proc/net/ip_vs").exists()).then_some("this kernel has no ip_vs")
     }

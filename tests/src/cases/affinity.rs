@@ -37,7 +37,7 @@ pub(super) fn cases() -> Vec<Case> {
         .step(Step::Run("compare the backends of two ports", apart)),
         case(
             "A4 A5",
-            "a client whose backend leaves gets another, and stays there when the first comes back",
+            "a client gets another backend when its own leaves, and stays there when the first comes back",
             service([pod(1, 1), pod(2, 1)]).sticky(hour),
         )
         .check(POD12, CLUSTER, any_of_two())

@@ -17,7 +17,7 @@ use crate::{
 /// A known difference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Difference {
-    /// R5 to R7, R9: nobody is masqueraded.
+    /// R5 to R7, R9: no client is masqueraded.
     OwnAddress,
     /// R15: NodePorts are on every address by default.
     EveryAddress,

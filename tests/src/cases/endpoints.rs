@@ -125,7 +125,7 @@ fn joins() -> Vec<Case> {
     misnamed.ports = vec![("Stream", Transport::Tcp, TARGET), ("stream", Transport::Udp, TARGET)];
     misnamed.ports[0].0 = "other";
     let mut foreign = slice([pod(1, 1)]);
-    foreign.labels = vec![("kubernetes.io/service-name", "nobody")];
+    foreign.labels = vec![("kubernetes.io/service-name", "another")];
     let mut headless = slice([pod(1, 1)]);
     headless.labels = vec![("service.kubernetes.io/headless", "")];
     vec![
@@ -162,7 +162,7 @@ fn skipped() -> Vec<Case> {
         shape
     };
     vec![
-        case("W1 F5", "a Service that another proxy owns is nobody's here", other_proxy).check(
+        case("W1 F5", "a Service that another proxy owns is not served here", other_proxy).check(
             POD12,
             CLUSTER,
             Expect::Dropped,

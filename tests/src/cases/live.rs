@@ -74,7 +74,7 @@ fn addresses() -> Vec<Case> {
             .then(plain().everywhere())
             .checks(&[POD12, HOST, OUTSIDE], &[EXTERNAL, BALANCER], &both)
             .then(plain().of(ServiceType::LoadBalancer))
-            // What no proxy captures goes to the router, where nobody listens on port 80.
+            // Traffic that no proxy captures goes to the router, where no process listens on port 80.
             .checks(&[POD12], &[EXTERNAL], &Expect::Refused)
             .checks(&[POD12, HOST, OUTSIDE], &[CLUSTER, NODE_PORT], &both),
         case("R3 R6", "the external policy changes", plain().everywhere())

@@ -1,4 +1,4 @@
-//! Where traffic goes and whose address the backend sees: R2, R3, R5 to R7, R9 to R11, R13 to R15.
+//! Where traffic goes and which address the backend sees: R2, R3, R5 to R7, R9 to R11, R13 to R15.
 
 use super::*;
 use crate::{
@@ -72,7 +72,7 @@ fn undetected() -> [Case; 3] {
             shape().internal_local(),
         )
         .checks(&[POD12, HOST, OUTSIDE], &[CLUSTER], &by(&[POD11], Kept)),
-        case("R6", "no detector: pods get local endpoints like everybody else", shape().external_local())
+        case("R6", "no detector: pods get local endpoints like all other clients", shape().external_local())
             .checks(&[POD12, OUTSIDE], &EXTERNALS, &by(&[POD11], Kept))
             .checks(&[HOST], &EXTERNALS, &by(&both, Masqueraded)),
     ]

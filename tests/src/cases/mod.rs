@@ -64,9 +64,9 @@ pub enum Step {
     Vanish,
     /// A flow is opened, for the steps below to ask on.
     Open(Location, Target),
-    /// A flow is opened by sending to where nobody answers yet.
+    /// A flow is opened by sending to an address that no backend answers yet.
     Send(Location, Target),
-    /// The open flows are answered by whoever answered first.
+    /// The backend that answered an open flow first answers it still.
     Stays,
     /// The open flows come to get no answers (K6, K7); those of the kube-proxy that proves the table stay.
     Ends,
@@ -163,7 +163,7 @@ pub enum Source {
 /// What new flows should get.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Expect {
-    /// Each of these answers now and then, and nobody else ever.
+    /// Each of these answers now and then, and no other backend does.
     Served(Vec<(Location, u16)>, Source),
     /// Always the same one of these answers.
     OneOf(Vec<(Location, u16)>),

@@ -6,14 +6,14 @@ use crate::objects::{pod, service};
 const PING: [Transport; 1] = [Transport::Ping];
 
 pub(super) fn cases() -> Vec<Case> {
-    let mut cases = nobody();
+    let mut cases = unserved();
     cases.extend(cluster_addresses());
     cases.extend(left_alone());
     cases.extend(source_ranges());
     cases
 }
 
-fn nobody() -> Vec<Case> {
+fn unserved() -> Vec<Case> {
     let everywhere = [CLUSTER, NODE_PORT, EXTERNAL, BALANCER];
     vec![
         case("F1", "without endpoints every destination refuses", service([]).everywhere()).checks(
@@ -124,8 +124,12 @@ fn source_ranges() -> Vec<Case> {
         case("F7", "source ranges keep the external policy Local", ranged(&one).external_local())
             .check(friend, BALANCER, by(&[POD11], Kept))
             .check(stranger, BALANCER, Expect::Dropped),
-        case("F7", "a range of everything lets everybody in", ranged(&["0.0.0.0/0", "::/0", one[0], one[1]]))
-            .checks(&[friend, stranger, POD12, HOST], &[BALANCER], &any(&[POD11])),
+        case(
+            "F7",
+            "a range of all addresses lets every client in",
+            ranged(&["0.0.0.0/0", "::/0", one[0], one[1]]),
+        )
+        .checks(&[friend, stranger, POD12, HOST], &[BALANCER], &any(&[POD11])),
         case("F7", "ranges of IPv4 only close IPv4", ranged(&one[..1])).only(Family::V4).check(
             stranger,
             BALANCER,

@@ -136,7 +136,7 @@ fn next(socket: &Datagrams) -> Result<(SocketAddr, String)> {
     Ok((from, answer.backend))
 }
 
-/// The same backend behind every address: whom an answer is from follows from who was asked last.
+/// The same backend behind every address: the sender of an answer is the address that was asked last.
 fn in_turn(run: &CaseRun<'_>) -> Result<()> {
     for from in [POD22, HOST] {
         let socket = run.datagrams(from, CLUSTER)?;
@@ -228,7 +228,7 @@ fn speaks_to_itself(run: &CaseRun<'_>) -> Result<()> {
             let server = UdpSocket::from(bound(call.transport, call.to)?);
             for transport in [Transport::Udp, Transport::Datagram] {
                 let flow = Flow::connect(&Call { transport, ..call })?;
-                // Nobody answers: what is asked here is who was asked.
+                // No answer is expected: the test is which address was asked.
                 let unanswered = flow.ask(Duration::from_millis(1));
                 ensure!(unanswered == Outcome::Timeout, "{transport}: {unanswered}");
                 heard(call.from, || Ok(server.recv_from(&mut [0; 64])?.1))?;
@@ -242,7 +242,7 @@ fn speaks_to_itself(run: &CaseRun<'_>) -> Result<()> {
 fn heard(from: IpAddr, hear: impl FnOnce() -> io::Result<SocketAddr>) -> Result<()> {
     match hear() {
         Ok(client) => ensure!(client.ip() == from, "{client} was heard, not {from}"),
-        Err(error) if error.kind() == ErrorKind::WouldBlock => bail!("nobody was heard"),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => bail!("no datagram came"),
         Err(error) => return Err(error.into()),
     }
     Ok(())

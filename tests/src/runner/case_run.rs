@@ -25,7 +25,7 @@ use crate::{
 const CALLS: usize = 16;
 /// How often at most until every one of several backends has been seen.
 const CALLS_FOR_ALL: usize = 200;
-/// What a call that asks nobody may take, on a busy machine.
+/// The most that a call without an answer may take, on a busy machine.
 const AT_ONCE: Duration = Duration::from_millis(200);
 
 /// One case over one family and transport.
@@ -123,7 +123,7 @@ impl<'a> CaseRun<'a> {
     ///
     /// # Errors
     ///
-    /// When nobody answers.
+    /// Without an answer.
     pub fn backend(&self, from: Location, to: Target) -> Result<String> {
         let call = self.call(from, to);
         match self.topology.at(from).run(|| ask(&call)) {
@@ -170,7 +170,7 @@ impl<'a> CaseRun<'a> {
     ///
     /// # Errors
     ///
-    /// When nobody answers.
+    /// Without an answer.
     pub fn flow(&self, from: Location, to: Target) -> Result<(Flow, Answer)> {
         let call = self.call(from, to);
         let opened = self.topology.at(from).run(|| Flow::open(&call));
@@ -242,7 +242,7 @@ impl<'a> CaseRun<'a> {
         bail!("expected {backends:?}, got only {seen:?} in {CALLS_FOR_ALL} calls")
     }
 
-    /// Whether it is the Service that refuses, and not whoever the datagram goes to instead.
+    /// Whether the Service refuses, and not the host that the datagram reaches instead.
     fn refuses_datagrams(&self, from: Location, to: Target) -> bool {
         let by_service = to.is_cluster_ip() || self.shape.is_empty();
         self.transport == Transport::Datagram && self.at_socket(from, to) && by_service
@@ -287,8 +287,8 @@ fn one_of(call: &Call, backends: &BTreeSet<String>) -> Result<()> {
     Ok(())
 }
 
-/// Checks for a call that nobody answers. A sender on the node itself learns of both verdicts as EPERM where the
-/// protocol tells the sender at all; TCP does not, and waits for an answer like everybody else.
+/// Checks for a call without an answer. A sender on the node itself gets EPERM for both verdicts where the protocol reports
+/// them to the sender; TCP does not, and waits for an answer as clients elsewhere do.
 fn lost(call: &Call, from: Location, expected: &Outcome) -> Result<()> {
     let outcome = ask(call);
     let denied =

@@ -17,7 +17,7 @@ use crate::{
 /// How long flows may take to move (K2).
 const MOVE: Duration = Duration::from_secs(10);
 
-/// A flow and who answered on it first, if anybody.
+/// A flow and the backend that answered it first, if any did.
 pub(super) struct OpenFlow {
     pub(super) label: String,
     pub(super) flow: Flow,
@@ -50,7 +50,7 @@ impl OpenFlow {
         })
     }
 
-    /// Asks until it is so. What stands in between is the old state: the old backend, or nobody.
+    /// Asks until it is so. Until then only the old state is right: the old backend, or no answer.
     fn comes_to(&self, what: &str, is_so: impl Fn(&Outcome) -> bool) -> Result<()> {
         let deadline = Instant::now() + MOVE;
         loop {

@@ -1,4 +1,4 @@
-//! A stand-in for an API server, whose watches fail as a test says.
+//! A stand-in for an API server. Its watches fail as a test demands.
 //!
 //! In: objects and faults. Out: lists and watches over HTTP, Services and EndpointSlices in protobuf, other kinds in JSON;
 //! and what was asked for. A real API server does nearly none of this when it is told to.

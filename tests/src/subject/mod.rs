@@ -369,7 +369,7 @@ impl<'a> Subject<'a> {
     }
 
     /// Publishes a change of a Service and of its slice, and waits for both to show: sources keep the order of
-    /// changes of one kind, so all earlier ones show too. Several who wait share one such change.
+    /// changes of one kind, so all earlier ones show too. Several waiting callers share one such change.
     fn settle_through(&self, put: u64) -> Result<()> {
         let mut settled = self.settled.lock().unwrap_or_else(PoisonError::into_inner);
         if *settled >= put {

@@ -43,7 +43,7 @@ impl<'a> Store<'a> {
     }
 
     /// How many markers, one after the other, prove that everything put before is seen. An API server keeps the order.
-    /// Who reads a directory may have passed a file before it was changed, and still read the marker written after it;
+    /// A reader of a directory may have passed a file before it was changed, and still read the marker written after it;
     /// the look that finds the next marker has begun later.
     pub(super) fn markers_needed(&self) -> usize {
         match self {
@@ -80,7 +80,7 @@ impl<'a> Store<'a> {
                     return Ok(std::fs::remove_file(file)?);
                 }
                 let documents: Vec<String> = new.iter().map(document).collect::<Result<_>>()?;
-                // Renamed into place, so that nobody reads half a file.
+                // Renamed into place, so that no reader sees half a file.
                 let draft = directory.join(format!(".{name}.draft"));
                 std::fs::write(&draft, documents.join("---\n"))?;
                 Ok(std::fs::rename(draft, file)?)

@@ -52,7 +52,7 @@ pub fn bound(transport: Transport, address: SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Binds to a source port that nobody with this address has used for long: connection tracking remembers flows after
+/// Binds to a source port that no client with this address has used for long: connection tracking remembers flows after
 /// their sockets are gone, and the kernel is quick to hand out a port again.
 fn bind(socket: &Socket, call: &Call) -> io::Result<()> {
     static NEXT: Mutex<BTreeMap<IpAddr, u16>> = Mutex::new(BTreeMap::new());
@@ -75,7 +75,7 @@ fn bind(socket: &Socket, call: &Call) -> io::Result<()> {
 
 const QUESTION: &[u8] = b"who\n";
 
-/// The next datagram: who sent it, and what it says.
+/// The next datagram: its sender and its answer.
 fn receive(socket: &UdpSocket) -> io::Result<(SocketAddr, Answer)> {
     let mut answer = [0; 512];
     let (length, from) = socket.recv_from(&mut answer)?;
@@ -107,7 +107,7 @@ impl Datagrams {
         self.0.send_to(QUESTION, to).map(drop)
     }
 
-    /// The next answer and whom it came from.
+    /// The next answer and its sender.
     ///
     /// # Errors
     ///
@@ -135,11 +135,11 @@ pub struct Flow {
 }
 
 impl Flow {
-    /// Opens a flow and asks who answers on it.
+    /// Opens a flow and asks once on it.
     ///
     /// # Errors
     ///
-    /// What became of the call if nobody answered.
+    /// What became of the call without an answer.
     pub fn open(call: &Call) -> Result<(Self, Answer), Outcome> {
         let flow = Self::connect(call).map_err(|error| Outcome::of(&error))?;
         match flow.ask(call.patience) {
@@ -229,7 +229,7 @@ impl Flow {
         Ok(answer)
     }
 
-    /// Whoever asks a Service sees nobody else: neither as peer of a connection nor as sender of an answer.
+    /// A client of a Service sees no other address: neither as peer of a connection nor as sender of an answer.
     fn is_peer(&self, seen: Option<SocketAddr>) -> io::Result<()> {
         match seen {
             Some(seen) if (seen.ip(), seen.port()) == (self.to.ip(), self.to.port()) => Ok(()),

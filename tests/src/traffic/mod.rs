@@ -1,4 +1,4 @@
-//! Real connections: servers that tell who they are and whom they see, and clients that ask them.
+//! Real connections: servers that answer with their own name and the client's address, and clients that ask them.
 //!
 //! In: a namespace and an address. Out: an [`Outcome`] for each attempt.
 
@@ -40,7 +40,7 @@ pub enum Transport {
     Datagram,
     /// SCTP, as far as the answer to an INIT. Every question is a new flow.
     Sctp,
-    /// ICMP echo: no port, and nobody names itself.
+    /// ICMP echo: no port, and no name in the answer.
     Ping,
 }
 
@@ -91,10 +91,10 @@ impl Call {
     }
 }
 
-/// What a server says to whoever asks.
+/// The answer of a server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
-    /// Who the server is, as `NAME:PORT`.
+    /// The server, as `NAME:PORT`.
     pub backend: String,
     /// The client as the server sees it.
     pub client: SocketAddr,
@@ -103,7 +103,7 @@ pub struct Answer {
 /// What became of a call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// Somebody answered.
+    /// A server answered.
     Answer(Answer),
     /// Connection refused.
     Refused,
@@ -111,7 +111,7 @@ pub enum Outcome {
     Denied,
     /// Nothing came back.
     Timeout,
-    /// Somebody closed the socket under its owner's feet.
+    /// Another process closed the socket.
     Closed,
     /// Anything else, such as a network unreachable.
     Error(String),

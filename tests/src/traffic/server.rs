@@ -1,4 +1,4 @@
-//! Servers that answer every line or datagram with who they are and whom they see.
+//! Servers that answer every line or datagram with their own name and the client's address.
 
 use std::{
     io,

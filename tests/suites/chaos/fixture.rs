@@ -37,7 +37,7 @@ pub(crate) struct Fixture {
     agent: Option<Child>,
     /// Another agent that was started beside it.
     other: Option<Child>,
-    /// The process whose mount namespace the agents are in.
+    /// The agents are in the mount namespace of this process.
     mounts: Child,
     loads: Vec<(Service, Family, Load)>,
     pub(crate) plane: Plane,
@@ -327,7 +327,7 @@ fn wire(topology: &Topology) -> Result<()> {
     Ok(())
 }
 
-/// A mount namespace whose `/run` is small and of its own, as a container's is.
+/// A mount namespace with a small `/run` of its own, as a container has it.
 fn own_run(topology: &Topology) -> Result<Child> {
     let script = "mount -t tmpfs -o size=16m tmpfs /run && exec sleep infinity";
     let mut child = topology.at(Location::Host(1)).spawn(Path::new("unshare"), |command| {

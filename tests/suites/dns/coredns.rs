@@ -109,9 +109,9 @@ fn headless() -> Vec<Object> {
         slice("db-a", "db", true, Family::V4, http(), db),
         slice("db-b", "db", true, Family::V6, http(), db_v6),
         service("all", with(json!({ "publishNotReadyAddresses": true }))),
-        // Whoever makes slices says ready for such a Service.
+        // The controller that makes slices marks endpoints of such a Service as ready.
         slice("all-a", "all", true, Family::V4, http(), json!([ready("10.244.1.70")])),
-        service("nobody", with(json!({}))),
+        service("unserved", with(json!({}))),
     ]
 }
 
@@ -156,7 +156,7 @@ const NAMES: [&str; 38] = [
     "_http._tcp.db.default.svc.cluster.local.",
     "_sql._tcp.db.default.svc.cluster.local.",
     "all.default.svc.cluster.local.",
-    "nobody.default.svc.cluster.local.",
+    "unserved.default.svc.cluster.local.",
     "alias.default.svc.cluster.local.",
     "a.b.c.web.default.svc.cluster.local.",
     "10-244-1-60.default.pod.cluster.local.",

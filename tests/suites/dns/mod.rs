@@ -1,4 +1,4 @@
-//! Names answered on the node: whose the cluster DNS Service's queries are, and what is said, beside a real CoreDNS.
+//! Names answered on the node: which server gets the queries to the cluster DNS Service, and its answers, beside a real CoreDNS.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -42,28 +42,28 @@ fn dns_ip(family: Family) -> IpAddr {
     }
 }
 
-/// Who answered.
+/// The server that answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Who {
+enum Resolver {
     Weir,
     CoreDns,
-    Nobody,
+    Absent,
 }
 
-impl fmt::Display for Who {
+impl fmt::Display for Resolver {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Debug::fmt(self, f)
     }
 }
 
-fn who(asker: &Asker) -> Who {
+fn resolver(asker: &Asker) -> Resolver {
     match asker.ask(&query(WEB, RecordType::A, true).unwrap()) {
         Ok(reply) => match reply.answers.first().map(|record| record.data.to_string()).as_deref() {
-            Some("10.96.1.1") => Who::Weir,
-            Some("192.0.2.78") => Who::CoreDns,
-            _ => Who::Nobody,
+            Some("10.96.1.1") => Resolver::Weir,
+            Some("192.0.2.78") => Resolver::CoreDns,
+            _ => Resolver::Absent,
         },
-        Err(_) => Who::Nobody,
+        Err(_) => Resolver::Absent,
     }
 }
 
@@ -211,14 +211,14 @@ impl<'a> Fixture<'a> {
     }
 
     /// Waits until a new socket of each location and family is answered by this one.
-    fn await_answers_of(&self, wanted: Who) {
+    fn await_answers_of(&self, wanted: Resolver) {
         for (location, family) in [CLIENT, Location::Host(1)]
             .into_iter()
             .flat_map(|location| Family::ALL.map(|family| (location, family)))
         {
             await_that(
                 &format!("{location} is answered by {wanted} over {family}\n{}", self.say_log()),
-                || who(&self.asker(location, family, false)) == wanted,
+                || resolver(&self.asker(location, family, false)) == wanted,
             );
         }
     }

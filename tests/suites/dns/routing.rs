@@ -1,4 +1,4 @@
-//! Whose the queries to the cluster DNS Service are: weir's while it answers, and CoreDNS's as soon as it does not, for
+//! Which server gets the queries to the cluster DNS Service: weir while it answers, and CoreDNS as soon as it does not, for
 //! sockets of every kind and in both data planes.
 
 use std::{
@@ -32,12 +32,12 @@ fn long_lived(fixture: &Fixture<'_>) -> Vec<(String, Asker)> {
     askers
 }
 
-fn all_answered_by(fixture: &Fixture<'_>, askers: &[(String, Asker)], wanted: Who) {
+fn all_answered_by(fixture: &Fixture<'_>, askers: &[(String, Asker)], wanted: Resolver) {
     for (label, asker) in askers {
         await_that(&format!("{label} is answered by {wanted}\n{}", fixture.say_log()), || {
-            who(asker) == wanted
+            resolver(asker) == wanted
         });
-        assert_eq!(who(asker), wanted, "{label} stays there");
+        assert_eq!(resolver(asker), wanted, "{label} stays there");
     }
 }
 
@@ -47,15 +47,15 @@ fn back_at_weir(fixture: &Fixture<'_>, askers: &[(String, Asker)]) {
         askers.iter().partition(|(label, _)| label.starts_with("node-1") && label.ends_with("true"));
     for (label, asker) in come {
         await_that(&format!("{label} is answered by weir\n{}", fixture.say_log()), || {
-            who(asker) == Who::Weir
+            resolver(asker) == Resolver::Weir
         });
     }
     for (label, asker) in may_stay {
-        assert_ne!(who(asker), Who::Nobody, "{label} has somebody");
+        assert_ne!(resolver(asker), Resolver::Absent, "{label} is answered");
     }
 }
 
-/// A connection to the Service, and who is at its other end.
+/// A connection to the Service, and the server at its other end.
 struct Connection(TcpStream);
 
 impl Connection {
@@ -66,7 +66,7 @@ impl Connection {
         Self(stream)
     }
 
-    fn who(&mut self) -> Who {
+    fn resolver(&mut self) -> Resolver {
         let bytes = query(WEB, RecordType::A, false).unwrap().to_vec().unwrap();
         let mut ask = || -> Result<Message> {
             self.0.write_all(&[&u16::try_from(bytes.len())?.to_be_bytes()[..], &bytes].concat())?;
@@ -77,9 +77,9 @@ impl Connection {
             Ok(Message::from_vec(&reply)?)
         };
         match ask().ok().and_then(|reply| Some(reply.answers.first()?.data.to_string())).as_deref() {
-            Some("10.96.1.1") => Who::Weir,
-            Some("192.0.2.78") => Who::CoreDns,
-            _ => Who::Nobody,
+            Some("10.96.1.1") => Resolver::Weir,
+            Some("192.0.2.78") => Resolver::CoreDns,
+            _ => Resolver::Absent,
         }
     }
 }
@@ -89,41 +89,49 @@ fn queries_come_back_to_coredns(plane: Plane) -> Result<()> {
     let fixture = Fixture::new(&topology, plane)?;
     let _coredns = fixture.coredns(HOSTS)?;
     let weir = fixture.weir()?;
-    fixture.await_answers_of(Who::Weir);
+    fixture.await_answers_of(Resolver::Weir);
     // Killed before, weir would have programmed nothing that leads to CoreDNS.
     await_that("Services are in force", || {
         fixture.health("/healthz").is_ok_and(|answer| answer.starts_with("HTTP/1.1 200 "))
     });
     let askers = long_lived(&fixture);
-    all_answered_by(&fixture, &askers, Who::Weir);
+    all_answered_by(&fixture, &askers, Resolver::Weir);
     let mut connection = Connection::open(&fixture);
-    assert_eq!(connection.who(), Who::Weir);
+    assert_eq!(connection.resolver(), Resolver::Weir);
 
     drop(weir);
-    // Not one new socket may find nobody there.
+    // Every new socket must be answered.
     let fresh = fixture.asker(CLIENT, Family::V4, true);
-    assert_eq!(who(&fresh), Who::CoreDns, "the first query after SIGKILL");
-    all_answered_by(&fixture, &askers, Who::CoreDns);
-    assert_eq!(connection.who(), Who::Nobody, "a connection ends with the process that accepted it");
+    assert_eq!(resolver(&fresh), Resolver::CoreDns, "the first query after SIGKILL");
+    all_answered_by(&fixture, &askers, Resolver::CoreDns);
+    assert_eq!(
+        connection.resolver(),
+        Resolver::Absent,
+        "a connection ends with the process that accepted it"
+    );
     let client = topology.at(CLIENT);
     assert_eq!(
         libc_resolves(client, dns_ip(Family::V4), "web")?,
         ["192.0.2.78".parse::<IpAddr>()?, "2001:db8::78".parse()?]
     );
     let mut connection = Connection::open(&fixture);
-    assert_eq!(connection.who(), Who::CoreDns);
+    assert_eq!(connection.resolver(), Resolver::CoreDns);
 
     let weir = fixture.weir()?;
-    fixture.await_answers_of(Who::Weir);
+    fixture.await_answers_of(Resolver::Weir);
     back_at_weir(&fixture, &askers);
-    assert_eq!(connection.who(), Who::CoreDns, "a connection stays with whoever accepted it");
+    assert_eq!(
+        connection.resolver(),
+        Resolver::CoreDns,
+        "a connection stays with the server that accepted it"
+    );
     assert_eq!(
         ask_by_tcp(client, dns_ip(Family::V6), WEB, RecordType::A)?.addresses(),
         ["10.96.1.1".parse::<IpAddr>()?]
     );
 
     kill(Pid::from_raw(weir.id().try_into()?), Signal::SIGTERM)?;
-    all_answered_by(&fixture, &askers, Who::CoreDns);
+    all_answered_by(&fixture, &askers, Resolver::CoreDns);
     Ok(())
 }
 
@@ -142,7 +150,7 @@ fn names_without_coredns(plane: Plane) -> Result<()> {
     let fixture = Fixture::new(&topology, plane)?;
     let coredns = fixture.coredns(HOSTS)?;
     let _weir = fixture.weir()?;
-    fixture.await_answers_of(Who::Weir);
+    fixture.await_answers_of(Resolver::Weir);
     let client = topology.at(CLIENT);
     // An alias is followed to the upstream, which is CoreDNS itself and not the Service.
     await_that("the upstream answers", || fixture.ask(ELSEWHERE, RecordType::A).addresses().len() == 1);
@@ -158,7 +166,7 @@ fn names_without_coredns(plane: Plane) -> Result<()> {
 
     drop(coredns);
     fixture.write("cluster", &cluster(false))?;
-    // Whom else to ask, the node's own resolv.conf says; there is nobody.
+    // The node's own resolv.conf names no other server.
     let code = ask_by_tcp(client, dns_ip(Family::V4), "x.example.", RecordType::A)?.code;
     assert!(matches!(code, ResponseCode::ServFail | ResponseCode::Refused), "{code}");
     for family in Family::ALL {
@@ -197,7 +205,7 @@ fn a_host_with_no_route_elsewhere_is_answered_too() -> Result<()> {
         }
         let fixture = Fixture::new(&topology, plane)?;
         let _weir = fixture.weir()?;
-        fixture.await_answers_of(Who::Weir);
+        fixture.await_answers_of(Resolver::Weir);
         assert_eq!(host.stdout("ip", &["-6", "-o", "addr", "show", "dev", "weir-dns"])?, "");
     }
     Ok(())
@@ -209,24 +217,24 @@ fn a_weir_that_does_not_answer_gives_the_queries_back() -> Result<()> {
     let fixture = Fixture::new(&topology, Plane::Nftables)?;
     let _coredns = fixture.coredns(HOSTS)?;
     let _weir = fixture.weir()?;
-    fixture.await_answers_of(Who::Weir);
+    fixture.await_answers_of(Resolver::Weir);
     let askers = long_lived(&fixture);
-    all_answered_by(&fixture, &askers, Who::Weir);
+    all_answered_by(&fixture, &askers, Resolver::Weir);
     // Whatever the reason: here its own questions to itself get lost.
     let node = topology.at(Location::Host(1));
     let deaf = "add table ip deaf; add chain ip deaf in { type filter hook input priority -10; }; \
                 add rule ip deaf in ip daddr 169.254.20.53 udp dport 53 drop";
     node.stdout("nft", &[deaf])?;
-    all_answered_by(&fixture, &askers, Who::CoreDns);
+    all_answered_by(&fixture, &askers, Resolver::CoreDns);
     assert!(fixture.logged("the cluster's DNS Service has its address back"), "{}", fixture.say_log());
     node.stdout("nft", &["delete table ip deaf"])?;
-    fixture.await_answers_of(Who::Weir);
+    fixture.await_answers_of(Resolver::Weir);
     back_at_weir(&fixture, &askers);
     node.stdout("ip", &["link", "del", "weir-dns"])?;
     await_that("weir notices that its device is gone", || {
         fixture.logged("another program deleted the device")
     });
-    fixture.await_answers_of(Who::Weir);
+    fixture.await_answers_of(Resolver::Weir);
     Ok(())
 }
 
@@ -237,7 +245,7 @@ fn routes_that_another_program_removes_come_back() -> Result<()> {
     let fixture = Fixture::new(&topology, Plane::Nftables)?;
     let _coredns = fixture.coredns(HOSTS)?;
     let _weir = fixture.weir()?;
-    fixture.await_answers_of(Who::Weir);
+    fixture.await_answers_of(Resolver::Weir);
     let node = topology.at(Location::Host(1));
     let routes = || {
         let of = |family| {
@@ -254,10 +262,10 @@ fn routes_that_another_program_removes_come_back() -> Result<()> {
         node.stdout("ip", &[flush, &["table", "local", "dev", "weir-dns"]].concat())?;
     }
     await_that("weir makes the routes anew", || routes().is_ok_and(|now| now == all));
-    fixture.await_answers_of(Who::Weir);
+    fixture.await_answers_of(Resolver::Weir);
     node.stdout("ip", &["link", "set", "weir-dns", "down"])?;
     await_that("weir sets the device up again", || routes().is_ok_and(|now| now == all));
-    fixture.await_answers_of(Who::Weir);
+    fixture.await_answers_of(Resolver::Weir);
     Ok(())
 }
 
@@ -266,7 +274,7 @@ fn a_pod_that_holds_a_thousand_connections_keeps_no_other_client_out() -> Result
     let topology = Topology::new()?;
     let fixture = Fixture::new(&topology, Plane::Nftables)?;
     let _weir = fixture.weir()?;
-    fixture.await_answers_of(Who::Weir);
+    fixture.await_answers_of(Resolver::Weir);
     let greedy = topology.at(Location::Pod(1, 2));
     let held: Vec<TcpStream> = greedy.run(|| {
         (0..1000).map(|_| TcpStream::connect((dns_ip(Family::V4), 53))).collect::<std::io::Result<_>>()
@@ -292,17 +300,19 @@ fn an_address_that_somebody_on_the_node_has_already_is_left_to_him() -> Result<(
     node.ip(&["addr add 10.96.0.10/32 dev lo".into()])?;
     let cache = CoreDns::start(node, &format!("    bind 10.96.0.10\n{HOSTS}"))?;
     let _weir = fixture.weir()?;
-    await_that("weir says whom it leaves it to", || fixture.logged("left to"));
+    await_that("weir logs where the queries go", || fixture.logged("left to"));
     for location in [CLIENT, Location::Host(1)] {
         await_that(
             &format!("{location} is answered by the cache\n{}\n{}", fixture.say_log(), cache.log()),
-            || who(&fixture.asker(location, Family::V4, false)) == Who::CoreDns,
+            || resolver(&fixture.asker(location, Family::V4, false)) == Resolver::CoreDns,
         );
     }
-    // The other family's is nobody's, so weir has it.
-    await_that("IPv6 is answered by weir", || who(&fixture.asker(CLIENT, Family::V6, false)) == Who::Weir);
+    // No other process has the other family's address, so weir has it.
+    await_that("IPv6 is answered by weir", || {
+        resolver(&fixture.asker(CLIENT, Family::V6, false)) == Resolver::Weir
+    });
     sleep(Duration::from_secs(1));
-    assert_eq!(who(&fixture.asker(CLIENT, Family::V4, false)), Who::CoreDns, "and so it stays");
+    assert_eq!(resolver(&fixture.asker(CLIENT, Family::V4, false)), Resolver::CoreDns, "and so it stays");
     Ok(())
 }
 
@@ -313,7 +323,7 @@ fn f4_nothing_else_is_to_be_had_at_an_address_that_is_the_nodes() -> Result<()> 
     let _coredns = fixture.coredns(HOSTS)?;
     let _servers = weir_tests::runner::serve(&topology)?;
     let _weir = fixture.weir()?;
-    fixture.await_answers_of(Who::Weir);
+    fixture.await_answers_of(Resolver::Weir);
     // A process of the host that listens everywhere is not to be had at a ClusterIP.
     let anywhere = topology.at(Location::Host(1)).run(|| std::net::TcpListener::bind("0.0.0.0:2222"))?;
     let refused = topology.at(CLIENT).run(|| TcpStream::connect((dns_ip(Family::V4), 2222)));

@@ -102,7 +102,7 @@ fn a_dns_service_of_another_name_is_found_and_followed() -> Result<()> {
             && fixture.logged("names are answered at 169.254.20.53 only")
     });
     await_that("CoreDNS answers at the Service", || {
-        who(&fixture.asker(CLIENT, Family::V4, false)) == Who::CoreDns
+        resolver(&fixture.asker(CLIENT, Family::V4, false)) == Resolver::CoreDns
     });
     let name = "rke2-coredns-rke2-coredns";
     let rke2 = cluster(true)
@@ -115,15 +115,17 @@ fn a_dns_service_of_another_name_is_found_and_followed() -> Result<()> {
             &format!("namespace: kube-system, labels: {{kubernetes.io/service-name: {name}}}"),
         );
     fixture.write("cluster", &rke2)?;
-    fixture.await_answers_of(Who::Weir);
+    fixture.await_answers_of(Resolver::Weir);
     assert!(fixture.logged(&format!("service=kube-system/{name}")), "{}", fixture.say_log());
     // It goes, and another one takes its addresses.
     fixture.write("cluster", &cluster(true))?;
-    await_that("CoreDNS answers again", || who(&fixture.asker(CLIENT, Family::V4, false)) == Who::CoreDns);
+    await_that("CoreDNS answers again", || {
+        resolver(&fixture.asker(CLIENT, Family::V4, false)) == Resolver::CoreDns
+    });
     Ok(())
 }
 
-/// As in a container whose runtime does not allow the device.
+/// As in a container without the right to use the device.
 #[test]
 fn a_weir_that_may_not_make_its_device_says_what_to_do_about_it() -> Result<()> {
     let topology = Topology::new()?;
@@ -144,7 +146,7 @@ fn a_weir_that_may_not_make_its_device_says_what_to_do_about_it() -> Result<()> 
             .iter()
             .all(|word| fixture.logged(word))
     });
-    fixture.await_answers_of(Who::CoreDns);
+    fixture.await_answers_of(Resolver::CoreDns);
     let log = std::fs::read_to_string(fixture.log())?;
     assert_eq!(log.matches("/dev/net/tun may not be opened").count(), 1, "{log}");
     Ok(())

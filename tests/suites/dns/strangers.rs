@@ -14,18 +14,18 @@ const OTHER: Location = Location::Pod(1, 2);
 const OUTSIDE: Location = Location::Outside(0);
 
 /// Which answers a client gets at the DNS Service's address, by a socket of each kind and by TCP.
-fn served_by(fixture: &Fixture<'_>, location: Location, family: Family, wanted: Who) -> Result<()> {
+fn served_by(fixture: &Fixture<'_>, location: Location, family: Family, wanted: Resolver) -> Result<()> {
     for connected in [false, true] {
         await_that(
             &format!(
                 "{location} is answered by {wanted} over {family}, connected: {connected}\n{}",
                 fixture.say_log()
             ),
-            || who(&fixture.asker(location, family, connected)) == wanted,
+            || resolver(&fixture.asker(location, family, connected)) == wanted,
         );
     }
     let address = match wanted {
-        Who::Weir => "10.96.1.1",
+        Resolver::Weir => "10.96.1.1",
         _ => "192.0.2.78",
     };
     let said = ask_by_tcp(fixture.topology.at(location), dns_ip(family), WEB, RecordType::A)?;
@@ -44,14 +44,14 @@ fn strangers_are_left_to_coredns(plane: Plane) -> Result<()> {
         .to_vec();
     let coredns = fixture.coredns(HOSTS)?;
     let _weir = fixture.weir()?;
-    fixture.await_answers_of(Who::Weir);
+    fixture.await_answers_of(Resolver::Weir);
     for family in Family::ALL {
-        served_by(&fixture, OTHER, family, Who::CoreDns)?;
-        served_by(&fixture, OUTSIDE, family, Who::CoreDns)?;
-        served_by(&fixture, CLIENT, family, Who::Weir)?;
-        served_by(&fixture, Location::Host(1), family, Who::Weir)?;
+        served_by(&fixture, OTHER, family, Resolver::CoreDns)?;
+        served_by(&fixture, OUTSIDE, family, Resolver::CoreDns)?;
+        served_by(&fixture, CLIENT, family, Resolver::Weir)?;
+        served_by(&fixture, Location::Host(1), family, Resolver::Weir)?;
     }
-    await_that(&format!("weir says for whom it does not answer\n{}", fixture.say_log()), || {
+    await_that(&format!("weir logs the clients that it does not answer\n{}", fixture.say_log()), || {
         fixture.logged("the cluster's DNS Service itself answers") && fixture.logged("clusterCIDR")
     });
     await_that("flows that were passed on are counted", || {
@@ -69,7 +69,7 @@ fn strangers_are_left_to_coredns(plane: Plane) -> Result<()> {
         ask(topology.at(CLIENT), own, WEB, RecordType::A)?.addresses(),
         ["10.96.1.1".parse::<IpAddr>()?]
     );
-    await_that(&format!("weir says whom it refuses\n{}", fixture.say_log()), || {
+    await_that(&format!("weir logs the clients that it refuses\n{}", fixture.say_log()), || {
         fixture.logged("refused a query for a name")
             && fixture.logged(&OTHER.client_address(Family::V4).to_string())
     });
@@ -83,7 +83,7 @@ fn strangers_are_left_to_coredns(plane: Plane) -> Result<()> {
     };
     for family in Family::ALL {
         await_that(&format!("{OTHER} is refused over {family}"), || refused(family));
-        served_by(&fixture, CLIENT, family, Who::Weir)?;
+        served_by(&fixture, CLIENT, family, Resolver::Weir)?;
     }
     Ok(())
 }
@@ -105,10 +105,10 @@ fn one_family_is_known(plane: Plane) -> Result<()> {
     let _coredns = fixture.coredns(HOSTS)?;
     let _weir = fixture.weir()?;
     for location in [CLIENT, OTHER] {
-        served_by(&fixture, location, Family::V4, Who::Weir)?;
-        served_by(&fixture, location, Family::V6, Who::CoreDns)?;
+        served_by(&fixture, location, Family::V4, Resolver::Weir)?;
+        served_by(&fixture, location, Family::V6, Resolver::CoreDns)?;
     }
-    served_by(&fixture, Location::Host(1), Family::V6, Who::Weir)
+    served_by(&fixture, Location::Host(1), Family::V6, Resolver::Weir)
 }
 
 #[test]

@@ -381,7 +381,7 @@ fn what_write_config_to_writes_is_what_kube_proxy_writes() -> Result<()> {
     Ok(())
 }
 
-/// Connections and rules outlast it, and so does the process: nobody has to start it again.
+/// Connections and rules outlast it, and so does the process: it needs no restart from outside.
 #[test]
 fn another_configuration_starts_the_agent_anew_in_its_place_and_a_bad_one_does_not() -> Result<()> {
     let namespace = machine("reload")?;

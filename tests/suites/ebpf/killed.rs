@@ -110,7 +110,7 @@ fn an_agent_that_starts_after_one_was_killed_anywhere_serves_what_is_to_be() -> 
             let (all, current) = generations(&fixture.place)?;
             assert_eq!(all, [current], "killed before operation {before}");
             heir.remove()?;
-            // The kernel detaches programs whose links are gone when it gets round to it.
+            // The kernel detaches programs some time after their links are gone.
             let leads = || TcpStream::connect((service_ip(Family::V4), 80)).is_ok();
             await_that("nothing serves any more", || !leads());
             while is_asked(&second) {}

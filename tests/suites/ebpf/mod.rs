@@ -122,7 +122,7 @@ fn the_programs_serve_the_sockets_of_their_cgroup_and_no_others() -> Result<()> 
             plane.apply(&complete(vec![tcp, udp]))?;
             for to in [SocketAddr::new(service_ip(family), 80), SocketAddr::new(loopback(family), 30080)] {
                 let mut client = TcpStream::connect(to).with_context(|| format!("connecting to {to}"))?;
-                assert_eq!(client.peer_addr()?, to, "the peer is who was asked for");
+                assert_eq!(client.peer_addr()?, to, "the peer is the address that the client asked for");
                 let (mut server, _) = listener.accept()?;
                 server.write_all(b"hello")?;
                 let mut answer = [0; 5];
@@ -155,7 +155,7 @@ fn the_programs_serve_the_sockets_of_their_cgroup_and_no_others() -> Result<()> 
     })
 }
 
-/// A number of Services that nobody asks for, numbered from `first` on.
+/// A number of Services without clients, numbered from `first` on.
 fn crowd(first: u32, count: u32) -> impl Iterator<Item = Arc<PortPlan>> {
     (first..first + count).map(|number| {
         let backend =
@@ -204,7 +204,7 @@ fn open_on_host(place: &Place) -> Result<Ebpf> {
     Ok(open(place)?)
 }
 
-/// A plane whose programs serve the sockets of a namespace, and what they need.
+/// A plane with programs that serve the sockets of a namespace, and what they need.
 struct Fixture {
     inside: Namespace,
     place: Place,
@@ -296,7 +296,7 @@ fn a_plane_that_steps_aside_leaves_new_sockets_to_packets_and_old_ones_as_they_a
             plane.apply(&complete(vec![Arc::clone(&web)]))?;
             let early = TcpStream::connect(service)?;
             plane.step_aside()?;
-            // The kernel detaches programs whose links are gone when it gets round to it. No packet can leave here.
+            // The kernel detaches programs some time after their links are gone. No packet can leave here.
             await_that("sockets are not led", || TcpStream::connect(service).is_err());
             assert_eq!(early.peer_addr()?, service, "{family}");
             plane.reread()?;
@@ -354,7 +354,7 @@ fn maps_of_another_layout_are_left_behind_once_the_new_ones_serve() -> Result<()
         assert!(!foreign.exists());
         TcpStream::connect((service_ip(Family::V4), 80))?;
         plane.remove()?;
-        // The kernel detaches a program whose link is gone when it gets round to it.
+        // The kernel detaches a program some time after its link is gone.
         let refused = || TcpStream::connect((service_ip(Family::V4), 80)).is_err();
         await_that("nothing serves any more", refused);
         Ok(())
@@ -433,7 +433,7 @@ fn a_cluster_ip_that_the_host_has_is_left_to_packets_until_it_leaves() -> Result
     })
 }
 
-/// Sends from a socket without a peer and from one with, and sees who answers.
+/// Sends from a socket without a peer and from one with, and compares the addresses that answer.
 fn exchange(family: Family, to: SocketAddr, server: &UdpSocket) -> Result<()> {
     let mut buffer = [0; 16];
     server.set_read_timeout(Some(Duration::from_secs(5)))?;
@@ -442,7 +442,7 @@ fn exchange(family: Family, to: SocketAddr, server: &UdpSocket) -> Result<()> {
     unconnected.send_to(b"one", to)?;
     let (_, from) = server.recv_from(&mut buffer)?;
     server.send_to(b"two", from)?;
-    assert_eq!(unconnected.recv_from(&mut buffer)?, (3, to), "the answer is from who was asked");
+    assert_eq!(unconnected.recv_from(&mut buffer)?, (3, to), "the answer is from the address that was asked");
     let connected = UdpSocket::bind((loopback(family), 0))?;
     connected.set_read_timeout(Some(Duration::from_secs(5)))?;
     connected.connect(to)?;

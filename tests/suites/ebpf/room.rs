@@ -127,7 +127,7 @@ fn unconnected_sockets_of_a_greedy_group_have_their_share_and_those_of_others_ar
     })
 }
 
-/// Another server in the place of one whose buffer is full.
+/// Another server in place of one with a full buffer.
 fn fresh(full: UdpSocket, plane: &mut Ebpf, family: Family) -> Result<UdpSocket> {
     drop(full);
     let server = UdpSocket::bind((loopback(family), 0))?;

@@ -150,7 +150,7 @@ impl Told {
         })
     }
 
-    /// Who sits, and who has no seat.
+    /// The sockets that have a seat, and those that have none.
     fn read(&self) -> Result<(Known, Known)> {
         let seats = self.seats.iter().collect::<Result<Vec<Seat>, _>>()?;
         let seated =
@@ -160,7 +160,7 @@ impl Told {
 
     /// Puts as many sockets that never were into every seat.
     fn seat_everywhere(&mut self, claims: u64) -> Result<()> {
-        let nobody = Seat { cookie: u64::MAX, claims, ..Seat::default() };
-        Ok((0..SEATS).try_for_each(|number| self.seats.set(number, nobody, 0))?)
+        let stranger = Seat { cookie: u64::MAX, claims, ..Seat::default() };
+        Ok((0..SEATS).try_for_each(|number| self.seats.set(number, stranger, 0))?)
     }
 }

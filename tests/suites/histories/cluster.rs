@@ -173,7 +173,7 @@ fn node(shape: u16) -> Change {
     Change::Apply(Object::Node(object(node)))
 }
 
-/// A ClusterIP among the host's own addresses is somebody's who answers there, as a DNS cache does.
+/// A ClusterIP among the host's own addresses belongs to a process that answers there, as a DNS cache does.
 pub(super) fn host(shape: u16) -> Vec<IpAddr> {
     let addresses = [(0, "203.0.113.7"), (1, "10.96.0.1"), (2, "fd00:10:96::1")];
     let addresses = addresses.into_iter().filter(|(number, _)| bit(shape, *number));

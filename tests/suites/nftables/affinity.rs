@@ -37,13 +37,13 @@ fn client(family: Family, number: u8) -> IpAddr {
 }
 
 /// Gives this host the addresses of clients, and listens on those of backends.
-struct Everybody {
+struct Network {
     backends: BTreeMap<u8, UdpSocket>,
     /// No two flows have the same: connection tracking would take the second for the first.
     next_port: Cell<u16>,
 }
 
-impl Everybody {
+impl Network {
     fn new(family: Family) -> Self {
         let add = |address: IpAddr, device: &str| {
             let address = format!("{address}/{}", if address.is_ipv4() { 32 } else { 128 });
@@ -106,19 +106,19 @@ fn a5_a1_clients_stay_with_their_backend_until_it_leaves_and_have_forgotten_it_w
         in_namespace(move || {
             link_up();
             watch_priority();
-            let everybody = Everybody::new(family);
+            let network = Network::new(family);
             let (three, two) = (sticky(family, &[1, 2, 3]), sticky(family, &[1, 2]));
             let mut plane = Nftables::open(both()).unwrap();
             plane.apply(&start(&[&three])).unwrap();
-            let mut before = everybody.call_all(family);
-            assert_eq!(everybody.call_all(family), before, "A1");
+            let mut before = network.call_all(family);
+            assert_eq!(network.call_all(family), before, "A1");
             assert!((1..=3).all(|backend| before.values().any(|chosen| *chosen == backend)), "{before:?}");
 
             // Every other client calls while a backend is away.
             plane.apply(&step(Some(&three), Some(&two))).unwrap();
             let (calling, silent): (Vec<u8>, Vec<u8>) = (0..CLIENTS).partition(|client| client % 2 == 0);
             for number in calling {
-                let chosen = everybody.call(family, number);
+                let chosen = network.call(family, number);
                 if before[&number] == 3 {
                     assert_ne!(chosen, 3, "A5");
                     before.insert(number, chosen);
@@ -126,7 +126,7 @@ fn a5_a1_clients_stay_with_their_backend_until_it_leaves_and_have_forgotten_it_w
                 assert_eq!(chosen, before[&number], "A4");
             }
             plane.apply(&step(Some(&two), Some(&three))).unwrap();
-            let after = everybody.call_all(family);
+            let after = network.call_all(family);
             let of_three: Vec<u8> = silent.into_iter().filter(|number| before[number] == 3).collect();
             assert!(of_three.iter().any(|number| after[number] != 3), "A5: nothing was forgotten");
             let others = |all: &BTreeMap<u8, u8>| {
@@ -135,7 +135,7 @@ fn a5_a1_clients_stay_with_their_backend_until_it_leaves_and_have_forgotten_it_w
                 all
             };
             assert_eq!(others(&after), others(&before), "A4");
-            assert_eq!(everybody.call_all(family), after, "A1");
+            assert_eq!(network.call_all(family), after, "A1");
 
             let listed = nft(&["list", "chain", "inet", "watch", "out"]);
             assert!(listed.contains("priority != none counter packets 0 "), "{listed}");
@@ -149,23 +149,23 @@ fn a5_clients_are_remembered_over_a_restart_but_not_for_a_backend_that_left_mean
     for family in Family::ALL {
         in_namespace(move || {
             link_up();
-            let everybody = Everybody::new(family);
+            let network = Network::new(family);
             let mut plane = Nftables::open(both()).unwrap();
             plane.apply(&start(&[&sticky(family, &[1, 2, 3])])).unwrap();
-            let before = everybody.call_all(family);
+            let before = network.call_all(family);
 
             drop(plane);
             let (order, left) = (sticky(family, &[3, 1, 2]), sticky(family, &[2, 3, 4]));
             let mut plane = Nftables::open(both()).unwrap();
             plane.apply(&start(&[&order])).unwrap();
             assert_installed(&mut plane, &order);
-            assert_eq!(everybody.call_all(family), before);
+            assert_eq!(network.call_all(family), before);
 
             drop(plane);
             let mut plane = Nftables::open(both()).unwrap();
             plane.apply(&start(&[&left])).unwrap();
             assert_installed(&mut plane, &left);
-            for (number, chosen) in everybody.call_all(family) {
+            for (number, chosen) in network.call_all(family) {
                 assert!(
                     chosen == before[&number] || before[&number] == 1 && chosen != 1,
                     "{number}: {chosen}"
@@ -218,7 +218,7 @@ fn a1_a_client_that_came_while_the_slots_were_gone_is_remembered_like_any_other(
     for family in Family::ALL {
         in_namespace(move || {
             link_up();
-            let everybody = Everybody::new(family);
+            let network = Network::new(family);
             let three = sticky(family, &[1, 2, 3]);
             let mut plane = Nftables::open(both()).unwrap();
             plane.apply(&start(&[&three])).unwrap();
@@ -226,11 +226,11 @@ fn a1_a_client_that_came_while_the_slots_were_gone_is_remembered_like_any_other(
             let maps = nft(&["list", "maps", table]);
             let slots = maps.split_whitespace().find(|word| word.starts_with("slots-")).unwrap();
             nft(&["flush", "map", table, "weir", slots]);
-            assert!((0..CLIENTS).all(|number| everybody.send(family, number).is_err()), "{family}");
+            assert!((0..CLIENTS).all(|number| network.send(family, number).is_err()), "{family}");
             plane.reread().unwrap();
             plane.apply(&start(&[&three])).unwrap();
-            let before = everybody.call_all(family);
-            assert_eq!(everybody.call_all(family), before, "{family}");
+            let before = network.call_all(family);
+            assert_eq!(network.call_all(family), before, "{family}");
         });
     }
 }
@@ -250,7 +250,7 @@ fn a6_there_is_room_for_many_clients_however_many_endpoints_there_are() {
 fn affinity_comes_and_goes_and_its_timeout_changes_while_the_port_serves() {
     in_namespace(|| {
         link_up();
-        let everybody = Everybody::new(Family::V4);
+        let network = Network::new(Family::V4);
         let plan = |affinity, backends: &[u8]| {
             let to_all = Route::uniform(treatment(Target::Cluster, false));
             by_udp(port(Family::V4, 1, backends, affinity), Some(to_all))
@@ -268,9 +268,9 @@ fn affinity_comes_and_goes_and_its_timeout_changes_while_the_port_serves() {
         for pair in steps.windows(2) {
             plane.apply(&step(Some(&pair[0]), Some(&pair[1]))).unwrap();
             assert_installed(&mut plane, &pair[1]);
-            let all = everybody.call_all(Family::V4);
+            let all = network.call_all(Family::V4);
             if pair[1].affinity.is_some() {
-                assert_eq!(everybody.call_all(Family::V4), all);
+                assert_eq!(network.call_all(Family::V4), all);
             }
         }
     });
@@ -283,7 +283,7 @@ fn a6_clients_of_one_site_do_not_fill_the_memory() {
     const FLOOD: u16 = 8192;
     in_namespace(|| {
         link_up();
-        let _backends = Everybody::new(Family::V6);
+        let _backends = Network::new(Family::V6);
         std::fs::write("/proc/sys/net/ipv6/ip_nonlocal_bind", "1").unwrap();
         let mut plane = Nftables::open(both()).unwrap();
         plane.apply(&start(&[&sticky(Family::V6, &[1, 2])])).unwrap();

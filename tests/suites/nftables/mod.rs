@@ -379,7 +379,7 @@ fn chains_for_source_ranges_are_there_only_while_a_service_needs_them() {
     });
 }
 
-/// R6: what comes from outside, and only that, is led elsewhere, and where it cannot be told apart nobody is asked.
+/// R6: only traffic from outside is translated differently, and where weir cannot recognise it, the source is not checked.
 #[test]
 fn only_frontends_that_treat_outsiders_differently_ask_where_a_packet_comes_from() {
     in_namespace(|| {
@@ -517,7 +517,7 @@ fn foreign_changes_are_seen_and_repaired_and_our_own_are_not() {
         let delta = start(&[&plan]);
         plane.apply(&delta).unwrap();
         // Our own change left no event behind, so the next one is the flush.
-        nft(&["add", "table", "ip", "somebody-else"]);
+        nft(&["add", "table", "ip", "foreign"]);
         nft(&["flush", "ruleset"]);
         let seen = watch.wait().unwrap();
         let Seen::Foreign { families, generation } = seen else { panic!("{seen:?}") };

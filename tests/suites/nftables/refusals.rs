@@ -100,7 +100,7 @@ fn what_works_of_a_service_port_outlives_a_restart_with_a_change_that_the_kernel
     });
 }
 
-/// Many service ports, whose numbers are addresses and ports.
+/// Many service ports; their addresses and ports follow from their numbers.
 fn many(family: Family, count: u16) -> Vec<Arc<PortPlan>> {
     let plans = (0..count).map(|number| {
         let mut plan = port(family, 1, &[1, 3, 5], None);

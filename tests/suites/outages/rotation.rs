@@ -30,7 +30,7 @@ use crate::api_objects::{ApiObjects, NAMESPACE, create};
 /// An API server looks after its files once a minute where it is not told of a change.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A kubeconfig whose user is known by this.
+/// A kubeconfig with these credentials.
 fn kubeconfig(directory: &Path, server: &str, authorities: &Path, user: &Value) -> PathBuf {
     let path = directory.join("kubeconfig");
     let config = json!({
@@ -66,7 +66,7 @@ async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
     timeout(PATIENCE, becomes).await.unwrap_or_else(|_| panic!("not in time: {what}"));
 }
 
-/// The files that say who is who.
+/// The certificates that server and client show and trust.
 struct Files {
     directory: TempDir,
     /// The one that says which server is right.
@@ -149,7 +149,7 @@ fn warnings(lines: &Lines) -> Vec<String> {
     lines.text().lines().filter(|line| line.contains(" WARN ")).map(str::to_owned).collect()
 }
 
-/// A service account whose tokens are good as long as a Secret is there that each is bound to.
+/// A service account. Each token is bound to a Secret, and is valid while that exists.
 struct Account(Client);
 
 impl Account {

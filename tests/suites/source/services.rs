@@ -291,7 +291,7 @@ fn field(number: u8, contents: &[u8]) -> Vec<u8> {
     [&[number << 3 | 2, length], contents].concat()
 }
 
-/// Creates a Service whose annotation is no UTF-8, which an API server takes in protobuf.
+/// Creates a Service with an annotation that is no UTF-8, which an API server accepts in protobuf.
 async fn create_strange(objects: &ApiObjects, name: &str) {
     let annotation = [field(1, b"note"), field(2, b"caf\xe9")].concat();
     let metadata = [field(1, name.as_bytes()), field(12, &annotation)].concat();

@@ -171,7 +171,7 @@ fn command(
     let mut cargo = machine.cargo();
     cargo.args(["test", "--workspace", "--no-fail-fast"]).args(&suite.select);
     cargo.envs(environment.iter().map(|(name, value)| (name, value)));
-    // A test's error says where it comes from; the frames below it fill logs whose middle is then cut.
+    // A test's error says where it comes from; the frames below it fill logs, and long logs are cut in the middle.
     cargo.env("RUST_LIB_BACKTRACE", "0");
     cargo.arg("--");
     if suite.root {

@@ -1,6 +1,6 @@
 //! The clients of one place: blocking sockets, a thread for each.
 //!
-//! In: what to do, and with whom. Out: how many requests were answered, how fast and how soon. A lone client stays on one
+//! In: what to do, and with which servers. Out: how many requests were answered, how fast and how soon. A lone client stays on one
 //! core, on which its servers are too: what a request takes all in all is then seen in the rate.
 //!
 //! Why not one of the known load generators: rounds are compared turn by turn, tens of milliseconds each, in namespaces
@@ -90,7 +90,7 @@ impl Crew {
     ) -> Result<T> {
         let (answer, result) = channel();
         let job: Job = Box::new(move || drop(answer.send(work())));
-        let lone = self.threads.first().context("a crew of nobody")?;
+        let lone = self.threads.first().context("a crew without threads")?;
         lone.send(job).ok().context("a client is gone")?;
         result.recv()?
     }
@@ -143,7 +143,7 @@ fn keep_on(core: usize) {
 
 /// One client's turn, after a warm-up of a tenth of the time.
 fn drive(traffic: Traffic, to: &[SocketAddr], slot: Duration) -> Result<Turn> {
-    let first = *to.first().context("nobody to ask")?;
+    let first = *to.first().context("no address to ask")?;
     let mut message = [0x57; MESSAGE];
     match traffic {
         Traffic::Connect => timed(to, slot, |to| {
@@ -190,7 +190,7 @@ fn timed(
         let begin = Instant::now();
         let mut last = begin;
         loop {
-            let taken = request(targets.next().context("nobody to ask")?)?;
+            let taken = request(targets.next().context("no address to ask")?)?;
             let now = Instant::now();
             let taken = taken.unwrap_or(now - last);
             turn.latencies.push(u32::try_from(taken.as_nanos()).unwrap_or(u32::MAX));

@@ -214,7 +214,7 @@ impl Route {
         }
     }
 
-    /// Whose endpoints answer.
+    /// The endpoints that answer.
     #[must_use]
     pub(super) fn endpoints(self) -> Endpoints {
         match self {
@@ -242,7 +242,7 @@ impl Route {
         self.from() != From::Outside && self != Self::Affinity
     }
 
-    /// Whether this load is measured on it. Unconnected sockets make a difference to those only who are led at the socket.
+    /// Whether this load is measured on it. Unconnected sockets make a difference only where the socket plane serves.
     #[must_use]
     pub(crate) fn takes(self, load: Load) -> bool {
         load.traffic != Traffic::Datagram || self == Self::PodSameNode

@@ -74,7 +74,7 @@ pub struct Series {
     pub route: Route,
     /// What was done.
     pub load: Load,
-    /// Whose topology; none for the one without a proxy.
+    /// The subject of the topology; none for the one without a proxy.
     pub subject: Option<Subject>,
     /// Which address clients asked for.
     pub way: Way,
@@ -206,7 +206,7 @@ impl Lane {
             }
         }
         process.settle(Deadline::after(PATIENCE))?;
-        // Connection tracking is there once somebody's rules want it.
+        // Connection tracking is there once rules need it.
         node.sysctl("net/netfilter/nf_conntrack_tcp_timeout_close", "1")?;
         // Looking at memory takes CPU time, too.
         process.stop_sampling();
@@ -227,11 +227,11 @@ impl Lane {
         let to: Vec<SocketAddr> = route.targets(load, way);
         let from = route.from();
         if load.traffic.is_flood() {
-            let to = *to.first().context("nobody to flood")?;
+            let to = *to.first().context("no address to flood")?;
             let flood = iperf::flood(self.topology.clients(from), load.traffic, to, slot)?;
             return Ok((flood.rate, flood.cpu_nanoseconds, Vec::new()));
         }
-        let crew = self.crews.get(&from).context("nobody is there")?;
+        let crew = self.crews.get(&from).context("no client is there")?;
         // Many clients are at the scheduler's mercy, which evens out only with time.
         let slot = if load.clients > 1 { slot * 4 } else { slot };
         let before = clock.map(CpuClock::now).transpose()?;
@@ -244,7 +244,7 @@ impl Lane {
     fn costs(&self, services: u32) -> Result<Vec<Cost>> {
         let serving = self.serving.borrow();
         let agent = serving.as_ref().context("the subject does not run")?.process.id();
-        let crew = self.crews.get(&From::Pod).context("nobody is there")?;
+        let crew = self.crews.get(&From::Pod).context("no client is there")?;
         let at = |way| {
             Family::ALL.map(|family| {
                 let load = Load::alone(Traffic::Connect, family == Family::V6);
@@ -288,8 +288,8 @@ fn case(
                 }
                 // The others go on; what was measured for hours would be lost.
                 Err(error) => {
-                    let who = lane.subject.map_or("no proxy", Subject::name);
-                    say(format_args!("{who} failed in {}/{load}: {error:#}", route.id()));
+                    let subject = lane.subject.map_or("no proxy", Subject::name);
+                    say(format_args!("{subject} failed in {}/{load}: {error:#}", route.id()));
                     series.failed = Some(format!("{error:#}"));
                 }
             }
@@ -301,7 +301,7 @@ fn case(
         .collect())
 }
 
-/// Who takes part in a case, and how.
+/// The subjects that take part in a case, and their ways.
 fn ways(services: u32, route: Route, load: Load, lanes: &[Lane]) -> Vec<(&Lane, Series, Vec<f64>)> {
     let both = lanes.iter().flat_map(|lane| [(lane, Way::Straight), (lane, Way::Service)]);
     let takes_part = |lane: &Lane, way: Way| match way {

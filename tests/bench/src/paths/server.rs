@@ -20,7 +20,7 @@ use super::{
 };
 use weir_tests::netns::Namespace;
 
-/// Threads that serve many clients: one for each, so that a kept connection keeps nobody waiting.
+/// Threads that serve many clients: one for each, so that a kept connection blocks no other client.
 pub(super) const WORKERS: usize = 16;
 
 /// Starts the servers of endpoints. The processes among them end when what is returned is dropped.

@@ -20,13 +20,13 @@ use weir::model::Family;
 use super::super::{cluster::ENDPOINTS, node::NODE_ADDRESSES, subject::Roots};
 use weir_tests::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace};
 
-/// What a lone client's server listens on, for those who come by the Service.
+/// The port of a lone client's server, for clients that come by the Service.
 pub(super) const LONE: u16 = 8080;
-/// What the server of many clients listens on, for those who come by the Service.
+/// The port of the server of many clients, for those that come by the Service.
 pub(super) const SHARED: u16 = 8081;
 /// What iperf3 listens on.
 pub(super) const BULK: u16 = 5201;
-/// So much higher is the port of those who come straight: a connection one way has nothing in common with one the other
+/// So much higher is the port of clients that come straight: a connection one way has nothing in common with one the other
 /// way, least of all an entry in connection tracking that would be its predecessor's.
 pub(super) const STRAIGHT: u16 = 10;
 

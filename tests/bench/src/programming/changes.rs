@@ -58,7 +58,7 @@ impl Programming<'_> {
         measured
     }
 
-    /// So many changes of each kind, or as many as there is time for. Each may take as long as all: who is slow has a figure
+    /// So many changes of each kind, or as many as there is time for. Each may take as long as all: a slow subject has a figure
     /// then, and not only a bound.
     fn series(&self, trial: &mut Trial<'_>, count: u32, quiet: bool, into: &mut Vec<Change>) -> Result<()> {
         let end = self.deadline();
@@ -71,7 +71,7 @@ impl Programming<'_> {
         Ok(())
     }
 
-    /// One change of each kind to a Service that nobody had before.
+    /// One change of each kind to a new Service.
     fn changes(&self, trial: &mut Trial<'_>, quiet: bool, into: &mut Vec<Change>) -> Result<()> {
         let service = self.fresh();
         let made = Kind::ALL.into_iter().try_for_each(|kind| {

@@ -153,7 +153,7 @@ impl Programming<'_> {
         Deadline::after(self.plan.bound)
     }
 
-    /// A Service that nobody had before.
+    /// A new Service.
     fn fresh(&self) -> Numbered {
         let used = self.used.get();
         self.used.set(used + 1);

@@ -270,7 +270,7 @@ impl Programming<'_> {
         Ok(met?.saturating_duration_since(begin))
     }
 
-    /// A Service that many clients have been to, each of whom stays with its endpoint.
+    /// A Service that many clients have called; each stays with its endpoint.
     fn sticky(&self, trial: &mut Trial<'_>) -> Result<Sticky> {
         let service = self.fresh();
         let endpoints = service.endpoints();

@@ -64,7 +64,7 @@ impl Programming<'_> {
         Ok(())
     }
 
-    /// Kills it, lets a Service come and starts it again, while somebody keeps connecting to another.
+    /// Kills it, lets a Service come and starts it again, while a client keeps connecting to another Service.
     pub(super) fn restart(&self, trial: &mut Trial<'_>) -> Result<()> {
         let existing = trial.workload.services().next().context("a workload of nothing")?.cluster_ip();
         let stop = Arc::new(AtomicBool::new(false));

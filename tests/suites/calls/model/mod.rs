@@ -140,7 +140,7 @@ struct Waiting {
     perhaps: bool,
     /// As [`Socket::peers`] of the one that asked, when it came.
     peers: u32,
-    /// Whether its socket is connected to a backend that is gone, from whose address it comes.
+    /// Whether its socket is connected to a removed backend, and it comes from that backend's address.
     moved: bool,
 }
 

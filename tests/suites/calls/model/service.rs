@@ -1,6 +1,6 @@
 //! What is known of a Service.
 //!
-//! In: how it changes. Out: what new flows get, what the ones that are there keep, and whom it remembers.
+//! In: how it changes. Out: what new flows get, what existing flows keep, and the clients that it remembers.
 
 use crate::suites::calls::{
     sequence::{Change, Shape},
