@@ -4,10 +4,9 @@
 //! data on the same port, and given a sibling on the same data. Everything is killed and removed on drop.
 
 use std::{
-    fs::File,
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
-    process::{Child, Command},
+    process::Command,
     sync::{Arc, PoisonError},
     time::{Duration, Instant},
 };
@@ -19,18 +18,15 @@ use kube::{
     api::PostParams,
     config::{KubeConfigOptions, Kubeconfig},
 };
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
     assets,
-    child_guard::{ChildGuard, end, tail},
     node::SERVICE_CIDRS,
     objects::NAMESPACE,
+    process::{ChildGuard, Process, tail},
 };
 
 /// How long programs may take to start on a busy machine.
@@ -38,20 +34,22 @@ const START: Duration = Duration::from_secs(120);
 
 /// A running kube-apiserver.
 pub struct ApiServer {
+    /// Before the store, which it uses.
+    process: Option<Process>,
     store: Arc<Store>,
     address: IpAddr,
     port: u16,
     options: Vec<String>,
-    process: Option<Child>,
 }
 
 /// What API servers on the same data share.
 struct Store {
-    directory: TempDir,
+    etcd: std::sync::Mutex<Process>,
     guard: ChildGuard,
-    etcd: std::sync::Mutex<Child>,
     etcd_port: u16,
     etcd_arguments: Vec<String>,
+    /// Last: etcd writes into it.
+    directory: TempDir,
 }
 
 impl ApiServer {
@@ -177,9 +175,7 @@ impl ApiServer {
 
     /// Kills it as a power failure would.
     pub fn stop(&mut self) {
-        if let Some(mut process) = self.process.take() {
-            end(&mut process);
-        }
+        self.process = None;
     }
 
     /// Has it do nothing more, or go on. The kernel acknowledges what it is sent meanwhile, as a load balancer does for a server
@@ -190,8 +186,7 @@ impl ApiServer {
     /// When it does not run.
     pub fn freeze(&self, frozen: bool) -> Result<()> {
         let process = self.process.as_ref().context("the API server does not run")?;
-        let signal = if frozen { Signal::SIGSTOP } else { Signal::SIGCONT };
-        Ok(kill(Pid::from_raw(process.id().try_into()?), signal)?)
+        process.signal(if frozen { Signal::SIGSTOP } else { Signal::SIGCONT })
     }
 
     /// Starts it again, with the same data on the same port, and waits until it is ready.
@@ -233,7 +228,7 @@ impl ApiServer {
                 Ok(()) => return Ok(()),
                 Err(error) => error,
             };
-            let exited = self.process.as_mut().and_then(|process| process.try_wait().ok().flatten());
+            let exited = self.process.as_mut().and_then(|process| process.status().ok().flatten());
             if exited.is_some() || Instant::now() > deadline {
                 bail!("kube-apiserver does not become ready ({exited:?}): {error:#}\n{}", tail(log));
             }
@@ -308,12 +303,6 @@ impl ApiServer {
     }
 }
 
-impl Drop for ApiServer {
-    fn drop(&mut self) {
-        self.stop();
-    }
-}
-
 impl Store {
     fn start() -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("weir-apiserver-").tempdir()?;
@@ -341,7 +330,7 @@ impl Store {
 
     fn restart_etcd(&self) -> Result<()> {
         let mut etcd = self.etcd.lock().unwrap_or_else(PoisonError::into_inner);
-        end(&mut etcd);
+        etcd.kill();
         *etcd = spawn(&self.guard, "etcd", &self.etcd_arguments, &self.path("etcd.log"))?;
         Ok(())
     }
@@ -372,14 +361,6 @@ impl Store {
     }
 }
 
-impl Drop for Store {
-    fn drop(&mut self) {
-        if let Ok(etcd) = self.etcd.get_mut() {
-            end(etcd);
-        }
-    }
-}
-
 /// Writes a file that another process may be reading.
 fn put(path: &Path, text: &str) -> Result<()> {
     let draft = path.with_extension("draft");
@@ -387,12 +368,8 @@ fn put(path: &Path, text: &str) -> Result<()> {
     Ok(std::fs::rename(draft, path)?)
 }
 
-fn spawn(guard: &ChildGuard, program: &str, arguments: &[String], log: &Path) -> Result<Child> {
-    let log = File::options().create(true).append(true).open(log)?;
-    let errors = log.try_clone()?;
-    guard.spawn(&assets::kubernetes(program)?, |command| {
-        command.args(arguments).stdout(log).stderr(errors);
-    })
+fn spawn(guard: &ChildGuard, program: &str, arguments: &[String], log: &Path) -> Result<Process> {
+    guard.launch(&assets::kubernetes(program)?, log, |command| drop(command.args(arguments)))
 }
 
 fn free_port(address: IpAddr) -> Result<u16> {

@@ -5,8 +5,7 @@
 use std::{
     io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
-    path::{Path, PathBuf},
-    process::Child,
+    path::Path,
     time::Duration,
 };
 
@@ -18,8 +17,8 @@ use hickory_proto::{
 
 use crate::{
     assets,
-    child_guard::{end, tail},
     netns::Namespace,
+    process::{Process, tail},
     wait::DEADLINE,
     wait::await_that,
 };
@@ -200,7 +199,7 @@ pub fn libc_resolves(namespace: &Namespace, server: IpAddr, name: &str) -> Resul
 /// A running CoreDNS. Dropping it kills it.
 #[derive(Debug)]
 pub struct CoreDns {
-    process: Child,
+    process: Process,
     directory: tempfile::TempDir,
 }
 
@@ -218,10 +217,9 @@ impl CoreDns {
         let directory = tempfile::Builder::new().prefix("weir-coredns-").tempdir()?;
         let corefile = directory.path().join("Corefile");
         std::fs::write(&corefile, format!(".:53 {{\n{block}\n}}\n"))?;
-        let log = std::fs::File::create(directory.path().join("log"))?;
-        let errors = log.try_clone()?;
-        let process = namespace.spawn(&assets::kubernetes("coredns")?, |command| {
-            command.arg("-conf").arg(&corefile).stdout(log).stderr(errors);
+        let log = directory.path().join("log");
+        let process = namespace.launch(&assets::kubernetes("coredns")?, &log, |command| {
+            command.arg("-conf").arg(&corefile);
         })?;
         let started = Self { process, directory };
         // It writes its version once its sockets are there.
@@ -232,7 +230,7 @@ impl CoreDns {
     /// What it wrote last.
     #[must_use]
     pub fn log(&self) -> String {
-        tail(&self.directory.path().join("log"))
+        tail(self.process.log_file())
     }
 
     /// Where its files are.
@@ -242,74 +240,42 @@ impl CoreDns {
     }
 }
 
-impl Drop for CoreDns {
-    fn drop(&mut self) {
-        end(&mut self.process);
-    }
+/// Starts a weir that answers names on a node in a namespace, with these arguments besides `run --dns`; it logs to a file in
+/// `directory`.
+///
+/// # Errors
+///
+/// When there is no weir.
+pub fn start_weir(namespace: &Namespace, directory: &Path, arguments: &[String]) -> Result<Process> {
+    launch(namespace, &assets::weir()?, directory, arguments, |_| {})
 }
 
-/// A running weir that answers names on a node. Dropping it kills it as SIGKILL does.
-#[derive(Debug)]
-pub struct Answering {
-    process: Child,
-    /// Its log.
-    pub log: PathBuf,
+/// The same in a mount namespace of its own, in which a script runs first.
+///
+/// # Errors
+///
+/// When there is no weir or no `unshare`.
+pub fn start_weir_behind(
+    script: &str,
+    namespace: &Namespace,
+    directory: &Path,
+    arguments: &[String],
+) -> Result<Process> {
+    let script = format!("{script}; exec {} \"$@\"", assets::weir()?.display());
+    launch(namespace, Path::new("unshare"), directory, arguments, |command| {
+        command.args(["--mount", "sh", "-ec", &script, "sh"]);
+    })
 }
 
-impl Answering {
-    /// Starts it in a namespace with these arguments besides `run --dns`; it logs to a file in `directory`.
-    ///
-    /// # Errors
-    ///
-    /// When there is no weir.
-    pub fn start(namespace: &Namespace, directory: &Path, arguments: &[String]) -> Result<Self> {
-        Self::spawn(namespace, &assets::weir()?, directory, arguments, |_| {})
-    }
-
-    /// The same in a mount namespace of its own, in which a script runs first.
-    ///
-    /// # Errors
-    ///
-    /// When there is no weir or no `unshare`.
-    pub fn start_behind(
-        script: &str,
-        namespace: &Namespace,
-        directory: &Path,
-        arguments: &[String],
-    ) -> Result<Self> {
-        let weir = assets::weir()?;
-        let script = format!("{script}; exec {} \"$@\"", weir.display());
-        Self::spawn(namespace, Path::new("unshare"), directory, arguments, |command| {
-            command.args(["--mount", "sh", "-ec", &script, "sh"]);
-        })
-    }
-
-    fn spawn(
-        namespace: &Namespace,
-        program: &Path,
-        directory: &Path,
-        arguments: &[String],
-        first: impl FnOnce(&mut std::process::Command),
-    ) -> Result<Self> {
-        let log = directory.join("weir.log");
-        let file = std::fs::File::options().create(true).append(true).open(&log)?;
-        let errors = file.try_clone()?;
-        let process = namespace.spawn(program, |command| {
-            first(command);
-            command.args(["run", "--dns"]).args(arguments).stdout(file).stderr(errors);
-        })?;
-        Ok(Self { process, log })
-    }
-
-    /// Its process id.
-    #[must_use]
-    pub fn id(&self) -> u32 {
-        self.process.id()
-    }
-}
-
-impl Drop for Answering {
-    fn drop(&mut self) {
-        end(&mut self.process);
-    }
+fn launch(
+    namespace: &Namespace,
+    program: &Path,
+    directory: &Path,
+    arguments: &[String],
+    first: impl FnOnce(&mut std::process::Command),
+) -> Result<Process> {
+    namespace.launch(program, &directory.join("weir.log"), |command| {
+        first(command);
+        command.args(["run", "--dns"]).args(arguments);
+    })
 }

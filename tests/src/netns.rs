@@ -19,7 +19,10 @@ use nix::{
     sched::{CloneFlags, setns, unshare},
 };
 
-use crate::{cgroup::Cgroup, child_guard::ChildGuard};
+use crate::{
+    cgroup::Cgroup,
+    process::{ChildGuard, Process},
+};
 
 /// Where `ip netns` looks for names.
 const NAMES: &str = "/run/netns";
@@ -182,6 +185,15 @@ impl Namespace {
     /// When the program cannot be started.
     pub fn spawn(&self, program: &Path, prepare: impl FnOnce(&mut Command)) -> Result<Child> {
         self.guard.spawn(program, prepare)
+    }
+
+    /// [`Namespace::spawn`] with everything that the program writes added to the file `log`.
+    ///
+    /// # Errors
+    ///
+    /// When the program cannot be started.
+    pub fn launch(&self, program: &Path, log: &Path, prepare: impl FnOnce(&mut Command)) -> Result<Process> {
+        self.guard.launch(program, log, prepare)
     }
 
     /// Runs a program inside the namespace to its end.

@@ -21,7 +21,7 @@ use std::{
 use anyhow::Result;
 use weir::model::Family;
 
-use crate::{bpffs::BpfFs, cgroup::Cgroup, child_guard::end, netns::Namespace};
+use crate::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace, process::end};
 
 /// How many addresses the outside client may use as source.
 pub const OUTSIDE_CLIENTS: u8 = 16;

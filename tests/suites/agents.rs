@@ -6,24 +6,20 @@ use std::{
     net::{Ipv4Addr, SocketAddr, TcpStream},
     os::{fd::AsFd as _, unix::fs::PermissionsExt as _},
     path::{Path, PathBuf},
-    process::Child,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use aya::{EbpfLoader, programs::CgroupSockAddr};
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use nix::sys::signal::Signal;
 use weir::dataplane::ebpf::PROGRAMS;
 use weir::sys::bpf;
 use weir_tests::{
     assets,
     bpffs::BpfFs,
     cgroup::Cgroup,
-    child_guard::end,
     netns::Namespace,
+    process::Process,
     subject::{Kind, Plane},
     wait::await_that,
 };
@@ -123,9 +119,6 @@ endpoints: [{{addresses: [10.244.1.11], conditions: {{ready: true}}}}]
         port: u16,
         bpf_root: &Path,
     ) -> Result<Agent> {
-        let log = self.path(name);
-        let output = File::create(&log)?;
-        let errors = output.try_clone()?;
         let config = self.configure(name, port, "")?;
         let mut words: Vec<String> = before.iter().map(|word| (*word).to_owned()).collect();
         words.extend([
@@ -138,10 +131,10 @@ endpoints: [{{addresses: [10.244.1.11], conditions: {{ready: true}}}}]
             format!("--cgroup-root={}", self.pods.display()),
             format!("--bpf-root={}", bpf_root.display()),
         ]);
-        let child = self.namespace.spawn(Path::new(&words[0]), |command| {
-            command.args(&words[1..]).stdout(output).stderr(errors);
+        let process = self.namespace.launch(Path::new(&words[0]), &self.path(name), |command| {
+            command.args(&words[1..]);
         })?;
-        Ok(Agent { child, log, port })
+        Ok(Agent { process, port })
     }
 
     fn get(&self, port: u16, path: &str) -> Result<String> {
@@ -185,20 +178,13 @@ impl Drop for Node {
 }
 
 struct Agent {
-    child: Child,
-    log: PathBuf,
+    process: Process,
     port: u16,
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        end(&mut self.child);
-    }
 }
 
 impl Agent {
     fn log(&self) -> String {
-        fs::read_to_string(&self.log).unwrap_or_default()
+        self.process.log()
     }
 
     fn says(&self, text: &str) -> usize {
@@ -206,7 +192,7 @@ impl Agent {
     }
 
     fn signal(&self, signal: Signal) -> Result<()> {
-        Ok(kill(Pid::from_raw(self.child.id().try_into()?), signal)?)
+        self.process.signal(signal)
     }
 }
 
@@ -218,7 +204,7 @@ fn a_second_agent_waits(plane: Plane) -> Result<()> {
     await_that("the first agent serves", || node.health(&first) == Some(200));
     let second = node.start("second.log", plane, 21256)?;
     await_that("the second agent says that it waits", || second.says(WAITS) == 1);
-    ensure!(second.says(&format!("process={}", first.child.id())) == 1, "{}", second.log());
+    ensure!(second.says(&format!("process={}", first.process.id())) == 1, "{}", second.log());
     await_that("the second agent is not ready", || node.health(&second) == Some(503));
     // Only the first does anything.
     node.publish("more", 11)?;
@@ -252,7 +238,8 @@ fn an_agent_that_starts_anew_with_another_configuration_stays_the_only_one() -> 
     await_that("the second agent waits", || second.says(WAITS) == 1);
     for round in 1..=3 {
         for agent in [&first, &second] {
-            let name = agent.log.file_name().and_then(|name| name.to_str()).context("no name")?;
+            let name =
+                agent.process.log_file().file_name().and_then(|name| name.to_str()).context("no name")?;
             node.configure(name, agent.port, &format!("clusterCIDR: 10.24{round}.0.0/16\n"))?;
         }
         await_that("the first agent starts anew", || first.says("restarting with it") == round);
@@ -270,18 +257,14 @@ fn a_process_without_rights_cannot_keep_the_agent_from_serving() -> Result<()> {
     let node = Node::new("rogue")?;
     let script = "use Socket; $| = 1; socket(S, AF_UNIX, SOCK_STREAM, 0) or die;
         bind(S, pack('S a*', AF_UNIX, qq(\\0weir-agent))) or die; listen(S, 5) or die; print qq(bound\\n); sleep 600";
-    let log = node.path("rogue.log");
-    let output = File::create(&log)?;
-    let mut rogue = node.namespace.spawn(Path::new("setpriv"), |command| {
-        command
-            .args(["--reuid=65534", "--regid=65534", "--clear-groups", "perl", "-e", script])
-            .stdout(output);
+    let rogue = node.namespace.launch(Path::new("setpriv"), &node.path("rogue.log"), |command| {
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "perl", "-e", script]);
     })?;
-    await_that("the name is taken", || fs::read_to_string(&log).is_ok_and(|log| log.contains("bound")));
+    await_that("the name is taken", || rogue.log().contains("bound"));
     let agent = node.start("agent.log", Plane::Nftables, 20256)?;
     await_that("the agent serves", || node.health(&agent) == Some(200));
     ensure!(agent.says("weir runs without the lock") == 1, "{}", agent.log());
-    end(&mut rogue);
+    drop(rogue);
     Ok(())
 }
 
@@ -322,7 +305,7 @@ fn a_program_that_suffers_no_other_is_named_and_packets_serve() -> Result<()> {
     let start = |name, mode, port| node.start_by(&[], &assets::weir()?, name, mode, port, &node.bpf_root()?);
     let mut strict = start("strict.log", "ebpf", 20256)?;
     await_that("an agent that may use nothing else ends", || {
-        strict.child.try_wait().is_ok_and(|ended| ended.is_some_and(|status| !status.success()))
+        strict.process.status().is_ok_and(|ended| ended.is_some_and(|status| !status.success()))
     });
     ensure!(strict.says(&told) == 1, "{}", strict.log());
     let agent = start("auto.log", "auto", 21256)?;

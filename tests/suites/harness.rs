@@ -15,8 +15,8 @@ use anyhow::Result;
 use weir_tests::{
     bpffs::{BpfFs, unpin_all},
     cgroup::{self, Cgroup},
-    child_guard::end,
     node::{Location, Topology},
+    process::end,
     wait::await_that,
 };
 

@@ -1,14 +1,13 @@
 //! The packet cases on weir's data planes, and what the agent carries itself.
 
 use std::{
-    fs::{self, File},
+    fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
 use anyhow::Result;
 use weir_tests::{
     assets,
-    child_guard::end,
     netns::Namespace,
     runner::run_cases,
     subject::{Kind, Plane},
@@ -52,10 +51,9 @@ fn node_ports_on_loopback_addresses_are_relayed_but_where_a_process_has_the_port
     let configuration = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n\
                          mode: nftables\nnodePortAddresses: [localhost]\n";
     fs::write(at("config.conf"), configuration)?;
-    let log = File::create(at("log"))?;
-    let mut agent = machine.spawn(&assets::weir()?, |command| {
+    let _agent = machine.launch(&assets::weir()?, &at("log"), |command| {
         command.arg("run").arg(format!("--config={}", at("config.conf").display()));
-        command.arg(format!("--source=manifests:{}", at("manifests").display())).stderr(log);
+        command.arg(format!("--source=manifests:{}", at("manifests").display()));
     })?;
     let ask = |address: IpAddr, port, transport| {
         let call = Call { from: address, to: SocketAddr::new(address, port), transport, patience: PATIENCE };
@@ -93,7 +91,6 @@ fn node_ports_on_loopback_addresses_are_relayed_but_where_a_process_has_the_port
     assert_eq!(ask(pod[0], 30_080, Transport::Tcp), Outcome::Refused);
     fs::write(at("manifests/web.yaml"), "")?;
     await_that("a NodePort that is gone is refused", || ask(v6, 30_080, Transport::Udp) == Outcome::Refused);
-    end(&mut agent);
     Ok(())
 }
 

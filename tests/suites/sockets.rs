@@ -554,7 +554,7 @@ fn namespaces_without_a_name_are_found_by_their_processes_and_come_and_go() {
         sockets.take_in(in_force(true, []));
         host.namespace.run(|| sockets.sweep()) == Taken { moved: 1, ..Taken::default() }
     });
-    weir_tests::child_guard::end(&mut process);
+    weir_tests::process::end(&mut process);
     drop(client);
     drop(pod);
     sockets.take_in(in_force(true, []));

@@ -3,11 +3,10 @@
 
 use std::{
     ffi::OsString,
-    fs::{self, File},
+    fs,
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
-    process::Child,
     time::Duration,
 };
 
@@ -16,11 +15,11 @@ use serde_json::json;
 use weir::model::{Family, Object};
 use weir_tests::{
     assets,
-    child_guard::end,
     control_plane::ControlPlane,
     netns::Namespace,
     node::{CLUSTER_CIDRS, Location, Topology, node_address, node_name},
     objects::{Addresses, node, pod, service},
+    process::Process,
     runner::serve,
     subject::Plane,
     traffic::{Call, Load, Outcome, SERVER_PORTS, Transport, ask, await_answers, every_way},
@@ -95,14 +94,6 @@ impl Mode {
     }
 }
 
-struct Agent(Child);
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        end(&mut self.0);
-    }
-}
-
 struct Cluster<'a> {
     topology: &'a Topology,
     plane: ControlPlane<'a>,
@@ -148,32 +139,29 @@ impl<'a> Cluster<'a> {
         self.topology.at(Location::Host(node))
     }
 
-    fn start(&self, node: u8, program: &Path, words: &[String]) -> Result<Agent> {
-        let log = File::options().create(true).append(true).open(self.log(node))?;
-        let errors = log.try_clone()?;
+    fn start(&self, node: u8, program: &Path, words: &[String]) -> Result<Process> {
         let config = format!("--config={}", self.directory.path().join("config.conf").display());
         let name = format!("--hostname-override={}", node_name(node));
         let mut path = OsString::from(self.directory.path().join("legacy"));
         path.push(":");
         path.push(std::env::var_os("PATH").unwrap_or_default());
-        let child = self.host(node).spawn(program, |command| {
-            command.args(words).args([config, name]).env("PATH", path).stdout(log).stderr(errors);
-        })?;
-        Ok(Agent(child))
+        self.host(node).launch(program, &self.log(node), |command| {
+            command.args(words).args([config, name]).env("PATH", path);
+        })
     }
 
     fn listing(&self, node: u8) -> String {
         self.mode.listing(self.host(node))
     }
 
-    fn start_kube_proxy(&self, node: u8) -> Result<Agent> {
+    fn start_kube_proxy(&self, node: u8) -> Result<Process> {
         let agent = self.start(node, &assets::kubernetes("kube-proxy")?, &["--v=2".to_owned()])?;
         await_within(LONG, "kube-proxy has programmed the node", || self.mode.serves(&self.listing(node)));
         Ok(agent)
     }
 
     /// Starts weir, and returns when it serves; with `take_over`, when it has removed what kube-proxy left.
-    fn start_weir(&self, node: u8, plane: Plane, take_over: bool) -> Result<Agent> {
+    fn start_weir(&self, node: u8, plane: Plane, take_over: bool) -> Result<Process> {
         let mode = match plane {
             Plane::Nftables => "nftables",
             Plane::Ebpf => "ebpf",

@@ -28,7 +28,7 @@ use weir_tests::{
     objects::NAMESPACE,
 };
 
-use super::{process::Process, report::say};
+use super::{metered::Metered, report::say};
 
 /// Services with a ClusterIP, and headless ones, that are asked for.
 const SERVICES: u8 = 200;
@@ -75,7 +75,7 @@ pub struct Seen {
 struct Server {
     name: &'static str,
     address: IpAddr,
-    process: Process,
+    process: Metered,
 }
 
 /// Measures both servers in turn.
@@ -168,7 +168,7 @@ fn start(namespace: &Namespace, cluster: &ControlPlane<'_>, directory: &Path) ->
             .into();
     weir.push(format!("--kubeconfig={}", kubeconfig.display()));
     let launch = |name, program: &Path, arguments: &[String], address: &str| -> Result<Server> {
-        let process = Process::start(namespace, program, arguments, directory)?;
+        let process = Metered::start(namespace, program, arguments, directory)?;
         Ok(Server { name, address: address.parse()?, process })
     };
     let mut servers = [

@@ -12,7 +12,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::{
     cluster::{CLUSTER_CIDRS, NODE},
-    process::Process,
+    metered::Metered,
     text::kept,
 };
 use weir_tests::{assets, netns::Namespace, subject::Plane};
@@ -172,7 +172,7 @@ impl Subject {
         node: &Namespace,
         roots: &Roots,
         directory: &Path,
-    ) -> Result<Process> {
+    ) -> Result<Metered> {
         let config = directory.join("config.yaml");
         fs::write(&config, configuration(self.mode(), kubeconfig))?;
         let mut arguments =
@@ -189,7 +189,7 @@ impl Subject {
             Some(Plane::Nftables) => arguments.push("--proxy-mode=nftables".to_owned()),
             None => {}
         }
-        Process::start(node, &self.program()?, &arguments, directory)
+        Metered::start(node, &self.program()?, &arguments, directory)
     }
 }
 

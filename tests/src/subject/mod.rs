@@ -6,7 +6,6 @@ use std::{
     collections::BTreeMap,
     net::SocketAddr,
     path::PathBuf,
-    process::Child,
     sync::{Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -18,12 +17,12 @@ use weir::model::{Family, Object};
 use crate::{
     assets,
     bpffs::unpin_all,
-    child_guard::{end, tail},
     control_plane::ControlPlane,
     node::{Location, Topology, node_address, node_name},
     objects::{
         self, Addresses, Endpoint, PORT, Shape, Slice, TARGET, node, pod, service, service_cidr, slice,
     },
+    process::{Process, tail},
     traffic::{Call, Outcome, PATIENCE, Transport, ask},
 };
 
@@ -102,7 +101,7 @@ pub struct Subject<'a> {
 struct State<'a> {
     store: Store<'a>,
     settings: Settings,
-    agents: [Option<Child>; 2],
+    agents: [Option<Process>; 2],
     /// What each name was last published as.
     published: BTreeMap<String, Vec<Object>>,
     markers: u16,
@@ -248,8 +247,6 @@ impl<'a> Subject<'a> {
         let kubeconfig = state.store.kubeconfig()?;
         let config = self.directory.path().join(format!("config-{node}.yaml"));
         std::fs::write(&config, state.settings.configuration(self.kind, kubeconfig.as_deref()))?;
-        let log = std::fs::File::options().create(true).append(true).open(self.log(node))?;
-        let errors = log.try_clone()?;
         let mut args = match self.kind {
             Kind::Weir(_) => vec![
                 "run".to_owned(),
@@ -265,10 +262,10 @@ impl<'a> Subject<'a> {
         if let Some(directory) = state.store.directory() {
             args.push(format!("--source=manifests:{}", directory.display()));
         }
-        let child = self.topology.at(Location::Host(node)).spawn(&self.kind.program()?, |command| {
-            command.args(args).stdout(log).stderr(errors);
-        })?;
-        state.agents[usize::from(node) - 1] = Some(child);
+        let host = self.topology.at(Location::Host(node));
+        let agent =
+            host.launch(&self.kind.program()?, &self.log(node), |command| drop(command.args(args)))?;
+        state.agents[usize::from(node) - 1] = Some(agent);
         Ok(())
     }
 
@@ -280,12 +277,7 @@ impl<'a> Subject<'a> {
     pub fn kill_agent(&self, node: u8) -> Result<()> {
         let agent = self.state().agents[usize::from(node) - 1].take();
         let mut agent = agent.with_context(|| format!("no agent runs on node {node}"))?;
-        if let Some(status) = agent.try_wait()? {
-            bail!("the agent of node {node} died before it was killed: {status}\n{}", tail(&self.log(node)));
-        }
-        agent.kill()?;
-        agent.wait()?;
-        Ok(())
+        agent.check().with_context(|| format!("the agent of node {node} died before it was killed"))
     }
 
     /// Kills the API server as a power failure would; its data stays. Until it is back, nothing can be published.
@@ -443,12 +435,10 @@ impl<'a> Subject<'a> {
     }
 
     fn still_runs(&self, node: u8) -> Result<()> {
-        if let Some(agent) = &mut self.state().agents[usize::from(node) - 1]
-            && let Some(status) = agent.try_wait()?
-        {
-            bail!("the agent of node {node} died: {status}\n{}", tail(&self.log(node)));
+        match &mut self.state().agents[usize::from(node) - 1] {
+            Some(agent) => agent.check().with_context(|| format!("the agent of node {node} died")),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     fn state(&self) -> MutexGuard<'_, State<'a>> {
@@ -474,8 +464,7 @@ fn marker(port: u16, target: u16) -> Shape {
 
 impl Drop for Subject<'_> {
     fn drop(&mut self) {
-        for agent in self.state().agents.iter_mut().flatten() {
-            end(agent);
-        }
+        // Before the API server, which they would miss.
+        self.state().agents = [None, None];
     }
 }

@@ -34,9 +34,9 @@ pub(crate) const DNS: [&str; 2] = ["10.96.0.10", "fd00:10:96::a"];
 
 /// The node and what is on it.
 pub(crate) struct Fixture {
-    agent: Option<Child>,
+    agent: Option<Process>,
     /// Another agent that was started beside it.
-    other: Option<Child>,
+    other: Option<Process>,
     /// The agents are in the mount namespace of this process.
     mounts: Child,
     loads: Vec<(Service, Family, Load)>,
@@ -151,20 +151,17 @@ impl Fixture {
         self.directory.path().join("agent.log")
     }
 
-    fn spawn(&self, arguments: &[String], log: &Path) -> Result<Child> {
-        let log = fs::File::options().create(true).append(true).open(log)?;
-        let errors = log.try_clone()?;
+    fn spawn(&self, arguments: &[String], log: &Path) -> Result<Process> {
         let weir = assets::weir()?;
-        let child = self.topology.at(Location::Host(1)).spawn(Path::new("nsenter"), |command| {
+        let agent = self.topology.at(Location::Host(1)).launch(Path::new("nsenter"), log, |command| {
             command.arg(format!("--mount=/proc/{}/ns/mnt", self.mounts.id())).arg("--");
             // What containers have: a soft limit that an agent has to raise for itself.
             command.args(["prlimit", "--nofile=1024:", "--"]);
             command.arg(&weir).args(arguments);
             self.clock.preload(command);
-            command.stdout(log).stderr(errors);
         })?;
-        self.memory.hold(child.id())?;
-        Ok(child)
+        self.memory.hold(agent.id())?;
+        Ok(agent)
     }
 
     fn arguments(&self) -> Result<Vec<String>> {
@@ -202,9 +199,7 @@ impl Fixture {
         if !first {
             std::mem::swap(&mut self.agent, &mut self.other);
         }
-        if let Some(mut agent) = self.agent.take() {
-            end(&mut agent);
-        }
+        self.agent = None;
         self.agent = self.other.take();
         ensure!(self.agent.is_some(), "there was no other agent");
         Ok(())
@@ -215,16 +210,14 @@ impl Fixture {
         if Instant::now() > self.may_end_until {
             self.alive()?;
         }
-        if let Some(mut agent) = self.agent.take() {
-            end(&mut agent);
-        }
+        self.agent = None;
         Ok(())
     }
 
     /// Starts the agent again if something has ended it, as a kubelet does. Whether it had ended.
     pub(crate) fn restart_if_dead(&mut self) -> Result<bool> {
         let dead = match &mut self.agent {
-            Some(agent) => agent.try_wait()?.is_some(),
+            Some(agent) => agent.status()?.is_some(),
             None => true,
         };
         if dead {
@@ -237,7 +230,7 @@ impl Fixture {
     /// Fails when the agent has ended by itself.
     pub(crate) fn alive(&mut self) -> Result<()> {
         if let Some(agent) = &mut self.agent
-            && let Some(status) = agent.try_wait()?
+            && let Some(status) = agent.status()?
         {
             bail!("the agent ended by itself: {status}");
         }
@@ -292,9 +285,7 @@ impl Fixture {
 
 impl Drop for Fixture {
     fn drop(&mut self) {
-        for child in self.agent.iter_mut().chain(&mut self.other) {
-            end(child);
-        }
+        (self.agent, self.other) = (None, None);
         end(&mut self.mounts);
         for (_, _, load) in self.loads.drain(..) {
             // Its threads are in the topology's groups.

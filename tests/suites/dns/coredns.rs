@@ -234,7 +234,7 @@ fn what_coredns_says_weir_says_and_goes_on_saying_without_an_api_server() -> Res
     let fixture = Fixture::new(&topology, Plane::Nftables)?;
     let coredns = fixture.coredns(&kubeadm(&kubeconfig))?;
     let arguments = [fixture.arguments()?, vec![format!("--kubeconfig={}", kubeconfig.display())]].concat();
-    let start = || Answering::start(topology.at(Location::Host(1)), fixture.directory.path(), &arguments);
+    let start = || names::start_weir(topology.at(Location::Host(1)), fixture.directory.path(), &arguments);
     let weir = start()?;
     let client = topology.at(CLIENT);
     let theirs = pod_address(Family::V4, 2, 1);

@@ -20,8 +20,9 @@ use hickory_proto::rr::RecordType;
 use tempfile::TempDir;
 use weir::model::Family;
 use weir_tests::{
-    names::{Answering, Asker, CoreDns, Said, query},
+    names::{self, Asker, CoreDns, Said, query},
     node::{CLUSTER_CIDRS, Location, Topology, node_name, pod_address},
+    process::{Process, tail},
     subject::Plane,
     wait::await_that,
 };
@@ -165,10 +166,10 @@ impl<'a> Fixture<'a> {
     }
 
     /// Starts weir, and waits for nothing.
-    fn weir(&self) -> Result<Answering> {
+    fn weir(&self) -> Result<Process> {
         let source = format!("--source=manifests:{}", self.directory.path().join("manifests").display());
         let arguments = [self.arguments()?, vec![source]].concat();
-        Answering::start(self.topology.at(Location::Host(1)), self.directory.path(), &arguments)
+        names::start_weir(self.topology.at(Location::Host(1)), self.directory.path(), &arguments)
     }
 
     fn coredns(&self, block: &str) -> Result<CoreDns> {
@@ -184,7 +185,7 @@ impl<'a> Fixture<'a> {
     }
 
     fn say_log(&self) -> String {
-        weir_tests::child_guard::tail(&self.log())
+        tail(&self.log())
     }
 
     fn asker(&self, location: Location, family: Family, connected: bool) -> Asker {
@@ -224,6 +225,6 @@ impl<'a> Fixture<'a> {
     }
 
     fn ask(&self, name: &str, kind: RecordType) -> Said {
-        weir_tests::names::ask(self.topology.at(CLIENT), dns_ip(Family::V4), name, kind).unwrap()
+        names::ask(self.topology.at(CLIENT), dns_ip(Family::V4), name, kind).unwrap()
     }
 }

@@ -135,7 +135,7 @@ fn a_weir_that_may_not_make_its_device_says_what_to_do_about_it() -> Result<()> 
     // The kernel opens no device of such a file system.
     let script = "mount -t tmpfs -o nodev none /dev/net; mknod /dev/net/tun c 10 200";
     let arguments = [fixture.arguments()?, vec![source]].concat();
-    let _weir = Answering::start_behind(
+    let _weir = names::start_weir_behind(
         script,
         topology.at(Location::Host(1)),
         fixture.directory.path(),

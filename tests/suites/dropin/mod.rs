@@ -3,30 +3,27 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::{self, File},
+    fs,
     io::{Read as _, Write as _},
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
     os::unix::net::UnixDatagram,
     path::{Path, PathBuf},
-    process::{Child, Command},
+    process::Command,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::core::v1::Taint;
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use weir::model::Object;
 use weir_tests::{
     assets,
-    child_guard::end,
     control_plane::ControlPlane,
     netns::Namespace,
     node::node_name,
     objects::{Addresses, Shape, node, pod, service},
+    process::Process,
     wait::{await_that, await_within},
 };
 
@@ -83,27 +80,6 @@ struct Fixture<'a> {
     directory: tempfile::TempDir,
 }
 
-struct Agent {
-    child: Child,
-    log: PathBuf,
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        end(&mut self.child);
-    }
-}
-
-impl Agent {
-    fn log(&self) -> String {
-        fs::read_to_string(&self.log).unwrap_or_default()
-    }
-
-    fn signal(&self, signal: Signal) -> Result<()> {
-        Ok(kill(Pid::from_raw(self.child.id().try_into()?), signal)?)
-    }
-}
-
 /// What both programs are told, in words that mean the same to both.
 fn configuration(kubeconfig: &Path) -> Value {
     json!({
@@ -138,7 +114,7 @@ impl<'a> Fixture<'a> {
     }
 
     /// kube-proxy's command line as kubeadm has it, on a program by any name.
-    fn start(&self, program: &Path) -> Result<Agent> {
+    fn start(&self, program: &Path) -> Result<Process> {
         let name = format!("--hostname-override={}", node_name(1));
         start(self.namespace, program, &[self.config(), name], &self.path("agent.log"))
     }
@@ -161,13 +137,8 @@ impl<'a> Fixture<'a> {
     }
 }
 
-fn start(namespace: &Namespace, program: &Path, words: &[String], log: &Path) -> Result<Agent> {
-    let output = File::options().create(true).append(true).open(log)?;
-    let errors = output.try_clone()?;
-    let child = namespace.spawn(program, |command| {
-        command.args(words).stdout(output).stderr(errors);
-    })?;
-    Ok(Agent { child, log: log.to_owned() })
+fn start(namespace: &Namespace, program: &Path, words: &[String], log: &Path) -> Result<Process> {
+    namespace.launch(program, log, |command| drop(command.args(words)))
 }
 
 fn shop(local: bool) -> Vec<Object> {
@@ -217,7 +188,7 @@ fn look(fixture: &Fixture<'_>, program: &Path) -> Result<Seen> {
     let v6 = (Ipv6Addr::LOCALHOST, CHECK).into();
     await_that("the health check answers on IPv6", || fixture.namespace.run(|| get(v6, "/").is_ok()));
     seen.insert("check by IPv6", fixture.namespace.run(|| get(v6, "/"))?);
-    let score = fs::read_to_string(format!("/proc/{}/oom_score_adj", agent.child.id()))?;
+    let score = fs::read_to_string(format!("/proc/{}/oom_score_adj", agent.id()))?;
     assert_eq!(score.trim(), "17");
 
     fixture.plane.apply(&shop(false).iter().collect::<Vec<_>>())?;
@@ -394,7 +365,7 @@ fn another_configuration_starts_the_agent_anew_in_its_place_and_a_bad_one_does_n
         let answer = fixture.get(ADMIN, "/configz").map(|answer| answer.json()).unwrap_or_default();
         answer.pointer(&format!("/kubeproxy.config.k8s.io/{field}")).cloned().unwrap_or_default()
     };
-    let descriptors = || fs::read_dir(format!("/proc/{}/fd", agent.child.id())).map(Iterator::count);
+    let descriptors = || fs::read_dir(format!("/proc/{}/fd", agent.id())).map(Iterator::count);
     assert_eq!(configured("clusterCIDR"), json!("10.244.0.0/16"));
     let chains = || {
         let listed = namespace.stdout("nft", &["-a", "list", "ruleset"])?;
@@ -417,7 +388,7 @@ fn another_configuration_starts_the_agent_anew_in_its_place_and_a_bad_one_does_n
     }
     assert!(counts[2] <= counts[0] + 3, "descriptors are left open: {counts:?}");
     assert_eq!(chains()?, chains_before, "chains were adopted, not made again");
-    assert_eq!(fs::read_to_string(format!("/proc/{}/comm", agent.child.id()))?.trim(), "weir");
+    assert_eq!(fs::read_to_string(format!("/proc/{}/comm", agent.id()))?.trim(), "weir");
 
     fs::write(fixture.path("config.conf"), "kind: KubeProxyConfiguration\nmode: [")?;
     await_that("the bad file is told of", || agent.log().contains("is invalid; the old one stays in force"));
@@ -448,7 +419,7 @@ fn a_mode_that_the_agent_cannot_have_leaves_it_serving_as_before() -> Result<()>
     fs::write(&config, format!("{head}mode: ebpf\n"))?;
     await_that("the file is judged", || agent.log().contains("an agent could not start with it here"));
     assert!(agent.log().contains("bpffs"), "{}", agent.log());
-    assert_eq!((mode().as_deref(), agent.child.try_wait()?), (Some("nftables"), None));
+    assert_eq!((mode().as_deref(), agent.status()?), (Some("nftables"), None));
     // What it can have is taken, also after that.
     fs::write(&config, format!("{head}mode: nftables\nclusterCIDR: 10.0.0.0/9\n"))?;
     let configured = || namespace.run(|| get((V4, ADMIN).into(), "/configz")).map(|answer| answer.body);
@@ -480,14 +451,11 @@ fn systemd_hears_when_services_are_in_force_that_the_agent_lives_and_that_it_end
     };
     let head = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nmode: nftables\n";
     fs::write(at("config.conf"), head)?;
-    let log = File::create(at("log"))?;
-    let child = namespace.spawn(&assets::weir()?, |command| {
+    let agent = namespace.launch(&assets::weir()?, &at("log"), |command| {
         command.arg("run").arg(format!("--config={}", at("config.conf").display()));
         command.arg(format!("--source=manifests:{}", at("manifests").display()));
         command.env("NOTIFY_SOCKET", at("notify")).env("WATCHDOG_USEC", "200000").env_remove("WATCHDOG_PID");
-        command.stderr(log);
     })?;
-    let agent = Agent { child, log: at("log") };
 
     // Nothing is known of Services while there is no directory to read.
     await_that("the directory is missed", || agent.log().contains("cannot read the directory of manifests"));

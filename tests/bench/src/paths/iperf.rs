@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
 use super::load::Traffic;
-use weir_tests::{child_guard::end, netns::Namespace};
+use weir_tests::{netns::Namespace, process::end};
 
 /// Bytes in a millisecond of a turn: about what a fast machine gets through.
 const BYTES: u128 = 3 << 20;

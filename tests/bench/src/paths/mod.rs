@@ -26,8 +26,8 @@ use self::{
 use super::{
     bound::Deadline,
     hooks::{self, Cost},
+    metered::Metered,
     options::Selection,
-    process::Process,
     report::say,
     statistics::quantiles,
     subject::Subject,
@@ -101,7 +101,7 @@ struct Lane {
 
 /// A subject that serves, and where its files are.
 struct Serving {
-    process: Process,
+    process: Metered,
     _directory: TempDir,
 }
 

@@ -26,8 +26,8 @@ use super::{
     bound::{Deadline, in_time},
     cluster::Cluster,
     kernel::{self, KernelMemory, Traffic},
+    metered::Metered,
     node::Node,
-    process::Process,
     profile::{Profile, Profiler},
     report::say,
     subject::Subject,
@@ -72,7 +72,7 @@ struct Trial<'a> {
     workload: Workload,
     /// Before the process, which it watches.
     profile: Option<Profile>,
-    process: Option<Process>,
+    process: Option<Metered>,
     /// What leads to the API server, where the subject does not ask it itself.
     relay: Option<Relay>,
     directory: TempDir,
@@ -80,7 +80,7 @@ struct Trial<'a> {
 }
 
 impl Trial<'_> {
-    fn process(&mut self) -> Result<&mut Process> {
+    fn process(&mut self) -> Result<&mut Metered> {
         self.process.as_mut().context("the subject does not run")
     }
 
@@ -183,7 +183,7 @@ fn finish(mut trial: Trial<'_>) -> Result<Run> {
 }
 
 /// Waits for a probe while its subject runs.
-fn join<T>(probe: std::thread::JoinHandle<Result<T>>, process: Option<&mut Process>) -> Result<T> {
+fn join<T>(probe: std::thread::JoinHandle<Result<T>>, process: Option<&mut Metered>) -> Result<T> {
     if let Some(process) = process {
         while !probe.is_finished() {
             process.check()?;

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     kernel::{KernelMemory, Traffic},
-    process::Memory,
+    metered::Memory,
     subject::Subject,
     workload::Workload,
 };

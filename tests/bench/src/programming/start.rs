@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use super::{PATIENCE, Programming, Restart, Start, Trial, join};
-use crate::{bound::Deadline, probe, process::Process, report::say, workload::Workload};
+use crate::{bound::Deadline, metered::Metered, probe, report::say, workload::Workload};
 use weir_tests::netns::Namespace;
 
 /// Services probed for being ready, spread over all; the others are counted in afterwards.
@@ -145,7 +145,7 @@ pub(super) fn all_work(
     node: &Namespace,
     client: Client,
     workload: Workload,
-    mut process: Option<&mut Process>,
+    mut process: Option<&mut Metered>,
     deadline: Deadline,
 ) -> Result<Instant> {
     let all: Vec<SocketAddrV4> = workload.services().map(|service| service.cluster_ip()).collect();

@@ -1,12 +1,11 @@
-//! Child processes and what they cost, read from /proc.
+//! What a running program costs, read from /proc.
 //!
 //! In: a program and where to run it. Out: its CPU time and memory, its own and its children's.
 
 use std::{
     collections::VecDeque,
-    fs::{self, File},
-    path::{Path, PathBuf},
-    process::Child,
+    fs,
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -17,28 +16,23 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use nix::unistd::{SysconfVar, sysconf};
+use weir_tests::{netns::Namespace, process::Process};
 
 use super::bound::Deadline;
-use weir_tests::{
-    child_guard::{end, tail},
-    netns::Namespace,
-};
 
 /// How often memory is looked at for its peak.
 const SAMPLING: Duration = Duration::from_millis(20);
 
-/// A running program that is killed when dropped, or when this process dies.
-pub(super) struct Process {
-    child: Child,
-    name: String,
-    log: PathBuf,
+/// A running program and a thread that samples its memory.
+pub(super) struct Metered {
+    process: Process,
     stop: Arc<AtomicBool>,
     peak: Arc<AtomicU64>,
     sampler: Option<JoinHandle<()>>,
 }
 
-impl Process {
-    /// Starts `program` in a namespace, with its output in `directory`.
+impl Metered {
+    /// Starts `program` in a namespace, with its log in `directory`.
     ///
     /// # Errors
     ///
@@ -49,16 +43,11 @@ impl Process {
         arguments: &[String],
         directory: &Path,
     ) -> anyhow::Result<Self> {
-        let name = program.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-        let log = directory.join(format!("{name}.log"));
-        let output = File::create(&log).with_context(|| format!("creating {}", log.display()))?;
-        let errors = output.try_clone()?;
-        let child = namespace.spawn(program, |command| {
-            command.args(arguments).stdout(output).stderr(errors);
-        })?;
+        let log = directory.join(program.file_name().unwrap_or_default()).with_extension("log");
+        let process = namespace.launch(program, &log, |command| drop(command.args(arguments)))?;
         let (stop, peak) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let sampler = thread::spawn({
-            let (stop, peak, pid) = (Arc::clone(&stop), Arc::clone(&peak), child.id());
+            let (stop, peak, pid) = (Arc::clone(&stop), Arc::clone(&peak), process.id());
             move || {
                 while !stop.load(Ordering::Relaxed) {
                     peak.fetch_max(tree(pid).into_iter().map(resident).sum(), Ordering::Relaxed);
@@ -66,23 +55,22 @@ impl Process {
                 }
             }
         });
-        Ok(Self { child, name, log, stop, peak, sampler: Some(sampler) })
+        Ok(Self { process, stop, peak, sampler: Some(sampler) })
     }
 
     /// Its process id.
     #[must_use]
     pub(super) fn id(&self) -> u32 {
-        self.child.id()
+        self.process.id()
     }
 
-    /// Fails with the end of the program's log when it has ended.
+    /// Fails with the end of the log when the program has ended.
     ///
     /// # Errors
     ///
     /// See above.
     pub(super) fn check(&mut self) -> anyhow::Result<()> {
-        let Some(status) = self.child.try_wait()? else { return Ok(()) };
-        bail!("{} ended: {status}\n{}", self.name, tail(&self.log))
+        self.process.check()
     }
 
     /// CPU time so far, of the process and of its children that have ended.
@@ -91,7 +79,7 @@ impl Process {
     ///
     /// When the process is gone.
     pub(super) fn cpu(&self) -> anyhow::Result<Duration> {
-        let pid = self.child.id();
+        let pid = self.id();
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).context("reading CPU time")?;
         let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
         let fields: Vec<u64> = after_name.split_whitespace().map(|word| word.parse().unwrap_or(0)).collect();
@@ -121,7 +109,9 @@ impl Process {
         const WINDOWS: usize = 4;
         let mut counts = VecDeque::from([self.cpu()?]);
         loop {
-            deadline.check().with_context(|| format!("waiting for {} to come to rest", self.name))?;
+            deadline
+                .check()
+                .with_context(|| format!("waiting for {} to come to rest", self.process.name()))?;
             thread::sleep(WINDOW);
             self.check()?;
             let now = self.cpu()?;
@@ -145,7 +135,7 @@ impl Process {
     /// Memory in bytes.
     #[must_use]
     pub(super) fn memory(&self) -> Memory {
-        let pid = self.child.id();
+        let pid = self.id();
         Memory {
             resident: status(pid, "VmRSS:"),
             peak: status(pid, "VmHWM:"),
@@ -154,10 +144,9 @@ impl Process {
     }
 }
 
-impl Drop for Process {
+impl Drop for Metered {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        end(&mut self.child);
         if let Some(sampler) = self.sampler.take() {
             let _ = sampler.join();
         }
