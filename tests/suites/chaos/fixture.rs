@@ -15,8 +15,8 @@ use tempfile::TempDir;
 use weir::model::Family;
 use weir_tests::{
     assets,
-    keeper::{end, tail},
     node::{CLUSTER_CIDRS, Location, Topology, node_address, node_name},
+    process::{Process, end, tail},
     subject::{Kind, Plane},
     traffic::{Call, Load, Transport},
     wait::await_that,
