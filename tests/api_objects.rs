@@ -31,7 +31,6 @@ where
 pub(crate) struct ApiObjects(pub(crate) Client);
 
 impl ApiObjects {
-    /// Creates the namespace.
     pub(crate) async fn open(server: &ApiServer) -> Self {
         let client = server.client().await.unwrap();
         create::<Namespace>(&Api::all(client.clone()), json!({"metadata": {"name": NAMESPACE}})).await;

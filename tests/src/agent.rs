@@ -102,7 +102,6 @@ impl<D: Dataplane> Agent<D> {
         result.map(|()| delta)
     }
 
-    /// What is planned.
     pub const fn planner(&self) -> &Planner {
         &self.planner
     }
@@ -112,7 +111,6 @@ impl<D: Dataplane> Agent<D> {
         !self.from_scratch && !self.planner.has_waiting() && self.planner.take_delta().is_empty()
     }
 
-    /// The data plane.
     pub fn plane(&mut self) -> &mut D {
         &mut self.plane
     }

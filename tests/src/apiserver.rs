@@ -32,7 +32,6 @@ use crate::{
 /// How long programs may take to start on a busy machine.
 const START: Duration = Duration::from_secs(120);
 
-/// A running kube-apiserver.
 pub struct ApiServer {
     /// Before the store, which it uses.
     process: Option<Process>,
@@ -154,7 +153,6 @@ impl ApiServer {
         Ok(status["header"]["revision"].take())
     }
 
-    /// Where it listens.
     #[must_use]
     pub fn url(&self) -> String {
         format!("https://{}", self.socket())

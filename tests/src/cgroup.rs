@@ -62,7 +62,6 @@ impl Cgroup {
         Ok(Self(Arc::new(Group::new(self.path().join(label), Some(self.clone()))?)))
     }
 
-    /// Where it is.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.0.path

@@ -27,7 +27,6 @@ use proxy_ebpf::{
 };
 use weir::{dataplane::ebpf::Place, model::Protocol};
 
-/// What leads to backends.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Maps {
     /// Addresses by themselves, with their [`flag`]s.
@@ -40,7 +39,6 @@ pub struct Maps {
     pub members: BTreeSet<MemberKey>,
 }
 
-/// Where a frontend leads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lead {
     /// The number of its port.

@@ -44,7 +44,6 @@ pub fn query(name: &str, kind: RecordType, edns: bool) -> Result<Message> {
 /// An answer in words: the code, then its records, each section sorted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Said {
-    /// The response code.
     pub code: ResponseCode,
     /// Whether the server says that it is the one to ask.
     pub authoritative: bool,

@@ -31,16 +31,13 @@ pub const OUTSIDE_CLIENTS: u8 = 16;
 pub enum Location {
     /// A pod: its node, and its number there.
     Pod(u8, u8),
-    /// A node's own processes.
     Host(u8),
     /// The client outside the cluster, with one of [`OUTSIDE_CLIENTS`] source addresses.
     Outside(u8),
-    /// The router.
     Router,
 }
 
 impl Location {
-    /// Every pod.
     pub const PODS: [Self; 4] = [Self::Pod(1, 1), Self::Pod(1, 2), Self::Pod(2, 1), Self::Pod(2, 2)];
 
     /// The source address clients use here. On a node it is the second address, which masquerading never picks.
@@ -103,7 +100,6 @@ pub fn second_node_address(family: Family, node: u8) -> IpAddr {
     link(family, 20 + u16::from(node))
 }
 
-/// A pod's address.
 #[must_use]
 pub fn pod_address(family: Family, node: u8, pod: u8) -> IpAddr {
     match family {
@@ -129,7 +125,6 @@ pub fn node_addresses(family: Family, node: u8) -> [IpAddr; 3] {
 
 /// The pods of the cluster, as kube-proxy's `clusterCIDR` wants them.
 pub const CLUSTER_CIDRS: [&str; 2] = ["10.244.0.0/16", "fd00:10:244::/48"];
-/// Where ClusterIPs come from.
 pub const SERVICE_CIDRS: [&str; 2] = ["10.96.0.0/16", "fd00:10:96::/112"];
 /// External addresses of Services, routed to node 1 from outside.
 pub const EXTERNAL_CIDRS: [&str; 2] = ["192.0.2.0/24", "2001:db8:1::/64"];
@@ -162,7 +157,6 @@ pub struct Topology {
     pauses: Vec<Pause>,
     /// The router; also where the API server runs, since both nodes reach it.
     pub router: Namespace,
-    /// The two nodes.
     pub nodes: [Namespace; 2],
     /// The pods: `pods[node][pod]`, counted from 0.
     pub pods: [[Namespace; 2]; 2],

@@ -40,7 +40,6 @@ impl Addresses {
     /// The highest number that leaves room for NodePorts and health check ports.
     pub const LAST: u16 = 240;
 
-    /// Those with this number.
     #[must_use]
     pub const fn new(number: u16) -> Self {
         Self { number, name: None }
@@ -66,7 +65,6 @@ impl Addresses {
         }
     }
 
-    /// The ClusterIP.
     #[must_use]
     pub fn cluster_ip(self, family: Family) -> IpAddr {
         self.within([10, 96, 1], "fd00:10:96::1", family)
@@ -78,13 +76,11 @@ impl Addresses {
         self.within([10, 96, 2], "fd00:10:96::2", family)
     }
 
-    /// The external address.
     #[must_use]
     pub fn external_ip(self, family: Family) -> IpAddr {
         self.within([192, 0, 2], "2001:db8:1::", family)
     }
 
-    /// The load balancer's address.
     #[must_use]
     pub fn balancer_ip(self, family: Family) -> IpAddr {
         self.within([198, 51, 100], "2001:db8:2::", family)
@@ -100,9 +96,7 @@ impl Addresses {
 /// The type of a Service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ServiceType {
-    /// ClusterIP.
     ClusterIp,
-    /// NodePort.
     NodePort,
     /// LoadBalancer, with a NodePort.
     LoadBalancer,
@@ -110,14 +104,10 @@ pub enum ServiceType {
     ExternalName,
 }
 
-/// A service port.
 #[derive(Clone, Debug)]
 pub struct Port {
-    /// Its name.
     pub name: &'static str,
-    /// Its transport.
     pub transport: Transport,
-    /// Its number.
     pub port: u16,
 }
 
@@ -129,7 +119,6 @@ pub type SlicePort = (&'static str, Transport, u16);
 pub struct Slice {
     /// The ports; their names join them to the Service's (W6).
     pub ports: Vec<SlicePort>,
-    /// The endpoints.
     pub endpoints: Vec<Endpoint>,
     /// Labels beyond the Service's name.
     pub labels: Vec<(&'static str, &'static str)>,
@@ -226,11 +215,9 @@ impl Endpoint {
 /// A Service and its endpoints.
 #[derive(Clone, Debug)]
 pub struct Shape {
-    /// The type.
     pub kind: ServiceType,
     /// The families it has a ClusterIP of.
     pub families: Vec<Family>,
-    /// The ports.
     pub ports: Vec<Port>,
     /// Whether it has an external address.
     pub external_ip: bool,
@@ -244,9 +231,7 @@ pub struct Shape {
     pub affinity: Option<i32>,
     /// `loadBalancerSourceRanges`.
     pub source_ranges: Vec<String>,
-    /// Labels of the Service.
     pub labels: Vec<(&'static str, &'static str)>,
-    /// The EndpointSlices.
     pub slices: Vec<Slice>,
 }
 
@@ -284,7 +269,6 @@ pub fn slice(endpoints: impl Into<Vec<Endpoint>>) -> Slice {
 }
 
 impl Shape {
-    /// Of another type.
     #[must_use]
     pub fn of(mut self, kind: ServiceType) -> Self {
         self.kind = kind;
@@ -300,7 +284,6 @@ impl Shape {
         self
     }
 
-    /// With an external address.
     #[must_use]
     pub fn external(mut self) -> Self {
         self.external_ip = true;
@@ -341,14 +324,12 @@ impl Shape {
         self
     }
 
-    /// With these ports instead.
     #[must_use]
     pub fn ports(mut self, ports: &[(&'static str, Transport, u16)]) -> Self {
         self.ports = ports.iter().map(|&(name, transport, port)| Port { name, transport, port }).collect();
         self
     }
 
-    /// With these slices instead.
     #[must_use]
     pub fn slices(mut self, slices: impl Into<Vec<Slice>>) -> Self {
         self.slices = slices.into();

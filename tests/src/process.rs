@@ -89,7 +89,6 @@ pub struct Process {
 }
 
 impl Process {
-    /// Its process id.
     #[must_use]
     pub fn id(&self) -> u32 {
         self.child.id()

@@ -62,7 +62,6 @@ impl Relay {
         Ok(relay)
     }
 
-    /// Where it listens.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address

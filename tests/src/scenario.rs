@@ -29,14 +29,11 @@ use weir::{
     model::{Change, DetectLocal, Kind, NodePortSetting, Object, ObjectName, Settings},
 };
 
-/// One file.
 #[derive(Debug)]
 pub struct Scenario {
-    /// The agent's settings.
     pub settings: Settings,
     /// What stands before the first step.
     pub preamble: String,
-    /// What happens, in order.
     pub steps: Vec<Step>,
 }
 
@@ -53,16 +50,12 @@ pub struct Step {
     pub action: Action,
 }
 
-/// What a step does.
 #[derive(Debug)]
 pub enum Action {
-    /// Objects change.
     Change(Vec<Change>),
     /// The host has these addresses.
     Host(Vec<IpAddr>),
-    /// The agent stops.
     Stop,
-    /// The agent starts anew.
     Restart,
     /// The data plane holds what the body says.
     Expect,

@@ -21,7 +21,6 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// A kind in protobuf and one in JSON, each with the kind as changes name it.
 const KINDS: [(&str, &str); 2] = [("services", "Service"), ("nodes", "Node")];
 
-/// A source at work.
 struct Source {
     changes: Receiver<Change>,
     status: Arc<SourceStatus>,

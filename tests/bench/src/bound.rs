@@ -23,33 +23,23 @@ impl Error for OutOfTime {}
 pub(super) struct Deadline(Instant);
 
 impl Deadline {
-    /// So long from now.
     #[must_use]
     pub(super) fn after(time: Duration) -> Self {
         Self(Instant::now() + time)
     }
 
-    /// Whether it is past.
     #[must_use]
     pub(super) fn is_over(self) -> bool {
         Instant::now() > self.0
     }
 
     /// Fails with [`OutOfTime`] when it is past.
-    ///
-    /// # Errors
-    ///
-    /// See above.
     pub(super) fn check(self) -> Result<(), OutOfTime> {
         if self.is_over() { Err(OutOfTime) } else { Ok(()) }
     }
 }
 
 /// Nothing where the time was too short for it; other errors stay errors.
-///
-/// # Errors
-///
-/// See above.
 pub(super) fn in_time<T>(result: anyhow::Result<T>) -> anyhow::Result<Option<T>> {
     match result {
         Ok(value) => Ok(Some(value)),

@@ -41,20 +41,16 @@ pub(super) const NODE: &str = "bench";
 pub(super) const POD_CIDR: &str = "10.128.0.0/10";
 /// The same for both families, as kube-proxy's `clusterCIDR` wants it.
 pub(super) const CLUSTER_CIDRS: &str = "10.128.0.0/10,fd00:190::/32";
-/// Where ClusterIPs come from.
 pub(super) const SERVICE_CIDR: &str = "10.96.0.0/12";
 const SERVICE_CIDR_V6: &str = "fd00:10:96::/112";
 
 /// When a write began, and when the API server had accepted it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Written {
-    /// The request left.
     pub(super) begun: Instant,
-    /// The answer came.
     pub(super) accepted: Instant,
 }
 
-/// The running cluster.
 #[derive(Clone)]
 pub(super) struct Objects {
     services: Api<Service>,
@@ -64,7 +60,6 @@ pub(super) struct Objects {
 
 /// [`Objects`] and the server that has them.
 pub(super) struct Cluster {
-    /// What is written there.
     pub(super) objects: Objects,
     kubeconfig: PathBuf,
     server: tokio::sync::Mutex<ApiServer>,
@@ -72,10 +67,6 @@ pub(super) struct Cluster {
 
 impl Cluster {
     /// Starts it and waits until it answers.
-    ///
-    /// # Errors
-    ///
-    /// When it does not come up.
     pub(super) async fn start() -> Result<Self> {
         let cidr = format!("--service-cluster-ip-range={SERVICE_CIDR},{SERVICE_CIDR_V6}");
         // What is measured is not how the API server shares itself out.
@@ -92,28 +83,16 @@ impl Cluster {
     }
 
     /// Ends the API server, starts it again, and waits until it answers.
-    ///
-    /// # Errors
-    ///
-    /// When it does not come up.
     pub(super) async fn restart(&self) -> Result<()> {
         self.server.lock().await.restart().await
     }
 
     /// Starts a relay that leads to the API server, in the caller's network namespace.
-    ///
-    /// # Errors
-    ///
-    /// When it cannot listen.
     pub(super) async fn relay(&self) -> Result<Relay> {
         Relay::start(API_SERVER.into(), self.server.lock().await.socket())
     }
 
     /// A kubeconfig for a subject that asks by this relay.
-    ///
-    /// # Errors
-    ///
-    /// When it cannot be written.
     pub(super) async fn kubeconfig_by(&self, relay: &Relay) -> Result<PathBuf> {
         self.server.lock().await.kubeconfig_by("admin", relay.address())
     }
@@ -127,10 +106,6 @@ impl Cluster {
 
 impl Objects {
     /// Puts there what `workload` has and `before` has not.
-    ///
-    /// # Errors
-    ///
-    /// When etcd refuses, or the API server does not show the last of it in time.
     pub(super) async fn grow(&self, before: u32, workload: Workload) -> Result<()> {
         let mut objects = Vec::new();
         for service in workload.services().skip(before as usize) {
@@ -155,10 +130,6 @@ impl Objects {
     }
 
     /// Deletes all of it.
-    ///
-    /// # Errors
-    ///
-    /// When the API server refuses.
     pub(super) async fn shrink(&self, workload: Workload) -> Result<()> {
         for service in workload.services() {
             self.services.delete(&service.name(), &DeleteParams::default()).await?;
@@ -171,10 +142,6 @@ impl Objects {
     }
 
     /// Creates a Service with slices of any kind.
-    ///
-    /// # Errors
-    ///
-    /// When the API server refuses one.
     pub(super) async fn create(&self, service: &Service, slices: &[EndpointSlice]) -> Result<()> {
         self.services.create(&PostParams::default(), service).await?;
         for slice in slices {
@@ -184,10 +151,6 @@ impl Objects {
     }
 
     /// Deletes a Service with its slices.
-    ///
-    /// # Errors
-    ///
-    /// When the API server refuses.
     pub(super) async fn remove(&self, service: &Service, slices: &[EndpointSlice]) -> Result<()> {
         self.services.delete(&named(&service.metadata.name)?, &DeleteParams::default()).await?;
         for slice in slices {
@@ -197,10 +160,6 @@ impl Objects {
     }
 
     /// Creates one Service and then its slice; the time of the slice counts.
-    ///
-    /// # Errors
-    ///
-    /// When the API server refuses.
     pub(super) async fn add(&self, service: Numbered) -> Result<Written> {
         let slice = service.slice(&service.endpoints())?;
         self.services.create(&PostParams::default(), &service.service()?).await?;
@@ -210,19 +169,11 @@ impl Objects {
     }
 
     /// Leaves a Service with these endpoints only.
-    ///
-    /// # Errors
-    ///
-    /// When the API server refuses.
     pub(super) async fn leave(&self, service: Numbered, endpoints: &[SocketAddrV4]) -> Result<Written> {
         self.rewrite(&service.slice(endpoints)?).await
     }
 
     /// Gives a slice that is there these endpoints.
-    ///
-    /// # Errors
-    ///
-    /// When the API server refuses.
     pub(super) async fn rewrite(&self, slice: &EndpointSlice) -> Result<Written> {
         let patch = Patch::Merge(json!({ "endpoints": slice.endpoints }));
         let begun = Instant::now();
@@ -231,10 +182,6 @@ impl Objects {
     }
 
     /// Deletes one Service and its slice.
-    ///
-    /// # Errors
-    ///
-    /// When the API server refuses.
     pub(super) async fn delete(&self, service: Numbered) -> Result<()> {
         self.services.delete(&service.name(), &DeleteParams::default()).await?;
         self.slices.delete(&service.name(), &DeleteParams::default()).await?;

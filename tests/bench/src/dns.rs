@@ -42,7 +42,6 @@ const API_SERVER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 53);
 /// How long anything may take to show.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// How much is measured.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Plan {
     /// How often each server takes its turn.
@@ -57,7 +56,6 @@ pub(super) struct Plan {
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Seen {
-    /// Its name.
     pub server: String,
     /// Queries a second, one figure for each turn.
     pub rate: Vec<f64>,
@@ -71,7 +69,6 @@ pub struct Seen {
     pub memory: Option<i64>,
 }
 
-/// One of the two.
 struct Server {
     name: &'static str,
     address: IpAddr,
@@ -79,10 +76,6 @@ struct Server {
 }
 
 /// Measures both servers in turn.
-///
-/// # Errors
-///
-/// When something needed is missing, or a server does not answer.
 pub(super) fn run(plan: &Plan) -> Result<Vec<Seen>> {
     let namespace = Namespace::new("names")?;
     namespace.ip(&[format!("addr add {API_SERVER}/32 dev lo")])?;

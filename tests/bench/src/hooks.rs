@@ -33,11 +33,8 @@ pub struct Cost {
     /// The subject of the programs; none for those of the build under test.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub other: Option<Subject>,
-    /// Services there were.
     pub services: u32,
-    /// The program.
     pub program: String,
-    /// What clients did.
     pub case: String,
     /// Nanoseconds of one run, one figure for each round.
     pub nanoseconds: Vec<f64>,
@@ -47,10 +44,6 @@ pub struct Cost {
 type Case = (&'static str, &'static str, fn(SocketAddr) -> Result<()>, SocketAddr);
 
 /// Measures all cases: `service` and `pod` are addresses of both families.
-///
-/// # Errors
-///
-/// When the kernel does not count, or a client fails.
 pub(super) fn measure(
     services: u32,
     agent: u32,
@@ -140,10 +133,6 @@ fn counted(agent: u32, names: &BTreeMap<u64, String>, program: &str) -> Result<(
 }
 
 /// Nanoseconds and runs of all the agent's programs so far.
-///
-/// # Errors
-///
-/// When the agent is gone, or the kernel does not count.
 pub(super) fn counted_all(agent: u32) -> Result<BTreeMap<String, (u64, u64)>> {
     counted_by_name(agent, &names()?)
 }

@@ -32,10 +32,6 @@ pub struct KernelMemory {
 }
 
 /// The maps that a process has open, by their numbers: what each takes.
-///
-/// # Errors
-///
-/// When the process is gone.
 pub(super) fn maps(pid: u32) -> Result<u64> {
     let mut maps = BTreeMap::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fdinfo")).context("looking for maps")? {
@@ -52,10 +48,6 @@ pub(super) fn maps(pid: u32) -> Result<u64> {
 }
 
 /// Takes all rules out of a node without an agent. The memory that the kernel got back.
-///
-/// # Errors
-///
-/// When the rules cannot be taken out.
 pub(super) fn cleared(node: &Namespace) -> Result<i64> {
     let before = resting()?;
     clear(node)?;
@@ -63,10 +55,6 @@ pub(super) fn cleared(node: &Namespace) -> Result<i64> {
 }
 
 /// Takes all rules out of a node.
-///
-/// # Errors
-///
-/// When that fails.
 pub(super) fn clear(node: &Namespace) -> Result<()> {
     node.stdout("nft", &["flush", "ruleset"])?;
     let legacy = node.run(|| fs::read_to_string("/proc/net/ip_tables_names")).unwrap_or_default();
@@ -107,18 +95,12 @@ fn taken() -> Result<i64> {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Traffic {
-    /// From the API server.
     pub received: u64,
-    /// To the API server.
     pub sent: u64,
 }
 
 impl Traffic {
     /// What has been counted so far; [`super::node::control_plane`] makes the counters.
-    ///
-    /// # Errors
-    ///
-    /// When there are none.
     pub(super) fn so_far(control_plane: &Namespace) -> Result<Self> {
         let text = control_plane.stdout("nft", &["-j", "list", "counters"])?;
         let listed: serde_json::Value = serde_json::from_str(&text)?;

@@ -13,6 +13,7 @@
 //! measured with one number is measured before it grows on.
 
 #![deny(unsafe_code)]
+#![expect(missing_docs, reason = "nothing but the suites uses it, and most names need no words")]
 
 use std::{
     cell::{Cell, RefCell},

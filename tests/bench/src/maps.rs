@@ -35,11 +35,8 @@ use weir_tests::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Shape {
-    /// TCP.
     Tcp,
-    /// TCP with session affinity.
     Sticky,
-    /// UDP.
     Udp,
 }
 
@@ -66,11 +63,8 @@ impl Shape {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Run {
-    /// What the Services are.
     pub shape: Shape,
-    /// How many.
     pub services: u32,
-    /// Endpoints of each.
     pub endpoints: u32,
     /// Opening the plane and filling empty maps, in seconds.
     pub filled_seconds: f64,
@@ -88,11 +82,9 @@ pub struct Run {
     pub maps: Vec<Map>,
 }
 
-/// A map.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Map {
-    /// Its name.
     pub name: String,
     /// How many elements it has room for.
     pub room: u32,
@@ -101,10 +93,6 @@ pub struct Map {
 }
 
 /// Fills, adopts and changes so many Services of each shape, in turn.
-///
-/// # Errors
-///
-/// When the plane fails.
 pub(super) fn measure(services: u32, rounds: u32, changes: u32) -> Result<Vec<Run>> {
     let cgroup = Cgroup::new("maps")?;
     let node = Namespace::within(&cgroup, "maps")?;

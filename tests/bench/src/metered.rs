@@ -33,10 +33,6 @@ pub(super) struct Metered {
 
 impl Metered {
     /// Starts `program` in a namespace, with its log in `directory`.
-    ///
-    /// # Errors
-    ///
-    /// When it cannot be started.
     pub(super) fn start(
         namespace: &Namespace,
         program: &Path,
@@ -58,26 +54,17 @@ impl Metered {
         Ok(Self { process, stop, peak, sampler: Some(sampler) })
     }
 
-    /// Its process id.
     #[must_use]
     pub(super) fn id(&self) -> u32 {
         self.process.id()
     }
 
     /// Fails with the end of the log when the program has ended.
-    ///
-    /// # Errors
-    ///
-    /// See above.
     pub(super) fn check(&mut self) -> anyhow::Result<()> {
         self.process.check()
     }
 
     /// CPU time so far, of the process and of its children that have ended.
-    ///
-    /// # Errors
-    ///
-    /// When the process is gone.
     pub(super) fn cpu(&self) -> anyhow::Result<Duration> {
         let pid = self.id();
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).context("reading CPU time")?;
@@ -100,10 +87,6 @@ impl Metered {
     /// is longer than the pause that kube-proxy makes between two syncs, so what is measured next starts at once. Idle is
     /// what takes a twentieth of one CPU at most: a debug build's regular looks take a hundredth or two, and more on a
     /// machine that takes back the memory of idle programs.
-    ///
-    /// # Errors
-    ///
-    /// When the process ends, or does not come to rest in time.
     pub(super) fn settle(&mut self, deadline: Deadline) -> anyhow::Result<Duration> {
         const WINDOW: Duration = Duration::from_millis(300);
         const WINDOWS: usize = 4;

@@ -17,10 +17,6 @@ const PORT: u16 = 10249;
 const SUM: &str = "kubeproxy_sync_proxy_rules_duration_seconds_sum";
 
 /// Seconds spent in syncs since the subject started.
-///
-/// # Errors
-///
-/// When it does not tell.
 pub(super) fn sync_seconds(node: &Namespace) -> anyhow::Result<f64> {
     sum(&node.run(page).context("asking for metrics")?)
 }

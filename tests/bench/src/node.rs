@@ -27,17 +27,12 @@ pub(super) const API_SERVER: Ipv4Addr = Ipv4Addr::new(10, 255, 0, 1);
 /// The node's own addresses, those that its Node object names; every node of the benchmark has the same ones.
 pub(super) const NODE_ADDRESSES: (Ipv4Addr, Ipv6Addr) =
     (Ipv4Addr::new(10, 255, 255, 11), Ipv6Addr::new(0xfd00, 0x255, 0xffff, 0, 0, 0, 0, 11));
-/// What endpoints listen on.
 pub(super) const BACKEND_PORT: u16 = 8080;
 const CONTROL_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 255, 1, 1);
 const LINK_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 255, 1, 2);
 const LINK: &str = "bench0";
 
 /// Makes the control plane's namespace.
-///
-/// # Errors
-///
-/// Without the right to, or without the tools.
 pub(super) fn control_plane() -> anyhow::Result<Namespace> {
     let namespace = Namespace::new("control-plane")?;
     namespace.ip(&[format!("addr add {API_SERVER}/32 dev lo")])?;
@@ -55,7 +50,6 @@ pub(super) fn control_plane() -> anyhow::Result<Namespace> {
 
 /// The node of one run.
 pub(super) struct Node<'a> {
-    /// Its namespace.
     pub(super) namespace: Namespace,
     /// Where socket programs go.
     pub(super) roots: Roots,
@@ -66,10 +60,6 @@ pub(super) struct Node<'a> {
 
 impl<'a> Node<'a> {
     /// Makes the node, linked to the control plane, with a server behind every endpoint.
-    ///
-    /// # Errors
-    ///
-    /// When something cannot be set up.
     pub(super) fn new(control_plane: &'a Namespace) -> anyhow::Result<Self> {
         let (cgroup, bpffs) = (Cgroup::new("node")?, BpfFs::new()?);
         let namespace = Namespace::within(&cgroup, "node")?;

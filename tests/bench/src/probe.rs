@@ -34,10 +34,6 @@ fn connect(to: SocketAddrV4, patience: Duration) -> io::Result<(Ipv4Addr, Instan
 }
 
 /// Which endpoint answers a client with this source address.
-///
-/// # Errors
-///
-/// When none answers in time.
 pub(super) fn answer_to(from: Ipv4Addr, to: SocketAddrV4) -> io::Result<Ipv4Addr> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
     socket.bind(&SocketAddrV4::new(from, 0).into())?;
@@ -70,10 +66,6 @@ pub(super) fn answers(target: SocketAddrV4) -> bool {
 }
 
 /// Waits until every one of these has answered and says when the last one did.
-///
-/// # Errors
-///
-/// When one does not in time.
 pub(super) fn all_answer(targets: &[SocketAddrV4], deadline: Deadline) -> anyhow::Result<Instant> {
     let begin = Instant::now();
     let mut last = begin;
@@ -92,10 +84,6 @@ pub(super) fn all_answer(targets: &[SocketAddrV4], deadline: Deadline) -> anyhow
 }
 
 /// Keeps connecting and says when `endpoint` answered first.
-///
-/// # Errors
-///
-/// When it does not in time.
 pub(super) fn first_answer(
     target: SocketAddrV4,
     endpoint: Ipv4Addr,
@@ -115,10 +103,6 @@ pub(super) fn first_answer(
 }
 
 /// Keeps connecting and says when `endpoint` answered last. Ends when it has not for a while after `written` was set.
-///
-/// # Errors
-///
-/// When it is still there when the time is over.
 pub(super) fn last_answer(
     target: SocketAddrV4,
     endpoint: Ipv4Addr,
@@ -156,10 +140,6 @@ pub(super) fn alive(target: SocketAddrV4, stop: &AtomicBool) -> (u32, u32) {
 }
 
 /// Waits until `gone` answers none of these clients any more, and says when the last of them was answered by another.
-///
-/// # Errors
-///
-/// When it still does when the time is over.
 pub(super) fn all_moved(
     clients: &[Ipv4Addr],
     to: SocketAddrV4,

@@ -31,7 +31,6 @@ pub(super) struct Profiler {
     _counting: OwnedFd,
 }
 
-/// One profile being taken.
 pub(super) struct Profile {
     name: PathBuf,
     data: PathBuf,
@@ -41,10 +40,6 @@ pub(super) struct Profile {
 
 impl Profiler {
     /// Makes the directory, after a look whether perf is there.
-    ///
-    /// # Errors
-    ///
-    /// Without perf, or when the kernel does not count what programs take.
     pub(super) fn new(directory: &Path) -> Result<Self> {
         let perf = Command::new("perf").arg("--version").output();
         let works = perf.is_ok_and(|output| output.status.success());
@@ -55,10 +50,6 @@ impl Profiler {
     }
 
     /// Starts to take samples of an agent.
-    ///
-    /// # Errors
-    ///
-    /// When perf cannot be started.
     pub(super) fn attach(&self, name: &str, agent: u32) -> Result<Profile> {
         let name = self.directory.join(name.replace(' ', "-"));
         let data = name.with_extension("data");
@@ -80,10 +71,6 @@ impl Profiler {
 
 impl Profile {
     /// Ends it and writes what there is, while the agent still runs.
-    ///
-    /// # Errors
-    ///
-    /// When perf fails, or files cannot be written.
     pub(super) fn end(mut self) -> Result<()> {
         let programs = hooks::counted_all(self.agent)?;
         fs::write(self.name.with_extension("programs.json"), serde_json::to_vec_pretty(&programs)?)?;

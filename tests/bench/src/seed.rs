@@ -26,10 +26,6 @@ pub(super) struct Stored {
 
 impl Stored {
     /// A Service of the family IPv4 that says which ClusterIP it has, and that address.
-    ///
-    /// # Errors
-    ///
-    /// When it has no name or no ClusterIP.
     pub(super) fn service(service: &Service) -> Result<[Self; 2]> {
         let spec = service.spec.as_ref().context("a Service without a spec")?;
         let address = spec.cluster_ip.as_ref().context("a Service without a ClusterIP")?;
@@ -63,10 +59,6 @@ impl Stored {
     }
 
     /// A slice.
-    ///
-    /// # Errors
-    ///
-    /// When it has no name.
     pub(super) fn slice(slice: &EndpointSlice) -> Result<Self> {
         Self::new("endpointslices", Some(NAMESPACE), serde_json::to_value(slice)?)
     }
@@ -91,10 +83,6 @@ fn merge(object: &mut Value, more: Value) {
 }
 
 /// Writes all of these, with `etcd` to ask.
-///
-/// # Errors
-///
-/// When etcd does not answer, or does not take them.
 pub(super) async fn put(etcd: &Client, objects: &[Stored]) -> Result<()> {
     for some in objects.chunks(AT_ONCE) {
         let put = |stored: &Stored| -> Result<Value> {

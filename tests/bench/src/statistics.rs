@@ -4,7 +4,6 @@
 
 use std::fmt;
 
-/// Resamples for one interval.
 const RESAMPLES: usize = 4000;
 /// Where resampling starts: the same samples have the same interval, always.
 const SEED: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -30,11 +29,8 @@ pub(super) fn quantiles(mut samples: Vec<f64>) -> Vec<f64> {
 /// A number, and where it lies with 95 % confidence.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Estimate {
-    /// The number itself.
     pub(super) point: f64,
-    /// The lower end.
     pub(super) low: f64,
-    /// The upper end.
     pub(super) high: f64,
 }
 

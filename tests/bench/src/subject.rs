@@ -24,7 +24,6 @@ pub enum Subject {
     WeirEbpf,
     /// This project's agent with nftables alone.
     WeirNftables,
-    /// kube-proxy with nftables.
     KubeProxyNftables,
     /// kube-proxy with whatever `iptables` is in `PATH`.
     KubeProxyIptables,
@@ -78,7 +77,6 @@ impl Subject {
         }
     }
 
-    /// Its name in tables.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -146,10 +144,6 @@ impl Subject {
     }
 
     /// What it says its version is, and that of the tool it programs the kernel with.
-    ///
-    /// # Errors
-    ///
-    /// When one of them cannot be run.
     pub(super) fn version(self) -> Result<String> {
         let own = version(&self.program()?)?;
         let tool = match self {
@@ -162,10 +156,6 @@ impl Subject {
     }
 
     /// Starts it in a node's namespace. All get the same KubeProxyConfiguration, but for the mode.
-    ///
-    /// # Errors
-    ///
-    /// When it cannot be started.
     pub(super) fn start(
         self,
         kubeconfig: &Path,
@@ -238,10 +228,6 @@ impl<'de> Deserialize<'de> for Subject {
 }
 
 /// The first line that a program says of its version.
-///
-/// # Errors
-///
-/// When it cannot be run.
 pub(super) fn version(program: &Path) -> Result<String> {
     let output = Command::new(program).arg("--version").output();
     let output = output.with_context(|| format!("running {}", program.display()))?;

@@ -31,7 +31,6 @@ const WIDE_ENDPOINTS: u32 = 3_000_000;
 pub(super) struct Numbered(pub u32);
 
 impl Numbered {
-    /// Its name.
     #[must_use]
     pub(super) fn name(self) -> String {
         format!("bench-{}", self.0)
@@ -50,10 +49,6 @@ impl Numbered {
     }
 
     /// The Service itself.
-    ///
-    /// # Errors
-    ///
-    /// When it is not what Kubernetes takes for one.
     pub(super) fn service(self) -> Result<Service> {
         Ok(from_value(json!({
             "metadata": { "name": self.name() },
@@ -62,10 +57,6 @@ impl Numbered {
     }
 
     /// The slice of a Service that has these endpoints.
-    ///
-    /// # Errors
-    ///
-    /// When it is not what Kubernetes takes for one.
     pub(super) fn slice(self, endpoints: &[SocketAddrV4]) -> Result<EndpointSlice> {
         self.named_slice(&self.name(), endpoints)
     }
@@ -106,9 +97,7 @@ fn endpoints(first: u32, count: u32) -> Vec<SocketAddrV4> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Workload {
-    /// Services.
     pub services: u32,
-    /// Endpoints of each.
     pub endpoints: u32,
 }
 
@@ -135,7 +124,6 @@ impl Workload {
         self.endpoints > ENDPOINTS
     }
 
-    /// Its Services.
     pub(super) fn services(self) -> impl Iterator<Item = Numbered> {
         let first = if self.is_wide() { WIDE } else { 0 };
         (first..first + self.services).map(Numbered)
@@ -148,10 +136,6 @@ impl Workload {
     }
 
     /// One of the slices, with `less` of its endpoints left out.
-    ///
-    /// # Errors
-    ///
-    /// When it is not what Kubernetes takes for one.
     pub(super) fn slice(self, number: u32, less: usize) -> Result<EndpointSlice> {
         let (service, name, mut all) = if self.is_wide() {
             let service = Numbered(WIDE);

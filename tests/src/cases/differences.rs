@@ -14,7 +14,6 @@ use crate::{
     traffic::Transport,
 };
 
-/// A known difference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Difference {
     /// R5 to R7, R9: no client is masqueraded.

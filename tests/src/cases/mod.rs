@@ -29,12 +29,10 @@ mod window;
 
 pub use differences::{Difference, at_socket};
 
-/// One case.
 #[derive(Clone, Debug)]
 pub struct Case {
     /// The ids of the rules it shows.
     pub rules: &'static str,
-    /// What it shows.
     pub name: String,
     /// The name and addresses of its Service.
     pub addresses: Addresses,
@@ -76,7 +74,6 @@ pub enum Step {
     Run(&'static str, Act),
 }
 
-/// Where a client calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Target {
     address: Address,
@@ -94,11 +91,9 @@ enum Address {
     Loopback,
 }
 
-/// The Service's ClusterIP.
 const CLUSTER: Target = Target { address: Address::Cluster, port: PORT };
 /// An address of the Service range that no Service has.
 const UNUSED: Target = Target { address: Address::UnusedCluster, port: PORT };
-/// The Service's external address.
 const EXTERNAL: Target = Target { address: Address::External, port: PORT };
 /// The address of the Service's load balancer.
 const BALANCER: Target = Target { address: Address::Balancer, port: PORT };
@@ -152,11 +147,9 @@ impl Target {
 /// What the server should see of the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// The client's own address.
     Kept,
     /// An address of the node in between.
     Masqueraded,
-    /// Either.
     Any,
 }
 
@@ -167,9 +160,7 @@ pub enum Expect {
     Served(Vec<(Location, u16)>, Source),
     /// Always the same one of these answers.
     OneOf(Vec<(Location, u16)>),
-    /// Connection refused.
     Refused,
-    /// Nothing at all.
     Dropped,
     /// The first where there is this difference, and the second elsewhere.
     Unless(Difference, Box<Expect>, Box<Expect>),

@@ -67,13 +67,11 @@ impl<'a> CaseRun<'a> {
         self.transport
     }
 
-    /// Where a target is.
     #[must_use]
     pub fn address(&self, to: Target) -> SocketAddr {
         to.resolve(self.case.addresses, self.family)
     }
 
-    /// A location's namespace.
     #[must_use]
     pub fn namespace(&self, location: Location) -> &Namespace {
         self.topology.at(location)

@@ -30,10 +30,8 @@ use flows::OpenFlow;
 /// How many cases run at a time: most of their time is waiting for what must not arrive.
 const AT_ONCE: usize = 4;
 
-/// What a run found.
 #[derive(Debug, Default)]
 pub struct Report {
-    /// How many cases ran.
     pub cases: usize,
     /// How many steps they had, counted once for each family and transport.
     pub steps: usize,

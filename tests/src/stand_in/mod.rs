@@ -48,7 +48,6 @@ pub enum Fault {
 pub struct Asked {
     /// Whether it is for a watch that does not list.
     pub watch: bool,
-    /// Its query.
     pub query: String,
     /// What the client says it is.
     pub user_agent: String,
@@ -145,7 +144,6 @@ impl StandIn {
         (kind.fault, kind.once) = (fault, once);
     }
 
-    /// Adds an object.
     pub fn put(&self, plural: &str, name: &str) {
         self.shared.version.send_modify(|version| {
             *version += 1;
@@ -169,7 +167,6 @@ impl StandIn {
     }
 }
 
-/// How objects are written.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Encoding {
     Json,

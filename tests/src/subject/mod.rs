@@ -37,7 +37,6 @@ const SETTLE: Duration = Duration::from_secs(30);
 /// The Service that shows how far the agents have come.
 const MARKER: Addresses = Addresses::new(250).named("marker");
 
-/// Which service proxy runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// weir with one of its data planes, fed from a directory of manifests unless made by [`Subject::of_cluster`].
@@ -46,7 +45,6 @@ pub enum Kind {
     KubeProxy,
 }
 
-/// weir's data planes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub enum Plane {
     /// Everything by packets.
@@ -56,7 +54,6 @@ pub enum Plane {
 }
 
 impl Plane {
-    /// Both.
     pub const ALL: [Self; 2] = [Self::Nftables, Self::Ebpf];
 }
 
@@ -169,7 +166,6 @@ impl<'a> Subject<'a> {
         self
     }
 
-    /// Which proxy this is.
     #[must_use]
     pub fn kind(&self) -> Kind {
         self.kind

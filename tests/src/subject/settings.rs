@@ -17,7 +17,6 @@ pub enum Detector {
     NodeCidr,
     /// By the interface it came in on.
     InterfacePrefix,
-    /// Not at all.
     None,
 }
 

@@ -7,11 +7,9 @@ use weir::model::{Kind, Object};
 
 use crate::control_plane::ControlPlane;
 
-/// What the agents watch.
 pub(super) enum Store<'a> {
     /// A directory with one file for each name.
     Manifests(PathBuf),
-    /// An API server.
     Cluster(Box<ControlPlane<'a>>),
 }
 

@@ -32,7 +32,6 @@ pub const SILENCE: Duration = Duration::from_millis(400);
 /// What connections are made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Transport {
-    /// TCP.
     Tcp,
     /// UDP on a connected socket.
     Udp,
@@ -74,11 +73,8 @@ impl fmt::Display for Transport {
 pub struct Call {
     /// The source address; the port is the kernel's choice, so every call is a new flow.
     pub from: IpAddr,
-    /// Where to.
     pub to: SocketAddr,
-    /// By which transport.
     pub transport: Transport,
-    /// How long to wait.
     pub patience: Duration,
 }
 
@@ -103,13 +99,10 @@ pub struct Answer {
 /// What became of a call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// A server answered.
     Answer(Answer),
-    /// Connection refused.
     Refused,
     /// This host's own filter would not send it (EPERM): how a local sender learns of a drop or a reject.
     Denied,
-    /// Nothing came back.
     Timeout,
     /// Another process closed the socket.
     Closed,

@@ -16,7 +16,6 @@ const SOCKETS: usize = 3;
 /// The most calls of a sequence.
 const CALLS: usize = 14;
 
-/// Where the client is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Side {
     Pod,

@@ -53,7 +53,6 @@ const BACKEND_PORT: u16 = 8080;
 /// How the node serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Plane {
-    /// nftables alone.
     Packets,
     /// eBPF at sockets, and nftables behind it.
     Sockets,

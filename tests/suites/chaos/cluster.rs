@@ -12,13 +12,11 @@ use weir_tests::{
     traffic::Transport,
 };
 
-/// How many there are.
 pub(crate) const SERVICES: u16 = 2_000;
 /// The first ten of so many are one of each kind.
 pub(crate) const EACH: u16 = 50;
 /// The port of all of them.
 pub(crate) const PORT: u16 = 80;
-/// What endpoints listen on.
 pub(crate) const TARGET: u16 = 8080;
 /// How many are in one file.
 pub(crate) const IN_FILE: u16 = 100;
@@ -118,20 +116,16 @@ pub(crate) enum Expected {
 /// One question, and what the answer must be.
 #[derive(Clone, Debug)]
 pub(crate) struct Probe {
-    /// Where the client is.
     pub(crate) from: Location,
     /// Whether programs at sockets do not see the client.
     pub(crate) by_packets: bool,
-    /// Where to.
     pub(crate) to: SocketAddr,
-    /// By which transport.
     pub(crate) transport: Transport,
     /// What must come of it.
     pub(crate) expected: Expected,
 }
 
 impl Service {
-    /// All of them.
     pub(crate) fn all() -> impl Iterator<Item = Self> {
         (0..SERVICES).map(Self)
     }
@@ -142,12 +136,10 @@ impl Service {
         Kind::ALL.get(number).copied().unwrap_or(Kind::COMMON[number % Kind::COMMON.len()])
     }
 
-    /// Its name.
     pub(crate) fn name(self) -> String {
         format!("svc-{}", self.0)
     }
 
-    /// Its ClusterIP.
     pub(crate) fn cluster_ip(self, family: Family) -> IpAddr {
         // Beyond the addresses of the cluster's own Services.
         let number = 0x100 + self.0;
@@ -254,7 +246,6 @@ impl Service {
         ways
     }
 
-    /// Service and slices.
     pub(crate) fn objects(self) -> Vec<Value> {
         let node_port = self.node_port();
         let port = |name: &str, protocol: &str| {

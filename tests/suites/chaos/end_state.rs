@@ -74,7 +74,6 @@ pub(crate) fn all_serve(fixture: &Fixture, random: &mut Random, deadline: Durati
     }
 }
 
-/// What is wrong.
 enum Wrong {
     /// With time it may become right.
     Yet(anyhow::Error),

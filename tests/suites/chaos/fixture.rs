@@ -92,7 +92,6 @@ impl Fixture {
         Ok(fixture)
     }
 
-    /// Where manifests are.
     pub(crate) fn manifests(&self) -> PathBuf {
         self.directory.path().join("manifests")
     }
@@ -146,7 +145,6 @@ impl Fixture {
         PathBuf::from(format!("/proc/{}/root/run", self.mounts.id()))
     }
 
-    /// What the agent logged.
     pub(crate) fn log(&self) -> PathBuf {
         self.directory.path().join("agent.log")
     }

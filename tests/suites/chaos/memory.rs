@@ -8,7 +8,6 @@ use std::{fs, path::PathBuf, process};
 use anyhow::{Context as _, Result};
 use weir_tests::cgroup;
 
-/// The group.
 pub(crate) struct MemoryLimit {
     path: PathBuf,
     v2: bool,
@@ -33,7 +32,6 @@ impl MemoryLimit {
         Ok(Self { path, v2 })
     }
 
-    /// Takes a process in.
     pub(crate) fn hold(&self, id: u32) -> Result<()> {
         Ok(fs::write(self.path.join("cgroup.procs"), id.to_string())?)
     }

@@ -26,7 +26,6 @@ impl Random {
         (self.next() % (count.max(1) as u64)) as usize
     }
 
-    /// One of these.
     pub(crate) fn pick<'a, T>(&mut self, all: &'a [T]) -> Option<&'a T> {
         let number = self.below(all.len());
         all.get(number)

@@ -10,7 +10,6 @@ use weir_tests::subject::Plane;
 
 use super::Settings;
 
-/// One act.
 pub(crate) struct Record {
     name: &'static str,
     /// From the act until everything was right in spite of it.
@@ -28,7 +27,6 @@ impl Record {
     }
 }
 
-/// All of them.
 pub(crate) struct Report {
     plane: Plane,
     settings: Settings,
@@ -43,7 +41,6 @@ impl Report {
         Self { plane, settings: settings.clone(), records: Vec::new(), load: None }
     }
 
-    /// Takes one in.
     pub(crate) fn add(&mut self, record: Record) {
         say(&format!(
             "{:3} {}: {}, {} after it{}",
@@ -61,7 +58,6 @@ impl Report {
         self.load = Some(load);
     }
 
-    /// The table.
     pub(crate) fn print(&self) {
         let mut table = Table::new();
         table.load_style(UTF8_FULL_CONDENSED);

@@ -43,7 +43,6 @@ fn dns_ip(family: Family) -> IpAddr {
     }
 }
 
-/// The server that answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Resolver {
     Weir,

@@ -27,7 +27,6 @@ use weir_tests::apiserver::ApiServer;
 use super::PATIENCE;
 use crate::api_objects::{ApiObjects, NAMESPACE, create};
 
-/// A source at work.
 struct Source {
     changes: Receiver<Change>,
     status: Arc<SourceStatus>,

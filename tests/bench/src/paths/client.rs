@@ -59,10 +59,6 @@ pub(crate) struct Crew {
 
 impl Crew {
     /// Starts so many threads, of which the first is the lone client.
-    ///
-    /// # Errors
-    ///
-    /// When they cannot be started.
     pub(super) fn start(place: &Namespace, size: usize) -> Result<Self> {
         let threads = (0..size).map(|number| {
             let (jobs, todo) = channel::<Job>();
@@ -80,10 +76,6 @@ impl Crew {
     }
 
     /// Runs `work` on the lone client's thread.
-    ///
-    /// # Errors
-    ///
-    /// What `work` says, or when the thread is gone.
     pub(crate) fn alone<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> Result<T> + Send + 'static,
@@ -96,10 +88,6 @@ impl Crew {
     }
 
     /// What `clients` together come to: one alone, or several of the others.
-    ///
-    /// # Errors
-    ///
-    /// When a request is not answered.
     pub(super) fn turn(
         &self,
         traffic: Traffic,

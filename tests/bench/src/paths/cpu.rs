@@ -9,7 +9,6 @@ use std::{fs, path::PathBuf, time::Duration};
 use anyhow::Result;
 use nix::time::{ClockId, clock_gettime};
 
-/// Adds up CPU time.
 pub(super) struct CpuClock {
     /// `schedstat` of the kernel's threads.
     kernel: Vec<PathBuf>,
@@ -17,10 +16,6 @@ pub(super) struct CpuClock {
 
 impl CpuClock {
     /// Looks for the kernel's threads.
-    ///
-    /// # Errors
-    ///
-    /// Without /proc.
     pub(super) fn new() -> Result<Self> {
         let mut kernel = Vec::new();
         for entry in fs::read_dir("/proc")? {
@@ -33,10 +28,6 @@ impl CpuClock {
     }
 
     /// CPU time so far.
-    ///
-    /// # Errors
-    ///
-    /// When it cannot be read.
     pub(super) fn now(&self) -> Result<Duration> {
         let own = Duration::from(clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID)?);
         let kernel = self

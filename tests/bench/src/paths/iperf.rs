@@ -33,10 +33,6 @@ pub(super) struct Server(Child);
 
 impl Server {
     /// Starts one and waits until it listens.
-    ///
-    /// # Errors
-    ///
-    /// Without iperf3 (package iperf3), or when it does not listen.
     pub(super) fn start(namespace: &Namespace, at: SocketAddr) -> Result<Self> {
         let (address, port) = (at.ip().to_string(), at.port().to_string());
         let mut server = Self(namespace.spawn(Path::new("iperf3"), |iperf| {
@@ -79,10 +75,6 @@ pub(super) struct Flood {
 }
 
 /// One turn of `slot`, more or less.
-///
-/// # Errors
-///
-/// When iperf3 fails several times in a row; the message is its own.
 pub(super) fn flood(clients: &Namespace, traffic: Traffic, to: SocketAddr, slot: Duration) -> Result<Flood> {
     let mut attempt = 1;
     loop {

@@ -71,15 +71,11 @@ impl Traffic {
     }
 }
 
-/// One kind of traffic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Load {
-    /// What each client does.
     pub traffic: Traffic,
-    /// How many there are.
     pub clients: usize,
-    /// Whether by IPv6.
     pub v6: bool,
 }
 
@@ -101,7 +97,6 @@ impl Load {
         Self { traffic, clients: 1, v6 }
     }
 
-    /// All that are measured.
     pub(crate) const ALL: [Self; 12] = [
         Self::alone(Traffic::Connect, false),
         Self::alone(Traffic::Connect, true),
@@ -144,7 +139,6 @@ pub enum Way {
     Service,
 }
 
-/// From where to what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Route {
@@ -165,7 +159,6 @@ pub enum Route {
 }
 
 impl Route {
-    /// All of them.
     pub const ALL: [Self; 7] = [
         Self::PodSameNode,
         Self::PodOtherNode,
@@ -204,7 +197,6 @@ impl Route {
         }
     }
 
-    /// Where its clients are.
     #[must_use]
     pub(super) fn from(self) -> From {
         match self {
@@ -214,7 +206,6 @@ impl Route {
         }
     }
 
-    /// The endpoints that answer.
     #[must_use]
     pub(super) fn endpoints(self) -> Endpoints {
         match self {

@@ -53,14 +53,12 @@ const PATIENCE: Duration = Duration::from_secs(300);
 /// How long a case is tried to see whether it works.
 const TRIAL: Duration = Duration::from_millis(5);
 
-/// What is measured.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
     /// How often each way is measured for each kind of traffic.
     pub(super) rounds: u32,
     /// For how long each time.
     pub(super) slot: Duration,
-    /// What of it.
     pub(super) selection: Selection,
 }
 
@@ -68,11 +66,8 @@ pub(super) struct Plan {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Series {
-    /// Services there were.
     pub services: u32,
-    /// From where to what.
     pub route: Route,
-    /// What was done.
     pub load: Load,
     /// The subject of the topology; none for the one without a proxy.
     pub subject: Option<Subject>,
@@ -105,20 +100,14 @@ struct Serving {
     _directory: TempDir,
 }
 
-/// What was measured.
 #[derive(Debug, Default)]
 pub(super) struct Measured {
-    /// Rates.
     pub(super) series: Vec<Series>,
     /// What the socket programs took.
     pub(super) costs: Vec<Cost>,
 }
 
 /// The Services that traffic goes to, to be in the cluster while it is measured.
-///
-/// # Errors
-///
-/// When they are not what Kubernetes takes for such.
 pub(super) fn targets() -> Result<Vec<(k8s_openapi::api::core::v1::Service, Slices)>> {
     Target::ALL.into_iter().map(|target| Ok((target.service()?, target.slices()?))).collect()
 }
@@ -126,10 +115,6 @@ pub(super) fn targets() -> Result<Vec<(k8s_openapi::api::core::v1::Service, Slic
 type Slices = Vec<k8s_openapi::api::discovery::v1::EndpointSlice>;
 
 /// Measures all cases with what the cluster has now; `keep` is told what each came to.
-///
-/// # Errors
-///
-/// When something cannot be set up.
 pub(super) fn measure(
     plan: &Plan,
     services: u32,

@@ -24,10 +24,6 @@ use weir_tests::netns::Namespace;
 pub(super) const WORKERS: usize = 16;
 
 /// Starts the servers of endpoints. The processes among them end when what is returned is dropped.
-///
-/// # Errors
-///
-/// When something cannot be listened on.
 pub(super) fn start(pod: &Namespace, endpoints: Endpoints) -> anyhow::Result<Vec<iperf::Server>> {
     for port in [LONE, LONE + STRAIGHT] {
         Family::ALL.into_iter().try_for_each(|family| start_lone(pod, endpoints, family, port))?;

@@ -16,7 +16,6 @@ use super::{
     topology::{BULK, Endpoints, LONE, SHARED, external_address},
 };
 
-/// One of the Services.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Target {
     /// Endpoints on the subject's node.
@@ -32,7 +31,6 @@ const PORTS: [(u16, u16, &str, bool); 3] =
     [(80, LONE, "lone", true), (81, SHARED, "shared", false), (82, BULK, "bulk", true)];
 
 impl Target {
-    /// All of them.
     pub(super) const ALL: [Self; 3] = [Self::Near, Self::Sticky, Self::Far];
 
     fn name(self) -> &'static str {
@@ -94,10 +92,6 @@ impl Target {
     }
 
     /// The Service.
-    ///
-    /// # Errors
-    ///
-    /// When it is not what Kubernetes takes for one.
     pub(super) fn service(self) -> Result<Service> {
         let ips = Family::ALL.map(|family| self.ip(family).to_string());
         let ports = protocols().map(|(port, endpoints, name, protocol)| {
@@ -124,10 +118,6 @@ impl Target {
     }
 
     /// The endpoints: in each family a slice with all addresses, and one with the only address that iperf3 listens on.
-    ///
-    /// # Errors
-    ///
-    /// When they are not what Kubernetes takes for slices.
     pub(super) fn slices(self) -> Result<Vec<EndpointSlice>> {
         let kinds = Family::ALL.into_iter().flat_map(|family| [(family, false), (family, true)]);
         kinds.map(|(family, bulk)| self.slice(family, bulk)).collect()

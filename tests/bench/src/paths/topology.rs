@@ -24,24 +24,18 @@ use weir_tests::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace};
 pub(super) const LONE: u16 = 8080;
 /// The port of the server of many clients, for those that come by the Service.
 pub(super) const SHARED: u16 = 8081;
-/// What iperf3 listens on.
 pub(super) const BULK: u16 = 5201;
 /// So much higher is the port of clients that come straight: a connection one way has nothing in common with one the other
 /// way, least of all an entry in connection tracking that would be its predecessor's.
 pub(super) const STRAIGHT: u16 = 10;
 
-/// Where clients are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum From {
-    /// In a pod.
     Pod,
-    /// On the node itself.
     Host,
-    /// Outside the cluster.
     Outside,
 }
 
-/// Which endpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Endpoints {
     /// On the subject's node.
@@ -78,10 +72,6 @@ pub(super) struct Topology {
 
 impl Topology {
     /// Wires one up. `number` tells it from the others on the same control plane.
-    ///
-    /// # Errors
-    ///
-    /// Without the right to, or without the tools.
     pub(super) fn new(all: &Cgroup, control_plane: &Namespace, number: u8) -> anyhow::Result<Self> {
         let cgroup = all.child(&format!("paths-{number}"))?;
         let bpffs = BpfFs::new()?;
@@ -108,7 +98,6 @@ impl Topology {
         Ok(topology)
     }
 
-    /// Where these clients are.
     #[must_use]
     pub(super) fn clients(&self, from: From) -> &Namespace {
         match from {
@@ -118,7 +107,6 @@ impl Topology {
         }
     }
 
-    /// Where these endpoints are.
     #[must_use]
     pub(super) fn servers(&self, endpoints: Endpoints) -> &Namespace {
         match endpoints {

@@ -24,18 +24,14 @@ use crate::{cluster::Objects, workload::Workload};
 /// that the API server is slower than the pace.
 const UNDER_WAY: u32 = 32;
 
-/// Writes going on.
 pub(super) struct Churn {
     stop: Arc<AtomicBool>,
     task: JoinHandle<Result<u32>>,
     begun: Instant,
 }
 
-/// What came of it.
 pub(super) struct Churned {
-    /// Writes that were accepted.
     pub(super) writes: u32,
-    /// For how long.
     pub(super) time: Duration,
 }
 
@@ -50,10 +46,6 @@ impl Churn {
     }
 
     /// Ends it and gives back what was taken.
-    ///
-    /// # Errors
-    ///
-    /// When the API server refused a write.
     pub(super) fn end(self, runtime: &Runtime) -> Result<Churned> {
         self.stop.store(true, Ordering::Release);
         let time = self.begun.elapsed();

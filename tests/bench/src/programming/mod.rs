@@ -40,7 +40,6 @@ const CHANGING: u32 = 400_000;
 /// The longest that a process is waited for to come to rest where that is no part of a figure.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// What is measured.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
     /// How often each subject is started.
@@ -91,10 +90,6 @@ impl Trial<'_> {
 
 impl Programming<'_> {
     /// Measures the subjects in turn with what the cluster has now.
-    ///
-    /// # Errors
-    ///
-    /// When something cannot be set up, or a subject ends by itself.
     pub(super) fn measure(
         &self,
         workload: Workload,
@@ -153,7 +148,6 @@ impl Programming<'_> {
         Deadline::after(self.plan.bound)
     }
 
-    /// A new Service.
     fn fresh(&self) -> Numbered {
         let used = self.used.get();
         self.used.set(used + 1);

@@ -17,11 +17,9 @@ use crate::{
 pub enum Phase {
     /// From nothing to the last Service.
     Start,
-    /// Single changes.
     Idle,
     /// Single changes while others go on.
     Busy,
-    /// Killed and started again.
     Restart,
 }
 
@@ -29,11 +27,8 @@ pub enum Phase {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Run {
-    /// Which.
     pub subject: Subject,
-    /// What the cluster had.
     pub workload: Workload,
-    /// Which repetition.
     pub round: u32,
     /// The longest that a phase was given, in seconds.
     pub bound_seconds: f64,
@@ -41,11 +36,9 @@ pub struct Run {
     pub unfinished: Option<Phase>,
     /// From nothing to the last Service.
     pub start: Option<Start>,
-    /// Single changes.
     pub idle: Vec<Change>,
     /// Single changes while others go on.
     pub busy: Option<Busy>,
-    /// Killed and started again.
     pub restart: Option<Restart>,
     /// What the kernel holds for it in the end.
     pub kernel: Option<KernelMemory>,
@@ -67,7 +60,6 @@ pub struct Start {
     pub traffic: Traffic,
 }
 
-/// What is changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
@@ -94,11 +86,9 @@ impl Kind {
     }
 }
 
-/// One change.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Change {
-    /// Of what.
     pub kind: Kind,
     /// From the request until the API server's answer, in seconds.
     pub write_seconds: f64,
@@ -125,7 +115,6 @@ impl Change {
 pub struct Busy {
     /// How many others there should have been in a second.
     pub wanted_per_second: u32,
-    /// How many there were.
     pub writes: u32,
     /// In how many seconds.
     pub seconds: f64,
@@ -147,7 +136,6 @@ pub struct Restart {
     pub settled_cpu_seconds: f64,
     /// Connections to a Service of before, from the kill until then.
     pub connects: u32,
-    /// Those that failed.
     pub failed: u32,
     /// What went between it and the API server.
     pub traffic: Traffic,

@@ -57,7 +57,6 @@ pub enum Act {
 }
 
 impl Act {
-    /// All of them.
     pub const ALL: [Self; 6] = [
         Self::FlushWhileStarting,
         Self::FlushWhileServing,
@@ -97,13 +96,9 @@ impl Act {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recovery {
-    /// To which.
     pub subject: Subject,
-    /// What the cluster had.
     pub workload: Workload,
-    /// Which repetition.
     pub round: u32,
-    /// What was done.
     pub act: Act,
     /// The longest that was waited for, in seconds.
     pub bound_seconds: f64,
@@ -113,17 +108,12 @@ pub struct Recovery {
     pub cpu_seconds: Option<f64>,
     /// Connections by packets to a Service of before, while that was waited for.
     pub connects: u32,
-    /// Those that failed.
     pub failed: u32,
 }
 
 impl Programming<'_> {
     /// Measures the acts with those of the subjects in turn that take part. One that did not recover in time has no further rounds
     /// of that act.
-    ///
-    /// # Errors
-    ///
-    /// When something cannot be set up, or a subject ends by itself.
     pub(crate) fn recoveries(
         &self,
         workload: Workload,

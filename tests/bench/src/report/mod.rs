@@ -35,19 +35,15 @@ pub(super) fn say(line: fmt::Arguments<'_>) {
     let _ = writeln!(std::io::stderr(), "{} {line}", k8s_openapi::jiff::Zoned::now().strftime("%H:%M:%S"));
 }
 
-/// Everything one run measured.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Report {
-    /// `FORMAT`.
     pub format: u32,
     /// When it began, in UTC.
     pub began: String,
     /// How long it took, in seconds.
     pub seconds: f64,
-    /// Its command line.
     pub arguments: Vec<String>,
-    /// Where.
     pub machine: Machine,
     /// The versions of subjects and tools, as they print them.
     pub versions: BTreeMap<String, String>,
@@ -71,13 +67,10 @@ pub struct Report {
     pub names: Vec<dns::Seen>,
 }
 
-/// The machine measured on.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Machine {
-    /// Its kernel's release.
     pub kernel: String,
-    /// Its distribution.
     pub system: String,
     /// The name of its processor.
     pub processor: String,
@@ -120,10 +113,6 @@ impl Machine {
 
 impl Report {
     /// One without samples: what is known before anything is measured.
-    ///
-    /// # Errors
-    ///
-    /// When a program is missing.
     pub(super) fn new(options: &Options, subjects: &[Subject]) -> Result<Self> {
         let mut absent = BTreeMap::new();
         let mut versions = BTreeMap::new();
@@ -167,19 +156,11 @@ impl Report {
     }
 
     /// Writes all of it, so that a run that ends early leaves what it has.
-    ///
-    /// # Errors
-    ///
-    /// When the file cannot be written.
     pub(super) fn save(&self, path: &Path) -> Result<()> {
         fs::write(path, serde_json::to_vec(self)?).with_context(|| format!("writing {}", path.display()))
     }
 
     /// The same with the version of each other build in place of its path, which means nothing on another machine.
-    ///
-    /// # Errors
-    ///
-    /// When the result cannot be read back, which would be a fault of this function.
     pub(super) fn without_paths(&self) -> Result<Self> {
         let mut labels: BTreeMap<&str, String> = BTreeMap::new();
         for (name, version) in &self.versions {
@@ -235,14 +216,12 @@ impl Report {
         ]
     }
 
-    /// Ahead, level or behind.
     #[must_use]
     pub(super) fn verdicts(&self) -> Table {
         verdicts::table(self)
     }
 }
 
-/// Tables with their titles.
 type Titled = Vec<(&'static str, Table)>;
 
 /// A part of a report.

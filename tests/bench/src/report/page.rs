@@ -28,10 +28,6 @@ use crate::{
 
 /// Writes page, plots and samples below `docs/benchmarks`, and lists the run in `docs/benchmarks.md`. `samples` is the file
 /// that the report was read from, if any. The directory of the run.
-///
-/// # Errors
-///
-/// When a file cannot be read or written.
 pub(crate) fn write(report: &Report, samples: Option<&Path>, docs: &Path) -> Result<PathBuf> {
     let report = report.without_paths()?;
     let date = report.began.split(' ').next().unwrap_or_default();

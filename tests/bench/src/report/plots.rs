@@ -27,9 +27,7 @@ fn colour(subject: Subject) -> RGBColor {
 
 /// Bars of one case, each with its subject.
 pub(super) struct Group {
-    /// The case.
     pub(super) name: String,
-    /// Its bars.
     pub(super) bars: Vec<(Subject, Estimate)>,
 }
 
@@ -43,10 +41,6 @@ const HEAD: u32 = 75;
 const BAR: u32 = 14;
 
 /// Ratios as horizontal bars with their intervals.
-///
-/// # Errors
-///
-/// When the file cannot be written.
 pub(super) fn bars(path: &Path, title: &str, groups: &[Group]) -> Result<()> {
     let rows: usize = groups.iter().map(|group| group.bars.len() + 1).sum();
     let height = 160 + BAR * u32::try_from(rows)?;
@@ -151,10 +145,6 @@ pub(super) struct Curve {
 }
 
 /// Curves with their points.
-///
-/// # Errors
-///
-/// When the file cannot be written.
 pub(super) fn curves(path: &Path, title: &str, x: Axis, y: Axis, curves: &[Curve]) -> Result<()> {
     let points = || curves.iter().flat_map(|curve| &curve.points);
     let (across, up) =

@@ -31,7 +31,6 @@ pub(crate) enum Row {
 }
 
 impl Row {
-    /// All of them.
     pub(crate) const ALL: [Self; 9] = [
         Self::ClientsApart,
         Self::Refused,

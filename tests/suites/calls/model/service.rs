@@ -10,7 +10,6 @@ use crate::suites::calls::{
 /// What a new flow to an address gets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Door {
-    /// One of these.
     Of(Vec<Server>),
     /// A refusal.
     Closed,

@@ -21,24 +21,19 @@ mod sockets;
 /// What an act holds on to, such as open connections.
 pub(crate) type Held = Vec<Box<dyn Any>>;
 
-/// What an act needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Needs {
-    /// Any data plane.
     Anything,
     /// Programs at sockets.
     Sockets,
 }
 
-/// One hostile act.
 pub(crate) struct Act {
-    /// What it is called.
     pub(crate) name: &'static str,
     /// Without this it cannot be done.
     pub(crate) needs: Needs,
     /// Whether it may end the agent, which is started again then.
     pub(crate) ends_agent: bool,
-    /// Does it.
     pub(crate) act: fn(&mut Fixture, &mut Random) -> Result<Held>,
     /// Takes back what would be in the way of the next one.
     pub(crate) undo: fn(&mut Fixture) -> Result<()>,
