@@ -1,4 +1,4 @@
-//! The agent without its threads: model, planner and one data plane, brought up to date when told to.
+//! The agent without its threads: model, planner and one data plane, brought up to date on demand.
 //!
 //! In: [`Change`]s. Out: a data plane that holds what they mean. Every try is the caller's, so a test sees each failure.
 
@@ -27,7 +27,7 @@ impl<D: Dataplane> Agent<D> {
         Self { model: Model::new(settings), planner: Planner::default(), plane, from_scratch: true }
     }
 
-    /// What the agent knows, to tell it more.
+    /// The model, to hand it more.
     pub fn model(&mut self) -> &mut Model {
         &mut self.model
     }
@@ -37,13 +37,13 @@ impl<D: Dataplane> Agent<D> {
         self.model.apply(change);
     }
 
-    /// Starts over with a data plane just opened, as a new process does that knows the same objects.
+    /// Starts over with a data plane just opened, as a new process does that has the same objects.
     pub fn restart(&mut self, plane: D) {
         self.plane = plane;
         self.from_scratch = true;
     }
 
-    /// Starts over with the data plane as it is, like a new process that knows nothing yet.
+    /// Starts over with the data plane as it is, like a new process without objects.
     ///
     /// # Errors
     ///
@@ -106,7 +106,7 @@ impl<D: Dataplane> Agent<D> {
         &self.planner
     }
 
-    /// Whether nothing is left to be told since it was last asked for.
+    /// Whether the data plane has everything.
     pub fn is_up_to_date(&mut self) -> bool {
         !self.from_scratch && !self.planner.has_waiting() && self.planner.take_delta().is_empty()
     }

@@ -52,7 +52,7 @@ struct Store {
 }
 
 impl ApiServer {
-    /// Starts etcd and an API server on loopback, which knows every user of [`ApiServer::kubeconfig`], and waits until
+    /// Starts etcd and an API server on loopback, which has every user of [`ApiServer::kubeconfig`], and waits until
     /// it is ready. `options` are added to its command line, where the last of one name counts.
     ///
     /// # Errors
@@ -98,12 +98,12 @@ impl ApiServer {
         Ok(Client::try_from(Config::new(url.parse()?))?)
     }
 
-    /// Whether lists can be streamed (WatchList): that takes an etcd that tells its progress, which since Kubernetes 1.31
+    /// Whether lists can be streamed (WatchList): that takes an etcd that reports its progress, which since Kubernetes 1.31
     /// means 3.4.31, 3.5.13 or newer.
     ///
     /// # Errors
     ///
-    /// When etcd does not tell its version.
+    /// When etcd does not print its version.
     pub fn streams_lists(&self) -> Result<bool> {
         let answer = Command::new(assets::kubernetes("etcd")?).arg("--version").output()?;
         let text = String::from_utf8(answer.stdout)?;
@@ -367,7 +367,9 @@ fn put(path: &Path, text: &str) -> Result<()> {
 }
 
 fn spawn(guard: &ChildGuard, program: &str, arguments: &[String], log: &Path) -> Result<Process> {
-    guard.launch(&assets::kubernetes(program)?, log, |command| drop(command.args(arguments)))
+    guard.launch(&assets::kubernetes(program)?, log, |command| {
+        command.args(arguments);
+    })
 }
 
 fn free_port(address: IpAddr) -> Result<u16> {

@@ -1,4 +1,4 @@
-//! A real etcd and kube-apiserver inside a namespace, for agents that know no other source.
+//! A real etcd and kube-apiserver inside a namespace, for agents without another source.
 //!
 //! In: objects. Out: the same objects, admitted by Kubernetes' own validation, on the watches of its clients.
 

@@ -45,7 +45,7 @@ pub fn query(name: &str, kind: RecordType, edns: bool) -> Result<Message> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Said {
     pub code: ResponseCode,
-    /// Whether the server says that it is the one to ask.
+    /// Whether the server calls itself authoritative.
     pub authoritative: bool,
     /// The answers, sorted.
     pub answers: Vec<String>,
@@ -90,7 +90,7 @@ pub struct Asker {
 }
 
 impl Asker {
-    /// A UDP socket in the namespace of this thread; connected ones hear of refusals.
+    /// A UDP socket in the namespace of this thread; connected ones get refusals.
     ///
     /// # Errors
     ///

@@ -8,7 +8,7 @@
 //! pod 1/2 ─┘                     │                      └─ pod 2/2
 //!                             outside
 //! ```
-//! Nodes reach each other's pods by routes. Whatever a node does not know goes to the router, which answers on the
+//! Nodes reach each other's pods by routes. All other traffic of a node goes to the router, which answers on the
 //! external and load balancer addresses itself: traffic no proxy captured is seen there.
 
 use std::{
@@ -74,7 +74,7 @@ impl fmt::Display for Location {
     }
 }
 
-/// The name of a node as Kubernetes knows it.
+/// The name of a node in Kubernetes.
 #[must_use]
 pub fn node_name(node: u8) -> String {
     format!("node-{node}")

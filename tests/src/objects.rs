@@ -1,6 +1,6 @@
 //! Kubernetes objects of the cases, in few words.
 //!
-//! In: a [`Shape`], which says what is special about a Service and its endpoints, and [`Addresses`], which give it addresses
+//! In: a [`Shape`], which is what is special about a Service and its endpoints, and [`Addresses`], which give it addresses
 //! that no other Service has. Out: complete objects as a cluster would hold them.
 
 use std::{collections::BTreeMap, net::IpAddr};
@@ -165,7 +165,7 @@ impl Endpoint {
         self
     }
 
-    /// In a slice that does not say on which node it is.
+    /// In a slice that does not name its node.
     #[must_use]
     pub fn unplaced(mut self) -> Self {
         self.placed = false;

@@ -123,7 +123,7 @@ fn accept(client: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Passes on until one end ends; then the other does too, unless that is not to be told.
+/// Passes on until one end closes; then it closes the other too, unless it is silent.
 fn pass_on(mut from: TcpStream, mut to: TcpStream, silent: &AtomicBool) {
     let mut bytes = vec![0; CHUNK];
     while let Ok(length @ 1..) = from.read(&mut bytes) {

@@ -1,11 +1,11 @@
-//! Scenarios: text files that say what happens to a cluster and what a data plane holds after it.
+//! Scenarios: text files with what happens to a cluster and what a data plane holds after it.
 //!
 //! In: a file of `tests/scenarios`. Out: its [`Scenario`], and data planes' states in the lines such a file expects.
 //!
 //! ```text
 //! # What this is about, with the rules it shows.
 //! masquerade-all: true                    settings, one a line; see `Setting`
-//! == apply what happens                   YAML documents, all told in one delta
+//! == apply what happens                   YAML documents, all in one delta
 //! == delete service default/web
 //! == host 192.0.2.1 2001:db8::1           the addresses that this host has now
 //! == stop                                 what follows happens while no agent runs
@@ -57,9 +57,9 @@ pub enum Action {
     Host(Vec<IpAddr>),
     Stop,
     Restart,
-    /// The data plane holds what the body says.
+    /// The data plane holds the body.
     Expect,
-    /// The maps hold what the body says.
+    /// The maps hold the body.
     Maps,
 }
 
@@ -88,7 +88,7 @@ impl Scenario {
         Ok(Self { settings, preamble, steps })
     }
 
-    /// The steps that say what is there.
+    /// The steps that expect something.
     pub fn expectations(&self) -> impl Iterator<Item = &Step> {
         self.steps.iter().filter(|step| matches!(step.action, Action::Expect | Action::Maps))
     }

@@ -165,7 +165,7 @@ endpoints: [{{addresses: [10.244.1.11], conditions: {{ready: true}}}}]
     fn connect_as_a_pod(&self) {
         let enter =
             format!("echo 0 > {}/cgroup.threads; exec 3<>/dev/tcp/10.96.0.10/80", self.pods.display());
-        // Nothing answers at the backend; what counts is which way the socket was led.
+        // Nothing answers at the backend; the test is which backend the socket got.
         let _ = self.namespace.output("timeout", &["0.2", "bash", "-c", &enter]);
     }
 }

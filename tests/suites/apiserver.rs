@@ -223,7 +223,7 @@ fn an_outage_takes_nothing_away(plane: Plane) -> Result<()> {
     answered_more(&loads);
     without_failure("while the API server went", loads)?;
 
-    // The agent that was connected knows what to put back.
+    // The agent that was connected has the objects, so it restores the rules.
     let all_answer =
         || calls().iter().all(|(from, call)| matches!(cluster.ask(*from, call), Outcome::Answer(_)));
     for theft in [&["flush", "ruleset"][..], &["flush", "table", "ip", "weir"]] {
@@ -231,7 +231,7 @@ fn an_outage_takes_nothing_away(plane: Plane) -> Result<()> {
         await_that(&format!("everything answers after nft {}", theft.join(" ")), all_answer);
     }
 
-    // The one that starts now knows nothing, and leaves alone what it finds.
+    // The one that starts now has no objects, and leaves alone what it finds.
     let loads = cluster.loads()?;
     answered_more(&loads);
     cluster.subject.kill_agent(1)?;
@@ -241,7 +241,7 @@ fn an_outage_takes_nothing_away(plane: Plane) -> Result<()> {
     cluster.leads_to(&[Location::Pod(1, 1), Location::Pod(2, 1)]);
 
     cluster.subject.restart_api_server()?;
-    // A list that is taken again has no order: only what is published after it tells how far the agents have come.
+    // A list that is taken again has no order: only what is published after it shows how far the agents have come.
     cluster.subject.settle()?;
     cluster.publish(&web(&[(2, 2)]))?;
     cluster.leads_to(&[Location::Pod(2, 2)]);

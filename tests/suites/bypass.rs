@@ -158,7 +158,7 @@ impl Fixture {
         }));
     }
 
-    /// All pods there are, of which nothing is said.
+    /// All pods there are, without a setting.
     fn undecided(&self, uids: &[&str]) {
         let name = |uid: &&str| (Arc::from(*uid), ObjectName::new("shop", &format!("of-{uid}")));
         let undecided = uids.iter().map(name).collect();
@@ -216,7 +216,7 @@ async fn a_pod_is_left_alone_while_a_cluster_runs_in_it_unless_something_was_dec
     fixture.undecided(&["a", "b"]);
     reach(&mut fixture.census, "cluster", 1, 0).await;
     assert_eq!(pins.ids(), BTreeSet::from([early]));
-    // In a container in the pod's container, with a kubelet that uses slices. Nothing tells of it.
+    // In a container in the pod's container, with a kubelet that uses slices. No notification reports it.
     tree.make("kubepods/podb/container/docker/1f/kubelet.slice/kubelet-kubepods.slice");
     reach(&mut fixture.census, "cluster", 2, 0).await;
     assert_eq!(pins.ids(), BTreeSet::from([early, late]));
@@ -240,7 +240,7 @@ async fn a_cgroup_that_appears_late_is_in_the_map_at_once_and_one_made_anew_too(
     fixture.reach(1, 0).await;
     println!("in the map {:?} after the cgroup was made", made.elapsed());
     assert_eq!(pins.ids(), BTreeSet::from([first]));
-    // Nothing is missing now, so only inotify can tell.
+    // Nothing is missing now, so only inotify can report a change.
     tree.remove("kubepods/burstable/poda");
     fixture.reach(0, 1).await;
     assert_eq!(pins.ids(), BTreeSet::new());
@@ -384,7 +384,7 @@ fn sockets_of_a_pod_that_is_off_are_left_alone_and_its_neighbour_s_are_not() {
                 let mut fixture = Fixture::start(&place);
                 fixture.want(true, &["b"]);
                 fixture.reach(1, 0).await;
-                // There is no way to the Service's address here but for sockets that are led to the backend.
+                // There is no route to the Service's address here, so only translated sockets reach the backend.
                 assert_eq!(ask(), [Ok(()), Err(ErrorKind::NetworkUnreachable)]);
                 fixture.want(true, &[]);
                 fixture.reach(0, 0).await;

@@ -137,7 +137,7 @@ fn tracked() -> BTreeSet<String> {
     flows
 }
 
-/// Cleans with `suspects` and says which of [`FLOWS`] went.
+/// Cleans with `suspects`. Those of [`FLOWS`] that went.
 fn gone(conntrack: &mut Conntrack, suspects: &Suspects) -> Vec<String> {
     insert(&FLOWS);
     let before = tracked();

@@ -188,7 +188,7 @@ async fn a_start_is_told_of_the_node() {
     assert_eq!(told.collect::<Vec<_>>(), expected);
 }
 
-/// Waits until what was told of the agent on this node was written, and so what was told before.
+/// Waits until the event about the agent on this node was written, and so all events before it.
 async fn written(objects: &ApiObjects, node: &str) {
     let events: Api<CoreEvent> = Api::namespaced(objects.0.clone(), "default");
     let about = ListParams::default().fields(&format!("involvedObject.kind=Node,involvedObject.uid={node}"));
@@ -200,7 +200,7 @@ async fn written(objects: &ApiObjects, node: &str) {
     timeout(PATIENCE, looking).await.expect("no event about the node");
 }
 
-/// Tells of the same from many nodes, and answers with the events about the Service.
+/// Reports the same from many nodes. The events about the Service.
 async fn told_by_every_node(server: &ApiServer, objects: &ApiObjects) -> Vec<Event> {
     let cart = objects.service("cart").await;
     let nodes: Vec<String> = (1..=5).map(|number| format!("n{number}")).collect();

@@ -13,7 +13,7 @@ kind: KubeProxyConfiguration
 conntrack: {maxPerCore: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}
 ";
 
-/// What `script` says that runs with a directory `$PLACE` on a tmpfs and with `$WEIR`, weir to be prepared for a mode.
+/// The output of a script with `$PLACE`, a directory on a tmpfs, and `$WEIR`, the command that prepares a node for a mode.
 fn prepared(script: &str) -> Result<String> {
     let directory = tempfile::tempdir()?;
     let config = directory.path().join("config.yaml");

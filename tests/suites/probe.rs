@@ -47,7 +47,7 @@ fn weir(program: &Path, bpf_root: &Path) -> Command {
     command
 }
 
-/// What it says.
+/// Its output as JSON.
 fn said(command: &mut Command) -> Result<Value> {
     let output = command.output()?;
     ensure!(output.status.success(), "{}: {}", output.status, String::from_utf8_lossy(&output.stderr));

@@ -37,7 +37,7 @@ const DURATION: Duration = Duration::from_secs(8);
 /// The clients need the processors as well.
 const PAUSE: Duration = Duration::from_micros(500);
 
-/// A Service by its endpoints and by the port they serve, which tells one set from the other.
+/// A Service by its endpoints and by the port they serve, which is another for each set.
 fn shape(target: u16, endpoints: Vec<Endpoint>) -> Shape {
     let slice = Slice { ports: vec![("stream", Transport::Tcp, target)], ..slice(endpoints) };
     service([]).ports(&[("stream", Transport::Tcp, PORT)]).slices([slice])
@@ -86,7 +86,7 @@ fn begin<D: Dataplane>(plane: D) -> Result<Agent<D>> {
     Ok(agent)
 }
 
-/// Goes from one set to the other and back until told to stop; returns how often.
+/// Goes from one set to the other and back until `stop`; returns how often.
 fn flip<D: Dataplane>(agent: &mut Agent<D>, stop: &AtomicBool) -> Result<u64> {
     let [web, neighbour] = sets();
     for flips in 1.. {

@@ -1,5 +1,5 @@
-//! Every file of `tests/scenarios`, played to every data plane. Memory and nftables hold what the file says; the sockets'
-//! plane holds of it what is for sockets, and its maps hold what the file says where it writes them out.
+//! Every file of `tests/scenarios`, played to every data plane. Memory and nftables hold what the file expects; the socket plane
+//! holds the part of it that is for sockets, and its maps hold what the file expects where it lists them.
 //!
 //! `WEIR_BLESS=1` writes what memory and the maps hold into the files.
 
@@ -26,7 +26,7 @@ use weir_tests::{
     scenario::{Action, Scenario, render},
 };
 
-/// A data plane that can be opened anew and says what no [`State`] has.
+/// A data plane that can be opened anew and reports what no [`State`] has.
 trait Plane: Dataplane + Sized {
     /// A new one that finds what others left in the place.
     fn open(families: PerFamily<bool>, place: &Place) -> Result<Self>;
@@ -150,8 +150,8 @@ fn whole<P: Plane>(scenario: &Scenario, place: &Place) -> Result<Vec<Option<Stri
     })
 }
 
-/// Plays a scenario to memory and to the sockets' plane, which holds the sockets' part of the same. What its maps hold
-/// where that is written out.
+/// Plays a scenario to memory and to the socket plane, which holds the part of the same that is for sockets. What its maps
+/// hold where the file lists them.
 fn at_sockets(scenario: &Scenario, place: &Place) -> Result<Vec<Option<String>>> {
     let mut wanted = VecDeque::new();
     play::<Memory>(scenario, place, |_, Seen { state, node_ips }| {

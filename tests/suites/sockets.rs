@@ -342,7 +342,7 @@ fn sockets_of_a_removed_backend_are_closed_or_moved_and_all_others_live_on() {
     }
 }
 
-/// Binds a server at a Service's address, which the namespace gets for that: a datagram that is led there and that no table
+/// Binds a server at a Service's address, which the namespace gets for that: a datagram that is sent there and that no table
 /// translates comes to it.
 fn server_at(place: &Place, service: &str) -> UdpSocket {
     let service = at(service);
@@ -352,7 +352,7 @@ fn server_at(place: &Place, service: &str) -> UdpSocket {
     server
 }
 
-/// Sends a word, and says whether it comes to this server.
+/// Sends a word. Whether it comes to this server.
 fn comes_to(server: &UdpSocket, client: &Socket, word: &[u8]) -> bool {
     let mut read = [0; 16];
     client.send(word).unwrap();
@@ -360,9 +360,9 @@ fn comes_to(server: &UdpSocket, client: &Socket, word: &[u8]) -> bool {
     from == client.local_addr().unwrap().as_socket().unwrap() && &read[..len] == word
 }
 
-/// Sends a word, and says whether these servers hear nothing of it, until a word that is sent later has come to `witness`.
+/// Sends a word. Whether it has come to none of these servers when a word that is sent later has come to `witness`.
 fn is_dropped(client: &Socket, servers: [&UdpSocket; 2], witness: (&UdpSocket, &Socket)) -> bool {
-    // The host's own filters tell the sender.
+    // The host's own filters report it to the sender.
     let told = client.send(b"dropped").is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied);
     let (server, sender) = witness;
     assert!(comes_to(server, sender, b"later"));

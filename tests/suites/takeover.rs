@@ -182,7 +182,7 @@ impl<'a> Cluster<'a> {
         Ok(agent)
     }
 
-    /// How many connections to the Service's port sockets were led to, as the metrics of a node's agent tell it.
+    /// How many connections to the Service's port the metrics of a node's agent count.
     fn counted(&self, node: u8) -> Result<u64> {
         let page = self.host(node).run(|| -> Result<String> {
             let mut stream = TcpStream::connect(("127.0.0.1", 10249))?;
@@ -281,7 +281,7 @@ impl Others {
         Ok(())
     }
 
-    /// The rules, as iptables tells them.
+    /// The rules, as iptables lists them.
     fn listing(host: &Namespace, mode: Mode) -> Result<String> {
         let mut all = String::new();
         for (_, program) in Self::programs(mode) {

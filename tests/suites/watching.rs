@@ -1,4 +1,4 @@
-//! Watches against a stand-in for an API server, which fails as it is told to.
+//! Watches against a stand-in for an API server that fails on demand.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by panicking")]
 
@@ -50,7 +50,7 @@ impl Source {
         Self { changes, status, task }
     }
 
-    /// Waits until this is told.
+    /// Waits for this change.
     async fn comes(&mut self, what: &str) {
         let comes = async {
             loop {
@@ -136,7 +136,7 @@ async fn a_kind_whose_watches_end_at_once_is_asked_for_less_and_less_and_delays_
     }
 }
 
-/// What a watch is refused with, and whether that says that only a list helps.
+/// The error of a refused watch, and whether it means that only a list helps.
 const REFUSALS: [(Fault, bool); 6] = [
     (Fault::Refused(410, None), true),
     (Fault::Error(410, "Expired"), true),

@@ -20,7 +20,7 @@ use syn::{
 /// The source files of the agent, and of the crate that plans.
 const SOURCES: [&str; 2] = ["proxy-user/src", "proxy-user/plan/src"];
 
-/// The room with modules that are rooms themselves.
+/// The room whose modules are rooms themselves.
 const WING: &str = "dataplane";
 
 /// Each room, and the rooms that it may import. Rooms stand in order: none imports a room below itself.

@@ -1,4 +1,4 @@
-//! `cargo xtask check`: everything that can be said about the code without running it on a kernel.
+//! `cargo xtask check`: everything that can be checked of the code without running it on a kernel.
 
 use std::{env, path::PathBuf, process::Command, time::Instant};
 
@@ -59,7 +59,7 @@ pub(crate) fn run(machine: &Machine) -> Result<()> {
 }
 
 /// Looks for known vulnerabilities where there is a database of them. It is not made here, because that needs a network that
-/// few build machines have; then the answer says so.
+/// few build machines have; without it the reason is returned.
 fn advisories(machine: &Machine, failed: &mut Vec<&str>) -> Option<String> {
     const NAME: &str = "known vulnerabilities";
     let database = advisory_databases();

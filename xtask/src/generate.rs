@@ -1,4 +1,4 @@
-//! `cargo xtask generate`: files that are made from the code, so that they cannot say something else.
+//! `cargo xtask generate`: files that are made from the code, so that they cannot contradict it.
 
 use std::fs;
 

@@ -35,7 +35,7 @@ const SHOWN: Duration = Duration::from_secs(120);
 
 /// Endpoints of each Service.
 pub(super) const ENDPOINTS: u32 = 5;
-/// The name of the node that subjects say they run on.
+/// The node's name, for all subjects.
 pub(super) const NODE: &str = "bench";
 /// Endpoints, and clients that are pods, are in here.
 pub(super) const POD_CIDR: &str = "10.128.0.0/10";

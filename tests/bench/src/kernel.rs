@@ -1,4 +1,4 @@
-//! What a subject keeps in the kernel, and what it hears from the API server.
+//! What a subject keeps in the kernel, and what it receives from the API server.
 //!
 //! In: an agent, its node, the control plane. Out: bytes.
 

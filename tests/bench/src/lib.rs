@@ -61,7 +61,7 @@ pub mod workload;
 const KUBE_PROXY_UP_TO: u32 = 10_000;
 
 /// Measures, reporting progress on standard error and the tables on standard output, and publishes a full run; or does with
-/// samples what the options say.
+/// samples what the options demand.
 ///
 /// # Errors
 ///

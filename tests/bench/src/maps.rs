@@ -245,7 +245,7 @@ fn port(shape: Shape, number: u32, endpoints: u32) -> Arc<PortPlan> {
     })
 }
 
-/// What the pinned maps take, as the kernel says of their descriptors (really used memory since Linux 6.4).
+/// The memory of the pinned maps, as the kernel reports it for their descriptors (really used memory since Linux 6.4).
 fn maps(directory: &Path) -> Result<Vec<Map>> {
     let mut maps = Vec::new();
     for entry in fs::read_dir(directory)? {

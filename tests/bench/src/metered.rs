@@ -40,7 +40,9 @@ impl Metered {
         directory: &Path,
     ) -> anyhow::Result<Self> {
         let log = directory.join(program.file_name().unwrap_or_default()).with_extension("log");
-        let process = namespace.launch(program, &log, |command| drop(command.args(arguments)))?;
+        let process = namespace.launch(program, &log, |command| {
+            command.args(arguments);
+        })?;
         let (stop, peak) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let sampler = thread::spawn({
             let (stop, peak, pid) = (Arc::clone(&stop), Arc::clone(&peak), process.id());
@@ -83,7 +85,7 @@ impl Metered {
         Ok(ticks(user + system).max(Duration::from_nanos(threads)) + ticks(children_user + children_system))
     }
 
-    /// Waits until the process has used next to no CPU time for a while, and says how much it has used in all. The while
+    /// Waits until the process has used next to no CPU time for a while. How much it has used in all. The while
     /// is longer than the pause that kube-proxy makes between two syncs, so what is measured next starts at once. Idle is
     /// what takes a twentieth of one CPU at most: a debug build's regular looks take a hundredth or two, and more on a
     /// machine that takes back the memory of idle programs.

@@ -12,7 +12,7 @@ use anyhow::{Context as _, ensure};
 
 use weir_tests::netns::Namespace;
 
-/// Where both subjects have the page unless told otherwise.
+/// The port of the page by default, for all subjects.
 const PORT: u16 = 10249;
 const SUM: &str = "kubeproxy_sync_proxy_rules_duration_seconds_sum";
 

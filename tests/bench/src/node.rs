@@ -95,7 +95,7 @@ impl Drop for Node<'_> {
     }
 }
 
-/// Tells every client which endpoint it reached. Clients close; a few connections are kept so that they can read.
+/// Answers every client with the endpoint that it reached. Clients close; a few connections are kept so that they can read.
 fn serve(listener: &TcpListener) {
     let mut open = VecDeque::new();
     for stream in listener.incoming() {

@@ -1,4 +1,4 @@
-//! What is measured, as the command line says it.
+//! The command line: what is measured, and how.
 
 use std::{path::PathBuf, time::Duration};
 

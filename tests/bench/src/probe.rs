@@ -17,12 +17,12 @@ use socket2::{Domain, Socket, Type};
 
 use super::bound::Deadline;
 
-/// So many connects in a row without it mean that an endpoint is gone: with five endpoints, one in 10⁸ says so wrongly.
+/// So many connects in a row without it mean that an endpoint is gone: with five endpoints, one in 10⁸ is wrong.
 const GONE_AFTER: usize = 80;
 /// How often [`alive`] connects.
 const BEAT: Duration = Duration::from_millis(2);
 
-/// Connects, and says which endpoint answered and when the connection stood.
+/// Connects. The endpoint that answered, and when the connection stood.
 ///
 /// # Errors
 ///
@@ -65,7 +65,7 @@ pub(super) fn answers(target: SocketAddrV4) -> bool {
     connect(target, Duration::from_millis(200)).is_ok()
 }
 
-/// Waits until every one of these has answered and says when the last one did.
+/// Waits until every one of these has answered. When the last one did.
 pub(super) fn all_answer(targets: &[SocketAddrV4], deadline: Deadline) -> anyhow::Result<Instant> {
     let begin = Instant::now();
     let mut last = begin;
@@ -83,7 +83,7 @@ pub(super) fn all_answer(targets: &[SocketAddrV4], deadline: Deadline) -> anyhow
     Ok(last)
 }
 
-/// Keeps connecting and says when `endpoint` answered first.
+/// Keeps connecting. When `endpoint` answered first.
 pub(super) fn first_answer(
     target: SocketAddrV4,
     endpoint: Ipv4Addr,
@@ -102,7 +102,7 @@ pub(super) fn first_answer(
     }
 }
 
-/// Keeps connecting and says when `endpoint` answered last. Ends when it has not for a while after `written` was set.
+/// Keeps connecting. When `endpoint` answered last. Ends when it has not for a while after `written` was set.
 pub(super) fn last_answer(
     target: SocketAddrV4,
     endpoint: Ipv4Addr,
@@ -127,7 +127,7 @@ pub(super) fn last_answer(
     Ok(last)
 }
 
-/// Connects from time to time until told to stop. How often, and how often in vain.
+/// Connects from time to time until `stop`. How often, and how often in vain.
 #[must_use]
 pub(super) fn alive(target: SocketAddrV4, stop: &AtomicBool) -> (u32, u32) {
     let (mut connects, mut failed) = (0, 0);
@@ -139,7 +139,7 @@ pub(super) fn alive(target: SocketAddrV4, stop: &AtomicBool) -> (u32, u32) {
     (connects, failed)
 }
 
-/// Waits until `gone` answers none of these clients any more, and says when the last of them was answered by another.
+/// Waits until `gone` answers none of these clients any more. When the last of them was answered by another.
 pub(super) fn all_moved(
     clients: &[Ipv4Addr],
     to: SocketAddrV4,

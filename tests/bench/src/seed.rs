@@ -25,7 +25,7 @@ pub(super) struct Stored {
 }
 
 impl Stored {
-    /// A Service of the family IPv4 that says which ClusterIP it has, and that address.
+    /// A Service of the family IPv4 with a ClusterIP, and that address.
     pub(super) fn service(service: &Service) -> Result<[Self; 2]> {
         let spec = service.spec.as_ref().context("a Service without a spec")?;
         let address = spec.cluster_ip.as_ref().context("a Service without a ClusterIP")?;

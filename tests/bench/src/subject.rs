@@ -143,7 +143,7 @@ impl Subject {
         }
     }
 
-    /// What it says its version is, and that of the tool it programs the kernel with.
+    /// Its version, and that of the tool it programs the kernel with.
     pub(super) fn version(self) -> Result<String> {
         let own = version(&self.program()?)?;
         let tool = match self {
@@ -227,7 +227,7 @@ impl<'de> Deserialize<'de> for Subject {
     }
 }
 
-/// The first line that a program says of its version.
+/// The first line of a program's version.
 pub(super) fn version(program: &Path) -> Result<String> {
     let output = Command::new(program).arg("--version").output();
     let output = output.with_context(|| format!("running {}", program.display()))?;

@@ -137,7 +137,7 @@ fn forget(run: &CaseRun<'_>) -> Result<()> {
         thread::sleep(TIMEOUT * 2 / 5);
         for ((client, backend), called) in clients().zip(&first).zip(&mut called) {
             let again = run.backend(client, CLUSTER)?;
-            // On a machine too busy to call in time nothing can be said.
+            // On a machine too busy to call in time the result means nothing.
             ensure!(
                 again == *backend || called.elapsed() > TIMEOUT,
                 "{client} was forgotten: {backend}, then {again}"

@@ -26,7 +26,7 @@ pub enum Difference {
     AskedLoopback,
     /// Answers outside the window end where they would not be translated back.
     OutOfWindow,
-    /// F1: unconnected UDP sockets hear of it from the call itself.
+    /// F1: unconnected UDP sockets get the error from the call itself.
     AtOnce,
     /// K6, K7: UDP flows end where no Service leads them any more.
     Ended,
@@ -84,7 +84,7 @@ impl fmt::Display for Difference {
     }
 }
 
-/// Whether a client's socket is led to its backend, so that no packet to the target ever exists. What is not so goes
+/// Whether a client's socket is connected to its backend, so that no packet to the target ever exists. What is not so goes
 /// by packets, as everywhere: other transports, source ranges (F7), and the NodePorts of other nodes.
 #[must_use]
 pub fn at_socket(kind: Kind, shape: &Shape, from: Location, to: Target, transport: Transport) -> bool {

@@ -27,7 +27,7 @@ pub(super) fn cases() -> Vec<Case> {
     cases
 }
 
-/// The matrix where pods are told from others.
+/// The matrix where pods are recognised.
 fn detected(label: &str, pods_see: Source) -> [Case; 4] {
     let both = [POD11, POD21];
     let shape = || service([pod(1, 1), pod(2, 1)]).everywhere();
@@ -58,7 +58,7 @@ fn detected(label: &str, pods_see: Source) -> [Case; 4] {
     ]
 }
 
-/// The matrix where nothing tells pods. What comes from outside keeps its source, so only local backends can reply.
+/// The matrix where pods are not recognised. Traffic from outside keeps its source, so only local backends can reply.
 fn undetected() -> [Case; 3] {
     let shape = || service([pod(1, 1), pod(2, 1)]).everywhere();
     let both = [POD11, POD21];
@@ -78,7 +78,7 @@ fn undetected() -> [Case; 3] {
     ]
 }
 
-/// Only detectors that know this node's pods see a difference between pods.
+/// Only detectors that recognise this node's pods see a difference between pods.
 fn other_nodes_pods() -> Case {
     let shape = service([pod(1, 1), pod(2, 1)]).everywhere().external_local();
     case("R6", "pods of other nodes are outside where the detector knows this node's only", shape).check(
@@ -99,7 +99,7 @@ fn itself_unplaced() -> Case {
         "a pod reaches itself though its slice names no node",
         service([]).everywhere().slices([slice]),
     )
-    // An unconnected socket hears what IPv6 lets a pod send to itself, from another address than the one it asked.
+    // An unconnected socket receives what IPv6 lets a pod send to itself, from another address than the one it asked.
     .over(&[Transport::Tcp, Transport::Udp])
     .check(POD12, CLUSTER, Expect::Dropped.unless(Difference::Unplaced, &own(Masqueraded)))
     .checks(&[POD12], &EXTERNALS, &own(Masqueraded))

@@ -2,7 +2,7 @@
 //!
 //! In: nothing; this is a table. Out: [`Case`]s for [`crate::runner`], each with Services of its own, so that all of
 //! them are loaded at once and run side by side. Every case runs over both families and over TCP, connected
-//! and unconnected UDP unless it says otherwise, and is proven right on the real kube-proxy before weir is held to it.
+//! and unconnected UDP by default, and passes on the real kube-proxy before weir must pass it.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 

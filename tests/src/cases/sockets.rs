@@ -100,7 +100,7 @@ fn stay(run: &CaseRun<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Ports that are each served by one pod, so that the answer tells the port.
+/// Ports that are each served by one pod, so that the answer shows the port.
 fn several() -> Shape {
     let ports = [("first", 80, POD11), ("second", 81, POD12), ("third", 82, POD21)];
     let slices = ports.map(|(name, _, location)| Slice {

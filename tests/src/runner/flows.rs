@@ -34,7 +34,7 @@ impl OpenFlow {
         Ok(())
     }
 
-    /// The flow comes to get no answers, or stays where that rule does not hold; says by which rule it ended.
+    /// The flow comes to get no answers, or stays where that rule does not hold. The rule by which it ended.
     pub(super) fn ends(&self, kind: Kind) -> Result<Option<Difference>> {
         if !Difference::Ended.is_of(kind) {
             return self.stays().map(|()| None);

@@ -42,7 +42,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// Says what ran, and which known differences showed.
+    /// Prints what ran, and which known differences showed.
     #[expect(clippy::print_stdout, reason = "test output")]
     pub fn print(&self) {
         println!("{} cases with {} steps, {} failed", self.cases, self.steps, self.failures.len());
@@ -227,7 +227,7 @@ impl Runner<'_, '_> {
 }
 
 /// The case's transports, in the rounds they call in. Both kinds of UDP sockets are one client to a Service with session
-/// affinity; calling at the same time for the first time, they would be led to a backend each, and the later one counts.
+/// affinity; calling at the same time for the first time, each would get a backend, and the later one counts.
 fn rounds(case: &Case, shape: &Shape) -> [Vec<Transport>; 2] {
     let (later, first) =
         case.transports.iter().partition(|&&transport| shape.is_sticky() && transport == Transport::Datagram);

@@ -1,7 +1,7 @@
 //! A stand-in for an API server. Its watches fail as a test demands.
 //!
 //! In: objects and faults. Out: lists and watches over HTTP, Services and EndpointSlices in protobuf, other kinds in JSON;
-//! and what was asked for. A real API server does nearly none of this when it is told to.
+//! and what was asked for. A real API server does nearly none of this on demand.
 
 use std::{
     collections::BTreeMap,
@@ -35,7 +35,7 @@ pub enum Fault {
     /// They bring what happens.
     #[default]
     None,
-    /// They begin, and end before they say anything.
+    /// They begin, and end without an event.
     EndAtOnce,
     /// They are refused with this code, and with so many seconds after which to ask again.
     Refused(u16, Option<u32>),
@@ -49,7 +49,7 @@ pub struct Asked {
     /// Whether it is for a watch that does not list.
     pub watch: bool,
     pub query: String,
-    /// What the client says it is.
+    /// The client's `User-Agent`.
     pub user_agent: String,
     /// What the client takes.
     pub accept: String,

@@ -210,7 +210,7 @@ impl<'a> Subject<'a> {
         Ok(())
     }
 
-    /// kube-proxy may write its first rules before it knows the ServiceCIDRs, and then does without them (F5) until the
+    /// kube-proxy may write its first rules before it has the ServiceCIDRs, and then does without them (F5) until the
     /// next full sync. A change of the node's zone makes it sync fully at once (E11).
     fn await_service_cidrs(&self) -> Result<()> {
         let deadline = Instant::now() + SETTLE;
@@ -259,8 +259,9 @@ impl<'a> Subject<'a> {
             args.push(format!("--source=manifests:{}", directory.display()));
         }
         let host = self.topology.at(Location::Host(node));
-        let agent =
-            host.launch(&self.kind.program()?, &self.log(node), |command| drop(command.args(args)))?;
+        let agent = host.launch(&self.kind.program()?, &self.log(node), |command| {
+            command.args(args);
+        })?;
         state.agents[usize::from(node) - 1] = Some(agent);
         Ok(())
     }
@@ -442,8 +443,8 @@ impl<'a> Subject<'a> {
     }
 }
 
-/// A Service that tells by its port and by the one backend which answers how far an agent has come. The decoys answer
-/// too while the agent does not know its node's zone, which kube-proxy learns at some time after its start (E11).
+/// A Service whose port and backend show how far an agent has come. The decoys answer too while the agent does not have its
+/// node's zone, which kube-proxy gets some time after its start (E11).
 fn marker(port: u16, target: u16) -> Shape {
     let serving = |port, endpoints: Vec<Endpoint>| Slice {
         ports: vec![("marker", Transport::Tcp, port), ("packets", Transport::Sctp, port)],

@@ -7,7 +7,7 @@ use serde_json::json;
 use super::Kind;
 use crate::node::CLUSTER_CIDRS;
 
-/// How traffic from pods is told (R6, R7).
+/// How traffic from pods is recognised (R6, R7).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Detector {
     /// By the cluster's pod networks: every pod of the cluster counts.
@@ -23,7 +23,7 @@ pub enum Detector {
 /// What differs between the runs of the cases.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Settings {
-    /// How pods are told.
+    /// How pods are recognised.
     pub detector: Detector,
     /// `masqueradeAll` (R7).
     pub masquerade_all: bool,
@@ -32,7 +32,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// The configuration file. What NodePorts answer on by default depends on the mode it says (R15).
+    /// The configuration file. Its mode decides where NodePorts answer by default (R15).
     #[must_use]
     pub fn configuration(&self, kind: Kind, kubeconfig: Option<&Path>) -> String {
         let (detector, cidrs, prefix) = match self.detector {

@@ -165,7 +165,7 @@ impl Flow {
         bind(&socket, call)?;
         let mut to = call.to;
         if call.transport == Transport::Sctp {
-            // Raw sockets know no ports.
+            // Raw sockets have no ports.
             to.set_port(0);
         }
         if call.transport != Transport::Datagram {
@@ -174,7 +174,7 @@ impl Flow {
         Ok(Self { socket, transport: call.transport, to: call.to })
     }
 
-    /// Ends the flow with a reset where there is such a thing, so that its port is free at once; passes on what was said.
+    /// Ends the flow with a reset where there is such a thing, so that its port is free at once; passes the answer on.
     #[must_use]
     pub fn abort(self, answer: Answer) -> Answer {
         // Without it the port rests a minute, which only a client in a great hurry would notice.

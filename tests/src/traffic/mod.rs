@@ -26,7 +26,7 @@ pub use server::{SERVER_PORTS, Server};
 /// How long a client waits for an answer: longer than one takes even on a busy machine, and shorter than the second
 /// after which TCP tries again, so that a lost packet shows.
 pub const PATIENCE: Duration = Duration::from_millis(900);
-/// How long a client waits where it should hear nothing.
+/// How long a client waits where no answer should come.
 pub const SILENCE: Duration = Duration::from_millis(400);
 
 /// What connections are made of.
@@ -35,7 +35,7 @@ pub enum Transport {
     Tcp,
     /// UDP on a connected socket.
     Udp,
-    /// UDP on a socket that is not connected: every datagram says where to.
+    /// UDP on a socket that is not connected: every datagram names its destination.
     Datagram,
     /// SCTP, as far as the answer to an INIT. Every question is a new flow.
     Sctp,
@@ -119,7 +119,7 @@ impl Outcome {
             return Self::Closed;
         }
         match error.kind() {
-            // The first is said once; after it a datagram socket is as if it had never been connected.
+            // The first is reported once; after it a datagram socket is as if it had never been connected.
             ConnectionAborted | NotConnected => Self::Closed,
             ConnectionRefused => Self::Refused,
             PermissionDenied => Self::Denied,

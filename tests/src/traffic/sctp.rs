@@ -88,7 +88,7 @@ impl Packet {
 }
 
 /// Asks on a connected raw socket, from a source port that this process has not used for long. One at a time: a raw socket
-/// is told of refusals by address, so it would take one of another port of the same node for its own.
+/// gets refusals by address, so it would take one of another port of the same node for its own.
 pub(super) fn exchange(socket: &Socket, to: SocketAddr) -> io::Result<Vec<u8>> {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     static TURN: Mutex<()> = Mutex::new(());

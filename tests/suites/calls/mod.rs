@@ -6,7 +6,7 @@
 //! ```
 //!
 //! 2,000 sequences are played, the same ones each time, so that a change is not blamed for what another one left. Others, and more, are
-//! by hand: `PROPTEST_CASES=100000 cargo xtask test calls`. A failure says its seed, with which `WEIR_CALLS_SEED` plays the same
+//! by hand: `PROPTEST_CASES=100000 cargo xtask test calls`. A failure prints its seed, with which `WEIR_CALLS_SEED` plays the same
 //! sequences again, and the shortest sequence found that fails. Which of its backends a Service draws is chance that no seed brings back.
 
 #![deny(unsafe_code)]
@@ -39,7 +39,7 @@ mod sequence;
 mod servers;
 mod world;
 
-/// So many sequences are played where nothing else is said.
+/// So many sequences are played by default.
 const SEQUENCES: u32 = 2_000;
 /// Which ones.
 const SEED: u64 = 1;

@@ -1,6 +1,6 @@
 //! Plays sequences on real sockets.
 //!
-//! In: a world and a sequence. Out: what went otherwise than the model says, with all that was called before. After each datagram
+//! In: a world and a sequence. Out: what went otherwise than the model allows, with all that was called before. After each datagram
 //! the player waits until its answer is there, or whatever else became of it, so that every next call finds the same.
 
 use std::{
@@ -282,7 +282,7 @@ impl Player {
         ensure!(length == ANSWER, "an answer of {length} bytes");
         let mut question = [0; QUESTION];
         question.copy_from_slice(&answer[..QUESTION]);
-        // A connection says nothing of this.
+        // A connection shows nothing of this.
         let from = from.filter(|_| transport == Transport::Udp).map(SocketAddr::try_from).transpose()?;
         Ok(Outcome::Heard {
             question: u64::from_be_bytes(question),

@@ -1,6 +1,6 @@
 //! The agent's wall clock, which can jump while the machine's stays as it is.
 //!
-//! In: a directory. Out: a library that the agent is started with, and a file that says by how many seconds its clock is off.
+//! In: a directory. Out: a library that the agent is started with, and a file with the seconds by which its clock is off.
 
 use std::{
     ffi::OsString,

@@ -1,7 +1,7 @@
 //! The Services of the node, and what a client of each must see.
 //!
 //! In: numbers. Out: manifests, and [`Probe`]s. Everything follows from a Service's number: its kind, its addresses, and its
-//! endpoints, which no other Service has, so an answer from an endpoint of another Service is told by its address.
+//! endpoints, which no other Service has, so an answer from an endpoint of another Service is recognised by its address.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -341,7 +341,7 @@ fn low(address: IpAddr) -> u16 {
     }
 }
 
-/// The Service that tells whether the agent follows changes: each version has another endpoint.
+/// The Service that shows whether the agent follows changes: each version has another endpoint.
 pub(crate) mod marker {
     use super::{
         CLIENT, Expected, Family, Location, MARKED, PORT, Probe, Service, SocketAddr, TARGET, Transport,

@@ -1,4 +1,4 @@
-//! What must be true again after every act: every Service works, none reaches another, health tells the truth, names are
+//! What must be true again after every act: every Service works, none reaches another, health is right, names are
 //! answered, and the agent takes in changes.
 //!
 //! In: a [`Fixture`]. Out: how long that took, or what is still wrong at the deadline. An answer from an endpoint of another
@@ -147,7 +147,7 @@ fn ask(probe: &Probe) -> Result<(), Wrong> {
     }
 }
 
-/// `/healthz` is 200, health checks of Services say how many endpoints are here, and names have their addresses.
+/// `/healthz` is 200, health checks of Services report how many endpoints are here, and names have their addresses.
 fn tells_the_truth(fixture: &Fixture, random: &mut Random) -> Result<(), Wrong> {
     let health = get(fixture, 10256, "/healthz")?;
     if !health.starts_with("HTTP/1.1 200") && !health.starts_with("HTTP/1.0 200") {
@@ -181,7 +181,7 @@ fn first_line(text: &str) -> &str {
     text.lines().next().unwrap_or("nothing")
 }
 
-/// What a port of node 1 says to a GET from the node.
+/// The answer of a port of node 1 to a GET from the node.
 fn get(fixture: &Fixture, port: u16, path: &str) -> Result<String> {
     let to = SocketAddr::new(node_address(Family::V4, 1), port);
     fixture.topology.at(Location::Host(1)).run(|| {

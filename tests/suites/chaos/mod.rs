@@ -4,7 +4,7 @@
 //! seed ──▶ acts (a table) ──done to──▶ fixture (node, Services, clients, agent) ──▶ end_state (waited for) ──▶ report
 //! ```
 //!
-//! `WEIR_CHAOS_MINUTES` says how long all of it lasts (3 without it), `WEIR_CHAOS_SEED` repeats a run, and `WEIR_CHAOS_ACTS`
+//! `WEIR_CHAOS_MINUTES` is how long all of it lasts (3 without it), `WEIR_CHAOS_SEED` repeats a run, and `WEIR_CHAOS_ACTS`
 //! leaves only acts with one of these parts in their names, separated by commas. `cargo xtask test chaos` has options for
 //! all three.
 
@@ -38,10 +38,10 @@ const STARTS: u32 = 3;
 const FIRST: Duration = Duration::from_secs(60);
 /// How long after an act that may end the agent it may take to notice and to end.
 const ENDING: Duration = Duration::from_secs(20);
-/// How long all tests of this suite last, in minutes, unless it is said.
+/// How long all tests of this suite last by default, in minutes.
 const MINUTES: f64 = 3.0;
 
-/// How a run is told to be.
+/// The options of a run.
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
     /// For each data plane.

@@ -1,4 +1,4 @@
-//! Endpoints: one pod has all addresses of some networks, and says at which of them a client reached it.
+//! Endpoints: one pod has all addresses of some networks, and answers with the one at which a client reached it.
 //!
 //! In: a namespace. Out: servers by TCP and UDP on [`TARGET`](super::cluster::TARGET), for as long as the process lives.
 
@@ -23,7 +23,7 @@ use super::cluster::TARGET;
 
 /// Starts them; they listen once this returns.
 pub(crate) fn start(namespace: &Namespace) -> Result<()> {
-    // No device has these addresses: a route says that they are this host's.
+    // No device has these addresses: a route makes them this host's.
     namespace.sysctl("net/ipv6/ip_nonlocal_bind", "1")?;
     let (streams, datagrams) = namespace.run(|| -> Result<_> {
         let streams = bound(Type::STREAM)?;
@@ -78,7 +78,7 @@ async fn answer_lines(stream: TcpStream, client: SocketAddr) {
     }
 }
 
-/// The answer leaves from the address that was asked, which the kernel tells beside the question.
+/// The answer leaves from the address that was asked, which the kernel reports with the question.
 fn answer_datagrams(socket: &Socket) {
     let mut question = [0; 64];
     let mut room = nix::cmsg_space!(nix::libc::in6_pktinfo);

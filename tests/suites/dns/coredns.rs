@@ -167,7 +167,7 @@ const NAMES: [&str; 38] = [
     "a.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.6.9.0.0.0.1.0.0.0.0.d.f.ip6.arpa.",
 ];
 
-/// Where weir says something else, and why.
+/// Where weir answers otherwise, and why.
 fn differs(name: &str, kind: RecordType) -> Option<&'static str> {
     match (name, kind) {
         // CoreDNS looks on: names of addresses fall through to the upstream unless they are asked for as such.
@@ -273,7 +273,7 @@ fn what_coredns_says_weir_says_and_goes_on_saying_without_an_api_server() -> Res
     );
     let by_tcp = ask_by_tcp(client, service, "_http._tcp.db.default.svc.cluster.local.", RecordType::SRV)?;
     assert_eq!((by_tcp.code, by_tcp.answers.len()), (ResponseCode::NoError, 5));
-    // One that starts now knows nothing, says nothing, and takes nothing away from CoreDNS.
+    // One that starts now has no names, answers nothing, and takes nothing away from CoreDNS.
     drop(weir);
     let _weir = start()?;
     await_that("it answers at its own address", || {

@@ -30,9 +30,9 @@ use weir_tests::{
 /// Where the pods of these tests are that ask, and where CoreDNS is.
 const CLIENT: Location = Location::Pod(1, 1);
 const COREDNS: Location = Location::Pod(2, 1);
-/// A name that both know, each with another address.
+/// A name that both have, each with another address.
 const WEB: &str = "web.default.svc.cluster.local.";
-/// A name that CoreDNS alone knows.
+/// A name that CoreDNS alone has.
 const ELSEWHERE: &str = "upstream.example.";
 
 /// The cluster DNS Service's ClusterIP.
@@ -67,7 +67,7 @@ fn resolver(asker: &Asker) -> Resolver {
     }
 }
 
-/// What CoreDNS says where no API server is asked.
+/// CoreDNS's names where it asks no API server.
 const HOSTS: &str = "
     ready
     errors
@@ -127,9 +127,9 @@ struct Fixture<'a> {
     topology: &'a Topology,
     directory: TempDir,
     plane: Plane,
-    /// What weir knows pods by.
+    /// The networks of pods in weir's configuration.
     cluster_cidrs: Vec<String>,
-    /// The Service that it is told to stand in for; it looks for one by itself without.
+    /// The Service that it stands in for; without one it looks for one by itself.
     service: Option<&'static str>,
 }
 

@@ -238,7 +238,7 @@ fn a_weir_that_does_not_answer_gives_the_queries_back() -> Result<()> {
     Ok(())
 }
 
-/// As network managers remove routes that they do not know, and set devices down.
+/// As network managers remove routes that are not theirs, and set devices down.
 #[test]
 fn routes_that_another_program_removes_come_back() -> Result<()> {
     let topology = Topology::new()?;

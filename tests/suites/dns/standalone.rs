@@ -86,7 +86,7 @@ fn a_headless_service_resolves_to_its_pods_and_follows_them() -> Result<()> {
     Ok(())
 }
 
-/// RKE2's Service, by its label; and what is said without one.
+/// RKE2's Service, by its label; and the log without one.
 #[test]
 fn a_dns_service_of_another_name_is_found_and_followed() -> Result<()> {
     let topology = Topology::new()?;

@@ -1,4 +1,4 @@
-//! Clients that weir does not know: at the DNS Service's address CoreDNS answers them, at weir's own nothing does.
+//! Clients that are no pods of this node: at the DNS Service's address CoreDNS answers them, at weir's own nothing does.
 
 use anyhow::Result;
 use hickory_proto::op::ResponseCode;

@@ -56,7 +56,7 @@ impl Answer {
     }
 }
 
-/// `GET path`, in a version of HTTP that knows no chunks.
+/// `GET path`, in a version of HTTP without chunks.
 fn get(at: SocketAddr, path: &str) -> Result<Answer> {
     let mut stream = TcpStream::connect_timeout(&at, Duration::from_secs(5))?;
     stream.set_read_timeout(Some(Duration::from_secs(20)))?;
@@ -80,7 +80,7 @@ struct Fixture<'a> {
     directory: tempfile::TempDir,
 }
 
-/// What both programs are told, in words that mean the same to both.
+/// The configuration of both programs, with the same meaning for both.
 fn configuration(kubeconfig: &Path) -> Value {
     json!({
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
@@ -138,7 +138,9 @@ impl<'a> Fixture<'a> {
 }
 
 fn start(namespace: &Namespace, program: &Path, words: &[String], log: &Path) -> Result<Process> {
-    namespace.launch(program, log, |command| drop(command.args(words)))
+    namespace.launch(program, log, |command| {
+        command.args(words);
+    })
 }
 
 fn shop(local: bool) -> Vec<Object> {
@@ -212,14 +214,14 @@ fn metrics(page: &str, start: &str) -> BTreeSet<String> {
     page.lines().filter_map(name).filter(|name| name.starts_with(start)).collect()
 }
 
-/// What a page of metrics says, without comments, and without the value of what is another in every process.
+/// The samples of a page of metrics, without comments, and without the value that differs in every process.
 fn samples(page: &str) -> BTreeSet<&str> {
     let start = "process_start_time_seconds";
     let lines = page.lines().filter(|line| !line.starts_with('#'));
     lines.map(|line| if line.starts_with(start) { start } else { line }).collect()
 }
 
-/// The fields of a JSON object, of objects in it too, without what only tells the time.
+/// The fields of a JSON object, of objects in it too, without times.
 fn fields(value: &Value) -> BTreeMap<String, String> {
     fn walk(path: &str, value: &Value, into: &mut BTreeMap<String, String>) {
         match value {
@@ -397,7 +399,7 @@ fn another_configuration_starts_the_agent_anew_in_its_place_and_a_bad_one_does_n
     Ok(())
 }
 
-/// A pod keeps the rights and the mounts that it was made with, whatever its configuration comes to say.
+/// A pod keeps the rights and the mounts that it was made with, even when its configuration changes.
 #[test]
 fn a_mode_that_the_agent_cannot_have_leaves_it_serving_as_before() -> Result<()> {
     let namespace = Namespace::new("impossible")?;

@@ -1,4 +1,4 @@
-//! What a configuration may say: each line is taken or refused by weir as by the real kube-proxy, of the newest version
+//! Values of a configuration: each line is taken or refused by weir as by the real kube-proxy, of the newest version
 //! that there is, or stands here with the reason why not.
 
 use std::{fs, path::Path, process::Command};
@@ -8,7 +8,7 @@ use weir_tests::assets;
 
 const HEAD: &str = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
 
-/// A field that means nothing to weir is not judged: whatever it says, Services are served the same.
+/// weir does not check a field that means nothing to it: Services are served the same with every value.
 const NOTHING: &str = "the field has no effect here, so its value is not judged";
 const WARNED: &str = "a gate that weir does not know is named in a warning";
 const CLEAR: &str = "spaces and a comma at the end leave no doubt";
@@ -159,7 +159,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("hostnameOverride: ' '", "kube-proxy ends when it starts, and not when it reads the file"),
 ];
 
-/// Whether a program takes a configuration, and what it says.
+/// Whether a program takes a configuration, and its message.
 fn takes(program: &Path, first: Option<&str>, directory: &Path, line: &str) -> Result<(bool, String)> {
     let (file, written) = (directory.join("config.yaml"), directory.join("written"));
     fs::write(&file, format!("{HEAD}{line}\n"))?;

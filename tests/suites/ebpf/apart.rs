@@ -30,7 +30,7 @@ const CONNECTS: u32 = 600_000;
 /// The port of the second Service, and of no other.
 const OTHER: u16 = 81;
 
-/// The address of a backend, on the loopback device, so that a socket that is led there has it for its own.
+/// The address of a backend, on the loopback device, so that a socket that connects there has it as its own address.
 fn backend(family: Family, number: u8) -> IpAddr {
     match family {
         Family::V4 => Ipv4Addr::new(10, 244, 0, number).into(),
@@ -73,7 +73,7 @@ fn led_to(family: Family) -> Result<IpAddr> {
     Ok(socket.local_addr()?.as_socket().context("an address")?.ip())
 }
 
-/// Whether a socket was not led: at each look the element was another's. Packets would serve it, and have no route here.
+/// Whether a socket was not translated, because the element was another's at each lookup. Packets would serve it, and have no route here.
 fn is_left_to_the_packets(error: &anyhow::Error) -> bool {
     let cause = error.downcast_ref::<std::io::Error>();
     cause.is_some_and(|error| error.raw_os_error() == Some(nix::libc::ENETUNREACH))

@@ -197,7 +197,7 @@ fn open(place: &Place) -> Result<Ebpf, Problem> {
     Ebpf::open(place.clone(), probe.set_retval)
 }
 
-/// The plane in a namespace that it takes for the host's, which not every kernel can tell.
+/// The plane in a namespace that it takes for the host's, which not every kernel can recognise.
 fn open_on_host(place: &Place) -> Result<Ebpf> {
     let probe = Probe::of(&place.cgroup_root, &place.bpf_root);
     ensure!(probe.namespace_cookie, "this kernel lacks SO_NETNS_COOKIE (Linux 5.14), which this test needs");

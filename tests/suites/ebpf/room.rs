@@ -296,7 +296,7 @@ fn throw_away_namespaces_take_no_room_from_clients_of_other_groups() -> Result<(
     })
 }
 
-/// A client that nothing answers, because its namespace has no addresses: it is led to a backend all the same.
+/// A client that nothing answers, because its namespace has no addresses: its socket is translated all the same.
 fn come_and_go(family: Family, number: u16) -> Result<()> {
     let to = SocketAddr::new(service_ip(family), number);
     let socket = Socket::new(Domain::for_address(to), Type::DGRAM, None)?;

@@ -1,4 +1,4 @@
-//! What connected sockets were told is remembered in the kernel until they are closed.
+//! The kernel stores the Service that a connected socket asked for until the socket is closed.
 
 use std::{
     collections::BTreeSet,

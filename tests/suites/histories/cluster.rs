@@ -41,12 +41,12 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// Steps, each with whether the data planes are told right after it.
+/// Steps, each with whether the data planes get a delta right after it.
 pub(super) fn history() -> impl Strategy<Value = Vec<(Step, bool)>> {
     proptest::collection::vec((step(), any::<bool>()), 1..40)
 }
 
-/// Pods are told by the Node's own networks, so that there is a way to tell them in some states and none in others.
+/// Pods are recognised by the Node's own networks, so that there is a way to recognise them in some states and none in others.
 pub(super) fn settings() -> Settings {
     Settings {
         node_name: "node-a".to_owned(),
@@ -74,7 +74,7 @@ pub(super) fn delete_everything<D: Dataplane>(agent: &mut Agent<D>) {
 }
 
 impl Step {
-    /// Tells an agent.
+    /// Hands it to an agent.
     pub(super) fn happen<D: Dataplane>(&self, agent: &mut Agent<D>) {
         agent.take_in(match self {
             Self::Service { name, created, shape } => service(*name, *created, *shape),

@@ -1,4 +1,4 @@
-//! What must hold for the maps that sockets are served by: they hold what was said, nothing else and nothing twice, a
+//! What must hold for the maps of the socket plane: they hold what the objects mean, nothing else and nothing twice, a
 //! restart moves nothing, and while writes fail every frontend leads where it led, or where it is to lead, or is left to
 //! the packets.
 
@@ -74,7 +74,7 @@ impl Kernel {
         Ok(self.agent.bring_up_to_date().or_else(|_| self.agent.bring_up_to_date())?)
     }
 
-    /// What a plane holds that is told everything at once about the objects that are left.
+    /// What a plane holds that gets all objects that are left in one delta.
     fn rebuild(&mut self, steps: Vec<&Step>) -> Result<Maps, TestCaseError> {
         self.begin()?;
         self.agent.forget(settings())?;

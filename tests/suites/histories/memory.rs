@@ -1,4 +1,4 @@
-//! What must hold for plans: told step by step, a data plane ends up as if it had been told at once, also if it keeps
+//! What must hold for plans: with a delta for each step a data plane ends up as with one delta for all, also if it keeps
 //! failing.
 
 use proptest::prelude::*;
@@ -13,7 +13,7 @@ use super::{
     settle,
 };
 
-/// What a data plane holds that is told everything at once about the objects that are left.
+/// What a data plane holds that gets all objects that are left in one delta.
 fn rebuilt(history: &[(Step, bool)]) -> Result<Held, Error> {
     let mut agent = Agent::new(settings(), Memory::default());
     summary(history).into_iter().for_each(|step| step.happen(&mut agent));

@@ -1,5 +1,5 @@
-//! Random histories of a cluster, played to every data plane: what it holds in the end is what was said, whatever it was
-//! told in between, and however often it failed.
+//! Random histories of a cluster, played to every data plane: in the end it holds what the objects mean, whatever deltas it got in
+//! between, and however often it failed.
 
 use proptest::test_runner::TestCaseError;
 use weir::dataplane::Dataplane;

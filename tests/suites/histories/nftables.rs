@@ -1,4 +1,4 @@
-//! What must hold for nftables: the kernel holds what was said, step by step, after a restart, after failures, and when
+//! What must hold for nftables: the kernel holds what the objects mean, step by step, after a restart, after failures, and when
 //! everything is gone.
 
 use proptest::prelude::*;

@@ -194,7 +194,7 @@ fn a_number_is_never_given_to_another_backend() {
         plane.apply(&step(Some(&with), Some(&without))).unwrap();
         assert!(!numbers().contains_key("10.244.0.3 . 8080"), "its number goes with the backend");
 
-        // The highest number is free, and only the kernel knows that it was ever given.
+        // The highest number is free, and only the kernel still has an element with it.
         drop(plane);
         let mut plane = Nftables::open(both()).unwrap();
         plane.apply(&start(&[&other])).unwrap();
@@ -279,7 +279,7 @@ fn affinity_comes_and_goes_and_its_timeout_changes_while_the_port_serves() {
 /// One site has more IPv6 addresses than any memory.
 #[test]
 fn a6_clients_of_one_site_do_not_fill_the_memory() {
-    /// More than come through before the site is told from others.
+    /// More than come through before the site is recognised.
     const FLOOD: u16 = 8192;
     in_namespace(|| {
         link_up();

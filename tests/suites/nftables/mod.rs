@@ -423,7 +423,7 @@ fn link_up() {
     }
 }
 
-/// Sends datagrams. Where they are dropped, sending may tell.
+/// Sends datagrams. Where they are dropped, sending may fail.
 fn send(to: (IpAddr, u16), times: u64) {
     let any = if to.0.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
     let socket = UdpSocket::bind(any).unwrap();
@@ -535,7 +535,7 @@ fn a_foreign_change_right_after_the_tables_were_read_is_seen() {
     in_namespace(|| {
         drop(Nftables::open(both()).unwrap().apply(&start(&[])));
         let (mut plane, mut watch) = Nftables::open_watched(both()).unwrap();
-        // Nothing was listened to yet when this happens, as far as the reader of the watch knows.
+        // Nothing was listened to yet when this happens, as far as the reader of the watch can see.
         nft(&["delete", "table", "ip6", "weir"]);
         let Seen::Foreign { families, generation } = watch.wait().unwrap() else { panic!("lost") };
         assert_eq!(families, PerFamily { v4: false, v6: true });

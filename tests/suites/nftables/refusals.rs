@@ -119,7 +119,7 @@ fn took_away(error: &Error) -> bool {
     short.refused.is_empty() && short.failed.iter().all(|(_, error)| blames(error))
 }
 
-/// The error says at once that something is missing, and service ports are not to blame.
+/// The error reports at once that something is missing, and blames no service port.
 #[test]
 fn what_another_program_takes_away_is_no_fault_of_service_ports() {
     in_namespace(|| {

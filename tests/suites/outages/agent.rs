@@ -1,4 +1,4 @@
-//! A source at work, and what it has told.
+//! A source, and the changes that it has reported.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

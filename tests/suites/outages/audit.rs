@@ -25,7 +25,7 @@ impl Audit {
         audit
     }
 
-    /// What to tell the API server.
+    /// The options of the API server.
     pub(crate) fn options(&self) -> [String; 2] {
         let path = |name| self.0.path().join(name).display().to_string();
         [format!("--audit-policy-file={}", path("policy")), format!("--audit-log-path={}", path("log"))]

@@ -33,7 +33,7 @@ async fn what_etcd_forgot_meanwhile_is_listed_once() {
     server.compact().await.unwrap();
     server.freeze(false).unwrap();
     agent.comes_to(&["comes", "stays"]).await;
-    // Nothing but a list tells what is gone; the other kinds may come later, and one list of each does.
+    // Only a list shows what is gone; the other kinds may come later, and one list of each does.
     objects.service_in_time("last").await;
     agent.comes_to(&["comes", "last", "stays"]).await;
     let lists = agent.lists_since(&before);
@@ -43,7 +43,7 @@ async fn what_etcd_forgot_meanwhile_is_listed_once() {
 
 #[tokio::test]
 async fn a_server_that_goes_costs_no_list_where_another_has_the_changes_and_one_where_none_has() {
-    // The one that is left knows as much of what came before as the one that goes.
+    // The one that is left has seen as many changes as the one that goes.
     let mut sibling = ApiServer::start(&OPTIONS).await.unwrap();
     let mut server = sibling.sibling().await.unwrap();
     let objects = ApiObjects::open(&sibling).await;
@@ -63,7 +63,7 @@ async fn a_server_that_goes_costs_no_list_where_another_has_the_changes_and_one_
     agent.comes_to(&["brought", "comes", "stays"]).await;
     assert_eq!(agent.lists_since(&before), BTreeMap::new(), "the other server knows what came after");
 
-    // One that starts knows nothing of what came before.
+    // One that starts has seen no change before its start.
     sibling.restart().await.unwrap();
     let objects = ApiObjects(sibling.client().await.unwrap());
     objects.service_in_time("last").await;

@@ -27,7 +27,7 @@ use super::{
 };
 use crate::api_objects::{ApiObjects, NAMESPACE, create};
 
-/// An API server looks after its files once a minute where it is not told of a change.
+/// An API server reads its files once a minute where it gets no notice of a change.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A kubeconfig with these credentials.
@@ -49,7 +49,7 @@ async fn client(kubeconfig: &Path) -> Result<Client, Box<dyn std::error::Error>>
     Ok(Client::try_from(config)?)
 }
 
-/// Whether the server lets a client of its own in with what the files say now.
+/// Whether the server accepts a client with the files as they are now.
 async fn admits(kubeconfig: &Path) -> bool {
     match client(kubeconfig).await {
         Ok(client) => Api::<Namespace>::all(client).get(NAMESPACE).await.is_ok(),
@@ -69,9 +69,9 @@ async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
 /// The certificates that server and client show and trust.
 struct Files {
     directory: TempDir,
-    /// The one that says which server is right.
+    /// The authorities that sign servers.
     authorities: PathBuf,
-    /// The one that says to the server which clients are right.
+    /// The authorities that sign clients, for the server.
     clients: PathBuf,
     client: [PathBuf; 2],
 }

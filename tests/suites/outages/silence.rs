@@ -29,7 +29,7 @@ fn lose(namespace: &Namespace, relay: &Relay) -> Result<()> {
 }
 
 async fn changes_come(namespace: &Namespace) -> Result<()> {
-    // The one that is left knows as much of what came before as the one that goes.
+    // The one that is left has seen as many changes as the one that goes.
     let sibling = ApiServer::start_at(ADDRESS.into(), &["--authorization-mode=AlwaysAllow"]).await?;
     let server = sibling.sibling().await?;
     let objects = ApiObjects::open(&sibling).await;

@@ -160,7 +160,7 @@ async fn this_node_s_pods_come_with_their_changes_and_go_when_deleted_or_finishe
     objects.pod("late", "n1", false).await;
     assert_eq!(source.next().await, "+Pod late");
     objects.delete_pod("late").await;
-    // That it is being deleted may be told before that it is gone.
+    // The source may report that it is being deleted before it reports that it is gone.
     while source.next().await != "-Pod late" {}
     for (name, phase) in [("a", "Succeeded"), ("host", "Failed")] {
         let status = Patch::Merge(json!({"status": {"phase": phase}}));
@@ -238,7 +238,7 @@ async fn without_the_right_to_see_pods_services_go_on_and_the_server_is_left_alo
     while seen.len() < 2 {
         seen.insert(source.next().await);
     }
-    // Of pods it is not said that these are all: what was in force before stays.
+    // The source does not report pods as complete: what was in force before stays.
     assert_eq!(seen, ["+Namespace shop", "synced Namespaces"].map(str::to_owned).into());
 
     let (sender, mut changes) = tokio::sync::mpsc::channel(16);

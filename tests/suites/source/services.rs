@@ -144,7 +144,7 @@ async fn w1_w2_w3_lists_stream_and_changes_follow() {
     let first = words(&["+Service web", "+EndpointSlice web-1", "+Node n1", "+ServiceCIDR kubernetes"]);
     assert_eq!(source.initial().await, first);
     for report in source.status.report() {
-        // An etcd that cannot tell its progress is discovered only once the stream of a watch has begun; pages follow at
+        // An etcd that cannot report its progress is discovered only once the stream of a watch has begun; pages follow at
         // once. Kinds of which there are many are listed in protobuf.
         let many = matches!(report.kind, Kind::Service | Kind::EndpointSlice);
         let relists = if many || server.streams_lists().unwrap() { 1 } else { 2 };
@@ -258,7 +258,7 @@ const LEFT_OUT: [&str; 10] = [
     ".ports[0].appProtocol",
 ];
 
-/// Whatever of an object is read says the same in protobuf as in JSON, and nothing that is read is missing.
+/// The parts of an object that weir reads mean the same in protobuf as in JSON, and none of them is missing.
 #[tokio::test]
 async fn objects_mean_in_protobuf_what_they_mean_in_json() {
     let server = ApiServer::start(&["--authorization-mode=AlwaysAllow"]).await.unwrap();

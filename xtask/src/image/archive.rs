@@ -2,7 +2,7 @@
 //! `docker load` of older Docker versions asks for.
 //!
 //! In: a [`Root`] for each architecture, the image's name and the revision it is made of. Out: the bytes of the archive.
-//! Nothing else in it depends on the time, the machine or the user.
+//! Nothing else in it depends on when, where or by whom it is made.
 
 use std::{collections::HashMap, io::Write as _};
 
@@ -205,7 +205,7 @@ fn labels(revision: Option<&str>) -> HashMap<String, String> {
     known.into_iter().chain(revision).map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
 }
 
-/// The names of the image: its tag, and the whole name for containerd, which does not put it together.
+/// What the image is called: its tag for everybody, and the whole name for containerd, which does not put it together.
 fn names(tag: &str) -> HashMap<String, String> {
     let version = tag.rsplit_once(':').map_or("latest", |(_, version)| version);
     HashMap::from([

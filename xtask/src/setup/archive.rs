@@ -21,7 +21,7 @@ pub(crate) const FILE_LISTS: &str = "var/lib/dpkg/info";
 pub(super) struct Suite<'a> {
     machine: &'a Machine,
     name: &'a str,
-    /// The architecture of the packages, when not this machine's.
+    /// Whose packages, when not this machine's.
     architecture: Option<Architecture>,
     state: tempfile::TempDir,
 }
@@ -131,7 +131,7 @@ fn files(directory: &Path) -> Result<Vec<PathBuf>> {
     entries.collect::<Result<Vec<_>>>()
 }
 
-/// The variable that names a Debian mirror on a machine without Debian's packages.
+/// The variable that names a Debian mirror on a machine whose own packages are not Debian's.
 const MIRROR: &str = "WEIR_DEBIAN_MIRROR";
 
 /// Where Debian's packages are: where the variable says, else where this machine takes its own from.

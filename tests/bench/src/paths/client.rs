@@ -4,8 +4,8 @@
 //! core, on which its servers are too: what a request takes all in all is then seen in the rate.
 //!
 //! Why not one of the known load generators: rounds are compared turn by turn, tens of milliseconds each, in namespaces
-//! side by side, with one server for all and no second connection to control it. wrk and fortio speak HTTP only and know
-//! no UDP, no connect by itself; netperf and sockperf take turns of seconds and a control connection that would have to
+//! side by side, with one server for all and no second connection to control it. wrk and fortio speak HTTP only, without
+//! UDP and without a connect by itself; netperf and sockperf take turns of seconds and a control connection that would have to
 //! reach the server through the Service as well. What iperf3 measures, it measures: see `iperf`.
 
 use std::{
@@ -52,7 +52,7 @@ impl Turn {
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Threads in a namespace that do what they are told, so that starting them is no part of what is measured.
+/// Threads in a namespace that wait for jobs, so that starting them is no part of what is measured.
 pub(crate) struct Crew {
     threads: Vec<Sender<Job>>,
 }
@@ -166,7 +166,7 @@ fn drive(traffic: Traffic, to: &[SocketAddr], slot: Duration) -> Result<Turn> {
     .with_context(|| format!("{} to {first}", traffic.name()))
 }
 
-/// Repeats a request. It says how long it took, or the time from the one before counts.
+/// Repeats a request. Its own time counts, or the time since the one before.
 fn timed(
     to: &[SocketAddr],
     slot: Duration,

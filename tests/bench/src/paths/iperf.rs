@@ -1,7 +1,7 @@
 //! iperf3, for what it measures well: bytes and packets of one flow, as many as go through.
 //!
 //! In: where to, and how much. Out: a rate, as the receiving side saw it, and what both sides needed of the CPU. An amount
-//! instead of a time keeps turns short; iperf3 knows no time under a second.
+//! instead of a time keeps turns short; iperf3 has no time under a second.
 
 use std::{
     net::SocketAddr,

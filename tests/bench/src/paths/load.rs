@@ -21,7 +21,7 @@ pub enum Traffic {
     Request,
     /// UDP: requests from a connected socket.
     ConnectedDatagram,
-    /// UDP: requests from a socket that says with each where it goes.
+    /// UDP: requests from a socket that names the destination of each.
     Datagram,
     /// TCP: as many bytes as go through.
     Bulk,
@@ -183,7 +183,7 @@ impl Route {
         }
     }
 
-    /// What `--only` knows it by.
+    /// Its name for `--only`.
     #[must_use]
     pub(crate) fn id(self) -> &'static str {
         match self {

@@ -114,7 +114,7 @@ pub(super) fn targets() -> Result<Vec<(k8s_openapi::api::core::v1::Service, Slic
 
 type Slices = Vec<k8s_openapi::api::discovery::v1::EndpointSlice>;
 
-/// Measures all cases with what the cluster has now; `keep` is told what each came to.
+/// Measures all cases with what the cluster has now; `keep` gets the result of each.
 pub(super) fn measure(
     plan: &Plan,
     services: u32,

@@ -26,7 +26,7 @@ pub(super) enum Target {
     Far,
 }
 
-/// Ports: of the Service, of the endpoints, and their name; all by TCP, and by UDP where that is said.
+/// Ports: of the Service, of the endpoints, and their name; all by TCP, and some by UDP.
 const PORTS: [(u16, u16, &str, bool); 3] =
     [(80, LONE, "lone", true), (81, SHARED, "shared", false), (82, BULK, "bulk", true)];
 

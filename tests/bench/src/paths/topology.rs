@@ -71,7 +71,7 @@ pub(super) struct Topology {
 }
 
 impl Topology {
-    /// Wires one up. `number` tells it from the others on the same control plane.
+    /// Wires one up. `number` is another for each on the same control plane.
     pub(super) fn new(all: &Cgroup, control_plane: &Namespace, number: u8) -> anyhow::Result<Self> {
         let cgroup = all.child(&format!("paths-{number}"))?;
         let bpffs = BpfFs::new()?;

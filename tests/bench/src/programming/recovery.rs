@@ -33,7 +33,7 @@ use weir_tests::{netns::Namespace, subject::Plane};
 const STICKY_CLIENTS: u32 = 50_000;
 /// Their addresses start here, where no endpoint is.
 const FIRST_CLIENT: Ipv4Addr = Ipv4Addr::new(10, 190, 0, 1);
-/// So many of those that have to move are asked where they are led to.
+/// So many of those that have to move are probed.
 const MOVING: usize = 20;
 
 /// What is done to a subject or to its node.
@@ -46,7 +46,7 @@ pub enum Act {
     FlushWhileServing,
     /// A pod's interface comes up, and a Service comes at that moment; counted until that Service works.
     InterfaceUp,
-    /// An endpoint of a Service with many sticky clients goes; counted until none of them is led to it.
+    /// An endpoint of a Service with many sticky clients goes; counted until it answers none of them.
     StickyEndpointRemoved,
     /// The API server ends and starts again, with watches that it ended; counted from the moment it is ready until a Service
     /// works that came then.
@@ -301,7 +301,7 @@ impl Programming<'_> {
     }
 }
 
-/// A Service, an endpoint of it, and some of the clients that are led there.
+/// A Service, an endpoint of it, and some of its clients.
 struct Sticky {
     service: Numbered,
     gone: Ipv4Addr,

@@ -1,4 +1,4 @@
-//! What eBPF may answer otherwise than packets do, each as a row of docs/differences.md says.
+//! Where eBPF may answer otherwise than packets do: each is a row of docs/differences.md.
 
 use super::Model;
 use crate::suites::calls::world::Plane;
@@ -16,7 +16,7 @@ pub(crate) enum Row {
     SharedPort,
     /// Connections from one port to one backend.
     OnePort,
-    /// Senders are shown by what the socket knows when it reads.
+    /// The sender that a socket sees follows from its state when it reads.
     ReadLate,
     /// A socket that asks a Service before it comes, and reads the answer after, takes the Service for a client of its own: what it
     /// sends there is left to the packets, which draw for themselves.
@@ -60,7 +60,7 @@ impl Row {
 }
 
 impl Model {
-    /// Whether this run may also answer as a row of docs/differences.md says.
+    /// Whether this run may also answer by a row of docs/differences.md.
     pub(super) fn also(&self, _row: Row) -> bool {
         self.plane == Plane::Sockets
     }

@@ -3,7 +3,7 @@
 //!
 //! In: calls with what they answered, and what happens to Services. Out: whether that is right. The draw of a new flow is free,
 //! therefore the model learns it from the first answer; everything after has to follow from it. One model is for both planes:
-//! where eBPF may also say something else, the model asks [`Model::also`] with the [`Row`] of docs/differences.md that allows it.
+//! where eBPF may also answer otherwise, the model asks [`Model::also`] with the [`Row`] of docs/differences.md that allows it.
 
 use std::net::SocketAddr;
 
@@ -108,7 +108,7 @@ struct Socket {
     /// All that it hears where it lost a peer: the kernel forgets an IPv6 peer's port and keeps its address (`udp_disconnect`, seen
     /// on 6.18).
     hears: Option<Peer>,
-    /// What the next call is told that asks for it.
+    /// The error that the next call gets.
     error: Option<Errno>,
     /// What it asked without being connected to it, and what got that.
     asked: Vec<(To, Server)>,
@@ -207,7 +207,7 @@ impl Model {
         self.made
     }
 
-    /// The Service that a socket is told in place of the backend that it is connected to, if it is.
+    /// The Service that a socket sees in place of the backend that it is connected to, if any.
     fn misremembered(&self, socket: &Socket) -> Option<To> {
         let over = socket.over.filter(|_| self.also(Row::LostPeers))?;
         let peer = socket.peer?;
