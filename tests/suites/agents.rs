@@ -187,7 +187,7 @@ impl Agent {
         self.process.log()
     }
 
-    fn says(&self, text: &str) -> usize {
+    fn logged(&self, text: &str) -> usize {
         self.log().matches(text).count()
     }
 
@@ -203,19 +203,19 @@ fn a_second_agent_waits(plane: Plane) -> Result<()> {
     let first = node.start("first.log", plane, 20256)?;
     await_that("the first agent serves", || node.health(&first) == Some(200));
     let second = node.start("second.log", plane, 21256)?;
-    await_that("the second agent says that it waits", || second.says(WAITS) == 1);
-    ensure!(second.says(&format!("process={}", first.process.id())) == 1, "{}", second.log());
+    await_that("the second agent says that it waits", || second.logged(WAITS) == 1);
+    ensure!(second.logged(&format!("process={}", first.process.id())) == 1, "{}", second.log());
     await_that("the second agent is not ready", || node.health(&second) == Some(503));
     // Only the first does anything.
     node.publish("more", 11)?;
     await_that("the first agent follows", || node.has(11));
-    ensure!(first.says("changed our tables") == 0, "{}", first.log());
+    ensure!(first.logged("changed our tables") == 0, "{}", first.log());
 
     first.signal(Signal::SIGKILL)?;
     await_that("the second agent serves", || node.health(&second) == Some(200));
     node.publish("last", 12)?;
     await_that("the second agent follows", || node.has(12));
-    ensure!(second.says(WAITS) == 1, "{}", second.log());
+    ensure!(second.logged(WAITS) == 1, "{}", second.log());
     Ok(())
 }
 
@@ -235,20 +235,20 @@ fn an_agent_that_starts_anew_with_another_configuration_stays_the_only_one() -> 
     let first = node.start("first.log", Plane::Nftables, 20256)?;
     await_that("the first agent serves", || node.health(&first) == Some(200));
     let second = node.start("second.log", Plane::Nftables, 21256)?;
-    await_that("the second agent waits", || second.says(WAITS) == 1);
+    await_that("the second agent waits", || second.logged(WAITS) == 1);
     for round in 1..=3 {
         for agent in [&first, &second] {
             let name =
                 agent.process.log_file().file_name().and_then(|name| name.to_str()).context("no name")?;
             node.configure(name, agent.port, &format!("clusterCIDR: 10.24{round}.0.0/16\n"))?;
         }
-        await_that("the first agent starts anew", || first.says("restarting with it") == round);
+        await_that("the first agent starts anew", || first.logged("restarting with it") == round);
         await_that("the first agent serves again", || {
-            first.says("watching manifests") == round + 1 && node.health(&first) == Some(200)
+            first.logged("watching manifests") == round + 1 && node.health(&first) == Some(200)
         });
-        await_that("the second agent starts anew, and waits", || second.says(WAITS) == round + 1);
+        await_that("the second agent starts anew, and waits", || second.logged(WAITS) == round + 1);
     }
-    ensure!(second.says("in force") == 0, "{}", second.log());
+    ensure!(second.logged("in force") == 0, "{}", second.log());
     Ok(())
 }
 
@@ -263,13 +263,13 @@ fn a_process_without_rights_cannot_keep_the_agent_from_serving() -> Result<()> {
     await_that("the name is taken", || rogue.log().contains("bound"));
     let agent = node.start("agent.log", Plane::Nftables, 20256)?;
     await_that("the agent serves", || node.health(&agent) == Some(200));
-    ensure!(agent.says("weir runs without the lock") == 1, "{}", agent.log());
+    ensure!(agent.logged("weir runs without the lock") == 1, "{}", agent.log());
     drop(rogue);
     Ok(())
 }
 
 #[test]
-fn cleanup_says_that_an_agent_serves_the_node() -> Result<()> {
+fn cleanup_reports_an_agent_that_serves_the_node() -> Result<()> {
     let node = Node::new("cleanup")?;
     let agent = node.start("agent.log", Plane::Nftables, 20256)?;
     await_that("the agent serves", || node.health(&agent) == Some(200));
@@ -307,10 +307,10 @@ fn a_program_that_suffers_no_other_is_named_and_packets_serve() -> Result<()> {
     await_that("an agent that may use nothing else ends", || {
         strict.process.status().is_ok_and(|ended| ended.is_some_and(|status| !status.success()))
     });
-    ensure!(strict.says(&told) == 1, "{}", strict.log());
+    ensure!(strict.logged(&told) == 1, "{}", strict.log());
     let agent = start("auto.log", "auto", 21256)?;
     await_that("the agent serves", || node.health(&agent) == Some(200) && node.has(10));
-    ensure!(agent.says(&told) == 1, "{}", agent.log());
+    ensure!(agent.logged(&told) == 1, "{}", agent.log());
     let mode = node.get(agent.port + 1, "/proxyMode")?;
     ensure!(mode.ends_with("nftables"), "{mode}");
     Ok(())
@@ -347,7 +347,7 @@ fn links_that_are_removed_or_detached_are_there_again() -> Result<()> {
     let before = served();
     node.connect_as_a_pod();
     await_that("a socket is led in the new cgroup", || served() > before);
-    ensure!(agent.says("weir attached them again") >= 3, "{}", agent.log());
+    ensure!(agent.logged("weir attached them again") >= 3, "{}", agent.log());
     Ok(())
 }
 
@@ -371,6 +371,6 @@ fn without_a_look_at_the_bpffs_nftables_serves() -> Result<()> {
     ];
     let agent = node.start_by(&rights, &copy, "agent.log", "nftables", 20256, &closed.join("weir"))?;
     await_that(&format!("the agent serves\n{}", agent.log()), || node.health(&agent) == Some(200));
-    ensure!(agent.says("may not look for kernel programs") == 1, "{}", agent.log());
+    ensure!(agent.logged("may not look for kernel programs") == 1, "{}", agent.log());
     Ok(())
 }

@@ -167,7 +167,7 @@ fn without_failure(when: &str, loads: Vec<Load>) -> Result<()> {
     Ok(())
 }
 
-fn what_is_written_is_followed(plane: Plane) -> Result<()> {
+fn the_api_server_is_followed(plane: Plane) -> Result<()> {
     let topology = Topology::new()?;
     let _servers = serve(&topology)?;
     let cluster = Cluster::new(plane, &topology)?;
@@ -201,13 +201,13 @@ fn what_is_written_is_followed(plane: Plane) -> Result<()> {
 }
 
 #[test]
-fn w1_e6_what_is_written_to_the_api_is_followed() -> Result<()> {
-    what_is_written_is_followed(Plane::Nftables)
+fn w1_e6_the_api_server_is_followed() -> Result<()> {
+    the_api_server_is_followed(Plane::Nftables)
 }
 
 #[test]
-fn w1_e6_what_is_written_to_the_api_is_followed_at_sockets() -> Result<()> {
-    what_is_written_is_followed(Plane::Ebpf)
+fn w1_e6_the_api_server_is_followed_at_sockets() -> Result<()> {
+    the_api_server_is_followed(Plane::Ebpf)
 }
 
 fn an_outage_takes_nothing_away(plane: Plane) -> Result<()> {

@@ -292,7 +292,7 @@ async fn after_a_restart_nothing_goes_before_everything_is_known() {
 }
 
 #[tokio::test]
-async fn what_does_not_fit_waits_for_room() {
+async fn a_pod_that_does_not_fit_waits_for_room() {
     let tree = Tree::new("full");
     let pins = Pins::new(1, &tree);
     let [first, second] = ["a", "b"].map(|uid| tree.make(&format!("kubepods/pod{uid}")));
@@ -397,7 +397,7 @@ fn sockets_of_a_pod_that_is_off_are_left_alone_and_its_neighbour_s_are_not() {
 }
 
 #[tokio::test]
-async fn what_is_written_in_the_cluster_is_what_the_map_holds() {
+async fn the_map_holds_the_settings_of_the_cluster() {
     let tree = Tree::new("cluster");
     let pins = Pins::new(16, &tree);
     tree.make("kubepods/besteffort");

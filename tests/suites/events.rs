@@ -159,7 +159,7 @@ async fn trouble_with_a_service_becomes_one_event_that_describe_finds() {
 
 /// As kube-proxy's, by kind, reason and action, where `kubectl describe node` finds it.
 #[tokio::test]
-async fn a_start_is_told_of_the_node() {
+async fn a_start_becomes_an_event_of_the_node() {
     let (server, objects) = start().await;
     let events = agent(&server, NODE).await;
     events.tell(Trouble::starting());
@@ -201,7 +201,7 @@ async fn written(objects: &ApiObjects, node: &str) {
 }
 
 /// Reports the same from many nodes. The events about the Service.
-async fn told_by_every_node(server: &ApiServer, objects: &ApiObjects) -> Vec<Event> {
+async fn reported_by_every_node(server: &ApiServer, objects: &ApiObjects) -> Vec<Event> {
     let cart = objects.service("cart").await;
     let nodes: Vec<String> = (1..=5).map(|number| format!("n{number}")).collect();
     let mut agents = Vec::new();
@@ -219,19 +219,19 @@ async fn told_by_every_node(server: &ApiServer, objects: &ApiObjects) -> Vec<Eve
 }
 
 #[tokio::test]
-async fn what_every_node_sees_becomes_one_event_with_the_rights_of_the_chart() {
+async fn trouble_of_every_node_becomes_one_event_with_the_rights_of_the_chart() {
     let (server, objects) = start().await;
-    let told = told_by_every_node(&server, &objects).await;
+    let told = reported_by_every_node(&server, &objects).await;
     assert_eq!(told.len(), 1, "{told:#?}");
     assert!(told[0].series.is_none(), "one node said it once: {told:#?}");
 }
 
 #[tokio::test]
-async fn what_every_node_sees_becomes_one_event_with_the_rights_of_kube_proxy() {
+async fn trouble_of_every_node_becomes_one_event_with_the_rights_of_kube_proxy() {
     let mut rules = rules();
     rules.as_array_mut().unwrap().retain(|rule| rule["verbs"] != json!(["get"]));
     let (server, objects) = start_with(rules).await;
-    let told = told_by_every_node(&server, &objects).await;
+    let told = reported_by_every_node(&server, &objects).await;
     assert_eq!(told.len(), 1, "{told:#?}");
     assert!(told[0].series.is_none(), "one node said it once: {told:#?}");
 }

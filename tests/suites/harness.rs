@@ -119,7 +119,7 @@ fn groups_go_with_their_owner_even_if_it_panics() -> Result<()> {
 }
 
 #[test]
-fn what_a_killed_process_left_is_cleared() -> Result<()> {
+fn leftovers_of_a_killed_process_are_removed() -> Result<()> {
     // A process that has ended: no other process gets its id for long.
     let mut child = Command::new("true").stdin(Stdio::null()).spawn()?;
     let left = cgroup::root()?.join(format!("weir-test-{}", child.id()));
@@ -150,7 +150,7 @@ fn several_threads_make_and_drop_groups_at_the_same_time() {
 }
 
 #[test]
-fn a_bpf_file_system_is_there_for_other_processes_and_for_nobody_to_see() -> Result<()> {
+fn a_bpf_file_system_is_open_to_other_processes_and_mounted_nowhere() -> Result<()> {
     let mounts = fs::read_to_string("/proc/mounts")?;
     let file_system = BpfFs::new()?;
     assert_eq!(fs::read_to_string("/proc/mounts")?, mounts);

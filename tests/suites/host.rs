@@ -63,7 +63,7 @@ fn the_list_comes_first_and_then_each_change_without_loopback_r13_r14() {
 }
 
 #[test]
-fn a_host_without_addresses_says_so_once() {
+fn a_host_without_addresses_is_reported_once() {
     in_namespace(async || {
         let (tx, mut addresses) = watch::channel(Vec::new());
         tokio::spawn(weir::source::host::watch(tx));

@@ -66,7 +66,7 @@ fn no_bpffs_is_mounted_over_files_that_are_there() -> Result<()> {
 }
 
 #[test]
-fn what_an_agent_with_ebpf_left_is_cleared_away_for_nftables_alone() -> Result<()> {
+fn leftovers_of_ebpf_are_removed_for_nftables_alone() -> Result<()> {
     let said = prepared(
         "$WEIR auto >&2; mkdir $PLACE/weir/v1 $PLACE/other; $WEIR nftables >&2; cd $PLACE; ls -d */; ls -d weir/*/ 2>/dev/null || true",
     )?;

@@ -48,7 +48,7 @@ fn weir(program: &Path, bpf_root: &Path) -> Command {
 }
 
 /// Its output as JSON.
-fn said(command: &mut Command) -> Result<Value> {
+fn output(command: &mut Command) -> Result<Value> {
     let output = command.output()?;
     ensure!(output.status.success(), "{}: {}", output.status, String::from_utf8_lossy(&output.stderr));
     Ok(serde_json::from_slice(&output.stdout)?)
@@ -64,12 +64,12 @@ fn found(probe: &Value, answer: &str) -> Vec<String> {
 #[test]
 fn this_machine_has_what_the_plane_needs_once_a_bpffs_is_mounted() -> Result<()> {
     let mounted = BpfFs::new()?;
-    let there = said(&mut weir(&assets::weir()?, &mounted.0.path().join("weir")))?;
+    let there = output(&mut weir(&assets::weir()?, &mounted.0.path().join("weir")))?;
     assert_eq!(there["usable"], true, "{there:#}");
     assert_eq!(found(&there, "unknown"), [""; 0], "{there:#}");
 
     let elsewhere = tempfile::tempdir()?;
-    let without = said(&mut weir(&assets::weir()?, elsewhere.path()))?;
+    let without = output(&mut weir(&assets::weir()?, elsewhere.path()))?;
     assert_eq!(without["usable"], false);
     let lacking = format!("bpffs at {}", elsewhere.path().display());
     assert!(found(&without, "no").contains(&lacking), "{without:#}");
@@ -77,14 +77,14 @@ fn this_machine_has_what_the_plane_needs_once_a_bpffs_is_mounted() -> Result<()>
 }
 
 #[test]
-fn without_privileges_it_says_what_it_may_not_ask() -> Result<()> {
+fn without_privileges_it_reports_what_it_may_not_ask() -> Result<()> {
     let mounted = BpfFs::new()?;
     // Its own copy, because the way to the built one may be closed to others.
     let place = tempfile::tempdir()?;
     fs::set_permissions(place.path(), Permissions::from_mode(0o755))?;
     let copy = place.path().join("weir");
     fs::copy(assets::weir()?, &copy)?;
-    let there = said(weir(&copy, mounted.0.path()).gid(65534).uid(65534))?;
+    let there = output(weir(&copy, mounted.0.path()).gid(65534).uid(65534))?;
     assert_eq!(there["usable"], false, "{there:#}");
     assert!(found(&there, "no").contains(&"permission to load programs".to_owned()), "{there:#}");
     assert!(found(&there, "unknown").contains(&"cgroup sock_addr programs".to_owned()), "{there:#}");
@@ -94,14 +94,14 @@ fn without_privileges_it_says_what_it_may_not_ask() -> Result<()> {
 #[test]
 fn without_any_cgroup_mounted_it_names_the_directory() -> Result<()> {
     let mounted = BpfFs::new()?;
-    let without = said(weir(&assets::weir()?, mounted.0.path()).args(["--cgroup-root", "/nowhere"]))?;
+    let without = output(weir(&assets::weir()?, mounted.0.path()).args(["--cgroup-root", "/nowhere"]))?;
     assert_eq!(found(&without, "no"), ["cgroup v2 at /nowhere"], "{without:#}");
     Ok(())
 }
 
 /// What a container runtime gives a container: a cgroup namespace with the container's own cgroup as root.
 #[test]
-fn in_a_container_without_the_nodes_cgroups_it_says_so() -> Result<()> {
+fn in_a_container_it_reports_that_the_nodes_cgroups_are_missing() -> Result<()> {
     let mounted = BpfFs::new()?;
     let (outer, inner) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let root = inner.path().display().to_string();
@@ -115,7 +115,7 @@ fn in_a_container_without_the_nodes_cgroups_it_says_so() -> Result<()> {
         rmdir $own; exit $code";
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-ec", script]).env("OUTER", outer.path()).env("PROBE", probe);
-    let there = said(&mut command)?;
+    let there = output(&mut command)?;
     assert_eq!(there["usable"], false, "{there:#}");
     assert_eq!(found(&there, "no"), [format!("cgroup v2 at {root}")], "{there:#}");
     ensure!(there.to_string().contains("is the cgroup of weir's own container"), "{there:#}");
@@ -124,7 +124,7 @@ fn in_a_container_without_the_nodes_cgroups_it_says_so() -> Result<()> {
 
 /// As in containers without the device, or without the right to use it, and on nodes without it.
 #[test]
-fn what_answering_names_lacks_is_told_with_its_remedy() -> Result<()> {
+fn missing_needs_of_dns_are_reported_with_their_remedy() -> Result<()> {
     let mounted = BpfFs::new()?;
     let probe = |hide: &str| -> Result<Value> {
         let weir = assets::weir()?;
@@ -133,7 +133,7 @@ fn what_answering_names_lacks_is_told_with_its_remedy() -> Result<()> {
             weir.display(),
             mounted.0.path().display()
         );
-        said(Command::new("unshare").args(["--mount", "sh", "-ec", &script]))
+        output(Command::new("unshare").args(["--mount", "sh", "-ec", &script]))
     };
     for (hide, remedy) in [
         ("true", "there is no /dev/net/tun: `modprobe tun` makes it on the node"),
@@ -170,7 +170,7 @@ fn load_broken() -> Result<(), EbpfError> {
 }
 
 #[test]
-fn what_the_verifier_says_of_a_program_it_refuses_is_told_to_its_last_line() -> Result<()> {
+fn the_verifiers_log_of_a_refused_program_is_reported_to_its_last_line() -> Result<()> {
     let mounted = BpfFs::new()?;
     let cgroups = Host::this().cgroup_root.context("no cgroup v2 hierarchy is mounted")?;
     let probe = || Probe::of(&cgroups, mounted.0.path());

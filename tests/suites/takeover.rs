@@ -477,7 +477,7 @@ fn a_chain_that_a_map_of_others_leads_to_stays_and_everything_else_goes() -> Res
 /// Others' chains with names that look alike stay, and so do others' rules that lead to kube-proxy's chains, in both
 /// variants of iptables. The device of the ipvs mode goes.
 #[test]
-fn cleanup_takes_only_what_is_kube_proxys() -> Result<()> {
+fn cleanup_removes_only_kube_proxys_rules() -> Result<()> {
     let namespace = Namespace::new("leftovers")?;
     let rules = "*nat\n:KUBE-SERVICES - [0:0]\n:KUBE-SVC-TCOU7JCQXEZGVUNU - [0:0]\n:KUBE-KUBELET-CANARY - [0:0]\n\
                  :MINE - [0:0]\n[7:420] -A PREROUTING -p tcp -j MINE\n\

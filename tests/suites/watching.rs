@@ -218,7 +218,7 @@ fn versions(server: &StandIn, plural: &str) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn an_agent_asks_first_for_a_list_that_is_no_older_than_what_the_one_before_it_knew() {
+async fn an_agent_asks_first_for_a_list_no_older_than_its_predecessors() {
     let kept = tempfile::tempdir().unwrap();
     let server = StandIn::start().await.unwrap();
     server.put("services", "listed");
@@ -280,7 +280,7 @@ async fn a_server_that_has_not_come_so_far_is_asked_for_a_list_as_of_now() {
 }
 
 #[tokio::test]
-async fn the_api_server_is_told_which_program_asks() {
+async fn requests_name_the_program() {
     let server = StandIn::start().await.unwrap();
     let _source = Source::start(&server).await;
     for plural in ["services", "endpointslices", "nodes", "servicecidrs"] {

@@ -146,7 +146,7 @@ impl Options {
 
     /// The command line, to be repeated.
     #[must_use]
-    pub(super) fn said(&self) -> Vec<String> {
+    pub(super) fn command_line(&self) -> Vec<String> {
         std::env::args().skip(1).collect()
     }
 

@@ -255,7 +255,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn another_build_is_told_apart_in_tables_and_samples() {
+    fn another_build_has_its_own_name_in_tables_and_samples() {
         let [own, other]: [Subject; 2] =
             ["weir-ebpf", "weir-ebpf@/tmp/before/weir"].map(|text| text.parse().unwrap());
         assert_eq!((own, other.plane()), (Subject::WeirEbpf, Some(Plane::Ebpf)));
@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_compared_by_builds_has_other_builds() {
+    fn only_weir_and_kube_proxys_nftables_mode_have_other_builds() {
         for text in [
             "kube-proxy-iptables@/bin/kube-proxy",
             "kube-proxy-nftables@",

@@ -92,7 +92,7 @@ impl Run {
                     let played = play(world, &sequence, patience);
                     failed.set(failed.get() || played.is_err());
                     self.over.fetch_or(played.is_err(), Relaxed);
-                    played.map_err(|trouble| TestCaseError::fail(told(trouble)))?;
+                    played.map_err(|trouble| TestCaseError::fail(message(trouble)))?;
                 }
             }
             Ok(())
@@ -110,7 +110,7 @@ impl Run {
     }
 }
 
-fn told(trouble: Trouble) -> String {
+fn message(trouble: Trouble) -> String {
     match trouble {
         Trouble::Wrong(what) => what,
         Trouble::Broken(error) => format!("the sequence could not be played: {error:#}"),

@@ -45,7 +45,7 @@ pub(crate) fn reach(fixture: &mut Fixture, random: &mut Random, deadline: Durati
             fixture.restart_if_dead()?;
         }
         fixture.alive()?;
-        let found = ask_all(fixture, &probes).and_then(|()| tells_the_truth(fixture, random));
+        let found = ask_all(fixture, &probes).and_then(|()| health_is_right(fixture, random));
         match found {
             Ok(()) => break,
             Err(Wrong::Now(error)) => return Err(error),
@@ -148,7 +148,7 @@ fn ask(probe: &Probe) -> Result<(), Wrong> {
 }
 
 /// `/healthz` is 200, health checks of Services report how many endpoints are here, and names have their addresses.
-fn tells_the_truth(fixture: &Fixture, random: &mut Random) -> Result<(), Wrong> {
+fn health_is_right(fixture: &Fixture, random: &mut Random) -> Result<(), Wrong> {
     let health = get(fixture, 10256, "/healthz")?;
     if !health.starts_with("HTTP/1.1 200") && !health.starts_with("HTTP/1.0 200") {
         return Err(Wrong::Yet(anyhow!("everything works and /healthz says {}", first_line(&health))));

@@ -225,7 +225,7 @@ fn compare(client: &Namespace, ours: IpAddr, theirs: IpAddr) -> Result<()> {
 }
 
 #[test]
-fn what_coredns_says_weir_says_and_goes_on_saying_without_an_api_server() -> Result<()> {
+fn weir_answers_as_coredns_does_and_goes_on_without_an_api_server() -> Result<()> {
     let topology = Topology::new()?;
     let mut cluster = ControlPlane::start(&topology.router, Location::Router.client_address(Family::V4))?;
     let objects = [with_addresses(), headless()].concat();

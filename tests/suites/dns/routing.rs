@@ -292,7 +292,7 @@ fn a_pod_that_holds_a_thousand_connections_keeps_no_other_client_out() -> Result
 }
 
 #[test]
-fn an_address_that_somebody_on_the_node_has_already_is_left_to_him() -> Result<()> {
+fn an_address_that_another_process_has_is_left_to_it() -> Result<()> {
     let topology = Topology::new()?;
     let fixture = Fixture::new(&topology, Plane::Nftables)?;
     let node = topology.at(Location::Host(1));

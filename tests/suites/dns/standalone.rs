@@ -127,7 +127,7 @@ fn a_dns_service_of_another_name_is_found_and_followed() -> Result<()> {
 
 /// As in a container without the right to use the device.
 #[test]
-fn a_weir_that_may_not_make_its_device_says_what_to_do_about_it() -> Result<()> {
+fn a_weir_that_may_not_make_its_device_logs_the_remedy() -> Result<()> {
     let topology = Topology::new()?;
     let fixture = Fixture::new(&topology, Plane::Nftables)?;
     let _coredns = fixture.coredns(HOSTS)?;

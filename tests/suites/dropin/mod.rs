@@ -332,7 +332,7 @@ fn every_flag_of_kube_proxy_is_taken() -> Result<()> {
 }
 
 #[test]
-fn what_write_config_to_writes_is_what_kube_proxy_writes() -> Result<()> {
+fn write_config_to_writes_the_file_that_kube_proxy_writes() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let mut written = Vec::new();
     for (program, first) in [(assets::kubernetes("kube-proxy")?, None), (assets::weir()?, Some("run"))] {
@@ -431,7 +431,7 @@ fn a_mode_that_the_agent_cannot_have_leaves_it_serving_as_before() -> Result<()>
 
 /// As `Type=notify` and `WatchdogSec=` have it.
 #[test]
-fn systemd_hears_when_services_are_in_force_that_the_agent_lives_and_that_it_ends() -> Result<()> {
+fn systemd_gets_ready_watchdog_and_stopping() -> Result<()> {
     let namespace = Namespace::new("notified")?;
     let directory = tempfile::tempdir()?;
     let at = |name: &str| directory.path().join(name);
@@ -512,7 +512,7 @@ fn sighup_takes_the_log_settings_from_the_file() -> Result<()> {
 
 /// Each complaint is one line that names the thing and what to do; the exit code of a wrong word or field is 2.
 #[test]
-fn what_cannot_work_is_said_in_one_line() -> Result<()> {
+fn a_setting_that_cannot_work_is_reported_in_one_line() -> Result<()> {
     let namespace = Namespace::new("complaints")?;
     let directory = tempfile::tempdir()?;
     let config = directory.path().join("config.conf");
@@ -590,7 +590,7 @@ fn an_agent_without_usable_credentials_leaves_the_machine_as_it_is() -> Result<(
 
 /// An agent that cannot reach its API server lives, and is not ready for traffic.
 #[test]
-fn healthz_tells_that_nothing_is_programmed_yet() -> Result<()> {
+fn healthz_is_503_until_services_are_programmed() -> Result<()> {
     let namespace = machine("alone")?;
     let mut plane = ControlPlane::start(&namespace, API.into())?;
     plane.apply(&[&node(1)])?;

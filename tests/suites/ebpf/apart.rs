@@ -157,7 +157,7 @@ fn arrives(to: SocketAddr, server: &UdpSocket) -> Result<()> {
 }
 
 #[test]
-fn who_asks_for_no_address_in_particular_asks_for_itself() -> Result<()> {
+fn a_client_that_asks_for_no_address_in_particular_asks_for_itself() -> Result<()> {
     let cgroup = Cgroup::new("itself")?;
     let (host, pod) = (Namespace::within(&cgroup, "host")?, Namespace::within(&cgroup, "pod")?);
     let files = BpfFs::new()?;

@@ -166,7 +166,7 @@ const ORDERS: [(&str, Order); 7] = [
 ];
 
 #[test]
-fn a_socket_and_a_service_have_one_backend_and_the_socket_is_shown_what_it_asked() -> Result<()> {
+fn a_socket_and_a_service_have_one_backend_and_the_socket_sees_the_address_it_asked() -> Result<()> {
     let fixture = Fixture::new()?;
     fixture.inside.run(|| -> Result<()> {
         let mut plane = open(&fixture.place)?;

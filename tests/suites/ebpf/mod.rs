@@ -362,7 +362,7 @@ fn maps_of_another_layout_are_left_behind_once_the_new_ones_serve() -> Result<()
 }
 
 #[test]
-fn programs_say_what_they_do_at_the_level_trace_also_after_growing() -> Result<()> {
+fn programs_log_at_the_level_trace_also_after_growing() -> Result<()> {
     let fixture = Fixture::new()?;
     let lines = Lines::default();
     let writer = lines.clone();

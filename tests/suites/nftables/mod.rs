@@ -225,7 +225,7 @@ fn both() -> PerFamily<bool> {
 }
 
 #[test]
-fn what_is_applied_is_read_back_listed_and_adopted() {
+fn applied_rules_are_read_back_listed_and_adopted() {
     in_namespace(|| {
         let mut plane = Nftables::open(both()).unwrap();
         let plans = |backends: &[u8]| -> Vec<Arc<PortPlan>> {

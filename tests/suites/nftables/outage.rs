@@ -206,7 +206,7 @@ fn a_stand_in_that_was_left_behind_goes() {
 }
 
 #[test]
-fn what_others_put_into_the_table_goes_alone() {
+fn foreign_objects_in_the_table_go_alone() {
     in_namespace(|| {
         endpoints_here();
         let plans = plans();

@@ -61,7 +61,7 @@ fn of_many_service_ports_in_one_transaction_only_those_that_the_kernel_refuses_a
 }
 
 #[test]
-fn what_works_of_a_service_port_outlives_a_restart_with_a_change_that_the_kernel_refuses() {
+fn a_service_port_outlives_a_restart_with_a_change_that_the_kernel_refuses() {
     in_namespace(|| {
         let both_families = |number, affinity| Family::ALL.map(|family| plan(family, number, affinity));
         let works = both_families(1, Some(60));
@@ -121,7 +121,7 @@ fn took_away(error: &Error) -> bool {
 
 /// The error reports at once that something is missing, and blames no service port.
 #[test]
-fn what_another_program_takes_away_is_no_fault_of_service_ports() {
+fn a_removal_by_another_program_is_no_fault_of_service_ports() {
     in_namespace(|| {
         for (family, table) in [(Family::V4, "ip"), (Family::V6, "ip6")] {
             let plans = many(family, 200);

@@ -16,7 +16,7 @@ fn one_of_each() -> BTreeMap<String, u64> {
 
 /// The API server learns nothing from its etcd while it is frozen, and what it should have learnt is gone when it goes on.
 #[tokio::test]
-async fn what_etcd_forgot_meanwhile_is_listed_once() {
+async fn changes_that_etcd_compacted_are_listed_once() {
     let server = ApiServer::start(&OPTIONS).await.unwrap();
     let sibling = server.sibling().await.unwrap();
     let objects = ApiObjects::open(&sibling).await;

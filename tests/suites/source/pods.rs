@@ -204,7 +204,7 @@ async fn all_that_decides_about_a_pod_s_sockets_comes_and_of_a_namespace_its_met
 }
 
 #[tokio::test]
-async fn an_outage_takes_no_pod_away_and_what_went_meanwhile_follows() {
+async fn an_outage_removes_no_pod_and_deletions_follow() {
     let mut server = ApiServer::start(&["--authorization-mode=AlwaysAllow", NO_ACCOUNTS]).await.unwrap();
     let sibling = server.sibling().await.unwrap();
     let objects = ApiObjects::open(&sibling).await;

@@ -260,7 +260,7 @@ const LEFT_OUT: [&str; 10] = [
 
 /// The parts of an object that weir reads mean the same in protobuf as in JSON, and none of them is missing.
 #[tokio::test]
-async fn objects_mean_in_protobuf_what_they_mean_in_json() {
+async fn objects_mean_the_same_in_protobuf_and_in_json() {
     let server = ApiServer::start(&["--authorization-mode=AlwaysAllow"]).await.unwrap();
     let objects = ApiObjects::open(&server).await;
     create_rich(&objects).await;
@@ -356,7 +356,7 @@ async fn without_watch_list_pages_do_and_forbidden_service_cidrs_count_as_comple
 }
 
 #[tokio::test]
-async fn an_outage_takes_nothing_away_and_what_changed_meanwhile_follows() {
+async fn an_outage_removes_nothing_and_changes_follow() {
     let mut server = ApiServer::start(&["--authorization-mode=AlwaysAllow"]).await.unwrap();
     let sibling = server.sibling().await.unwrap();
     let objects = ApiObjects::open(&sibling).await;

@@ -133,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_received_counts() {
+    fn received_bytes_count() {
         let cpu = json!({ "host_total": 50.0, "remote_total": 150.0 });
         let end = json!({
             "sum_received": { "bytes": 2_048_000.0, "seconds": 2.0 },

@@ -1,4 +1,5 @@
-//! The servers of one topology: they send back what they get, a message at a time.
+//! The servers of one topology: they send back what they get, a message at a time. The suites' servers name themselves in JSON, on
+//! whatever core is free, which would be most of a figure.
 //!
 //! In: a namespace that has the endpoints' addresses. Out: threads that live as long as the process, and iperf3. A lone client's servers all run on that client's core, one
 //! thread each; many clients share [`WORKERS`] threads, spread over all cores as the clients are.

@@ -8,7 +8,8 @@
 //! ```
 //! The subject runs on the node. The other one forwards without a proxy and holds the far endpoints itself, so that what
 //! is measured is the first one's work. What goes between outside and the other node passes the node both ways, with a
-//! Service and without: plain forwarding is what NodePorts are compared with.
+//! Service and without: plain forwarding is what NodePorts are compared with. The suites' topology would not do: the bridge of its
+//! router would be in every figure, and its pods have one address each.
 
 use std::{
     array::from_fn,

@@ -132,7 +132,7 @@ impl Report {
         Ok(Self {
             format: FORMAT,
             began: k8s_openapi::jiff::Timestamp::now().strftime("%Y-%m-%d %H:%M").to_string(),
-            arguments: options.said(),
+            arguments: options.command_line(),
             machine: Machine::this()?,
             versions,
             absent,

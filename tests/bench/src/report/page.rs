@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_that_was_not_run_says_so() {
+    fn a_part_that_was_not_run_is_marked() {
         let report = Report { began: "2026-12-01 02:43".to_owned(), ..Report::default() };
         let page = text(&report, "2026-12-01", &[], "by hand");
         assert!(page.contains("## Names\n\nNot run.\n") && page.contains("## Notes\n\nby hand\n"), "{page}");

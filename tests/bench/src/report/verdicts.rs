@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_not_run_and_what_did_not_finish_are_told_apart() {
+    fn not_run_and_not_finished_differ() {
         let one = Estimate { point: 2.0, low: 2.0, high: 2.0 };
         let cells = [None, Some((None, 0)), Some((Some(one), 1))];
         let row = row("start".to_owned(), Subject::WeirEbpf, cells.into_iter());
