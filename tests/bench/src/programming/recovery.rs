@@ -157,13 +157,7 @@ impl Programming<'_> {
             trial.relay = Some(self.runtime.block_on(self.cluster.relay())?);
         }
         self.launch(&mut trial)?;
-        let done = if act == Act::FlushWhileStarting {
-            self.flush_while_starting(&mut trial)
-        } else {
-            trial.serves(self.deadline())?;
-            trial.process()?.settle(Deadline::after(PATIENCE))?;
-            self.while_serving(&mut trial, &mut recovery)
-        };
+        let done = self.act(&mut trial, &mut recovery);
         if let Some((took, cpu)) = in_time(done)? {
             let settled = trial.process()?.settle(Deadline::after(PATIENCE))?;
             recovery.seconds = Some(took.as_secs_f64());
@@ -178,6 +172,17 @@ impl Programming<'_> {
         trial.process = None;
         kernel::clear(&trial.node.namespace)?;
         Ok(recovery)
+    }
+
+    /// How long it took, and the CPU time that the subject had taken before. A subject that does not start in time is not in time
+    /// for the act either.
+    fn act(&self, trial: &mut Trial<'_>, recovery: &mut Recovery) -> Result<(Duration, Duration)> {
+        if recovery.act == Act::FlushWhileStarting {
+            return self.flush_while_starting(trial);
+        }
+        trial.serves(self.deadline())?;
+        trial.process()?.settle(Deadline::after(PATIENCE))?;
+        self.while_serving(trial, recovery)
     }
 
     /// How long it took, and the CPU time that the subject had taken before.
