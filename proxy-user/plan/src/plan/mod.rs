@@ -105,6 +105,32 @@ pub enum Target {
     Drop,
 }
 
+impl Target {
+    /// The backend set that new flows go to, if they go to one.
+    #[must_use]
+    pub const fn backends(self) -> Option<BackendSet> {
+        match self {
+            Self::Cluster => Some(BackendSet::Cluster),
+            Self::Local => Some(BackendSet::Local),
+            Self::Reject | Self::Drop => None,
+        }
+    }
+}
+
+/// One of the two backend sets of a service port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum BackendSet {
+    /// [`PortPlan::cluster`] (E6).
+    Cluster,
+    /// [`PortPlan::local`] (E7).
+    Local,
+}
+
+impl BackendSet {
+    /// Both sets, in their order.
+    pub const ALL: [Self; 2] = [Self::Cluster, Self::Local];
+}
+
 /// What one class of sources gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct Treatment {
@@ -208,6 +234,15 @@ pub struct PortPlan {
 }
 
 impl PortPlan {
+    /// The backends of one set, in the order of their slots.
+    #[must_use]
+    pub fn backends(&self, set: BackendSet) -> &[Backend] {
+        match set {
+            BackendSet::Cluster => &self.cluster,
+            BackendSet::Local => &self.local,
+        }
+    }
+
     /// What the port does with a frontend, if it has it.
     #[must_use]
     pub fn frontend(&self, frontend: Frontend) -> Option<&FrontendPlan> {
