@@ -13,7 +13,7 @@ use super::netlink::{
 };
 use crate::model::Family;
 
-/// Register 0: where a verdict goes.
+/// The register of verdicts.
 pub(super) const VERDICT: u32 = 0;
 
 /// The register of the `word`th 4-byte word.
@@ -76,8 +76,8 @@ pub(super) fn destination_port(dreg: u32) -> Expr {
     payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, dreg)
 }
 
-/// Writes a register into the packet. The kernel keeps the checksums right: that of the header at `checksum`, if there is one, and
-/// that of the transport, unless the sender made none.
+/// Writes a register into the packet. The kernel updates the header's checksum at `checksum`, if it has one, and the
+/// transport's, unless the sender made none.
 fn write_payload(base: i32, offset: u32, len: u32, sreg: u32, checksum: Option<u32>) -> Expr {
     const NFT_PAYLOAD_CSUM_INET: u32 = 1;
     const NFT_PAYLOAD_L4CSUM_PSEUDOHDR: u32 = 1;
@@ -106,7 +106,7 @@ pub(super) fn set_destination_address(family: Family, sreg: u32) -> Expr {
     write_payload(libc::NFT_PAYLOAD_NETWORK_HEADER, offset, address_len(family), sreg, checksum)
 }
 
-/// `udp dport set`. Only by this flag the kernel spares datagrams that have no checksum.
+/// `udp dport set`. The flag makes the kernel leave datagrams without a checksum as they are.
 pub(super) fn set_destination_port(sreg: u32) -> Expr {
     write_payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, sreg, None)
 }
@@ -202,7 +202,7 @@ pub(super) fn not_in_set(sreg: u32, set: &str) -> Expr {
     lookup
 }
 
-/// Fetches the key's value into a register, or the verdict; a missing key ends the rule.
+/// Loads the key's value into a register, or takes its verdict. A missing key ends the rule.
 pub(super) fn map(sreg: u32, map: &str, dreg: u32) -> Expr {
     let mut lookup = in_set(sreg, map);
     lookup.attributes.push((sys::NFTNL_EXPR_LOOKUP_DREG, U32(dreg)));
@@ -227,7 +227,7 @@ fn verdict(code: i32) -> Expr {
     }
 }
 
-/// `accept`: the end of this chain.
+/// `accept`, which ends this base chain.
 pub(super) fn accept() -> Expr {
     verdict(libc::NF_ACCEPT)
 }
@@ -286,7 +286,7 @@ const NF_NAT_RANGE_MAP_IPS: u32 = 1;
 const NF_NAT_RANGE_PROTO_SPECIFIED: u32 = 2;
 const NF_NAT_RANGE_PROTO_RANDOM_FULLY: u32 = 16;
 
-/// `dnat to` the address and port that start at the first word.
+/// `dnat to` the address and port in the registers from the first word on.
 pub(super) fn dnat(family: Family) -> Expr {
     let (address, port) = (word(0), word(address_words(family)));
     let protocol = match family {
@@ -417,15 +417,15 @@ fn write_from_packet(map: &str, operation: i32, key: u32, data: u32) -> Expr {
     }
 }
 
-/// `update @MAP { key timeout SECONDS : data }`. An element that is there gets the timeout, and keeps its data. A map that
-/// is full ends the rule.
+/// `update @MAP { key timeout SECONDS : data }`. An existing element gets the timeout and keeps its data. A full map ends the
+/// rule.
 pub(super) fn remember(map: &str, key: u32, data: u32, seconds: u32) -> Expr {
     let mut update = write_from_packet(map, libc::NFT_DYNSET_OP_UPDATE, key, data);
     update.attributes.push((sys::NFTNL_EXPR_DYNSET_TIMEOUT, U64(u64::from(seconds) * 1000)));
     update
 }
 
-/// `update @SET { key timeout SECONDS }`. A set that is full ends the rule.
+/// `update @SET { key timeout SECONDS }`. A full set ends the rule.
 pub(super) fn note(set: &str, key: u32, seconds: u32) -> Expr {
     Expr {
         kind: c"dynset",
@@ -438,14 +438,14 @@ pub(super) fn note(set: &str, key: u32, seconds: u32) -> Expr {
     }
 }
 
-/// `delete @MAP { key : data }`, whatever the data is.
+/// `delete @MAP { key : data }`. The kernel does not compare the data.
 pub(super) fn forget(map: &str, key: u32, data: u32) -> Expr {
     const NFT_DYNSET_OP_DELETE: i32 = 2;
     write_from_packet(map, NFT_DYNSET_OP_DELETE, key, data)
 }
 
-/// `update @SET { key timeout SECONDS limit rate over RATE/second burst BURST packets }`: goes on where the key has come
-/// more often than that. A set that is full ends the rule.
+/// `update @SET { key timeout SECONDS limit rate over RATE/second burst BURST packets }`, which matches keys above that rate.
+/// A full set ends the rule.
 pub(super) fn too_often(set: &str, key: u32, seconds: u32, rate: u64, burst: u32) -> Expr {
     const NFT_LIMIT_F_INV: u32 = 1;
     const ONE_SECOND: u64 = 1;

@@ -1,11 +1,11 @@
-//! The nftables data plane: tables `ip weir` and `ip6 weir`, changed element by element over netlink.
+//! The nftables plane: tables `ip weir` and `ip6 weir`, which weir changes element by element over netlink.
 //!
-//! In: [`Delta`]s. Out: netlink transactions. README.md beside this file draws the chains and says what others may
-//! rely on.
+//! In: [`Delta`]s. Out: netlink transactions. README.md beside this file draws the chains and lists the names on which other
+//! programs may rely.
 //!
 //! ```text
-//! Delta ─▶ element (PortPlan → elements) ─▶ table (uses, transactions) ─▶ netlink ─▶ socket ─▶ kernel
-//!                     ruleset, object (fixed and shared objects) ┘    adopt, dump ◀──────────────┘
+//! Delta ─▶ elements (PortPlan → elements) ─▶ transaction ─▶ kernel_state (less what exists) ─▶ netlink ─▶ socket ─▶ kernel
+//!                 schema, shared_chains ──▶ table ◀── base_chains                kernel_state, dump ◀── queries ◀──┘
 //! ```
 
 use std::{collections::HashSet, io};
@@ -16,32 +16,39 @@ use crate::{
     plan::{Delta, Frontend, NodePlan, PortDelta, PortId, PortPlan},
 };
 
-mod adopt;
-mod answered;
-mod choice;
-mod drops;
+mod affinity_rules;
+mod backend_numbers;
+mod base_chains;
+mod counters;
+mod deferred_deletes;
+mod dns_rules;
+mod drop_reasons;
 mod dump;
-mod element;
+mod elements;
 mod expr;
+mod kernel_state;
+mod matches;
 mod moved;
 mod netlink;
-mod object;
-mod ruleset;
+mod queries;
+mod schema;
+mod shared_chains;
 mod socket;
 mod sources;
-mod stage;
 mod sticky;
 mod table;
-mod vacated;
+mod transaction;
+mod userdata;
 mod watch;
 
-use table::Table;
+use socket::CommitError;
+use table::{Knowledge, Table};
 
-pub use drops::{Dropped, Drops, Strangers};
+pub use counters::{Dropped, Drops, Strangers};
 pub use moved::{Moved, MovedTables};
 pub use watch::{News, Seen, Watch};
 
-/// Services in nftables.
+/// The nftables plane of the network namespace in which it was opened.
 pub struct Nftables {
     netlink: socket::Netlink,
     tables: Vec<Table>,
@@ -49,7 +56,7 @@ pub struct Nftables {
 }
 
 impl Nftables {
-    /// Opens the data plane for the families given; the kernel is not touched yet.
+    /// Opens the plane for these families, and reads their tables. Nothing in the kernel changes yet.
     ///
     /// # Errors
     ///
@@ -60,7 +67,7 @@ impl Nftables {
         Ok(plane)
     }
 
-    /// The same, and listens for changes that others make to our tables: from before they are read, so that none is missed.
+    /// The same, and listens for changes of other programs to weir's tables, from before it reads them, so that none is missed.
     ///
     /// # Errors
     ///
@@ -79,7 +86,7 @@ impl Nftables {
         Ok(Self { netlink, tables: families.map(Table::new).collect(), node: None })
     }
 
-    /// Reads what is counted, on a socket of its own.
+    /// Opens a socket that reads the counters.
     ///
     /// # Errors
     ///
@@ -89,7 +96,7 @@ impl Nftables {
         Drops::open(families).map_err(|source| io_error("opening a netlink socket", source))
     }
 
-    /// Removes what an agent left that had sockets moved.
+    /// Removes the tables of moved sockets, which an earlier agent may have left.
     ///
     /// # Errors
     ///
@@ -98,10 +105,10 @@ impl Nftables {
         let families: Vec<Family> = self.tables.iter().map(|table| table.family).collect();
         let removed =
             families.into_iter().try_for_each(|family| moved::replace(&mut self.netlink, family, &[]));
-        removed.map_err(|source| io_error("removing the table of moved sockets", source))
+        removed.map_err(|error| io_error("removing the table of moved sockets", error.into()))
     }
 
-    /// Listens for changes that others make to our tables.
+    /// Listens for changes of other programs to weir's tables.
     ///
     /// # Errors
     ///
@@ -115,7 +122,7 @@ fn io_error(context: &str, source: io::Error) -> Error {
     Error::Io { context: context.to_owned(), source }
 }
 
-/// Makes `delta` true in one family, and names the service ports that could not be programmed.
+/// Applies `delta` to one family, and names the service ports that the kernel refuses.
 fn apply_family(
     netlink: &mut socket::Netlink,
     table: &mut Table,
@@ -133,7 +140,7 @@ fn apply_family(
     Ok(refused)
 }
 
-/// Builds the table anew while another one, of the same content, serves in its place.
+/// Builds the table anew while a second one with the same content serves.
 fn rebuild(
     netlink: &mut socket::Netlink,
     table: &mut Table,
@@ -141,7 +148,7 @@ fn rebuild(
     node: &NodePlan,
 ) -> Result<Vec<(PortId, String)>, Error> {
     let family = table.family;
-    tracing::warn!(%family, "the table is of another shape than this version needs, it is built anew");
+    tracing::warn!(%family, "the table has another shape than this version needs, building it anew");
     let mut stand_in = Table::stand_in(family);
     stand_in.reread(netlink).map_err(|error| problem("reading the stand-in", table, error))?;
     if stand_in.is_beyond_repair() {
@@ -154,7 +161,7 @@ fn rebuild(
     Ok(refused)
 }
 
-/// Writes `delta` into one table. A ClusterIP refuses unknown ports (F4), so it comes after the ports it has and goes
+/// Writes `delta` into one table. A ClusterIP refuses unknown ports (F4), so weir adds it after its ports and removes it
 /// before them.
 fn write(
     netlink: &mut socket::Netlink,
@@ -163,7 +170,7 @@ fn write(
     node: &NodePlan,
 ) -> Result<Vec<(PortId, String)>, Error> {
     let family = table.family;
-    if delta.node.is_some() || table.found.is_some() {
+    if delta.node.is_some() || delta.complete {
         table.apply_node(netlink, node).map_err(|error| problem("writing the chains", table, error))?;
     }
     table.remove_cluster_ips(netlink, delta).map_err(|error| problem("removing ClusterIPs", table, error))?;
@@ -180,15 +187,15 @@ fn write(
     Ok(refused)
 }
 
-fn problem(what: &str, table: &Table, error: io::Error) -> Error {
+fn problem(what: &str, table: &Table, error: impl Into<CommitError>) -> Error {
     let context = describe(&format!("{what} of"), table.family);
-    match error.raw_os_error() {
-        Some(libc::ENOENT) => Error::Kernel(format!("{context}: another program took part of it away")),
-        _ => io_error(&context, error),
+    match error.into() {
+        CommitError::Missing(_) => Error::Kernel(format!("{context}: another program removed part of it")),
+        error => io_error(&context, error.into()),
     }
 }
 
-/// What those ports should have been.
+/// The plans of the refused ports.
 fn plans_of<'a>(refused: &[(PortId, String)], ports: &[&'a PortDelta]) -> Vec<&'a PortPlan> {
     let refused: HashSet<&PortId> = refused.iter().map(|(id, _)| id).collect();
     let plans = ports.iter().filter_map(|port| port.after.as_deref());
@@ -205,13 +212,13 @@ impl Dataplane for Nftables {
         };
         let mut short = Shortfall::default();
         for table in &mut self.tables {
-            let knowledge = if delta.complete { Knowledge::Reread } else { Knowledge::Current };
+            let knowledge = if delta.complete { Knowledge::Read } else { Knowledge::Written };
             if table.knowledge != knowledge {
                 continue;
             }
             match apply_family(&mut self.netlink, table, delta, &node) {
                 Ok(refused) => {
-                    table.knowledge = Knowledge::Current;
+                    table.knowledge = Knowledge::Written;
                     short.refused.extend(refused);
                 }
                 Err(error) => {
@@ -234,7 +241,7 @@ impl Dataplane for Nftables {
 
     fn has_read(&self, family: Family, generation: u32) -> bool {
         let table = self.tables.iter().find(|table| table.family == family);
-        // Generations count on around the largest number.
+        // The kernel continues at 0 after the largest generation.
         let is_old = |read: u32| read.wrapping_sub(generation) < u32::MAX / 2;
         table.is_none_or(|table| table.read_at.is_some_and(is_old))
     }
@@ -242,7 +249,7 @@ impl Dataplane for Nftables {
     fn looks_intact(&mut self, family: Family) -> bool {
         let Some(table) = self.tables.iter().find(|table| table.family == family) else { return true };
         table.looks_intact(&mut self.netlink, self.node.as_deref()).unwrap_or_else(|error| {
-            tracing::debug!(%error, "cannot look at our table");
+            tracing::debug!(%error, "cannot read the names of weir's sets and chains");
             false
         })
     }
@@ -262,24 +269,21 @@ impl Dataplane for Nftables {
     fn dump(&mut self) -> Result<State, Error> {
         let mut state = State::default();
         for table in &self.tables {
-            let told = |node: &std::sync::Arc<NodePlan>| node.local_traffic.get(table.family).is_some();
-            let pods_are_told = self.node.as_ref().is_none_or(told);
-            dump::read(&mut self.netlink, table, pods_are_told, &mut state)
-                .map_err(|error| io_error("reading our tables", error))?;
+            let detects = |node: &std::sync::Arc<NodePlan>| node.local_traffic.get(table.family).is_some();
+            let detects_pods = self.node.as_ref().is_none_or(detects);
+            dump::read(&mut self.netlink, table, detects_pods, &mut state)
+                .map_err(|error| io_error("reading weir's tables", error))?;
         }
         state.cluster_ips.sort_unstable();
         Ok(state)
     }
 
     fn remove(&mut self) -> Result<(), Error> {
-        for table in &mut self.tables {
-            let mut tables = vec![&mut *table];
-            let mut stand_in = Table::stand_in(tables[0].family);
-            if tables[0].has_stand_in {
-                tables.push(&mut stand_in);
-            }
-            for table in tables {
-                table.remove(&mut self.netlink).map_err(|error| io_error("removing our tables", error))?;
+        for table in &self.tables {
+            let stand_in = table.has_stand_in.then(|| Table::stand_in(table.family));
+            for table in std::iter::once(table).chain(&stand_in) {
+                let removed = table.remove(&mut self.netlink);
+                removed.map_err(|error| io_error("removing weir's tables", error.into()))?;
             }
         }
         self.remove_moved()?;
@@ -287,32 +291,25 @@ impl Dataplane for Nftables {
     }
 }
 
-/// What this plane knows of a table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Knowledge {
-    /// What it held when it was read; a complete delta comes next.
-    Reread,
-    /// Everything.
-    Current,
-    /// Nothing, because it could not be written or read.
-    Lost,
-}
-
-/// Reads a table back.
+/// Reads a table back, so that a complete delta can follow.
 fn reread(table: &mut Table, netlink: &mut socket::Netlink) -> Result<(), Error> {
     let family = table.family;
     table.knowledge = Knowledge::Lost;
     let fail = |error| io_error(&describe("reading", family), error);
-    // Asked before: what is committed while the table is read comes as news.
+    // Read first, because a commit while weir reads the table must count as newer.
     let generation = netlink.generation().map_err(fail)?;
     table.reread(netlink).map_err(fail)?;
     table.read_at = Some(generation);
-    table.knowledge = Knowledge::Reread;
+    table.knowledge = Knowledge::Read;
     Ok(())
 }
 
 fn describe(doing: &str, family: Family) -> String {
-    format!("{doing} table {} weir", dump::nft_family(family))
+    let family = match family {
+        Family::V4 => "ip",
+        Family::V6 => "ip6",
+    };
+    format!("{doing} table {family} weir")
 }
 
 fn family_of(port: &PortDelta) -> Option<Family> {

@@ -1,7 +1,7 @@
-//! Connected UDP sockets whose backend is gone, and whose datagrams go to their Service again.
+//! Sends the datagrams of connected UDP sockets to their Service again after their backend is gone.
 //!
-//! In: for each socket its own address, the backend that it is connected to, and the Service that it asked for. Out: tables
-//! `ip weir-moved` and `ip6 weir-moved`, which are there only while there are such sockets.
+//! In: for each socket its address, the backend that it is connected to, and the Service that it asked for. Out: tables
+//! `ip weir-moved` and `ip6 weir-moved`, which exist only while there are such sockets.
 //!
 //! ```text
 //! chain nat-prerouting {
@@ -13,20 +13,20 @@
 //! }
 //! ```
 //!
-//! One priority before the table `weir` looks, the first datagram of a flow gets the Service's address in place of the backend's. Then
-//! that table picks a backend for it as for any other. Connection tracking has the flow by the addresses that it came with, so
-//! later datagrams, and answers, are translated between the socket and the new backend, and the socket hears them from the address that it
-//! is connected to. Only first datagrams of flows meet the rule.
+//! One priority before the table `weir`, the rule writes the Service's address into the first datagram of a flow, in place of
+//! the backend's, and the table `weir` picks a backend as for any other flow. Connection tracking stores the flow with the
+//! addresses before both changes. So it translates later datagrams and answers between the socket and the new backend, and
+//! the socket receives answers from the address to which it is connected. Only first datagrams of flows reach the rule.
 
 use std::{io, net::SocketAddr};
 
-use nftnl::{ChainType, Hook, ProtoFamily};
+use nftnl::{ChainType, Hook};
 
 use super::{
     expr,
-    netlink::{ChainSpec, Element, Expr, SetSpec, Transaction, Value, ValueKind, c_string},
-    ruleset::{Part, address_bytes, set_spec},
-    socket::Netlink,
+    netlink::{self, Batch, ChainSpec, Element, Expr, SetSpec, Value, ValueKind},
+    schema::{KeyPart, address_bytes, set_spec},
+    socket::{CommitError, Netlink},
 };
 use crate::{
     dataplane::Error,
@@ -38,24 +38,24 @@ const PORTS: &str = "ports";
 const ADDRESSES: &str = "addresses";
 const DROPPED: &str = "dropped";
 
-/// Just before the table `weir` translates.
+/// One before the table `weir` translates.
 const PRIORITY: i32 = -101;
 
-/// A connected UDP socket whose datagrams go to its Service.
+/// A connected UDP socket. weir sends its datagrams to its Service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Moved {
-    /// Its own address and port.
+    /// The socket's address and port.
     pub client: SocketAddr,
-    /// The backend that it is connected to.
+    /// The backend to which it is connected.
     pub backend: SocketAddr,
-    /// The Service that it asked for, of the same family.
+    /// The Service for which it asked, of the same family.
     pub service: SocketAddr,
-    /// Whether there is that Service now. Without it datagrams are dropped: the kernel would send those behind the first one to the
-    /// backend.
+    /// Whether that Service exists now. Otherwise weir drops the datagrams, because the kernel would send all but the first to
+    /// the backend.
     pub exists: bool,
 }
 
-/// Both tables, in the network namespace that this was opened in.
+/// The tables of both families, in the network namespace in which this was opened.
 pub struct MovedTables(Netlink);
 
 impl MovedTables {
@@ -63,65 +63,64 @@ impl MovedTables {
     ///
     /// When the kernel has no nf_tables or this process may not use it.
     pub fn open() -> Result<Self, Error> {
-        let opened = Netlink::open().map_err(|source| super::io_error("opening a netlink socket", source));
-        opened.map(Self)
+        Netlink::open().map(Self).map_err(|source| io_error("opening a netlink socket", source))
     }
 
-    /// Has exactly these sockets' datagrams go to their Services, of those of one family. Without any there is no table.
+    /// Sends the datagrams of exactly these sockets of one family to their Services. Without sockets there is no table.
     ///
     /// # Errors
     ///
-    /// The kernel's; then everything is as it was.
+    /// The kernel's. Then nothing has changed.
     pub fn write(&mut self, family: Family, moved: &[Moved]) -> Result<(), Error> {
         let written = replace(&mut self.0, family, moved);
         written
-            .map_err(|source| super::io_error("leading datagrams of moved sockets to their Services", source))
+            .map_err(|error| io_error("sending datagrams of moved sockets to their Services", error.into()))
     }
 }
 
-/// Puts a table with these sockets in place of the one that is there; both at one instant.
-pub(super) fn replace(netlink: &mut Netlink, family: Family, moved: &[Moved]) -> io::Result<()> {
-    let protocol = match family {
-        Family::V4 => ProtoFamily::Ipv4,
-        Family::V6 => ProtoFamily::Ipv6,
-    };
-    let table = nftnl::Table::new(c_string(TABLE), protocol);
-    let mut transaction = Transaction::new(&table);
-    // The kernel refuses to delete what is not there.
-    transaction.add_table();
-    transaction.delete_table();
+fn io_error(context: &str, source: io::Error) -> Error {
+    Error::Io { context: context.to_owned(), source }
+}
+
+/// Replaces the family's table with one for these sockets, in one batch.
+pub(super) fn replace(netlink: &mut Netlink, family: Family, moved: &[Moved]) -> Result<(), CommitError> {
+    let table = netlink::table(TABLE, family);
+    let mut batch = Batch::new(&table);
+    // The kernel refuses to delete a missing table.
+    batch.add_table();
+    batch.delete_table();
     if !moved.is_empty() {
-        fill(&mut transaction, family, moved);
+        fill(&mut batch, family, moved);
     }
-    netlink.commit(&transaction.finish())
+    netlink.commit(&batch.finish())
 }
 
-fn fill(transaction: &mut Transaction<'_>, family: Family, moved: &[Moved]) {
-    transaction.add_table();
-    transaction.add_set(&map_spec(PORTS, family, Part::Port, 2));
-    transaction.add_set(&map_spec(ADDRESSES, family, Part::Address, expr::address_len(family)));
-    transaction.add_set(&set_spec(DROPPED, family, &KEY, ValueKind::None));
+fn fill(batch: &mut Batch<'_>, family: Family, moved: &[Moved]) {
+    batch.add_table();
+    batch.add_set(&map_spec(PORTS, family, KeyPart::Port, 2));
+    batch.add_set(&map_spec(ADDRESSES, family, KeyPart::Address, expr::address_len(family)));
+    batch.add_set(&set_spec(DROPPED, family, &KEY, ValueKind::None));
     for (name, hook) in [("nat-prerouting", Hook::PreRouting), ("nat-output", Hook::Out)] {
         let hook = Some((ChainType::Nat, hook, PRIORITY));
-        transaction.add_chain(&ChainSpec { hook, ..ChainSpec::regular(name) });
-        transaction.add_rule(name, &drop_rule(family));
-        transaction.add_rule(name, &rule(family));
+        batch.add_chain(&ChainSpec { hook, ..ChainSpec::regular(name) });
+        batch.add_rule(name, &drop_rule(family));
+        batch.add_rule(name, &rule(family));
     }
     let elements = |value: fn(SocketAddr) -> Vec<u8>| -> Vec<Element> {
-        let led = moved.iter().filter(|moved| moved.exists);
-        led.map(|moved| element(moved, Value::Data(value(moved.service).into()))).collect()
+        let translated = moved.iter().filter(|moved| moved.exists);
+        translated.map(|moved| element(moved, Value::Data(value(moved.service).into()))).collect()
     };
     let dropped = moved.iter().filter(|moved| !moved.exists);
     let dropped: Vec<Element> = dropped.map(|moved| element(moved, Value::None)).collect();
-    transaction.add_missing_elements(DROPPED, &dropped);
-    transaction.add_missing_elements(PORTS, &elements(|service| service.port().to_be_bytes().to_vec()));
-    transaction.add_missing_elements(ADDRESSES, &elements(|service| address_bytes(service.ip())));
+    batch.add_missing_elements(DROPPED, &dropped);
+    batch.add_missing_elements(PORTS, &elements(|service| service.port().to_be_bytes().to_vec()));
+    batch.add_missing_elements(ADDRESSES, &elements(|service| address_bytes(service.ip())));
 }
 
-/// Of a socket: its own end, then the backend's.
-const KEY: [Part; 4] = [Part::Address, Part::Port, Part::Address, Part::Port];
+/// The socket's address and port, then the backend's.
+const KEY: [KeyPart; 4] = [KeyPart::Address, KeyPart::Port, KeyPart::Address, KeyPart::Port];
 
-fn map_spec(name: &str, family: Family, value: Part, len: u32) -> SetSpec {
+fn map_spec(name: &str, family: Family, value: KeyPart, len: u32) -> SetSpec {
     let value = ValueKind::Data { nft_type: value.nft_type(family), len };
     set_spec(name, family, &KEY, value)
 }
@@ -133,8 +132,8 @@ fn element(moved: &Moved, value: Value) -> Element {
     Element { key: key.into(), key_end: None, value }
 }
 
-/// Every packet that comes here begins a flow. The rules ask for that all the same, because then the kernel tracks flows, without
-/// which no chain of type nat is asked.
+/// Matches UDP packets and loads the key. All packets here begin a flow. The match on it makes the kernel track flows, without
+/// which it runs no chain of type nat.
 fn load(family: Family) -> Vec<Expr> {
     let words = expr::address_words(family);
     let load = [
@@ -152,15 +151,15 @@ fn drop_rule(family: Family) -> Vec<Expr> {
     [load(family), vec![expr::in_set(expr::word(0), DROPPED), expr::drop()]].concat()
 }
 
-/// Both look-ups come before the packet changes, because the key is in it.
+/// Both look-ups come before the changes, because the packet has the key.
 fn rule(family: Family) -> Vec<Expr> {
     let words = expr::address_words(family);
     let (port, address) = (expr::word(2 * words + 2), expr::word(2 * words + 3));
-    let lead = vec![
+    let translate = vec![
         expr::map(expr::word(0), PORTS, port),
         expr::map(expr::word(0), ADDRESSES, address),
         expr::set_destination_port(port),
         expr::set_destination_address(family, address),
     ];
-    [load(family), lead].concat()
+    [load(family), translate].concat()
 }

@@ -1,6 +1,6 @@
-//! The netlink socket: sends one batch and reads what became of it, and dumps.
+//! The netlink socket: sends batches and requests, and reads the kernel's reports and answers.
 //!
-//! In: buffers from `netlink`. Out: success or the kernel's error, and dumped messages.
+//! In: buffers from `netlink`. Out: success or a [`CommitError`], and the messages of an answer.
 
 use std::{collections::HashMap, io, os::fd::AsRawFd as _};
 
@@ -10,12 +10,13 @@ use nix::{
     sys::socket::{MsgFlags, recv},
 };
 
-use crate::sys::descriptor::OwnSocket;
+use super::netlink;
+use crate::sys::descriptor::{self, OwnSocket};
 
 /// Large enough for the messages of one dump step, which the kernel keeps below 32 KiB, and for any error report.
 pub(super) const BUFFER: usize = 1 << 16;
 
-/// What the kernel counts for one report: an acknowledgement of a few bytes takes a whole buffer of its own.
+/// The kernel's charge for one report: an acknowledgement of a few bytes takes a whole buffer.
 const BYTES_A_REPORT: usize = 1024;
 
 const NLMSG_ERROR: u16 = 2;
@@ -27,6 +28,54 @@ pub(super) struct Netlink {
     socket: OwnSocket,
     buffer: Vec<u8>,
     sequence: u32,
+}
+
+/// Why a batch did not come into force, by what the caller can do about it.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CommitError {
+    /// The kernel does not take something that the batch asks for.
+    #[error(transparent)]
+    Refused(io::Error),
+    /// Something is missing that was there when the batch was made, because another program removed it.
+    #[error(transparent)]
+    Missing(io::Error),
+    /// The error is about nothing in the batch: memory, rights or a lost report. Whether the batch is in force is unknown.
+    #[error(transparent)]
+    Unknown(io::Error),
+}
+
+impl CommitError {
+    /// Whether something else is in a place that the batch wants to fill.
+    pub(super) fn is_conflict(&self) -> bool {
+        matches!(self, Self::Refused(error) if matches!(error.raw_os_error(), Some(libc::EEXIST | libc::EBUSY)))
+    }
+
+    /// Whether the kernel may have refused a set or chain because one of another shape is in its place.
+    pub(super) fn is_about_shape(&self) -> bool {
+        use libc::{EBUSY, EEXIST, EINVAL, EOPNOTSUPP};
+        let shape =
+            |error: &io::Error| matches!(error.raw_os_error(), Some(EOPNOTSUPP | EEXIST | EINVAL | EBUSY));
+        matches!(self, Self::Refused(error) if shape(error))
+    }
+}
+
+impl From<io::Error> for CommitError {
+    fn from(error: io::Error) -> Self {
+        use libc::{EACCES, EAGAIN, EINTR, EMSGSIZE, ENOBUFS, ENOENT, ENOMEM, EPERM};
+        match error.raw_os_error() {
+            Some(ENOENT) => Self::Missing(error),
+            Some(ENOMEM | EPERM | EACCES | ENOBUFS | EMSGSIZE | EAGAIN | EINTR) => Self::Unknown(error),
+            _ => Self::Refused(error),
+        }
+    }
+}
+
+impl From<CommitError> for io::Error {
+    fn from(error: CommitError) -> Self {
+        match error {
+            CommitError::Refused(error) | CommitError::Missing(error) | CommitError::Unknown(error) => error,
+        }
+    }
 }
 
 /// Type, flags and sequence number of a message.
@@ -48,37 +97,37 @@ impl Netlink {
     pub(super) fn open() -> io::Result<Self> {
         let socket = Socket::new(Bus::Netfilter)?;
         close_on_exec(&socket)?;
-        crate::sys::descriptor::report_briefly(&socket)?;
+        descriptor::report_briefly(&socket)?;
         Ok(Self { socket: OwnSocket(socket), buffer: vec![0; BUFFER], sequence: 0 })
     }
 
-    /// The address by which the kernel knows this socket; events caused by it carry it.
+    /// The socket's address in netlink. The kernel's events carry the address of the socket that caused them.
     pub(super) fn port(&self) -> u32 {
         self.socket.0.portid()
     }
 
-    /// Sends one batch; it is in force when this returns, or nothing of it is.
+    /// Sends one batch. When this returns all of it is in force, or nothing.
     ///
-    /// The kernel works on a batch while the sender waits, so all it has to say is there when `send` returns.
+    /// The kernel works on a batch while the sender waits, so all reports are there when `send` returns.
     ///
     /// # Errors
     ///
-    /// The first error the kernel reported for the batch. `ENOBUFS` says that reports were lost.
-    pub(super) fn commit(&mut self, batch: &[u8]) -> io::Result<()> {
+    /// The first error that the kernel reported for the batch.
+    pub(super) fn commit(&mut self, batch: &[u8]) -> Result<(), CommitError> {
         self.discard();
         let messages = mnl::NlMessages::new(batch).count();
         grow(&self.socket.0, batch.len(), messages * BYTES_A_REPORT)?;
         self.socket.0.send(batch)?;
-        self.drain()
+        Ok(self.drain()?)
     }
 
-    /// Sends a batch that is not to come into force; answers with the place of each message that the kernel refuses, and
-    /// the error, in the order of the messages. Place 0 is the message behind the one that begins the batch.
+    /// Sends a batch that does not come into force. Returns the place of each message that the kernel refuses, and the
+    /// error, in the order of the messages. Place 0 is the message after the one that begins the batch.
     ///
     /// # Errors
     ///
-    /// When the batch could not be sent, or `ENOBUFS` when reports were lost.
-    pub(super) fn try_out(&mut self, batch: &[u8]) -> io::Result<Vec<(usize, io::Error)>> {
+    /// When the batch could not be sent, or reports were lost.
+    pub(super) fn try_out(&mut self, batch: &[u8]) -> Result<Vec<(usize, CommitError)>, CommitError> {
         self.discard();
         let mut places = HashMap::new();
         for (index, message) in mnl::NlMessages::new(batch).enumerate().skip(1) {
@@ -87,21 +136,23 @@ impl Netlink {
         grow(&self.socket.0, batch.len(), places.len() * BYTES_A_REPORT)?;
         self.socket.0.send(batch)?;
         let mut refused = Vec::new();
-        self.reports(|sequence, error| refused.extend(places.get(&sequence).map(|place| (*place, error))))?;
+        self.reports(|sequence, error| {
+            refused.extend(places.get(&sequence).map(|place| (*place, CommitError::from(error))));
+        })?;
         refused.sort_by_key(|(place, _)| *place);
         Ok(refused)
     }
 
-    /// Forgets reports of earlier batches: after some were lost there may be more, and the loss itself is reported first.
+    /// Drops reports of earlier batches: after lost reports more may follow, and the kernel reports the loss first.
     fn discard(&mut self) {
         const LOSS_AND_ERRORS: usize = 2;
         for _ in 0..LOSS_AND_ERRORS {
             let Err(error) = self.drain() else { return };
-            tracing::debug!(%error, "a late report");
+            tracing::debug!(%error, "dropping a late report of the kernel");
         }
     }
 
-    /// Reads every report that is there, and returns the first error among them.
+    /// Reads every report that has arrived, and returns the first error among them.
     fn drain(&mut self) -> io::Result<()> {
         let mut first = Ok(());
         self.reports(|_, error| {
@@ -112,7 +163,7 @@ impl Netlink {
         first
     }
 
-    /// Reads every report that is there; `each` has the sequence number and the error of those that are no acknowledgement.
+    /// Reads every report that has arrived, and passes sequence number and error of each failure to `each`.
     fn reports(&mut self, mut each: impl FnMut(u32, io::Error)) -> io::Result<()> {
         loop {
             let len = match recv(self.socket.0.as_raw_fd(), &mut self.buffer, MsgFlags::MSG_DONTWAIT) {
@@ -131,25 +182,25 @@ impl Netlink {
         }
     }
 
-    /// The generation of the rule set, which every commit of any program raises by one.
+    /// The generation of the rule set, which the kernel raises by one at every commit of any program.
     ///
     /// # Errors
     ///
     /// The kernel's.
     pub(super) fn generation(&mut self) -> io::Result<u32> {
         let mut generation = None;
-        self.ask(super::netlink::generation_request, |message| {
-            generation = generation.or(super::netlink::parse_generation(message));
+        self.ask(netlink::generation_request, |message| {
+            generation = generation.or(netlink::parse_generation(message));
         })?;
-        generation.ok_or_else(|| io::Error::other("the kernel tells no generation of the rule set"))
+        generation.ok_or_else(|| io::Error::other("the kernel reports no generation of the rule set"))
     }
 
-    /// Sends a request made for `sequence` and gives every message of the answer to `each`. `each` may have seen
-    /// messages already when an error comes back.
+    /// Sends the request that `request` makes for a sequence number, and passes every message of the answer to `each`,
+    /// also those before an error.
     ///
     /// # Errors
     ///
-    /// `EINTR` when the table changed during a dump: ask again. `ENOENT` when there is nothing of that name.
+    /// `EINTR` when the table changed during a dump: ask again. `ENOENT` when the object does not exist.
     pub(super) fn ask(
         &mut self,
         request: impl Fn(u32) -> Vec<u8>,
@@ -184,18 +235,17 @@ impl Netlink {
     }
 }
 
-/// libmnl opens sockets that the next program would inherit, and the agent may start anew in its own place.
+/// libmnl opens sockets that survive `exec`, by which the agent restarts itself.
 pub(super) fn close_on_exec(socket: &Socket) -> io::Result<()> {
     use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-    fcntl(crate::sys::descriptor::borrow(socket), FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    fcntl(descriptor::borrow(socket), FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
     Ok(())
 }
 
-/// Makes room for a batch in the send buffer and for its reports in the receive buffer. The kernel takes a message
-/// only whole.
+/// Enlarges the send buffer for a batch, because the kernel takes it only whole, and the receive buffer for its reports.
 fn grow(socket: &Socket, batch: usize, reports: usize) -> io::Result<()> {
     use nix::sys::socket::{getsockopt, setsockopt, sockopt};
-    let socket = crate::sys::descriptor::borrow(socket);
+    let socket = descriptor::borrow(socket);
     let needed = batch + (1 << 16);
     if getsockopt(&socket, sockopt::SndBuf)? < needed {
         setsockopt(&socket, sockopt::SndBufForce, &needed)?;

@@ -1,8 +1,8 @@
 //! Lists of source ranges (F7), as they appear in names of sets and chains.
 //!
-//! In: the ranges that a frontend lets in. Out: a name that is the same for the same list, and the elements of its set.
-//! All frontends with the same list share one set, which never changes; so a change of one Service costs the same however
-//! many ranges other Services have. One set for all would be copied whole by the kernel at each change.
+//! In: the ranges that a frontend allows. Out: a name that is the same for the same list, and the elements of its set.
+//! All frontends with the same list share one set, which never changes. So the cost of a change does not depend on the
+//! ranges of other Services: the kernel would copy one set for all Services whole at each change.
 
 use std::{
     cmp::Ordering,
@@ -15,17 +15,15 @@ use ipnet::IpNet;
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    element,
     netlink::{Bytes, Element, Value},
-    ruleset::address_bytes,
+    schema::{address_bytes, split_address},
 };
 use crate::model::Family;
 
-/// One list of source ranges.
 #[derive(Clone, Debug)]
 pub(super) struct Sources {
     hash: Arc<str>,
-    /// The ranges; none where the list is only known by its name.
+    /// The ranges; none if weir read the list's name only.
     ranges: Arc<[IpNet]>,
 }
 
@@ -42,7 +40,7 @@ impl Sources {
         Self { hash: hash.into(), ranges: Arc::clone(ranges) }
     }
 
-    /// The list of this hash.
+    /// The list with this hash, without its ranges.
     pub(super) fn read(hash: &str) -> Option<Self> {
         let is_hash = hash.len() == 32 && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
         is_hash.then(|| Self { hash: hash.into(), ranges: Arc::new([]) })
@@ -52,7 +50,6 @@ impl Sources {
         &self.hash
     }
 
-    /// The elements of the set.
     pub(super) fn elements(&self) -> Vec<Element> {
         let elements = self.ranges.iter().map(|range| Element {
             key: key(&address_bytes(range.network()), u16::MIN),
@@ -63,8 +60,8 @@ impl Sources {
     }
 }
 
-/// An address, and a port that any packet has: the kernel has sets of ranges that many packets can look into at the same
-/// time only for concatenations.
+/// An address and a port, of which the set allows every one, because the kernel's only set of ranges that packets look up
+/// without a lock is for concatenations.
 fn key(address: &[u8], port: u16) -> Bytes {
     let mut key = Bytes::from_slice(address);
     key.extend_from_slice(&port.to_be_bytes());
@@ -74,12 +71,12 @@ fn key(address: &[u8], port: u16) -> Bytes {
 
 /// The range of an element.
 pub(super) fn range_of(family: Family, element: &Element) -> Option<IpNet> {
-    let (first, _) = element::split_address(family, &element.key)?;
-    let (last, _) = element::split_address(family, element.key_end.as_ref()?)?;
+    let (first, _) = split_address(family, &element.key)?;
+    let (last, _) = split_address(family, element.key_end.as_ref()?)?;
     network_of(first, last)
 }
 
-/// The network whose first and last address these are.
+/// The network with this first and last address.
 fn network_of(first: std::net::IpAddr, last: std::net::IpAddr) -> Option<IpNet> {
     let longest = if first.is_ipv4() { 32 } else { 128 };
     (0..=longest).find_map(|prefix| {

@@ -1,7 +1,7 @@
 //! A service port with session affinity, as it appears in names of chains and maps.
 //!
-//! In: a [`PortId`], whose parts users choose. Out: a text of bounded length that stands for this service port alone, and
-//! the comment that says what it left out. Two pickers in one name stay below the kernel's 255 bytes with it.
+//! In: a [`PortId`], whose parts users choose. Out: a text of bounded length that identifies this service port, and a
+//! comment with the part that the text leaves out. A name with two pickers and this text stays below the kernel's 255 bytes.
 
 use std::{
     cmp::Ordering,
@@ -14,20 +14,20 @@ use sha2::{Digest as _, Sha256};
 
 use crate::plan::PortId;
 
-/// Most bytes of what stands in a name. The longest words before it are a fork of two pickers: 99 bytes.
+/// The most bytes of the text. The longest stem before it is a fork of two pickers with 99 bytes.
 const MOST: usize = 144;
 
-/// Most bytes of a comment that `nft` takes in when it loads a saved listing.
+/// The most bytes of a comment that `nft` accepts when it loads a saved listing.
 const MOST_OF_A_COMMENT: usize = 128;
 
-/// Begins a hash. No name of Kubernetes has an underscore, so no service port can be named as another is shortened.
+/// The prefix of a hash. No name of Kubernetes has an underscore, so no full name equals a shortened one.
 const HASHED: &str = "sha256_";
 
-/// `/default/web/http/tcp`; where that is too long, `/default/sha256_…/tcp`.
+/// `/default/web/http/tcp`, or `/default/sha256_…/tcp` if that is too long.
 #[derive(Clone, Debug)]
 pub(super) struct Sticky {
     text: Arc<str>,
-    /// What a shortened text left out. Nothing that is read back from a name has it.
+    /// The part that a shortened text leaves out; `None` also for a text that was read from a name.
     comment: Option<Arc<str>>,
 }
 
@@ -66,7 +66,7 @@ impl Sticky {
     }
 }
 
-/// The first `most` bytes, less what would be part of a character.
+/// The first `most` bytes, or fewer, so that no character is cut.
 fn head(text: &str, most: usize) -> &str {
     &text[..text.floor_char_boundary(most)]
 }

@@ -1,10 +1,10 @@
-//! Listens for what other programs change in our tables.
+//! Listens for changes that other programs make to weir's tables.
 //!
-//! In: the kernel's notices of commits. Out: for each commit that touched our tables, which ones and the generation of the
-//! rule set that it made, so that news of what was read back since can be told from news.
+//! In: the kernel's notices of commits. Out: for each commit that changed weir's tables, their families and the new
+//! generation of the rule set, so that the engine can ignore news of a change that it has read back since.
 //!
-//! The notices of one commit come in several datagrams, and the one that tells the generation comes last: only that one is
-//! passed on.
+//! The kernel sends the notices of one commit in several datagrams, with the generation in the last one. So a change is
+//! reported only with that one.
 
 use std::io;
 
@@ -19,38 +19,38 @@ use crate::{
     sys::descriptor::{OwnSocket, borrow, ignore_sender},
 };
 
-/// Room for the notices of a commit of others that replaces 100,000 rules at once, as iptables does: what finds no room is
-/// lost, and then everything has to be compared. Only what waits takes memory.
+/// The socket's buffer, in bytes: room for the notices of a commit that replaces 100,000 rules at once, as iptables does. The
+/// kernel drops notices beyond it, and then weir must compare everything. Only waiting notices take memory.
 const ROOM: usize = 64 << 20;
 
-/// What a [`Watch`] saw.
+/// A change that a [`Watch`] reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
-    /// A commit of another program changed our tables.
+    /// A commit of another program changed weir's tables.
     Foreign {
-        /// In these families.
+        /// The families of the changed tables.
         families: PerFamily<bool>,
-        /// What the generation of the rule set was then.
+        /// The generation of the rule set after the commit.
         generation: u32,
     },
-    /// More happened than could be followed; our tables may have been touched, and those of these families were.
+    /// The kernel dropped notices, so any table may have changed.
     Lost {
-        /// In these families something was seen.
+        /// The families of tables that certainly changed.
         families: PerFamily<bool>,
     },
 }
 
-/// The newest that is known of foreign changes, with as much as was missed while it was not looked at.
+/// Counts of foreign changes, from which the engine sees how many it has not handled.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct News {
-    /// For each family, how often it was touched and what the generation was the last time, if that is known.
+    /// For each family the number of changes, and the generation after the last one if it is known.
     pub touched: PerFamily<(u64, Option<u32>)>,
-    /// How often more happened than could be followed.
+    /// How often the kernel dropped notices.
     pub lost: u64,
 }
 
 impl News {
-    /// Adds what was seen.
+    /// Counts one report.
     pub fn take_in(&mut self, seen: Seen) {
         let (families, generation) = match seen {
             Seen::Foreign { families, generation } => (families, Some(generation)),
@@ -66,12 +66,12 @@ impl News {
     }
 }
 
-/// Listens for changes that another program makes to our tables.
+/// A socket that receives the kernel's notices.
 pub struct Watch {
     socket: OwnSocket,
     buffer: Vec<u8>,
     ours: u32,
-    /// What the commit touches of which notices come in.
+    /// The families of which notices of the current commit have come in.
     touched: PerFamily<bool>,
 }
 
@@ -93,17 +93,17 @@ impl Watch {
         Ok(Self { socket: OwnSocket(socket), buffer: vec![0; BUFFER], ours, touched })
     }
 
-    /// Listens anew, after the socket failed. What happened meanwhile is not known.
+    /// Opens a new socket after the old one failed. Changes in between are not reported.
     ///
     /// # Errors
     ///
-    /// As when it was opened.
+    /// When the kernel refuses the subscription.
     pub fn reopen(&mut self) -> io::Result<()> {
         *self = Self::open(self.ours)?;
         Ok(())
     }
 
-    /// Waits until another program has changed our tables.
+    /// Waits until another program has changed weir's tables.
     ///
     /// # Errors
     ///
@@ -138,15 +138,14 @@ impl Watch {
     }
 }
 
-/// What one message says.
 enum Notice {
-    /// Something of our table in this family changed.
+    /// An object of weir's table in this family changed.
     Touched(Family),
-    /// The commit is through, and made this generation.
+    /// The commit is complete, and this is the new generation.
     Committed(u32),
 }
 
-/// What a message of another program says of our tables. Every nf_tables object names its table in its first attribute.
+/// Reads a message about a commit of another program. The first attribute of every nf_tables object names its table.
 fn read(message: &[u8], ours: u32) -> Option<Notice> {
     const FAMILY: usize = 16;
     const FIRST_ATTRIBUTE: usize = FAMILY + 4;
@@ -160,7 +159,7 @@ fn read(message: &[u8], ours: u32) -> Option<Notice> {
     let attribute = message.get(FIRST_ATTRIBUTE..FIRST_ATTRIBUTE + 4)?;
     let len = usize::from(u16::from_ne_bytes([attribute[0], attribute[1]]));
     let name = message.get(FIRST_ATTRIBUTE + 4..FIRST_ATTRIBUTE + len.max(4)).unwrap_or_default();
-    if name.split(|&byte| byte == 0).next() != Some(super::ruleset::TABLE.as_bytes()) {
+    if name.split(|&byte| byte == 0).next() != Some(super::schema::TABLE.as_bytes()) {
         return None;
     }
     match i32::from(*message.get(FAMILY)?) {

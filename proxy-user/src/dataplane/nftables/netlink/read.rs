@@ -1,6 +1,6 @@
-//! Questions: the requests, and what their answers say.
+//! Requests to the kernel, and its answers.
 //!
-//! In: the messages of an answer. Out: sets, chains and elements as plain Rust values.
+//! In: names; the messages of an answer. Out: requests; sets, chains, counters and elements as plain Rust values.
 
 use std::ffi::c_void;
 
@@ -10,24 +10,24 @@ use nftnl::{
 };
 
 use super::{
-    Bytes, Element, Hooked, RawCounter, RawSet, SetSpec, Value, allocated, c_string, header, owned_string,
+    messages::{RawCounter, RawSet, allocated, header, owned_string},
+    objects::{Bytes, Element, Hooked, SetSpec, Value, c_string},
 };
 
-/// What can be dumped from a table.
+/// The objects that one dump lists.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::dataplane::nftables) enum Dump<'a> {
+pub(crate) enum Dump<'a> {
     /// Every set and map of the table.
     Sets,
     /// Every counter of the table.
     Counters,
-    /// Every chain of the family; those of other tables are to be left out by the reader.
+    /// Every chain of the family, also of other tables.
     Chains,
     /// The elements of one set.
     Elements(&'a str),
 }
 
-/// The request for a dump.
-pub(in crate::dataplane::nftables) fn dump_request(table: &Table, dump: Dump<'_>, seq: u32) -> Vec<u8> {
+pub(crate) fn dump_request(table: &Table, dump: Dump<'_>, seq: u32) -> Vec<u8> {
     let mut buffer = vec![0u8; 4096];
     let raw = buffer.as_mut_ptr().cast::<c_void>();
     let family = table.get_family();
@@ -59,9 +59,9 @@ pub(in crate::dataplane::nftables) fn dump_request(table: &Table, dump: Dump<'_>
     buffer
 }
 
-/// The request for the element of one set under `key`: answered by one message as of a [`Dump::Elements`] and an
-/// acknowledgement, or by `ENOENT`.
-pub(in crate::dataplane::nftables) fn get_request(table: &Table, set: &str, key: &[u8], seq: u32) -> Vec<u8> {
+/// Requests the element of one set under `key`. The answer is one message as of a [`Dump::Elements`] and an
+/// acknowledgement, or `ENOENT`.
+pub(crate) fn get_request(table: &Table, set: &str, key: &[u8], seq: u32) -> Vec<u8> {
     let mut buffer = vec![0u8; 4096];
     let raw = buffer.as_mut_ptr().cast::<c_void>();
     let set = RawSet::new(table, &c_string(set));
@@ -80,14 +80,14 @@ pub(in crate::dataplane::nftables) fn get_request(table: &Table, set: &str, key:
     buffer
 }
 
-/// The header of a message, if it is whole. A message whose buffer is not aligned for it is copied by the caller.
+/// The header of a message, if the message is long enough and aligned.
 fn checked(message: &[u8]) -> Option<*const libc::nlmsghdr> {
     let header = message.as_ptr().cast::<libc::nlmsghdr>();
     (message.len() >= size_of::<libc::nlmsghdr>() && header.is_aligned()).then_some(header)
 }
 
-/// A set, from one message of a [`Dump::Sets`].
-pub(in crate::dataplane::nftables) fn parse_set(table: &Table, message: &[u8]) -> Option<SetSpec> {
+/// Reads one message of a [`Dump::Sets`].
+pub(crate) fn parse_set(table: &Table, message: &[u8]) -> Option<SetSpec> {
     let header = checked(message)?;
     let set = RawSet::new(table, c"");
     // SAFETY: `header` starts a whole message, and `set` is valid.
@@ -97,15 +97,15 @@ pub(in crate::dataplane::nftables) fn parse_set(table: &Table, message: &[u8]) -
     Some(set.spec())
 }
 
-/// A chain that is there.
-pub(in crate::dataplane::nftables) struct ReadChain {
-    pub(in crate::dataplane::nftables) table: String,
-    pub(in crate::dataplane::nftables) name: String,
-    pub(in crate::dataplane::nftables) hooked: Option<Hooked>,
+/// A chain in the kernel.
+pub(crate) struct ReadChain {
+    pub(crate) table: String,
+    pub(crate) name: String,
+    pub(crate) hooked: Option<Hooked>,
 }
 
-/// A chain, from one message of a [`Dump::Chains`].
-pub(in crate::dataplane::nftables) fn parse_chain(message: &[u8]) -> Option<ReadChain> {
+/// Reads one message of a [`Dump::Chains`].
+pub(crate) fn parse_chain(message: &[u8]) -> Option<ReadChain> {
     let header = checked(message)?;
     // SAFETY: `header` starts a whole message; the chain is freed before return, after its strings were copied.
     unsafe {
@@ -127,8 +127,8 @@ pub(in crate::dataplane::nftables) fn parse_chain(message: &[u8]) -> Option<Read
     }
 }
 
-/// Name and packets of a counter, from one message of a [`Dump::Counters`].
-pub(in crate::dataplane::nftables) fn parse_counter(table: &Table, message: &[u8]) -> Option<(String, u64)> {
+/// Reads name and packets of a counter from one message of a [`Dump::Counters`].
+pub(crate) fn parse_counter(table: &Table, message: &[u8]) -> Option<(String, u64)> {
     let header = checked(message)?;
     let counter = RawCounter::new(table);
     let raw = counter.0.as_ptr();
@@ -142,12 +142,8 @@ pub(in crate::dataplane::nftables) fn parse_counter(table: &Table, message: &[u8
     }
 }
 
-/// Gives every element of one message of a [`Dump::Elements`] to `each`.
-pub(in crate::dataplane::nftables) fn parse_elements(
-    table: &Table,
-    message: &[u8],
-    mut each: impl FnMut(Element),
-) -> Option<()> {
+/// Passes every element of one message of a [`Dump::Elements`] to `each`.
+pub(crate) fn parse_elements(table: &Table, message: &[u8], mut each: impl FnMut(Element)) -> Option<()> {
     let header = checked(message)?;
     let set = RawSet::new(table, c"");
     // SAFETY: `header` starts a whole message, and `set` is valid.
@@ -173,7 +169,7 @@ pub(in crate::dataplane::nftables) fn parse_elements(
 ///
 /// `element` must be valid.
 unsafe fn read_element(element: *mut sys::nftnl_set_elem) -> Element {
-    // SAFETY: `element` is valid; what the getters point to lives as long as it, and is copied.
+    // SAFETY: `element` is valid; the data that the getters point to lives as long as the element, and is copied.
     unsafe {
         let is_set = |attribute: u32| sys::nftnl_set_elem_is_set(element, attribute as u16);
         let bytes = |attribute: u32| -> Bytes {
@@ -199,11 +195,11 @@ unsafe fn read_element(element: *mut sys::nftnl_set_elem) -> Element {
     }
 }
 
-/// The kind of message that tells the generation of the rule set.
-pub(in crate::dataplane::nftables) const NEW_GENERATION: u16 = libc::NFT_MSG_NEWGEN as u16;
+/// The kind of a message with the generation of the rule set.
+pub(crate) const NEW_GENERATION: u16 = libc::NFT_MSG_NEWGEN as u16;
 
-/// The request for the generation of the rule set: answered by one message and an acknowledgement.
-pub(in crate::dataplane::nftables) fn generation_request(seq: u32) -> Vec<u8> {
+/// Requests the generation of the rule set. The answer is one message and an acknowledgement.
+pub(crate) fn generation_request(seq: u32) -> Vec<u8> {
     const LEN: u32 = 20;
     let kind = (libc::NFNL_SUBSYS_NFTABLES << 8 | libc::NFT_MSG_GETGEN) as u16;
     let flags = (libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16;
@@ -212,13 +208,13 @@ pub(in crate::dataplane::nftables) fn generation_request(seq: u32) -> Vec<u8> {
     request.extend(kind.to_ne_bytes());
     request.extend(flags.to_ne_bytes());
     request.extend(seq.to_ne_bytes());
-    // The kernel fills in the sender; family, version and resource say nothing here.
+    // The kernel fills in the sender, and does not read family, version and resource.
     request.extend([0; 8]);
     request
 }
 
-/// The generation that a message tells.
-pub(in crate::dataplane::nftables) fn parse_generation(message: &[u8]) -> Option<u32> {
+/// Reads the generation of the rule set from a message.
+pub(crate) fn parse_generation(message: &[u8]) -> Option<u32> {
     const ATTRIBUTES: usize = 20;
     const GENERATION: u16 = 1;
     let mut rest = message.get(ATTRIBUTES..)?;

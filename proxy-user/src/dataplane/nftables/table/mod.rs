@@ -1,142 +1,145 @@
-//! One family's table: turns deltas into transactions of elements.
+//! One family's table: turns deltas into transactions.
 //!
-//! In: service ports before and after. Out: batches to the kernel. What is kept here is only what no service port knows
-//! by itself: which shared objects exist, how many uses each has, and which bucket number leads where.
+//! In: service ports before and after. Out: batches to the kernel. The table keeps only what no plan has: which shared
+//! objects exist, how many uses each has, which bucket leads where, and what the kernel has that weir did not write.
+//!
+//! ```text
+//! apply (ports) ─┬─ usage (shared objects)          node (base chains, this node's addresses)
+//!                ├─ affinity (numbers of backends)  cluster_ips
+//!                └─ refusals (bad service ports)    leftovers (at the end of a complete delta)
+//! ```
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
+    collections::{HashSet, VecDeque},
     io,
 };
 
-use rustc_hash::FxBuildHasher;
-
-mod adoption;
-mod affinity;
-mod node;
-mod refusal;
-
-use refusal::Refused;
-
-pub(super) use affinity::given_by;
-use affinity::{Numbers, Steps};
+use rustc_hash::{FxBuildHasher, FxHashMap};
 
 use super::{
-    Knowledge,
-    adopt::Found,
-    netlink::{Bytes, ChainSpec, Element, Transaction, Value, c_string},
-    object::Object,
-    ruleset::{self, Map, Needs, address_bytes, userdata},
-    socket::Netlink,
-    stage::{FIRST_BUCKET, ItemKey, PASS_BUCKET, Stage, bucket_value},
-    vacated::Vacated,
+    backend_numbers::BackendNumbers,
+    base_chains::{self, Needs},
+    deferred_deletes::DeferredDeletes,
+    kernel_state::KernelState,
+    netlink::{self, Batch, Bytes, ChainSpec, Element},
+    schema::{FIRST_BUCKET, Map, STAND_IN, TABLE},
+    shared_chains::SharedObject,
+    socket::{CommitError, Netlink},
+    transaction::ElementKey,
 };
 use crate::{
     model::Family,
-    plan::{ClusterIpDelta, Delta, Frontend, NodePlan, PortDelta, PortId},
+    plan::{Frontend, NodePlan},
 };
 
-pub(super) type FxHashMap<K, V> = HashMap<K, V, FxBuildHasher>;
-type FxHashSet<T> = HashSet<T, FxBuildHasher>;
-type Slots = FxHashSet<(Map, Bytes)>;
+mod affinity;
+mod apply;
+mod cluster_ips;
+mod leftovers;
+mod node;
+mod refusals;
+mod usage;
 
-/// Most elements in one transaction. The kernel holds the lock of all nf_tables in the namespace for as long as it
-/// works on one, and everybody else who changes rules waits.
+/// Slots by map and key.
+type Slots = HashSet<ElementKey, FxBuildHasher>;
+
+/// The most elements in one transaction, because the kernel holds the lock of all nf_tables in the namespace while it works
+/// on one, and other programs that change rules wait.
 const ELEMENTS_A_TRANSACTION: usize = 8192;
 
-/// Most chains that stay though no service port uses them: a number of endpoints that a Service had is often had again.
-const MOST_IDLE: usize = 16;
-
-/// An object that exists in the kernel.
+/// A shared object in the kernel.
 #[derive(Clone, Copy, Debug)]
-struct Live {
+struct Usage {
+    /// How many frontends and service ports use it.
     uses: u64,
     /// How many forks lead to it, used or not.
-    held: u32,
-    /// The bucket that leads to it, 0 for what has none.
+    forks: u32,
+    /// The bucket that leads to it; 0 if none does.
     bucket: u32,
 }
 
-impl Live {
-    /// Whether nothing leads to it any more.
-    const fn is_free(&self) -> bool {
-        self.uses == 0 && self.held == 0
+impl Usage {
+    const fn is_unused(&self) -> bool {
+        self.uses == 0 && self.forks == 0
     }
+}
+
+/// What weir has read or written of a table, which decides which deltas it can apply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Knowledge {
+    /// The content was read back, so a complete delta comes next.
+    Read,
+    /// weir wrote the content, so changes come next.
+    Written,
+    /// Reading or writing failed, so it must be read back first.
+    Lost,
 }
 
 pub(super) struct Table {
     pub(super) family: Family,
     pub(super) raw: nftnl::Table,
-    objects: FxHashMap<Object, Live>,
-    /// Local backends may serve several ports.
-    hairpins: FxHashMap<Bytes, u32>,
+    objects: FxHashMap<SharedObject, Usage>,
+    /// How many service ports each local backend serves.
+    local_backends: FxHashMap<Bytes, u32>,
     next_bucket: u32,
-    /// What Services need of chains that are there only for them.
     needs: Needs,
-    /// How many frontends let only some sources in.
+    /// How many frontends have source ranges.
     guarded: u64,
-    /// Slots to delete with the next change.
-    vacated: Vacated,
-    /// Chains for all that no service port uses now, the longest unused first.
-    idle: VecDeque<Object>,
-    /// Objects without a use that could not be removed yet.
-    trash: Vec<Object>,
-    /// UDP frontends that were found and not asked for.
+    /// Elements to delete with the next change.
+    vacated: DeferredDeletes,
+    /// Reusable chains that no service port uses now, the longest unused first.
+    idle: VecDeque<SharedObject>,
+    /// Objects to remove.
+    unused: Vec<SharedObject>,
+    /// UDP frontends that the kernel had and a complete delta did not name.
     pub(super) left_over: Vec<Frontend>,
-    /// How often objects without a use were left because the kernel would not remove them.
+    /// How often the kernel would not remove unused objects.
     pub(super) failed_removals: u64,
-    /// The numbers of sticky ports' backends.
-    numbers: Numbers,
-    /// What the chains were last written for.
+    numbers: BackendNumbers,
+    /// The node for which the chains were written; `None` before the first write.
     written_for: Option<NodePlan>,
-    /// What the set of this node's addresses holds.
+    /// The elements of the set of this node's addresses.
     node_ips: Vec<Element>,
-    /// What the kernel held when it was last read, less what has been asked for since. `None` in normal work.
-    pub(super) found: Option<Found>,
-    /// What was found of service ports that the kernel refused to change.
-    kept: Found,
-    /// Whether a delta can be applied, and of which kind.
+    /// What the kernel has and this agent has not written: everything until a complete delta is through, then only what
+    /// belongs to service ports that the kernel refused to change.
+    kernel: KernelState,
     pub(super) knowledge: Knowledge,
-    /// The generation of the rule set when it was last read.
+    /// The generation of the rule set when the table was last read.
     pub(super) read_at: Option<u32>,
-    /// How often in a row the kernel refused what every node has.
+    /// How often in a row the kernel refused the base chains.
     node_refusals: u32,
-    /// Whether the table is there that served while this one was built anew.
+    /// Whether the table exists that served while this one was built anew.
     pub(super) has_stand_in: bool,
 }
 
 impl Table {
     pub(super) fn new(family: Family) -> Self {
-        Self::named(ruleset::TABLE, family)
+        Self::named(TABLE, family)
     }
 
     /// The table that serves while the other one is built anew.
     pub(super) fn stand_in(family: Family) -> Self {
-        Self::named(ruleset::STAND_IN, family)
+        Self::named(STAND_IN, family)
     }
 
     fn named(name: &str, family: Family) -> Self {
-        let protocol = match family {
-            Family::V4 => nftnl::ProtoFamily::Ipv4,
-            Family::V6 => nftnl::ProtoFamily::Ipv6,
-        };
         Self {
             family,
-            raw: nftnl::Table::new(c_string(name), protocol),
+            raw: netlink::table(name, family),
             objects: FxHashMap::default(),
-            hairpins: FxHashMap::default(),
+            local_backends: FxHashMap::default(),
             next_bucket: FIRST_BUCKET,
             needs: Needs::default(),
             guarded: 0,
-            vacated: Vacated::default(),
+            vacated: DeferredDeletes::default(),
             idle: VecDeque::new(),
-            trash: Vec::new(),
+            unused: Vec::new(),
             left_over: Vec::new(),
             failed_removals: 0,
-            numbers: Numbers::default(),
+            numbers: BackendNumbers::default(),
             written_for: None,
             node_ips: Vec::new(),
-            found: None,
-            kept: Found::nothing(family),
+            kernel: KernelState::empty(family),
             knowledge: Knowledge::Lost,
             read_at: None,
             node_refusals: 0,
@@ -144,459 +147,78 @@ impl Table {
         }
     }
 
-    /// Forgets everything in favour of what the kernel holds.
-    fn begin_anew(&mut self, found: Found) {
+    /// Replaces everything that is known of the table.
+    fn begin_anew(&mut self, kernel: KernelState) {
         let name = self.raw.get_name().to_string_lossy();
-        let any = |names: &[&str]| names.iter().any(|name| found.chains.contains(*name));
+        let next_bucket = kernel.highest_bucket().map_or(FIRST_BUCKET, |most| (most + 1).max(FIRST_BUCKET));
         *self = Self {
-            next_bucket: found
-                .buckets
-                .values()
-                .max()
-                .map_or(FIRST_BUCKET, |most| (most + 1).max(FIRST_BUCKET)),
-            needs: Needs { guards: any(&ruleset::GUARD) },
-            numbers: Numbers::after(&found),
+            next_bucket,
+            needs: Needs { guards: kernel.needs_guards() },
+            numbers: BackendNumbers::after(kernel.last_number().unwrap_or(0)),
             node_refusals: self.node_refusals,
             knowledge: self.knowledge,
             read_at: self.read_at,
-            has_stand_in: found.has_stand_in,
-            found: Some(found),
+            has_stand_in: kernel.has_stand_in,
+            kernel,
             ..Self::named(&name, self.family)
         };
     }
 
-    /// What the kernel is known to hold besides what was written.
-    fn held(&self) -> &Found {
-        self.found.as_ref().unwrap_or(&self.kept)
-    }
-
-    /// Removes ClusterIPs, and where all that stay are named also those that were found beside them.
+    /// Reads the table back, and forgets what was known of it.
     ///
     /// # Errors
     ///
-    /// The kernel's.
-    pub(super) fn remove_cluster_ips(&mut self, netlink: &mut Netlink, delta: &Delta) -> io::Result<()> {
-        let mut gone: Vec<Element> = self.cluster_ips(delta, false).collect();
-        let stay: FxHashSet<Bytes> = self.cluster_ips(delta, true).map(|element| element.key).collect();
-        if let Some(found) = self.found.as_mut().filter(|_| delta.complete) {
-            let found = found.elements.entry(Map::ClusterIps).or_default();
-            gone.extend(found.extract_if(|(key, _), _| !stay.contains(key)).map(|((key, _), _)| member(key)));
+    /// When the table cannot be read.
+    pub(super) fn reread(&mut self, netlink: &mut Netlink) -> io::Result<()> {
+        let mut kernel = KernelState::read(netlink, &self.raw, self.family)?;
+        // No frontend in the kernel leads to these slots any more, so only this agent can delete them.
+        for map in Map::ALL.into_iter().filter(|map| map.holds_slots()) {
+            let vacated = self.vacated.elements(map).into_iter().map(|element| element.key);
+            let left = self.kernel.elements.remove(&map).into_iter().flatten().map(|(key, _)| key);
+            kernel.add_slots(map, vacated.chain(left));
         }
-        for (gone, _) in chunks(&gone, &[]) {
-            let mut transaction = Transaction::new(&self.raw);
-            transaction.delete_elements(Map::ClusterIps.name(), gone);
-            netlink.commit(&transaction.finish())?;
-        }
+        self.begin_anew(kernel);
         Ok(())
     }
 
-    /// Adds ClusterIPs.
+    /// Whether the kernel has every set and chain that this table has written, unchanged. Elements are not compared.
     ///
     /// # Errors
     ///
-    /// The kernel's.
-    pub(super) fn add_cluster_ips(&mut self, netlink: &mut Netlink, delta: &Delta) -> io::Result<()> {
-        let mut come: Vec<Element> = self.cluster_ips(delta, true).collect();
-        if let Some(found) = &mut self.found {
-            come.retain(|element| found.take(Map::ClusterIps, &element.key, None).is_none());
-        }
-        for (_, come) in chunks(&[], &come) {
-            let mut transaction = Transaction::new(&self.raw);
-            transaction.add_elements(Map::ClusterIps.name(), come);
-            netlink.commit(&transaction.finish())?;
-        }
-        Ok(())
-    }
-
-    /// The ClusterIPs of this family that come, or those that go.
-    fn cluster_ips(&self, delta: &Delta, come: bool) -> impl Iterator<Item = Element> {
-        let family = self.family;
-        delta
-            .cluster_ips
-            .iter()
-            .filter_map(move |change| match change {
-                ClusterIpDelta::Add(address) if come => Some(*address),
-                ClusterIpDelta::Remove(address) if !come => Some(*address),
-                _ => None,
-            })
-            .filter(move |address| Family::of(*address) == family)
-            .map(|address| member(Bytes::from_vec(address_bytes(address))))
-    }
-
-    /// Switches service ports, many in one transaction, and names those that cannot be.
-    ///
-    /// # Errors
-    ///
-    /// When the table's state is unknown afterwards.
-    pub(super) fn apply_ports(
-        &mut self,
-        netlink: &mut Netlink,
-        ports: &[&PortDelta],
-        node: &NodePlan,
-    ) -> io::Result<Vec<(PortId, String)>> {
-        self.delete_vacated(netlink)?;
-        let mut failed = Refused::default();
-        let mut start = 0;
-        while start < ports.len() {
-            let mut stage = Stage::default();
-            let mut next = start;
-            while next < ports.len() && stage.elements < ELEMENTS_A_TRANSACTION {
-                if let Err(problem) = stage.take_in(ports[next]) {
-                    failed.add(ports[next], problem);
-                }
-                next += 1;
-            }
-            match self.commit(netlink, &stage, node) {
-                Ok(()) => {}
-                Err(error) => self.sort_out(netlink, stage.ports, node, error, &mut failed)?,
-            }
-            start = next;
-        }
-        self.empty_trash(netlink);
-        Ok(failed.ports)
-    }
-
-    /// Deletes the slots that earlier changes left behind.
-    fn delete_vacated(&mut self, netlink: &mut Netlink) -> io::Result<()> {
-        if self.vacated.is_empty() {
-            return Ok(());
-        }
-        let vacated = std::mem::take(&mut self.vacated);
-        for map in [Map::Backends, Map::NodePortBackends, Map::Hairpin] {
-            let slots = vacated.elements(map);
-            for (gone, _) in chunks(&slots, &[]) {
-                let mut transaction = Transaction::new(&self.raw);
-                transaction.delete_elements(map.name(), gone);
-                if let Err(error) = netlink.commit(&transaction.finish()) {
-                    self.vacated = vacated;
-                    return Err(error);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Sends a transaction and, once the kernel has taken it, remembers what it changed.
-    fn commit(&mut self, netlink: &mut Netlink, stage: &Stage<'_>, node: &NodePlan) -> io::Result<()> {
-        let numbers = self.number_steps(netlink, stage)?;
-        let needs = self.needs_after(stage);
-        let (made, taken) = match self.send(netlink, stage, &numbers, node, needs, &Slots::default()) {
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EEXIST | libc::EBUSY)) => {
-                let others = self.others(netlink, stage)?;
-                if others.is_empty() {
-                    return Err(error);
-                }
-                self.send(netlink, stage, &numbers, node, needs, &others)?
-            }
-            result => result?,
+    /// When the kernel does not answer.
+    pub(super) fn looks_intact(&self, netlink: &mut Netlink, node: Option<&NodePlan>) -> io::Result<bool> {
+        let kernel = KernelState::read_names(netlink, &self.raw, self.family)?;
+        let chains = node.map(|node| base_chains::base_chains(self.family, node, self.needs));
+        let exists = |object: &SharedObject| {
+            let names = if object.is_set() { &kernel.sets } else { &kernel.chains };
+            names.contains(&object.name())
         };
-        self.needs = needs;
-        self.vacated.extend(&stage.vacated);
-        for (map, elements) in stage.come.iter().filter(|(map, _)| map.holds_slots()) {
-            elements.iter().for_each(|(element, _)| self.vacated.forget(*map, &element.key));
-        }
-        let held = self.found.as_mut().unwrap_or(&mut self.kept);
-        for (map, elements) in &stage.come {
-            elements
-                .iter()
-                .for_each(|(element, object)| held.leave_slots(*map, &element.key, object.as_ref()));
-        }
-        for (map, key, end) in taken {
-            held.take(map, &key, end.as_ref());
-        }
-        self.remember_numbers(numbers);
-        self.remember_uses(stage, made);
-        Ok(())
+        let is_hooked = |spec: &ChainSpec| kernel.chains.contains(&spec.name) && kernel.is_hooked_as(spec);
+        Ok(kernel.fits
+            && Map::ALL.iter().all(|map| kernel.sets.contains(map.name()))
+            && chains.iter().flatten().all(|chain| is_hooked(&chain.spec))
+            && self.objects.keys().all(exists))
     }
 
-    /// Sends a transaction, in which the slots that hold `others` are replaced; answers with the objects it makes and
-    /// the elements that were found there already.
-    fn send(
+    /// Deletes elements by key, in as many transactions as they need.
+    fn delete_elements(
         &self,
         netlink: &mut Netlink,
-        stage: &Stage<'_>,
-        numbers: &Steps,
-        node: &NodePlan,
-        needs: Needs,
-        others: &Slots,
-    ) -> io::Result<(FxHashMap<Object, u32>, Vec<ItemKey>)> {
-        let mut transaction = Transaction::new(&self.raw);
-        let written = self.write(&mut transaction, stage, numbers, node, needs, others);
-        netlink.commit(&transaction.finish())?;
-        Ok(written)
-    }
-
-    fn write(
-        &self,
-        transaction: &mut Transaction<'_>,
-        stage: &Stage<'_>,
-        numbers: &Steps,
-        node: &NodePlan,
-        needs: Needs,
-        others: &Slots,
-    ) -> (FxHashMap<Object, u32>, Vec<ItemKey>) {
-        let made = self.make_objects(transaction, stage, node);
-        self.write_numbers(transaction, numbers);
-        let taken = self.write_elements(transaction, stage, &made, others);
-        self.follow_needs(transaction, node, needs);
-        (made, taken)
-    }
-
-    /// Whether this or an earlier transaction leaves the slot behind.
-    fn is_vacated(&self, stage: &Stage<'_>, map: Map, key: &Bytes) -> bool {
-        self.vacated.holds(map, key) || stage.vacated.holds(map, key)
-    }
-
-    /// What is needed once `stage` is in force. What was found stays until everything has been asked for.
-    fn needs_after(&self, stage: &Stage<'_>) -> Needs {
-        let adopting = self.found.is_some();
-        let kept = |map| self.kept.elements.get(&map).is_some_and(|elements| !elements.is_empty());
-        let guarded = self.guarded.saturating_add_signed(stage.guarded) > 0;
-        Needs { guards: guarded || kept(Map::Guarded) || adopting && self.needs.guards }
-    }
-
-    /// Writes the objects that `stage` is the first to use; answers with their bucket numbers.
-    fn make_objects(
-        &self,
-        transaction: &mut Transaction<'_>,
-        stage: &Stage<'_>,
-        node: &NodePlan,
-    ) -> FxHashMap<Object, u32> {
-        // Sorted: maps come before the chains that name them, and chains before those that lead to them.
-        let mut wanted: Vec<_> = stage.uses.iter().filter(|(_, change)| **change > 0).collect();
-        wanted.sort_unstable();
-        let mut made = FxHashMap::default();
-        let mut next = self.next_bucket;
-        for (object, _) in wanted {
-            // One without its bucket is left over, and could not be removed yet.
-            if self.objects.get(object).is_some_and(|live| live.bucket > 0 || object.buckets().is_none()) {
-                continue;
-            }
-            let name = object.name();
-            let held = self.held();
-            if let Some(spec) = object.map(self.family) {
-                let elements = object.elements();
-                if !held.sets.contains(&name) {
-                    transaction.add_set(&spec);
-                } else if !elements.is_empty() {
-                    transaction.flush_set(&name);
-                }
-                transaction.add_elements(&name, &elements);
-                made.insert(object.clone(), 0);
-                continue;
-            }
-            let userdata = object.comment().map(userdata::comment_of_chain).unwrap_or_default();
-            transaction.add_chain(&ChainSpec { userdata, ..ChainSpec::regular(&name) });
-            rewrite(transaction, object, self.family, node);
-            let known = held.buckets.get(&name).copied();
-            let bucket = match (object.buckets(), known) {
-                (Some(buckets), None) => {
-                    let bucket = next;
-                    next += 1;
-                    transaction.add_elements(buckets.name(), &[bucket_element(bucket, Value::Goto(name))]);
-                    bucket
-                }
-                (_, known) => known.unwrap_or(0),
-            };
-            made.insert(object.clone(), bucket);
-        }
-        made
-    }
-
-    /// Writes the elements; answers with those that were found there already.
-    fn write_elements(
-        &self,
-        transaction: &mut Transaction<'_>,
-        stage: &Stage<'_>,
-        made: &FxHashMap<Object, u32>,
-        others: &Slots,
-    ) -> Vec<ItemKey> {
-        let mut taken = Vec::new();
-        let mut gone = stage.gone.clone();
-        let mut come: BTreeMap<Map, Vec<Element>> = BTreeMap::new();
-        let hairpins = stage.hairpins.iter().filter_map(|(key, change)| {
-            let uses = i64::from(self.hairpins.get(key).copied().unwrap_or(0));
-            let (was, is) = (uses > 0, uses + change > 0);
-            (was != is).then(|| (member(key.clone()), is))
-        });
-        for (element, is) in hairpins {
-            // One that goes stays for one more change.
-            if is {
-                if self.vacated.holds(Map::Hairpin, &element.key) {
-                    gone.entry(Map::Hairpin).or_default().push(element.clone());
-                }
-                come.entry(Map::Hairpin).or_default().push(element);
-            }
-        }
-        for (map, elements) in &stage.come {
-            let replaced = |key: &Bytes| {
-                self.is_vacated(stage, *map, key)
-                    || !others.is_empty() && others.contains(&(*map, key.clone()))
-            };
-            let back = elements.iter().map(|(element, _)| element).filter(|element| replaced(&element.key));
-            gone.entry(*map).or_default().extend(back.cloned());
-            let elements = elements.iter().map(|(element, object)| {
-                let mut element = element.clone();
-                if let Some(object) = object.as_ref().filter(|object| object.buckets().is_some()) {
-                    let live = self.objects.get(object).map(|live| live.bucket);
-                    let bucket = made.get(object).copied().or(live).unwrap_or(PASS_BUCKET);
-                    element.value = bucket_value(bucket);
-                }
-                element
-            });
-            come.entry(*map).or_default().extend(elements);
-        }
-        let held = self.held();
-        for (map, elements) in &mut come {
-            elements.retain(|element| match held.get(*map, &element.key, element.key_end.as_ref()) {
-                None => true,
-                Some(value) => {
-                    taken.push((*map, element.key.clone(), element.key_end.clone()));
-                    let same = *value == element.value;
-                    // Whether a slot that is left over is still there is not known yet.
-                    if !same && !map.holds_slots() {
-                        gone.entry(*map).or_default().push(element.clone());
-                    }
-                    !same
-                }
-            });
-        }
-        for (map, elements) in &gone {
-            transaction.delete_elements(map.name(), elements);
-        }
-        for (map, elements) in &come {
-            if map.holds_slots() {
-                transaction.add_missing_elements(map.name(), elements);
-            } else {
-                transaction.add_elements(map.name(), elements);
-            }
-        }
-        taken
-    }
-
-    fn remember_uses(&mut self, stage: &Stage<'_>, made: FxHashMap<Object, u32>) {
-        let mut new = Vec::new();
-        for (object, bucket) in made {
-            self.next_bucket = self.next_bucket.max(bucket + 1);
-            let before = self.objects.get(&object).copied();
-            let held = before.map_or(0, |live| live.held);
-            self.objects.insert(object.clone(), Live { uses: 0, held, bucket });
-            if before.is_none() {
-                new.push(object);
-            }
-        }
-        new.iter().for_each(|object| self.hold_parts(object, 1));
-        for (object, change) in &stage.uses {
-            let Some(live) = self.objects.get_mut(object) else { continue };
-            live.uses = live.uses.saturating_add_signed(*change);
-            if live.is_free() {
-                self.set_aside(object);
-            }
-        }
-        self.guarded = self.guarded.saturating_add_signed(stage.guarded);
-        for (key, change) in &stage.hairpins {
-            let uses = i64::from(self.hairpins.get(key).copied().unwrap_or_default()) + change;
-            if let Ok(uses @ 1..) = u32::try_from(uses) {
-                self.hairpins.insert(key.clone(), uses);
-                self.vacated.forget(Map::Hairpin, key);
-            } else if self.hairpins.remove(key).is_some() {
-                self.vacated.add(Map::Hairpin, key.clone());
-            }
-        }
-    }
-
-    /// Counts a fork in or out at the chains it leads to.
-    fn hold_parts(&mut self, fork: &Object, change: i32) {
-        for part in fork.parts() {
-            let Some(live) = self.objects.get_mut(part) else { continue };
-            live.held = live.held.saturating_add_signed(change);
-            if live.is_free() {
-                self.set_aside(part);
-            }
-        }
-    }
-
-    /// What all service ports may have in common stays for a while. The rest goes at once.
-    fn set_aside(&mut self, object: &Object) {
-        if !object.is_worth_keeping() {
-            self.trash.push(object.clone());
-            return;
-        }
-        self.idle.retain(|idle| idle != object);
-        self.idle.push_back(object.clone());
-        let too_many = self.idle.len().saturating_sub(MOST_IDLE);
-        self.trash.extend(self.idle.drain(..too_many));
-    }
-
-    /// Removes objects without a use. Before kernel 6.2 a chain counts as used for a while after the last element that
-    /// led to it is gone; what cannot be removed is tried again after the next change.
-    fn empty_trash(&mut self, netlink: &mut Netlink) {
-        let mut trash: BTreeSet<Object> = std::mem::take(&mut self.trash).into_iter().collect();
-        let mut left = Vec::new();
-        // Last made, first removed: chains go before the maps and the chains that they name, and these may be free only then.
-        while let Some(object) = trash.pop_last() {
-            if !self.objects.get(&object).is_some_and(Live::is_free) {
-                continue;
-            }
-            match self.delete_object(netlink, &object) {
-                Ok(()) => {
-                    self.kept.forget(&object.name());
-                    self.objects.remove(&object);
-                    self.hold_parts(&object, -1);
-                    trash.extend(self.trash.drain(..));
-                }
-                Err(error) => {
-                    tracing::debug!(object = object.name(), %error, "is still in use, will be removed later");
-                    left.push(object);
-                }
-            }
-        }
-        self.failed_removals += u64::from(!left.is_empty());
-        self.trash = left;
-    }
-
-    fn delete_object(&self, netlink: &mut Netlink, object: &Object) -> io::Result<()> {
-        let name = object.name();
-        let mut transaction = Transaction::new(&self.raw);
-        if object.map(self.family).is_some() {
-            transaction.delete_set(&name);
-        } else {
-            if let (Some(buckets), Some(Live { bucket: bucket @ FIRST_BUCKET.., .. })) =
-                (object.buckets(), self.objects.get(object))
-            {
-                transaction.delete_elements(buckets.name(), &[bucket_element(*bucket, Value::None)]);
-            }
-            transaction.flush_chain(&name);
-            transaction.delete_chain(&name);
-        }
-        netlink.commit(&transaction.finish())
+        map: Map,
+        elements: &[Element],
+    ) -> Result<(), CommitError> {
+        elements.chunks(ELEMENTS_A_TRANSACTION).try_for_each(|gone| {
+            let mut batch = Batch::new(&self.raw);
+            batch.delete_elements(map.name(), gone);
+            netlink.commit(&batch.finish())
+        })
     }
 }
 
-/// Empties a chain and writes its rules, if the node has a say in them.
-fn rewrite(transaction: &mut Transaction<'_>, object: &Object, family: Family, node: &NodePlan) {
+/// Replaces the rules of a chain, if they depend on the node.
+fn rewrite(batch: &mut Batch<'_>, object: &SharedObject, family: Family, node: &NodePlan) {
     let rules = object.rules(family, node);
-    if rules.is_empty() {
-        return;
+    if !rules.is_empty() {
+        batch.replace_rules(&object.name(), &rules);
     }
-    let name = object.name();
-    transaction.flush_chain(&name);
-    for rule in rules {
-        transaction.add_rule(&name, &rule);
-    }
-}
-
-const fn member(key: Bytes) -> Element {
-    Element { key, key_end: None, value: Value::None }
-}
-
-fn bucket_element(bucket: u32, value: Value) -> Element {
-    Element { key: Bytes::from_slice(&bucket.to_ne_bytes()), key_end: None, value }
-}
-
-/// Cuts two lists into pieces of one transaction each.
-fn chunks<'a>(gone: &'a [Element], come: &'a [Element]) -> Vec<(&'a [Element], &'a [Element])> {
-    let none: &[Element] = &[];
-    let pieces = |elements: &'a [Element]| elements.chunks(ELEMENTS_A_TRANSACTION);
-    pieces(gone).map(|gone| (gone, none)).chain(pieces(come).map(|come| (none, come))).collect()
 }

@@ -1,65 +1,54 @@
-//! What a table holds for the whole node: base chains, this node's addresses, buckets without a chain.
+//! The part of a table that does not depend on Services: base chains, this node's addresses, buckets without a chain.
 //!
-//! In: the [`NodePlan`]. Out: transactions of its own, before any service port's.
+//! In: the [`NodePlan`]. Out: transactions of its own, before those of service ports.
 
-use std::io;
-
-use super::{
-    Table,
-    affinity::{given, given_by},
-    bucket_element, member, rewrite,
-};
+use super::{Table, rewrite};
 use crate::{
     dataplane::nftables::{
-        adopt::Found,
-        drops::{self, NO_LOCAL_ENDPOINTS},
-        netlink::{Bytes, Element, Transaction, Value},
-        object::Object,
-        ruleset::{self, Map, Needs, StaticChain, address_bytes},
-        socket::Netlink,
-        stage::{DROP_BUCKET, PASS_BUCKET},
+        backend_numbers::last_number,
+        base_chains::{self, Needs},
+        drop_reasons::NO_LOCAL_ENDPOINTS,
+        kernel_state::KernelState,
+        netlink::{Batch, Bytes, Element, Value},
+        schema::{DROP_BUCKET, Map, PASS_BUCKET, RuledChain, address_bytes, bucket_element},
+        shared_chains::SharedObject,
+        socket::{CommitError, Netlink},
     },
     model::{Family, PerFamily},
     plan::{NodePlan, NodePortAddresses},
 };
 
-/// So often the kernel may refuse what every node has before it is given up to change what is there.
+/// How often in a row the kernel may refuse the base chains before weir builds the table anew.
 const MOST_NODE_REFUSALS: u32 = 2;
 
-/// Whether the kernel may have refused something because of what is there in its place.
-fn cannot_be_changed(error: &io::Error) -> bool {
-    use libc::{EBUSY, EEXIST, EINVAL, EOPNOTSUPP};
-    matches!(error.raw_os_error(), Some(EOPNOTSUPP | EEXIST | EINVAL | EBUSY))
-}
-
-/// Takes chains out; those that lead to others come first.
-fn remove_chains(transaction: &mut Transaction<'_>, names: &[&str]) {
+/// Removes chains. A chain comes before the chains that it leads to.
+fn remove_chains(batch: &mut Batch<'_>, names: &[&str]) {
     for name in names {
-        transaction.flush_chain(name);
+        batch.flush_chain(name);
     }
     for name in names {
-        transaction.delete_chain(name);
+        batch.delete_chain(name);
     }
 }
 
-/// Makes chains where they are not there, puts rules in place of those that they have, and takes out chains that rules may
-/// have led to before; those that lead to others come first.
-fn write_chains(transaction: &mut Transaction<'_>, chains: &[&StaticChain], left: &[&str]) {
+/// Creates missing chains, replaces the rules of all, and removes the chains `left`, to which these rules may have led. A
+/// chain comes before the chains that it leads to.
+fn write_chains(batch: &mut Batch<'_>, chains: &[&RuledChain], left: &[&str]) {
     for chain in chains {
-        transaction.add_chain(&chain.spec);
-        transaction.flush_chain(&chain.spec.name);
+        batch.add_chain(&chain.spec);
+        batch.flush_chain(&chain.spec.name);
     }
     for chain in chains {
         for rule in &chain.rules {
-            transaction.add_rule(&chain.spec.name, rule);
+            batch.add_rule(&chain.spec.name, rule);
         }
     }
-    remove_chains(transaction, left);
+    remove_chains(batch, left);
 }
 
-/// The part of a plan that rules may depend on: addresses stand in sets.
+/// The part of a plan on which rules depend: addresses are elements of sets.
 fn rules_of(node: &NodePlan) -> NodePlan {
-    use crate::plan::NodePortAddresses::{AnyLocal, Only};
+    use NodePortAddresses::{AnyLocal, Only};
     let without = |addresses: &NodePortAddresses| match addresses {
         AnyLocal => AnyLocal,
         Only(_) => Only(Vec::new()),
@@ -74,8 +63,7 @@ fn rules_of(node: &NodePlan) -> NodePlan {
 }
 
 impl Table {
-    /// Makes the static objects and rules right for `node`, and the rules of every chain that depend on it. What was
-    /// written before and is to stay as it is costs nothing.
+    /// Writes the base chains, and the rules of all chains that depend on the node. After the first time only what differs.
     ///
     /// # Errors
     ///
@@ -84,198 +72,185 @@ impl Table {
         &mut self,
         netlink: &mut Netlink,
         node: &NodePlan,
-    ) -> io::Result<()> {
+    ) -> Result<(), CommitError> {
         let result = self.write_node(netlink, node);
         match &result {
             Ok(()) => self.node_refusals = 0,
-            Err(error) if cannot_be_changed(error) => {
-                self.node_refusals = self.node_refusals.saturating_add(1)
+            Err(error) if error.is_about_shape() => {
+                self.node_refusals = self.node_refusals.saturating_add(1);
             }
             Err(_) => {}
         }
         result
     }
 
-    /// Whether what is there cannot be changed into what should be there: its shape is another one, or the kernel has said
-    /// so more than once.
+    /// Whether weir must build the table anew: it has another shape, or the kernel refused the base chains repeatedly.
     pub(in crate::dataplane::nftables) fn is_beyond_repair(&self) -> bool {
-        self.found.as_ref().is_some_and(|found| !found.fits) || self.node_refusals >= MOST_NODE_REFUSALS
+        !self.kernel.fits || self.node_refusals >= MOST_NODE_REFUSALS
     }
 
-    fn write_node(&mut self, netlink: &mut Netlink, node: &NodePlan) -> io::Result<()> {
-        if self.found.is_some() {
-            self.wake(netlink)?;
-        }
+    fn write_node(&mut self, netlink: &mut Netlink, node: &NodePlan) -> Result<(), CommitError> {
         let rules = rules_of(node);
-        if self.found.is_some() {
+        if self.written_for.is_none() {
+            self.wake(netlink)?;
             self.write_all(netlink, node)?;
             self.apply_verdict_buckets(netlink)?;
-            self.node_ips = Found::elements(netlink, &self.raw, Map::NodeIps.name())?;
+            self.node_ips = netlink.elements(&self.raw, Map::NodeIps.name())?;
         } else if self.written_for.as_ref() != Some(&rules) {
-            self.trash.extend(self.idle.drain(..));
-            self.empty_trash(netlink);
-            self.rewrite_what_differs(netlink, node)?;
+            self.unused.extend(self.idle.drain(..));
+            self.remove_unused(netlink);
+            self.rewrite_differing(netlink, node)?;
         }
         self.written_for = Some(rules);
         self.apply_node_ips(netlink, node)
     }
 
-    /// Makes what is missing, and writes every chain.
-    fn write_all(&mut self, netlink: &mut Netlink, node: &NodePlan) -> io::Result<()> {
-        let mut transaction = Transaction::new(&self.raw);
-        for map in Map::ALL {
-            if self.found.as_ref().is_some_and(|found| !found.sets.contains(map.name())) {
-                transaction.add_set(&map.spec(self.family));
-            }
+    /// Adds the maps and counters that the kernel does not have, and writes every base chain.
+    fn write_all(&self, netlink: &mut Netlink, node: &NodePlan) -> Result<(), CommitError> {
+        let mut batch = Batch::new(&self.raw);
+        for map in Map::ALL.into_iter().filter(|map| !self.kernel.sets.contains(map.name())) {
+            batch.add_set(&map.spec(self.family));
         }
-        if self.found.as_ref().is_some_and(|found| given_by(found).is_none()) {
-            transaction.add_elements(Map::NumbersGiven.name(), &[given(0)]);
+        if self.kernel.last_number().is_none() {
+            batch.add_elements(Map::LastNumber.name(), &[last_number(0)]);
         }
-        for counter in drops::counters() {
-            if self.found.as_ref().is_some_and(|found| !found.counters.contains(counter)) {
-                transaction.add_counter(counter);
-            }
+        for counter in base_chains::counters().filter(|name| !self.kernel.counters.contains(*name)) {
+            batch.add_counter(counter);
         }
-        let chains = ruleset::static_chains(self.family, node, self.needs);
-        let left: Vec<&str> = ruleset::optional_chains()
-            .filter(|name| self.found.as_ref().is_some_and(|found| found.chains.contains(*name)))
-            .filter(|name| chains.iter().all(|chain| chain.spec.name != *name))
+        let chains = base_chains::base_chains(self.family, node, self.needs);
+        let exists = |name: &str| self.kernel.chains.contains(name);
+        let left: Vec<&str> = base_chains::optional_chains()
+            .filter(|name| exists(name) && chains.iter().all(|chain| chain.spec.name != *name))
             .collect();
-        // A base chain cannot be moved; in one transaction with its successor it can go.
-        let moved = chains.iter().filter(|chain| {
-            let moved =
-                |found: &Found| found.chains.contains(&chain.spec.name) && !found.is_hooked_as(&chain.spec);
-            self.found.as_ref().is_some_and(moved)
-        });
-        let moved: Vec<&str> = moved.map(|chain| &*chain.spec.name).collect();
-        remove_chains(&mut transaction, &moved);
-        write_chains(&mut transaction, &chains.iter().collect::<Vec<_>>(), &left);
+        // A base chain cannot be moved, but it can be deleted in one transaction with its successor.
+        let moved = chains.iter().map(|chain| &chain.spec);
+        let moved = moved.filter(|spec| exists(&spec.name) && !self.kernel.is_hooked_as(spec));
+        let moved: Vec<&str> = moved.map(|spec| &*spec.name).collect();
+        remove_chains(&mut batch, &moved);
+        write_chains(&mut batch, &chains.iter().collect::<Vec<_>>(), &left);
         for object in self.objects.keys() {
-            rewrite(&mut transaction, object, self.family, node);
+            rewrite(&mut batch, object, self.family, node);
         }
-        netlink.commit(&transaction.finish())?;
-        if let Some(found) = &mut self.found {
-            found.chains.retain(|name| !left.contains(&name.as_str()) && !moved.contains(&name.as_str()));
-            found.counters.extend(drops::counters().map(str::to_owned));
-            let Element { key, value, .. } = given(0);
-            found.elements.entry(Map::NumbersGiven).or_default().entry((key, None)).or_insert(value);
-        }
-        Ok(())
+        netlink.commit(&batch.finish())
     }
 
-    /// Writes the chains that say something else for `node` than they said before.
-    fn rewrite_what_differs(&self, netlink: &mut Netlink, node: &NodePlan) -> io::Result<()> {
+    /// Writes the chains that have other rules for `node` than for the node before.
+    fn rewrite_differing(&self, netlink: &mut Netlink, node: &NodePlan) -> Result<(), CommitError> {
         let before = self.written_for.as_ref();
         let family = self.family;
-        let chains = ruleset::static_chains(family, node, self.needs);
-        let old = before.map(|before| ruleset::static_chains(family, before, self.needs)).unwrap_or_default();
-        let left = ruleset::optional_chains().filter(|name| {
-            let has = |chains: &[StaticChain]| chains.iter().any(|chain| chain.spec.name == *name);
+        let chains = base_chains::base_chains(family, node, self.needs);
+        let old =
+            before.map(|before| base_chains::base_chains(family, before, self.needs)).unwrap_or_default();
+        let left = base_chains::optional_chains().filter(|name| {
+            let has = |chains: &[RuledChain]| chains.iter().any(|chain| chain.spec.name == *name);
             has(&old) && !has(&chains)
         });
-        let mut transaction = Transaction::new(&self.raw);
+        let mut batch = Batch::new(&self.raw);
         write_chains(
-            &mut transaction,
+            &mut batch,
             &chains.iter().filter(|chain| !old.contains(chain)).collect::<Vec<_>>(),
             &left.collect::<Vec<_>>(),
         );
-        let differs = |object: &&Object| {
+        let differs = |object: &&SharedObject| {
             before.is_none_or(|before| object.rules(family, before) != object.rules(family, node))
         };
         for object in self.objects.keys().filter(differs) {
-            rewrite(&mut transaction, object, family, node);
+            rewrite(&mut batch, object, family, node);
         }
-        netlink.commit(&transaction.finish())
+        netlink.commit(&batch.finish())
     }
 
-    /// Adds the chains that `needs` asks for and takes out those it does not.
-    pub(super) fn follow_needs(&self, transaction: &mut Transaction<'_>, node: &NodePlan, needs: Needs) {
+    /// Adds the chains that `needs` asks for, and removes those that only the needs before asked for.
+    pub(super) fn follow_needs(&self, batch: &mut Batch<'_>, node: &NodePlan, needs: Needs) {
         if needs == self.needs {
             return;
         }
-        let chains = |needs| ruleset::static_chains(self.family, node, needs);
+        let chains = |needs| base_chains::base_chains(self.family, node, needs);
         let (before, after) = (chains(self.needs), chains(needs));
-        let missing_from = |others: &[StaticChain], chain: &StaticChain| {
+        let missing_from = |others: &[RuledChain], chain: &RuledChain| {
             others.iter().all(|other| other.spec.name != chain.spec.name)
         };
         let left = before.iter().filter(|chain| missing_from(&after, chain)).map(|chain| &*chain.spec.name);
         let left: Vec<&str> =
-            ruleset::optional_chains().filter(|name| left.clone().any(|left| left == *name)).collect();
-        remove_chains(transaction, &left);
+            base_chains::optional_chains().filter(|name| left.clone().any(|left| left == *name)).collect();
+        remove_chains(batch, &left);
         for chain in after.iter().filter(|chain| missing_from(&before, chain)) {
-            transaction.add_chain(&chain.spec);
-            chain.rules.iter().for_each(|rule| transaction.add_rule(&chain.spec.name, rule));
+            batch.add_chain(&chain.spec);
+            chain.rules.iter().for_each(|rule| batch.add_rule(&chain.spec.name, rule));
         }
     }
 
-    /// Makes the table where there is none, and one that is switched off work again. The kernel takes that only without
-    /// changes of chains.
-    fn wake(&self, netlink: &mut Netlink) -> io::Result<()> {
-        let mut transaction = Transaction::new(&self.raw);
-        transaction.add_table();
-        netlink.commit(&transaction.finish())
+    /// Creates a missing table, and wakes a dormant one, which the kernel does only in a batch without changes of chains.
+    fn wake(&self, netlink: &mut Netlink) -> Result<(), CommitError> {
+        let mut batch = Batch::new(&self.raw);
+        batch.add_table();
+        netlink.commit(&batch.finish())
     }
 
-    /// Takes the whole table away, in one transaction with an empty one in its place.
-    pub(in crate::dataplane::nftables) fn start_over(&mut self, netlink: &mut Netlink) -> io::Result<()> {
-        let mut transaction = Transaction::new(&self.raw);
-        transaction.add_table();
-        transaction.delete_table();
-        transaction.add_table();
-        netlink.commit(&transaction.finish())?;
-        self.begin_anew(Found::nothing(self.family));
+    /// Replaces the whole table with an empty one, in one transaction.
+    pub(in crate::dataplane::nftables) fn start_over(
+        &mut self,
+        netlink: &mut Netlink,
+    ) -> Result<(), CommitError> {
+        let mut batch = Batch::new(&self.raw);
+        batch.add_table();
+        batch.delete_table();
+        batch.add_table();
+        netlink.commit(&batch.finish())?;
+        self.begin_anew(KernelState::empty(self.family));
         self.node_refusals = 0;
         Ok(())
     }
 
-    /// Takes the whole table away. None is as good.
-    pub(in crate::dataplane::nftables) fn remove(&mut self, netlink: &mut Netlink) -> io::Result<()> {
-        let mut transaction = Transaction::new(&self.raw);
-        transaction.add_table();
-        transaction.delete_table();
-        netlink.commit(&transaction.finish())
+    /// Removes the whole table, if it exists.
+    pub(in crate::dataplane::nftables) fn remove(&self, netlink: &mut Netlink) -> Result<(), CommitError> {
+        let mut batch = Batch::new(&self.raw);
+        batch.add_table();
+        batch.delete_table();
+        netlink.commit(&batch.finish())
     }
 
-    /// The kernel's set of this node's addresses, the one thing here that depends on them.
-    fn apply_node_ips(&mut self, netlink: &mut Netlink, node: &NodePlan) -> io::Result<()> {
+    /// Writes this node's addresses into their set. Nothing else here depends on them.
+    fn apply_node_ips(&mut self, netlink: &mut Netlink, node: &NodePlan) -> Result<(), CommitError> {
         let addresses = match node.node_port_addresses.get(self.family) {
             NodePortAddresses::AnyLocal => &node.host_addresses[..],
             NodePortAddresses::Only(addresses) => addresses,
         };
         let wanted = addresses.iter().filter(|address| Family::of(**address) == self.family);
-        let wanted: Vec<_> = wanted.map(|address| member(Bytes::from_vec(address_bytes(*address)))).collect();
+        let wanted = wanted.map(|address| Element::member(Bytes::from_vec(address_bytes(*address))));
+        let wanted: Vec<_> = wanted.collect();
         self.replace(netlink, Map::NodeIps, &self.node_ips, &wanted)?;
         self.node_ips = wanted;
         Ok(())
     }
 
-    fn apply_verdict_buckets(&mut self, netlink: &mut Netlink) -> io::Result<()> {
+    fn apply_verdict_buckets(&self, netlink: &mut Netlink) -> Result<(), CommitError> {
         let drop = Value::Goto(NO_LOCAL_ENDPOINTS.to_owned());
         let wanted = [(DROP_BUCKET, drop), (PASS_BUCKET, Value::Accept(true))];
         let wanted = wanted.map(|(bucket, value)| bucket_element(bucket, value));
-        let mut present = Found::elements(netlink, &self.raw, Map::Buckets.name())?;
+        let mut present = netlink.elements(&self.raw, Map::Buckets.name())?;
         present.retain(|element| wanted.iter().any(|wanted| wanted.key == element.key));
         self.replace(netlink, Map::Buckets, &present, &wanted)
     }
 
-    /// Makes a small set hold `wanted` where it held `present`.
+    /// Replaces the elements `present` of a small set with `wanted`.
     fn replace(
         &self,
         netlink: &mut Netlink,
         map: Map,
         present: &[Element],
         wanted: &[Element],
-    ) -> io::Result<()> {
-        let missing_from = |from: &[Element], what: &[Element]| -> Vec<Element> {
-            what.iter().filter(|element| !from.contains(element)).cloned().collect()
+    ) -> Result<(), CommitError> {
+        let missing = |from: &[Element], of: &[Element]| -> Vec<Element> {
+            of.iter().filter(|element| !from.contains(element)).cloned().collect()
         };
-        let (gone, come) = (missing_from(wanted, present), missing_from(present, wanted));
+        let (gone, come) = (missing(wanted, present), missing(present, wanted));
         if gone.is_empty() && come.is_empty() {
             return Ok(());
         }
-        let mut transaction = Transaction::new(&self.raw);
-        transaction.delete_elements(map.name(), &gone);
-        transaction.add_elements(map.name(), &come);
-        netlink.commit(&transaction.finish())
+        let mut batch = Batch::new(&self.raw);
+        batch.delete_elements(map.name(), &gone);
+        batch.add_elements(map.name(), &come);
+        netlink.commit(&batch.finish())
     }
 }
