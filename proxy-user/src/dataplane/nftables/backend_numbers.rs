@@ -155,3 +155,51 @@ pub(super) fn number_key(number: u32) -> Bytes {
 pub(super) fn number_of(bytes: &[u8]) -> Option<u32> {
     Some(u32::from_ne_bytes(*bytes.first_chunk::<4>()?))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        model::{Family, ObjectName, Protocol, Removal},
+        plan::{Backend, PortId},
+    };
+
+    fn plan(backends: &[u8]) -> PortPlan {
+        let service = ObjectName::new("default", "web");
+        let id = PortId { service, port: "http".into(), protocol: Protocol::Tcp, family: Family::V4 };
+        let backend = |last: &u8| Backend { address: [10, 244, 0, *last].into(), port: 8080, local: false };
+        PortPlan {
+            id,
+            cluster: backends.iter().map(backend).collect(),
+            local: Vec::new(),
+            frontends: Vec::new(),
+            affinity: Some(60),
+            on_removal: Removal::default(),
+            serving: Vec::new(),
+        }
+    }
+
+    /// Switches the Cluster set to these backends, and returns their numbers without [`NUMBER`].
+    fn switch(numbers: &mut BackendNumbers, backends: &[u8]) -> Vec<u32> {
+        let plan = plan(backends);
+        let set = (Sticky::of(&plan.id), BackendSet::Cluster);
+        let mut changes = numbers.no_changes();
+        changes.add(set.clone(), numbers.get(&set).cloned().unwrap_or_default(), Some(&plan));
+        changes.reserve();
+        numbers.apply(changes);
+        let given = numbers.get(&set).map(|set| set.slots.values().map(|number| number & !NUMBER));
+        given.into_iter().flatten().collect()
+    }
+
+    #[test]
+    fn a_backend_that_stays_keeps_its_number_and_no_number_is_given_twice() {
+        let mut numbers = BackendNumbers::after(4096);
+        assert_eq!(switch(&mut numbers, &[1, 2]), [4097, 4098]);
+        assert_eq!(numbers.reserved, 4098 + RESERVED_AT_ONCE);
+        assert_eq!(switch(&mut numbers, &[2]), [4098]);
+        assert_eq!(switch(&mut numbers, &[1, 2]), [4099, 4098], "its clients have forgotten the first");
+        assert_eq!(numbers.reserved, 4098 + RESERVED_AT_ONCE, "enough for a while");
+        let stored = last_number(numbers.reserved);
+        assert_eq!(last_number_of(&stored.value), Some(numbers.reserved));
+    }
+}

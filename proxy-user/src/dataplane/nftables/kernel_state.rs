@@ -283,3 +283,98 @@ fn reach(value: &Value) -> Option<Vec<Range<u32>>> {
     let Value::Goto(name) = value else { return None };
     Some(SharedObject::parse(name)?.reach())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        dataplane::nftables::{
+            backend_numbers::BackendNumbers,
+            base_chains::Needs,
+            schema::{bucket_element, bucket_value},
+            shared_chains::{FrontendKind, Masquerade},
+            transaction::NewObject,
+        },
+        plan::BackendSet,
+    };
+
+    fn transaction(come: Vec<(Map, Element)>) -> Transaction {
+        let mut transaction = Transaction {
+            objects: Vec::new(),
+            numbers: BackendNumbers::default().no_changes(),
+            gone: BTreeMap::new(),
+            come: BTreeMap::new(),
+            needs: Needs::default(),
+        };
+        for (map, element) in come {
+            transaction.come.entry(map).or_default().push(element);
+        }
+        transaction
+    }
+
+    fn state(held: Vec<(Map, Element)>) -> KernelState {
+        let mut state = KernelState::empty(Family::V4);
+        for (map, Element { key, value, .. }) in held {
+            state.elements.entry(map).or_default().insert(key, value);
+        }
+        state
+    }
+
+    fn picker(count: u32) -> SharedObject {
+        let (kind, set, masquerade) = (FrontendKind::Service, BackendSet::Cluster, Masquerade::Never);
+        SharedObject::Picker { kind, set, count, masquerade }
+    }
+
+    #[test]
+    fn a_transaction_is_reduced_to_the_elements_that_the_kernel_does_not_have() {
+        let [same, changed, new] = [1, 2, 3].map(|key| bucket_element(key, bucket_value(16)));
+        let old = bucket_element(2, bucket_value(17));
+        let state = state(vec![(Map::Services, same.clone()), (Map::Services, old)]);
+        let come = [&same, &changed, &new].map(|element| (Map::Services, element.clone()));
+        let mut transaction = transaction(come.to_vec());
+        let found = state.reduce(&mut transaction);
+        assert_eq!(transaction.come[&Map::Services], [changed.clone(), new]);
+        assert_eq!(transaction.gone[&Map::Services], std::slice::from_ref(&changed), "replaced");
+        assert_eq!(found, [(Map::Services, same.key), (Map::Services, changed.key)]);
+    }
+
+    #[test]
+    fn a_slot_that_may_be_left_over_is_written_and_not_deleted() {
+        let slot = bucket_element(1, bucket_value(7));
+        let state = state(vec![(Map::Backends, Element::member(slot.key.clone()))]);
+        let mut transaction = transaction(vec![(Map::Backends, slot.clone())]);
+        let found = state.reduce(&mut transaction);
+        assert_eq!(transaction.come[&Map::Backends], std::slice::from_ref(&slot));
+        assert!(transaction.gone.is_empty());
+        assert_eq!(found, [(Map::Backends, slot.key)]);
+    }
+
+    #[test]
+    fn objects_that_exist_are_not_made_again() {
+        let mut state = KernelState::empty(Family::V4);
+        state.buckets.insert(picker(1).name(), 16);
+        state.chains.insert(picker(2).name());
+        let mut transaction = transaction(Vec::new());
+        let new = |count| NewObject { object: picker(count), bucket: 16, exists: false };
+        transaction.objects = vec![new(1), new(2)];
+        state.reduce(&mut transaction);
+        let exist: Vec<_> = transaction.objects.iter().map(|new| new.exists).collect();
+        assert_eq!(exist, [true, false], "a chain without its bucket does not count");
+    }
+
+    #[test]
+    fn a_frontend_with_fewer_endpoints_leaves_slots_over() {
+        let frontend = bucket_element(1, bucket_value(16));
+        let mut state = state(vec![(Map::Services, frontend.clone())]);
+        state.reach.insert(Bytes::from_slice(&16_u32.to_ne_bytes()), picker(3).reach());
+        let mut changes = PortChanges::default();
+        changes.come.insert(Map::Services, vec![(frontend.clone(), Some(picker(1)))]);
+        state.claim(&changes, vec![(Map::Services, frontend.key.clone())]);
+        assert!(state.elements[&Map::Services].is_empty(), "the frontend is no leftover");
+        let mut left: Vec<_> = state.elements[&Map::Backends].keys().cloned().collect();
+        left.sort_unstable();
+        let mut expected = [1, 2].map(|slot| slot_key(&frontend.key, slot));
+        expected.sort_unstable();
+        assert_eq!(left, expected);
+    }
+}

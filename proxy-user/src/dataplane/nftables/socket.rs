@@ -256,3 +256,24 @@ fn grow(socket: &Socket, batch: usize, reports: usize) -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_differ_by_what_the_caller_can_do() {
+        let error = |code| CommitError::from(io::Error::from_raw_os_error(code));
+        assert!(matches!(error(libc::ENOENT), CommitError::Missing(_)));
+        for code in [libc::ENOBUFS, libc::ENOMEM, libc::EPERM, libc::EMSGSIZE] {
+            assert!(matches!(error(code), CommitError::Unknown(_)), "{code}");
+        }
+        for code in [libc::EEXIST, libc::EBUSY] {
+            assert!(error(code).is_conflict() && error(code).is_about_shape(), "{code}");
+        }
+        assert!(error(libc::EOPNOTSUPP).is_about_shape() && !error(libc::EOPNOTSUPP).is_conflict());
+        assert!(!error(libc::ENOSPC).is_about_shape());
+        let cause = io::Error::from(error(libc::EEXIST));
+        assert_eq!(cause.raw_os_error(), Some(libc::EEXIST), "the cause stays");
+    }
+}
