@@ -5,9 +5,7 @@
 //! slot last. If a transaction comes into force in between, the packet has the old number of endpoints and must still find
 //! that slot, or it would go on untranslated. A pod that got itself as backend must still be masqueraded (R9).
 
-use std::collections::HashSet;
-
-use rustc_hash::FxBuildHasher;
+use rustc_hash::FxHashSet;
 
 use super::{
     netlink::{Bytes, Element},
@@ -16,7 +14,7 @@ use super::{
 
 /// Elements by map and key.
 #[derive(Debug, Default)]
-pub(super) struct DeferredDeletes(HashSet<(Map, Bytes), FxBuildHasher>);
+pub(super) struct DeferredDeletes(FxHashSet<(Map, Bytes)>);
 
 impl DeferredDeletes {
     pub(super) fn add(&mut self, map: Map, key: Bytes) {

@@ -9,12 +9,9 @@
 //!                └─ refusals (bad service ports)    leftovers (at the end of a complete delta)
 //! ```
 
-use std::{
-    collections::{HashSet, VecDeque},
-    io,
-};
+use std::{collections::VecDeque, io};
 
-use rustc_hash::{FxBuildHasher, FxHashMap};
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::{
     backend_numbers::BackendNumbers,
@@ -41,7 +38,7 @@ mod refusals;
 mod usage;
 
 /// Slots by map and key.
-type Slots = HashSet<ElementKey, FxBuildHasher>;
+type Slots = FxHashSet<ElementKey>;
 
 /// The most elements in one transaction, because the kernel holds the lock of all nf_tables in the namespace while it works
 /// on one, and other programs that change rules wait.
