@@ -1,6 +1,6 @@
 //! Socket options that need the descriptor itself.
 //!
-//! In: a netlink socket. Out: a descriptor for safe calls, and a filter on what the socket hears.
+//! In: a netlink socket. Out: a descriptor for safe calls, and a filter on the messages that the socket receives.
 
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
@@ -9,8 +9,7 @@ use nftnl::nftnl_sys::libc;
 /// A netlink socket that may move to another thread.
 pub(crate) struct OwnSocket(pub(crate) mnl::Socket);
 
-// SAFETY: libmnl's socket is a descriptor and an address, with no ties to the thread that made it, and only its owner
-// reaches it.
+// SAFETY: libmnl's socket is a descriptor and an address, not bound to the thread that made it, and only its owner uses it.
 unsafe impl Send for OwnSocket {}
 
 /// The descriptor of a socket, for socket options.
@@ -19,7 +18,7 @@ pub(crate) fn borrow(socket: &mnl::Socket) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(socket.as_raw_fd()) }
 }
 
-/// Lets a listening socket take no events that the socket `sender` caused: our own large changes would fill it.
+/// Filters the events out that the socket `sender` caused, because weir's own large changes would fill a listening socket.
 ///
 /// # Errors
 ///
@@ -35,23 +34,23 @@ pub(crate) fn ignore_sender(socket: &mnl::Socket, sender: u32) -> std::io::Resul
         statement(libc::BPF_RET | libc::BPF_K, 0, 0),
     ];
     let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
-    // SAFETY: what the statements are in lives until the call returns.
+    // SAFETY: the array of the statements lives until the call returns.
     unsafe { set_option(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program) }
 }
 
-/// Has the kernel report an error without the message that caused it: a batch may have many that are large.
+/// Makes the kernel report an error without the message that caused it, because a batch may have many large messages.
 ///
 /// # Errors
 ///
 /// When the kernel does not know the option.
 pub(crate) fn report_briefly(socket: &mnl::Socket) -> std::io::Result<()> {
-    // SAFETY: a number points nowhere.
+    // SAFETY: the value is a number, no address.
     unsafe { set_option(socket, libc::SOL_NETLINK, libc::NETLINK_CAP_ACK, &1 as &libc::c_int) }
 }
 
 /// # Safety
 ///
-/// `value` is what the option takes, and what it points to lives until the call returns.
+/// `value` has the option's type, and the memory to which it points lives until the call returns.
 unsafe fn set_option<T>(
     socket: &mnl::Socket,
     level: libc::c_int,
@@ -59,7 +58,7 @@ unsafe fn set_option<T>(
     value: &T,
 ) -> std::io::Result<()> {
     let length = size_of::<T>() as libc::socklen_t;
-    // SAFETY: the descriptor is open, and the kernel copies `length` bytes of `value`; the rest is the caller's promise.
+    // SAFETY: the descriptor is open, and the kernel copies `length` bytes of `value`; the caller promises the rest.
     let result = unsafe {
         libc::setsockopt(socket.as_raw_fd(), level, option, std::ptr::from_ref(value).cast(), length)
     };

@@ -1,7 +1,7 @@
-//! The socket options by which iptables' legacy variant, whose tables are outside nf_tables, is read and written.
+//! The socket options that read and write the tables of legacy iptables, which are outside nf_tables.
 //!
-//! In: an option and bytes as `linux/netfilter/x_tables.h` and `linux/netfilter_ipv4/ip_tables.h` lay them out, for IPv6
-//! alike. Out: the same.
+//! In: an option, and bytes in the layout of `linux/netfilter/x_tables.h` and `linux/netfilter_ipv4/ip_tables.h`, which is
+//! the same for IPv6. Out: bytes in that layout.
 
 use std::{io, os::fd::AsRawFd as _};
 
@@ -19,9 +19,9 @@ const GET_INFO: libc::c_int = 64;
 /// `IPT_SO_GET_ENTRIES`.
 const GET_ENTRIES: libc::c_int = 65;
 
-/// Where `struct ipt_replace` has the address of the counters.
+/// The offset of the counters' address in `struct ipt_replace`.
 const ADDRESS: usize = 88;
-/// How long `struct ipt_replace` is before its entries.
+/// The length of `struct ipt_replace` without its entries.
 pub(crate) const REPLACE_LEN: usize = 96;
 
 /// Packets and bytes that a rule matched, `struct xt_counters`.
@@ -52,21 +52,21 @@ impl Xtables {
         self.get(GET_ENTRIES, entries)
     }
 
-    /// Puts `struct ipt_replace` and the entries behind it in force at one instant. The entries that were there count no
-    /// more; what they had counted is in `counters`, one for each.
+    /// Puts `struct ipt_replace` and the entries after it in force at one instant. The old entries stop counting, and
+    /// `counters` receives their counts.
     pub(crate) fn replace(&self, replace: &mut [u8], counters: &mut [Counters]) -> io::Result<()> {
-        let told = replace.get(ADDRESS - 4..ADDRESS).and_then(|count| count.first_chunk::<4>());
-        let fits = told.is_some_and(|count| u32::from_ne_bytes(*count) as usize == counters.len());
+        let count = replace.get(ADDRESS - 4..ADDRESS).and_then(|count| count.first_chunk::<4>());
+        let fits = count.is_some_and(|count| u32::from_ne_bytes(*count) as usize == counters.len());
         let address = (counters.as_mut_ptr().expose_provenance() as u64).to_ne_bytes();
         match replace.get_mut(ADDRESS..REPLACE_LEN) {
             Some(place) if fits => place.copy_from_slice(&address),
             _ => return Err(io::ErrorKind::InvalidInput.into()),
         }
-        // SAFETY: the kernel writes as many counters as `replace` says, which are as many as `counters` has.
+        // SAFETY: the kernel writes as many counters as `replace` names, and `counters` has as many.
         unsafe { self.set(REPLACE, replace) }
     }
 
-    /// Adds what `struct xt_counters_info` says to the counters of a table.
+    /// Adds the counts in `struct xt_counters_info` to the counters of a table.
     pub(crate) fn add_counters(&self, counters: &[u8]) -> io::Result<()> {
         // SAFETY: the structure has no addresses in it.
         unsafe { self.set(ADD_COUNTERS, counters) }
@@ -89,9 +89,9 @@ impl Xtables {
 
     /// # Safety
     ///
-    /// What the kernel finds addresses of in `value`, it may write to.
+    /// The kernel may write to the memory at addresses in `value`.
     unsafe fn set(&self, option: libc::c_int, value: &[u8]) -> io::Result<()> {
-        // SAFETY: the kernel reads `value`, whose length it is told; the rest is the caller's promise.
+        // SAFETY: the kernel reads `value` up to the length in the call; the caller promises the rest.
         let result = unsafe {
             libc::setsockopt(
                 self.socket.as_raw_fd(),
