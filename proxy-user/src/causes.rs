@@ -1,11 +1,12 @@
-//! An error in one line, with all that led to it.
+//! An error and its causes in one line.
 //!
-//! In: an error. Out: its text and those of its causes, each once: some errors repeat theirs, and the verifier's message,
-//! which is part of one, is long.
+//! In: an error. Out: its text and the texts of its causes. A cause whose text is already there is left out,
+//! because some errors repeat the text of their cause, and the verifier's message, which is such a cause, is
+//! long.
 
 use std::error::Error;
 
-/// The text of an error, followed by those of its causes that it does not hold already.
+/// The text of an error, followed by the texts of its causes that it does not contain yet.
 pub(crate) fn causes(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();

@@ -1,4 +1,4 @@
-//! weir: a Kubernetes service proxy, one agent a node.
+//! weir: a Kubernetes service proxy, one agent on each node.
 //!
 //! Data flows one way:
 //!
@@ -6,10 +6,10 @@
 //! source ──Change──▶ model ──dirty services──▶ plan ──Delta──▶ dataplane ──▶ kernel
 //! ```
 //!
-//! `source` yields Kubernetes objects, `model` is the last place that knows them, `plan` says in frontends and backends
-//! what one Service means on this node, and `dataplane` makes it true in the kernel. `run` is the only wiring;
-//! `relay` is what the agent itself carries
-//! where no plane can. `observe` stands beside the flow and is imported by `run` and the data planes' callers only.
+//! `source` reads Kubernetes objects. `model` is the last room that uses their types. `plan` computes the
+//! frontends and backends of one Service on this node, and `dataplane` writes them to the kernel. `run` is
+//! the only wiring. `relay` carries connections in the agent where no plane can translate them. `observe`
+//! stands beside the flow; only `run` and the callers of the data planes import it.
 
 #![deny(unsafe_code)]
 

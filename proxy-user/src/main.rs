@@ -17,7 +17,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "weir: {error:#}");
-            // As for a wrong flag: trying again is no use before somebody has changed something.
+            // Exit code 2, as for a wrong flag: a restart does not help until the configuration is corrected.
             if error.is::<config::Error>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }

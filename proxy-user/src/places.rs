@@ -1,8 +1,9 @@
-//! How many connections a server keeps open, and for which clients.
+//! Limits how many connections a server keeps open, in all and for each client.
 //!
-//! In: the client's address of each connection, or what else its share is counted by. Out: a [`Place`] for it, which says when the connection has to make room
-//! for another one. A new connection always gets a place, because a client that holds many must not lock out the others:
-//! the client that holds most gives up the one that was idle for longest.
+//! In: the client's address of each connection, or another key to count it by. Out: a [`Place`] for it, which
+//! reports when the connection must close to make room for a new one. A new connection always gets a place,
+//! because a client with many connections must not lock out other clients. The client with the most
+//! connections loses the one that was idle for longest.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -14,7 +15,8 @@ use std::{
 use prometheus_client::metrics::counter::Counter;
 use tokio::sync::oneshot;
 
-/// The places of one server, or of several that share them. `K` is what a share belongs to.
+/// The places of one server, or of several servers that share them. `K` is the key that connections are
+/// counted by.
 #[derive(Debug)]
 pub struct Places<K = IpAddr>(Arc<Shared<K>>);
 
@@ -28,14 +30,15 @@ impl<K> Clone for Places<K> {
 struct Shared<K> {
     most: usize,
     each: usize,
-    /// Counts connections that had to make room.
+    /// Counts connections that were closed to make room.
     refused: Counter,
     room: Mutex<Room<K>>,
 }
 
 #[derive(Debug)]
 struct Room<K> {
-    /// Rises with every use of a place, so that the places stand in the order in which they were used last.
+    /// The number of the last use. A place is stored under the number of its last use, so the first one was
+    /// idle for longest.
     uses: u64,
     taken: BTreeMap<u64, Held<K>>,
     of_each: HashMap<K, usize>,
@@ -44,12 +47,12 @@ struct Room<K> {
 #[derive(Debug)]
 struct Held<K> {
     client: K,
-    /// Dropping it tells the connection to go.
+    /// Dropped to make the connection close.
     _stay: oneshot::Sender<()>,
 }
 
 impl Places {
-    /// A place for a new connection of `client`.
+    /// Gives a new connection of `client` a place.
     #[must_use]
     pub fn take(&self, client: IpAddr) -> Place {
         self.take_for(client.to_canonical())
@@ -57,15 +60,15 @@ impl Places {
 }
 
 impl<K: Copy + Eq + Hash> Places<K> {
-    /// Room for `most` connections, of which one client holds `each` at most. `refused` counts connections that had to
-    /// make room for others.
+    /// A limit of `most` connections, at most `each` of them from one client. `refused` counts connections
+    /// that were closed to make room.
     #[must_use]
     pub fn new(most: usize, each: usize, refused: Counter) -> Self {
         let room = Room { uses: 0, taken: BTreeMap::new(), of_each: HashMap::new() };
         Self(Arc::new(Shared { most: most.max(1), each: each.max(1), refused, room: Mutex::new(room) }))
     }
 
-    /// A place for a new connection that counts to the share of `client`.
+    /// Gives a new connection a place that counts to the share of `client`.
     #[must_use]
     pub fn take_for(&self, client: K) -> Place<K> {
         let mut room = self.0.room();
@@ -119,7 +122,7 @@ impl<K: Copy + Eq + Hash> Room<K> {
     }
 }
 
-/// One connection's place, free again when this is dropped.
+/// The place of one connection. Dropping it frees the place.
 #[derive(Debug)]
 pub struct Place<K: Copy + Eq + Hash = IpAddr> {
     shared: Arc<Shared<K>>,
@@ -128,7 +131,8 @@ pub struct Place<K: Copy + Eq + Hash = IpAddr> {
 }
 
 impl<K: Copy + Eq + Hash> Place<K> {
-    /// The client said something: of this client's connections this one is now the last to make room.
+    /// Records that the client sent something, so that this connection is the last of its client to be
+    /// closed.
     pub fn used(&mut self) {
         let mut room = self.shared.room();
         if let Some(held) = room.taken.remove(&self.number) {
@@ -136,9 +140,10 @@ impl<K: Copy + Eq + Hash> Place<K> {
         }
     }
 
-    /// Waits until the connection has to make room for another one. Call it again after a wait that was given up.
+    /// Waits until the connection must close to make room. May be called again after the returned future was
+    /// dropped.
     pub async fn lost(&mut self) {
-        // The sender sends nothing: it is dropped when the place is taken away.
+        // Nothing is ever sent: `free` drops the sender, which ends this wait.
         let _ = (&mut self.leave).await;
     }
 }
@@ -169,13 +174,13 @@ mod tests {
     }
 
     #[test]
-    fn a_client_beyond_its_share_loses_its_own_longest_idle_connection() {
+    fn a_client_over_its_share_loses_its_own_longest_idle_connection() {
         let (places, refused) = places(100, 2);
         let mut other = places.take(client(2));
         let (mut first, mut second) = (places.take(client(1)), places.take(client(1)));
         first.used();
         let mut third = places.take("::ffff:10.244.0.1".parse().unwrap());
-        assert!(has_to_go(&mut second), "it was idle for longest");
+        assert!(has_to_go(&mut second), "the second connection was idle for longest");
         assert!(!has_to_go(&mut first) && !has_to_go(&mut third) && !has_to_go(&mut other));
         assert_eq!(refused.get(), 1);
     }
@@ -193,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_that_ends_gives_its_place_back() {
+    fn a_closed_connection_frees_its_place() {
         let (places, refused) = places(2, 2);
         for _ in 0..10 {
             let (first, second) = (places.take(client(1)), places.take(client(1)));

@@ -1,7 +1,8 @@
 //! The command line: `weir run`, `weir plan`, `weir probe`, `weir cleanup`.
 //!
-//! In: the words of a command line. Out: a [`Command`] for `main` to dispatch. Called as `kube-proxy`, all words are
-//! flags of `run`, so that the program can stand in for kube-proxy where only the image is changed.
+//! In: the arguments of a command line. Out: a [`Command`] for `main` to dispatch. If the program is called
+//! as `kube-proxy`, all arguments are flags of `run`, so an image of weir can replace an image of kube-proxy
+//! in an unchanged DaemonSet.
 
 use std::{
     ffi::OsString,
@@ -19,42 +20,42 @@ pub use plan::{NoSuchService, Output, PlanView};
 mod probe;
 pub use probe::ProbeView;
 
-/// A Kubernetes service proxy: ClusterIPs, NodePorts and load-balancer addresses, made true on this node
+/// A Kubernetes service proxy: programs ClusterIPs, NodePorts and load-balancer addresses on this node
 #[derive(Debug, Parser)]
 #[command(name = "weir", version, propagate_version = true, args_override_self = true)]
 pub struct Cli {
-    /// What to do.
+    /// The command.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// What to do.
+/// A command with its flags.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Program this node, and keep it so
+    /// Program this node and keep it up to date
     #[command(display_name = "weir")]
     Run(Box<RunArgs>),
-    /// Print what would be programmed, and program nothing
+    /// Print what weir would program, without touching the kernel
     Plan(Box<PlanArgs>),
-    /// Say what this machine has of what the eBPF data plane needs
+    /// Show which kernel features the socket plane (eBPF) needs and whether this machine has them
     Probe(ProbeArgs),
-    /// Take everything that weir installed out of the kernel
+    /// Remove everything that weir installed in the kernel
     Cleanup(CleanupArgs),
 }
 
-/// `weir run`.
+/// Flags of `weir run`.
 #[derive(Args, Debug)]
 pub struct RunArgs {
-    /// The same as `weir cleanup`: take everything out of the kernel and end
+    /// Remove everything that weir installed in the kernel and exit, as `weir cleanup` does
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
           action = clap::ArgAction::Set, hide_possible_values = true, hide_default_value = true, value_name = "BOOL")]
     pub cleanup: bool,
-    /// Check the configuration, do what takes more rights than serving does, and end: set the sysctls of connection
-    /// tracking, and mount a bpffs where eBPF needs one and none is
+    /// Check the configuration, do the steps that need more rights than serving, and exit: set the conntrack
+    /// sysctls, and mount a bpffs if the socket plane needs one and there is none
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
           action = clap::ArgAction::Set, hide_possible_values = true, hide_default_value = true, value_name = "BOOL")]
     pub init_only: bool,
-    /// Write the configuration with all defaults to a file, and end
+    /// Write the configuration with all defaults to a file and exit
     #[arg(long, value_name = "FILE")]
     pub write_config_to: Option<PathBuf>,
     /// The configuration.
@@ -62,47 +63,47 @@ pub struct RunArgs {
     pub config: ConfigArgs,
 }
 
-/// `weir plan`.
+/// Flags of `weir plan`.
 #[derive(Args, Debug)]
 pub struct PlanArgs {
-    /// The configuration, which decides about masquerading and NodePorts as it would for `run`.
+    /// The configuration. It decides about masquerading and NodePorts as for `run`.
     #[command(flatten)]
     pub config: ConfigArgs,
-    /// How to print it
+    /// Output format
     #[arg(short, long, value_name = "FORMAT", default_value = "table")]
     pub output: Output,
-    /// Only this Service
+    /// Print only this Service
     #[arg(long, value_name = "NAMESPACE/NAME", value_parser = service_name)]
     pub service: Option<String>,
 }
 
-/// `weir probe`.
+/// Flags of `weir probe`.
 #[derive(Args, Debug)]
 pub struct ProbeArgs {
-    /// Where the kernel's objects would be.
+    /// Where the pinned objects would be.
     #[command(flatten)]
     pub kernel: KernelArgs,
-    /// How to print it
+    /// Output format
     #[arg(short, long, value_name = "FORMAT", default_value = "table")]
     pub output: Output,
 }
 
-/// `weir cleanup`.
+/// Flags of `weir cleanup`.
 #[derive(Args, Debug)]
 pub struct CleanupArgs {
-    /// Stay until told to end, so that a DaemonSet can do it on every node
+    /// Keep running until a signal arrives, so that a DaemonSet can clean up every node
     #[arg(long, conflicts_with = "kube_proxy")]
     pub stay: bool,
-    /// Take out what kube-proxy left instead; weir's own stays
+    /// Remove what kube-proxy left in the kernel, and nothing of weir
     #[arg(long)]
     pub kube_proxy: bool,
-    /// With --kube-proxy: networks whose virtual servers of IPVS stay, because they are not kube-proxy's
+    /// With --kube-proxy: networks whose IPVS virtual servers are kept, because they are not kube-proxy's
     #[arg(long, value_name = "CIDR,…", value_delimiter = ',', requires = "kube_proxy")]
     pub ipvs_exclude_cidrs: Vec<IpNet>,
-    /// Where the kernel's objects are.
+    /// Where the pinned objects are.
     #[command(flatten)]
     pub kernel: KernelArgs,
-    /// Logging.
+    /// Log settings.
     #[command(flatten)]
     pub log: LogArgs,
 }
@@ -110,16 +111,17 @@ pub struct CleanupArgs {
 fn service_name(text: &str) -> Result<String, &'static str> {
     match text.split_once('/') {
         Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() => Ok(text.to_owned()),
-        _ => Err("a Service is named NAMESPACE/NAME"),
+        _ => Err("a Service is given as NAMESPACE/NAME"),
     }
 }
 
 impl Cli {
-    /// Reads a command line, the program's name first.
+    /// Reads a command line; the first word is the program's name.
     ///
     /// # Errors
     ///
-    /// When it cannot be understood, or asks for help; [`clap::Error::exit`] prints either.
+    /// When the command line is wrong, or asks for help or the version. [`clap::Error::exit`] prints all of
+    /// these.
     pub fn read(words: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
         let mut words: Vec<OsString> = words.into_iter().collect();
         let program = words.first().map(Path::new).and_then(Path::file_name);
@@ -131,7 +133,7 @@ impl Cli {
     }
 }
 
-/// Rows below a header, in kubectl's form: columns three spaces apart, no rules, nothing cut.
+/// Rows below a header, in kubectl's form: columns three spaces apart, without rules, nothing truncated.
 fn columns(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
     const BETWEEN: u16 = 3;
     let mut table = comfy_table::Table::new();
@@ -143,7 +145,7 @@ fn columns(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
     table.lines().map(|line| format!("{}\n", line.trim_end())).collect()
 }
 
-/// Gives the name of a flag dashes for underscores, between which kube-proxy makes no difference.
+/// Replaces underscores in a flag's name by dashes, because kube-proxy accepts either.
 fn dashed(word: &mut OsString) {
     let Some(flag) = word.to_str().filter(|word| word.starts_with("--")) else { return };
     let (name, value) = flag.split_at(flag.find('=').unwrap_or(flag.len()));
@@ -159,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn the_definition_is_sound() {
+    fn clap_accepts_the_definition() {
         use clap::CommandFactory as _;
         Cli::command().debug_assert();
     }
@@ -192,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn every_kube_proxy_flag_is_taken() {
+    fn every_kube_proxy_flag_is_accepted() {
         let line = "kube-proxy --bind-address-hard-fail --profiling=false --conntrack-min 5 --ipvs-strict-arp \
                     --oom-score-adj -999 --masquerade-all=true -v=4 --v 2 --logging-format=json --vmodule=a=1 --vmodule=b=2 --config a --config b \
                     --iptables-sync-period 5s --kube-api-qps=5.5 --init-only --master http://127.0.0.1:1,http://h:2";
@@ -203,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_is_refused() {
+    fn unknown_commands_flags_and_values_are_refused() {
         for line in [
             "weir",
             "weir explain",

@@ -1,6 +1,6 @@
-//! `weir plan`: what a data plane holds, for people and for programs.
+//! `weir plan`: the state that a data plane would have, as a table or as JSON and YAML.
 //!
-//! In: a [`State`], and which service port each frontend belongs to. Out: a table, JSON or YAML.
+//! In: a [`State`], and the service port that owns each frontend. Out: the text to print.
 
 use std::collections::BTreeMap;
 
@@ -12,10 +12,10 @@ use crate::{
     plan::{Frontend, PortId},
 };
 
-/// How to print.
+/// The format of the output.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Output {
-    /// Columns, for people.
+    /// Columns, for people
     #[default]
     Table,
     /// JSON.
@@ -24,13 +24,13 @@ pub enum Output {
     Yaml,
 }
 
-/// What stands in a table where there is nothing.
+/// Printed in a table where there is no value.
 const NONE: &str = "<none>";
 
-/// How many backends a table names before it only counts.
+/// How many backends a table lists. More are only counted.
 const NAMED: usize = 3;
 
-/// What is printed: one row for each frontend.
+/// The state to print, one row for each frontend.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct PlanView {
     frontends: Vec<Row>,
@@ -51,7 +51,7 @@ struct Row {
     affinity_seconds: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     allowed_sources: Option<Vec<String>>,
-    /// Whether the node itself answers first.
+    /// Whether this node answers the DNS queries to this frontend as long as its DNS server runs.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     answered_here: bool,
 }
@@ -73,14 +73,14 @@ enum Action {
     Packets,
 }
 
-/// No frontend belongs to the Service asked for.
+/// The Service named by `--service` has no frontend.
 #[derive(Debug, thiserror::Error)]
-#[error("nothing would be programmed for the Service `{0}`")]
+#[error("the Service `{0}` has no frontend on this node")]
 pub struct NoSuchService(String);
 
 impl PlanView {
-    /// Puts together what `state` holds; `owners` tells which service port a frontend belongs to. With `service`
-    /// (`NAMESPACE/NAME`) only what belongs to that one.
+    /// The rows of `state`. `owners` has the service port that each frontend belongs to. With `service`
+    /// (`NAMESPACE/NAME`) only the rows of that Service.
     ///
     /// # Errors
     ///
@@ -100,7 +100,7 @@ impl PlanView {
         }
     }
 
-    /// The text to print, with a newline at its end. Nothing in it is cut, whatever the terminal's width.
+    /// The text to print, with a newline at its end. Nothing is truncated to the terminal's width.
     ///
     /// # Errors
     ///
@@ -148,7 +148,7 @@ impl Row {
             answered_here,
         } = self;
         let frontend =
-            if *answered_here { format!("{frontend} (this node first)") } else { frontend.clone() };
+            if *answered_here { format!("{frontend} (answered on this node first)") } else { frontend.clone() };
         let owner = match (service, port) {
             (None, _) => NONE.to_owned(),
             (Some(service), None) => service.clone(),
@@ -182,7 +182,7 @@ impl Cell {
         let mut text = match self.action {
             Action::Reject => "reject".to_owned(),
             Action::Drop => "drop".to_owned(),
-            Action::Packets => "left to packets".to_owned(),
+            Action::Packets => "left to nftables".to_owned(),
             Action::Forward => self.backends.iter().take(NAMED).cloned().collect::<Vec<_>>().join(","),
         };
         if self.backends.len() > NAMED {
@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_shows_who_gets_what() {
+    fn a_table_has_a_row_for_each_frontend() {
         let (state, owners) = state();
         let view = PlanView::new(&state, &owners, None).unwrap();
         insta::assert_snapshot!(view.render(Output::Table).unwrap(), @r"
@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn yaml_and_json_say_the_same_for_programs() {
+    fn yaml_and_json_hold_the_same_values() {
         let (state, owners) = state();
         let view = PlanView::new(&state, &owners, Some("default/web")).unwrap();
         let yaml = view.render(Output::Yaml).unwrap();
@@ -322,6 +322,6 @@ mod tests {
     fn a_service_without_frontends_is_an_error() {
         let (state, owners) = state();
         let error = PlanView::new(&state, &owners, Some("default/none")).unwrap_err();
-        assert_eq!(error.to_string(), "nothing would be programmed for the Service `default/none`");
+        assert_eq!(error.to_string(), "the Service `default/none` has no frontend on this node");
     }
 }

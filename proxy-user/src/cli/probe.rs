@@ -1,6 +1,6 @@
-//! `weir probe`: what this machine has for the eBPF data plane, for people and for programs.
+//! `weir probe`: which features of the socket plane this machine has, as a table or as JSON and YAML.
 //!
-//! In: a [`Probe`]. Out: a table, JSON or YAML.
+//! In: a [`Probe`]. Out: the text to print.
 
 use serde::Serialize;
 
@@ -10,32 +10,32 @@ use crate::{
     machine::probe::{Answer, Finding, Probe},
 };
 
-/// What is printed.
+/// The findings to print.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ProbeView {
-    /// Whether there can be an eBPF plane.
+    /// Whether the socket plane can run.
     usable: bool,
     #[serde(flatten)]
     probe: Probe,
 }
 
 impl ProbeView {
-    /// The view of a probe.
+    /// The view of `probe`.
     #[must_use]
     pub fn new(probe: Probe) -> Self {
         let usable = probe.is_usable();
         Self { usable, probe }
     }
 
-    /// Adds whether names can be answered, which is no question of the eBPF plane.
+    /// Adds whether weir can answer DNS here. The socket plane does not need that.
     #[must_use]
     pub fn with_names(mut self, device: Result<(), TunError>) -> Self {
         self.probe.findings.push(Finding {
             feature: "TUN devices".to_owned(),
             since: "",
             needed: false,
-            purpose: "With `--dns` names are answered on the node as long as weir has one; without it they are left to the cluster's \
-                      DNS Service.",
+            purpose: "With `--dns`, weir answers DNS on the node while it has a TUN device. Without one, the cluster's DNS \
+                      Service answers.",
             answer: match device {
                 Ok(()) => Answer::Yes,
                 Err(error) => Answer::No(format!("{:#}", anyhow::Error::from(error))),
@@ -44,7 +44,7 @@ impl ProbeView {
         self
     }
 
-    /// The text to print, with a newline at its end. Nothing in it is cut, whatever the terminal's width.
+    /// The text to print, with a newline at its end. Nothing is truncated to the terminal's width.
     ///
     /// # Errors
     ///
@@ -67,14 +67,14 @@ impl ProbeView {
     fn conclusion(&self) -> String {
         let kernel = &self.probe.kernel;
         match self.probe.lacking().count() {
-            0 => format!("Linux {kernel}: the eBPF data plane can be used."),
+            0 => format!("Linux {kernel}: the socket plane (eBPF) can be used."),
             1 => {
                 format!(
-                    "Linux {kernel}: the eBPF data plane cannot be used, because a needed feature is missing."
+                    "Linux {kernel}: the socket plane (eBPF) cannot be used, because a needed feature is missing."
                 )
             }
             count => format!(
-                "Linux {kernel}: the eBPF data plane cannot be used, because {count} needed features are missing."
+                "Linux {kernel}: the socket plane (eBPF) cannot be used, because {count} needed features are missing."
             ),
         }
     }
@@ -92,7 +92,7 @@ fn cells(finding: &Finding) -> Vec<String> {
     [feature, since, needed, found].map(str::to_owned).to_vec()
 }
 
-/// What follows where a feature was not found.
+/// The paragraph about a feature that was not found: the cause, and the consequence.
 fn note(finding: &Finding) -> Option<String> {
     let (Answer::No(why) | Answer::Unknown(why)) = &finding.answer else { return None };
     let why = if why.is_empty() { String::new() } else { format!("{why}. ") };
@@ -104,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_table_is_as_kubectls_and_ends_with_what_follows_from_it() {
+    fn the_table_has_kubectls_form_and_ends_with_the_conclusion() {
         let text =
             |lacking: &[(&str, bool)]| ProbeView::new(Probe::fixture(lacking)).render(Output::Table).unwrap();
         insta::assert_snapshot!(text(&[("bpffs at /b", true), ("bpf_set_retval", false)]), @r"
@@ -116,14 +116,14 @@ mod tests {
 
         bpf_set_retval: A test asks for it.
 
-        Linux 9.8.7: the eBPF data plane cannot be used, because a needed feature is missing.
+        Linux 9.8.7: the socket plane (eBPF) cannot be used, because a needed feature is missing.
         ");
         let last = |lacking: &[(&str, bool)]| text(lacking).lines().last().unwrap().to_owned();
-        assert_eq!(last(&[("bpf_set_retval", false)]), "Linux 9.8.7: the eBPF data plane can be used.");
+        assert_eq!(last(&[("bpf_set_retval", false)]), "Linux 9.8.7: the socket plane (eBPF) can be used.");
     }
 
     #[test]
-    fn programs_get_the_same_in_json() {
+    fn json_has_the_same_findings_as_the_table() {
         let view = ProbeView::new(Probe::fixture(&[("bpffs at /b", true)]));
         insta::assert_snapshot!(view.render(Output::Json).unwrap(), @r#"
         {
