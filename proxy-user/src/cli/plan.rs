@@ -147,8 +147,11 @@ impl Row {
             allowed_sources,
             answered_here,
         } = self;
-        let frontend =
-            if *answered_here { format!("{frontend} (answered on this node first)") } else { frontend.clone() };
+        let frontend = if *answered_here {
+            format!("{frontend} (answered on this node first)")
+        } else {
+            frontend.clone()
+        };
         let owner = match (service, port) {
             (None, _) => NONE.to_owned(),
             (Some(service), None) => service.clone(),

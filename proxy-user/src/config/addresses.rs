@@ -1,6 +1,7 @@
-//! Addresses as kube-proxy reads them: numbers with leading zeros, words for networks, and what they say of loopback ones.
+//! Addresses and `nodePortAddresses` as kube-proxy reads them: numbers with leading zeros, names for
+//! networks, and whether NodePorts answer on loopback addresses.
 //!
-//! In: what stands in a field. Out: addresses and networks.
+//! In: the text of a field. Out: addresses and networks.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -12,10 +13,10 @@ use super::{
 };
 use crate::model::{Family, LoopbackNodePorts, PerFamily};
 
-/// kube-proxy's gate for NodePorts on loopback addresses in its nftables mode.
+/// kube-proxy's feature gate for NodePorts on loopback addresses in its nftables mode.
 pub(super) const LOCALHOST_GATE: &str = "KubeProxyNFTablesLocalhostNodePorts";
 
-/// An address. Zeros before its decimal numbers mean nothing, as of old.
+/// Parses an address. Leading zeros of its decimal numbers are skipped, as Go's parser did before 1.17.
 pub(super) fn address_of(text: &str) -> Option<IpAddr> {
     text.parse().ok().or_else(|| {
         let number =
@@ -25,7 +26,7 @@ pub(super) fn address_of(text: &str) -> Option<IpAddr> {
     })
 }
 
-/// An address with a port, likewise.
+/// Parses an address with a port, with the same leniency.
 pub(super) fn socket_address_of(text: &str) -> Option<SocketAddr> {
     text.parse().ok().or_else(|| {
         let (address, port) = text.rsplit_once(':')?;
@@ -33,9 +34,10 @@ pub(super) fn socket_address_of(text: &str) -> Option<SocketAddr> {
     })
 }
 
-/// Whether NodePorts answer on the loopback address of a family. Networks that name it ask for that, as for kube-proxy's nftables
-/// mode (R18) unless its feature gate is off. For the sockets' plane it is enough that they hold it, as for kube-proxy's
-/// iptables mode (R13) unless that is switched off.
+/// Whether NodePorts answer on the loopback address of each family. A network that names the loopback address
+/// asks for it, as in kube-proxy's nftables mode (R18), unless its feature gate is off. The socket plane also
+/// answers if a network merely contains the address, as kube-proxy's iptables mode does (R13), unless
+/// `iptables.localhostNodePorts` is false.
 pub(super) fn loopback_node_ports(
     configuration: &Configuration,
     imitated: Mode,
@@ -48,7 +50,7 @@ pub(super) fn loopback_node_ports(
         let of_family = |network: &&IpNet| Family::of(network.addr()) == Family::of(loopback);
         let own: Vec<&IpNet> = setting.networks.iter().filter(of_family).collect();
         let holds = |network: &&IpNet| network.contains(&loopback);
-        // R14: a family without a network of its own serves on all addresses.
+        // R14: a family without a network of its own answers on all addresses.
         let is_held = if own.is_empty() { !setting.primary } else { own.iter().any(holds) };
         match own.iter().any(|network| network.prefix_len() > 0 && holds(network)) {
             true if may_be_asked => LoopbackNodePorts::Always,
@@ -59,7 +61,8 @@ pub(super) fn loopback_node_ports(
     PerFamily { v4: answers(Ipv4Addr::LOCALHOST.into()), v6: answers(Ipv6Addr::LOCALHOST.into()) }
 }
 
-/// What a word among `nodePortAddresses` stands for (R18), but `primary`, whose addresses only the Node tells.
+/// The networks of a name in `nodePortAddresses` (R18). `primary` is missing here, because its addresses are
+/// in the Node.
 pub(super) fn networks_of_word(text: &str) -> Option<[IpNet; 2]> {
     let network = |ip: IpAddr, len| IpNet::new_assert(ip, len).trunc();
     match text {

@@ -1,6 +1,7 @@
-//! The flags for answering names on the node.
+//! The flags of weir's DNS server.
 //!
-//! In: words of a command line. Out: a [`DnsConfig`] when `--dns` is given, or every wrong flag by its name.
+//! In: the arguments of a command line. Out: a [`DnsConfig`] if `--dns` is given, or a problem for each wrong
+//! flag.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -13,71 +14,74 @@ use ipnet::IpNet;
 use super::Problem;
 use crate::model::{DnsService, ObjectName, parse_address, parse_network};
 
-/// Flags that have an effect with `--dns` only. A configuration file has no fields for them.
+/// Flags that have an effect only with `--dns`. A configuration file has no fields for them.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Names")]
 pub struct DnsArgs {
-    /// Answer the cluster's names on this node, in front of the cluster's DNS Service
+    /// Answer DNS queries for the cluster's names on this node, in front of the cluster's DNS Service
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
           action = clap::ArgAction::Set, hide_possible_values = true, hide_default_value = true, value_name = "BOOL")]
     pub(super) dns: bool,
-    /// The cluster's domain
+    /// DNS domain of the cluster
     #[arg(long, value_name = "DOMAIN", default_value = "cluster.local")]
     dns_domain: String,
-    /// The cluster's DNS Service, whose ClusterIPs are answered here [default: kube-system/kube-dns, else
-    /// openshift-dns/dns-default, else the oldest in kube-system with the label k8s-app=kube-dns]
+    /// The cluster's DNS Service; weir answers at its ClusterIPs [default: kube-system/kube-dns, else
+    /// openshift-dns/dns-default, else the oldest Service in kube-system with the label k8s-app=kube-dns]
     #[arg(long, value_name = "NAMESPACE/NAME")]
     dns_service: Option<String>,
-    /// Own address at which names are answered too, link-local so that it is this node's everywhere
+    /// Link-local address of this node at which weir answers too
     #[arg(long, value_name = "IP", default_value = "169.254.20.53")]
     dns_address: String,
-    /// Which servers are asked for other names [default: the DNS Service's endpoints; without such a Service, /etc/resolv.conf's]
+    /// Servers for all other names [default: the DNS Service's endpoints; without such a Service, the servers
+    /// in /etc/resolv.conf]
     #[arg(long, value_name = "IP[:PORT],…", value_delimiter = ',')]
     dns_upstream: Vec<String>,
-    /// Networks answered besides this node's pods and itself; 0.0.0.0/0 and ::/0 for everybody
+    /// Networks of further clients; this node and its pods are always answered. 0.0.0.0/0 and ::/0 allow
+    /// every client
     #[arg(long, value_name = "CIDR,…", value_delimiter = ',')]
     dns_clients: Vec<String>,
-    /// Queries a second that one address may send
+    /// Queries that one address may send in a second
     #[arg(long, value_name = "N", default_value = "20000")]
     dns_rate: NonZeroU32,
-    /// How long clients may keep answers, in seconds
+    /// TTL of answers, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = clap::value_parser!(u32).range(0..=3600))]
     dns_ttl: u32,
-    /// Answer names of pods made of their addresses, such as 10-244-0-5.default.pod.cluster.local
+    /// Answer pod names made of an address, such as 10-244-0-5.default.pod.cluster.local
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true",
           action = clap::ArgAction::Set, hide_possible_values = true, value_name = "BOOL")]
     dns_pods: bool,
-    /// Let trafficDistribution count for headless Services: near endpoints alone, if there are any
+    /// Apply trafficDistribution to headless Services: answer only with near endpoints if there are any
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
           action = clap::ArgAction::Set, hide_possible_values = true, value_name = "BOOL")]
     dns_topology: bool,
 }
 
-/// How names are answered.
+/// The settings of weir's DNS server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DnsConfig {
-    /// The cluster's domain, in lower case, without a dot at its end.
+    /// The cluster's domain, in lower case, without the final dot.
     pub domain: String,
     /// The cluster's DNS Service.
     pub service: DnsService,
-    /// An address of our own.
+    /// The link-local address.
     pub address: IpAddr,
-    /// Who is upstream; empty for the Service's endpoints, and without any those of resolv.conf.
+    /// The servers for other names. If empty: the endpoints of the DNS Service, or the servers in resolv.conf
+    /// if there is no such Service.
     pub upstream: Vec<SocketAddr>,
-    /// Who is answered besides this node's pods and itself.
+    /// Networks of clients besides this node and its pods.
     pub clients: Vec<IpNet>,
-    /// Queries a second from one address.
+    /// Queries that one address may send in a second.
     pub rate: NonZeroU32,
-    /// How long answers may be kept, in seconds.
+    /// TTL of answers, in seconds.
     pub ttl: u32,
-    /// Whether pods have names.
+    /// Whether pod names made of an address are answered.
     pub pods: bool,
-    /// Whether near endpoints come alone.
+    /// Whether `trafficDistribution` applies to headless Services.
     pub topology: bool,
 }
 
 impl DnsArgs {
-    /// What the flags say; nothing without `--dns`.
+    /// Checks the flags. `None` without `--dns`.
     pub(super) fn resolve(&self, problems: &mut Vec<Problem>) -> Option<DnsConfig> {
         let Self {
             dns,
@@ -149,7 +153,8 @@ impl DnsArgs {
     }
 }
 
-/// IPv6's own link-local addresses need a zone, which a resolver's configuration does not have everywhere.
+/// fc00::/7 counts as link-local here, because addresses in fe80::/10 need a zone, which not every resolver's
+/// configuration can express.
 fn is_link_local(address: &IpAddr) -> bool {
     match address {
         IpAddr::V4(address) => address.is_link_local(),
@@ -182,13 +187,13 @@ mod tests {
     }
 
     #[test]
-    fn without_the_flag_there_are_no_names() {
+    fn without_the_flag_there_is_no_dns() {
         assert_eq!(read(""), (None, vec![]));
         assert_eq!(read("--dns=false --dns-domain !!"), (None, vec![]));
     }
 
     #[test]
-    fn everything_has_a_default() {
+    fn every_setting_has_a_default() {
         let (config, problems) = read("--dns");
         assert_eq!(problems, Vec::<String>::new());
         assert_eq!(
@@ -208,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_given_counts() {
+    fn given_values_replace_the_defaults() {
         let (config, _) = read(
             "--dns --dns-domain Corp.Example. --dns-service dns/coredns --dns-upstream 192.0.2.1,[2001:db8::1]:5353 \
              --dns-clients 192.0.2.0/24 --dns-ttl 30 --dns-pods=false --dns-topology",
@@ -224,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn each_wrong_flag_is_named() {
+    fn a_problem_names_each_wrong_flag() {
         let (_, problems) = read(
             "--dns --dns-domain a..b --dns-service dns --dns-address 192.0.2.1 --dns-upstream dns.example \
              --dns-clients 10.0.0.0",

@@ -1,13 +1,12 @@
-//! The configuration in kube-proxy's own format with every default filled in: what `/configz` serves and
-//! `--write-config-to` writes.
+//! The configuration in kube-proxy's own format with all defaults, for `/configz` and `--write-config-to`.
 //!
-//! In: the fields as given in a file or by flags. Out: a whole KubeProxyConfiguration.
+//! In: the fields as given in a file or by flags. Out: a complete KubeProxyConfiguration.
 
 use serde_json::{Map, Value, json};
 
 use super::{GoDuration, file::is_zero};
 
-/// Fields in which zero is a value, so that only a missing one has the default.
+/// Fields in which zero is a value, so that only a missing field gets the default.
 const ZERO_IS_A_VALUE: [&str; 8] = [
     "conntrack.maxPerCore",
     "conntrack.min",
@@ -19,11 +18,11 @@ const ZERO_IS_A_VALUE: [&str; 8] = [
     "oomScoreAdj",
 ];
 
-/// A whole document from the fields `given`, of which those that are not known are left out.
-pub(super) fn whole(given: &Value) -> Value {
+/// The complete document made of the fields `given`. Unknown fields are left out.
+pub(super) fn complete(given: &Value) -> Value {
     let mut document = overlay(&defaults(), given, "");
     if let Value::Object(fields) = &mut document {
-        // As kube-proxy has it, which leaves these out when nothing is in them.
+        // kube-proxy omits the field if no gate is set.
         if let Some(gates) = given.get("featureGates").filter(|gates| !is_zero(gates)) {
             fields.insert("featureGates".to_owned(), gates.clone());
         }
@@ -49,7 +48,7 @@ fn overlay(default: &Value, given: &Value, path: &str) -> Value {
     }
 }
 
-/// What kube-proxy has where nothing is given, except that both blocks of rules show their defaults whatever the mode.
+/// kube-proxy's defaults, except that both blocks of rules show their defaults in every mode.
 fn defaults() -> Value {
     let rules =
         json!({"masqueradeAll": false, "masqueradeBit": 14, "minSyncPeriod": "1s", "syncPeriod": "30s"});
@@ -97,9 +96,10 @@ mod tests {
         tests::{file, file_with, flags},
     };
 
-    /// What kube-proxy v1.36.3 writes for this file, as far as its mode's block and those without a mode are concerned.
+    /// The expected text is kube-proxy v1.36.3's for this file, in the block of its mode and in the blocks of
+    /// no mode.
     #[test]
-    fn p7_the_document_is_whole_and_written_as_kube_proxy_writes_it() {
+    fn p7_the_document_is_complete_and_equals_kube_proxys() {
         let loaded = file(
             "bindAddress: '::'\nhealthzBindAddress: 192.0.2.1\niptables: {syncPeriod: 90s, minSyncPeriod: 1500ms, \
              localhostNodePorts: false, masqueradeBit: 0}\nconntrack: {maxPerCore: 0, tcpEstablishedTimeout: 0s, min: null}\n\
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn a_document_that_is_written_loads_as_what_it_was_written_of() {
+    fn a_written_document_loads_as_the_same_configuration() {
         let line =
             "--cluster-cidr 10.0.0.0/8 --proxy-mode nftables --iptables-sync-period 5s --conntrack-min 7";
         let written = flags(line).unwrap();
@@ -158,7 +158,7 @@ mod tests {
         let mut file = NamedTempFile::new().unwrap();
         write!(file, "{text}").unwrap();
         let read = flags(&format!("--config {}", file.path().display())).unwrap();
-        // What kube-proxy has by default is a wish once it is written down.
+        // A default of kube-proxy becomes an explicit setting once it is written down.
         let config = Config { oom_score_adj: None, request_limit: None, file: None, ..read.config };
         assert_eq!(config, written.config);
         assert_eq!(read.warnings, [""; 0]);

@@ -1,25 +1,25 @@
-//! Durations as kube-proxy reads and writes them, in files and flags: `30s`, `1h30m`, `500ms`.
+//! Durations as kube-proxy reads and writes them in files and flags: `30s`, `1h30m`, `500ms`.
 //!
-//! In: text as Go's `time.ParseDuration` takes it, and no other: what kube-proxy refuses must not work here and fail on the
-//! way back. Out: nanoseconds, with a sign until they are checked.
+//! In: text that Go's `time.ParseDuration` accepts, and no other, because a configuration that works with
+//! weir must also work with kube-proxy. Out: nanoseconds, with a sign until the field is checked.
 
 use std::{fmt, str::FromStr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-/// A duration that may be negative until it is checked, in nanoseconds.
+/// A duration in nanoseconds, which may be negative until the field is checked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct GoDuration(i64);
 
 impl GoDuration {
-    /// The duration, if it is not negative.
+    /// The duration, or `None` if it is negative.
     #[must_use]
     pub fn positive(self) -> Option<Duration> {
         u64::try_from(self.0).ok().map(Duration::from_nanos)
     }
 
-    /// Whether it is no time at all, which most fields take for "not set".
+    /// Whether it is zero, which means "not set" in most fields.
     #[must_use]
     pub fn is_zero(self) -> bool {
         self.0 == 0
@@ -27,7 +27,7 @@ impl GoDuration {
 }
 
 impl From<GoDuration> for String {
-    /// As kube-proxy writes it: `1h0m0s`, `1.5s`, `10ms`.
+    /// Writes it as kube-proxy does: `1h0m0s`, `1.5s`, `10ms`.
     fn from(GoDuration(duration): GoDuration) -> Self {
         let (sign, nanoseconds) = (if duration < 0 { "-" } else { "" }, duration.unsigned_abs());
         let fraction = |unit: u64, nanoseconds: u64| {
@@ -60,7 +60,7 @@ impl From<Duration> for GoDuration {
     }
 }
 
-/// Text that is no duration.
+/// The text is not a duration.
 #[derive(Debug, thiserror::Error)]
 #[error("`{0}` is not a duration such as 30s, 5m or 1h30m")]
 pub struct NotADuration(String);
@@ -91,10 +91,11 @@ const SECOND: u64 = 1_000_000_000;
 const MINUTE: u64 = 60 * SECOND;
 const HOUR: u64 = 60 * MINUTE;
 
-/// The most nanoseconds that a sum may have before its sign is looked at.
+/// The limit of a sum of nanoseconds before its sign is applied.
 const MOST: u64 = 1 << 63;
 
-/// Reads `[-+]?([0-9]*(\.[0-9]*)?[a-z]+)+`, in the steps of Go's `time.ParseDuration`, so that both agree on every text.
+/// Reads `[-+]?([0-9]*(\.[0-9]*)?[a-z]+)+` in the same steps as Go's `time.ParseDuration`, so that both
+/// accept the same texts and round alike.
 fn parse(text: &str) -> Option<i64> {
     let (negative, mut rest) = match text.strip_prefix('-') {
         Some(rest) => (true, rest),
@@ -115,7 +116,7 @@ fn parse(text: &str) -> Option<i64> {
     if negative { 0_i64.checked_sub_unsigned(sum) } else { i64::try_from(sum).ok() }
 }
 
-/// The first number with its unit, in nanoseconds, and the text after it.
+/// Reads the first number with its unit. Returns it in nanoseconds, and the text after it.
 fn part(text: &str) -> Option<(u64, &str)> {
     let (whole, rest) = digits(text);
     let (fraction, rest) = rest.strip_prefix('.').map_or(("", rest), digits);
@@ -126,7 +127,7 @@ fn part(text: &str) -> Option<(u64, &str)> {
     let (unit, rest) = rest.split_at(end);
     let unit = match unit {
         "ns" => 1,
-        // The micro sign, and the Greek letter.
+        // The micro sign, and the Greek letter mu.
         "us" | "\u{b5}s" | "\u{3bc}s" => 1_000,
         "ms" => 1_000_000,
         "s" => SECOND,
@@ -139,7 +140,7 @@ fn part(text: &str) -> Option<(u64, &str)> {
     Some((whole.checked_add(share(fraction, unit))?, rest))
 }
 
-/// What the digits after a point are of a unit. Those that are too many to count are left out.
+/// The nanoseconds of the digits after a point. Digits beyond the limit are ignored, as in Go.
 fn share(digits: &str, unit: u64) -> u64 {
     let (mut value, mut scale) = (0_u64, 1.0_f64);
     for digit in digits.bytes().map(|byte| u64::from(byte - b'0')) {
@@ -178,7 +179,7 @@ mod tests {
         }
     }
 
-    /// What Go's `time.ParseDuration` answers.
+    /// The expected results are those of Go's `time.ParseDuration`.
     #[test]
     fn durations_are_read_as_kube_proxy_reads_them() {
         let nanoseconds = |text: &str| text.parse::<GoDuration>().map(|GoDuration(it)| it);
@@ -241,7 +242,7 @@ mod tests {
             "2562047h47m16.854775808s",
             "99999999999999999999s",
         ] {
-            assert!(nanoseconds(text).is_err(), "{text:?} is taken");
+            assert!(nanoseconds(text).is_err(), "{text:?} is accepted");
         }
     }
 }

@@ -1,7 +1,7 @@
-//! The KubeProxyConfiguration file, version v1alpha1 (section 5).
+//! The KubeProxyConfiguration file, version v1alpha1.
 //!
-//! In: text. Out: a [`Configuration`] with the fields that mean something here, unchecked beyond their types, and a
-//! warning for each field that means nothing.
+//! In: text. Out: a [`Configuration`] with the fields that weir uses, of which only the types are checked,
+//! and a warning for each field that has no effect.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -13,7 +13,8 @@ use super::{
     tree::{self, Tree},
 };
 
-/// The fields that are honoured. Missing, null and the type's zero value all mean "not set", as for kube-proxy.
+/// The fields that weir uses. A missing field, null and the zero value of its type all mean "not set", as for
+/// kube-proxy.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(default, rename_all = "camelCase", expecting = "a mapping of fields to values")]
 pub(super) struct Configuration {
@@ -38,7 +39,7 @@ pub(super) struct Configuration {
     pub(super) node_port_addresses: Vec<String>,
     pub(super) conntrack: Conntrack,
     pub(super) oom_score_adj: Option<i32>,
-    /// Only flags can turn a server off: in the file an empty address is the default one.
+    /// Set by flags only: in a file, an empty address means the default.
     #[serde(skip)]
     pub(super) healthz_off: bool,
     #[serde(skip)]
@@ -49,7 +50,7 @@ pub(super) struct Configuration {
 #[serde(default, expecting = "a mapping of fields to values")]
 pub(super) struct ClientConnection {
     pub(super) kubeconfig: String,
-    /// Requests a second, and how many at once. 0 is not set; less than 0 is without limit.
+    /// Requests per second, and the size of a burst. 0 means not set; a negative number means no limit.
     pub(super) qps: f64,
     pub(super) burst: i32,
 }
@@ -61,11 +62,11 @@ pub(super) struct Logging {
     pub(super) verbosity: u32,
 }
 
-/// The iptables block: the settings of [`Rules`], and one more.
+/// The iptables block: the settings of [`Rules`] and `localhostNodePorts`.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(default, rename_all = "camelCase", expecting = "a mapping of fields to values")]
 pub(super) struct Iptables {
-    /// Not set means yes.
+    /// Not set means true.
     pub(super) localhost_node_ports: Option<bool>,
     pub(super) masquerade_bit: Option<i32>,
     pub(super) masquerade_all: bool,
@@ -79,7 +80,7 @@ impl Iptables {
         Self { localhost_node_ports, masquerade_bit, masquerade_all, sync_period, min_sync_period }
     }
 
-    /// What the block shares with the nftables one.
+    /// The settings that the nftables block has too.
     pub(super) fn rules(&self) -> Rules {
         let Self { masquerade_bit, masquerade_all, sync_period, min_sync_period, .. } = *self;
         Rules { masquerade_bit, masquerade_all, sync_period, min_sync_period }
@@ -124,7 +125,7 @@ pub(super) struct Conntrack {
     pub(super) udp_stream_timeout: GoDuration,
 }
 
-/// A word that is none of those a field takes.
+/// The word is not one of those that the field accepts.
 #[derive(Debug, thiserror::Error)]
 #[error("`{given}` is not one of {known}")]
 pub(super) struct UnknownWord {
@@ -132,7 +133,7 @@ pub(super) struct UnknownWord {
     known: &'static str,
 }
 
-/// `mode` and `--proxy-mode`: kube-proxy's modes and our own.
+/// `mode` and `--proxy-mode`: the modes of kube-proxy and of weir.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(try_from = "String", into = "&'static str")]
 pub(super) enum Mode {
@@ -172,14 +173,14 @@ impl TryFrom<String> for Mode {
             _ => {
                 return Err(UnknownWord {
                     given,
-                    known: "auto, ebpf, nftables, iptables, ipvs and the empty word",
+                    known: "auto, ebpf, nftables, iptables, ipvs and the empty string",
                 });
             }
         })
     }
 }
 
-/// `detectLocalMode`; not set means the cluster's networks.
+/// `detectLocalMode`. Not set means `ClusterCIDR`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(try_from = "String", into = "&'static str")]
 pub(super) enum DetectLocalMode {
@@ -218,7 +219,8 @@ impl TryFrom<String> for DetectLocalMode {
     }
 }
 
-/// kube-proxy's fields that mean nothing here, each with its default, which is worth no warning.
+/// kube-proxy's fields that have no effect here, each with its default. A field that has its default causes
+/// no warning.
 const WITHOUT_EFFECT: [(&str, &str); 16] = [
     ("clientConnection.acceptContentTypes", ""),
     ("clientConnection.contentType", "application/vnd.kubernetes.protobuf"),
@@ -238,12 +240,12 @@ const WITHOUT_EFFECT: [(&str, &str); 16] = [
     ("logging.vmodule", ""),
 ];
 
-/// Reads the file's text, into what is honoured and all that is given. Fields that are not known, given twice or without
-/// effect make a warning, and so does a document after the first.
+/// Reads the text of a file. Returns the fields that weir uses, and everything that was given. Each field
+/// that is unknown, given twice or without effect adds a warning, and so does a document after the first.
 ///
 /// # Errors
 ///
-/// When the text is no YAML, is something else than a KubeProxyConfiguration v1alpha1, or a field has the wrong type.
+/// When the text is not YAML or not a KubeProxyConfiguration v1alpha1, or a field has the wrong type.
 pub(super) fn parse(
     file: &Path,
     text: &str,
@@ -253,14 +255,14 @@ pub(super) fn parse(
         .map_err(|error| Error::Syntax { file: file.to_owned(), message: error.to_string() })?;
     let name = file.display();
     if more {
-        warnings.push(format!("{name}: more than one document is here; only the first one counts"));
+        warnings.push(format!("{name}: the file has more than one document; weir reads only the first"));
     }
     warnings.extend(
-        twice.into_iter().map(|field| format!("{name}: {field} is given twice; the last one counts")),
+        twice.into_iter().map(|field| format!("{name}: {field} is given twice; the last value counts")),
     );
 
     if !tree.is_object() {
-        return Err(problem(file, ".", "this is not a mapping of fields to values".to_owned()));
+        return Err(problem(file, ".", "the document is not a mapping of fields to values".to_owned()));
     }
     let mut unread = Vec::new();
     let mut note = |path: serde_ignored::Path<'_>| unread.push(path.to_string());
@@ -311,7 +313,7 @@ fn unread_warning(tree: &Value, field: &str) -> Option<String> {
     (!usual).then(|| format!("{field} has no effect here (it is set to {text})"))
 }
 
-/// Whether kube-proxy takes the value for "not set"; kubeadm writes such values for everything.
+/// Whether kube-proxy takes the value as "not set"; kubeadm writes such values for every field.
 pub(super) fn is_zero(value: &Value) -> bool {
     match value {
         Value::Null => true,

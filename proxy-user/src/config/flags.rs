@@ -1,7 +1,8 @@
-//! The flags of `weir run` and `weir plan`: kube-proxy's and a few of our own.
+//! The flags of `weir run` and `weir plan`: kube-proxy's and a few of weir's own.
 //!
-//! In: words of a command line. Out: [`ConfigArgs`], which [`super::load`] turns into a configuration. Flags come in
-//! three groups: those that win over a configuration file, those that it replaces, and those that have no effect here.
+//! In: the arguments of a command line. Out: [`ConfigArgs`], which [`super::load`] turns into a
+//! configuration. There are three groups of flags: those that override a configuration file, those that a
+//! file replaces, and those that have no effect.
 
 use std::path::PathBuf;
 
@@ -15,52 +16,52 @@ use super::{
     },
 };
 
-/// Every flag that ends up in a [`super::Config`].
+/// Every flag that a [`super::Config`] is made of.
 #[derive(Args, Clone, Debug)]
 pub struct ConfigArgs {
-    /// KubeProxyConfiguration file (v1alpha1). Flags under "Ignored with --config" then have no effect
+    /// KubeProxyConfiguration file (v1alpha1). The flags under "Ignored with --config" then have no effect
     #[arg(long = "config", value_name = "FILE")]
     pub(super) file: Option<PathBuf>,
-    /// Name of this node's Node object [default: the host's name]
+    /// Name of this node's Node object [default: the host name]
     #[arg(long, value_name = "NODE", env = "NODE_NAME")]
     pub(super) hostname_override: Option<String>,
     /// Data plane: auto, ebpf or nftables. kube-proxy's iptables and ipvs mean auto
     #[arg(long, value_name = "MODE", value_parser = mode)]
     pub(super) proxy_mode: Option<Mode>,
-    /// Read objects from a directory instead of an API server: manifests:DIR
+    /// Read objects from a directory of manifests instead of an API server: manifests:DIR
     #[arg(long, value_name = "manifests:DIR", value_parser = manifests)]
     pub(super) source: Option<PathBuf>,
-    /// Ranges from which --source gives ClusterIPs to Services that have none
+    /// Ranges from which --source allocates ClusterIPs to Services that have none
     #[arg(long, value_name = "CIDR", value_delimiter = ',')]
     pub(super) service_cidr: Vec<String>,
-    /// File that --source writes the given ClusterIPs to
+    /// File to which --source writes the allocated ClusterIPs
     #[arg(long, value_name = "FILE")]
     pub(super) manifest_status: Option<PathBuf>,
     /// API servers to use instead of the kubeconfig's, separated by commas
     #[arg(long, value_name = "URL", value_delimiter = ',')]
     pub(super) master: Vec<String>,
-    /// Remove what kube-proxy left in the kernel once everything is programmed
+    /// Remove what kube-proxy left in the kernel once weir has programmed everything
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true",
           action = ArgAction::Set, hide_possible_values = true, value_name = "BOOL")]
     pub(super) take_over: bool,
-    /// Where the kernel's objects are.
+    /// Where the pinned objects are.
     #[command(flatten)]
     pub kernel: KernelArgs,
-    /// Logging.
+    /// Log settings.
     #[command(flatten)]
     pub log: LogArgs,
-    /// Names.
+    /// The DNS server.
     #[command(flatten)]
     pub(super) dns: DnsArgs,
-    /// What a file replaces.
+    /// Flags that a file replaces.
     #[command(flatten)]
     pub(super) replaced: ReplacedByFile,
-    /// What has no effect.
+    /// Flags without effect.
     #[command(flatten)]
     pub(super) ignored: IgnoredFlags,
 }
 
-/// Where the kernel's objects are.
+/// Where the kernel objects of the socket plane are.
 #[derive(Args, Clone, Debug)]
 pub struct KernelArgs {
     /// Root of the cgroup v2 tree [default: where it is mounted]
@@ -72,7 +73,7 @@ pub struct KernelArgs {
 }
 
 impl KernelArgs {
-    /// The root of the cgroup v2 tree: the one given, else where the host has it mounted, else where it would be.
+    /// The root of the cgroup v2 tree: the flag, else the host's mount, else its usual path.
     #[must_use]
     pub fn cgroup_root(&self, host: &Host) -> PathBuf {
         let given = self.cgroup_root.as_ref().or(host.cgroup_root.as_ref());
@@ -80,7 +81,7 @@ impl KernelArgs {
     }
 }
 
-/// How much is logged, and how.
+/// Verbosity and format of the log.
 #[derive(Args, Clone, Debug)]
 pub struct LogArgs {
     /// Log verbosity: 4 adds debug messages, 5 and more add traces
@@ -92,7 +93,7 @@ pub struct LogArgs {
 }
 
 impl LogArgs {
-    /// What the flags alone say, for a command without a configuration.
+    /// The log settings of a command without a configuration file.
     #[must_use]
     pub fn config(&self) -> LogConfig {
         let json = self.logging_format.as_deref() == Some("json");
@@ -100,7 +101,7 @@ impl LogArgs {
     }
 }
 
-/// Flags that a configuration file replaces altogether, as kube-proxy's do.
+/// Flags that a configuration file replaces as a whole, as for kube-proxy.
 #[derive(Args, Clone, Debug, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[command(next_help_heading = "Ignored with --config")]
@@ -111,37 +112,38 @@ pub struct ReplacedByFile {
     /// Networks of the cluster's pods, at most one for each family
     #[arg(long, value_name = "CIDR[,CIDR]")]
     cluster_cidr: Option<String>,
-    /// How local pods are told: ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix
+    /// How to recognize traffic of local pods: ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix
     #[arg(long, value_name = "MODE", value_parser = detect_local_mode)]
     #[serde(serialize_with = "is_given")]
     detect_local_mode: Option<DetectLocalMode>,
-    /// The bridge that pods are behind
+    /// Bridge interface of the pods, for BridgeInterface
     #[arg(long, value_name = "NAME")]
     pod_bridge_interface: Option<String>,
-    /// How the names of pods' interfaces start
+    /// Prefix of the names of the pods' interfaces, for InterfaceNamePrefix
     #[arg(long, value_name = "PREFIX")]
     pod_interface_name_prefix: Option<String>,
-    /// Where NodePorts answer: networks of node addresses, and the words primary, localhost and all
+    /// Node addresses at which NodePorts answer: networks, and the names primary, localhost and all
     #[arg(long, value_name = "CIDR,…", value_delimiter = ',')]
     nodeport_addresses: Option<Vec<String>>,
-    /// With the eBPF plane: let processes of this node reach NodePorts on 127.0.0.1 and ::1 [default: true]
+    /// With the socket plane (eBPF): NodePorts also answer processes of this node on 127.0.0.1 and ::1
+    /// [default: true]
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL",
           hide_possible_values = true)]
     iptables_localhost_nodeports: Option<bool>,
-    /// Masquerade everything sent to ClusterIPs
+    /// Masquerade all traffic to ClusterIPs
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL",
           hide_possible_values = true)]
     masquerade_all: Option<bool>,
-    /// Bit of the packet mark that asks for masquerading, 0 to 31 [default: 14]
+    /// Bit of the packet mark that requests masquerading, 0 to 31 [default: 14]
     #[arg(long, value_name = "BIT", allow_hyphen_values = true)]
     iptables_masquerade_bit: Option<i32>,
-    /// Overrides the node's primary address; no socket is bound to it
+    /// Overrides the node's primary address; weir does not bind to it
     #[arg(long, value_name = "IP")]
     bind_address: Option<String>,
-    /// Where /healthz and /livez are served; empty turns them off [default: 0.0.0.0:10256]
+    /// Address of /healthz and /livez; empty turns them off [default: 0.0.0.0:10256]
     #[arg(long, value_name = "IP:PORT")]
     healthz_bind_address: Option<String>,
-    /// Where /metrics and /proxyMode are served; empty turns them off [default: 127.0.0.1:10249]
+    /// Address of /metrics and /proxyMode; empty turns them off [default: 127.0.0.1:10249]
     #[arg(long, value_name = "IP:PORT")]
     metrics_bind_address: Option<String>,
     /// Deprecated: port of --healthz-bind-address; 0 turns it off
@@ -150,65 +152,66 @@ pub struct ReplacedByFile {
     /// Deprecated: port of --metrics-bind-address; 0 turns it off
     #[arg(long, value_name = "PORT")]
     metrics_port: Option<u16>,
-    /// End when a port cannot be listened on instead of trying again
+    /// Exit if a port is in use, instead of trying again
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL",
           hide_possible_values = true)]
     bind_address_hard_fail: Option<bool>,
-    /// Delay before a failed programming is tried again [default: 30s]
+    /// Delay before weir retries a failed update of the kernel [default: 30s]
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
     #[serde(serialize_with = "is_given")]
     iptables_sync_period: Option<GoDuration>,
-    /// Accepted; changes are applied at once whatever it says
+    /// Accepted without effect, because weir applies every change at once
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
     #[serde(serialize_with = "is_given")]
     iptables_min_sync_period: Option<GoDuration>,
-    /// The same in the mode ipvs
+    /// The same as --iptables-sync-period, for the mode ipvs
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
     #[serde(serialize_with = "is_given")]
     ipvs_sync_period: Option<GoDuration>,
-    /// Accepted, as --iptables-min-sync-period
+    /// Accepted without effect, as --iptables-min-sync-period
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
     #[serde(serialize_with = "is_given")]
     ipvs_min_sync_period: Option<GoDuration>,
-    /// Networks whose virtual servers of IPVS are not kube-proxy's: when its ipvs mode is taken over from, they stay
+    /// Networks whose IPVS virtual servers weir keeps when it takes over from kube-proxy's ipvs mode
     #[arg(long, value_name = "CIDR,…", value_delimiter = ',')]
     ipvs_exclude_cidrs: Option<Vec<String>>,
-    /// Connections to track for each CPU; 0 leaves the kernel's limit alone [default: 32768]
+    /// Connections to track for each CPU; 0 keeps the kernel's limit [default: 32768]
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     conntrack_max_per_core: Option<i32>,
-    /// Connections to track at least, whatever the number of CPUs [default: 131072]
+    /// Minimum of connections to track, independent of the number of CPUs [default: 131072]
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     conntrack_min: Option<i32>,
-    /// How long an idle established TCP connection is tracked; 0 leaves it alone [default: 24h]
+    /// Conntrack timeout of an idle established TCP connection; 0 keeps the kernel's [default: 24h]
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
     #[serde(serialize_with = "is_given")]
     conntrack_tcp_timeout_established: Option<GoDuration>,
-    /// How long a TCP connection in CLOSE_WAIT is tracked; 0 leaves it alone [default: 1h]
+    /// Conntrack timeout of a TCP connection in CLOSE_WAIT; 0 keeps the kernel's [default: 1h]
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
     #[serde(serialize_with = "is_given")]
     conntrack_tcp_timeout_close_wait: Option<GoDuration>,
-    /// Track TCP connections also where packets are out of their window
+    /// Let conntrack accept TCP packets outside the window
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL",
           hide_possible_values = true)]
     conntrack_tcp_be_liberal: Option<bool>,
-    /// How long a UDP flow without an answer is tracked; 0 leaves it alone
+    /// Conntrack timeout of a UDP flow without a reply; 0 keeps the kernel's
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
     #[serde(serialize_with = "is_given")]
     conntrack_udp_timeout: Option<GoDuration>,
-    /// How long a UDP flow with answers is tracked; 0 leaves it alone
+    /// Conntrack timeout of a UDP flow with replies; 0 keeps the kernel's
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
     #[serde(serialize_with = "is_given")]
     conntrack_udp_timeout_stream: Option<GoDuration>,
-    /// How ready the kernel is to kill the agent when memory runs out, -1000 to 1000 [default: -999]
+    /// Score for the kernel's OOM killer, -1000 (never killed) to 1000 (killed first) [default: -999]
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     oom_score_adj: Option<i32>,
-    /// Requests a second to the API server [default: no limit]
+    /// Requests to the API server per second [default: no limit]
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     kube_api_qps: Option<f64>,
-    /// Requests at once, with --kube-api-qps [default: 10]
+    /// Burst of requests, with --kube-api-qps [default: 10]
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     kube_api_burst: Option<i32>,
-    /// Feature gates as NAME=BOOL; only AllowServiceExternalIPs and KubeProxyNFTablesLocalhostNodePorts have an effect
+    /// Feature gates as NAME=BOOL; only AllowServiceExternalIPs and KubeProxyNFTablesLocalhostNodePorts have
+    /// an effect
     #[arg(long, value_name = "NAME=BOOL,…", value_delimiter = ',', value_parser = feature_gate)]
     feature_gates: Option<Vec<(String, bool)>>,
 }
@@ -224,7 +227,7 @@ fn detect_local_mode(text: &str) -> Result<DetectLocalMode, super::file::Unknown
 fn manifests(text: &str) -> Result<PathBuf, String> {
     match text.strip_prefix("manifests:") {
         Some(dir) if !dir.is_empty() => Ok(dir.into()),
-        _ => Err("the only source to name is `manifests:DIR`".to_owned()),
+        _ => Err("the only accepted form is `manifests:DIR`".to_owned()),
     }
 }
 
@@ -232,7 +235,7 @@ fn feature_gate(text: &str) -> Result<(String, bool), String> {
     if text.is_empty() {
         return Ok(Default::default());
     }
-    let (name, value) = text.split_once('=').ok_or("it has no `=`")?;
+    let (name, value) = text.split_once('=').ok_or("`=` is missing")?;
     let value = value.trim().parse().map_err(|_| format!("`{value}` is not true or false"))?;
     Ok((name.trim().to_owned(), value))
 }
@@ -251,9 +254,9 @@ impl ReplacedByFile {
         flags.into_iter().filter(|(_, value)| !value.is_null()).map(|(name, _)| format!("--{name}")).collect()
     }
 
-    /// What a file with the same settings would hold.
+    /// The fields of a file with the same settings.
     pub(super) fn to_configuration(&self) -> Configuration {
-        // The flags are named after iptables and mean the mode nftables too.
+        // The flags are named after iptables and apply to the mode nftables too.
         let rules = Rules {
             masquerade_bit: self.iptables_masquerade_bit,
             masquerade_all: self.masquerade_all.unwrap_or_default(),
@@ -313,7 +316,7 @@ impl ReplacedByFile {
     }
 }
 
-/// The address of a server from its flag and the deprecated one for the port alone.
+/// The address of a server, from its flag and from the deprecated flag for its port.
 fn listen(address: &Option<String>, port: Option<u16>, default: &str) -> String {
     match (address, port) {
         (address, None) => address.clone().unwrap_or_default(),
@@ -325,7 +328,7 @@ fn listen(address: &Option<String>, port: Option<u16>, default: &str) -> String 
     }
 }
 
-/// kube-proxy's switches that have no effect here.
+/// kube-proxy's boolean flags that have no effect here.
 const IGNORED_SWITCHES: [&str; 4] =
     ["ipvs-strict-arp", "log-json-split-stream", "log-text-split-stream", "profiling"];
 
@@ -346,12 +349,12 @@ const IGNORED_VALUES: [&str; 13] = [
     "vmodule",
 ];
 
-/// Flags of kube-proxy that are taken so that its command lines work, and have no effect.
+/// Flags of kube-proxy that are accepted so that its command lines work, and that have no effect.
 #[derive(Clone, Debug, Default)]
 pub struct IgnoredFlags(Vec<&'static str>);
 
 impl IgnoredFlags {
-    /// One sentence that names those given.
+    /// One warning that names the flags that were given, or none.
     pub(super) fn warnings(&self) -> Vec<String> {
         let names: Vec<_> = self.0.iter().map(|name| format!("--{name}")).collect();
         if names.is_empty() {

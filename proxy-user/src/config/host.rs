@@ -1,6 +1,7 @@
-//! What the machine itself says.
+//! Facts about this machine that the configuration uses as defaults.
 //!
-//! In: files under `/proc`. Out: a [`Host`], of which [`super::load`] takes what neither file nor flags give.
+//! In: files under `/proc`. Out: a [`Host`]; [`super::load`] uses it for what neither the file nor a flag
+//! gives.
 
 use std::{
     ffi::OsString,
@@ -11,20 +12,21 @@ use std::{
 
 use crate::model::PerFamily;
 
-/// What the machine itself says.
+/// Facts about this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Host {
     /// The operating system's host name.
     pub name: String,
-    /// The families the kernel has (R17).
+    /// The address families that the kernel supports (R17).
     pub families: PerFamily<bool>,
-    /// Where cgroup v2 is mounted, if it is: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` beside version 1. Of
-    /// several mounts the one that shows most of the tree.
+    /// Where cgroup v2 is mounted: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` beside version 1. If there
+    /// are several mounts, the one that shows most of the tree. `None` if there is none.
     pub cgroup_root: Option<PathBuf>,
 }
 
 impl Host {
-    /// Asks this machine. What cannot be read is empty or absent; [`super::load`] complains only where it needs it.
+    /// Reads the facts of this machine. A value that cannot be read is empty or `None`; [`super::load`]
+    /// reports it only if it needs the value.
     #[must_use]
     pub fn this() -> Self {
         let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
@@ -36,7 +38,7 @@ impl Host {
     }
 }
 
-/// The cgroup v2 mount that reaches highest, from the text of a `mountinfo` file (proc(5)).
+/// The cgroup v2 mount that shows most of the tree, from the text of a `mountinfo` file (proc(5)).
 fn cgroup_root(mounts: &str) -> Option<PathBuf> {
     let mount = |line: &str| {
         let (before, after) = line.split_once(" - ")?;
@@ -44,12 +46,12 @@ fn cgroup_root(mounts: &str) -> Option<PathBuf> {
         let (root, point) = (fields.next()?, fields.next()?);
         (after.split(' ').next()? == "cgroup2").then(|| (depth(&unescaped(root)), unescaped(point)))
     };
-    // Of equals `min_by_key` has the first, which is what was there before somebody bound it elsewhere.
+    // `min_by_key` returns the first of equal mounts, which is the original and not a bind mount of it.
     mounts.lines().filter_map(mount).min_by_key(|(depth, _)| *depth).map(|(_, point)| point)
 }
 
-/// How far below the cgroup this process takes for the root a directory is; negative above it, where a container sees
-/// a mount of the host.
+/// How far a directory is below the cgroup that this process takes for the root. Negative for one above it,
+/// as a container sees in a mount of the host.
 fn depth(root: &Path) -> isize {
     root.components().fold(0, |depth, component| match component {
         Component::ParentDir => depth - 1,
@@ -58,7 +60,7 @@ fn depth(root: &Path) -> isize {
     })
 }
 
-/// A path as mountinfo has it, with blanks and backslashes as three octal digits.
+/// A path of mountinfo, in which blanks and backslashes are three octal digits.
 fn unescaped(field: &str) -> PathBuf {
     let mut bytes = Vec::with_capacity(field.len());
     let mut rest = field;
@@ -84,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_cgroup_root_is_where_version_2_is_mounted() {
+    fn the_cgroup_root_is_the_mount_of_version_2_that_shows_most() {
         let proc = "22 1 0:20 / /proc rw - proc proc rw\n";
         let unified = "30 25 0:26 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n";
         let legacy = "31 25 0:27 / /sys/fs/cgroup/memory rw shared:10 - cgroup cgroup rw,memory\n";
@@ -97,7 +99,7 @@ mod tests {
             (vec![proc, legacy], None),
             (vec![proc, unified], Some("/sys/fs/cgroup")),
             (vec![legacy, hybrid], Some("/sys/fs/cgroup/unified")),
-            // In a container, which has a mount of its own and one of the host's.
+            // A container that has its own mount and one of the host.
             (vec![own, hosts], Some("/host/cgroup")),
             (vec![unified, namespaced], Some("/host s/cg")),
             (vec![unified, hosts], Some("/sys/fs/cgroup")),
@@ -108,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_escape_stays_as_it_is() {
+    fn backslashes_without_three_octal_digits_stay() {
         assert_eq!(unescaped(r"/a\040b\134c\9\"), Path::new(r"/a b\c\9\"));
     }
 }

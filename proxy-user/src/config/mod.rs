@@ -1,7 +1,8 @@
-//! What the agent is told to do: a KubeProxyConfiguration file or kube-proxy's flags, in one plain [`Config`].
+//! The configuration: a KubeProxyConfiguration file or kube-proxy's flags become one plain [`Config`].
 //!
 //! In: [`ConfigArgs`] from the command line, the file that `--config` names, and the [`Host`]. Out: a checked
-//! [`Config`] with the warnings to log once logging is set up, or an [`Error`] that names every wrong field at once.
+//! [`Config`] with warnings to log once logging is set up, or an [`Error`] that names every wrong field at
+//! once.
 //!
 //! ```text
 //! ConfigArgs ──with --config──▶ file ─────┐
@@ -32,15 +33,15 @@ pub use duration::GoDuration;
 pub use flags::{ConfigArgs, IgnoredFlags, KernelArgs, LogArgs, ReplacedByFile};
 pub use host::Host;
 
-/// Which data plane is asked for.
+/// The data plane that the user asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ProxyMode {
-    /// The best one that this kernel has.
+    /// The socket plane if this kernel can run it, else nftables alone.
     #[default]
     Auto,
-    /// eBPF or nothing.
+    /// The socket plane, or an error if the kernel cannot run it.
     Ebpf,
-    /// nftables or nothing.
+    /// The nftables plane alone.
     Nftables,
 }
 
@@ -49,157 +50,160 @@ pub enum ProxyMode {
 pub enum SourceConfig {
     /// An API server.
     Kubernetes {
-        /// The kubeconfig file; `None` means the service account of the pod this runs in.
+        /// The kubeconfig file. `None` means the service account of the pod that weir runs in.
         kubeconfig: Option<PathBuf>,
-        /// Addresses of API servers that replace the kubeconfig's; empty keeps that one.
+        /// API servers that replace the kubeconfig's. Empty keeps the kubeconfig's.
         servers: Vec<String>,
     },
     /// A directory of manifests.
     Manifests {
         /// The directory.
         dir: PathBuf,
-        /// Where Services without a ClusterIP get theirs from.
+        /// Ranges from which Services without a ClusterIP get one.
         service_ranges: Vec<IpNet>,
-        /// Where the allocated addresses are written to.
+        /// The file that the allocated addresses are written to.
         status_file: Option<PathBuf>,
     },
 }
 
-/// How much is logged, and in what form.
+/// Verbosity and format of the log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LogConfig {
     /// kube-proxy's `-v`: 4 adds debug messages, 5 and more add traces.
     pub verbosity: u32,
-    /// One JSON object a line instead of text.
+    /// Whether each line is a JSON object instead of text.
     pub json: bool,
 }
 
-/// What is set of connection tracking, as kube-proxy sets it; `None` leaves the kernel's value alone.
+/// Settings of connection tracking, as kube-proxy applies them. `None` keeps the kernel's value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Conntrack {
-    /// Connections to track for each CPU. Without it there is no limit to set.
+    /// Connections to track for each CPU. Without it no limit is set.
     pub max_per_core: Option<u32>,
-    /// Connections to track at least, whatever the number of CPUs.
+    /// Minimum of connections to track, independent of the number of CPUs.
     pub min: u32,
     /// How long an idle established TCP connection is kept.
     pub tcp_established_timeout: Option<Duration>,
     /// How long a TCP connection in CLOSE_WAIT is kept.
     pub tcp_close_wait_timeout: Option<Duration>,
-    /// Whether TCP packets outside the window are let through.
+    /// Whether TCP packets outside the window are accepted.
     pub tcp_be_liberal: bool,
-    /// How long a UDP flow without an answer is kept.
+    /// How long a UDP flow without a reply is kept.
     pub udp_timeout: Option<Duration>,
-    /// How long a UDP flow with answers is kept.
+    /// How long a UDP flow with replies is kept.
     pub udp_stream_timeout: Option<Duration>,
 }
 
-/// How often the API server is asked at most.
+/// A limit on the rate of requests to the API server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RequestLimit {
-    /// So many requests,
+    /// The number of requests in one window.
     pub requests: u64,
-    /// in each stretch of time as long as this.
+    /// The length of a window.
     pub window: Duration,
 }
 
-/// Everything the agent is told, checked.
+/// The checked configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// What the model and the plan need: the node's name (flag, else file, else the host's name; trimmed, in lower
-    /// case), how pods are told, masquerading, NodePort addresses, families. Unset, NodePort addresses are what the
-    /// imitated kube-proxy mode has (R15): `primary` for nftables, every address for iptables, ipvs and no mode at all,
-    /// which is what kubeadm installs.
+    /// Settings of the model and the plan: the node's name (flag, else file, else the host name; trimmed, in
+    /// lower case), how local pods are recognized, masquerading, NodePort addresses, families. The default of
+    /// the NodePort addresses is that of the imitated kube-proxy mode (R15): `primary` for nftables; every
+    /// address for iptables, ipvs and no mode at all, which is what kubeadm installs.
     pub model: Settings,
     /// Where objects come from.
     pub source: SourceConfig,
-    /// How names are answered on this node; `None` not at all.
+    /// Settings of the DNS server; `None` if weir answers no DNS.
     pub dns: Option<DnsConfig>,
-    /// The data plane asked for.
+    /// The data plane that the user asked for.
     pub mode: ProxyMode,
-    /// Where `/healthz` and `/livez` are served (P1, P4); `None` nowhere.
+    /// Address of `/healthz` and `/livez` (P1, P4); `None` if they are off.
     pub healthz: Option<SocketAddr>,
-    /// Where `/metrics` and `/proxyMode` are served (P5 to P7); `None` nowhere.
+    /// Address of `/metrics` and `/proxyMode` (P5 to P7); `None` if they are off.
     pub metrics: Option<SocketAddr>,
-    /// Whether a failure to listen ends the agent instead of being retried (P8).
+    /// Whether the agent exits if a port is in use, instead of trying again (P8).
     pub bind_hard_fail: bool,
-    /// The delay before a failed programming is tried again in full. Twice this is the health timeout (P2).
+    /// The delay before a failed update of the kernel is retried in full. Twice this is the health timeout
+    /// (P2).
     pub sync_period: Duration,
-    /// The least time between two kube-proxy syncs. Accepted so that files load; applying a change costs so little
-    /// here that nothing waits for it.
+    /// The least time between two syncs of kube-proxy. Accepted so that files load, and not used, because
+    /// applying a change is cheap here.
     pub min_sync_period: Duration,
-    /// Connection tracking settings.
+    /// Settings of connection tracking.
     pub conntrack: Conntrack,
-    /// How ready the kernel is to kill the agent when memory runs out; `None` is the default, whose failure is no news.
+    /// The score for the kernel's OOM killer. `None` means the default, and a failure to set the default is
+    /// not logged.
     pub oom_score_adj: Option<i32>,
     /// The limit of requests to the API server, if there is one.
     pub request_limit: Option<RequestLimit>,
-    /// Logging.
+    /// Verbosity and format of the log.
     pub log: LogConfig,
-    /// Whether what kube-proxy left is removed once ours is in force, except virtual servers of IPVS in these networks.
+    /// Whether weir removes what kube-proxy left once its own state is in force. The value holds networks
+    /// whose IPVS virtual servers are kept.
     pub take_over: Option<Vec<IpNet>>,
-    /// The configuration file, if this comes from one.
+    /// The configuration file, if there is one.
     pub file: Option<PathBuf>,
-    /// The directory of our pinned BPF objects, on a bpffs.
+    /// The directory of pinned BPF objects, on a bpffs.
     pub bpf_root: PathBuf,
-    /// The root of the cgroup v2 tree, whose sockets the eBPF plane serves.
+    /// The root of the cgroup v2 tree to which the socket plane attaches.
     pub cgroup_root: PathBuf,
 }
 
-/// A configuration, and what its author should hear about it.
+/// A configuration with its warnings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Loaded {
     /// The configuration.
     pub config: Config,
-    /// One sentence for each thing that was ignored or read differently than kube-proxy would.
+    /// One sentence for each setting that was ignored or that weir reads differently than kube-proxy.
     pub warnings: Vec<String>,
-    /// The whole of it in kube-proxy's format, defaults filled in (P7).
+    /// The configuration in kube-proxy's format with all defaults (P7).
     pub document: serde_json::Value,
 }
 
-/// One field that cannot be used.
+/// A field that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{place}: {complaint}")]
 pub struct Problem {
     /// The file and the field in it, or the flag.
     pub place: String,
-    /// What is wrong with it, with the value given.
+    /// What is wrong, with the value that was given.
     pub complaint: String,
 }
 
-/// Why there is no configuration.
+/// Why a configuration could not be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file cannot be read.
     #[error("cannot read the configuration file `{}`", file.display())]
     Read {
-        /// The file.
+        /// The path of the file.
         file: PathBuf,
-        /// Why.
+        /// The error of the read.
         #[source]
         source: std::io::Error,
     },
     /// The file is not YAML or JSON.
     #[error("{}: {message}", file.display())]
     Syntax {
-        /// The file.
+        /// The path of the file.
         file: PathBuf,
-        /// What the parser says, with line and column.
+        /// The parser's message, with line and column.
         message: String,
     },
-    /// Fields are wrong; every one that was found is here.
+    /// Every wrong field that was found.
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
     Invalid(Vec<Problem>),
 }
 
-/// The configuration of a command line on a host. With `--config` the file counts, and of the flags only those that
-/// win over it; without, the flags do.
+/// Loads the configuration of a command line on a host. With `--config` the file counts, and only the flags
+/// that override it; without `--config` the flags count.
 ///
 /// # Errors
 ///
 /// When the file cannot be read, or a field or flag has a value that cannot be used.
 pub fn load(args: &ConfigArgs, host: &Host) -> Result<Loaded, Error> {
     let mut warnings = args.ignored.warnings();
-    let (configuration, tree, origin) = match &args.file {
+    let (configuration, tree, written_in) = match &args.file {
         Some(path) => {
             let replaced = args.replaced.given();
             if !replaced.is_empty() {
@@ -211,15 +215,15 @@ pub fn load(args: &ConfigArgs, host: &Host) -> Result<Loaded, Error> {
             let text =
                 std::fs::read_to_string(path).map_err(|source| Error::Read { file: path.clone(), source })?;
             let (configuration, tree) = file::parse(path, &text, &mut warnings)?;
-            (configuration, tree, resolve::Origin::File(path.clone()))
+            (configuration, tree, resolve::WrittenIn::File(path.clone()))
         }
         None => {
             let configuration = args.replaced.to_configuration();
             let tree = serde_json::to_value(&configuration).unwrap_or_default();
-            (configuration, tree, resolve::Origin::Flags)
+            (configuration, tree, resolve::WrittenIn::Flags)
         }
     };
-    let (config, warnings) = resolve::resolve(&configuration, args, &origin, host, warnings)?;
+    let (config, warnings) = resolve::resolve(&configuration, args, &written_in, host, warnings)?;
     let document = resolve::document(&tree, &configuration, args, &config);
     Ok(Loaded { config, warnings, document })
 }

@@ -1,12 +1,14 @@
-//! From fields as written to a checked [`Config`].
+//! Turns the fields as written into a checked [`Config`].
 //!
-//! In: a [`Configuration`] from file or flags, the flags that win over it, the host. Out: a [`Config`], or every
-//! [`Problem`] found, each under the name its author used: a field of the file or a flag.
+//! In: a [`Configuration`] from a file or from flags, the flags that override it, the host. Out: a
+//! [`Config`], or every [`Problem`] found, each under the name that the user wrote: a field of the file or a
+//! flag.
 //!
-//! `mode` says which kube-proxy mode is imitated: its block supplies sync periods and masquerade settings (nftables
-//! from its own; no mode, iptables and ipvs from the iptables one, ipvs with its own periods), and the default of
-//! `nodePortAddresses` is that mode's (R15). Our own modes `auto` and `ebpf` imitate what kube-proxy does without a
-//! mode. With a file, its `mode` is imitated even where `--proxy-mode` chooses the data plane.
+//! `mode` decides which kube-proxy mode is imitated. The block of that mode supplies sync periods and
+//! masquerade settings: nftables has its own block; no mode, iptables and ipvs use the iptables block, and
+//! ipvs has its own periods. The default of `nodePortAddresses` is that mode's too (R15). weir's own modes
+//! `auto` and `ebpf` imitate kube-proxy without a mode. With a file, the file's `mode` is imitated even if
+//! `--proxy-mode` chooses the data plane.
 
 use std::{
     fmt::Display,
@@ -30,14 +32,14 @@ const HEALTHZ_PORT: u16 = 10256;
 const METRICS_PORT: u16 = 10249;
 const EXTERNAL_IPS_GATE: &str = "AllowServiceExternalIPs";
 
-/// Who wrote a [`Configuration`].
-pub(super) enum Origin {
+/// Where a [`Configuration`] was written.
+pub(super) enum WrittenIn {
     File(PathBuf),
     Flags,
 }
 
-impl Origin {
-    /// What the author calls a field.
+impl WrittenIn {
+    /// The name of a field in that place.
     fn place(&self, field: &str) -> String {
         match self {
             Self::File(file) => format!("{}: {field}", file.display()),
@@ -77,18 +79,18 @@ fn flag_of(field: &str) -> &str {
     }
 }
 
-/// Checks everything, and puts it together.
+/// Checks all fields and builds the configuration.
 pub(super) fn resolve(
     configuration: &Configuration,
     args: &ConfigArgs,
-    origin: &Origin,
+    written_in: &WrittenIn,
     host: &Host,
     warnings: Vec<String>,
 ) -> Result<(Config, Vec<String>), Error> {
-    let mut check = Check { origin, problems: Vec::new(), warnings };
-    let imitated = match origin {
-        Origin::File(_) => configuration.mode,
-        Origin::Flags => args.proxy_mode.unwrap_or_default(),
+    let mut check = Check { written_in, problems: Vec::new(), warnings };
+    let imitated = match written_in {
+        WrittenIn::File(_) => configuration.mode,
+        WrittenIn::Flags => args.proxy_mode.unwrap_or_default(),
     };
     let rules = check.rules(configuration, imitated);
     let bind_address = check.bind_address(&configuration.bind_address);
@@ -141,14 +143,14 @@ pub(super) fn resolve(
     if check.problems.is_empty() { Ok((config, check.warnings)) } else { Err(Error::Invalid(check.problems)) }
 }
 
-/// The whole of it in kube-proxy's format: the fields as given, what wins over them, and defaults.
+/// The configuration in kube-proxy's format: the fields as given, the flags that override them, and defaults.
 pub(super) fn document(
     tree: &Value,
     configuration: &Configuration,
     args: &ConfigArgs,
     config: &Config,
 ) -> Value {
-    let mut document = document::whole(tree);
+    let mut document = document::complete(tree);
     let address = |address: Option<SocketAddr>| address.map(|it| it.to_string()).unwrap_or_default();
     let name = args.hostname_override.as_ref().filter(|name| !name.is_empty());
     let mode = match args.proxy_mode.unwrap_or(configuration.mode) {
@@ -169,7 +171,7 @@ pub(super) fn document(
     document
 }
 
-/// What the imitated mode's block says.
+/// The settings in the block of the imitated mode.
 struct ModeBlock {
     masquerade_all: bool,
     masquerade_bit: u8,
@@ -177,17 +179,17 @@ struct ModeBlock {
     min_sync_period: Duration,
 }
 
-/// Collects problems, so that an author hears of all of them at once. After a problem a check returns any value; the
-/// configuration it would go into is never made.
+/// Collects problems, so that the user sees all of them at once. After a problem a check returns an arbitrary
+/// value, which is never used, because no configuration is built then.
 struct Check<'a> {
-    origin: &'a Origin,
+    written_in: &'a WrittenIn,
     problems: Vec<Problem>,
     warnings: Vec<String>,
 }
 
 impl Check<'_> {
     fn reject(&mut self, field: &str, complaint: impl Display) {
-        self.problems.push(Problem { place: self.origin.place(field), complaint: complaint.to_string() });
+        self.problems.push(Problem { place: self.written_in.place(field), complaint: complaint.to_string() });
     }
 
     fn node_name(&mut self, args: &ConfigArgs, configuration: &Configuration, host: &Host) -> String {
@@ -195,7 +197,7 @@ impl Check<'_> {
         let file = configuration.hostname_override.as_str();
         let (place, given) = match (flag, file) {
             ("", "") => ("the host's name".to_owned(), host.name.as_str()),
-            ("", file) => (self.origin.place("hostnameOverride"), file),
+            ("", file) => (self.written_in.place("hostnameOverride"), file),
             (flag, _) => ("--hostname-override".to_owned(), flag),
         };
         let name = given.trim().to_lowercase();
@@ -240,10 +242,10 @@ impl Check<'_> {
     }
 
     fn mode(&mut self, args: &ConfigArgs, configuration: &Configuration) -> ProxyMode {
-        let (place, given) = match (args.proxy_mode, self.origin) {
+        let (place, given) = match (args.proxy_mode, self.written_in) {
             (Some(mode), _) => ("--proxy-mode".to_owned(), mode),
-            (None, Origin::File(_)) => (self.origin.place("mode"), configuration.mode),
-            (None, Origin::Flags) => return ProxyMode::Auto,
+            (None, WrittenIn::File(_)) => (self.written_in.place("mode"), configuration.mode),
+            (None, WrittenIn::Flags) => return ProxyMode::Auto,
         };
         let kube_proxys = match given {
             Mode::Auto => return ProxyMode::Auto,
@@ -254,7 +256,7 @@ impl Check<'_> {
             Mode::Ipvs => "ipvs",
         };
         self.warnings.push(format!(
-            "{place}: {kube_proxys} means auto here; without eBPF, NodePorts answer on 127.0.0.1 only where nodePortAddresses name localhost"
+            "{place}: {kube_proxys} means auto here; without eBPF, NodePorts answer on 127.0.0.1 only if nodePortAddresses contains localhost"
         ));
         ProxyMode::Auto
     }
@@ -272,7 +274,7 @@ impl Check<'_> {
             _ => (name, sync_period, min_sync_period, 1),
         };
         let (sync_period, min_sync_period) = self.periods(periods, sync, min, Duration::from_secs(least));
-        // kube-proxy judges that of iptables in every mode.
+        // kube-proxy checks the iptables block in every mode.
         if name != "iptables" {
             self.bit("iptables", configuration.iptables.masquerade_bit);
         }
@@ -330,14 +332,15 @@ impl Check<'_> {
 
     fn interface(&mut self, field: &str, name: &str) -> String {
         if name.is_empty() {
-            self.reject(field, "the chosen way to tell local pods needs a name here");
+            self.reject(field, "the chosen detectLocalMode needs a name here");
         }
         name.to_owned()
     }
 
-    /// What kube-proxy looks at in its mode ipvs alone keeps no agent from starting in another one.
+    /// The networks of `ipvs.excludeCIDRs`. In other modes than ipvs a wrong one is only a warning, because
+    /// kube-proxy reads the field in that mode only.
     fn excluded(&mut self, configuration: &Configuration, imitated: Mode) -> Vec<IpNet> {
-        let place = self.origin.place("ipvs.excludeCIDRs");
+        let place = self.written_in.place("ipvs.excludeCIDRs");
         let before = self.problems.len();
         let networks = self.networks(&place, &configuration.ipvs.exclude_cidrs);
         if imitated != Mode::Ipvs {
@@ -348,7 +351,7 @@ impl Check<'_> {
     }
 
     fn cluster_cidrs(&mut self, given: &str) -> Vec<IpNet> {
-        let place = self.origin.place("clusterCIDR");
+        let place = self.written_in.place("clusterCIDR");
         let parts: Vec<String> = given.split(',').map(str::to_owned).collect();
         let networks = self.networks(&place, &parts);
         let v4 = networks.iter().filter(|network| matches!(network, IpNet::V4(_))).count();
@@ -371,16 +374,16 @@ impl Check<'_> {
             let earlier = &given[..index];
             match (text.as_str(), networks_of_word(text)) {
                 ("primary", _) | (_, Some(_)) if earlier.contains(text) => {
-                    self.reject(&field, format_args!("`{text}` stands there twice"));
+                    self.reject(&field, format_args!("`{text}` is given twice"));
                 }
                 ("primary", _) => setting.primary = true,
                 (_, Some(networks)) => setting.networks.extend(networks),
                 (_, None) => match text.parse::<IpNet>() {
                     Ok(network) => setting.networks.push(network.trunc()),
                     Err(_) => {
-                        let words = "primary, localhost and all";
+                        let names = "primary, localhost and all";
                         let complaint = format_args!(
-                            "`{text}` is neither a network such as 192.0.2.0/24 nor one of the words {words}"
+                            "`{text}` is neither a network such as 192.0.2.0/24 nor one of the names {names}"
                         );
                         self.reject(&field, complaint);
                     }
@@ -424,7 +427,7 @@ impl Check<'_> {
         address
     }
 
-    /// What of connection tracking is to be set. 0 leaves the kernel's value alone; what is not given has kube-proxy's
+    /// The settings of connection tracking. 0 keeps the kernel's value; a missing field has kube-proxy's
     /// default.
     fn conntrack(&mut self, given: &file::Conntrack) -> Conntrack {
         let mut limit = |field: &str, given: Option<i32>, default: u32| {
@@ -442,7 +445,7 @@ impl Check<'_> {
             if kept.is_none() {
                 self.reject(&format!("conntrack.{field}"), format_args!("{given} is less than 0"));
             }
-            // Whole seconds, which is what the kernel takes.
+            // The kernel's unit is whole seconds.
             kept.filter(|timeout| timeout.as_secs() > 0)
         };
         let tcp_established_timeout =
@@ -477,9 +480,9 @@ impl Check<'_> {
                 1
             }),
         };
-        // A limit of less than a request an hour is a slip, and no agent could work with it.
+        // Less than one request an hour is a mistake, and no agent could work with it.
         if qps > 0.0 && qps < 1.0 / 3600.0 {
-            self.reject("clientConnection.qps", format_args!("{qps} is next to nothing"));
+            self.reject("clientConnection.qps", format_args!("{qps} is less than one request an hour"));
             return None;
         }
         let window = (qps > 0.0).then(|| Duration::try_from_secs_f64(burst as f64 / qps).ok()).flatten();

@@ -1,5 +1,5 @@
-//! YAML as kube-proxy reads it: the first document alone counts, with or without a byte order mark before it; a key given
-//! twice counts the last time; null is the same as nothing.
+//! YAML as kube-proxy reads it: only the first document counts, a byte order mark before it is skipped, of a
+//! repeated key the last value counts, and null means that the field is not set.
 //!
 //! In: text. Out: a JSON tree, and what was left out of it, for warnings.
 
@@ -8,7 +8,7 @@ use std::{cell::RefCell, fmt};
 use serde::de::{Deserialize as _, DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
-/// The fields that are true or false, wherever they stand.
+/// The boolean fields, without their path.
 const BOOLEANS: [&str; 9] = [
     "bindAddressHardFail",
     "enableDSR",
@@ -21,39 +21,39 @@ const BOOLEANS: [&str; 9] = [
     "windowsRunAsService",
 ];
 
-/// What a text says.
+/// The content of a YAML text.
 pub(super) struct Tree {
     /// The first document.
     pub(super) root: Value,
     /// The paths of keys that are given more than once.
     pub(super) twice: Vec<String>,
-    /// Whether another document follows that says something, right or wrong.
+    /// Whether another document with content follows, valid or not.
     pub(super) more: bool,
 }
 
-/// Reads `text`.
+/// Parses `text`.
 pub(super) fn read(text: &str) -> Result<Tree, serde_yaml_ng::Error> {
     let duplicates = RefCell::new(Vec::new());
-    let place = Place { path: String::new(), duplicates: &duplicates };
-    // A byte order mark, as some editors put it, is for the parser a character of the first word.
+    let visitor = FieldVisitor { path: String::new(), duplicates: &duplicates };
+    // The parser would take a byte order mark, which some editors write, for a character of the first word.
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut documents = serde_yaml_ng::Deserializer::from_str(text);
-    let root = documents.next().map_or(Ok(Value::Null), |first| first.deserialize_any(place))?;
-    let says_something =
+    let root = documents.next().map_or(Ok(Value::Null), |first| first.deserialize_any(visitor))?;
+    let has_content =
         |document| serde_yaml_ng::Value::deserialize(document).map_or(true, |value| !value.is_null());
-    let more = documents.any(says_something);
+    let more = documents.any(has_content);
     Ok(Tree { root, twice: duplicates.into_inner(), more })
 }
 
 #[derive(Clone)]
-struct Place<'a> {
+struct FieldVisitor<'a> {
     path: String,
     duplicates: &'a RefCell<Vec<String>>,
 }
 
-impl Place<'_> {
-    /// What a word of YAML 1.1 says where a field is true or false; later YAML takes it for text.
-    fn truth(&self, word: &str) -> Option<bool> {
+impl FieldVisitor<'_> {
+    /// The value of a YAML 1.1 boolean word in a boolean field. Later YAML takes such a word as text.
+    fn boolean(&self, word: &str) -> Option<bool> {
         let field = self.path.rsplit('.').next().unwrap_or_default();
         if !self.path.starts_with("featureGates.") && !BOOLEANS.contains(&field) {
             return None;
@@ -71,7 +71,7 @@ impl Place<'_> {
     }
 }
 
-impl<'de> DeserializeSeed<'de> for Place<'_> {
+impl<'de> DeserializeSeed<'de> for FieldVisitor<'_> {
     type Value = Value;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
@@ -79,7 +79,7 @@ impl<'de> DeserializeSeed<'de> for Place<'_> {
     }
 }
 
-impl<'de> Visitor<'de> for Place<'_> {
+impl<'de> Visitor<'de> for FieldVisitor<'_> {
     type Value = Value;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -113,14 +113,14 @@ impl<'de> Visitor<'de> for Place<'_> {
     }
 
     fn visit_str<E>(self, value: &str) -> Result<Value, E> {
-        Ok(self.truth(value).map_or_else(|| value.into(), Value::Bool))
+        Ok(self.boolean(value).map_or_else(|| value.into(), Value::Bool))
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
         let mut sequence = Vec::new();
         loop {
-            let place = Self { path: format!("{}[{}]", self.path, sequence.len()), ..self.clone() };
-            match items.next_element_seed(place)? {
+            let visitor = Self { path: format!("{}[{}]", self.path, sequence.len()), ..self.clone() };
+            match items.next_element_seed(visitor)? {
                 Some(item) => sequence.push(item),
                 None => return Ok(Value::Array(sequence)),
             }
@@ -131,11 +131,11 @@ impl<'de> Visitor<'de> for Place<'_> {
         let mut map = Map::new();
         let mut seen = std::collections::BTreeSet::new();
         while let Some(key) = entries.next_key::<String>()? {
-            let place = self.key(&key);
+            let visitor = self.key(&key);
             if !seen.insert(key.clone()) {
-                self.duplicates.borrow_mut().push(place.path.clone());
+                self.duplicates.borrow_mut().push(visitor.path.clone());
             }
-            let value = entries.next_value_seed(place.clone()).map_err(A::Error::custom)?;
+            let value = entries.next_value_seed(visitor.clone()).map_err(A::Error::custom)?;
             if value.is_null() {
                 map.remove(&key);
             } else {
