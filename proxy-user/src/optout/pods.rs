@@ -1,7 +1,7 @@
-//! The pods of this node whose sockets are left alone.
+//! The pods of this node that opt out of the socket plane.
 //!
-//! In: [`PodChange`]s in any order. Out: [`Bypassed`]. What is known of a pod is a few words, and only a namespace that
-//! says something is remembered.
+//! In: [`PodChange`]s in any order. Out: [`Bypassed`]. Only a few words of each pod are stored, and only
+//! namespaces that decide something.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -10,38 +10,39 @@ use rustc_hash::FxHashMap;
 use super::{Namespace, Pod, Reason, SocketLb};
 use crate::model::{Change, Kind, ObjectName, PodChange, PodObject, Problem, report};
 
-/// This node's pods and what namespaces say of them.
+/// This node's pods, and the namespaces that decide for their pods.
 #[derive(Debug, Default)]
 pub struct Pods {
     pods: FxHashMap<ObjectName, Pod>,
     namespaces: FxHashMap<ObjectName, Namespace>,
-    /// What was complained of, because objects come again for many other reasons.
+    /// Problems that were logged, because an object arrives again at every change of another field.
     problems: FxHashMap<(Kind, ObjectName), Vec<Problem>>,
     synced: Vec<Kind>,
 }
 
-/// The pods whose sockets are left alone.
+/// The pods that the socket plane leaves alone.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Bypassed {
-    /// Whether that is all of them. Until then a pod that is missing may only not have been heard of yet.
+    /// Whether the list is complete. Until then a missing pod may just not have arrived yet.
     pub complete: bool,
-    /// By the UID in the name of the pod's cgroup.
+    /// Keyed by the UID in the name of the pod's cgroup.
     pub pods: BTreeMap<Arc<str>, BypassedPod>,
-    /// Pods of which nothing is said, by the same UID. They are left alone while a cluster runs in them.
+    /// Pods without a decision, keyed by the same UID. The socket plane leaves them alone while a cluster
+    /// runs in them.
     pub undecided: BTreeMap<Arc<str>, ObjectName>,
 }
 
-/// A pod whose sockets are left alone.
+/// A pod that the socket plane leaves alone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BypassedPod {
-    /// Namespace and name.
+    /// Namespace and name of the pod.
     pub name: ObjectName,
-    /// Why.
+    /// Why its sockets are left alone.
     pub reason: Reason,
 }
 
 impl Pods {
-    /// Takes in one change. Values that mean nothing are warned about once.
+    /// Takes in one change. A value that weir ignores is logged once.
     pub fn apply(&mut self, change: PodChange) {
         match change {
             Change::Apply(PodObject::Pod(object)) => {
@@ -81,7 +82,7 @@ impl Pods {
         }
     }
 
-    /// The pods whose sockets are left alone now.
+    /// Returns the pods that the socket plane leaves alone now.
     #[must_use]
     pub fn bypassed(&self) -> Bypassed {
         let silent = Namespace::default();

@@ -1,8 +1,8 @@
-//! Whether the sockets of one pod are led to backends, or left alone for the packet rules.
+//! Whether the socket plane serves a pod, or leaves its sockets alone, so that nftables serves the pod.
 //!
-//! In: a Pod and its Namespace. Out: [`SocketLb`]. Who says it in so many words, on the pod or else on the namespace, is
-//! obeyed. Otherwise pods are left alone whose sockets are not the host kernel's, and pods with a mesh inside their
-//! network namespace that has to see which Service was asked for.
+//! In: a Pod and its Namespace. Out: [`SocketLb`]. An annotation or label on the pod decides, else one on the
+//! namespace. Without either, weir leaves pods alone whose sockets are not in the host's kernel, and pods
+//! with a mesh inside their network namespace that needs the Service's address.
 
 use std::{fmt, sync::Arc};
 
@@ -10,32 +10,32 @@ use k8s_openapi::{api::core::v1 as api, apimachinery::pkg::apis::meta::v1::Objec
 
 use crate::model::{ObjectName, Problem};
 
-/// The annotation or label that decides, with the value `on` or `off`. Of the two the annotation counts.
+/// The annotation or label with the value `on` or `off`. An annotation overrides a label.
 pub const SOCKET_LB_KEY: &str = "weir.dev/socket-lb";
 
-/// Words of RuntimeClass names that stand for a kernel of the pod's own, be it in a virtual machine or in user space. What
-/// its processes connect to reaches this node as packets. Classes that only choose another low-level runtime or a device
-/// (`crun`, `nvidia`, `wasmtime`) use the host's sockets.
+/// Words in RuntimeClass names that mean a kernel of the pod's own, in a virtual machine or in user space.
+/// Connections from such a pod reach this node as packets. Classes that only select another low-level runtime
+/// or a device (`crun`, `nvidia`, `wasmtime`) use the host's sockets.
 const SANDBOXES: [&str; 8] =
     ["kata", "gvisor", "runsc", "firecracker", "hypervisor", "microvm", "edera", "urunc"];
 
-/// The label of Istio's and Kmesh's kind of mesh, on pods and namespaces. It is there before the pod's network is, other
-/// than the annotations by which they say that they are done.
+/// The label on pods and namespaces by which Istio ambient and Kmesh select them. It is set before the pod
+/// has a network, unlike the annotations by which they report success.
 const MESH_MODE_LABEL: &str = "istio.io/dataplane-mode";
-/// Its values that put a pod into a mesh, and that mesh.
+/// The values of the label that put a pod into a mesh, each with the name of the mesh.
 const MESH_MODES: [(&str, &str); 2] = [("ambient", "istio ambient"), ("Kmesh", "kmesh")];
 
-/// How a mesh shows in a pod.
+/// How to recognize that a pod is in a mesh.
 struct Mesh {
     name: &'static str,
-    /// A container, or init container, of this name.
+    /// The name of a container or init container.
     container: Option<&'static str>,
-    /// An annotation with this value, or with any.
+    /// An annotation with this value; `None` means any value.
     annotation: (&'static str, Option<&'static str>),
 }
 
-/// Meshes that redirect a pod's connections inside its network namespace and choose by the address asked for. With a
-/// backend's address they would let the connection through as none of theirs.
+/// Meshes that redirect a pod's connections inside its network namespace and route by the destination
+/// address. If that were a backend's address, they would pass the connection through unhandled.
 const MESHES: [Mesh; 6] = [
     Mesh { name: "istio", container: Some("istio-proxy"), annotation: ("sidecar.istio.io/status", None) },
     Mesh {
@@ -61,32 +61,32 @@ const MESHES: [Mesh; 6] = [
     Mesh { name: "kmesh", container: None, annotation: ("kmesh.net/redirection", Some("enabled")) },
 ];
 
-/// What happens to a pod's sockets.
+/// Whether the socket plane serves a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SocketLb {
-    /// They are led to backends.
+    /// It translates the pod's sockets.
     On,
-    /// They are left alone; the packet rules serve the pod.
+    /// It leaves them alone, and nftables serves the pod.
     Off(Reason),
 }
 
-/// Why a pod's sockets are left alone.
+/// The reason for leaving a pod's sockets alone.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reason {
-    /// The pod says so.
+    /// The pod's annotation or label is `off`.
     Pod,
-    /// Its namespace says so.
+    /// The namespace's annotation or label is `off`.
     Namespace,
-    /// It has a kernel of its own, by the name of this RuntimeClass.
+    /// The pod has a kernel of its own, according to the name of this RuntimeClass.
     Sandbox(Arc<str>),
-    /// This mesh is at work in it.
+    /// The pod is in this mesh.
     Mesh(&'static str),
-    /// A kubelet has cgroups in it.
+    /// A kubelet runs in the pod and has cgroups there.
     Cluster,
 }
 
 impl Reason {
-    /// The kind of reason in one word, for metrics.
+    /// The reason as the value of a metric's label.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
         match self {
@@ -117,12 +117,12 @@ enum Choice {
     Off,
 }
 
-/// A pod, as far as its sockets are concerned.
+/// The parts of a pod that decide about its sockets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pod {
-    /// Namespace and name.
+    /// Namespace and name of the pod.
     pub name: ObjectName,
-    /// The UID that is part of its cgroup's name: for a mirror pod that of the static pod it mirrors.
+    /// The UID in the name of the pod's cgroup. For a mirror pod it is the UID of the static pod.
     pub cgroup_uid: Arc<str>,
     choice: Option<Choice>,
     detected: Option<Reason>,
@@ -130,7 +130,7 @@ pub struct Pod {
     host_network: bool,
 }
 
-/// A namespace, as far as its pods' sockets are concerned. [`Namespace::default`] says nothing about them.
+/// The parts of a namespace that decide about its pods' sockets. The default decides nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Namespace {
     choice: Option<Choice>,
@@ -138,7 +138,8 @@ pub struct Namespace {
 }
 
 impl Pod {
-    /// Reads a Pod; adds values that mean nothing to `problems`. `None` without a UID, which no pod in a cluster lacks.
+    /// Reads a Pod and adds values that weir ignores to `problems`. `None` without a UID, which every pod in
+    /// a cluster has.
     #[must_use]
     pub fn read(object: &api::Pod, problems: &mut Vec<Problem>) -> Option<Self> {
         let cgroup_uid = cgroup_uid(&object.metadata)?.into();
@@ -155,7 +156,7 @@ impl Pod {
         })
     }
 
-    /// What happens to this pod's sockets, being in `namespace`.
+    /// Whether the socket plane serves this pod of `namespace`.
     #[must_use]
     pub fn socket_lb(&self, namespace: &Namespace) -> SocketLb {
         let reason = match (self.choice, namespace.choice) {
@@ -167,12 +168,12 @@ impl Pod {
         reason.map_or(SocketLb::On, SocketLb::Off)
     }
 
-    /// Whether neither the pod nor its namespace says what is to happen.
+    /// Whether neither the pod nor its namespace has an annotation or label that decides.
     pub(super) fn is_undecided(&self, namespace: &Namespace) -> bool {
         self.choice.is_none() && namespace.choice.is_none()
     }
 
-    /// The pod's label counts before the namespace's, and neither concerns pods on the host's network.
+    /// The pod's label overrides the namespace's. Neither applies to pods in the host's network.
     fn mesh_by_label(&self, namespace: &Namespace) -> Option<Reason> {
         let mode = self.mesh_mode.as_deref().or(namespace.mesh_mode.as_deref())?;
         let (_, mesh) = MESH_MODES.into_iter().find(|(known, _)| !self.host_network && *known == mode)?;
@@ -181,7 +182,7 @@ impl Pod {
 }
 
 impl Namespace {
-    /// Reads a Namespace; adds values that mean nothing to `problems`.
+    /// Reads a Namespace and adds values that weir ignores to `problems`.
     #[must_use]
     pub fn read(object: &api::Namespace, problems: &mut Vec<Problem>) -> Self {
         Self { choice: read_choice(&object.metadata, problems), mesh_mode: mesh_mode(&object.metadata) }
@@ -218,7 +219,8 @@ fn mesh_mode(metadata: &ObjectMeta) -> Option<Box<str>> {
     metadata.labels.as_ref()?.get(MESH_MODE_LABEL).map(|mode| mode.as_str().into())
 }
 
-/// Names are free, so only their words tell: `kata-qemu`, `my-gvisor`, `katacontainers`.
+/// Names of RuntimeClasses are free, so weir looks for known words: `kata-qemu`, `my-gvisor`,
+/// `katacontainers`.
 fn is_sandbox(class: &str) -> bool {
     class
         .split(|char: char| !char.is_ascii_alphanumeric())
@@ -228,7 +230,7 @@ fn is_sandbox(class: &str) -> bool {
 fn mesh(object: &api::Pod) -> Option<&'static str> {
     let spec = object.spec.as_ref();
     let containers = spec.into_iter().flat_map(|spec| {
-        // A sidecar of Kubernetes' own kind is an init container that goes on running.
+        // A native sidecar of Kubernetes is an init container that keeps running.
         spec.containers.iter().chain(spec.init_containers.iter().flatten())
     });
     let names: Vec<_> = containers.map(|container| container.name.as_str()).collect();

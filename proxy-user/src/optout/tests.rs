@@ -1,3 +1,5 @@
+//! Which pods the socket plane leaves alone, and for which reason.
+
 use k8s_openapi::{
     api::core::v1::{Namespace as NamespaceObject, Pod as PodObjectOfApi},
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
@@ -9,7 +11,7 @@ use crate::{
     optout::Pods,
 };
 
-/// A pod in namespace `shop`, with this on top.
+/// A pod in namespace `shop`, with these additions.
 fn pod(name: &str, metadata: Value, spec: Value) -> PodChange {
     let mut object = json!({
         "metadata": {"name": name, "namespace": "shop", "uid": format!("uid-{name}")},
@@ -32,7 +34,7 @@ fn choice(place: &str, value: &str) -> Value {
     json!({place: {"weir.dev/socket-lb": value}})
 }
 
-/// `uid: reason` of every pod left alone.
+/// `uid: reason` of every pod that the socket plane leaves alone.
 fn bypassed(pods: &Pods) -> Vec<String> {
     let bypassed = pods.bypassed().pods;
     bypassed.iter().map(|(uid, pod)| format!("{uid}: {}", pod.reason)).collect()
@@ -44,7 +46,7 @@ fn after(changes: impl IntoIterator<Item = PodChange>) -> Pods {
     pods
 }
 
-/// Why a pod is left alone whose metadata and spec have this on top.
+/// Why the socket plane leaves a pod with these additions alone.
 fn reason(metadata: Value, spec: Value) -> Option<String> {
     let pods = after([pod("a", metadata, spec)]);
     let first = pods.bypassed().pods.into_values().next()?;
@@ -52,7 +54,7 @@ fn reason(metadata: Value, spec: Value) -> Option<String> {
 }
 
 #[test]
-fn a_pod_and_its_namespace_choose_and_the_pod_counts_more() {
+fn a_pods_choice_overrides_its_namespaces() {
     for place in ["annotations", "labels"] {
         let of = |pod_says: Option<&str>, namespace_says: Option<&str>| {
             let says = |value: Option<&str>| value.map_or(json!({}), |value| choice(place, value));
@@ -66,7 +68,7 @@ fn a_pod_and_its_namespace_choose_and_the_pod_counts_more() {
 }
 
 #[test]
-fn the_reason_says_whose_choice_it_was() {
+fn the_reason_names_pod_or_namespace() {
     let pods = after([
         namespace("shop", choice("labels", "off")),
         pod("a", choice("labels", "off"), json!({})),
@@ -79,7 +81,7 @@ fn the_reason_says_whose_choice_it_was() {
 }
 
 #[test]
-fn other_values_are_ignored_and_an_annotation_counts_before_a_label() {
+fn other_values_are_ignored_and_an_annotation_overrides_a_label() {
     for value in ["", "Off", "false", "true", "no"] {
         assert_eq!(reason(choice("annotations", value), json!({})), None, "{value}");
     }
@@ -90,7 +92,7 @@ fn other_values_are_ignored_and_an_annotation_counts_before_a_label() {
 }
 
 #[test]
-fn a_value_that_means_nothing_names_its_field() {
+fn the_problem_of_a_wrong_value_names_its_field() {
     let Change::Apply(PodObject::Pod(object)) = pod("a", choice("annotations", "of"), json!({})) else {
         panic!("not a pod")
     };
@@ -104,7 +106,7 @@ fn a_value_that_means_nothing_names_its_field() {
 }
 
 #[test]
-fn kernels_of_a_pod_s_own_step_aside_and_other_runtime_classes_do_not() {
+fn pods_with_their_own_kernel_opt_out_and_other_runtime_classes_do_not() {
     let by_class = |class: &str| reason(json!({}), json!({"runtimeClassName": class}));
     for class in [
         "kata",
@@ -132,15 +134,15 @@ fn kernels_of_a_pod_s_own_step_aside_and_other_runtime_classes_do_not() {
 }
 
 #[test]
-fn meshes_inside_the_pod_step_aside_by_container_or_annotation() {
-    let aside = |mesh: &str| Some(format!("the mesh {mesh} has to see the Service's address"));
+fn pods_in_a_mesh_opt_out_by_container_or_annotation() {
+    let opted_out = |mesh: &str| Some(format!("the mesh {mesh} has to see the Service's address"));
     for (container, mesh) in
         [("istio-proxy", "istio"), ("linkerd-proxy", "linkerd"), ("kuma-sidecar", "kuma")]
     {
         let containers = json!([{"name": "main"}, {"name": container}]);
-        assert_eq!(reason(json!({}), json!({"containers": containers})), aside(mesh));
+        assert_eq!(reason(json!({}), json!({"containers": containers})), opted_out(mesh));
         let native = json!([{"name": container, "restartPolicy": "Always"}]);
-        assert_eq!(reason(json!({}), json!({"initContainers": native})), aside(mesh));
+        assert_eq!(reason(json!({}), json!({"initContainers": native})), opted_out(mesh));
     }
     for (key, value, mesh) in [
         ("sidecar.istio.io/status", "{}", "istio"),
@@ -150,7 +152,7 @@ fn meshes_inside_the_pod_step_aside_by_container_or_annotation() {
         ("consul.hashicorp.com/transparent-proxy-status", "enabled", "consul"),
         ("kmesh.net/redirection", "enabled", "kmesh"),
     ] {
-        assert_eq!(reason(json!({"annotations": {key: value}}), json!({})), aside(mesh));
+        assert_eq!(reason(json!({"annotations": {key: value}}), json!({})), opted_out(mesh));
     }
     for (key, value) in [
         ("ambient.istio.io/redirection", "disabled"),
@@ -163,7 +165,7 @@ fn meshes_inside_the_pod_step_aside_by_container_or_annotation() {
 }
 
 #[test]
-fn mesh_labels_count_before_the_mesh_is_at_work() {
+fn mesh_labels_count_before_the_mesh_reports_success() {
     let mode = |mode: &str| json!({"labels": {"istio.io/dataplane-mode": mode}});
     let by_labels = |namespace_says: Value, pod_says: Value, spec: Value| {
         bypassed(&after([namespace("shop", namespace_says), pod("a", pod_says, spec)]))
@@ -181,7 +183,7 @@ fn mesh_labels_count_before_the_mesh_is_at_work() {
 }
 
 #[test]
-fn on_overrides_what_was_found_automatically() {
+fn on_overrides_a_detected_reason() {
     for (metadata, spec) in [
         (choice("annotations", "on"), json!({"runtimeClassName": "kata"})),
         (choice("labels", "on"), json!({"containers": [{"name": "istio-proxy"}]})),
@@ -196,7 +198,7 @@ fn on_overrides_what_was_found_automatically() {
 }
 
 #[test]
-fn a_mirror_pod_s_cgroup_has_the_uid_of_the_static_pod() {
+fn a_mirror_pods_cgroup_has_the_uid_of_the_static_pod() {
     let annotations = |mirror: bool| {
         let mut annotations = json!({"weir.dev/socket-lb": "off", "kubernetes.io/config.hash": "0a1b"});
         if mirror {
@@ -213,7 +215,7 @@ fn a_mirror_pod_s_cgroup_has_the_uid_of_the_static_pod() {
 }
 
 #[test]
-fn changes_of_either_object_take_effect_and_both_kinds_have_to_be_complete() {
+fn pods_and_namespaces_may_change_and_both_kinds_must_be_complete() {
     let mut pods = after([pod("a", json!({}), json!({"hostNetwork": true}))]);
     assert!(bypassed(&pods).is_empty() && !pods.bypassed().complete);
     pods.apply(namespace("shop", choice("labels", "off")));
@@ -231,7 +233,7 @@ fn changes_of_either_object_take_effect_and_both_kinds_have_to_be_complete() {
 }
 
 #[test]
-fn pods_of_which_nothing_is_said_may_be_left_alone_for_a_cluster_and_those_that_say_on_may_not() {
+fn pods_without_a_choice_are_undecided_and_pods_with_on_are_not() {
     let undecided =
         |pods: &Pods| -> Vec<String> { pods.bypassed().undecided.keys().map(ToString::to_string).collect() };
     let mut pods = after([

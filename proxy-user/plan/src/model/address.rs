@@ -1,6 +1,6 @@
-//! Addresses and networks as people write them in objects, made canonical (W9).
+//! Parses addresses and networks of Kubernetes objects into their canonical form (W9).
 //!
-//! In: text from an object. Out: an address or network in its one canonical form, or nothing.
+//! In: text from an object. Out: an address or network, or `None`.
 
 use std::{
     borrow::Cow,
@@ -9,13 +9,13 @@ use std::{
 
 use ipnet::IpNet;
 
-/// The address `text` means: leading zeros count as decimal and an IPv4-mapped IPv6 address is IPv4 (W9).
+/// Parses an address. Leading zeros are decimal, and an IPv4-mapped IPv6 address becomes IPv4 (W9).
 #[must_use]
 pub fn parse_address(text: &str) -> Option<IpAddr> {
     written(text).map(|address| address.to_canonical())
 }
 
-/// The network `text` means, its host bits cleared; spaces around it and leading zeros are allowed (W9).
+/// Parses a network and clears its host bits. Blanks around it and leading zeros are allowed (W9).
 #[must_use]
 pub fn parse_network(text: &str) -> Option<IpNet> {
     let (address, length) = text.trim().split_once('/')?;
@@ -24,8 +24,8 @@ pub fn parse_network(text: &str) -> Option<IpNet> {
     Some(IpNet::new(written(address)?, length).ok()?.trunc())
 }
 
-/// Why no Service can have this address, if that is so: it means something else on every machine, and to serve it would
-/// take that away from all processes there.
+/// The reason if no Service can have this address. Such an address is in use on every machine, and weir would
+/// take it away from all processes there.
 #[must_use]
 pub fn unusable(address: IpAddr) -> Option<&'static str> {
     let (unspecified, loopback, multicast, link_local) = match address {
@@ -48,7 +48,7 @@ fn written(text: &str) -> Option<IpAddr> {
     text.parse().ok().or_else(|| decimal_octets(text)?.parse().ok())
 }
 
-/// `text` with its dotted IPv4 part, which may be the tail of an IPv6 address, stripped of leading zeros.
+/// `text` without leading zeros in its dotted IPv4 part, which may be the tail of an IPv6 address.
 fn decimal_octets(text: &str) -> Option<Cow<'_, str>> {
     let (head, tail) = text.rsplit_once(':').map_or(("", text), |(head, tail)| (&text[..=head.len()], tail));
     let mut octets = tail.split('.').map(octet);
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn w9_addresses_are_read_sloppily_and_made_canonical() {
+    fn w9_lenient_addresses_become_canonical() {
         for (written, meant) in [
             ("172.30.0.41", Some("172.30.0.41")),
             ("172.30.0.041", Some("172.30.0.41")),
@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_with_a_meaning_of_their_own_are_told_from_others() {
+    fn addresses_in_use_on_every_machine_are_unusable() {
         for bad in [
             "0.0.0.0",
             "0.1.2.3",
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn w9_networks_are_read_sloppily_and_made_canonical() {
+    fn w9_lenient_networks_become_canonical() {
         for (written, meant) in [
             ("10.0.0.0/8", Some("10.0.0.0/8")),
             ("203.0.113.000/025", Some("203.0.113.0/25")),

@@ -1,7 +1,7 @@
-//! What happened to an object: the one thing that sources tell the model.
+//! [`Change`]: what the sources send to the model.
 //!
-//! In: objects of the Kubernetes API. Out: [`Change`]s, one for each that came, changed or went, and one for each kind that is
-//! complete.
+//! In: objects of the Kubernetes API. Out: a [`Change`] for each object that is new, has changed or was
+//! deleted, and one for each kind whose first list is complete.
 
 use std::fmt;
 
@@ -17,7 +17,7 @@ use serde::Serialize;
 
 use super::ObjectName;
 
-/// What a source watches. Each kind is listed and completed on its own.
+/// A kind of object that a source watches. Each kind is listed and completed by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 pub enum Kind {
     /// Services (W1).
@@ -28,19 +28,19 @@ pub enum Kind {
     Node,
     /// ServiceCIDRs (W3).
     ServiceCidr,
-    /// The pods of this node.
+    /// Pods of this node.
     Pod,
-    /// Namespaces, for what they say of their pods.
+    /// Namespaces, whose annotations and labels apply to their pods.
     Namespace,
 }
 
 impl Kind {
-    /// Every kind that Services are made of.
+    /// The kinds that plans of Services are made of.
     pub const ALL: [Self; 4] = [Self::Service, Self::EndpointSlice, Self::Node, Self::ServiceCidr];
-    /// The kinds of the stream about pods, which only a cluster has.
+    /// The kinds of the pod stream, which only a cluster has.
     pub const PODS: [Self; 2] = [Self::Pod, Self::Namespace];
 
-    /// The kind as manifests and messages call it.
+    /// The name of the kind, as in manifests.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -60,21 +60,21 @@ impl fmt::Display for Kind {
     }
 }
 
-/// An object as its origin wrote it, less the metadata that weir does not read.
+/// An object as its source read it, without the metadata that weir does not use.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Object {
     /// A Service.
     Service(Box<Service>),
     /// An EndpointSlice.
     EndpointSlice(Box<EndpointSlice>),
-    /// This node's Node.
+    /// The Node object of this node.
     Node(Box<Node>),
     /// A ServiceCIDR.
     ServiceCidr(Box<ServiceCIDR>),
 }
 
 impl Object {
-    /// Which kind the object is of.
+    /// The kind of the object.
     #[must_use]
     pub fn kind(&self) -> Kind {
         match self {
@@ -85,7 +85,7 @@ impl Object {
         }
     }
 
-    /// The object's metadata.
+    /// Metadata of the object.
     #[must_use]
     pub fn metadata(&self) -> &ObjectMeta {
         match self {
@@ -96,7 +96,7 @@ impl Object {
         }
     }
 
-    /// The object's metadata, to change.
+    /// Mutable metadata of the object.
     pub fn metadata_mut(&mut self) -> &mut ObjectMeta {
         match self {
             Self::Service(object) => &mut object.metadata,
@@ -106,21 +106,21 @@ impl Object {
         }
     }
 
-    /// The object's namespace and name.
+    /// Namespace and name of the object.
     #[must_use]
     pub fn name(&self) -> ObjectName {
         ObjectName::of(self.metadata())
     }
 }
 
-/// One step of what happened at the origin, on a stream of objects `O`.
+/// One step on a stream of objects `O`.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Change<O = Object> {
     /// The object is new or has changed.
     Apply(O),
-    /// The object is gone, or does not concern us any more.
+    /// The object was deleted, or no longer matches the watch.
     Delete(Kind, ObjectName),
-    /// Everything of this kind that existed when the source started has been delivered. Sent once for every kind of the
-    /// stream, also by sources that have no objects of it.
+    /// Every object of this kind that existed at the start has been sent. Sent once for each kind of the
+    /// stream, also by sources that have no objects of that kind.
     Synced(Kind),
 }

@@ -1,6 +1,7 @@
-//! Everything known of the cluster, and which Services a change concerns.
+//! [`Model`]: the state of the cluster, and the Services that a change affects.
 //!
-//! In: [`Change`]s in any order. Out: the names of Services to plan anew, and the parts their plans are made of.
+//! In: [`Change`]s in any order. Out: the names of Services whose plan must be computed again, and the parts
+//! that plans are made of.
 
 use std::{collections::BTreeMap, mem, net::IpAddr};
 
@@ -18,22 +19,22 @@ use super::{
     Settings, Slice, Uid, dns::DnsServices, parse_network,
 };
 
-/// What is known under one Service name: the Service, its slices, or only one of them yet.
+/// The state under one Service name: the Service, its slices, or only one of them so far.
 #[derive(Debug, Default)]
 struct Entry {
     service: Option<Box<Service>>,
     endpoints: Endpoints,
 }
 
-/// The cluster as this node needs it.
+/// The cluster, as far as this node needs it.
 #[derive(Debug)]
 pub struct Model {
     settings: Settings,
     services: FxHashMap<ObjectName, Entry>,
-    /// Which Service each slice belongs to.
+    /// The Service of each slice.
     slices: FxHashMap<ObjectName, ObjectName>,
     service_cidrs: BTreeMap<ObjectName, Box<[IpNet]>>,
-    /// Where names are answered in the place of one of these.
+    /// The candidates for the cluster's DNS Service, if weir answers DNS in its place.
     dns_services: Option<DnsServices>,
     node: Option<Node>,
     node_deleted: bool,
@@ -41,12 +42,12 @@ pub struct Model {
     host_addresses: Option<Box<[IpAddr]>>,
     synced: Vec<Kind>,
     dirty: FxHashSet<ObjectName>,
-    /// What is wrong with Services, since it was last asked for.
+    /// Problems of Services since the last call of [`Model::take_ignored`].
     ignored: BTreeMap<ObjectName, (Option<Uid>, String)>,
 }
 
 impl Model {
-    /// A model that knows nothing of the cluster yet.
+    /// A model of an empty cluster.
     #[must_use]
     pub fn new(settings: Settings) -> Self {
         let dns_services = settings.dns_service.clone().map(DnsServices::new);
@@ -67,7 +68,7 @@ impl Model {
         }
     }
 
-    /// Takes in one change. An object that means what it meant before concerns no Service.
+    /// Takes in one change. A change without effect on the meaning of an object marks no Service.
     pub fn apply(&mut self, change: Change) {
         match change {
             Change::Apply(Object::Service(service)) => self.set_service(&service),
@@ -76,12 +77,13 @@ impl Model {
             Change::Apply(Object::ServiceCidr(cidr)) => self.set_service_cidr(&cidr),
             Change::Delete(Kind::Service, name) => self.remove_service(&name),
             Change::Delete(Kind::EndpointSlice, name) => self.remove_slice(&name),
-            // What the Node last said still holds for the traffic that is here; only load balancers are to stay away.
+            // The deleted Node's values stay in use for the node's traffic. Only load balancers must avoid it
+            // now.
             Change::Delete(Kind::Node, name) => self.node_deleted |= self.is_this_node(&name),
             Change::Delete(Kind::ServiceCidr, name) => {
                 self.service_cidrs.remove(&name);
             }
-            // These come on a stream of their own, to `Pods`.
+            // Pods and namespaces have a stream of their own, which goes to `Pods`.
             Change::Delete(Kind::Pod | Kind::Namespace, _) => {}
             Change::Synced(kind) => {
                 if !self.synced.contains(&kind) {
@@ -91,15 +93,15 @@ impl Model {
         }
     }
 
-    /// Tells the addresses that the host's interfaces have now (R14).
+    /// Sets the addresses of the host's interfaces (R14).
     pub fn set_host_addresses(&mut self, mut addresses: Vec<IpAddr>) {
         addresses.sort_unstable();
         addresses.dedup();
         self.host_addresses = Some(addresses.into());
     }
 
-    /// Whether enough has been heard to program anything: Services and EndpointSlices, and the Node where the settings
-    /// make frontends or routes depend on it. Objects that do not exist are not waited for.
+    /// Whether the model is complete enough to program the kernel: Services and EndpointSlices are, and the
+    /// Node if the settings make frontends or routes depend on it. A list may be empty.
     #[must_use]
     pub fn is_synced(&self) -> bool {
         let by_node =
@@ -108,55 +110,56 @@ impl Model {
         needed.into_iter().all(|kind| self.synced.contains(&kind))
     }
 
-    /// The Services whose plan may have changed since this was last asked, sorted; also those that are gone.
+    /// The sorted names of Services whose plan may have changed since the last call. Deleted Services are
+    /// among them.
     pub fn take_dirty(&mut self) -> Vec<ObjectName> {
         let mut dirty: Vec<ObjectName> = mem::take(&mut self.dirty).into_iter().collect();
         dirty.sort_unstable();
         dirty
     }
 
-    /// What could not be understood in Services that came since this was last asked, or cannot be served for any.
+    /// The values that weir ignored in Services since the last call, each with the reason.
     pub fn take_ignored(&mut self) -> BTreeMap<ObjectName, (Option<Uid>, String)> {
         mem::take(&mut self.ignored)
     }
 
-    /// What tells a Service from an earlier one of the same name.
+    /// The uid of a Service, which differs from that of a deleted Service of the same name.
     #[must_use]
     pub fn uid(&self, name: &ObjectName) -> Option<Uid> {
         self.services.get(name)?.service.as_ref()?.uid
     }
 
-    /// A Service and its endpoints, if it is served.
+    /// A Service and its endpoints, if weir serves it.
     #[must_use]
     pub fn service(&self, name: &ObjectName) -> Option<(&Service, &Endpoints)> {
         let entry = self.services.get(name)?;
         Some((entry.service.as_deref()?, &entry.endpoints))
     }
 
-    /// The names of all Services served, in no particular order.
+    /// The names of all served Services, in no particular order.
     pub fn service_names(&self) -> impl Iterator<Item = &ObjectName> {
         self.services.iter().filter(|(_, entry)| entry.service.is_some()).map(|(name, _)| name)
     }
 
-    /// What plans depend on besides the Service.
+    /// The part of the state that plans depend on besides the Service.
     #[must_use]
     pub fn node_view(&self) -> &NodeView {
         &self.view
     }
 
-    /// The settings the model was made with.
+    /// The settings of this model.
     #[must_use]
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
 
-    /// The addresses of the host's interfaces, sorted; `None` as long as nobody told.
+    /// The sorted addresses of the host's interfaces; `None` until they are set.
     #[must_use]
     pub fn host_addresses(&self) -> Option<&[IpAddr]> {
         self.host_addresses.as_deref()
     }
 
-    /// The networks whose queries for names are answered here; `None` for all.
+    /// The networks whose DNS queries weir answers; `None` means all.
     #[must_use]
     pub fn name_clients(&self) -> Option<NameClients> {
         let pods = self.node.as_ref().map(|node| node.pod_networks).unwrap_or_default();
@@ -164,19 +167,19 @@ impl Model {
         NameClients::new(&self.settings.detect_local, &pods, &self.settings.dns_clients)
     }
 
-    /// Every network that ClusterIPs may come from, in no particular order.
+    /// The networks of all ServiceCIDRs, in no particular order.
     pub fn service_cidrs(&self) -> impl Iterator<Item = IpNet> + '_ {
         self.service_cidrs.values().flatten().copied()
     }
 
-    /// Whether load balancers may send to this node: it is known, not being deleted, and not about to be scaled away
-    /// (P3).
+    /// Whether load balancers may send traffic to this node: its Node is known, not being deleted, and not
+    /// about to be scaled away (P3).
     #[must_use]
     pub fn node_eligible(&self) -> bool {
         !self.node_deleted && self.node.as_ref().is_some_and(|node| node.eligible)
     }
 
-    /// Whether this node's Node was ever seen.
+    /// Whether the model has ever seen this node's Node.
     #[must_use]
     pub fn knows_node(&self) -> bool {
         self.node.is_some()
@@ -206,7 +209,7 @@ impl Model {
         }
     }
 
-    /// Answers names in the place of the Service that is the cluster's DNS now.
+    /// Updates the view if another Service is the cluster's DNS Service now.
     fn follow_dns_service(&mut self) {
         let chosen = self.dns_services.as_ref().and_then(DnsServices::chosen);
         if self.view.dns_service.as_ref() == chosen {
@@ -241,7 +244,7 @@ impl Model {
         let read = Slice::read(object, &self.settings.node_name, &mut problems);
         report("EndpointSlice", &name, &problems);
         let Some((service, slice)) = read else { return self.remove_slice(&name) };
-        // One allocation for each name, however many slices carry it.
+        // All slices of a Service share one allocation of its name.
         let service = self.services.get_key_value(&service).map_or(service, |(known, _)| known.clone());
         if self.slices.get(&name).is_some_and(|known| *known != service) {
             self.remove_slice(&name);
@@ -284,13 +287,13 @@ impl Model {
         self.mark_dirty_by_node(&before);
     }
 
-    /// Marks the Services for whose plans it matters that this node is not what it was `before`.
+    /// Marks the Services whose plans depend on what changed since `before`.
     fn mark_dirty_by_node(&mut self, before: &NodeView) {
         let zone = before.zone != self.view.zone;
         let addresses = before.addresses != self.view.addresses;
         let others = *before
             != NodeView { zone: before.zone.clone(), addresses: before.addresses, ..self.view.clone() };
-        // A Node is written every few minutes to say that it is alive.
+        // The kubelet writes the Node every few minutes as a heartbeat.
         if !(zone || addresses || others) {
             return;
         }
@@ -323,7 +326,7 @@ impl Model {
     }
 }
 
-/// As many of an object's problems are logged and noted; the others are counted.
+/// The most problems of one object that are logged and noted. More are only counted.
 const REPORTED: usize = 5;
 
 /// Logs the problems of an object.

@@ -1,7 +1,8 @@
-//! Where names are answered in a DNS Service's place, and for which clients.
+//! The Service in whose place weir answers DNS, and the clients that it answers.
 //!
-//! In: Services as they come and go, what the operator sets, and this Node's podCIDRs. Out: the cluster's DNS Service, and
-//! the networks whose queries are answered. Names and packets have to agree on both, so both ask here.
+//! In: Services, the operator's settings, and this Node's podCIDRs. Out: the cluster's DNS Service, and the
+//! networks whose queries are answered. The DNS server and the plan both read this module, because they must
+//! agree.
 
 use std::{fmt, net::IpAddr};
 
@@ -11,16 +12,16 @@ use rustc_hash::FxHashMap;
 
 use super::{DetectLocal, Family, ObjectName, PerFamily};
 
-/// Where a cluster's DNS answers.
+/// The port of the cluster's DNS Service.
 pub const DNS_PORT: u16 = 53;
 
-/// Which Service is the cluster's DNS.
+/// How the cluster's DNS Service is identified.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum DnsService {
-    /// The one that is found.
+    /// weir finds it by name or label.
     #[default]
     Found,
-    /// This one, whether or not it exists.
+    /// The operator named it. It may not exist yet.
     Named(ObjectName),
 }
 
@@ -33,14 +34,14 @@ impl fmt::Display for DnsService {
     }
 }
 
-/// How much speaks for a Service. The first counts most. A Service that the label alone speaks for has to be in
-/// `kube-system`: all names that are not the cluster's are asked of its endpoints, and in other namespaces users may make
-/// Services.
+/// The ways to recognize the DNS Service; an earlier one wins. A Service recognized by its label must be in
+/// `kube-system`, because weir forwards all other names to its endpoints, and in other namespaces users may
+/// create Services.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Claim {
-    /// It is named as kubeadm names it, and nearly all others.
+    /// It has the name that kubeadm and most distributions use.
     KubeDns,
-    /// It is named as OpenShift names it.
+    /// It has the name that OpenShift uses.
     OpenShift,
     /// It has the label of the cluster's DNS.
     Labelled,
@@ -67,7 +68,7 @@ impl Claim {
     }
 }
 
-/// The Services that may be the cluster's DNS.
+/// The Services that may be the cluster's DNS Service.
 #[derive(Debug, Default)]
 pub struct DnsServices {
     setting: DnsService,
@@ -81,7 +82,7 @@ impl DnsServices {
         Self { setting, candidates: FxHashMap::default() }
     }
 
-    /// Takes in a Service.
+    /// Adds or updates a Service.
     pub fn set(&mut self, name: &ObjectName, service: &api::Service) {
         if matches!(self.setting, DnsService::Named(_)) {
             return;
@@ -101,7 +102,8 @@ impl DnsServices {
         self.candidates.remove(name);
     }
 
-    /// The cluster's DNS Service: of several with the same claim the oldest, then the one whose name comes first.
+    /// The cluster's DNS Service. Among Services recognized in the same way the oldest wins, then the
+    /// smallest name.
     #[must_use]
     pub fn chosen(&self) -> Option<&ObjectName> {
         match &self.setting {
@@ -115,14 +117,14 @@ impl DnsServices {
     }
 }
 
-/// The networks whose queries are answered besides the node's own, in each family. A family may have none, if the other
-/// has some: then pods are not told from others in it.
+/// Networks whose DNS queries weir answers, besides this node's own, by family. One of the two families may
+/// be empty; in it every client is answered, because pods cannot be recognized there.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct NameClients(PerFamily<Vec<IpNet>>);
 
 impl NameClients {
-    /// What pods are told by, and networks that the operator adds. `None` where nothing tells pods from others; then
-    /// everything is answered.
+    /// The networks of pods and those that the operator added. `None` if pods cannot be recognized by their
+    /// address; then weir answers every client.
     #[must_use]
     pub fn new(detect: &DetectLocal, pod_networks: &[IpNet], more: &[IpNet]) -> Option<Self> {
         let pods = match detect {
@@ -144,13 +146,13 @@ impl NameClients {
         Some(Self(networks))
     }
 
-    /// Whether an address is in one of them.
+    /// Whether one of the networks contains the address.
     #[must_use]
     pub fn contains(&self, address: IpAddr) -> bool {
         self.of(Family::of(address)).iter().any(|network| network.contains(&address))
     }
 
-    /// Those of a family.
+    /// The networks of one family.
     #[must_use]
     pub fn of(&self, family: Family) -> &[IpNet] {
         self.0.get(family)
@@ -195,7 +197,8 @@ mod tests {
         let rke2 = service("kube-system", "rke2-coredns-rke2-coredns", "2026-02-01T00:00:00Z", json!({}));
         let twin = service("kube-system", "a-twin", "2026-02-01T00:00:00Z", json!({}));
         let later = service("kube-system", "a-later-one", "2026-02-02T00:00:00Z", json!({}));
-        // None of these can be: a user's, its pods one by one, and the port of its metrics.
+        // These must not be found: a user's Service, the Service of single pods, and a Service with only the
+        // metrics port.
         let no_dns = [
             service("tenant", "kube-dns", "2026-01-01T00:00:00Z", json!({})),
             service("kube-system", "headless", "2026-01-01T00:00:00Z", json!({ "clusterIP": "None" })),
@@ -213,12 +216,12 @@ mod tests {
             let services: Vec<_> = services.into_iter().chain(&no_dns).cloned().collect();
             assert_eq!(chosen(DnsService::Found, &services).as_deref(), wanted);
             let named = DnsService::Named(ObjectName::new("dns", "own"));
-            assert_eq!(chosen(named, &services).as_deref(), Some("dns/own"), "what is named counts");
+            assert_eq!(chosen(named, &services).as_deref(), Some("dns/own"), "the operator's choice counts");
         }
     }
 
     #[test]
-    fn a_dns_service_that_goes_or_changes_makes_room_for_the_next() {
+    fn the_next_candidate_follows_a_deleted_or_changed_dns_service() {
         let (usual, object) = service("kube-system", "kube-dns", "2026-03-01T00:00:00Z", json!({}));
         let (other, its) = service("kube-system", "coredns", "2026-03-01T00:00:00Z", json!({}));
         let mut known = DnsServices::new(DnsService::Found);
@@ -232,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn pods_are_told_by_their_networks_in_each_family() {
+    fn pods_are_recognized_by_their_networks_in_each_family() {
         let networks = |all: &[&str]| -> Vec<IpNet> { all.iter().map(|net| net.parse().unwrap()).collect() };
         let pods = networks(&["10.244.0.0/16"]);
         let detect = DetectLocal::ClusterCidr(pods.clone());

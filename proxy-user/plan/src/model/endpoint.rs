@@ -1,6 +1,6 @@
-//! The endpoints of one Service: its EndpointSlices, kept apart and merged when asked.
+//! The endpoints of one Service: its EndpointSlices, stored one by one and merged when a plan needs them.
 //!
-//! In: the API's EndpointSlices, one by one. Out: for a service port and family, every endpoint once, sorted.
+//! In: the API's EndpointSlices. Out: the endpoints of a service port in one family, sorted, each once.
 
 use std::net::IpAddr;
 
@@ -13,70 +13,72 @@ use super::{Family, ObjectName, Problem, Protocol, parse_address};
 /// A slice with this label, whatever its value, belongs to a headless Service (W2).
 pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 
-/// The label that says which Service a slice belongs to (W7).
+/// The label with the name of the slice's Service (W7).
 pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 
-/// One endpoint of a slice, whichever of the slice's ports is asked for.
+/// An endpoint of a slice, for all ports of the slice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
-    /// Its address.
+    /// The first address of the endpoint.
     pub address: IpAddr,
-    /// Whether it wants traffic (E2).
+    /// Whether it should get new connections (E2).
     pub ready: bool,
-    /// Whether it can answer, even if it is about to go (E2).
+    /// Whether it still answers, even if it is terminating (E2).
     pub serving: bool,
-    /// Whether it is about to go (E2).
+    /// Whether its pod is being deleted (E2).
     pub terminating: bool,
     /// Whether it is on this node (E1).
     pub local: bool,
-    /// Whether nothing says which node it is on, as in slices written by hand.
+    /// Whether the slice does not name its node, as in slices written by hand.
     pub unplaced: bool,
     /// Whether its node hints name this node; `None` without node hints (E9).
     pub node_hint: Option<bool>,
-    /// The zones its hints name, sorted (E9).
+    /// The zones of its hints, sorted (E9).
     pub zones: Option<Box<[Box<str>]>>,
 }
 
-/// One port of a slice.
+/// A port of a slice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SlicePort {
-    /// Its name, empty for an unnamed one.
+    /// The name, empty for an unnamed port.
     pub name: Box<str>,
-    /// Its protocol.
+    /// The transport protocol.
     pub protocol: Protocol,
-    /// Its number on the endpoints (W6).
+    /// The number of the port on the endpoints (W6).
     pub port: u16,
 }
 
 impl Endpoint {
-    /// How much counts what is said of an endpoint here, where it is listed elsewhere too: more if it is not about to go,
-    /// because a pod may have been given the address of one that is, then more if it is ready, then if it serves (E3).
+    /// Decides which of several listings of an endpoint counts (E3): first the one that is not terminating,
+    /// because a new pod may have got the address of a terminating one; then the ready one, then the serving
+    /// one.
     const fn weight(&self) -> (bool, bool, bool) {
         (!self.terminating, self.ready, self.serving)
     }
 }
 
 impl SlicePort {
-    /// By what a service port finds it (W6).
+    /// The key by which a service port finds it (W6).
     fn key(&self) -> (&str, Protocol) {
         (&self.name, self.protocol)
     }
 }
 
-/// One EndpointSlice.
+/// An EndpointSlice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Slice {
-    /// The family of its addresses.
+    /// The address family.
     pub family: Family,
-    /// Its ports, sorted by name and protocol.
+    /// The ports, sorted by name and protocol.
     pub ports: Box<[SlicePort]>,
-    /// Its endpoints.
+    /// The endpoints, in the order of the slice.
     pub endpoints: Box<[Endpoint]>,
 }
 
 impl Slice {
-    /// The slice and the Service it belongs to, or nothing when it is not ours: headless (W2), of no Service, or not of
-    /// IP addresses (W7). What cannot be understood is left out and told in `problems`.
+    /// Reads a slice and the name of its Service. `None` for a slice that weir does not use: headless (W2),
+    /// without a Service, or without IP addresses (W7). Values that weir cannot use are left out and added to
+    /// `problems`.
     #[must_use]
     pub fn read(
         slice: &api::EndpointSlice,
@@ -89,13 +91,13 @@ impl Slice {
         }
         let Some(service) = label(SERVICE_NAME_LABEL).filter(|name| !name.is_empty()) else {
             let field = format!("metadata.labels[{SERVICE_NAME_LABEL}]");
-            problems.push(Problem::new(field, "", "the slice names no Service"));
+            problems.push(Problem::new(field, "", "not the name of a Service"));
             return None;
         };
         let family = Family::ALL.into_iter().find(|family| family.to_string() == slice.address_type)?;
         let endpoints = slice.endpoints.iter().flatten().enumerate();
         let mut ports: Box<[SlicePort]> = slice.ports.iter().flatten().filter_map(read_port).collect();
-        // Stable, so that ports of one name stay in the slice's order.
+        // The sort is stable, so that ports of one name stay in the slice's order.
         ports.sort_by(|a, b| a.key().cmp(&b.key()));
         let read = Self {
             family,
@@ -110,7 +112,7 @@ impl Slice {
 }
 
 impl Slice {
-    /// The ports of this name and protocol.
+    /// The ports with this name and protocol.
     fn named<'a>(&'a self, key: (&'a str, Protocol)) -> impl Iterator<Item = &'a SlicePort> {
         let first = self.ports.partition_point(|known| known.key() < key);
         self.ports[first..].iter().take_while(move |known| known.key() == key)
@@ -121,7 +123,7 @@ impl Slice {
     }
 }
 
-/// A slice port that lacks a name or a number stands for nothing (W8).
+/// A slice port without a name or a number is skipped (W8).
 fn read_port(port: &api::EndpointPort) -> Option<SlicePort> {
     Some(SlicePort {
         name: port.name.as_deref()?.into(),
@@ -165,23 +167,23 @@ fn read_endpoint(
     })
 }
 
-/// An endpoint with the port number that a service port has on it.
+/// An endpoint, with the number that a service port has on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Candidate<'a> {
-    /// The endpoint.
+    /// The endpoint itself.
     pub endpoint: &'a Endpoint,
-    /// The port's number on it.
+    /// The number of the port on the endpoint.
     pub port: u16,
 }
 
-/// Every slice of one Service, sorted by the slices' names.
+/// All slices of one Service, sorted by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Endpoints {
     slices: Vec<(ObjectName, Slice)>,
 }
 
 impl Endpoints {
-    /// Puts a slice in its place and says whether that changes anything.
+    /// Adds or replaces a slice. Returns whether the endpoints changed.
     pub fn set(&mut self, name: ObjectName, slice: Slice) -> bool {
         match self.slices.binary_search_by(|(known, _)| known.cmp(&name)) {
             Ok(index) if self.slices[index].1 == slice => return false,
@@ -194,7 +196,7 @@ impl Endpoints {
         true
     }
 
-    /// Takes a slice out and says whether it was there.
+    /// Removes a slice. Returns whether it was there.
     pub fn remove(&mut self, name: &ObjectName) -> bool {
         let found = self.slices.binary_search_by(|(known, _)| known.cmp(name));
         found.is_ok_and(|index| {
@@ -203,21 +205,21 @@ impl Endpoints {
         })
     }
 
-    /// Whether there is no slice at all.
+    /// Whether the Service has no slices.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.slices.is_empty()
     }
 
-    /// Whether any endpoint carries a zone hint.
+    /// Whether any endpoint has a zone hint.
     #[must_use]
     pub fn has_zone_hints(&self) -> bool {
         self.slices.iter().flat_map(|(_, slice)| &slice.endpoints).any(|endpoint| endpoint.zones.is_some())
     }
 
-    /// Every endpoint of a service port (W6) in one family, each address and port once, sorted by them. Of one that several
-    /// slices list, the one counts that is not terminating, then the ready one, then the serving one (E3), and of equal ones
-    /// that of the last slice by name.
+    /// The endpoints of a service port (W6) in one family, sorted, each address and port once. If several
+    /// slices list an endpoint, the listing counts that is not terminating, then the ready one, then the
+    /// serving one (E3); among equal ones that of the last slice by name.
     #[must_use]
     pub fn of(&self, port: &str, protocol: Protocol, family: Family) -> Vec<Candidate<'_>> {
         let slices = self.slices.iter().map(|(_, slice)| slice).filter(|slice| slice.family == family);
@@ -239,7 +241,7 @@ impl Endpoints {
         found
     }
 
-    /// How many distinct addresses of local ready endpoints there are, over all ports (H2).
+    /// The number of distinct addresses of local ready endpoints over all ports (H2).
     #[must_use]
     pub fn local_ready(&self, family: Family) -> usize {
         let slices = self.slices.iter().map(|(_, slice)| slice);
@@ -254,17 +256,17 @@ impl Endpoints {
     }
 }
 
-/// Where an address is listed, in the order of slice names: mostly once.
+/// The listings of an address, in the order of slice names; mostly one.
 type Listings<'a> = SmallVec<[(&'a Slice, &'a Endpoint); 1]>;
 
-/// Whether an address is one of a local ready endpoint for at least one port.
+/// Whether the address is that of a local ready endpoint for at least one port.
 fn is_local_ready(listings: &Listings<'_>) -> bool {
     let wanted = |endpoint: &Endpoint| endpoint.local && endpoint.ready;
     let count = listings.iter().filter(|(_, endpoint)| wanted(endpoint)).count();
     if count == 0 || count == listings.len() {
         return count > 0;
     }
-    // Which of the listings counts (E3) may be another one from port to port.
+    // Another listing may count for another port (E3).
     listings.iter().flat_map(|(slice, _)| &slice.ports).any(|port| {
         let having = listings.iter().filter(|(slice, _)| slice.has(port)).map(|(_, endpoint)| *endpoint);
         having.max_by_key(|endpoint| endpoint.weight()).is_some_and(wanted)

@@ -16,10 +16,10 @@ pub enum Family {
 }
 
 impl Family {
-    /// Both families.
+    /// Both families, IPv4 first.
     pub const ALL: [Self; 2] = [Self::V4, Self::V6];
 
-    /// The family of an address.
+    /// Returns the family of an address.
     #[must_use]
     pub fn of(address: IpAddr) -> Self {
         match address {
@@ -41,14 +41,14 @@ impl fmt::Display for Family {
 /// One value for each family.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PerFamily<T> {
-    /// The value for IPv4.
+    /// IPv4's value.
     pub v4: T,
-    /// The value for IPv6.
+    /// IPv6's value.
     pub v6: T,
 }
 
 impl<T> PerFamily<T> {
-    /// The value of one family.
+    /// Returns the value of one family.
     pub const fn get(&self, family: Family) -> &T {
         match family {
             Family::V4 => &self.v4,
@@ -56,7 +56,7 @@ impl<T> PerFamily<T> {
         }
     }
 
-    /// The value of one family, to change.
+    /// Returns the mutable value of one family.
     pub const fn get_mut(&mut self, family: Family) -> &mut T {
         match family {
             Family::V4 => &mut self.v4,
@@ -65,7 +65,7 @@ impl<T> PerFamily<T> {
     }
 }
 
-/// A transport protocol that Services know.
+/// A transport protocol of Services.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum Protocol {
@@ -78,10 +78,10 @@ pub enum Protocol {
 }
 
 impl Protocol {
-    /// Every protocol.
+    /// All protocols.
     pub const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::Sctp];
 
-    /// The protocol's IP protocol number.
+    /// The number in the IP header.
     #[must_use]
     pub const fn number(self) -> u8 {
         match self {
@@ -91,7 +91,7 @@ impl Protocol {
         }
     }
 
-    /// The protocol with this IP protocol number.
+    /// The protocol with this number in the IP header.
     #[must_use]
     pub const fn from_number(number: u8) -> Option<Self> {
         match number {
@@ -113,7 +113,7 @@ impl fmt::Display for Protocol {
     }
 }
 
-/// A protocol name that is none of TCP, UDP and SCTP.
+/// The name is none of TCP, UDP and SCTP.
 #[derive(Debug, thiserror::Error)]
 #[error("`{0}` is not one of TCP, UDP and SCTP")]
 pub struct UnknownProtocol(String);

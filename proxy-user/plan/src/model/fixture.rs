@@ -1,4 +1,4 @@
-//! Objects for tests, written as the JSON that an API server would send.
+//! Kubernetes objects for tests, written as the JSON of an API server.
 
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -7,7 +7,7 @@ use crate::model::{Change, DetectLocal, Model, NodePortSetting, Object, ObjectNa
 
 /// Reads `value` as an API object.
 pub(crate) fn object<T: DeserializeOwned>(value: Value) -> T {
-    serde_json::from_value(value).expect("a test wrote an object that is none")
+    serde_json::from_value(value).expect("the JSON of a test is an API object")
 }
 
 /// The Service `ns/name` with this spec.
@@ -15,7 +15,7 @@ pub(crate) fn service(name: &str, spec: Value) -> Change {
     full_service(json!({ "metadata": { "namespace": "ns", "name": name }, "spec": spec }))
 }
 
-/// A Service written out.
+/// A Service with this JSON.
 pub(crate) fn full_service(value: Value) -> Change {
     Change::Apply(Object::Service(Box::new(object(value))))
 }
@@ -30,12 +30,12 @@ pub(crate) fn slice(name: &str, service: &str, ports: Value, endpoints: Value) -
     }))
 }
 
-/// An EndpointSlice written out.
+/// An EndpointSlice with this JSON.
 pub(crate) fn full_slice(value: Value) -> Change {
     Change::Apply(Object::EndpointSlice(Box::new(object(value))))
 }
 
-/// A Node written out.
+/// A Node with this JSON.
 pub(crate) fn node(value: Value) -> Change {
     Change::Apply(Object::Node(Box::new(object(value))))
 }
@@ -51,7 +51,8 @@ pub(crate) fn named(name: &str) -> ObjectName {
     ObjectName::new("ns", name)
 }
 
-/// Settings for the node `node-a` that serves NodePorts everywhere and knows pods by `10.244.0.0/16` and `fd00:10::/32`.
+/// Settings of the node `node-a`. NodePorts answer on all addresses, and pods are in `10.244.0.0/16` and
+/// `fd00:10::/32`.
 pub(crate) fn settings() -> Settings {
     Settings {
         node_name: "node-a".to_owned(),

@@ -1,7 +1,7 @@
-//! The cluster as this node needs it: Services, their endpoints, this Node.
+//! The state of the cluster that this node needs: Services, their endpoints, this Node.
 //!
-//! In: [`Change`]s. Out: the names of Services whose plan may have changed, and what
-//! [`crate::plan::plan_service`] reads. Kubernetes API types end here.
+//! In: [`Change`]s. Out: the names of Services whose plan may have changed, and the input of
+//! [`crate::plan::plan_service`]. Kubernetes API types end here.
 
 use std::{borrow::Borrow, fmt, sync::Arc};
 
@@ -36,18 +36,18 @@ pub use service::{Removal, Service, ServicePort};
 pub use settings::{DetectLocal, LoopbackNodePorts, NodePortSetting, Settings};
 pub use uid::Uid;
 
-/// Namespace and name of an object; the namespace is empty for objects that have none.
+/// Namespace and name of an object. The namespace is empty for cluster-wide objects.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ObjectName(Arc<str>);
 
 impl ObjectName {
-    /// The name of `namespace`/`name`.
+    /// Builds the name of an object.
     #[must_use]
     pub fn new(namespace: &str, name: &str) -> Self {
         Self(format!("{namespace}/{name}").into())
     }
 
-    /// The name that an object's metadata give it.
+    /// The name in an object's metadata.
     #[must_use]
     pub fn of(metadata: &ObjectMeta) -> Self {
         let namespace = metadata.namespace.as_deref().unwrap_or_default();
@@ -60,7 +60,7 @@ impl ObjectName {
         self.0.split_once('/').map_or("", |(namespace, _)| namespace)
     }
 
-    /// The name without its namespace.
+    /// The name without the namespace.
     #[must_use]
     pub fn name(&self) -> &str {
         self.0.split_once('/').map_or(&self.0, |(_, name)| name)
@@ -86,14 +86,14 @@ impl fmt::Debug for ObjectName {
     }
 }
 
-/// One value in an object that could not be understood and is treated as if it were not there (W9).
+/// A value in an object that weir cannot use and ignores (W9).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// Where in the object the value stands.
+    /// The path of the field.
     pub field: String,
-    /// The value.
+    /// The value as text.
     pub value: String,
-    /// What is wrong with it.
+    /// Why weir ignores it.
     pub reason: &'static str,
 }
 
@@ -112,7 +112,7 @@ impl fmt::Display for Problem {
     }
 }
 
-/// As much of a value as a message shows: a value may be as long as its object.
+/// The part of a value that a message shows, because a value may be as long as its object.
 fn shown(value: &str) -> String {
     const LONGEST: usize = 128;
     let end = value.floor_char_boundary(LONGEST);

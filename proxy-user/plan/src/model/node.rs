@@ -1,7 +1,7 @@
-//! This node: what its Node object says and what that means together with the settings.
+//! The state of this node, from its Node object and the settings.
 //!
-//! In: the API's Node, once and again, and the [`Settings`]. Out: [`NodeView`], which is all that planning a Service
-//! depends on.
+//! In: the API's Node, each time it changes, and the [`Settings`]. Out: [`NodeView`], the only thing besides
+//! a Service and its endpoints that a plan depends on.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -11,38 +11,39 @@ use serde::Serialize;
 
 use super::{DetectLocal, Family, ObjectName, PerFamily, Problem, Settings, parse_address, parse_network};
 
-/// The label with the node's zone (E11).
+/// The label with the zone of a node (E11).
 pub const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
-/// A taint with this key, whatever its effect, means that the node is about to go (P3).
+/// A taint with this key, whatever its effect, means that the autoscaler is about to remove the node (P3).
 const AUTOSCALER_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
 
-/// How packets from local pods are told from others (section "Local detectors" of R6, R7).
+/// How packets from local pods are recognized (R6, R7).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub enum LocalTraffic {
-    /// The source address lies in this network.
+    /// By a source address in this network.
     Source(IpNet),
-    /// The packet came in by this interface.
+    /// By arrival on this interface.
     Interface(String),
-    /// The packet came in by an interface whose name starts so.
+    /// By arrival on an interface whose name has this prefix.
     InterfacePrefix(String),
 }
 
-/// What this node's Node object says.
+/// The parts of the Node object that weir uses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Node {
-    /// Its zone, empty without one (E11).
+    /// The zone, empty without one (E11).
     pub zone: Box<str>,
-    /// Its first address of each family, internal ones before external ones.
+    /// The first address of each family. Internal addresses go before external ones.
     pub addresses: PerFamily<Option<IpAddr>>,
-    /// Its first pod network of each family.
+    /// The first pod network of each family.
     pub pod_networks: PerFamily<Option<IpNet>>,
-    /// Whether load balancers may send here: neither being deleted nor about to be scaled away (P3).
+    /// Whether load balancers may send traffic here: it is neither being deleted nor about to be scaled away
+    /// (P3).
     pub eligible: bool,
 }
 
 impl Node {
-    /// The node; what cannot be understood is left out and told in `problems`.
+    /// Reads a Node. Values that weir cannot use are left out and added to `problems`.
     #[must_use]
     pub fn read(node: &api::Node, problems: &mut Vec<Problem>) -> Self {
         let spec = node.spec.as_ref();
@@ -102,23 +103,23 @@ fn first_of_each_family(networks: &[IpNet]) -> PerFamily<Option<IpNet>> {
     PerFamily { v4: first(Family::V4), v6: first(Family::V6) }
 }
 
-/// What planning a Service needs to know of this node.
+/// The state of this node that plans depend on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeView {
     /// The zone, empty without one (E9).
     pub zone: Box<str>,
-    /// How local pods are told; `None` when there is no way to tell (R6, R7).
+    /// How packets of local pods are recognized; `None` if they cannot be (R6, R7).
     pub local_traffic: PerFamily<Option<LocalTraffic>>,
-    /// Whether everything sent to a ClusterIP is masqueraded (R7).
+    /// Whether all traffic to ClusterIPs is masqueraded (R7).
     pub masquerade_all: bool,
-    /// The node's own address of each family, the loopback one when nobody knows better (F7, R14).
+    /// The node's own address of each family; the loopback address if none is known (F7, R14).
     pub addresses: PerFamily<IpAddr>,
-    /// The cluster's DNS Service, where this node answers names in its place.
+    /// The cluster's DNS Service, if weir answers in its place.
     pub dns_service: Option<ObjectName>,
 }
 
 impl NodeView {
-    /// What `settings` and the Node, as far as it is known, say together.
+    /// Combines the settings with the Node, if it is known.
     #[must_use]
     pub fn new(settings: &Settings, node: Option<&Node>) -> Self {
         let mut addresses =

@@ -1,20 +1,21 @@
-//! What a cluster says of this node's pods: a stream of its own, so that Services never wait for pods.
+//! Changes of this node's pods and of namespaces. They have a stream of their own, so that Services never
+//! wait for pods.
 
 use k8s_openapi::api::core::v1::{Namespace, Pod};
 
 use super::{Change, Kind, ObjectName};
 
-/// An object of the stream about pods.
+/// An object of the pod stream.
 #[derive(Clone, Debug, PartialEq)]
 pub enum PodObject {
     /// A pod of this node that has not finished.
     Pod(Box<Pod>),
-    /// Any namespace.
+    /// A namespace, also one without pods on this node.
     Namespace(Box<Namespace>),
 }
 
 impl PodObject {
-    /// Which kind the object is of.
+    /// The kind of the object.
     #[must_use]
     pub fn kind(&self) -> Kind {
         match self {
@@ -23,7 +24,7 @@ impl PodObject {
         }
     }
 
-    /// The object's namespace and name.
+    /// Namespace and name of the object.
     #[must_use]
     pub fn name(&self) -> ObjectName {
         ObjectName::of(match self {
@@ -33,5 +34,5 @@ impl PodObject {
     }
 }
 
-/// One step of what happened to pods and namespaces.
+/// A change of a pod or a namespace.
 pub type PodChange = Change<PodObject>;

@@ -1,7 +1,7 @@
-//! A Service as this node needs it.
+//! The parts of a Service that this node needs.
 //!
-//! In: the API's Service. Out: a small, canonical [`Service`], so that two objects which mean the same compare equal,
-//! and the [`Problem`]s of whatever could not be understood.
+//! In: the API's Service. Out: a small, canonical [`Service`], so that two objects with the same meaning
+//! compare equal, and a [`Problem`] for each value that weir cannot use.
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
@@ -15,75 +15,76 @@ use super::{
     Family, ObjectName, PerFamily, Problem, Protocol, Settings, Uid, parse_address, parse_network, unusable,
 };
 
-/// A Service with this label, whatever its value, is another proxy's (W1).
+/// A Service with this label, whatever its value, belongs to another proxy (W1).
 pub const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 
-/// The annotation that says what becomes of TCP connections whose backend stopped serving.
+/// The annotation that decides about TCP connections to a backend that stopped serving.
 const ON_BACKEND_REMOVAL: &str = "weir.dev/on-backend-removal";
 
-/// How long a client stays with its backend when nobody says how long, in seconds (A1).
+/// The default timeout of session affinity in seconds (A1).
 const DEFAULT_AFFINITY: u32 = 10_800;
 
-/// A Service that this node serves.
+/// A Service that weir serves on this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
-    /// Its name.
+    /// Namespace and name.
     pub name: ObjectName,
-    /// What tells it from an earlier one of the same name, where there is an API server.
+    /// The uid, which differs from that of a deleted Service of the same name. `None` without an API server.
     pub uid: Option<Uid>,
-    /// When it was created, in seconds since 1970; `i64::MAX` when nobody says. Decides conflicts (R12).
+    /// When it was created, in seconds since 1970; `i64::MAX` if unknown. Decides conflicts (R12).
     pub created: i64,
-    /// Its ClusterIP in each family; in a family without one the Service does not exist (W5).
+    /// The ClusterIP of each family. In a family without one the Service is not served (W5).
     pub cluster_ips: PerFamily<Option<IpAddr>>,
     /// `spec.externalIPs`, sorted (R10).
     pub external_ips: Box<[IpAddr]>,
-    /// The load balancer's addresses that this node captures, sorted (R11).
+    /// The load balancer's addresses that this node serves, sorted (R11).
     pub load_balancer_ips: Box<[IpAddr]>,
     /// `spec.loadBalancerSourceRanges`, sorted (F7).
     pub source_ranges: Box<[IpNet]>,
-    /// Its ports, in the Service's own order.
+    /// The ports, in the Service's own order.
     pub ports: Box<[ServicePort]>,
     /// Whether internalTrafficPolicy is Local (E5).
     pub internal_local: bool,
-    /// Whether externalTrafficPolicy is Local and the type makes it count (E5).
+    /// Whether externalTrafficPolicy is Local and applies to the type (E5).
     pub external_local: bool,
-    /// Session affinity in seconds (A1).
+    /// The timeout of session affinity in seconds (A1).
     pub affinity: Option<u32>,
-    /// The healthCheckNodePort, when the Service has one that counts (H1).
+    /// The healthCheckNodePort, if it applies (H1).
     pub health_check_port: Option<u16>,
-    /// What becomes of its clients' TCP connections when their backend stops serving.
+    /// The fate of clients' TCP connections when their backend stops serving.
     pub on_removal: Removal,
 }
 
-/// What becomes of sockets that were led to a backend which then stopped serving.
+/// The fate of sockets whose backend stopped serving.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub enum Removal {
-    /// They stay, and notice by themselves.
+    /// weir keeps them; the client notices by itself.
     #[default]
     Keep,
-    /// They are closed, unless the backend serves again by then.
+    /// weir closes them, unless the backend serves again by then.
     Reset {
-        /// How long after their backend stopped serving.
+        /// The time from the moment the backend stopped serving.
         after: Duration,
     },
 }
 
-/// One port of a Service.
+/// A port of a Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServicePort {
-    /// Its name, empty if it has none.
+    /// The name, empty if it has none.
     pub name: Arc<str>,
-    /// Its protocol.
+    /// The transport protocol.
     pub protocol: Protocol,
-    /// The port on ClusterIP, external IPs and load balancer addresses.
+    /// The port on ClusterIPs, external IPs and load balancer addresses.
     pub port: u16,
-    /// The NodePort, 0 without.
+    /// The NodePort, 0 without one.
     pub node_port: u16,
 }
 
 impl Service {
-    /// The Service, or nothing when it is not ours to serve: another proxy's (W1), headless, an ExternalName (W4), or
-    /// without a ClusterIP of a served family (W5). What cannot be understood is left out and told in `problems` (W9).
+    /// Reads a Service. `None` if weir does not serve it: another proxy does (W1), it is headless or an
+    /// ExternalName (W4), or it has no ClusterIP of a served family (W5). Values that weir cannot use are
+    /// left out and added to `problems` (W9).
     #[must_use]
     pub fn read(service: &api::Service, settings: &Settings, problems: &mut Vec<Problem>) -> Option<Self> {
         if service.metadata.labels.as_ref().is_some_and(|labels| labels.contains_key(PROXY_NAME_LABEL)) {
@@ -124,13 +125,13 @@ impl Service {
         })
     }
 
-    /// The families the Service exists in.
+    /// The families in which it is served.
     pub fn families(&self) -> impl Iterator<Item = Family> + '_ {
         Family::ALL.into_iter().filter(|family| self.cluster_ips.get(*family).is_some())
     }
 }
 
-/// The ClusterIP of each family (W5).
+/// Reads the ClusterIP of each family (W5).
 fn read_cluster_ips(spec: &api::ServiceSpec, problems: &mut Vec<Problem>) -> PerFamily<Option<IpAddr>> {
     let mut found = PerFamily::default();
     let mut take = |field: String, text: &str, wanted: Option<Family>| match read_address(text) {
@@ -154,7 +155,7 @@ fn read_cluster_ips(spec: &api::ServiceSpec, problems: &mut Vec<Problem>) -> Per
     found
 }
 
-/// An address that a Service can have, or why it cannot.
+/// Parses an address that a Service can have, or returns why it cannot.
 fn read_address(text: &str) -> Result<IpAddr, &'static str> {
     let address = parse_address(text).ok_or("not an IP address")?;
     unusable(address).map_or(Ok(address), Err)
@@ -177,7 +178,7 @@ fn read_external_ips(
     }))
 }
 
-/// Addresses whose ipMode says that the node, not the load balancer, delivers (R11).
+/// Reads the addresses whose traffic the node delivers, according to their ipMode (R11).
 fn read_load_balancer_ips(service: &api::Service, problems: &mut Vec<Problem>) -> Box<[IpAddr]> {
     let balancer = service.status.as_ref().and_then(|status| status.load_balancer.as_ref());
     let ingress = balancer.and_then(|balancer| balancer.ingress.as_deref()).unwrap_or_default();
@@ -222,7 +223,7 @@ fn read_ports(spec: &api::ServiceSpec, problems: &mut Vec<Problem>) -> Box<[Serv
             Some(name) => name.into(),
         };
         if !known.insert((Arc::clone(&name), protocol)) {
-            problems.push(Problem::new(field("name"), &name, "another port has this name and protocol"));
+            problems.push(Problem::new(field("name"), &name, "the name of an earlier port of this protocol"));
             continue;
         }
         let node_port = port_number(port.node_port).unwrap_or(0);
@@ -231,7 +232,7 @@ fn read_ports(spec: &api::ServiceSpec, problems: &mut Vec<Problem>) -> Box<[Serv
     ports.into()
 }
 
-/// Only client addresses are ever remembered (A1).
+/// Affinity is always by client address (A1).
 fn read_affinity(spec: &api::ServiceSpec) -> Option<u32> {
     (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| {
         let config = spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
@@ -240,7 +241,8 @@ fn read_affinity(spec: &api::ServiceSpec) -> Option<u32> {
     })
 }
 
-/// `keep`, `reset` or `reset-after=` and a duration as Go writes them; without the annotation connections are kept.
+/// Reads `keep`, `reset`, or `reset-after=` with a duration in Go's form. Without the annotation connections
+/// are kept.
 fn read_removal(service: &api::Service, problems: &mut Vec<Problem>) -> Removal {
     let annotations = service.metadata.annotations.as_ref();
     let Some(text) = annotations.and_then(|annotations| annotations.get(ON_BACKEND_REMOVAL)) else {

@@ -1,6 +1,6 @@
-//! What the operator sets that decides what Services mean on this node.
+//! The operator's settings that decide what Services mean on this node.
 //!
-//! In: the configuration, once at start. Out: read by the model and, through it, by the plan.
+//! In: the configuration, once at start. Out: [`Settings`], which the model and the plan read.
 
 use std::net::IpAddr;
 
@@ -8,26 +8,26 @@ use ipnet::IpNet;
 
 use super::{DnsService, PerFamily};
 
-/// How traffic from local pods is told from other traffic.
+/// How traffic of local pods is recognized.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DetectLocal {
-    /// By source address in these networks: the first of each family counts.
+    /// By a source address in these networks. Only the first of each family counts.
     ClusterCidr(Vec<IpNet>),
-    /// By source address in this Node's podCIDRs: the first of each family counts.
+    /// By a source address in this Node's podCIDRs. Only the first of each family counts.
     NodeCidr,
-    /// By arrival through the bridge of this name.
+    /// By arrival through this bridge.
     Bridge(String),
-    /// By arrival through an interface whose name starts so.
+    /// By arrival through an interface whose name has this prefix.
     InterfacePrefix(String),
 }
 
-/// Which addresses of the node serve NodePorts (R13 to R15).
+/// The addresses of the node that serve NodePorts (R13 to R15).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodePortSetting {
-    /// The node's own address of each family.
+    /// Whether the node's own address of each family serves.
     pub primary: bool,
-    /// Addresses of the host inside these networks. A family that neither these nor `primary` have an address of serves on
-    /// all, loopback ones apart.
+    /// The host's addresses in these networks serve too. If neither `primary` nor `networks` yield an address
+    /// of a family, all its addresses but loopback ones serve.
     pub networks: Vec<IpNet>,
 }
 
@@ -37,52 +37,52 @@ impl NodePortSetting {
     /// The node's own address of each family.
     pub const PRIMARY: Self = Self { primary: true, networks: Vec::new() };
 
-    /// Addresses inside these networks.
+    /// The host's addresses in these networks.
     #[must_use]
     pub const fn of(networks: Vec<IpNet>) -> Self {
         Self { primary: false, networks }
     }
 }
 
-/// Whether processes of this node reach NodePorts on the loopback address of a family, 127.0.0.1 or ::1 (R13, R18).
+/// Whether NodePorts answer processes of this node on 127.0.0.1 or ::1 (R13, R18).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LoopbackNodePorts {
     /// They do not.
     #[default]
     Never,
-    /// Where the sockets' plane serves, to which a loopback address is an address like any other: as in kube-proxy's
-    /// iptables mode, nobody asked for it in so many words.
+    /// Only with the socket plane, as in kube-proxy's iptables mode: the operator did not ask for it, and the
+    /// socket plane treats a loopback address like any other.
     BySockets,
-    /// Whatever plane serves, because it was asked for.
+    /// With any plane, because the operator asked for it.
     Always,
 }
 
-/// Everything the model and the plan need to be told once.
+/// All settings of the model and the plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
     /// This node's name, trimmed and in lower case.
     pub node_name: String,
-    /// How local pods are told.
+    /// How traffic of local pods is recognized.
     pub detect_local: DetectLocal,
-    /// Whether everything sent to a ClusterIP is masqueraded (R7).
+    /// Whether all traffic to ClusterIPs is masqueraded (R7).
     pub masquerade_all: bool,
-    /// Which bit of the packet mark asks for masquerading, 0 to 31 (R8).
+    /// The bit of the packet mark that requests masquerading, 0 to 31 (R8).
     pub masquerade_bit: u8,
-    /// Where NodePorts answer.
+    /// The addresses at which NodePorts answer.
     pub node_port_addresses: NodePortSetting,
-    /// Whether processes of this node reach NodePorts on the loopback address of a family (R13, R18).
+    /// Whether NodePorts answer processes of this node on loopback addresses (R13, R18).
     pub loopback_node_ports: PerFamily<LoopbackNodePorts>,
-    /// Whether `spec.externalIPs` is honoured (R10).
+    /// Whether `spec.externalIPs` is served (R10).
     pub external_ips: bool,
-    /// Whether connection tracking lets TCP packets outside the window through, and packet rules with it.
+    /// Whether conntrack, and with it weir's rules, accepts TCP packets outside the window.
     pub tcp_be_liberal: bool,
-    /// The node's address of its family, if the operator names a specific one, whatever the Node says.
+    /// The node's address of its family, if the operator set one. It overrides the Node.
     pub bind_address: Option<IpAddr>,
-    /// The families served (R17).
+    /// The families that weir serves (R17).
     pub families: PerFamily<bool>,
-    /// The cluster's DNS Service, where this node answers names in its place.
+    /// The cluster's DNS Service, if weir answers in its place.
     pub dns_service: Option<DnsService>,
-    /// Networks whose queries are answered besides those of pods.
+    /// Networks of further DNS clients besides pods.
     pub dns_clients: Vec<IpNet>,
 }
 

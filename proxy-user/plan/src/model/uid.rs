@@ -1,15 +1,15 @@
-//! What tells an object from an earlier one of the same name.
+//! The uid of an object, which differs from that of a deleted object of the same name.
 //!
 //! In: `metadata.uid` as text. Out: its 16 bytes, because a node has tens of thousands of Services.
 
 use std::fmt;
 
-/// An object's uid.
+/// The uid of an object, without its dashes.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Uid([u8; 16]);
 
 impl Uid {
-    /// The uid of this text, if it is one as API servers write them.
+    /// Parses a uid in the form in which API servers write it.
     #[must_use]
     pub fn read(text: &str) -> Option<Self> {
         let digits: String = text.split('-').collect();
@@ -39,7 +39,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_uid_reads_as_it_was_written_or_not_at_all() {
+    fn only_well_formed_uids_are_read() {
         for text in ["0b3c1f2e-0000-4abc-8def-00000000000a", "00000000-0000-0000-0000-000000000000"] {
             assert_eq!(Uid::read(text).unwrap().to_string(), text);
         }

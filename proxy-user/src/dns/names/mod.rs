@@ -1,7 +1,8 @@
-//! Every Service and endpoint by name: what DNS answers are made of.
+//! All Services and endpoints by name, for DNS answers.
 //!
-//! In: the same [`Change`]s that the model takes in, headless Services, ExternalNames and those of other proxies with
-//! them. Out: look-ups by name and by address. Only kept where the node answers DNS; nothing of it is needed to route.
+//! In: the same [`Change`]s as for the model, but also headless Services, ExternalNames and Services of other
+//! proxies. Out: look-ups by name and by address. It exists only if weir answers DNS; routing needs none of
+//! it.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -18,10 +19,10 @@ mod read;
 
 pub use read::{NamedEndpoint, NamedKind, NamedPort, NamedService, NamedSlice, Nearness};
 
-/// The zone of an endpoint that names none.
+/// The zone number of an endpoint without a zone.
 const NO_ZONE: u16 = u16::MAX;
 
-/// What is known under one Service name.
+/// The state under one Service name.
 #[derive(Debug, Default)]
 pub struct Named {
     service: Option<Box<NamedService>>,
@@ -29,13 +30,13 @@ pub struct Named {
 }
 
 impl Named {
-    /// The Service, once it is known.
+    /// The Service, if it has arrived.
     #[must_use]
     pub fn service(&self) -> Option<&NamedService> {
         self.service.as_deref()
     }
 
-    /// Its slices, sorted by their names.
+    /// Its slices, sorted by name.
     pub fn slices(&self) -> impl Iterator<Item = &NamedSlice> {
         self.slices.iter().map(|(_, slice)| slice)
     }
@@ -50,7 +51,7 @@ impl Named {
     }
 }
 
-/// Every Service and endpoint by name.
+/// All Services and endpoints by name.
 #[derive(Debug, Default)]
 pub struct Names {
     node_name: String,
@@ -60,24 +61,24 @@ pub struct Names {
     pod_networks: Vec<IpNet>,
     dns_services: DnsServices,
     services: FxHashMap<ObjectName, Named>,
-    /// Which Service each slice belongs to.
+    /// The Service of each slice.
     slices: FxHashMap<ObjectName, ObjectName>,
-    /// How many Services each namespace has.
+    /// The number of Services in each namespace.
     namespaces: FxHashMap<Box<str>, usize>,
-    /// Whose each address is: ClusterIPs, and endpoints of headless Services.
+    /// The Services that own each address: by their ClusterIP, or headless ones by an endpoint.
     owners: FxHashMap<IpAddr, SmallVec<[ObjectName; 1]>>,
     synced: [bool; 2],
     changes: u32,
 }
 
 impl Names {
-    /// No name yet, for a node of this name.
+    /// An empty index for a node of this name.
     #[must_use]
     pub fn new(node_name: &str) -> Self {
         Self { node_name: node_name.to_owned(), ..Self::default() }
     }
 
-    /// The cluster's DNS is this Service.
+    /// Sets how the cluster's DNS Service is identified.
     #[must_use]
     pub fn with_dns_service(self, setting: DnsService) -> Self {
         Self { dns_services: DnsServices::new(setting), ..self }
@@ -115,25 +116,25 @@ impl Names {
         self.changes = self.changes.wrapping_add(1);
     }
 
-    /// Whether everything that existed has been told, so that what is not known does not exist.
+    /// Whether all existing objects have arrived, so that a missing name does not exist.
     #[must_use]
     pub fn is_synced(&self) -> bool {
         self.synced == [true; 2]
     }
 
-    /// The networks that this node's pods are in, as its Node says.
+    /// The pod networks of this node, from its Node.
     #[must_use]
     pub fn pod_networks(&self) -> &[IpNet] {
         &self.pod_networks
     }
 
-    /// How many changes were taken in: the zone's serial number.
+    /// The number of changes so far, which is the serial number of the zone.
     #[must_use]
     pub fn changes(&self) -> u32 {
         self.changes
     }
 
-    /// What is known under `namespace/name`.
+    /// Looks up `namespace/name`.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&Named> {
         self.services.get(name)
@@ -145,19 +146,19 @@ impl Names {
         self.namespaces.contains_key(namespace)
     }
 
-    /// The Services whose address this is: those whose ClusterIP it is, and headless ones with such an endpoint.
+    /// The Services that own this address: by their ClusterIP, or headless ones by an endpoint.
     #[must_use]
     pub fn owners(&self, address: IpAddr) -> &[ObjectName] {
         self.owners.get(&address).map_or(&[], |owners| owners)
     }
 
-    /// The name of the cluster's DNS Service; whether it exists is another question where it was named.
+    /// The name of the cluster's DNS Service. If the operator set it, the Service may not exist.
     #[must_use]
     pub fn dns_service(&self) -> Option<&ObjectName> {
         self.dns_services.chosen()
     }
 
-    /// The ClusterIPs of the cluster's DNS Service; `None` when it does not exist.
+    /// The ClusterIPs of the cluster's DNS Service; `None` if it does not exist.
     #[must_use]
     pub fn dns_addresses(&self) -> Option<&[IpAddr]> {
         let service = self.services.get(self.dns_service()?)?.service()?;
@@ -167,7 +168,7 @@ impl Names {
         })
     }
 
-    /// The ready endpoints of the cluster's DNS Service, address and port of each, sorted.
+    /// The ready endpoints of the cluster's DNS Service, sorted.
     #[must_use]
     pub fn dns_endpoints(&self) -> Vec<SocketAddr> {
         let named = self.dns_service().and_then(|name| self.services.get(name));
@@ -228,7 +229,7 @@ impl Names {
             }
         }
         let Some((service, slice)) = slice else { return };
-        // One allocation for each name, however many slices carry it.
+        // All slices of a Service share one allocation of its name.
         let service = self.services.get_key_value(&service).map_or(service, |(known, _)| known.clone());
         let named = self.services.entry(service.clone()).or_default();
         let ips = if named.is_headless() { addresses([&slice].into_iter()) } else { Vec::new() };
@@ -263,7 +264,7 @@ impl Names {
     }
 
     fn own(&mut self, ip: IpAddr, name: &ObjectName) {
-        // As often as the Service has it: two slices may list one address for a moment.
+        // Once for each occurrence, because two slices may list an address for a moment.
         self.owners.entry(ip).or_default().push(name.clone());
     }
 
@@ -287,7 +288,7 @@ fn addresses<'a>(slices: impl Iterator<Item = &'a NamedSlice>) -> Vec<IpAddr> {
     slices.flat_map(|slice| &slice.endpoints).map(|endpoint| endpoint.address).collect()
 }
 
-/// The number of a zone, a new one if need be. A cluster has a handful; what is beyond counting has none.
+/// The number of a zone, which is a new one for a new zone. Zones beyond the range of numbers count as none.
 fn number(zones: &mut Vec<Box<str>>, zone: Option<&str>) -> u16 {
     let Some(zone) = zone.filter(|zone| !zone.is_empty()) else { return NO_ZONE };
     let known = zones.iter().position(|known| **known == *zone).or_else(|| {

@@ -1,7 +1,8 @@
-//! A Service and an EndpointSlice as far as names are made of them.
+//! Reads the parts of Services and EndpointSlices that DNS answers are made of.
 //!
-//! In: the API's objects. Out: [`NamedService`] and [`NamedSlice`], compact and without what only routing needs. What
-//! cannot be understood is left out without a word: the model tells of it already, where it concerns a proxy.
+//! In: the API's objects. Out: [`NamedService`] and [`NamedSlice`], compact and without what only routing
+//! needs. Values that weir cannot use are left out silently, because the model already reports those that
+//! matter.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -9,21 +10,21 @@ use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
 
 use crate::model::{Family, ObjectName, Protocol, SERVICE_NAME_LABEL, ServicePort, parse_address};
 
-/// What the name of a Service stands for.
+/// What a Service's name resolves to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NamedKind {
     /// Its ClusterIPs, at most one of each family.
     Addresses(Box<[IpAddr]>),
-    /// Its endpoints: it is headless.
+    /// Its endpoints, because it is headless.
     Endpoints,
-    /// Another name: it is an ExternalName.
+    /// Another name, because it is an ExternalName.
     Alias(Box<str>),
 }
 
-/// Which endpoints of a headless Service are best from a node, as `spec.trafficDistribution` says.
+/// Which endpoints of a headless Service are near, according to `spec.trafficDistribution`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Nearness {
-    /// All the same.
+    /// All endpoints are equal.
     #[default]
     Any,
     /// Those in the node's zone.
@@ -32,16 +33,16 @@ pub enum Nearness {
     SameNode,
 }
 
-/// A Service as its names have it.
+/// The parts of a Service that DNS answers are made of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedService {
-    /// What its name stands for.
+    /// What the name resolves to.
     pub kind: NamedKind,
-    /// Its ports, with their names; NodePorts are not told.
+    /// The named ports. NodePorts are always 0 here.
     pub ports: Box<[ServicePort]>,
-    /// Whether endpoints that are not ready count too.
+    /// Whether endpoints that are not ready are answered too.
     pub publish_not_ready: bool,
-    /// Which endpoints come first where it is headless.
+    /// Which endpoints go first if it is headless.
     pub nearness: Nearness,
 }
 
@@ -51,7 +52,7 @@ impl NamedService {
         let kind = match (spec.type_.as_deref(), spec.cluster_ip.as_deref()) {
             (Some("ExternalName"), _) => {
                 let target = spec.external_name.as_deref()?.trim_end_matches('.');
-                // CoreDNS knows no such Service either: an address is no name.
+                // CoreDNS ignores such a Service too, because an address is not a name.
                 if target.is_empty() || target.parse::<IpAddr>().is_ok() {
                     return None;
                 }
@@ -72,7 +73,7 @@ impl NamedService {
         })
     }
 
-    /// Whether its names are made of endpoints.
+    /// Whether its name resolves to endpoints.
     #[must_use]
     pub fn is_headless(&self) -> bool {
         self.kind == NamedKind::Endpoints
@@ -100,34 +101,35 @@ fn read_port(port: &core::ServicePort) -> Option<ServicePort> {
     })
 }
 
-/// One port of a slice.
+/// A port of a slice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedPort {
-    /// Its name, empty for an unnamed one.
+    /// The name, empty for an unnamed port.
     pub name: Arc<str>,
-    /// Its protocol.
+    /// The transport protocol.
     pub protocol: Protocol,
-    /// Its number on the endpoints.
+    /// The number of the port on the endpoints.
     pub port: u16,
 }
 
-/// One endpoint of a slice.
+/// An endpoint of a slice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedEndpoint {
-    /// Its address.
+    /// The first address of the endpoint.
     pub address: IpAddr,
-    /// Whether it is ready.
+    /// Whether its condition `ready` is true or missing.
     pub ready: bool,
     /// Whether it is on this node.
     pub local: bool,
-    /// Its zone, as [`super::Names`] numbers them.
+    /// The zone's number in [`super::Names`].
     pub zone: u16,
-    /// Its host name, where it was given one.
+    /// The host name that its pod has, if any.
     pub hostname: Option<Box<str>>,
 }
 
 impl NamedEndpoint {
-    /// The label its own name starts with: its host name, or one made of its address as CoreDNS makes it.
+    /// The first label of the endpoint's own name: its host name, or a label made of its address as CoreDNS
+    /// does.
     #[must_use]
     pub fn label(&self) -> String {
         match (&self.hostname, self.address) {
@@ -135,24 +137,24 @@ impl NamedEndpoint {
             (None, IpAddr::V4(address)) => address.to_string().replace('.', "-"),
             (None, IpAddr::V6(address)) => {
                 let label = address.to_string().replace(':', "-");
-                // A label may not end with a dash.
+                // A DNS label must not end with a dash.
                 if label.ends_with('-') { label + "0" } else { label }
             }
         }
     }
 }
 
-/// One EndpointSlice.
+/// An EndpointSlice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedSlice {
-    /// Its ports.
+    /// The ports of the slice.
     pub ports: Box<[NamedPort]>,
-    /// Its endpoints.
+    /// The endpoints of the slice.
     pub endpoints: Box<[NamedEndpoint]>,
 }
 
 impl NamedSlice {
-    /// The slice and the Service it belongs to; `zone` numbers the zones.
+    /// Reads a slice and the name of its Service. `zone` maps a zone to its number.
     pub(super) fn read(
         slice: &discovery::EndpointSlice,
         node_name: &str,

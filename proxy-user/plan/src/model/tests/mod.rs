@@ -1,4 +1,4 @@
-//! The model's rules, case by case.
+//! Tests of the model, by rule.
 
 mod node;
 mod services;

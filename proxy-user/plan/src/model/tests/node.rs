@@ -1,4 +1,4 @@
-//! This node: addresses, zone, pod networks, eligibility, and whom a change of it concerns.
+//! This node: addresses, zone, pod networks, eligibility, and the Services that a change of it affects.
 
 use serde_json::{Value, json};
 
@@ -14,7 +14,7 @@ fn node_a(labels: Value, spec: Value, addresses: Value) -> Change {
 }
 
 #[test]
-fn node_ips_are_internal_before_external_and_the_bind_address_wins() {
+fn internal_node_ips_go_before_external_ones_and_the_bind_address_overrides_them() {
     let internal = |ip: &str| json!({ "type": "InternalIP", "address": ip });
     let external = |ip: &str| json!({ "type": "ExternalIP", "address": ip });
     for (bind, addresses, v4, v6) in [
@@ -44,7 +44,7 @@ fn node_ips_are_internal_before_external_and_the_bind_address_wins() {
 }
 
 #[test]
-fn w3_other_nodes_are_not_this_one() {
+fn w3_other_nodes_are_ignored() {
     let model = model(
         settings(),
         [node(json!({ "metadata": { "name": "node-b", "labels": {
@@ -55,7 +55,7 @@ fn w3_other_nodes_are_not_this_one() {
 }
 
 #[test]
-fn local_pods_are_told_in_four_ways() {
+fn local_pods_are_recognized_in_four_ways() {
     let source = |net: &str| Some(LocalTraffic::Source(net.parse().unwrap()));
     let nets = |nets: &[&str]| nets.iter().map(|net| net.parse().unwrap()).collect();
     let bridge = Some(LocalTraffic::Interface("cni0".to_owned()));
@@ -87,7 +87,7 @@ fn local_pods_are_told_in_four_ways() {
 }
 
 #[test]
-fn p3_a_node_that_is_to_go_is_not_eligible() {
+fn p3_a_node_that_will_be_removed_is_not_eligible() {
     let mut model = model(settings(), []);
     assert!(!model.node_eligible(), "unknown");
     model.apply(node_a(
@@ -110,8 +110,8 @@ fn p3_a_node_that_is_to_go_is_not_eligible() {
     assert!(!model.node_eligible());
 }
 
-/// A model with a plain Service, one with zone hints, one with source ranges; nothing is dirty.
-fn three() -> Model {
+/// A model with a plain Service, one with zone hints and one with source ranges. No Service is dirty.
+fn model_of_three() -> Model {
     let ports = json!([{ "name": "", "port": 80 }]);
     let mut model = model(
         settings(),
@@ -138,10 +138,10 @@ fn three() -> Model {
 }
 
 #[test]
-fn e11_a_change_of_the_node_concerns_the_services_that_depend_on_it() {
+fn e11_a_change_of_the_node_marks_the_services_that_depend_on_it() {
     let address = json!([{ "type": "InternalIP", "address": "192.0.2.1" }]);
     let zone = json!({ "topology.kubernetes.io/zone": "a" });
-    let mut model = three();
+    let mut model = model_of_three();
     model.apply(node_a(json!({ "other": "label" }), json!({ "unschedulable": true }), json!([])));
     assert_eq!(model.take_dirty(), []);
     model.apply(node_a(zone.clone(), json!({}), json!([])));
@@ -153,7 +153,7 @@ fn e11_a_change_of_the_node_concerns_the_services_that_depend_on_it() {
 }
 
 #[test]
-fn a_new_pod_network_concerns_every_service() {
+fn a_new_pod_network_marks_every_service() {
     let settings = Settings { detect_local: DetectLocal::NodeCidr, ..settings() };
     let mut model = model(settings, [service("web", json!({ "clusterIP": "10.0.0.1" }))]);
     model.take_dirty();
@@ -162,7 +162,7 @@ fn a_new_pod_network_concerns_every_service() {
 }
 
 #[test]
-fn nothing_is_synced_before_every_kind_that_matters_is_listed() {
+fn the_model_is_synced_once_every_needed_kind_is_listed() {
     let modes = [
         (NodePortSetting::ALL, DetectLocal::ClusterCidr(Vec::new()), false),
         (NodePortSetting::PRIMARY, DetectLocal::ClusterCidr(Vec::new()), true),
@@ -177,12 +177,12 @@ fn nothing_is_synced_before_every_kind_that_matters_is_listed() {
         model.apply(Change::Synced(Kind::EndpointSlice));
         assert_eq!(model.is_synced(), !needs_node);
         model.apply(Change::Synced(Kind::Node));
-        assert!(model.is_synced(), "a Node that does not exist is not waited for");
+        assert!(model.is_synced(), "the list of Nodes may be empty");
     }
 }
 
 #[test]
-fn w3_every_service_cidr_counts_until_it_is_deleted() {
+fn w3_a_service_cidr_counts_until_it_is_deleted() {
     let mut model = model(
         settings(),
         [

@@ -1,4 +1,4 @@
-//! What becomes of Services (W1, W4, W5, W9, R10, R11, E5, A1, H1) and which changes concern anybody.
+//! How Services are read (W1, W4, W5, W9, R10, R11, E5, A1, H1), and which changes mark them.
 
 use std::{net::IpAddr, time::Duration};
 
@@ -26,7 +26,7 @@ fn ips(texts: &[&str]) -> Vec<IpAddr> {
 }
 
 #[test]
-fn w1_a_service_of_another_proxy_is_not_ours_whatever_the_label_says() {
+fn w1_a_service_of_another_proxy_is_skipped_whatever_the_labels_value() {
     for label in ["", "other"] {
         let value = json!({
             "metadata": { "name": "web", "labels": { "service.kubernetes.io/service-proxy-name": label } },
@@ -54,7 +54,7 @@ fn w4_services_without_a_virtual_address_are_skipped() {
 }
 
 #[test]
-fn w5_the_cluster_ip_of_a_family_stands_where_the_family_stands() {
+fn w5_a_cluster_ip_belongs_to_the_family_at_its_index() {
     let v4 = Some("10.0.0.1");
     let v6 = Some("fd00::1");
     for (spec, expected) in [
@@ -70,9 +70,9 @@ fn w5_the_cluster_ip_of_a_family_stands_where_the_family_stands() {
             json!({ "clusterIP": "fd00::1", "clusterIPs": ["fd00::1", "10.0.0.1"], "ipFamilies": ["IPv6", "IPv4"] }),
             (v4, v6),
         ),
-        // Without families the list does not count, only the one address.
+        // Without ipFamilies only clusterIP counts.
         (json!({ "clusterIP": "10.0.0.1", "clusterIPs": ["10.0.0.1", "fd00::1"] }), (v4, None)),
-        // W9: sloppy here too.
+        // W9: leading zeros are accepted.
         (json!({ "clusterIP": "010.000.0.1" }), (v4, None)),
     ] {
         let found = read(spec.clone()).cluster_ips;
@@ -85,7 +85,7 @@ fn w5_the_cluster_ip_of_a_family_stands_where_the_family_stands() {
 }
 
 #[test]
-fn w5_a_service_of_a_family_not_served_does_not_exist() {
+fn w5_a_service_without_a_served_family_is_skipped() {
     let only_v6 = Settings { families: PerFamily { v4: false, v6: true }, ..settings() };
     let single = json!({ "metadata": { "name": "web" }, "spec": { "clusterIP": "10.0.0.1" } });
     assert_eq!(read_with(&only_v6, single).0, None);
@@ -96,7 +96,7 @@ fn w5_a_service_of_a_family_not_served_does_not_exist() {
 }
 
 #[test]
-fn w5_an_address_of_the_wrong_family_is_left_out_and_told() {
+fn w5_an_address_of_the_wrong_family_is_a_problem() {
     let (service, problems) = read_with(
         &settings(),
         json!({ "metadata": { "name": "web" }, "spec": {
@@ -107,7 +107,7 @@ fn w5_an_address_of_the_wrong_family_is_left_out_and_told() {
 }
 
 #[test]
-fn w9_bad_addresses_and_ranges_are_told_with_their_field_and_the_rest_is_kept() {
+fn w9_wrong_addresses_and_ranges_are_problems_and_the_rest_is_kept() {
     let (service, problems) = read_with(
         &settings(),
         json!({
@@ -151,7 +151,7 @@ fn r10_external_ips_can_be_switched_off() {
 }
 
 #[test]
-fn r11_only_addresses_that_the_node_delivers_are_captured() {
+fn r11_only_addresses_whose_traffic_the_node_delivers_are_served() {
     let (service, problems) = read_with(
         &settings(),
         json!({
@@ -171,7 +171,7 @@ fn r11_only_addresses_that_the_node_delivers_are_captured() {
 }
 
 #[test]
-fn e5_policies_count_only_where_they_mean_something() {
+fn e5_policies_count_only_for_types_that_have_them() {
     for (spec, internal, external) in [
         (json!({}), false, false),
         (json!({ "internalTrafficPolicy": "Local" }), true, false),
@@ -223,7 +223,7 @@ fn h1_the_health_check_port_needs_a_load_balancer_with_local_policy() {
 }
 
 #[test]
-fn the_creation_time_is_kept_and_its_absence_is_the_youngest() {
+fn a_service_without_a_creation_time_counts_as_the_youngest() {
     let value = json!({
         "metadata": { "name": "web", "creationTimestamp": "1970-01-01T00:01:00Z" },
         "spec": { "clusterIP": "10.0.0.1" } });
@@ -239,7 +239,7 @@ fn on_removal(text: &str) -> Value {
 }
 
 #[test]
-fn the_removal_annotation_says_whether_and_when_connections_are_reset() {
+fn the_removal_annotation_decides_whether_and_when_connections_are_reset() {
     let reset = |seconds| Removal::Reset { after: Duration::from_secs(seconds) };
     for (text, expected) in [
         ("keep", Removal::Keep),
@@ -255,7 +255,7 @@ fn the_removal_annotation_says_whether_and_when_connections_are_reset() {
 }
 
 #[test]
-fn a_removal_annotation_that_is_not_understood_is_told_and_keeps_connections_w9() {
+fn w9_a_wrong_removal_annotation_is_a_problem_and_keeps_connections() {
     for text in ["", "Reset", "reset-after", "reset-after=", "reset-after=30", "reset-after=-5s", "close"] {
         let (service, problems) = read_with(&settings(), on_removal(text));
         assert_eq!(service.unwrap().on_removal, Removal::Keep, "{text}");
@@ -266,7 +266,7 @@ fn a_removal_annotation_that_is_not_understood_is_told_and_keeps_connections_w9(
 }
 
 #[test]
-fn another_removal_annotation_makes_the_service_dirty() {
+fn a_changed_removal_annotation_marks_the_service() {
     let mut model = model(settings(), [full_service(on_removal("keep"))]);
     assert_eq!(dirty(&mut model), ["ns/web"]);
     model.apply(full_service(on_removal("reset")));
@@ -278,12 +278,12 @@ fn dirty(model: &mut Model) -> Vec<String> {
 }
 
 #[test]
-fn a_service_is_dirty_when_it_comes_changes_and_goes_and_at_no_other_time() {
+fn a_service_is_marked_when_it_is_new_changes_or_is_deleted() {
     let mut model =
         model(settings(), [service("web", json!({ "clusterIP": "10.0.0.1", "ports": [{ "port": 80 }] }))]);
     assert_eq!(dirty(&mut model), ["ns/web"]);
 
-    // What this node does not read makes no difference.
+    // A field that weir does not read makes no difference.
     model.apply(full_service(json!({
         "metadata": { "namespace": "ns", "name": "web", "labels": { "new": "label" }, "annotations": { "a": "b" } },
         "spec": { "clusterIP": "10.0.0.1", "selector": { "app": "web" }, "ports": [{ "port": 80 }] },
@@ -301,7 +301,7 @@ fn a_service_is_dirty_when_it_comes_changes_and_goes_and_at_no_other_time() {
 }
 
 #[test]
-fn w4_a_service_that_becomes_headless_or_external_is_gone_and_can_come_back() {
+fn w4_a_service_can_become_headless_or_external_and_change_back() {
     for spec in
         [json!({ "clusterIP": "None" }), json!({ "type": "ExternalName", "externalName": "example.org" })]
     {
@@ -316,7 +316,7 @@ fn w4_a_service_that_becomes_headless_or_external_is_gone_and_can_come_back() {
 }
 
 #[test]
-fn w2_slices_of_unknown_services_concern_nobody_until_the_service_is_there() {
+fn w2_slices_mark_no_service_until_their_service_arrives() {
     let ports = json!([{ "name": "", "port": 8080 }]);
     let mut model =
         model(settings(), [slice("web-1", "web", ports, json!([{ "addresses": ["10.244.0.1"] }]))]);
@@ -326,14 +326,14 @@ fn w2_slices_of_unknown_services_concern_nobody_until_the_service_is_there() {
     let (_, endpoints) = model.service(&named("web")).unwrap();
     assert!(!endpoints.is_empty());
 
-    // The Service may go and come while its slices stay.
+    // A Service may be deleted and created while its slices stay.
     model.apply(Change::Delete(Kind::Service, named("web")));
     model.apply(service("web", json!({ "clusterIP": "10.0.0.1", "ports": [{ "port": 80 }] })));
     assert!(!model.service(&named("web")).unwrap().1.is_empty());
 }
 
 #[test]
-fn addresses_that_mean_something_else_on_every_machine_are_left_out_and_the_rest_of_the_service_works() {
+fn unusable_addresses_are_left_out_and_the_rest_of_the_service_works() {
     let (service, problems) = read_with(
         &settings(),
         json!({
@@ -375,7 +375,7 @@ fn addresses_that_mean_something_else_on_every_machine_are_left_out_and_the_rest
 }
 
 #[test]
-fn what_is_ignored_of_a_service_is_kept_for_one_note_that_does_not_grow_with_the_object() {
+fn the_note_about_ignored_values_has_a_bounded_length() {
     let web = |ips: Vec<String>| {
         service("web", json!({ "clusterIP": "10.0.0.1", "ports": [{ "port": 80 }], "externalIPs": ips }))
     };
@@ -392,7 +392,7 @@ fn what_is_ignored_of_a_service_is_kept_for_one_note_that_does_not_grow_with_the
 
     model.apply(web(vec!["x".repeat(100_000)]));
     model.apply(web(vec!["192.0.2.1".to_owned()]));
-    assert!(model.take_ignored().is_empty(), "it is right by now");
+    assert!(model.take_ignored().is_empty(), "the Service is correct now");
     model.apply(web(vec!["x".repeat(100_000)]));
     let ignored = model.take_ignored();
     assert!(ignored[&named("web")].1.len() < 300, "{ignored:?}");

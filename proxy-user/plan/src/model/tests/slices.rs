@@ -1,4 +1,4 @@
-//! How slices are read, kept and merged (W2, W6 to W8, E1 to E3, H2).
+//! How slices are read, stored and merged (W2, W6 to W8, E1 to E3, H2).
 
 use serde_json::{Value, json};
 
@@ -21,7 +21,7 @@ fn one(endpoint: Value) -> Endpoint {
     slice.unwrap().1.endpoints[0].clone()
 }
 
-/// A model with the Service `ns/web` and these slices of it.
+/// A model with the Service `ns/web` and these slices.
 fn web(slices: impl IntoIterator<Item = Change>) -> Model {
     model(settings(), slices.into_iter().chain([service("web", json!({ "clusterIP": "10.0.0.1" }))]))
 }
@@ -30,7 +30,7 @@ fn ports() -> Value {
     json!([{ "name": "http", "port": 8080 }])
 }
 
-/// What the port `http` has, each with its flags: r(eady), s(erving), t(erminating), l(ocal).
+/// The endpoints of the port `http`, each with its flags: r(eady), s(erving), t(erminating), l(ocal).
 fn http(model: &Model) -> Vec<String> {
     listed(model, "http", Protocol::Tcp, Family::V4)
 }
@@ -53,13 +53,13 @@ fn listed(model: &Model, port: &str, protocol: Protocol, family: Family) -> Vec<
 }
 
 #[test]
-fn w2_w7_slices_that_are_headless_or_nobodys_are_ignored() {
+fn w2_w7_slices_that_are_headless_or_without_a_service_are_ignored() {
     for (labels, kind, ours) in [
         (json!({ "kubernetes.io/service-name": "web" }), "IPv4", true),
         (json!({ "kubernetes.io/service-name": "web" }), "IPv6", true),
         (json!({ "kubernetes.io/service-name": "web" }), "FQDN", false),
         (json!({ "kubernetes.io/service-name": "web", "service.kubernetes.io/headless": "" }), "IPv4", false),
-        // W2: another proxy's slices are read, they are merely unused.
+        // W2: slices of another proxy are read but not used.
         (
             json!({ "kubernetes.io/service-name": "web", "service.kubernetes.io/service-proxy-name": "x" }),
             "IPv4",
@@ -78,7 +78,7 @@ fn w2_w7_slices_that_are_headless_or_nobodys_are_ignored() {
 }
 
 #[test]
-fn e1_local_is_what_names_this_node() {
+fn e1_endpoints_that_name_this_node_are_local() {
     for (endpoint, local, unplaced) in [
         (json!({ "addresses": ["10.244.0.1"], "nodeName": "node-a" }), true, false),
         (json!({ "addresses": ["10.244.0.1"], "nodeName": "node-b" }), false, false),
@@ -96,7 +96,7 @@ fn e1_local_is_what_names_this_node() {
 }
 
 #[test]
-fn e2_conditions_that_nobody_set_have_defaults() {
+fn e2_missing_conditions_have_defaults() {
     for (conditions, expected) in [
         (json!(null), (true, true, false)),
         (json!({}), (true, true, false)),
@@ -111,7 +111,7 @@ fn e2_conditions_that_nobody_set_have_defaults() {
 }
 
 #[test]
-fn e9_hints_are_sets_and_empty_ones_are_none() {
+fn e9_hints_are_sets_and_empty_sets_count_as_missing() {
     let endpoint = one(json!({ "addresses": ["10.244.0.1"], "hints": {
         "forNodes": [{ "name": "node-b" }, { "name": "node-a" }], "forZones": [{ "name": "z" }, { "name": "a" }] } }));
     assert_eq!(endpoint.node_hint, Some(true));
@@ -146,7 +146,7 @@ fn w6_endpoints_join_by_port_name_and_protocol() {
 }
 
 #[test]
-fn w8_ports_without_name_or_number_and_endpoints_without_address_stand_for_nothing() {
+fn w8_ports_without_name_or_number_and_endpoints_without_address_are_skipped() {
     let ports = json!([
         { "port": 1 }, { "name": "http" }, { "name": "http", "port": 0 }, { "name": "http", "port": 8080 }]);
     let endpoints = json!([{ "addresses": [] }, { "addresses": ["10.244.0.2", "10.244.0.9"] }]);
@@ -166,7 +166,7 @@ fn w9_an_endpoint_with_a_bad_address_is_left_out() {
 }
 
 #[test]
-fn slices_merge_and_are_sorted_whatever_the_order_of_arrival() {
+fn merged_slices_are_sorted_in_any_order_of_arrival() {
     let first = || {
         slice(
             "web-1",
@@ -191,7 +191,7 @@ fn slices_merge_and_are_sorted_whatever_the_order_of_arrival() {
 }
 
 #[test]
-fn e3_of_one_endpoint_in_two_slices_the_one_that_stays_and_is_ready_counts() {
+fn e3_the_listing_that_is_not_terminating_and_ready_counts() {
     let ready = json!([{ "addresses": ["10.244.0.1"], "nodeName": "node-a" }]);
     let leaving = json!([{ "addresses": ["10.244.0.1"],
         "conditions": { "ready": false, "serving": true, "terminating": true } }]);
@@ -213,7 +213,7 @@ fn e3_of_one_endpoint_in_two_slices_the_one_that_stays_and_is_ready_counts() {
             assert_eq!(http(&web(slices)), [expected], "{a} {b}");
         }
     }
-    // Of two that stay, the ready one counts, then the one that serves, whichever slice has it.
+    // If neither terminates, the ready listing counts, then the serving one, in either order.
     let silent = json!([{ "addresses": ["10.244.0.1"], "conditions": { "ready": true, "serving": false } }]);
     let serving = json!([{ "addresses": ["10.244.0.1"], "conditions": { "ready": false, "serving": true } }]);
     let gone = json!([{ "addresses": ["10.244.0.1"],
@@ -232,13 +232,13 @@ fn e3_of_one_endpoint_in_two_slices_the_one_that_stays_and_is_ready_counts() {
             assert_eq!(http(&web(slices)), [expected], "{a} {b}");
         }
     }
-    // Another port number makes another endpoint.
+    // An endpoint with another port number is another endpoint.
     let other = slice("web-2", "web", json!([{ "name": "http", "port": 8081 }]), ready.clone());
     assert_eq!(http(&web([slice("web-1", "web", ports(), ready), other])).len(), 2);
 }
 
 #[test]
-fn slices_change_go_and_move_to_another_service() {
+fn slices_can_change_be_deleted_and_move_to_another_service() {
     let endpoints = |ip: &str| json!([{ "addresses": [ip] }]);
     let mut model = web([slice("web-1", "web", ports(), endpoints("10.244.0.1"))]);
     model.apply(service("api", json!({ "clusterIP": "10.0.0.2" })));
@@ -264,7 +264,7 @@ fn slices_change_go_and_move_to_another_service() {
 }
 
 #[test]
-fn w2_a_slice_that_becomes_headless_takes_its_endpoints_away() {
+fn w2_a_slice_that_becomes_headless_loses_its_endpoints() {
     let mut model = web([slice("web-1", "web", ports(), json!([{ "addresses": ["10.244.0.1"] }]))]);
     model.take_dirty();
     model.apply(full_slice(json!({
@@ -311,15 +311,15 @@ fn h2_local_ready_addresses_count_once_over_all_ports() {
 
 #[test]
 fn an_endpoint_is_small_because_a_cluster_has_many() {
-    // 10,000 Services of five endpoints are to fit in 15 MiB with everything around them.
+    // 10,000 Services with five endpoints each must fit in 15 MiB, with everything around them.
     assert!(size_of::<Endpoint>() <= 40);
     assert!(size_of::<super::super::Service>() <= 200);
 }
 
 proptest::proptest! {
-    /// However endpoints are spread over slices and ports, the count is that of the endpoints that count for some port.
+    /// The result does not depend on how endpoints are spread over slices and ports.
     #[test]
-    fn h2_local_ready_endpoints_are_those_that_count_for_some_port(
+    fn h2_local_ready_counts_endpoints_that_are_ready_for_any_port(
         slices in proptest::collection::vec(
             (
                 proptest::collection::vec((0..3_u8, 1..3_u16), 0..3),
