@@ -1,7 +1,7 @@
-//! Which Service has a frontend that several claim (R12).
+//! Decides which Service owns a frontend that several Services claim (R12).
 //!
-//! In: the frontends that each Service wants. Out: one owner for each, the same whatever the order of events, and which
-//! Services win or lose one when a claim comes or goes.
+//! In: the frontends that each Service wants. Out: one owner for each frontend, independent of the order of
+//! events, and the Services that win or lose a frontend by a change.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,39 +13,39 @@ use rustc_hash::FxHashMap;
 use super::{Destination, Frontend, ServicePlan};
 use crate::model::ObjectName;
 
-/// What an address is to the Service that claims it. What the cluster gave counts more than what a user wrote, because
-/// a user may write the address of another tenant's Service.
+/// What an address is to the Service that claims it. An address that the cluster assigned ranks above one
+/// that a user wrote, because a user may write the address of another tenant's Service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Rank {
-    /// Its ClusterIP, or this node's address: the API server gives each ClusterIP and each NodePort to one Service.
+    /// Its ClusterIP, or this node's address. The API server assigns each ClusterIP and each NodePort to one
+    /// Service.
     Given,
-    /// An address that a load balancer's controller wrote into its status.
+    /// An address that the load balancer's controller wrote into the Service's status.
     LoadBalancer,
-    /// An address that its spec names.
+    /// An address in the Service's spec.
     ExternalIp,
 }
 
-/// A Service's claim on one frontend; the smaller one wins: the higher rank, then the older Service, then the one with
-/// the smaller name.
+/// A Service's claim on one frontend. The smallest claim wins: first by rank, then by age, then by name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Claim {
     rank: Rank,
     /// When the Service was created, in seconds since 1970.
     created: i64,
-    /// The Service.
+    /// The Service that claims.
     service: ObjectName,
 }
 
-/// All that one Service claims.
+/// All claims of one Service.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Wish {
+pub(super) struct ServiceClaims {
     created: i64,
-    /// Sorted, no frontend twice.
+    /// Sorted, each frontend once.
     frontends: Vec<(Frontend, Rank)>,
 }
 
-impl Wish {
-    /// What the Service of a plan claims: these frontends.
+impl ServiceClaims {
+    /// The claims of a plan's Service on these frontends.
     pub(super) fn of(plan: &ServicePlan, frontends: impl Iterator<Item = Frontend>) -> Self {
         let mut frontends: Vec<_> =
             frontends.map(|frontend| (frontend, rank(plan, frontend.destination))).collect();
@@ -75,33 +75,33 @@ pub(super) struct Claims {
     owners: FxHashMap<Frontend, Claim>,
     /// Claims that lost, which are few.
     waiting: BTreeMap<Frontend, BTreeSet<Claim>>,
-    /// Claims that lost since they were last asked for.
+    /// Conflicts since the last call of [`Claims::take_conflicts`].
     conflicts: Vec<Conflict>,
 }
 
 /// A frontend that two Services claim (R12).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Conflict {
-    /// The frontend.
+    /// The claimed frontend.
     pub frontend: Frontend,
-    /// The Service that has it.
+    /// The Service that owns it.
     pub owner: ObjectName,
-    /// The Service that does not get it.
+    /// The Service whose claim lost.
     pub service: ObjectName,
-    /// Why.
+    /// Why the owner won.
     pub precedence: Precedence,
 }
 
-/// Why one Service comes before another.
+/// Why one claim wins over another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precedence {
-    /// The address is its ClusterIP, which is none of the other.
+    /// The address is the winner's ClusterIP, and not the loser's.
     ClusterIp,
-    /// The address is one of its load balancer, which is none of the other.
+    /// The address is one of the winner's load balancer, and not of the loser's.
     LoadBalancer,
-    /// It is older.
+    /// The winner is older.
     Age,
-    /// It is as old, and its name is the smaller one.
+    /// Both are equally old, and the winner has the smaller name.
     Name,
 }
 
@@ -122,31 +122,30 @@ impl fmt::Display for Conflict {
 }
 
 impl Claims {
-    /// The claims that lost since this was last asked.
+    /// The claims that lost since the last call.
     pub(super) fn take_conflicts(&mut self) -> Vec<Conflict> {
         std::mem::take(&mut self.conflicts)
     }
 
-    /// Whether a frontend is the Service's.
+    /// Whether this Service owns a frontend.
     pub(super) fn owns(&self, service: &ObjectName, frontend: &Frontend) -> bool {
         self.owners.get(frontend).is_some_and(|owner| owner.service == *service)
     }
 
-    /// Whether a frontend is some Service's.
+    /// Whether any Service owns a frontend.
     pub(super) fn has_owner(&self, frontend: &Frontend) -> bool {
         self.owners.contains_key(frontend)
     }
 
-    /// Replaces what a Service claimed `before` by what it claims `now`. Returns the other Services that win or lose a
-    /// frontend by that.
+    /// Replaces the claims of a Service. Returns the other Services that win or lose a frontend.
     pub(super) fn replace(
         &mut self,
         service: &ObjectName,
-        before: &Wish,
-        now: &Wish,
+        before: &ServiceClaims,
+        now: &ServiceClaims,
     ) -> BTreeSet<ObjectName> {
         let mut affected = BTreeSet::new();
-        // Most changes are of endpoints.
+        // Most changes affect endpoints only.
         if before == now {
             return affected;
         }
@@ -166,7 +165,7 @@ impl Claims {
         affected
     }
 
-    /// Forgets a claim; returns the Service that gets the frontend if one waited for it.
+    /// Removes a claim. Returns the Service that now owns the frontend, if one waited for it.
     fn release(&mut self, frontend: Frontend, claim: &Claim) -> Option<ObjectName> {
         if self.owners.get(&frontend) != Some(claim) {
             self.stop_waiting(frontend, claim);
@@ -183,8 +182,7 @@ impl Claims {
         Some(winner)
     }
 
-    /// Makes a claim in place of the one that the Service `had`; returns the other Service that loses or wins the frontend
-    /// by it.
+    /// Replaces the claim that the Service `had`. Returns the other Service that loses or wins the frontend.
     fn assert(&mut self, frontend: Frontend, had: Option<&Claim>, claim: Claim) -> Option<ObjectName> {
         let Some(owner) = self.owners.get_mut(&frontend) else {
             self.owners.insert(frontend, claim);
@@ -210,7 +208,7 @@ impl Claims {
         Some(name)
     }
 
-    /// The owner's claim changed: one that waits may come before it now.
+    /// The owner's claim changed, so a waiting claim may now win.
     fn yield_to_waiting(&mut self, frontend: Frontend) -> Option<ObjectName> {
         let (owner, waiting) = (self.owners.get_mut(&frontend)?, self.waiting.get_mut(&frontend)?);
         waiting.first().filter(|first| *first < owner)?;
@@ -221,7 +219,7 @@ impl Claims {
         Some(winner)
     }
 
-    /// Whether the claim waited for the frontend, which it does no longer.
+    /// Removes a waiting claim. Returns whether there was one.
     fn stop_waiting(&mut self, frontend: Frontend, claim: &Claim) -> bool {
         let Some(waiting) = self.waiting.get_mut(&frontend) else { return false };
         let stopped = waiting.remove(claim);

@@ -1,7 +1,7 @@
-//! What makes the difference between two plans small and safe to apply.
+//! Keeps the difference between two plans small and safe to apply.
 //!
-//! In: plans as they were and are to be, in any order. Out: backends in slots that hardly move, and port changes in an
-//! order in which a frontend is given up before another port takes it.
+//! In: old and new plans, in any order. Out: backends that keep their slots, and port changes in an order in
+//! which a frontend is released before another port takes it.
 
 use std::collections::VecDeque;
 
@@ -10,7 +10,7 @@ use rustc_hash::FxHashMap;
 use super::{Backend, Delta, Frontend, PortDelta, PortPlan};
 
 impl Delta {
-    /// Whether applying this would do nothing.
+    /// Whether there is nothing to apply.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.node.is_none() && self.cluster_ips.is_empty() && self.ports.is_empty() && !self.complete
@@ -18,25 +18,25 @@ impl Delta {
 }
 
 impl PortPlan {
-    /// Reorders the backend sets so that a backend that stays keeps its slot: slots that became free go to new
-    /// backends first, then to those from the end. The sets themselves do not change.
-    pub fn settle(&mut self, before: &Self) {
-        settle(&mut self.cluster, &before.cluster);
-        settle(&mut self.local, &before.local);
+    /// Reorders the backend sets so that a backend that stays keeps its slot. Free slots go first to new
+    /// backends, then to backends whose slot is beyond the new end. The sets themselves do not change.
+    pub fn keep_slots(&mut self, before: &Self) {
+        keep_slots(&mut self.cluster, &before.cluster);
+        keep_slots(&mut self.local, &before.local);
     }
 }
 
-fn settle(now: &mut Vec<Backend>, before: &[Backend]) {
+fn keep_slots(now: &mut Vec<Backend>, before: &[Backend]) {
     if now == before {
         return;
     }
     let slots: FxHashMap<Backend, usize> =
         before.iter().enumerate().map(|(slot, backend)| (*backend, slot)).collect();
-    let mut settled: Vec<Option<Backend>> = vec![None; now.len()];
+    let mut ordered: Vec<Option<Backend>> = vec![None; now.len()];
     let (mut new, mut from_the_end) = (Vec::new(), Vec::new());
     for backend in now.drain(..) {
         match slots.get(&backend) {
-            Some(slot) => match settled.get_mut(*slot) {
+            Some(slot) => match ordered.get_mut(*slot) {
                 Some(place) => *place = Some(backend),
                 None => from_the_end.push(backend),
             },
@@ -44,11 +44,11 @@ fn settle(now: &mut Vec<Backend>, before: &[Backend]) {
         }
     }
     let mut fill = new.into_iter().chain(from_the_end);
-    now.extend(settled.into_iter().filter_map(|place| place.or_else(|| fill.next())));
+    now.extend(ordered.into_iter().filter_map(|place| place.or_else(|| fill.next())));
 }
 
 impl PortDelta {
-    /// The frontends that the port gives up.
+    /// The frontends that the port releases.
     pub fn released(&self) -> impl Iterator<Item = Frontend> + '_ {
         missing(self.before.as_deref(), self.after.as_deref())
     }
@@ -68,7 +68,7 @@ fn missing<'a>(
     some.into_iter().flat_map(|plan| &plan.frontends).map(|planned| planned.frontend).filter(lacks)
 }
 
-/// Which of `ports` gives up each frontend that another of them takes.
+/// The index of the port that releases each frontend that another port takes.
 pub(super) fn moved(ports: &[PortDelta]) -> FxHashMap<Frontend, usize> {
     let released = ports.iter().enumerate().filter(|(_, port)| port.before.is_some());
     let mut released: FxHashMap<Frontend, usize> =
@@ -82,7 +82,7 @@ pub(super) fn moved(ports: &[PortDelta]) -> FxHashMap<Frontend, usize> {
     released
 }
 
-/// Orders `ports` so that a frontend's release stands before its taking, as far as no two ports swap theirs.
+/// Orders `ports` so that each frontend is released before it is taken, unless two ports swap frontends.
 pub(super) fn order(ports: Vec<PortDelta>) -> Vec<PortDelta> {
     let moved = moved(&ports);
     if moved.is_empty() {

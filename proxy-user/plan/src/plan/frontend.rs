@@ -1,6 +1,7 @@
-//! What one Service means on this node: its frontends and what each does with a new flow (R2 to R7, F1 to F3, F7).
+//! Plans one Service on this node: its frontends, and what each does with a new flow (R2 to R7, F1 to F3,
+//! F7).
 //!
-//! In: a Service, its endpoints, this node. Out: a [`ServicePlan`], the same for the same input.
+//! In: a Service, its endpoints, this node. Out: a [`ServicePlan`], always the same for the same input.
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
@@ -14,19 +15,19 @@ use super::{
 };
 use crate::model::{Candidate, DNS_PORT, Endpoints, Family, NodeView, Protocol, Service, ServicePort};
 
-/// Most frontends of one Service. Every node programs each of them, so that without a bound one object could take
-/// seconds of every node's time and a large part of its memory.
+/// The most frontends of one Service. Every node programs each of them, so without a limit one object could
+/// cost every node seconds and much memory.
 pub const MOST_FRONTENDS: usize = 16_384;
 
-/// What `service` means on `node`: one [`PortPlan`] for each of its ports in each of its families.
+/// Plans `service` on `node`: one [`PortPlan`] for each port and family.
 #[must_use]
 pub fn plan_service(service: &Service, endpoints: &Endpoints, node: &NodeView) -> ServicePlan {
-    let share = Share::of(service);
-    let mut ports = Vec::with_capacity(share.ports.len() * service.families().count());
+    let part = ServedPart::of(service);
+    let mut ports = Vec::with_capacity(part.ports.len() * service.families().count());
     let mut taken = FxHashSet::default();
     for family in service.families() {
-        let planner = FamilyPlanner::new(service, family, node, &share);
-        for port in share.ports {
+        let planner = FamilyPlanner::new(service, family, node, &part);
+        for port in part.ports {
             let candidates = endpoints.of(&port.name, port.protocol, family);
             let mut plan = planner.port(port, &candidates);
             if service.ports.len() > 1 {
@@ -38,7 +39,7 @@ pub fn plan_service(service: &Service, endpoints: &Endpoints, node: &NodeView) -
     ports.sort_unstable_by(|a, b| a.id.cmp(&b.id));
     let health_check = service.health_check_port.map(|port| HealthCheck {
         port,
-        // A dual-stack Pod is one endpoint: the families list the same ones, or one of them lags behind.
+        // A dual-stack Pod is one endpoint. Both families list it, unless one of them lags behind.
         local_endpoints: service.families().map(|family| endpoints.local_ready(family)).max().unwrap_or(0),
     });
     ServicePlan {
@@ -47,23 +48,23 @@ pub fn plan_service(service: &Service, endpoints: &Endpoints, node: &NodeView) -
         health_check,
         created: service.created,
         load_balancer_ips: service.load_balancer_ips.clone(),
-        beyond: share.beyond,
+        beyond: part.beyond,
     }
 }
 
-/// What of a Service is served, so that it has no more than [`MOST_FRONTENDS`]: ClusterIPs and NodePorts of the first
-/// ports, then addresses of all these ports, the load balancer's before external IPs.
-struct Share<'a> {
+/// The part of a Service that fits into [`MOST_FRONTENDS`]: ClusterIPs and NodePorts of the first ports, then
+/// addresses of these ports, those of the load balancer before external IPs.
+struct ServedPart<'a> {
     ports: &'a [ServicePort],
     /// Sorted.
     load_balancer_ips: Vec<IpAddr>,
-    /// Without those that are the load balancer's too: these are guarded as such (F7).
+    /// Without the load balancer's addresses, because those have source ranges (F7).
     external_ips: Vec<IpAddr>,
-    /// How many frontends are left out.
+    /// The number of frontends that are left out.
     beyond: usize,
 }
 
-impl<'a> Share<'a> {
+impl<'a> ServedPart<'a> {
     fn of(service: &'a Service) -> Self {
         let families = service.families().count().max(1);
         let served = |ips: &[IpAddr]| -> Vec<IpAddr> {
@@ -72,20 +73,20 @@ impl<'a> Share<'a> {
         let load_balancer_ips = served(&service.load_balancer_ips);
         let mut external_ips = served(&service.external_ips);
         external_ips.retain(|ip| load_balancer_ips.binary_search(ip).is_err());
-        let mut share = Self { ports: &service.ports, load_balancer_ips, external_ips, beyond: 0 };
-        let wanted = share.fixed(families) + share.ports.len() * share.addresses();
+        let mut part = Self { ports: &service.ports, load_balancer_ips, external_ips, beyond: 0 };
+        let wanted = part.fixed(families) + part.ports.len() * part.addresses();
         if wanted > MOST_FRONTENDS {
-            // A ClusterIP and a NodePort for each port and family.
-            share.ports = &share.ports[..share.ports.len().min(MOST_FRONTENDS / (2 * families))];
-            let addresses = (MOST_FRONTENDS - share.fixed(families)) / share.ports.len().max(1);
-            share.load_balancer_ips.truncate(addresses);
-            share.external_ips.truncate(addresses - share.load_balancer_ips.len());
-            share.beyond = wanted - share.fixed(families) - share.ports.len() * share.addresses();
+            // Each port has a ClusterIP and a NodePort in each family.
+            part.ports = &part.ports[..part.ports.len().min(MOST_FRONTENDS / (2 * families))];
+            let addresses = (MOST_FRONTENDS - part.fixed(families)) / part.ports.len().max(1);
+            part.load_balancer_ips.truncate(addresses);
+            part.external_ips.truncate(addresses - part.load_balancer_ips.len());
+            part.beyond = wanted - part.fixed(families) - part.ports.len() * part.addresses();
         }
-        share
+        part
     }
 
-    /// How many ClusterIP and NodePort frontends there are.
+    /// The number of ClusterIP and NodePort frontends.
     fn fixed(&self, families: usize) -> usize {
         self.ports.iter().map(|port| families * (1 + usize::from(port.node_port != 0))).sum()
     }
@@ -95,23 +96,23 @@ impl<'a> Share<'a> {
     }
 }
 
-/// What all ports of a Service have in common in one family.
+/// Plans the ports of a Service in one family.
 struct FamilyPlanner<'a> {
     service: &'a Service,
     family: Family,
     node: &'a NodeView,
-    /// Addresses besides the ClusterIP, each with the sources it lets in.
+    /// The addresses besides the ClusterIP, each with its allowed sources.
     external: Vec<(IpAddr, Option<Arc<[IpNet]>>)>,
 }
 
 impl<'a> FamilyPlanner<'a> {
-    fn new(service: &'a Service, family: Family, node: &'a NodeView, share: &Share<'_>) -> Self {
+    fn new(service: &'a Service, family: Family, node: &'a NodeView, part: &ServedPart<'_>) -> Self {
         let of_family = |ips: &[IpAddr]| -> Vec<IpAddr> {
             ips.iter().copied().filter(|ip| Family::of(*ip) == family).collect()
         };
-        let vips = of_family(&share.load_balancer_ips);
+        let vips = of_family(&part.load_balancer_ips);
         let allowed = allowed_sources(service, family, &vips, node);
-        let mut external: Vec<_> = of_family(&share.external_ips).into_iter().map(|ip| (ip, None)).collect();
+        let mut external: Vec<_> = of_family(&part.external_ips).into_iter().map(|ip| (ip, None)).collect();
         external.extend(vips.iter().map(|ip| (*ip, allowed.clone())));
         external.retain(|(ip, _)| *service.cluster_ips.get(family) != Some(*ip));
         Self { service, family, node, external }
@@ -119,7 +120,8 @@ impl<'a> FamilyPlanner<'a> {
 
     fn port(&self, port: &ServicePort, candidates: &[Candidate<'_>]) -> PortPlan {
         let Self { service, family, node, .. } = self;
-        // E4: accessible from outside, the port needs the Cluster set for pods and this host, whatever the policy.
+        // E4: a port that is accessible from outside needs the Cluster set for pods and this host, whatever
+        // the policy.
         let reachable = port.node_port != 0 || !self.external.is_empty();
         let uses = Uses {
             cluster: !service.internal_local || reachable,
@@ -133,8 +135,8 @@ impl<'a> FamilyPlanner<'a> {
             Protocol::Sctp => Removal::Keep,
         };
         let serving = match on_removal {
-            // One that is ready gets new flows, so those that it has are right, whether or not it says that it serves: with
-            // publishNotReadyAddresses it does not.
+            // A ready endpoint gets new flows, so its existing flows are not stale, even if it is not
+            // serving, as with publishNotReadyAddresses.
             Removal::Reset { .. } => topology::backends(candidates, |Candidate { endpoint, .. }| {
                 endpoint.serving || endpoint.ready
             }),
@@ -184,7 +186,7 @@ impl<'a> FamilyPlanner<'a> {
         frontends
     }
 
-    /// Whether the port is the one that the node's own answers to names stand in for.
+    /// Whether weir answers DNS on this port in place of the DNS Service.
     fn is_answered_here(&self, port: &ServicePort) -> bool {
         self.node.dns_service.as_ref() == Some(&self.service.name)
             && port.port == DNS_PORT
@@ -195,7 +197,7 @@ impl<'a> FamilyPlanner<'a> {
         self.node.local_traffic.get(self.family).is_some()
     }
 
-    /// The ClusterIP (R2, R7, F1, F2).
+    /// The route of the ClusterIP (R2, R7, F1, F2).
     fn internal_route(&self, selection: &Selection) -> Route {
         let target = if !selection.any {
             Target::Reject
@@ -212,7 +214,7 @@ impl<'a> FamilyPlanner<'a> {
         }
     }
 
-    /// NodePorts, external IPs and load balancer addresses (R3, R5, R6, F1, F3).
+    /// The route of NodePorts, external IPs and load balancer addresses (R3, R5, R6, F1, F3).
     fn external_route(&self, selection: &Selection) -> Route {
         let cluster = cluster_or_reject(&selection.cluster);
         if !selection.any || !self.service.external_local {
@@ -232,13 +234,13 @@ fn local_or_drop(selection: &Selection) -> Target {
     if selection.local.is_empty() { Target::Drop } else { Target::Local }
 }
 
-/// What goes nowhere is not masqueraded either.
+/// A flow that is not forwarded is not masqueraded either.
 fn treatment(target: Target, masquerade: bool) -> Treatment {
     let goes = matches!(target, Target::Cluster | Target::Local);
     Treatment { target, masquerade: masquerade && goes }
 }
 
-/// The sources that the load balancer's addresses of a family let in; `None` for everybody (F7).
+/// The allowed sources of the load balancer's addresses of a family; `None` allows every client (F7).
 fn allowed_sources(
     service: &Service,
     family: Family,
@@ -250,7 +252,7 @@ fn allowed_sources(
     if ranges.is_empty() || vips.is_empty() {
         return None;
     }
-    // What this host sends to such an address may carry that address as its source.
+    // Packets from this host to such an address may have that address as their source.
     if ranges.iter().any(|range| range.contains(node.addresses.get(family))) {
         ranges.extend(vips.iter().copied().map(IpNet::from));
     }

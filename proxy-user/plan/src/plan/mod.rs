@@ -1,7 +1,8 @@
-//! What Services mean on this node, in frontends and backends.
+//! Plans: the meaning of Services on this node, as frontends and backends.
 //!
-//! In: one Service, its endpoints, this node (from `model`). Out: a [`ServicePlan`], and from two of them the [`Delta`]
-//! a data plane applies. Planning is pure: nothing here waits, reads a clock or touches the kernel.
+//! In: one Service, its endpoints, this node (from `model`). Out: a [`ServicePlan`], and from two of them the
+//! [`Delta`] that a data plane applies. Planning is pure: it does not wait, reads no clock and does not touch
+//! the kernel.
 //!
 //! ```text
 //! (service, endpoints, node) ──plan_service──▶ ServicePlan ──Delta──▶ dataplane
@@ -31,17 +32,17 @@ pub use claims::{Conflict, Precedence};
 pub use frontend::{MOST_FRONTENDS, plan_service};
 pub use planner::{NoLocalEndpoints, Planner};
 
-/// Where traffic for a frontend is addressed to.
+/// The destination address of traffic to a frontend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 pub enum Destination {
-    /// Exactly this address: a ClusterIP, an external IP, a load balancer's VIP.
+    /// One address: a ClusterIP, an external IP, or an address of a load balancer.
     Address(IpAddr),
     /// Any address of this node that serves NodePorts (R13, R14).
     NodePort(Family),
 }
 
 impl Destination {
-    /// The family the destination belongs to.
+    /// The address family.
     #[must_use]
     pub fn family(self) -> Family {
         match self {
@@ -51,14 +52,14 @@ impl Destination {
     }
 }
 
-/// What a client asks for: the key of everything a data plane holds.
+/// The destination that a client connects to. It is the key of everything in a data plane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 pub struct Frontend {
-    /// The address part.
+    /// The address of the destination.
     pub destination: Destination,
-    /// The protocol.
+    /// The transport protocol.
     pub protocol: Protocol,
-    /// The port.
+    /// The port of the destination.
     pub port: u16,
 }
 
@@ -74,15 +75,15 @@ impl fmt::Display for Frontend {
     }
 }
 
-/// One address and port that serves.
+/// An address and port that a frontend translates to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 pub struct Backend {
-    /// The endpoint's address.
+    /// Address of the endpoint.
     pub address: IpAddr,
-    /// The endpoint's port.
+    /// Port of the endpoint.
     pub port: u16,
-    /// Whether the endpoint is on this node (E1), or may be because nothing says which node it is on. Such a one may be its own
-    /// client (R9).
+    /// Whether the endpoint is on this node (E1), or may be, because its slice names no node. Such an
+    /// endpoint may connect to itself (R9).
     pub local: bool,
 }
 
@@ -95,13 +96,13 @@ impl fmt::Display for Backend {
 /// What happens to a new flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 pub enum Target {
-    /// One of [`PortPlan::cluster`], which is not empty.
+    /// Translated to one of [`PortPlan::cluster`], which is not empty.
     Cluster,
-    /// One of [`PortPlan::local`], which is not empty.
+    /// Translated to one of [`PortPlan::local`], which is not empty.
     Local,
     /// Refused with an ICMP port unreachable (F1).
     Reject,
-    /// Dropped without a word (F2, F3).
+    /// Dropped silently (F2, F3).
     Drop,
 }
 
@@ -131,29 +132,29 @@ impl BackendSet {
     pub const ALL: [Self; 2] = [Self::Cluster, Self::Local];
 }
 
-/// What one class of sources gets.
+/// What happens to flows of one class of sources.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct Treatment {
-    /// Where the flow goes.
+    /// The backends, or the refusal.
     pub target: Target,
     /// Whether the backend sees this node's address instead of the client's (R5, R6, R7).
     pub masquerade: bool,
 }
 
-/// What a frontend does for each class of sources: one column of the matrix in R1 to R7.
+/// The treatment of each class of sources: one column of the matrix in R1 to R7.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct Route {
-    /// For pods, as [`NodePlan::local_traffic`] tells them. Without a detector there is no such class: equal to
-    /// `outside`.
+    /// Traffic of pods, recognized by [`NodePlan::local_traffic`]. Without a detector pods are not
+    /// recognized, and this equals `outside`.
     pub pod: Treatment,
-    /// For sources that are an address of this host.
+    /// Traffic from an address of this host.
     pub host: Treatment,
-    /// For everything else.
+    /// All other traffic.
     pub outside: Treatment,
 }
 
 impl Route {
-    /// The same treatment whatever the source.
+    /// A route with the same treatment for all sources.
     #[must_use]
     pub const fn uniform(treatment: Treatment) -> Self {
         Self { pod: treatment, host: treatment, outside: treatment }
@@ -163,19 +164,19 @@ impl Route {
 /// A frontend with its route.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct FrontendPlan {
-    /// What clients ask for.
+    /// The destination that clients connect to.
     pub frontend: Frontend,
-    /// What they get.
+    /// The treatment of their flows.
     pub route: Route,
-    /// The only sources let in (F7), merged and sorted, of the frontend's family; `None` lets everybody in.
+    /// The allowed sources (F7), merged and sorted, of the frontend's family; `None` allows every client.
     pub allowed_sources: Option<Arc<[IpNet]>>,
-    /// Whether a process of this node answers in place of the backends for as long as the address is this host's own:
-    /// the cluster's DNS, where the node answers names.
+    /// Whether weir's DNS server answers in place of the backends, for as long as the address is this host's
+    /// own. That is the cluster's DNS Service with `--dns`.
     pub answered_here: bool,
 }
 
 impl FrontendPlan {
-    /// Whether the frontend is for clients with this address (F7).
+    /// Whether this client may use the frontend (F7).
     #[must_use]
     pub fn lets_in(&self, client: IpAddr) -> bool {
         self.allowed_sources.as_deref().is_none_or(|sources| {
@@ -185,17 +186,17 @@ impl FrontendPlan {
     }
 }
 
-/// Which service port a [`PortPlan`] is for (W6), in which family.
+/// Identifies the service port (W6) and family of a [`PortPlan`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 pub struct PortId {
-    /// The Service.
+    /// Namespace and name of the Service.
     #[serde(serialize_with = "as_text")]
     pub service: ObjectName,
-    /// The port's name, empty when it has none.
+    /// The name of the port, empty if it has none.
     pub port: Arc<str>,
-    /// The port's protocol.
+    /// The transport protocol.
     pub protocol: Protocol,
-    /// The family.
+    /// The address family.
     pub family: Family,
 }
 
@@ -211,25 +212,25 @@ impl fmt::Display for PortId {
     }
 }
 
-/// One service port in one family: the unit that a data plane switches atomically.
+/// A service port in one family: the unit that a data plane switches atomically.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct PortPlan {
-    /// Which service port this is.
+    /// The service port and family.
     pub id: PortId,
-    /// The Cluster set (E6). Its order is the order of slots; see [`PortPlan::settle`]. No backend is in it twice, because
-    /// slots are keyed by backend there: a repeated one would be lost at the next change.
+    /// The Cluster set (E6), in the order of slots; see [`PortPlan::keep_slots`]. It has no backend twice,
+    /// because slots are keyed by backend, and a repeated backend would be lost at the next change.
     pub cluster: Vec<Backend>,
-    /// The Local set (E7), empty when no route uses it.
+    /// The Local set (E7), empty if no route uses it.
     pub local: Vec<Backend>,
-    /// Every frontend of the port, sorted, no frontend twice.
+    /// The frontends of the port, sorted, each once.
     pub frontends: Vec<FrontendPlan>,
-    /// How long a client stays with its backend, in seconds (A1); `None` without session affinity.
+    /// The timeout of session affinity in seconds (A1); `None` without session affinity.
     pub affinity: Option<u32>,
-    /// What becomes of sockets that were led to a backend which stopped serving. For UDP always a reset at once,
-    /// because its clients would not notice (K2).
+    /// The fate of sockets whose backend stopped serving. For UDP always an immediate reset, because UDP
+    /// clients would not notice (K2).
     pub on_removal: Removal,
-    /// Every endpoint on any node that is serving or ready, sorted: UDP flows and sockets to anything else are stale (K2). Empty where
-    /// [`PortPlan::on_removal`] keeps them, since nobody asks then.
+    /// Every serving or ready endpoint on any node, sorted. UDP flows and sockets to any other backend are
+    /// stale (K2). Empty if [`PortPlan::on_removal`] keeps them, because then it is not needed.
     pub serving: Vec<Backend>,
 }
 
@@ -243,7 +244,7 @@ impl PortPlan {
         }
     }
 
-    /// What the port does with a frontend, if it has it.
+    /// The plan of a frontend, if the port has it.
     #[must_use]
     pub fn frontend(&self, frontend: Frontend) -> Option<&FrontendPlan> {
         let index = self.frontends.binary_search_by_key(&frontend, |planned| planned.frontend).ok()?;
@@ -251,96 +252,98 @@ impl PortPlan {
     }
 }
 
-/// What a Service's healthCheckNodePort answers (H1, H2).
+/// The answer of a Service's healthCheckNodePort (H1, H2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct HealthCheck {
-    /// The port listened on.
+    /// The port to listen on.
     pub port: u16,
-    /// Distinct addresses of local ready endpoints.
+    /// The number of distinct addresses of local ready endpoints.
     pub local_endpoints: usize,
 }
 
-/// Everything one Service means on this node.
+/// The meaning of one Service on this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ServicePlan {
-    /// The Service's active ClusterIPs: whatever is not served on them is refused (F4).
+    /// The Service's ClusterIPs. Traffic to other ports of these addresses is refused (F4).
     pub cluster_ips: Vec<IpAddr>,
     /// The ports, sorted by id.
     pub ports: Vec<Arc<PortPlan>>,
     /// The health check, if the Service has one.
     pub health_check: Option<HealthCheck>,
-    /// When the Service was created, in seconds since 1970: of two that claim one frontend the older has it (R12).
+    /// When the Service was created, in seconds since 1970. The older Service wins a conflict (R12).
     #[serde(skip)]
     pub created: i64,
-    /// The load balancer's addresses, sorted: of two that claim one frontend it counts what the address is to them (R12).
+    /// The load balancer's addresses, sorted. They rank above external IPs in a conflict (R12).
     #[serde(skip)]
     pub load_balancer_ips: Box<[IpAddr]>,
-    /// How many frontends the Service has beyond [`MOST_FRONTENDS`], which are not served.
+    /// The number of frontends beyond [`MOST_FRONTENDS`], which are not served.
     #[serde(skip)]
     pub beyond: usize,
 }
 
-/// Which addresses of this node serve NodePorts (R13, R14).
+/// The addresses of this node that serve NodePorts (R13, R14).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub enum NodePortAddresses {
     /// Every address of this host but loopback ones.
     AnyLocal,
-    /// Exactly these.
+    /// These addresses only.
     Only(Vec<IpAddr>),
 }
 
-/// What holds for the whole node rather than for one Service.
+/// The part of the plan that belongs to the node and to no Service.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct NodePlan {
-    /// How pods are told; `None` when there is no way to tell.
+    /// How traffic of pods is recognized; `None` if it cannot be.
     pub local_traffic: PerFamily<Option<LocalTraffic>>,
-    /// Where NodePorts answer.
+    /// The addresses that serve NodePorts.
     pub node_port_addresses: PerFamily<NodePortAddresses>,
-    /// Whether processes of this node reach NodePorts on 127.0.0.1 or ::1 (R13), where a plane can do that.
+    /// Whether NodePorts answer processes of this node on 127.0.0.1 or ::1 (R13), as far as a plane can do
+    /// that.
     pub loopback_node_ports: PerFamily<bool>,
-    /// This host's own addresses of both families, sorted, without loopback ones and without those IPv6 link-local ones
-    /// that no setting names.
+    /// This host's addresses of both families, sorted, without loopback addresses and without IPv6 link-local
+    /// addresses that no setting names.
     pub host_addresses: Vec<IpAddr>,
-    /// The packet mark that asks for masquerading (R8), one bit.
+    /// The bit of the packet mark that requests masquerading (R8).
     pub masquerade_mark: u32,
-    /// Addresses in these that are no known ClusterIP are dropped (F5).
+    /// Networks of ClusterIPs. Traffic to an address in them that no Service has is dropped (F5).
     pub service_cidrs: Vec<IpNet>,
-    /// Whether frontends may be answered here.
+    /// Whether a frontend may have [`FrontendPlan::answered_here`].
     pub answers_names: bool,
-    /// For whom, besides this host; `None` for all.
+    /// The clients, besides this host, whose DNS queries weir answers; `None` means all.
     pub name_clients: Option<NameClients>,
-    /// Whether TCP packets that fit no connection do not reach pods, nor what pods speak to.
+    /// Whether TCP packets outside the window are dropped on their way to and from pods.
     pub drops_out_of_window: bool,
 }
 
-/// How one service port changes.
+/// The change of one service port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PortDelta {
-    /// What the data plane was last given for it, refusals left out; `None` also when it refused a complete delta's.
+    /// The plan that the data plane applied last. `None` if there is none, or if the data plane refused the
+    /// port in a complete delta.
     pub before: Option<Arc<PortPlan>>,
-    /// What it should hold now.
+    /// The plan to apply.
     pub after: Option<Arc<PortPlan>>,
 }
 
-/// How one ClusterIP becomes known or forgotten (F4).
+/// The change of one ClusterIP (F4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClusterIpDelta {
-    /// Now a Service's.
+    /// A Service has it now.
     Add(IpAddr),
-    /// No Service's any more.
+    /// No Service has it any more.
     Remove(IpAddr),
 }
 
-/// What a data plane is to make true.
+/// The changes for a data plane to apply.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Delta {
-    /// The node-wide part, when it changed.
+    /// The node's part, if it changed.
     pub node: Option<Arc<NodePlan>>,
-    /// ClusterIPs that come and go.
+    /// ClusterIPs that are new or gone.
     pub cluster_ips: Vec<ClusterIpDelta>,
-    /// Service ports that change. Each is applied whole or not at all. One whose two sides are the same asks for nothing
-    /// new: a plane that has left it to another one tries again.
+    /// Service ports that change. Each is applied as a whole or not at all. If `before` and `after` are
+    /// equal, a plane that left the port to another plane tries again.
     pub ports: Vec<PortDelta>,
-    /// Whether this names everything that should exist: what the data plane holds beyond it is to go.
+    /// Whether this delta names everything that should exist, so that the data plane removes everything else.
     pub complete: bool,
 }

@@ -1,7 +1,7 @@
-//! What holds for the whole node, and the plans of a [`Model`]'s Services.
+//! The plan of the node, and the plans of a [`Model`]'s Services.
 //!
-//! In: the model. Out: a [`NodePlan`] and [`ServicePlan`]s. The methods stand here, not in the model, because imports
-//! point along the flow only.
+//! In: the model. Out: a [`NodePlan`] and [`ServicePlan`]s. These methods of the model are here, because
+//! `plan` may import `model` but not the reverse.
 
 use std::net::IpAddr;
 
@@ -11,7 +11,7 @@ use super::{NodePlan, NodePortAddresses, ServicePlan, plan_service};
 use crate::model::{Family, LoopbackNodePorts, Model, NodePortSetting, ObjectName, PerFamily};
 
 impl Model {
-    /// What a Service means on this node; an empty plan if there is no such Service to serve.
+    /// The plan of a Service; an empty plan if weir serves no such Service.
     #[must_use]
     pub fn plan(&self, name: &ObjectName) -> ServicePlan {
         self.service(name).map_or_else(ServicePlan::default, |(service, endpoints)| {
@@ -19,7 +19,7 @@ impl Model {
         })
     }
 
-    /// What holds for the whole node.
+    /// The plan of the node.
     #[must_use]
     pub fn node_plan(&self) -> NodePlan {
         let settings = self.settings();
@@ -48,7 +48,7 @@ impl Model {
         }
     }
 
-    /// Where NodePorts of a family answer (R13 to R15).
+    /// The addresses at which NodePorts of a family answer (R13 to R15).
     fn node_port_addresses(&self, family: Family) -> NodePortAddresses {
         let NodePortSetting { primary, networks } = &self.settings().node_port_addresses;
         let own = primary.then(|| *self.node_view().addresses.get(family));
@@ -63,7 +63,7 @@ impl Model {
             || networks.iter().filter(|net| net.prefix_len() == net.max_prefix_len()).map(IpNet::addr);
         let mut addresses: Vec<IpAddr> = match self.host_addresses() {
             Some(all) => all.iter().copied().filter(inside).collect(),
-            // Nobody told what the host has: what is named outright can still be meant.
+            // The host's addresses are not known yet, so only networks of one address can be used.
             None => single().collect(),
         };
         addresses.retain(|address| !address.is_loopback());
@@ -73,9 +73,10 @@ impl Model {
     }
 }
 
-/// Whether a plan names an address of this host. With each pod an IPv6 link-local address comes to the host's end of its
-/// link. No Service has one, and where all addresses serve NodePorts, the kernel is asked for each packet whether its
-/// destination is local. So such an address matters only where it was asked for by network.
+/// Whether the plan uses an address of this host. Each pod gives the host an IPv6 link-local address on its
+/// link. No Service has such an address, and if all addresses serve NodePorts, the kernel checks for each
+/// packet whether its destination is local. So a link-local address matters only if a setting names its
+/// network.
 fn matters(address: IpAddr, node_ports: &PerFamily<NodePortAddresses>) -> bool {
     let is_link_local = matches!(address, IpAddr::V6(address) if address.is_unicast_link_local());
     let serves = || match node_ports.get(Family::of(address)) {

@@ -1,7 +1,7 @@
-//! Every plan of the node, and what a data plane still has to be told of them.
+//! The plans of all Services, and which part of them a data plane does not have yet.
 //!
-//! In: new plans of Services whose model changed, and which ports failed. Out: [`Delta`]s, and the plans for whoever
-//! shows, counts or answers health checks.
+//! In: new plans of Services, and the ports that a data plane refused. Out: [`Delta`]s, and plans for health
+//! checks, metrics and `weir plan`.
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
@@ -10,59 +10,63 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use super::{
     ClusterIpDelta, Delta, Destination, Frontend, FrontendPlan, HealthCheck, NodePlan, PortDelta, PortId,
     PortPlan, ServicePlan, Target,
-    claims::{Claims, Conflict, Wish},
+    claims::{Claims, Conflict, ServiceClaims},
     delta,
 };
 use crate::model::{Family, ObjectName, PerFamily};
 
-/// One Service's plan and the frontends of it that another Service has (R12).
+/// A Service's plan, and those of its frontends that another Service owns (R12).
 #[derive(Debug)]
-struct Held {
+struct StoredPlan {
     plan: Arc<ServicePlan>,
     withheld: Box<[(PortId, FrontendPlan)]>,
 }
 
-/// How many service ports have endpoints, but none here for traffic that must stay here (F2, F3).
+/// The number of service ports that have endpoints, but none on this node for traffic that must stay here
+/// (F2, F3).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NoLocalEndpoints {
-    /// Because of internalTrafficPolicy.
+    /// By internalTrafficPolicy.
     pub internal: PerFamily<usize>,
-    /// Because of externalTrafficPolicy.
+    /// By externalTrafficPolicy.
     pub external: PerFamily<usize>,
 }
 
-/// Holds all plans and turns their changes into deltas.
+/// Stores all plans and turns their changes into deltas.
 #[derive(Debug, Default)]
 pub struct Planner {
-    services: FxHashMap<ObjectName, Held>,
+    services: FxHashMap<ObjectName, StoredPlan>,
     claims: Claims,
-    /// The Services that have too many frontends, since they were last asked for, and by how many.
+    /// Services with too many frontends since the last call of [`Planner::take_beyond`], each with the number
+    /// of those left out.
     beyond: BTreeMap<ObjectName, usize>,
     /// How many Services have each ClusterIP.
     cluster_ips: FxHashMap<IpAddr, usize>,
     node: Option<Arc<NodePlan>>,
     node_pending: bool,
-    /// What the data plane has of each port that is not as it should be.
+    /// The plan that the data plane has of each port that is not up to date.
     pending_ports: FxHashMap<PortId, Option<Arc<PortPlan>>>,
-    /// Whether the data plane knows each ClusterIP that may not be as it should be.
+    /// Whether the data plane has each ClusterIP that may not be up to date.
     pending_ips: BTreeMap<IpAddr, bool>,
-    /// Ports that wait for another try, with what the data plane has of each.
+    /// Refused ports that wait for a retry, each with the plan that the data plane has.
     refused: FxHashMap<PortId, Option<Arc<PortPlan>>>,
-    /// Ports refused as part of a complete delta and not programmed since: what the data plane has is what it found.
-    found: FxHashSet<PortId>,
-    /// Ports that one plane has left to another, which is to try again.
+    /// Ports that were refused in a complete delta and not programmed since. For these the data plane still
+    /// has the state that it found at its start.
+    refused_in_complete: FxHashSet<PortId>,
+    /// Ports that one plane left to another plane and that it will try again.
     left: FxHashSet<PortId>,
-    /// Of those, the ones to be told again with the next delta.
+    /// Those of `left` that go into the next delta.
     repeated: FxHashSet<PortId>,
-    /// Families in which something was found that no port names any more.
+    /// The families with state from before the start that belongs to no port any more.
     stray: PerFamily<bool>,
 }
 
 impl Planner {
-    /// Replaces the plan of a Service; an empty plan forgets the Service. The next delta tells the difference.
+    /// Replaces the plan of a Service; an empty plan removes the Service. The difference is in the next
+    /// delta.
     pub fn update(&mut self, name: &ObjectName, plan: ServicePlan) {
         let before = self.services.get(name).map(claimed).unwrap_or_default();
-        let now = Wish::of(&plan, plan.ports.iter().flat_map(|port| frontends(port)));
+        let now = ServiceClaims::of(&plan, plan.ports.iter().flat_map(|port| frontends(port)));
         let affected = self.claims.replace(name, &before, &now);
         if plan.beyond != self.service(name).map_or(0, |before| before.beyond) {
             self.beyond.insert(name.clone(), plan.beyond);
@@ -75,7 +79,7 @@ impl Planner {
         }
     }
 
-    /// Replaces the node-wide plan.
+    /// Replaces the plan of the node.
     pub fn update_node(&mut self, plan: NodePlan) {
         if self.node.as_deref() != Some(&plan) {
             self.node = Some(Arc::new(plan));
@@ -83,8 +87,8 @@ impl Planner {
         }
     }
 
-    /// What changed since the last delta; empty if nothing did. Ports that were refused are not in it, unless they changed
-    /// meanwhile or [`Planner::retry`] was called.
+    /// The changes since the last delta; empty if there are none. A refused port is in it only if it changed
+    /// meanwhile or after [`Planner::retry`].
     pub fn take_delta(&mut self) -> Delta {
         let mut pending = std::mem::take(&mut self.pending_ports);
         let repeated = std::mem::take(&mut self.repeated);
@@ -100,7 +104,8 @@ impl Planner {
         Delta { node, cluster_ips, ports, complete: false }
     }
 
-    /// The changes of these ports, sorted. Of what was found and belongs to no port any more it is noted where that is.
+    /// The changes of these ports, sorted. Records the families in which state from before the start belongs
+    /// to no port any more.
     fn changes(
         &mut self,
         pending: &mut FxHashMap<PortId, Option<Arc<PortPlan>>>,
@@ -118,10 +123,10 @@ impl Planner {
                 );
                 continue;
             };
-            if before.is_none() && after.is_none() && self.found.remove(&id) {
+            if before.is_none() && after.is_none() && self.refused_in_complete.remove(&id) {
                 *self.stray.get_mut(id.family) = true;
             }
-            // One that a plane has left is told again also when it is to be by now what it was.
+            // A port that a plane left to another one is sent again even if it is unchanged.
             if before != after || (after.is_some() && repeated.contains(&id)) {
                 changes.push(PortDelta { before, after });
             }
@@ -129,26 +134,26 @@ impl Planner {
         changes
     }
 
-    /// Everything that should exist, for a data plane of which nothing is known. Supersedes what was pending.
+    /// Everything that should exist, for a data plane with unknown content. Replaces the pending changes.
     pub fn complete(&mut self) -> Delta {
         self.complete_for(PerFamily { v4: true, v6: true })
     }
 
-    /// Everything that should exist, for those families of a data plane of which nothing is known. Supersedes what was
-    /// pending for them; of the others the data plane must have been told already.
+    /// Everything that should exist in these families, for a data plane with unknown content there. Replaces
+    /// the pending changes of these families. The data plane must be up to date in the other family.
     pub fn complete_for(&mut self, families: PerFamily<bool>) -> Delta {
         let other = |family: Family| !families.get(family);
         self.pending_ports.retain(|id, _| other(id.family));
         self.refused.retain(|id, _| other(id.family));
-        self.found.retain(|id| other(id.family));
+        self.refused_in_complete.retain(|id| other(id.family));
         self.pending_ips.retain(|ip, _| other(Family::of(*ip)));
         for family in Family::ALL {
             *self.stray.get_mut(family) &= other(family);
         }
         self.node_pending = false;
-        let mut services: Vec<(&ObjectName, &Held)> = self.services.iter().collect();
+        let mut services: Vec<(&ObjectName, &StoredPlan)> = self.services.iter().collect();
         services.sort_unstable_by_key(|(name, _)| *name);
-        let ports = services.into_iter().flat_map(|(_, held)| &held.plan.ports);
+        let ports = services.into_iter().flat_map(|(_, stored)| &stored.plan.ports);
         let mut ips: Vec<IpAddr> = self.cluster_ips.keys().copied().collect();
         ips.sort_unstable();
         Delta {
@@ -159,12 +164,12 @@ impl Planner {
         }
     }
 
-    /// Tells that `delta` is in place but for these ports, which wait for [`Planner::retry`]. Returns the families in which
-    /// that cannot put things right, because such a port has a frontend to do with another port: there the data plane
-    /// is to be reread and given a complete delta.
+    /// Records that `delta` is applied except for these ports, which wait for [`Planner::retry`]. Returns the
+    /// families in which a retry is not enough, because a refused port exchanges a frontend with another
+    /// port. There the data plane must be read again and given a complete delta.
     pub fn settled(&mut self, delta: &Delta, refused: &[PortId]) -> PerFamily<bool> {
         let mut entangled = PerFamily::default();
-        if refused.is_empty() && self.found.is_empty() {
+        if refused.is_empty() && self.refused_in_complete.is_empty() {
             return entangled;
         }
         let moved = delta::moved(&delta.ports);
@@ -172,11 +177,11 @@ impl Planner {
         for port in &delta.ports {
             let Some(id) = port.id() else { continue };
             if !refused.contains(id) {
-                self.found.remove(id);
+                self.refused_in_complete.remove(id);
                 continue;
             }
             if delta.complete {
-                self.found.insert(id.clone());
+                self.refused_in_complete.insert(id.clone());
             }
             *entangled.get_mut(id.family) |= !delta.complete
                 && port.released().chain(port.taken()).any(|frontend| moved.contains_key(&frontend));
@@ -185,12 +190,12 @@ impl Planner {
         entangled
     }
 
-    /// Tells that one plane has left these ports to another. They wait for [`Planner::retry`] too.
+    /// Records that one plane left these ports to another plane. They wait for [`Planner::retry`] too.
     pub fn left(&mut self, ids: impl IntoIterator<Item = PortId>) {
         self.left.extend(ids);
     }
 
-    /// Puts every port that waits for it into the next delta.
+    /// Puts all waiting ports into the next delta.
     pub fn retry(&mut self) {
         for (id, has) in self.refused.drain() {
             self.pending_ports.entry(id).or_insert(has);
@@ -198,42 +203,42 @@ impl Planner {
         self.repeated.extend(self.left.drain());
     }
 
-    /// Whether a port waits for another try.
+    /// Whether a port waits for a retry.
     #[must_use]
     pub fn waits(&self, id: &PortId) -> bool {
         self.refused.contains_key(id)
     }
 
-    /// Whether one plane has left a port to another.
+    /// Whether one plane left a port to another plane.
     #[must_use]
     pub fn is_left(&self, id: &PortId) -> bool {
         self.left.contains(id)
     }
 
-    /// Whether any port waits for another try.
+    /// Whether any port waits for a retry.
     #[must_use]
     pub fn has_waiting(&self) -> bool {
         !self.refused.is_empty() || !self.left.is_empty()
     }
 
-    /// The families in which the data plane kept, for a port that it refused and that is gone by now, what it had found:
-    /// a complete delta takes it away.
+    /// The families in which the data plane still has state from before the start of a refused port that is
+    /// gone. A complete delta removes it.
     pub fn take_stray(&mut self) -> PerFamily<bool> {
         std::mem::take(&mut self.stray)
     }
 
-    /// The plan of one Service, as far as its frontends are its own.
+    /// The plan of one Service, without the frontends that other Services own.
     #[must_use]
     pub fn service(&self, name: &ObjectName) -> Option<&Arc<ServicePlan>> {
-        self.services.get(name).map(|held| &held.plan)
+        self.services.get(name).map(|stored| &stored.plan)
     }
 
     /// The plans of all Services, in no particular order.
     pub fn services(&self) -> impl ExactSizeIterator<Item = (&ObjectName, &Arc<ServicePlan>)> {
-        self.services.iter().map(|(name, held)| (name, &held.plan))
+        self.services.iter().map(|(name, stored)| (name, &stored.plan))
     }
 
-    /// The node-wide plan.
+    /// The plan of the node.
     #[must_use]
     pub fn node(&self) -> Option<&Arc<NodePlan>> {
         self.node.as_ref()
@@ -245,37 +250,38 @@ impl Planner {
         self.claims.has_owner(frontend)
     }
 
-    /// The frontends that a Service claims and another one has (R12).
+    /// The frontends that a Service claims and another Service owns (R12).
     pub fn withheld(&self, name: &ObjectName) -> impl Iterator<Item = Frontend> + '_ {
-        let held = self.services.get(name).into_iter();
-        held.flat_map(|held| &held.withheld).map(|(_, planned)| planned.frontend)
+        let stored = self.services.get(name).into_iter();
+        stored.flat_map(|stored| &stored.withheld).map(|(_, planned)| planned.frontend)
     }
 
-    /// The frontends that two Services claim (R12), of which nobody has been told yet.
+    /// The conflicts since the last call (R12).
     pub fn take_conflicts(&mut self) -> Vec<Conflict> {
         self.claims.take_conflicts()
     }
 
-    /// The Services that have come to have more frontends than one can have, and how many are not served.
+    /// The Services that exceeded the limit of frontends since the last call, each with the number of
+    /// frontends that are not served.
     pub fn take_beyond(&mut self) -> impl Iterator<Item = (ObjectName, usize)> + use<> {
         std::mem::take(&mut self.beyond).into_iter().filter(|(_, beyond)| *beyond > 0)
     }
 
-    /// What every healthCheckNodePort answers (H1, H2), in no particular order.
+    /// The answers of all healthCheckNodePorts (H1, H2), in no particular order.
     pub fn health_checks(&self) -> impl Iterator<Item = (&ObjectName, HealthCheck)> {
-        self.services.iter().filter_map(|(name, held)| Some((name, held.plan.health_check?)))
+        self.services.iter().filter_map(|(name, stored)| Some((name, stored.plan.health_check?)))
     }
 
-    /// Counts the service ports that drop traffic for want of a local endpoint.
+    /// Counts the service ports that drop traffic because they have no local endpoint.
     #[must_use]
     pub fn no_local_endpoints(&self) -> NoLocalEndpoints {
         let mut count = NoLocalEndpoints::default();
-        for held in self.services.values() {
-            for port in &held.plan.ports {
+        for stored in self.services.values() {
+            for port in &stored.plan.ports {
                 let drops = |internal: bool| {
                     port.frontends.iter().any(|planned| {
                         planned.route.outside.target == Target::Drop
-                            && internal == is_cluster_ip(&held.plan, planned.frontend.destination)
+                            && internal == is_cluster_ip(&stored.plan, planned.frontend.destination)
                     })
                 };
                 *count.internal.get_mut(port.id.family) += usize::from(drops(true));
@@ -289,15 +295,15 @@ impl Planner {
         find(&self.services.get(&id.service)?.plan, id)
     }
 
-    /// Puts a plan in place, less the frontends that are another Service's.
+    /// Stores a plan without the frontends that other Services own.
     fn install(&mut self, name: &ObjectName, mut plan: ServicePlan) {
         let withheld = self.withhold(name, &mut plan);
-        let before = self.services.remove(name).map(|held| held.plan).unwrap_or_default();
+        let before = self.services.remove(name).map(|stored| stored.plan).unwrap_or_default();
         for port in &mut plan.ports {
             match find(&before, &port.id) {
                 None => self.mark(&port.id, None),
                 Some(known) => {
-                    Arc::make_mut(port).settle(known);
+                    Arc::make_mut(port).keep_slots(known);
                     if port == known {
                         *port = Arc::clone(known);
                     } else {
@@ -314,7 +320,7 @@ impl Planner {
             before.cluster_ips.iter().for_each(|ip| self.count_ip(*ip, false));
         }
         if !plan.ports.is_empty() || !plan.cluster_ips.is_empty() || plan.health_check.is_some() {
-            self.services.insert(name.clone(), Held { plan: Arc::new(plan), withheld });
+            self.services.insert(name.clone(), StoredPlan { plan: Arc::new(plan), withheld });
         }
     }
 
@@ -334,7 +340,7 @@ impl Planner {
         withheld.into()
     }
 
-    /// Remembers what the data plane has of a port, unless a change still pending says so already.
+    /// Records the plan that the data plane has of a port, unless a pending change recorded it already.
     fn mark(&mut self, id: &PortId, installed: Option<&Arc<PortPlan>>) {
         if !self.pending_ports.contains_key(id) {
             let has = self.refused.remove(id).unwrap_or_else(|| installed.cloned());
@@ -353,7 +359,7 @@ impl Planner {
 }
 
 impl PortDelta {
-    /// Which service port this is about.
+    /// The id of the service port.
     #[must_use]
     pub fn id(&self) -> Option<&PortId> {
         self.after.as_ref().or(self.before.as_ref()).map(|plan| &plan.id)
@@ -372,17 +378,17 @@ fn find<'a>(plan: &'a ServicePlan, id: &PortId) -> Option<&'a Arc<PortPlan>> {
     plan.ports.binary_search_by(|port| port.id.cmp(id)).ok().map(|index| &plan.ports[index])
 }
 
-/// Every frontend a Service claims, those it has and those it does not get.
-fn claimed(held: &Held) -> Wish {
-    let own = held.plan.ports.iter().flat_map(|port| frontends(port));
-    Wish::of(&held.plan, own.chain(held.withheld.iter().map(|(_, planned)| planned.frontend)))
+/// All frontends that a Service claims, whether it owns them or not.
+fn claimed(stored: &StoredPlan) -> ServiceClaims {
+    let own = stored.plan.ports.iter().flat_map(|port| frontends(port));
+    ServiceClaims::of(&stored.plan, own.chain(stored.withheld.iter().map(|(_, planned)| planned.frontend)))
 }
 
-/// A Service's plan as it was before others' frontends were left out.
-fn wanted(held: &Held) -> ServicePlan {
-    let mut plan = ServicePlan::clone(&held.plan);
-    // Those of one port stand together.
-    for withheld in held.withheld.chunk_by(|(one, _), (other, _)| one == other) {
+/// A Service's plan with the frontends that other Services own.
+fn wanted(stored: &StoredPlan) -> ServicePlan {
+    let mut plan = ServicePlan::clone(&stored.plan);
+    // The frontends of one port are adjacent.
+    for withheld in stored.withheld.chunk_by(|(one, _), (other, _)| one == other) {
         let Some((id, _)) = withheld.first() else { continue };
         let Ok(index) = plan.ports.binary_search_by(|port| port.id.cmp(id)) else { continue };
         let port = Arc::make_mut(&mut plan.ports[index]);

@@ -1,11 +1,11 @@
-//! Which endpoints of a service port may be used from this node (E4 to E10).
+//! Selects the endpoints of a service port that this node may use (E4 to E10).
 //!
-//! In: every endpoint of the port, which sets its frontends use, this node. Out: the two sets.
+//! In: the endpoints of the port, the sets that its frontends use, this node. Out: the two backend sets.
 
 use super::Backend;
 use crate::model::{Candidate, NodeView};
 
-/// Which sets the frontends of a port use (E4).
+/// The sets that the frontends of a port use (E4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Uses {
     /// The Cluster set.
@@ -14,7 +14,7 @@ pub(super) struct Uses {
     pub(super) local: bool,
 }
 
-/// The endpoints that may be used.
+/// The selected endpoints.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Selection {
     /// The Cluster set (E6), sorted.
@@ -25,7 +25,7 @@ pub(super) struct Selection {
     pub(super) any: bool,
 }
 
-/// What hints make of the Cluster set (E9).
+/// How hints narrow the Cluster set (E9).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Preference {
     Nothing,
@@ -42,7 +42,8 @@ pub(super) fn select(candidates: &[Candidate<'_>], uses: Uses, node: &NodeView) 
     Selection { cluster, local, any }
 }
 
-/// The Cluster set: ready endpoints as far as hints allow, else those that still answer while they go (E6).
+/// The Cluster set: ready endpoints, narrowed by hints; if none is ready, terminating endpoints that still
+/// serve (E6).
 fn cluster_set(candidates: &[Candidate<'_>], node: &NodeView) -> Vec<Backend> {
     let preference = preference(candidates, node);
     let ready = backends(candidates, |candidate| {
@@ -51,7 +52,7 @@ fn cluster_set(candidates: &[Candidate<'_>], node: &NodeView) -> Vec<Backend> {
     if ready.is_empty() { backends(candidates, is_draining) } else { ready }
 }
 
-/// The Local set: whatever other nodes have, and whatever hints say (E7).
+/// The Local set, independent of other nodes' endpoints and of hints (E7).
 fn local_set(candidates: &[Candidate<'_>]) -> Vec<Backend> {
     let ready = backends(candidates, |candidate| candidate.endpoint.local && candidate.endpoint.ready);
     if !ready.is_empty() {
@@ -60,12 +61,13 @@ fn local_set(candidates: &[Candidate<'_>]) -> Vec<Backend> {
     backends(candidates, |candidate| candidate.endpoint.local && is_draining(candidate))
 }
 
-/// Whether the endpoint answers although it is about to go.
+/// Whether the endpoint is terminating and still serves.
 fn is_draining(candidate: &Candidate<'_>) -> bool {
     candidate.endpoint.serving && candidate.endpoint.terminating
 }
 
-/// Hints count only if every ready endpoint has them and one of them names us; node hints before zone hints (E9).
+/// Hints count only if every ready endpoint has them and one of them names this node or zone. Node hints go
+/// before zone hints (E9).
 fn preference(candidates: &[Candidate<'_>], node: &NodeView) -> Preference {
     let ready = || candidates.iter().filter(|candidate| candidate.endpoint.ready);
     let holds = |hinted: fn(&Candidate<'_>) -> bool, preference| {
@@ -80,7 +82,7 @@ fn preference(candidates: &[Candidate<'_>], node: &NodeView) -> Preference {
     }
 }
 
-/// Whether an endpoint is kept under a preference (E10).
+/// Whether a preference keeps an endpoint (E10).
 fn is_preferred(candidate: &Candidate<'_>, preference: Preference, node: &NodeView) -> bool {
     match preference {
         Preference::Nothing => true,

@@ -12,7 +12,7 @@ use crate::{
     plan::{Delta, Planner},
 };
 
-/// A Service created in this second, with a ClusterIP of its own, that claims these external addresses.
+/// A Service created in second `created`, with its own ClusterIP, that claims these external IPs.
 fn claiming(name: &str, created: u32, external_ips: &[&str]) -> Change {
     let own = name.bytes().next().unwrap_or_default();
     full_service(json!({
@@ -22,13 +22,13 @@ fn claiming(name: &str, created: u32, external_ips: &[&str]) -> Change {
     }))
 }
 
-struct Rig {
+struct Fixture {
     model: Model,
     planner: Planner,
     applied: Applied,
 }
 
-impl Rig {
+impl Fixture {
     fn new() -> Self {
         Self { model: model(settings(), []), planner: Planner::default(), applied: Applied::default() }
     }
@@ -43,7 +43,7 @@ impl Rig {
         delta
     }
 
-    /// The Services that have this external address, by their plans.
+    /// The Services whose plan has this external address.
     fn owners(&self, ip: &str) -> Vec<String> {
         let ip: std::net::IpAddr = ip.parse().unwrap();
         let has = crate::plan::Destination::Address(ip);
@@ -63,17 +63,17 @@ impl Rig {
 
 const IP: &str = "192.0.2.1";
 
-/// What an address is to a Service.
+/// The way in which a Service claims [`IP`].
 #[derive(Clone, Copy, Debug)]
 enum Claim {
     ClusterIp,
     LoadBalancer,
     ExternalIp,
-    /// It claims nothing but its own ClusterIP.
+    /// It claims only its own ClusterIP.
     Nothing,
 }
 
-/// A Service created in this second that has [`IP`] as this.
+/// A Service created in second `created` that claims [`IP`] in this way.
 fn having(name: &str, created: u32, claim: Claim) -> Change {
     let own = format!("10.0.0.{}", name.bytes().next().unwrap_or_default());
     let cluster_ip = if matches!(claim, Claim::ClusterIp) { IP } else { &own };
@@ -89,23 +89,23 @@ fn having(name: &str, created: u32, claim: Claim) -> Change {
 }
 
 #[test]
-fn r12_no_external_ip_takes_an_address_from_the_service_that_the_cluster_gave_it_to() {
-    // The oldest one claims most and is given least.
+fn r12_an_external_ip_never_wins_over_an_assigned_address() {
+    // The oldest Service has the lowest rank.
     let services = [
         having("a", 1, Claim::ExternalIp),
         having("b", 2, Claim::LoadBalancer),
         having("c", 3, Claim::ClusterIp),
     ];
     for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
-        let mut rig = Rig::new();
+        let mut fixture = Fixture::new();
         let mut lost = std::collections::BTreeMap::new();
         for index in order {
-            rig.step([services[index].clone()]);
-            for conflict in rig.planner.take_conflicts() {
+            fixture.step([services[index].clone()]);
+            for conflict in fixture.planner.take_conflicts() {
                 lost.insert(conflict.service.name().to_owned(), conflict.to_string());
             }
         }
-        assert_eq!(rig.owners(IP), ["c"], "{order:?}");
+        assert_eq!(fixture.owners(IP), ["c"], "{order:?}");
         let by = |loser: &str| lost.get(loser).map(String::as_str).unwrap_or_default();
         let cluster = "192.0.2.1:80/TCP is at the ClusterIP of Service ns/c";
         let balancer = "192.0.2.1:80/TCP is at a load balancer's address of Service ns/b";
@@ -113,26 +113,26 @@ fn r12_no_external_ip_takes_an_address_from_the_service_that_the_cluster_gave_it
         assert_eq!(by("b"), cluster, "{order:?}");
         assert!(!lost.contains_key("c"), "{order:?}: {lost:?}");
 
-        rig.step([Change::Delete(Kind::Service, named("c"))]);
-        assert_eq!(rig.owners(IP), ["b"], "{order:?}");
-        rig.step([having("b", 2, Claim::Nothing)]);
-        assert_eq!(rig.owners(IP), ["a"], "{order:?}");
+        fixture.step([Change::Delete(Kind::Service, named("c"))]);
+        assert_eq!(fixture.owners(IP), ["b"], "{order:?}");
+        fixture.step([having("b", 2, Claim::Nothing)]);
+        assert_eq!(fixture.owners(IP), ["a"], "{order:?}");
     }
 }
 
 #[test]
-fn r12_an_address_that_becomes_the_load_balancers_is_taken_from_an_older_external_ip() {
-    let mut rig = Rig::new();
-    rig.step([having("a", 1, Claim::ExternalIp), having("b", 2, Claim::ExternalIp)]);
-    assert_eq!(rig.owners(IP), ["a"]);
-    rig.step([having("b", 2, Claim::LoadBalancer)]);
-    assert_eq!(rig.owners(IP), ["b"]);
-    rig.step([having("b", 2, Claim::ExternalIp)]);
-    assert_eq!(rig.owners(IP), ["a"]);
+fn r12_a_load_balancers_address_wins_over_an_older_external_ip() {
+    let mut fixture = Fixture::new();
+    fixture.step([having("a", 1, Claim::ExternalIp), having("b", 2, Claim::ExternalIp)]);
+    assert_eq!(fixture.owners(IP), ["a"]);
+    fixture.step([having("b", 2, Claim::LoadBalancer)]);
+    assert_eq!(fixture.owners(IP), ["b"]);
+    fixture.step([having("b", 2, Claim::ExternalIp)]);
+    assert_eq!(fixture.owners(IP), ["a"]);
 }
 
 #[test]
-fn r12_the_older_of_two_services_with_one_node_port_has_it_and_the_other_hears_of_it() {
+fn r12_the_older_service_owns_a_node_port_and_the_conflict_names_it() {
     let node_port = |name: &str, created: u32| {
         full_service(json!({
             "metadata": { "namespace": "ns", "name": name,
@@ -141,21 +141,21 @@ fn r12_the_older_of_two_services_with_one_node_port_has_it_and_the_other_hears_o
                       "ports": [{ "port": 80, "nodePort": 30_080 }] },
         }))
     };
-    let mut rig = Rig::new();
-    rig.step([node_port("young", 2), node_port("old", 1)]);
-    let withheld: Vec<_> = rig.planner.withheld(&named("young")).map(|lost| lost.to_string()).collect();
+    let mut fixture = Fixture::new();
+    fixture.step([node_port("young", 2), node_port("old", 1)]);
+    let withheld: Vec<_> = fixture.planner.withheld(&named("young")).map(|lost| lost.to_string()).collect();
     assert_eq!(withheld, ["node:30080/TCP"]);
-    let told: Vec<_> = rig.planner.take_conflicts().iter().map(ToString::to_string).collect();
-    assert_eq!(told, ["node:30080/TCP belongs to the older Service ns/old"]);
+    let conflicts: Vec<_> = fixture.planner.take_conflicts().iter().map(ToString::to_string).collect();
+    assert_eq!(conflicts, ["node:30080/TCP belongs to the older Service ns/old"]);
 }
 
 proptest::proptest! {
-    /// Whatever came and went before, the owner follows from what is there now.
+    /// The owner depends only on the present claims, not on earlier ones.
     #[test]
-    fn r12_the_owner_does_not_depend_on_what_was_before(
+    fn r12_the_owner_does_not_depend_on_history(
         steps in proptest::collection::vec((0..6_u8, 0..4_u32, 0..5_u8), 1..40)
     ) {
-        let mut rig = Rig::new();
+        let mut fixture = Fixture::new();
         let mut there = std::collections::BTreeMap::new();
         for (which, created, claim) in steps {
             let name = char::from(b'a' + which).to_string();
@@ -164,92 +164,92 @@ proptest::proptest! {
                 Some(claim) => having(&name, created, *claim),
                 None => Change::Delete(Kind::Service, named(&name)),
             };
-            rig.step([change.clone()]);
+            fixture.step([change.clone()]);
             match change {
                 Change::Apply(_) => there.insert(name, change),
                 _ => there.remove(&name),
             };
         }
-        let mut fresh = Rig::new();
+        let mut fresh = Fixture::new();
         fresh.step(there.into_values());
-        proptest::prop_assert_eq!(rig.owners(IP), fresh.owners(IP));
-        proptest::prop_assert!(rig.owners(IP).len() <= 1);
+        proptest::prop_assert_eq!(fixture.owners(IP), fresh.owners(IP));
+        proptest::prop_assert!(fixture.owners(IP).len() <= 1);
     }
 }
 
 #[test]
-fn r12_the_older_service_has_the_frontend_whatever_the_order_of_arrival() {
+fn r12_the_older_service_owns_the_frontend_in_any_order_of_arrival() {
     for (a, b, owner) in [(1, 2, "a"), (2, 1, "b"), (1, 1, "a")] {
         for reverse in [false, true] {
             let mut services = vec![claiming("a", a, &[IP]), claiming("b", b, &[IP])];
             if reverse {
                 services.reverse();
             }
-            let mut rig = Rig::new();
+            let mut fixture = Fixture::new();
             for service in services {
-                rig.step([service]);
+                fixture.step([service]);
             }
-            assert_eq!(rig.owners(IP), [owner], "{a} {b} {reverse}");
+            assert_eq!(fixture.owners(IP), [owner], "{a} {b} {reverse}");
             let loser = if owner == "a" { "b" } else { "a" };
-            assert_eq!(rig.planner.withheld(&named(loser)).count(), 1);
-            assert_eq!(rig.planner.withheld(&named(owner)).count(), 0);
+            assert_eq!(fixture.planner.withheld(&named(loser)).count(), 1);
+            assert_eq!(fixture.planner.withheld(&named(owner)).count(), 0);
         }
     }
 }
 
 #[test]
-fn r12_the_next_one_gets_it_in_the_same_delta_when_the_owner_lets_go() {
+fn r12_a_released_frontend_goes_to_the_next_claim_in_the_same_delta() {
     for go in [Change::Delete(Kind::Service, named("a")), claiming("a", 1, &["192.0.2.2"])] {
-        let mut rig = Rig::new();
-        rig.step([claiming("c", 3, &[IP]), claiming("b", 2, &[IP]), claiming("a", 1, &[IP])]);
-        assert_eq!(rig.owners(IP), ["a"]);
-        let delta = rig.step([go]);
-        assert_eq!(rig.owners(IP), ["b"]);
+        let mut fixture = Fixture::new();
+        fixture.step([claiming("c", 3, &[IP]), claiming("b", 2, &[IP]), claiming("a", 1, &[IP])]);
+        assert_eq!(fixture.owners(IP), ["a"]);
+        let delta = fixture.step([go]);
+        assert_eq!(fixture.owners(IP), ["b"]);
         let order: Vec<&str> =
             delta.ports.iter().filter_map(|port| port.id()).map(|id| id.service.name()).collect();
-        assert_eq!(order, ["a", "b"], "the release comes first");
-        rig.step([Change::Delete(Kind::Service, named("b"))]);
-        assert_eq!(rig.owners(IP), ["c"]);
+        assert_eq!(order, ["a", "b"], "the release is first");
+        fixture.step([Change::Delete(Kind::Service, named("b"))]);
+        assert_eq!(fixture.owners(IP), ["c"]);
     }
 }
 
 #[test]
-fn r12_an_older_service_takes_the_frontend_from_a_younger_one() {
-    let mut rig = Rig::new();
-    rig.step([claiming("b", 2, &[IP])]);
-    let delta = rig.step([claiming("a", 1, &[IP])]);
+fn r12_an_older_service_wins_the_frontend_from_a_younger_one() {
+    let mut fixture = Fixture::new();
+    fixture.step([claiming("b", 2, &[IP])]);
+    let delta = fixture.step([claiming("a", 1, &[IP])]);
     let order: Vec<&str> =
         delta.ports.iter().filter_map(|port| port.id()).map(|id| id.service.name()).collect();
-    assert_eq!(order, ["b", "a"], "the release comes first");
-    assert_eq!(rig.owners(IP), ["a"]);
+    assert_eq!(order, ["b", "a"], "the release is first");
+    assert_eq!(fixture.owners(IP), ["a"]);
 }
 
 #[test]
-fn r12_who_stops_claiming_does_not_get_it_later() {
-    let mut rig = Rig::new();
-    rig.step([claiming("a", 1, &[IP]), claiming("b", 2, &[IP])]);
-    assert!(rig.step([claiming("b", 2, &[])]).is_empty(), "b never had it");
-    rig.step([Change::Delete(Kind::Service, named("a"))]);
-    assert_eq!(rig.owners(IP), Vec::<String>::new());
+fn r12_a_withdrawn_claim_never_wins() {
+    let mut fixture = Fixture::new();
+    fixture.step([claiming("a", 1, &[IP]), claiming("b", 2, &[IP])]);
+    assert!(fixture.step([claiming("b", 2, &[])]).is_empty(), "b never had it");
+    fixture.step([Change::Delete(Kind::Service, named("a"))]);
+    assert_eq!(fixture.owners(IP), Vec::<String>::new());
 }
 
 #[test]
-fn r12_a_service_made_anew_is_young_again() {
-    let mut rig = Rig::new();
-    rig.step([claiming("a", 1, &[IP]), claiming("b", 2, &[IP])]);
-    rig.step([claiming("a", 3, &[IP])]);
-    assert_eq!(rig.owners(IP), ["b"]);
-    rig.step([claiming("b", 4, &[IP])]);
-    assert_eq!(rig.owners(IP), ["a"]);
+fn r12_a_service_that_is_created_again_is_the_youngest() {
+    let mut fixture = Fixture::new();
+    fixture.step([claiming("a", 1, &[IP]), claiming("b", 2, &[IP])]);
+    fixture.step([claiming("a", 3, &[IP])]);
+    assert_eq!(fixture.owners(IP), ["b"]);
+    fixture.step([claiming("b", 4, &[IP])]);
+    assert_eq!(fixture.owners(IP), ["a"]);
 }
 
 #[test]
-fn r12_a_release_that_failed_needs_the_data_plane_to_be_read_again() {
-    let mut rig = Rig::new();
-    rig.step([claiming("a", 1, &[IP]), claiming("b", 2, &[IP])]);
-    rig.model.apply(claiming("a", 1, &[]));
-    rig.planner.update(&named("a"), rig.model.plan(&named("a")));
-    let delta = rig.planner.take_delta();
+fn r12_a_refused_release_requires_a_reread_of_the_data_plane() {
+    let mut fixture = Fixture::new();
+    fixture.step([claiming("a", 1, &[IP]), claiming("b", 2, &[IP])]);
+    fixture.model.apply(claiming("a", 1, &[]));
+    fixture.planner.update(&named("a"), fixture.model.plan(&named("a")));
+    let delta = fixture.planner.take_delta();
     let ids: Vec<_> = delta.ports.iter().filter_map(|port| port.id()).cloned().collect();
-    assert_eq!(rig.planner.settled(&delta, &ids[..1]), PerFamily { v4: true, v6: false });
+    assert_eq!(fixture.planner.settled(&delta, &ids[..1]), PerFamily { v4: true, v6: false });
 }

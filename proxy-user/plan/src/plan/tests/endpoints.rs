@@ -1,4 +1,4 @@
-//! Which endpoints serve: readiness, termination, policies and hints (E4, E6 to E10).
+//! Which endpoints are selected: readiness, termination, policies and hints (E4, E6 to E10).
 //!
 //! An endpoint is written `NAME FLAGS`: `l`ocal, `r`eady, `s`erving, `t`erminating; `n:X,Y` and `z:X,Y` are its node
 //! and zone hints. This node is `node-a` in zone `a`.
@@ -10,7 +10,7 @@ use crate::{
     plan::{Backend, Target},
 };
 
-/// How the Service under test is reached.
+/// The type and policy of the Service under test.
 #[derive(Clone, Copy, Debug)]
 enum Kind {
     /// ClusterIP only, internal policy Cluster.
@@ -70,7 +70,7 @@ fn select(kind: Kind, zone: &str, endpoints: &[&str]) -> (String, String, bool) 
 }
 
 #[test]
-fn e6_to_e8_readiness_and_policies_make_the_sets() {
+fn e6_to_e8_readiness_and_policies_decide_about_the_sets() {
     use Kind::{BothLocal, External, ExternalLocal, Internal, InternalLocal};
     let cases: &[(Kind, &[&str], &str, &str, bool)] = &[
         // E6: the Cluster set.
@@ -82,10 +82,10 @@ fn e6_to_e8_readiness_and_policies_make_the_sets() {
         (Internal, &["1 rs", "2 st"], "1", "", true),
         (Internal, &["1 t", "2 st"], "2", "", true),
         (Internal, &["1 t"], "", "", false),
-        // E2: published although not ready, an endpoint may be ready and terminating.
+        // E2: with publishNotReadyAddresses an endpoint may be ready and terminating.
         (Internal, &["1 rst", "2 st"], "1", "", true),
         (External, &["1 rs", "2 lrs"], "1 2", "", true),
-        // E4, E7: the Local set, and the Cluster set only if something needs it.
+        // E4, E7: the Local set, and the Cluster set only if a frontend needs it.
         (InternalLocal, &["1 rs", "2 lrs"], "", "2", true),
         (InternalLocal, &["1 rs"], "", "", true),
         (InternalLocal, &["1 st"], "", "", true),
@@ -118,19 +118,19 @@ fn e9_e10_hints_narrow_the_cluster_set_if_all_ready_endpoints_have_them() {
         (Internal, &["1 rs z:a", "2 rs"], "1 2", ""),
         (Internal, &["1 rs z:a,b", "2 rs z:b"], "1", ""),
         (Internal, &["1 rs z:a", "2 rs z:a", "3 rs z:b"], "1 2", ""),
-        // Whoever is not ready neither has to have hints nor can fulfil them.
+        // Hints of an endpoint that is not ready do not count, and it needs none.
         (Internal, &["1 rs z:a", "2 rs z:b", "3 s"], "1", ""),
         (Internal, &["1 rs z:b", "2 s z:a"], "1", ""),
-        // E6: with nobody ready, hints do not count.
+        // E6: if no endpoint is ready, hints do not count.
         (Internal, &["1 st z:a", "2 st z:b"], "1 2", ""),
         (Internal, &["1 rs n:node-a", "2 rs n:node-b"], "1", ""),
         (Internal, &["1 rs n:node-b", "2 rs n:node-c"], "1 2", ""),
         (Internal, &["1 rs n:node-a", "2 rs"], "1 2", ""),
-        // Node hints come first; zone hints are what is left when they do not hold.
+        // Node hints go first. Zone hints count if node hints do not apply.
         (Internal, &["1 rs n:node-a z:b", "2 rs n:node-b z:a"], "1", ""),
         (Internal, &["1 rs n:node-b z:a", "2 rs n:node-c z:b"], "1", ""),
         (Internal, &["1 rs n:node-a z:b", "2 rs z:a"], "2", ""),
-        // E10: a hinted endpoint need not be local. E7: the Local set knows no hints.
+        // E10: an endpoint with a hint need not be local. E7: the Local set ignores hints.
         (ExternalLocal, &["1 rs z:a", "2 lrs z:b"], "1", "2"),
         (BothLocal, &["1 rs n:node-a", "2 lrs n:node-b"], "1", "2"),
     ];
@@ -141,7 +141,7 @@ fn e9_e10_hints_narrow_the_cluster_set_if_all_ready_endpoints_have_them() {
 }
 
 #[test]
-fn e9_e11_the_zone_is_this_nodes_own() {
+fn e9_e11_zone_hints_are_compared_with_this_nodes_zone() {
     for (zone, cluster) in [("a", "1"), ("b", "2"), ("c", "1 2"), ("", "1 2")] {
         assert_eq!(select(Kind::Internal, zone, &["1 rs z:a", "2 rs z:b"]).0, cluster, "zone {zone:?}");
     }

@@ -1,4 +1,4 @@
-//! Who gets which backends and whose address the backends see: R2 to R7 under every setting, F1 to F3.
+//! Which backends each source gets, and whether it is masqueraded: R2 to R7 under every setting, F1 to F3.
 
 use serde_json::{Value, json};
 
@@ -14,7 +14,7 @@ const CLUSTER_IP: &str = "10.0.0.1";
 const EXTERNAL_IP: &str = "192.0.2.1";
 const VIP: &str = "198.51.100.1";
 
-/// Where the Service under test has endpoints.
+/// The nodes on which the Service under test has endpoints.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Backends {
     HereAndThere,
@@ -34,7 +34,7 @@ fn endpoints(backends: Backends) -> Value {
     }
 }
 
-/// The treatments of one frontend as text: pod, host, outside.
+/// The treatments of a frontend as text: pod, host, outside.
 fn cells(planned: &FrontendPlan) -> String {
     let cell = |treatment: Treatment| {
         let masquerade = if treatment.masquerade { "M" } else { "K" };
@@ -49,7 +49,7 @@ fn cells(planned: &FrontendPlan) -> String {
     format!("{} | {} | {}", cell(route.pod), cell(route.host), cell(route.outside))
 }
 
-/// The cells of the ClusterIP, and those of the NodePort, external IP and VIP, which must agree.
+/// The cells of the ClusterIP, and those of NodePort, external IP and VIP, which must be equal.
 fn plan(settings: &Settings, internal: &str, external: &str, backends: Backends) -> (String, String) {
     let service = full_service(json!({
         "metadata": { "namespace": "ns", "name": "web" },
@@ -131,7 +131,7 @@ fn r2_to_r7_every_source_by_every_destination_under_every_setting() {
 }
 
 #[test]
-fn f1_without_any_endpoint_everything_is_rejected() {
+fn f1_without_endpoints_all_flows_are_rejected() {
     for detector in [true, false] {
         for policy in ["Cluster", "Local"] {
             let reject = "Reject | Reject | Reject".to_owned();
@@ -142,7 +142,7 @@ fn f1_without_any_endpoint_everything_is_rejected() {
 }
 
 #[test]
-fn f2_f3_without_a_local_endpoint_what_must_stay_here_is_dropped() {
+fn f2_f3_without_a_local_endpoint_flows_with_local_policy_are_dropped() {
     let (inside, outside) = plan(&with(true, false), "Local", "Local", Backends::There);
     assert_eq!(inside, "Drop | Drop | Drop");
     assert_eq!(outside, "Cluster K | Cluster M | Drop");

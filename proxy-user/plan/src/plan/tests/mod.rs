@@ -1,4 +1,4 @@
-//! The plan's rules, case by case.
+//! Tests of plans and deltas, by rule.
 
 mod applied;
 mod conflicts;

@@ -1,4 +1,4 @@
-//! Where names are answered in the cluster's DNS Service's place.
+//! Which frontends weir answers DNS on, in place of the cluster's DNS Service.
 
 use serde_json::json;
 
@@ -19,7 +19,7 @@ fn dns(namespace: &str, name: &str, ip: &str) -> Change {
     }))
 }
 
-/// The frontends of a Service that are answered here.
+/// The ports of a Service on which weir answers DNS.
 fn answered(model: &Model, name: &ObjectName) -> Vec<u16> {
     let plan = model.plan(name);
     let frontends = plan.ports.iter().flat_map(|port| &port.frontends);
@@ -27,7 +27,7 @@ fn answered(model: &Model, name: &ObjectName) -> Vec<u16> {
 }
 
 #[test]
-fn the_dns_service_that_is_found_is_the_one_answered_for() {
+fn weir_answers_for_the_dns_service_that_it_finds() {
     let settings = Settings { dns_service: Some(DnsService::Found), ..settings() };
     let (usual, rke2) = (
         ObjectName::new("kube-system", "kube-dns"),
@@ -42,7 +42,7 @@ fn the_dns_service_that_is_found_is_the_one_answered_for() {
     model.take_dirty();
 
     model.apply(dns(usual.namespace(), usual.name(), "10.0.0.11"));
-    assert_eq!(model.take_dirty(), [usual.clone(), rke2.clone()], "both are planned anew");
+    assert_eq!(model.take_dirty(), [usual.clone(), rke2.clone()], "both plans are computed again");
     assert_eq!((answered(&model, &usual), answered(&model, &rke2)), (vec![53], vec![]));
 
     model.apply(Change::Delete(Kind::Service, usual.clone()));
@@ -51,7 +51,7 @@ fn the_dns_service_that_is_found_is_the_one_answered_for() {
 }
 
 #[test]
-fn packets_and_names_agree_on_which_clients_are_answered() {
+fn the_plan_and_the_dns_server_have_the_same_clients() {
     let of = |settings: Settings| model(settings, []).node_plan();
     let with = |detect_local| Settings {
         dns_service: Some(DnsService::Found),
@@ -62,7 +62,7 @@ fn packets_and_names_agree_on_which_clients_are_answered() {
     let pods = DetectLocal::ClusterCidr(vec!["10.244.0.0/16".parse().unwrap()]);
     let clients = of(with(pods.clone())).name_clients.unwrap();
     assert_eq!(clients.of(Family::V4).len(), 2);
-    assert!(clients.of(Family::V6).is_empty(), "pods are not told in this family");
+    assert!(clients.of(Family::V6).is_empty(), "pods are not recognized in this family");
     assert_eq!(of(with(DetectLocal::Bridge("cni0".to_owned()))).name_clients, None);
     assert_eq!(of(Settings { dns_service: None, ..with(pods) }).name_clients, None);
 }

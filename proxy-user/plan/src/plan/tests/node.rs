@@ -1,4 +1,4 @@
-//! The node-wide plan: where NodePorts answer (R13 to R15), the mark (R8), ClusterIP networks (F5).
+//! The plan of the node: where NodePorts answer (R13 to R15), the mark (R8), ClusterIP networks (F5).
 
 use serde_json::json;
 
@@ -18,25 +18,25 @@ fn listed(addresses: &NodePortAddresses) -> String {
 }
 
 #[test]
-fn r13_to_r15_node_ports_answer_where_the_setting_and_the_interfaces_agree() {
+fn r13_to_r15_node_ports_answer_on_addresses_that_the_setting_and_an_interface_have() {
     let cidrs = |nets: &[&str]| NodePortSetting::of(nets.iter().map(|net| net.parse().unwrap()).collect());
     let host = ["127.0.0.1", "192.0.2.1", "192.0.2.2", "10.1.0.1", "::1", "2001:db8::1", "fe80::1"];
     for (setting, node_ips, v4, v6) in [
         (NodePortSetting::ALL, vec![], "any", "any"),
         (NodePortSetting::PRIMARY, vec!["192.0.2.2", "2001:db8::1"], "192.0.2.2", "2001:db8::1"),
-        // A node without an address of a family leaves that family open.
+        // If the node has no address of a family, all addresses of that family serve.
         (NodePortSetting::PRIMARY, vec!["192.0.2.2"], "192.0.2.2", "any"),
         (NodePortSetting::PRIMARY, vec![], "any", "any"),
-        // R14: an address that no interface has does not serve.
+        // R14: an address that is on no interface does not serve.
         (NodePortSetting::PRIMARY, vec!["192.0.2.99"], "", "any"),
         (cidrs(&["192.0.2.0/24"]), vec![], "192.0.2.1 192.0.2.2", "any"),
         (cidrs(&["192.0.2.0/24", "2001:db8::/32"]), vec![], "192.0.2.1 192.0.2.2", "2001:db8::1"),
         (cidrs(&["2001:db8::/32"]), vec![], "any", "2001:db8::1"),
         (cidrs(&["192.0.2.0/24", "0.0.0.0/0"]), vec![], "any", "any"),
         (cidrs(&["203.0.113.0/24", "10.0.0.0/8"]), vec![], "10.1.0.1", "any"),
-        // R13: loopback never serves, not even if it is asked to.
+        // R13: loopback addresses do not serve here, even if a network names them.
         (cidrs(&["127.0.0.0/8", "::1/128"]), vec![], "", ""),
-        // R18: words and networks may stand together.
+        // R18: names and networks may be mixed.
         (
             NodePortSetting { primary: true, ..cidrs(&["127.0.0.0/8", "::1/128", "10.0.0.0/8"]) },
             vec!["192.0.2.2"],
@@ -59,9 +59,9 @@ fn r13_to_r15_node_ports_answer_where_the_setting_and_the_interfaces_agree() {
     }
 }
 
-/// A pod that starts brings the host a link-local address, which must not cost a change of the node's plan.
+/// Each new pod gives the host a link-local address, which must not change the node's plan.
 #[test]
-fn link_local_addresses_are_planned_for_only_where_a_setting_names_them() {
+fn link_local_addresses_are_in_the_plan_only_if_a_setting_names_their_network() {
     let pods = "fe80::1 fe80::2";
     let cidrs = |net: &str| NodePortSetting::of(vec![net.parse().unwrap()]);
     for (setting, expected) in [
@@ -78,14 +78,14 @@ fn link_local_addresses_are_planned_for_only_where_a_setting_names_them() {
 }
 
 #[test]
-fn r14_before_the_interfaces_are_known_only_single_addresses_count() {
+fn r14_until_the_interfaces_are_known_only_networks_of_one_address_count() {
     let nets = ["192.0.2.1/32", "127.0.0.1/32", "10.0.0.0/8"].map(|net| net.parse().unwrap()).to_vec();
     let model = model(Settings { node_port_addresses: NodePortSetting::of(nets), ..settings() }, []);
     assert_eq!(listed(&model.node_plan().node_port_addresses.v4), "192.0.2.1");
 }
 
 #[test]
-fn r13_loopback_node_ports_are_the_settings_of_served_families() {
+fn r13_loopback_node_ports_follow_the_setting_in_served_families() {
     use LoopbackNodePorts::{Always, BySockets, Never};
     let both = PerFamily { v4: true, v6: true };
     let plan = |v4, v6, families| {
@@ -107,7 +107,7 @@ fn r8_the_mark_is_one_bit() {
 }
 
 #[test]
-fn f5_cluster_ip_networks_are_merged_and_only_of_served_families() {
+fn f5_cluster_ip_networks_of_served_families_are_merged() {
     let cidrs = || {
         [
             service_cidr("a", json!(["10.96.0.0/13", "fd00:96::/112"])),

@@ -1,4 +1,4 @@
-//! How plans become deltas: what is told, what is not, in which slots and in which order.
+//! How plans become deltas: which changes, in which slots and in which order.
 
 use std::{net::Ipv4Addr, sync::Arc};
 
@@ -14,13 +14,13 @@ use crate::{
     plan::{Backend, ClusterIpDelta, Delta, Planner, PortDelta, PortId, PortPlan, Removal, ServicePlan},
 };
 
-/// A model with its planner; every step returns the delta that follows.
-struct Rig {
+/// A model with its planner. Every step returns the delta of its changes.
+struct Fixture {
     model: Model,
     planner: Planner,
 }
 
-impl Rig {
+impl Fixture {
     fn new() -> Self {
         Self { model: model(settings(), []), planner: Planner::default() }
     }
@@ -43,8 +43,8 @@ fn ends(addresses: &[&str]) -> Change {
     slice("web-1", "web", json!([{ "name": "", "port": 8080 }]), endpoints)
 }
 
-/// Each port's id with what happens to it.
-fn told(delta: &Delta) -> Vec<String> {
+/// The id of each port with the kind of its change.
+fn changes_of(delta: &Delta) -> Vec<String> {
     let kind = |port: &PortDelta| match (&port.before, &port.after) {
         (None, Some(_)) => "new",
         (Some(_), Some(_)) => "changed",
@@ -55,238 +55,250 @@ fn told(delta: &Delta) -> Vec<String> {
 }
 
 #[test]
-fn a_delta_tells_what_changed_and_nothing_else() {
-    let mut rig = Rig::new();
+fn a_delta_has_the_changes_and_nothing_else() {
+    let mut fixture = Fixture::new();
     let one = json!({ "name": "a", "port": 80 });
     let two = json!({ "name": "b", "port": 81 });
-    let delta = rig.step([web(json!([one, two])), service("other", json!({ "clusterIP": "10.0.0.9" }))]);
-    assert_eq!(told(&delta), ["ns/web:a/TCP (IPv4) new", "ns/web:b/TCP (IPv4) new"]);
+    let delta = fixture.step([web(json!([one, two])), service("other", json!({ "clusterIP": "10.0.0.9" }))]);
+    assert_eq!(changes_of(&delta), ["ns/web:a/TCP (IPv4) new", "ns/web:b/TCP (IPv4) new"]);
     let added: Vec<_> = ["10.0.0.1", "10.0.0.9"].map(|ip| ClusterIpDelta::Add(ip.parse().unwrap())).into();
     assert_eq!(delta.cluster_ips, added);
     assert!(delta.node.is_none() && !delta.complete);
 
-    let delta = rig.step([web(json!([one, { "name": "b", "port": 82 }]))]);
-    assert_eq!(told(&delta), ["ns/web:b/TCP (IPv4) changed"]);
+    let delta = fixture.step([web(json!([one, { "name": "b", "port": 82 }]))]);
+    assert_eq!(changes_of(&delta), ["ns/web:b/TCP (IPv4) changed"]);
     assert_eq!(delta.cluster_ips, []);
 
-    let delta = rig.step([web(json!([one]))]);
-    assert_eq!(told(&delta), ["ns/web:b/TCP (IPv4) gone"]);
+    let delta = fixture.step([web(json!([one]))]);
+    assert_eq!(changes_of(&delta), ["ns/web:b/TCP (IPv4) gone"]);
 
-    // What changes back before anybody asks has not changed.
-    rig.step([]);
-    rig.model.apply(web(json!([two])));
-    for name in rig.model.take_dirty() {
-        rig.planner.update(&name, rig.model.plan(&name));
+    // A change that is undone before the delta is taken is not in it.
+    fixture.step([]);
+    fixture.model.apply(web(json!([two])));
+    for name in fixture.model.take_dirty() {
+        fixture.planner.update(&name, fixture.model.plan(&name));
     }
-    assert!(rig.step([web(json!([one]))]).is_empty());
+    assert!(fixture.step([web(json!([one]))]).is_empty());
 
-    let delta = rig.step([Change::Delete(Kind::Service, named("web"))]);
-    assert_eq!(told(&delta), ["ns/web:a/TCP (IPv4) gone"]);
+    let delta = fixture.step([Change::Delete(Kind::Service, named("web"))]);
+    assert_eq!(changes_of(&delta), ["ns/web:a/TCP (IPv4) gone"]);
     assert_eq!(delta.cluster_ips, [ClusterIpDelta::Remove("10.0.0.1".parse().unwrap())]);
-    assert_eq!(rig.planner.services().len(), 1);
+    assert_eq!(fixture.planner.services().len(), 1);
 }
 
 #[test]
-fn f4_a_cluster_ip_is_known_as_long_as_any_service_has_it() {
-    let mut rig = Rig::new();
+fn f4_a_cluster_ip_stays_while_any_service_has_it() {
+    let mut fixture = Fixture::new();
     let at = |name: &str, ip: &str| service(name, json!({ "clusterIP": ip }));
     let ip = "10.0.0.1".parse().unwrap();
-    assert_eq!(rig.step([at("a", "10.0.0.1"), at("b", "10.0.0.1")]).cluster_ips, [ClusterIpDelta::Add(ip)]);
-    assert_eq!(rig.step([Change::Delete(Kind::Service, named("a"))]).cluster_ips, []);
-    // It passes from one Service to another without ever being unknown.
-    assert_eq!(rig.step([Change::Delete(Kind::Service, named("b")), at("c", "10.0.0.1")]).cluster_ips, []);
     assert_eq!(
-        rig.step([at("c", "10.0.0.2")]).cluster_ips,
+        fixture.step([at("a", "10.0.0.1"), at("b", "10.0.0.1")]).cluster_ips,
+        [ClusterIpDelta::Add(ip)]
+    );
+    assert_eq!(fixture.step([Change::Delete(Kind::Service, named("a"))]).cluster_ips, []);
+    // Another Service takes it over, so the delta does not remove it.
+    assert_eq!(
+        fixture.step([Change::Delete(Kind::Service, named("b")), at("c", "10.0.0.1")]).cluster_ips,
+        []
+    );
+    assert_eq!(
+        fixture.step([at("c", "10.0.0.2")]).cluster_ips,
         [ClusterIpDelta::Remove(ip), ClusterIpDelta::Add("10.0.0.2".parse().unwrap())]
     );
 }
 
 #[test]
-fn the_node_is_told_when_it_changed() {
-    let mut rig = Rig::new();
-    rig.planner.update_node(rig.model.node_plan());
-    assert!(rig.planner.take_delta().node.is_some());
-    rig.planner.update_node(rig.model.node_plan());
-    assert!(rig.planner.take_delta().is_empty());
-    let complete = rig.planner.complete();
+fn a_delta_has_the_node_only_if_it_changed() {
+    let mut fixture = Fixture::new();
+    fixture.planner.update_node(fixture.model.node_plan());
+    assert!(fixture.planner.take_delta().node.is_some());
+    fixture.planner.update_node(fixture.model.node_plan());
+    assert!(fixture.planner.take_delta().is_empty());
+    let complete = fixture.planner.complete();
     assert!(complete.complete && complete.node.is_some());
 }
 
 #[test]
 fn an_endpoint_change_touches_the_slots_of_that_endpoint() {
-    let mut rig = Rig::new();
+    let mut fixture = Fixture::new();
     let mut addresses: Vec<String> = (0..200).map(|index| format!("10.244.1.{index}")).collect();
     let listed = |addresses: &[String]| ends(&addresses.iter().map(String::as_str).collect::<Vec<_>>());
-    rig.step([web(json!([{ "port": 80 }])), listed(&addresses)]);
-    // The first of them goes; sorted anew, every other one would move.
+    fixture.step([web(json!([{ "port": 80 }])), listed(&addresses)]);
+    // The first backend is removed. If the rest were sorted again, all would move.
     addresses.remove(0);
-    let delta = rig.step([listed(&addresses)]);
+    let delta = fixture.step([listed(&addresses)]);
     let (before, after) = (delta.ports[0].before.clone().unwrap(), delta.ports[0].after.clone().unwrap());
     let touched = after.cluster.iter().zip(&before.cluster).filter(|(after, before)| after != before).count();
     assert_eq!((before.cluster.len(), after.cluster.len(), touched), (200, 199, 1));
 }
 
 #[test]
-fn a_refused_port_is_told_again_when_asked_for_with_what_the_data_plane_still_has() {
-    let mut rig = Rig::new();
+fn a_retried_port_has_the_plan_before_the_refusal() {
+    let mut fixture = Fixture::new();
     let (a, b) = (json!({ "name": "a", "port": 80 }), json!({ "name": "b", "port": 81 }));
-    let first = rig.step([web(json!([a, b]))]);
+    let first = fixture.step([web(json!([a, b]))]);
     let failing: Vec<PortId> = first.ports[1].id().cloned().into_iter().collect();
     let fine = PerFamily::default();
-    assert_eq!(rig.planner.settled(&first, &failing), fine);
-    assert!(rig.planner.take_delta().is_empty() && rig.planner.has_waiting(), "other changes go without it");
-    rig.planner.retry();
-    assert_eq!(told(&rig.planner.take_delta()), ["ns/web:b/TCP (IPv4) new"]);
+    assert_eq!(fixture.planner.settled(&first, &failing), fine);
+    assert!(
+        fixture.planner.take_delta().is_empty() && fixture.planner.has_waiting(),
+        "the next delta does not have it"
+    );
+    fixture.planner.retry();
+    assert_eq!(changes_of(&fixture.planner.take_delta()), ["ns/web:b/TCP (IPv4) new"]);
 
-    // It changes again before it is told again: before is what was there before the failure.
-    let second = rig.step([web(json!([a, { "name": "b", "port": 82 }]))]);
-    rig.step([web(json!([a, { "name": "b", "port": 83 }]))]);
-    assert_eq!(rig.planner.settled(&second, &failing), fine);
-    rig.planner.retry();
-    let third = rig.planner.take_delta();
+    // It changes before the retry: `before` is still the plan from before the refusal.
+    let second = fixture.step([web(json!([a, { "name": "b", "port": 82 }]))]);
+    fixture.step([web(json!([a, { "name": "b", "port": 83 }]))]);
+    assert_eq!(fixture.planner.settled(&second, &failing), fine);
+    fixture.planner.retry();
+    let third = fixture.planner.take_delta();
     let numbers = |plan: &Option<Arc<PortPlan>>| plan.as_ref().map(|plan| plan.frontends[0].frontend.port);
     assert_eq!((numbers(&third.ports[0].before), numbers(&third.ports[0].after)), (Some(81), Some(83)));
 
-    // A port that should go and could not is told again, too.
-    let gone = rig.step([web(json!([a]))]);
-    assert_eq!(rig.planner.settled(&gone, &failing), fine);
-    rig.planner.retry();
-    assert_eq!(told(&rig.planner.take_delta()), ["ns/web:b/TCP (IPv4) gone"]);
-    assert!(rig.planner.take_delta().is_empty());
+    // A refused removal is retried too.
+    let gone = fixture.step([web(json!([a]))]);
+    assert_eq!(fixture.planner.settled(&gone, &failing), fine);
+    fixture.planner.retry();
+    assert_eq!(changes_of(&fixture.planner.take_delta()), ["ns/web:b/TCP (IPv4) gone"]);
+    assert!(fixture.planner.take_delta().is_empty());
 }
 
 #[test]
-fn a_refused_port_that_changes_is_told_at_once() {
-    let mut rig = Rig::new();
-    let first = rig.step([web(json!([{ "port": 80 }]))]);
+fn a_refused_port_that_changes_is_in_the_next_delta() {
+    let mut fixture = Fixture::new();
+    let first = fixture.step([web(json!([{ "port": 80 }]))]);
     let ids: Vec<PortId> = first.ports.iter().filter_map(PortDelta::id).cloned().collect();
-    rig.planner.settled(&first, &ids);
-    let second = rig.step([web(json!([{ "port": 81 }]))]);
-    assert_eq!(told(&second), ["ns/web/TCP (IPv4) new"], "the data plane never had it");
-    assert!(!rig.planner.has_waiting());
+    fixture.planner.settled(&first, &ids);
+    let second = fixture.step([web(json!([{ "port": 81 }]))]);
+    assert_eq!(changes_of(&second), ["ns/web/TCP (IPv4) new"], "the data plane never had it");
+    assert!(!fixture.planner.has_waiting());
 }
 
 #[test]
-fn of_a_port_refused_at_a_start_the_data_plane_has_what_it_found() {
-    let mut rig = Rig::new();
-    rig.step([web(json!([{ "port": 80 }]))]);
-    let complete = rig.planner.complete();
+fn a_port_refused_in_a_complete_delta_keeps_the_state_from_before_the_start() {
+    let mut fixture = Fixture::new();
+    fixture.step([web(json!([{ "port": 80 }]))]);
+    let complete = fixture.planner.complete();
     let ids: Vec<PortId> = complete.ports.iter().filter_map(PortDelta::id).cloned().collect();
-    assert_eq!(rig.planner.settled(&complete, &ids), PerFamily::default());
-    rig.planner.retry();
-    let again = rig.planner.take_delta();
-    assert_eq!(told(&again), ["ns/web/TCP (IPv4) new"]);
-    rig.planner.settled(&again, &ids);
-    // Nothing names what was found any more, so only a comparison takes it away.
-    assert!(rig.step([Change::Delete(Kind::Service, named("web"))]).ports.is_empty());
-    assert_eq!(rig.planner.take_stray(), PerFamily { v4: true, v6: false });
-    assert_eq!(rig.planner.take_stray(), PerFamily::default(), "it was told");
+    assert_eq!(fixture.planner.settled(&complete, &ids), PerFamily::default());
+    fixture.planner.retry();
+    let again = fixture.planner.take_delta();
+    assert_eq!(changes_of(&again), ["ns/web/TCP (IPv4) new"]);
+    fixture.planner.settled(&again, &ids);
+    // No port names the state from before the start any more, so only a complete delta removes it.
+    assert!(fixture.step([Change::Delete(Kind::Service, named("web"))]).ports.is_empty());
+    assert_eq!(fixture.planner.take_stray(), PerFamily { v4: true, v6: false });
+    assert_eq!(fixture.planner.take_stray(), PerFamily::default(), "it was taken");
 
-    // Once it is programmed it is a port like any other.
-    rig.step([web(json!([{ "port": 80 }]))]);
-    let complete = rig.planner.complete();
-    rig.planner.settled(&complete, &ids);
-    rig.planner.retry();
-    let again = rig.planner.take_delta();
-    rig.planner.settled(&again, &[]);
-    assert_eq!(told(&rig.step([Change::Delete(Kind::Service, named("web"))])), ["ns/web/TCP (IPv4) gone"]);
-    assert_eq!(rig.planner.take_stray(), PerFamily::default());
+    // Once it is applied, it is a port like any other.
+    fixture.step([web(json!([{ "port": 80 }]))]);
+    let complete = fixture.planner.complete();
+    fixture.planner.settled(&complete, &ids);
+    fixture.planner.retry();
+    let again = fixture.planner.take_delta();
+    fixture.planner.settled(&again, &[]);
+    assert_eq!(
+        changes_of(&fixture.step([Change::Delete(Kind::Service, named("web"))])),
+        ["ns/web/TCP (IPv4) gone"]
+    );
+    assert_eq!(fixture.planner.take_stray(), PerFamily::default());
 }
 
 #[test]
-fn everything_for_one_family_leaves_what_waits_for_the_other() {
-    let mut rig = Rig::new();
+fn a_complete_delta_of_one_family_keeps_the_refused_ports_of_the_other() {
+    let mut fixture = Fixture::new();
     let both = json!({
         "clusterIP": "10.0.0.1", "clusterIPs": ["10.0.0.1", "fd00::1"], "ipFamilies": ["IPv4", "IPv6"],
         "ports": [{ "port": 80 }]
     });
-    let delta = rig.step([service("web", both)]);
+    let delta = fixture.step([service("web", both)]);
     let ids: Vec<PortId> = delta.ports.iter().filter_map(PortDelta::id).cloned().collect();
     assert_eq!(ids.len(), 2);
-    rig.planner.settled(&delta, &ids);
-    let everything = rig.planner.complete_for(PerFamily { v4: false, v6: true });
-    assert_eq!(everything.ports.len(), 2, "it names both");
-    rig.planner.retry();
-    assert_eq!(told(&rig.planner.take_delta()), ["ns/web/TCP (IPv4) new"]);
+    fixture.planner.settled(&delta, &ids);
+    let everything = fixture.planner.complete_for(PerFamily { v4: false, v6: true });
+    assert_eq!(everything.ports.len(), 2, "both ports are in it");
+    fixture.planner.retry();
+    assert_eq!(changes_of(&fixture.planner.take_delta()), ["ns/web/TCP (IPv4) new"]);
 }
 
 #[test]
-fn a_port_that_was_left_to_another_plane_is_told_again_as_it_is() {
-    let mut rig = Rig::new();
-    let delta = rig.step([web(json!([{ "port": 80 }]))]);
+fn a_port_left_to_another_plane_is_sent_again_unchanged() {
+    let mut fixture = Fixture::new();
+    let delta = fixture.step([web(json!([{ "port": 80 }]))]);
     let ids: Vec<PortId> = delta.ports.iter().filter_map(PortDelta::id).cloned().collect();
-    rig.planner.left(ids.clone());
-    assert!(rig.planner.take_delta().is_empty());
-    rig.planner.retry();
-    let again = rig.planner.take_delta();
+    fixture.planner.left(ids.clone());
+    assert!(fixture.planner.take_delta().is_empty());
+    fixture.planner.retry();
+    let again = fixture.planner.take_delta();
     assert_eq!(
         again.ports,
         [PortDelta { before: delta.ports[0].after.clone(), after: delta.ports[0].after.clone() }]
     );
-    rig.planner.left(ids);
-    rig.step([Change::Delete(Kind::Service, named("web"))]);
-    rig.planner.retry();
-    assert!(rig.planner.take_delta().is_empty(), "it is gone");
+    fixture.planner.left(ids);
+    fixture.step([Change::Delete(Kind::Service, named("web"))]);
+    fixture.planner.retry();
+    assert!(fixture.planner.take_delta().is_empty(), "it is gone");
 }
 
 #[test]
-fn a_frontend_is_given_up_before_another_port_takes_it() {
-    let mut rig = Rig::new();
+fn a_frontend_is_released_before_another_port_takes_it() {
+    let mut fixture = Fixture::new();
     let ports = |numbers: &[(&str, u16)]| {
         web(numbers.iter().map(|(name, port)| json!({ "name": name, "port": port })).collect())
     };
-    rig.step([ports(&[("a", 80), ("b", 81), ("c", 82)])]);
-    // a takes b's port, b takes c's, c takes a new one: c must let go first, then b, then a.
-    let delta = rig.step([ports(&[("a", 81), ("b", 82), ("c", 83)])]);
+    fixture.step([ports(&[("a", 80), ("b", 81), ("c", 82)])]);
+    // a takes b's port, b takes c's, c takes a new one: c must release first, then b, then a.
+    let delta = fixture.step([ports(&[("a", 81), ("b", 82), ("c", 83)])]);
     assert_eq!(
-        told(&delta),
+        changes_of(&delta),
         ["ns/web:c/TCP (IPv4) changed", "ns/web:b/TCP (IPv4) changed", "ns/web:a/TCP (IPv4) changed"]
     );
-    // A swap has no such order; both are told, and whoever applies them ends up right.
+    // A swap has no such order. Both are in the delta, and the result of applying it is right.
     let mut applied = Applied::default();
-    applied.apply(&rig.planner.complete());
-    let delta = rig.step([ports(&[("a", 82), ("b", 81), ("c", 83)])]);
+    applied.apply(&fixture.planner.complete());
+    let delta = fixture.step([ports(&[("a", 82), ("b", 81), ("c", 83)])]);
     assert_eq!(delta.ports.len(), 2);
     applied.apply(&delta);
     let mut rebuilt = Applied::default();
-    rebuilt.apply(&rig.planner.complete());
+    rebuilt.apply(&fixture.planner.complete());
     assert_eq!(applied, rebuilt);
 }
 
 #[test]
 fn no_local_endpoints_are_counted_by_policy_and_family() {
-    let mut rig = Rig::new();
+    let mut fixture = Fixture::new();
     let both = |kind: &str| {
         json!({ "type": kind, "clusterIP": "10.0.0.1", "internalTrafficPolicy": "Local",
                 "externalTrafficPolicy": "Local", "ports": [{ "port": 80, "nodePort": 30080 }] })
     };
-    // Without any endpoint at all nothing is counted (F1).
-    rig.step([service("web", both("NodePort"))]);
-    assert_eq!(rig.planner.no_local_endpoints(), super::super::NoLocalEndpoints::default());
-    rig.step([ends(&["10.244.1.1"])]);
-    let count = rig.planner.no_local_endpoints();
+    // Without endpoints on any node the port is not counted (F1).
+    fixture.step([service("web", both("NodePort"))]);
+    assert_eq!(fixture.planner.no_local_endpoints(), super::super::NoLocalEndpoints::default());
+    fixture.step([ends(&["10.244.1.1"])]);
+    let count = fixture.planner.no_local_endpoints();
     assert_eq!((count.internal, count.external), (PerFamily { v4: 1, v6: 0 }, PerFamily { v4: 1, v6: 0 }));
-    rig.step([slice(
+    fixture.step([slice(
         "web-1",
         "web",
         json!([{ "name": "", "port": 80 }]),
         json!([{ "addresses": ["10.244.0.1"], "nodeName": "node-a" }]),
     )]);
-    assert_eq!(rig.planner.no_local_endpoints(), super::super::NoLocalEndpoints::default());
+    assert_eq!(fixture.planner.no_local_endpoints(), super::super::NoLocalEndpoints::default());
 }
 
 #[test]
 fn health_checks_are_listed() {
-    let mut rig = Rig::new();
+    let mut fixture = Fixture::new();
     let balanced = json!({ "type": "LoadBalancer", "clusterIP": "10.0.0.1", "externalTrafficPolicy": "Local",
                            "healthCheckNodePort": 32000 });
-    rig.step([service("web", balanced), service("other", json!({ "clusterIP": "10.0.0.2" }))]);
+    fixture.step([service("web", balanced), service("other", json!({ "clusterIP": "10.0.0.2" }))]);
     let listed: Vec<_> =
-        rig.planner.health_checks().map(|(name, check)| (name.clone(), check.port)).collect();
+        fixture.planner.health_checks().map(|(name, check)| (name.clone(), check.port)).collect();
     assert_eq!(listed, [(named("web"), 32000)]);
-    assert_eq!(rig.planner.service(&named("web")).unwrap().health_check.unwrap().local_endpoints, 0);
-    rig.planner.update(&named("web"), ServicePlan::default());
-    assert_eq!(rig.planner.health_checks().count(), 0);
+    assert_eq!(fixture.planner.service(&named("web")).unwrap().health_check.unwrap().local_endpoints, 0);
+    fixture.planner.update(&named("web"), ServicePlan::default());
+    assert_eq!(fixture.planner.health_checks().count(), 0);
 }
 
 fn backend(number: u32) -> Backend {
@@ -314,17 +326,17 @@ fn port_of(cluster: Vec<Backend>) -> PortPlan {
 
 proptest::proptest! {
     #[test]
-    fn settling_keeps_the_set_and_moves_no_more_than_what_changed(
+    fn keeping_slots_keeps_the_set_and_moves_only_what_changed(
         before in proptest::collection::hash_set(0_u32..60, 0..40),
         after in proptest::collection::hash_set(0_u32..60, 0..40),
     ) {
-        // The order before is whatever history left; hash sets iterate in an order of their own.
+        // Hash sets have an arbitrary order, as slots have after a history of changes.
         let old = port_of(before.iter().copied().map(backend).collect());
         let mut new = port_of(after.iter().copied().map(backend).collect());
         new.cluster.sort_unstable();
         new.local.sort_unstable();
         let wanted = new.clone();
-        new.settle(&old);
+        new.keep_slots(&old);
         let mut sorted = new.clone();
         sorted.cluster.sort_unstable();
         sorted.local.sort_unstable();

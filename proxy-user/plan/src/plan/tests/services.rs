@@ -1,4 +1,4 @@
-//! Which frontends a Service has, and what else its plan says (W6, R11, R16, A1, F7, H1, H2, K2).
+//! The frontends of a Service, and the rest of its plan (W6, R11, R16, A1, F7, H1, H2, K2).
 
 use std::time::Duration;
 
@@ -91,7 +91,7 @@ fn w5_w7_the_families_of_a_service_have_their_own_endpoints() {
 }
 
 #[test]
-fn r17_external_addresses_of_a_family_without_cluster_ip_do_not_exist() {
+fn r17_external_addresses_of_a_family_without_cluster_ip_are_not_served() {
     let plan = plan([service(
         "web",
         json!({
@@ -153,13 +153,13 @@ fn one_address_in_several_roles_is_one_frontend() {
             "node:30080/TCP"
         ]
     );
-    // F7: what is a VIP besides an external IP is guarded.
+    // F7: an address that is both a VIP and an external IP has source ranges.
     assert!(find(&plan, "198.51.100.1:80/TCP").allowed_sources.is_some());
     assert!(find(&plan, "192.0.2.1:80/TCP").allowed_sources.is_none());
 }
 
 #[test]
-fn two_ports_cannot_have_one_frontend() {
+fn the_first_of_two_ports_owns_their_common_frontend() {
     let plan = plan([service(
         "web",
         json!({ "type": "NodePort", "clusterIP": "10.0.0.1", "ports": [
@@ -173,7 +173,7 @@ fn two_ports_cannot_have_one_frontend() {
 }
 
 #[test]
-fn f7_source_ranges_guard_the_vips_of_their_family_only() {
+fn f7_source_ranges_apply_to_the_vips_of_their_family_only() {
     let guard = |ranges: Value| {
         let plan =
             plan([balanced(json!({ "externalIPs": ["192.0.2.1"], "loadBalancerSourceRanges": ranges }))]);
@@ -199,12 +199,12 @@ fn f7_source_ranges_guard_the_vips_of_their_family_only() {
     );
     assert_eq!(guard(json!(["203.0.113.0/24", "0.0.0.0/0", "::/0"])), (None, None));
     assert_eq!(guard(json!(["0.0.0.0/1", "128.0.0.0/1"])), (None, None));
-    // W9: with nothing understood, there is no range.
+    // W9: a list of wrong ranges counts as no list.
     assert_eq!(guard(json!(["nonsense"])), (None, None));
 }
 
 #[test]
-fn f7_the_vips_are_allowed_sources_where_the_node_is_one() {
+fn f7_the_vips_are_allowed_sources_if_the_node_is_one() {
     let here = node(json!({ "metadata": { "name": "node-a" },
         "status": { "addresses": [{ "type": "InternalIP", "address": "203.0.113.7" }] } }));
     let allowed = |range: &str| {
@@ -217,7 +217,7 @@ fn f7_the_vips_are_allowed_sources_where_the_node_is_one() {
 }
 
 #[test]
-fn f7_sources_are_guarded_also_without_endpoints() {
+fn f7_source_ranges_apply_without_endpoints_too() {
     let plan = plan([balanced(json!({ "loadBalancerSourceRanges": ["203.0.113.0/24"] }))]);
     assert!(plan.ports[0].cluster.is_empty());
     assert!(find(&plan, "198.51.100.1:80/TCP").allowed_sources.is_some());
@@ -254,7 +254,7 @@ fn h1_h2_the_health_check_counts_local_ready_endpoints() {
 }
 
 #[test]
-fn k2_k4_ports_whose_sockets_are_closed_list_what_still_serves_whatever_policies_and_hints_say() {
+fn k2_k4_serving_endpoints_do_not_depend_on_policies_and_hints() {
     let serving = ["10.244.0.1:80", "10.244.0.2:80", "10.244.0.4:80", "10.244.1.1:80"];
     let reset = |seconds| Removal::Reset { after: Duration::from_secs(seconds) };
     for (protocol, annotation, on_removal) in [
@@ -281,7 +281,7 @@ fn k2_k4_ports_whose_sockets_are_closed_list_what_still_serves_whatever_policies
                     { "addresses": ["10.244.0.1"], "nodeName": "node-a" },
                     { "addresses": ["10.244.0.2"], "conditions": { "ready": false, "serving": true, "terminating": true } },
                     { "addresses": ["10.244.0.3"], "conditions": { "ready": false, "serving": false } },
-                    // As publishNotReadyAddresses has it.
+                    // As with publishNotReadyAddresses.
                     { "addresses": ["10.244.0.4"], "conditions": { "ready": true, "serving": false } },
                 ]),
             ),
@@ -300,7 +300,7 @@ fn a_service_that_is_not_served_has_an_empty_plan() {
     assert_eq!(model(Settings::default(), []).plan(&named("web")), ServicePlan::default());
 }
 
-/// A LoadBalancer Service with so many ports, each with a NodePort, and so many addresses of each sort.
+/// A LoadBalancer Service with these numbers of ports, external IPs and load balancer addresses.
 fn large(ports: u16, external_ips: u32, load_balancer_ips: u32) -> Change {
     let address =
         |net: u32| move |number: u32| std::net::Ipv4Addr::from_bits((net << 24) + number).to_string();
@@ -316,7 +316,7 @@ fn large(ports: u16, external_ips: u32, load_balancer_ips: u32) -> Change {
     }))
 }
 
-/// How many frontends are at ClusterIPs, NodePorts, load balancer addresses and external IPs.
+/// The numbers of frontends at ClusterIPs, NodePorts, load balancer addresses and external IPs.
 fn sorts(plan: &ServicePlan) -> [usize; 4] {
     let mut count = [0; 4];
     for planned in plan.ports.iter().flat_map(|port| &port.frontends) {
@@ -332,7 +332,7 @@ fn sorts(plan: &ServicePlan) -> [usize; 4] {
 }
 
 #[test]
-fn a_service_has_no_more_frontends_than_one_can_have_and_the_first_ones_are_served() {
+fn the_number_of_frontends_is_limited_and_the_first_ones_are_served() {
     let small = plan([large(20, 100, 2)]);
     assert_eq!((sorts(&small), small.beyond), ([20, 20, 40, 2000], 0));
 
@@ -352,27 +352,27 @@ fn a_service_has_no_more_frontends_than_one_can_have_and_the_first_ones_are_serv
 }
 
 #[test]
-fn that_a_service_has_too_many_frontends_is_told_when_it_comes_to_be_so() {
+fn a_service_that_exceeds_the_limit_of_frontends_is_reported_once() {
     let mut model =
         model(settings(), [large(20, 8000, 0), service("db", json!({ "clusterIP": "10.0.0.2" }))]);
     let mut planner = Planner::default();
-    let mut told = |model: &mut crate::model::Model| {
+    let mut reported = |model: &mut crate::model::Model| {
         for name in model.take_dirty() {
             planner.update(&name, model.plan(&name));
         }
         planner.take_beyond().collect::<Vec<_>>()
     };
     let beyond = model.plan(&named("web")).beyond;
-    assert_eq!(told(&mut model), [(named("web"), beyond)]);
+    assert_eq!(reported(&mut model), [(named("web"), beyond)]);
     model.apply(slice(
         "web-1",
         "web",
         json!([{ "name": "p0", "port": 80 }]),
         json!([{ "addresses": ["10.1.0.1"] }]),
     ));
-    assert_eq!(told(&mut model), [], "an endpoint changes nothing of it");
+    assert_eq!(reported(&mut model), [], "a change of endpoints does not report it again");
     model.apply(large(20, 10, 0));
-    assert_eq!(told(&mut model), []);
+    assert_eq!(reported(&mut model), []);
     model.apply(large(20, 8000, 0));
-    assert_eq!(told(&mut model), [(named("web"), beyond)]);
+    assert_eq!(reported(&mut model), [(named("web"), beyond)]);
 }
