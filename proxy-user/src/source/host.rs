@@ -1,7 +1,7 @@
-//! This host's own addresses, followed through rtnetlink.
+//! Follows this host's own addresses through rtnetlink.
 //!
-//! In: the kernel's addresses and the news about them. Out: the current list on a channel, for the model to find the
-//! NodePort addresses in (R13, R14).
+//! In: rtnetlink's list of addresses, and its notifications. Out: the current list on a channel, from which
+//! the model takes NodePort addresses (R13, R14).
 
 use std::{collections::BTreeSet, io, net::IpAddr, time::Duration};
 
@@ -13,10 +13,10 @@ use rtnetlink::{
 use tokio::sync::watch;
 use tracing::{debug, warn};
 
-/// The addresses that [`watch`] keeps; empty until it has read them once.
+/// The addresses that [`watch`] sends; empty until it has read them once.
 pub type Addresses = watch::Receiver<Vec<IpAddr>>;
 
-/// How long to wait before a broken connection to the kernel is made anew.
+/// The delay before a lost rtnetlink connection is opened again.
 const PAUSE: Duration = Duration::from_secs(1);
 
 #[derive(Debug, thiserror::Error)]
@@ -29,9 +29,10 @@ enum Error {
     Closed,
 }
 
-/// Keeps `tx` at the addresses on this host's interfaces, sorted, without loopback ones: the whole list when it starts,
-/// then again whenever it is different. Needs a tokio runtime and means the network namespace of the thread that first
-/// polls it. Failures are logged and retried, and leave the last list in place; ends when nobody listens any more.
+/// Keeps `tx` up to date with the addresses on this host's interfaces, sorted, without loopback ones. Sends
+/// the list at the start and whenever it changes. Needs a tokio runtime, and reads the network namespace of
+/// the thread that first polls it. A failure is logged and retried, and the last list stays. Ends when all
+/// receivers are dropped.
 pub async fn watch(tx: watch::Sender<Vec<IpAddr>>) {
     let mut first = true;
     loop {
@@ -39,7 +40,7 @@ pub async fn watch(tx: watch::Sender<Vec<IpAddr>>) {
             () = tx.closed() => return,
             result = follow(&tx, &mut first) => {
                 if let Err(error) = result {
-                    warn!(error = &error as &dyn std::error::Error, "lost sight of this host's addresses");
+                    warn!(error = &error as &dyn std::error::Error, "cannot follow this host's addresses; trying again");
                 }
             }
         }
@@ -62,8 +63,8 @@ async fn follow(tx: &watch::Sender<Vec<IpAddr>>, first: &mut bool) -> Result<(),
             }
             changed
         });
-        // What the news says does not matter, lost news (ENOBUFS, seen as an overrun message) least of all: the list
-        // is read again, once for all that has arrived.
+        // The content of a notification is not used, so a lost one (ENOBUFS, seen as an overrun message) does
+        // no harm: the list is read again, once for all notifications that have arrived.
         news.next().await.ok_or(Error::Closed)?;
         while news.next().now_or_never().flatten().is_some() {}
     }
@@ -78,7 +79,7 @@ async fn list(handle: &Handle) -> Result<Vec<IpAddr>, rtnetlink::Error> {
     Ok(addresses.into_iter().collect())
 }
 
-/// The host's side of an address; `Address` alone would be the far side on point-to-point links.
+/// The host's side of an address. On point-to-point links `Address` is the peer's side.
 fn own_address(message: &AddressMessage) -> Option<IpAddr> {
     let find = |pick: fn(&AddressAttribute) -> Option<IpAddr>| message.attributes.iter().find_map(pick);
     find(|attribute| match attribute {
@@ -93,7 +94,7 @@ fn own_address(message: &AddressMessage) -> Option<IpAddr> {
     })
 }
 
-/// The task of a connection ends with the one who talks through it.
+/// Ends the task of a connection when its user is dropped.
 struct AbortOnDrop(tokio::task::AbortHandle);
 
 impl Drop for AbortOnDrop {

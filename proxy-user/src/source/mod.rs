@@ -1,7 +1,7 @@
-//! Where Kubernetes objects come from: a cluster's API server or a directory of manifests.
+//! Sources of Kubernetes objects: a cluster's API server, or a directory of manifests.
 //!
-//! In: a watch. Out: [`Change`](crate::model::Change)s on a channel, in the order they happened. A source never says that an
-//! object is gone merely because it cannot reach its origin.
+//! In: lists and watches, or files. Out: [`Change`](crate::model::Change)s on a channel, in their order. A
+//! source never reports an object as deleted because the API server or the directory cannot be read.
 
 pub mod host;
 pub mod kube;

@@ -1,6 +1,6 @@
-//! How a source is doing, for metrics and `weir status`.
+//! The state of a source, for metrics.
 //!
-//! In: what the sources note down as they go. Out: [`KindReport`]s for whoever asks. Reading never waits for a source.
+//! In: events and failures of the sources. Out: [`KindReport`]s. Reading never waits for a source.
 
 use std::{
     sync::{
@@ -14,35 +14,35 @@ use serde::Serialize;
 
 use crate::model::Kind;
 
-/// How a source is doing, kind by kind. The source writes it, everybody may read it.
+/// The state of a source, by kind. The source writes it, and any thread may read it.
 #[derive(Debug, Default)]
 pub struct SourceStatus {
     kinds: [KindStatus; Kind::ALL.len() + Kind::PODS.len()],
 }
 
 impl SourceStatus {
-    /// The part for one kind.
+    /// The state of one kind.
     #[must_use]
     pub fn of(&self, kind: Kind) -> &KindStatus {
         &self.kinds[kind as usize]
     }
 
-    /// For how long the origin has told nothing, by the kinds of which it ever told something.
+    /// The time since the API server last sent anything about a kind, for each kind about which it ever did.
     #[must_use]
     pub fn silences(&self) -> Vec<(&'static str, Duration)> {
         let kinds = Kind::ALL.into_iter().chain(Kind::PODS);
         kinds.filter_map(|kind| Some((kind.as_str(), self.of(kind).heard()?.elapsed()))).collect()
     }
 
-    /// A consistent enough copy of everything about Services, in the order of [`Kind::ALL`]. What of pods is asked for
-    /// by [`SourceStatus::of`].
+    /// A copy of the state of the kinds in [`Kind::ALL`], in that order. It is not atomic over all kinds. For
+    /// pods and namespaces use [`SourceStatus::of`].
     #[must_use]
     pub fn report(&self) -> Vec<KindReport> {
         Kind::ALL.into_iter().map(|kind| self.of(kind).report(kind)).collect()
     }
 }
 
-/// How the watch of one kind is doing.
+/// The state of the watch of one kind.
 #[derive(Debug, Default)]
 pub struct KindStatus {
     connected: AtomicBool,
@@ -57,28 +57,28 @@ pub struct KindStatus {
 }
 
 impl KindStatus {
-    /// Notes whether the origin can be reached; answers whether it could before.
+    /// Records whether the source answers. Returns whether it did before.
     pub(super) fn set_connected(&self, connected: bool) -> bool {
         self.connected.swap(connected, Relaxed)
     }
 
-    /// Notes that the first full list has been delivered.
+    /// Records that the first full list is complete.
     pub(super) fn set_synced(&self) {
         self.synced.store(true, Relaxed);
     }
 
-    /// Notes that the origin tells of what happens: an event, a bookmark, the end of a list.
+    /// Records that an event, a bookmark or the end of a list arrived.
     pub(super) fn hear(&self) {
         *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
-    /// When the origin last told of what happens, if it ever did.
+    /// When an event, a bookmark or the end of a list last arrived.
     #[must_use]
     pub fn heard(&self) -> Option<Instant> {
         *self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes that something arrived, and how many objects are known now.
+    /// Records that an object arrived, and the number of objects now.
     pub(super) fn event(&self, objects: usize) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
         self.hear();
@@ -87,18 +87,18 @@ impl KindStatus {
         self.last_event_millis.store(u64::try_from(now.as_millis()).unwrap_or(u64::MAX), Relaxed);
     }
 
-    /// Notes that everything is being listed, and whether the list comes as a stream.
+    /// Records the start of a full list, and whether it is streamed.
     pub(super) fn relist(&self, streamed: bool) {
         self.relists.fetch_add(1, Relaxed);
         self.streamed.fetch_add(u64::from(streamed), Relaxed);
     }
 
-    /// Notes that something went wrong.
+    /// Records a failure.
     pub(super) fn error(&self) {
         self.errors.fetch_add(1, Relaxed);
     }
 
-    /// A copy of what is known.
+    /// A copy of the state.
     #[must_use]
     pub fn report(&self, kind: Kind) -> KindReport {
         KindReport {
@@ -115,27 +115,27 @@ impl KindStatus {
     }
 }
 
-/// What [`KindStatus`] held at one moment. Counts are since the source started.
+/// The values of [`KindStatus`] at one moment. Counters start with the source.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct KindReport {
-    /// The kind.
+    /// The kind of the objects.
     pub kind: Kind,
-    /// Whether the origin answers.
+    /// Whether the source answers.
     pub connected: bool,
-    /// Whether the first full list has been delivered.
+    /// Whether the first full list is complete.
     pub synced: bool,
-    /// How many objects are known.
+    /// The number of objects now.
     pub objects: u64,
-    /// How many times an object came, changed or went, lists included.
+    /// The number of new, changed and deleted objects, including those of lists.
     pub events: u64,
-    /// How many full lists were begun.
+    /// The number of full lists that were started.
     pub relists: u64,
-    /// How many of these came as a stream rather than in pages.
+    /// The number of these that were streamed instead of read in pages.
     pub streamed: u64,
-    /// How many times the origin failed or refused.
+    /// The number of failures and refusals.
     pub errors: u64,
-    /// When an object last came, in milliseconds since 1970.
+    /// When an object last arrived, in milliseconds since 1970.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_event_millis: Option<u64>,
 }

@@ -1,11 +1,12 @@
-//! The answers about one kind, each made to end in good order.
+//! Wraps the responses to requests about one kind, so that each ends in an orderly way.
 //!
-//! In: the API server's answers. Out: the same answers, word of each bookmark, which says that a watch without news is
-//! alive, and when the server wants to be asked again.
+//! In: the API server's responses. Out: the same responses; a record of each bookmark, which shows that a
+//! watch without events is alive; and the delay that the server asks for before the next request.
 //!
-//! A watch that ends within a second without a word ends with [`EndedAtOnce`], because `kube`'s watcher and ours ask again
-//! at once after a watch that just ends. Any other watch that ends before its time ends a little later, so that the agents
-//! of a cluster do not all come back to a new server in one moment. An answer that goes silent is given up.
+//! A watch that ends within a second without an event ends with [`EndedAtOnce`], because both watchers,
+//! `kube`'s and weir's, ask again immediately after a watch that ends without an error. The end of any other
+//! watch that ends early is passed on with a small delay, so that not all agents of a cluster come back to a
+//! restarted server at the same moment. A response without data for too long ends with an error.
 
 use std::{
     io,
@@ -30,52 +31,54 @@ use crate::{
     source::{KindStatus, SourceStatus},
 };
 
-/// How long a server is asked to keep a watch up, in seconds. Each watch has a time of its own, so that the agents of a
-/// cluster come back one by one.
+/// The timeout of a watch in seconds. Each watch draws its own, so that the agents of a cluster reconnect one
+/// by one.
 const WATCH_TIMES: RangeInclusive<u32> = 300..=600;
-/// A watch that ends sooner without a word has failed, and no watch ends sooner.
+/// A watch that ends sooner without an event has failed. Its end is delayed to this moment.
 const SHORTEST: Duration = Duration::from_secs(1);
-/// Over how long agents spread whose watches end in one moment.
+/// The interval over which agents spread their reconnects.
 const SPREAD: Duration = Duration::from_secs(1);
-/// A watch that ends so long before its time ends by itself.
+/// A watch that ends within this time of its timeout ended because of the timeout.
 const MARGIN: Duration = Duration::from_secs(5);
-/// An API server sends a bookmark about once a minute, so one that says nothing for so long is not there any more,
-/// whatever a load balancer in between acknowledges.
+/// The longest time without data on a watch. An API server sends a bookmark about once a minute, so after
+/// this time the server is gone, even if a load balancer in between still acknowledges packets.
 const SILENCE: Duration = Duration::from_secs(150);
 
-/// What is not a watch has no reason to pause, and HTTP/1.1, by which it comes, has no pings.
+/// The longest time without data on other responses. They have no reason to pause, and HTTP/1.1, which they
+/// use, has no pings.
 const LIST_SILENCE: Duration = Duration::from_secs(30);
 
-/// No event is so long: etcd takes no object of more than 1.5 MiB. `kube` keeps a line of JSON until it ends.
+/// The longest line of a JSON watch. etcd takes no object of more than 1.5 MiB, and `kube` buffers a line
+/// until it ends.
 const LONGEST_EVENT: usize = 16 << 20;
 
-/// What is in a bookmark, in JSON and in protobuf. `kube`'s watcher keeps bookmarks to itself.
+/// The bytes that mark a bookmark, in JSON and in protobuf. `kube`'s watcher does not report bookmarks.
 const BOOKMARK: &[u8] = b"BOOKMARK";
 
-/// A watch ended as soon as it began.
+/// The watch ended within [`SHORTEST`] and without an event.
 #[derive(Debug, thiserror::Error)]
-#[error("the API server ends the watch within a second and without an event")]
+#[error("the API server ended the watch within a second and without an event")]
 pub(super) struct EndedAtOnce;
 
-/// An answer that says no more.
+/// No data arrived for this time.
 #[derive(Debug, thiserror::Error)]
-#[error("nothing came for {0:?}")]
+#[error("no data for {0:?}")]
 struct Silent(Duration);
 
-/// An event that does not end.
+/// The event exceeds this number of bytes.
 #[derive(Debug, thiserror::Error)]
 #[error("an event of the watch is longer than {0} bytes")]
 struct TooLong(usize);
 
-/// What comes of an answer.
+/// The body of a wrapped response.
 pub(super) type Contents = StreamBody<BoxStream<'static, Result<Frame<Bytes>, BoxError>>>;
 
-/// Hears the answers about one kind.
+/// Wraps and observes the responses about one kind.
 #[derive(Debug)]
 pub(super) struct Answers {
     kind: Kind,
     status: Arc<SourceStatus>,
-    /// After how many seconds the server wants to be asked again; 0 when it does not say.
+    /// The delay in seconds that the server's last response asked for; 0 if none.
     retry_after: AtomicU64,
 }
 
@@ -88,18 +91,17 @@ impl Answers {
         self.status.of(self.kind)
     }
 
-    /// No answer came.
+    /// Records that a request got no response.
     pub(super) fn none(&self) {
         self.status().set_connected(false);
     }
 
-    /// After what time the server wants to be asked again, according to its last answer.
+    /// Takes the delay that the server's last response asked for.
     pub(super) fn retry_after(&self) -> Option<Duration> {
         Some(Duration::from_secs(self.retry_after.swap(0, Relaxed))).filter(|time| !time.is_zero())
     }
 
-    /// An answer began to a request with this query.
-    /// `broke_off` is called if it does not come to its end.
+    /// Wraps the response to a request with this query. `broke_off` is called if the body ends with an error.
     pub(super) fn begun(
         self: &Arc<Self>,
         query: &str,
@@ -107,7 +109,7 @@ impl Answers {
         broke_off: impl Fn() + Send + 'static,
     ) -> Response<Contents> {
         self.status().set_connected(answer.status().is_success());
-        // A date may stand there too, of which API servers make no use.
+        // The header may also be a date, but API servers do not send one.
         let after =
             answer.headers().get(header::RETRY_AFTER).and_then(|after| after.to_str().ok()?.parse().ok());
         self.retry_after.store(after.unwrap_or_default(), Relaxed);
@@ -120,46 +122,46 @@ impl Answers {
     }
 }
 
-/// For how many seconds to ask for a watch.
+/// Draws the timeout of a watch in seconds.
 pub(super) fn some_watch_time() -> u32 {
     fastrand::u32(WATCH_TIMES)
 }
 
-/// Whether a request with this query is for a watch.
+/// Whether a request with this query is a watch.
 pub(super) fn is_watch(query: Option<&str>) -> bool {
     query.is_some_and(|query| watch_time(query).is_some())
 }
 
-/// How long the watch is to last that this query asks for, if it asks for one.
+/// The timeout in the query of a watch; `None` for other requests.
 fn watch_time(query: &str) -> Option<Duration> {
     let value = |name: &str| query.split('&').find_map(|part| part.strip_prefix(name)?.strip_prefix('='));
     let seconds = (value("watch")? == "true").then(|| value("timeoutSeconds")?.parse().ok());
     Some(Duration::from_secs(seconds?.unwrap_or_default()))
 }
 
-/// How a watch begins that is in JSON, a line for each event.
+/// The content type of a watch in JSON, which has one event a line.
 const JSON: &[u8] = b"application/json";
 
-/// A watch.
+/// The properties of a watch.
 #[derive(Clone, Copy)]
 struct Watch {
-    /// How long it is to last.
+    /// Its timeout.
     time: Duration,
     json: bool,
 }
 
-/// Is called when an answer does not come to its end.
+/// Called if a body ends with an error.
 type BrokeOff = Box<dyn Fn() + Send>;
 
-/// What is left of an answer.
+/// The unread part of a response.
 struct Rest {
     answers: Arc<Answers>,
     body: Body,
     watch: Option<Watch>,
-    /// How much there is of the line that has not ended, in a watch in JSON.
+    /// The bytes so far of the unfinished line of a JSON watch.
     line: usize,
     began: Instant,
-    /// Whether anything has come.
+    /// Whether any data has arrived.
     brought: bool,
     over: bool,
     broke_off: BrokeOff,
@@ -230,7 +232,7 @@ impl Rest {
         !self.brought && self.began.elapsed() < SHORTEST
     }
 
-    /// How much later a watch ends that was to last so long.
+    /// The delay of the end of a watch with this timeout.
     fn pause(&self, time: Duration) -> Duration {
         let lasted = self.began.elapsed();
         if lasted + MARGIN < time {
@@ -241,7 +243,7 @@ impl Rest {
     }
 }
 
-/// Whether this says that a watch ended as soon as it began.
+/// Whether the error is [`EndedAtOnce`].
 pub(super) fn ended_at_once(error: &kube::Error) -> bool {
     let kube::Error::ReadEvents(error) = error else { return false };
     let cause = io::Error::get_ref(error).and_then(|cause| cause.downcast_ref::<kube::Error>());
@@ -267,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn a_watch_is_told_by_its_query_and_lasts_as_long_as_that_says() {
+    fn the_query_tells_a_watch_and_its_timeout() {
         assert_eq!(watch_time("&watch=true&timeoutSeconds=345&x=y"), Some(Duration::from_secs(345)));
         assert_eq!(watch_time("watch=true"), Some(Duration::ZERO));
         for list in ["", "limit=500", "labelSelector=watch%3Dtrue", "watch=false", "rewatch=true"] {
@@ -276,7 +278,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_empty_watch_is_a_failure_and_an_empty_list_and_a_watch_with_events_are_none() {
+    async fn an_empty_watch_is_a_failure_unlike_an_empty_list_and_a_watch_with_events() {
         let answers = answers();
         let error = all(&answers, "", FIVE_MINUTES).await.unwrap_err();
         assert!(error.is::<EndedAtOnce>(), "{error:?}");
@@ -288,7 +290,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_event_that_does_not_end_is_given_up_and_many_short_ones_are_not() {
+    async fn an_endless_event_is_a_failure_and_many_short_ones_are_not() {
         let answers = answers();
         let long = "x".repeat(LONGEST_EVENT + 1);
         let error = all(&answers, &long, FIVE_MINUTES).await.unwrap_err();
@@ -299,14 +301,14 @@ mod tests {
     }
 
     #[test]
-    fn watches_have_times_of_their_own() {
+    fn watches_have_different_timeouts() {
         let times: Vec<_> = (0..100).map(|_| some_watch_time()).collect();
         assert!(times.iter().all(|time| WATCH_TIMES.contains(time)), "{times:?}");
         assert!(times.iter().any(|time| *time != times[0]), "{times:?}");
     }
 
     #[tokio::test]
-    async fn a_bookmark_is_heard_and_an_error_is_not() {
+    async fn a_bookmark_is_recorded_and_an_error_is_not() {
         let answers = answers();
         all(&answers, r#"{"type":"ERROR","object":{}}"#, AT_ONCE).await.unwrap();
         assert_eq!(answers.status().heard(), None);

@@ -1,7 +1,7 @@
-//! The way to an API server: which one, with which credentials, and whether it answers.
+//! The connection to the API server: which server, with which credentials, and whether it answers.
 //!
-//! In: [`KubeSource`]. Out: clients that outlive servers and tokens: every request goes to the server that answered
-//! last, and a watch resumes where it was even on another one.
+//! In: [`KubeSource`]. Out: clients that survive a change of server or token. Each request goes to the server
+//! that answered last, and a watch resumes at its last version even on another server.
 
 use std::{
     sync::{
@@ -32,7 +32,7 @@ use super::{
 };
 use crate::{causes::causes, model::Kind};
 
-/// Which program asks, in the way of Kubernetes' own.
+/// The user agent, in the form of Kubernetes' own clients.
 const USER_AGENT: HeaderValue = HeaderValue::from_static(if cfg!(target_arch = "x86_64") {
     concat!("weir/", env!("CARGO_PKG_VERSION"), " (linux/amd64) node-proxy")
 } else if cfg!(target_arch = "aarch64") {
@@ -40,60 +40,63 @@ const USER_AGENT: HeaderValue = HeaderValue::from_static(if cfg!(target_arch = "
 } else {
     concat!("weir/", env!("CARGO_PKG_VERSION"), " (linux) node-proxy")
 });
-/// After this many failures in a row the next server is tried, with credentials read anew.
+/// After this many failures in a row weir tries the next server, and reads the credentials again.
 const PATIENCE: u32 = 3;
-/// For TCP to be set up.
+/// The timeout of the TCP handshake.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// For TCP and TLS together. TCP alone says little of a server: the kernel of a machine whose server hangs accepts connections.
+/// The timeout of TCP and TLS handshakes together. The TCP handshake alone proves little, because a kernel
+/// completes it even if the server process hangs.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// For an answer to begin: longer than an API server takes to give up by itself.
+/// The timeout of the response header. It is longer than the API server's own timeout.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long a peer may say nothing before TCP asks whether it is still there.
+/// The idle time before the kernel sends a TCP keepalive probe.
 const KEEPALIVE: Duration = Duration::from_secs(15);
-/// How long an HTTP/2 connection may say nothing before the server is asked whether it is still there: TCP may be kept up for a
-/// server that is gone, by a load balancer or by the kernel of a machine that swaps.
+/// The idle time of an HTTP/2 connection before a ping is sent. TCP keepalive is not enough, because a load
+/// balancer, or the kernel of a machine that swaps, answers it for a dead server.
 const PING_AFTER: Duration = Duration::from_secs(30);
-/// How long the answer to that may take.
+/// The timeout of a ping.
 const PING_TIMEOUT: Duration = Duration::from_secs(15);
-/// How long a connection is kept on which nothing is asked.
+/// How long an unused connection is kept.
 const IDLE: Duration = Duration::from_secs(30);
-/// How many bytes of a watch the server may send before they are taken in.
+/// The flow-control window of an HTTP/2 stream in bytes.
 const AHEAD: u32 = 1 << 20;
-/// So that watches of some kinds that are not taken in leave room for those of others on their connection.
+/// The window of a connection is that of this many streams, so that watches that are not read leave room for
+/// the others.
 const KINDS: u32 = 8;
 
-/// For how long the first reason of an outage stands for all: connections that break fail in several ways.
+/// How long the first reason of an outage is not replaced, because one outage breaks connections in several
+/// ways.
 const SAME_REASON: Duration = Duration::from_secs(10);
 
-/// What a connector sets up.
+/// The stream that a connector returns.
 type Secured = <HttpsConnector<HttpConnector> as Service<Uri>>::Response;
 
-/// A connection to whichever API server answers. Clones share it.
+/// A connection to the API servers, of which one is used at a time. Clones share it.
 #[derive(Clone)]
 pub struct Connection(Arc<Shared>);
 
-/// Hears of a request and its answer.
+/// Called after each request.
 pub type Tell = Arc<dyn Fn(&Asked<'_>) + Send + Sync>;
 
-/// How the API server is asked, and who hears of the answers.
+/// Options of a connection.
 #[derive(Clone, Default)]
 pub struct Manner {
-    /// At most so many requests in each stretch of time as long as this.
+    /// The most requests in each interval of this length.
     pub limit: Option<(u64, Duration)>,
-    /// Is told of every request once its answer begins, or there will be none.
+    /// Called after each request, when the response header has arrived or the request has failed.
     pub tell: Option<Tell>,
 }
 
-/// A request, and what became of it.
+/// A finished request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Asked<'a> {
-    /// The method.
+    /// The HTTP method.
     pub method: &'a Method,
-    /// The API server's host and port.
+    /// Host and port of the API server.
     pub host: &'a str,
-    /// The answer's status code; `None` where none came.
+    /// The status code of the response; `None` if there was none.
     pub code: Option<u16>,
-    /// How long that took.
+    /// The time until the response header or the failure.
     pub took: Duration,
 }
 
@@ -102,24 +105,24 @@ struct Shared {
     manner: Manner,
     versions: Arc<Versions>,
     route: RwLock<Arc<Route>>,
-    /// Held while a route is made, so that many failing watches make one.
+    /// Locked while a route is made, so that many failing watches make only one.
     making: tokio::sync::Mutex<()>,
     outage: std::sync::Mutex<Option<Outage>>,
-    /// Why the credentials could not be read anew last time.
+    /// The error of the last attempt to read the credentials again.
     unreadable: std::sync::Mutex<Option<String>>,
-    /// Whether the API server did not accept the credentials at its last answer.
+    /// Whether the API server rejected the credentials in its last response.
     rejected: AtomicBool,
 }
 
-/// No server answers.
+/// The time during which no server answers.
 struct Outage {
     since: Instant,
-    /// What was said of it last, and when.
+    /// The reason that was logged last, and when.
     error: String,
-    told: Instant,
+    logged: Instant,
 }
 
-/// One server with one set of credentials.
+/// A server, with one set of credentials.
 struct Route {
     client: Client,
     index: usize,
@@ -129,7 +132,8 @@ struct Route {
 }
 
 impl Connection {
-    /// Reads the credentials and prepares the connection. Sends nothing: a server that does not answer is no error.
+    /// Reads the credentials and prepares the connection. Sends nothing, so an unreachable server is not an
+    /// error.
     ///
     /// # Errors
     ///
@@ -138,14 +142,14 @@ impl Connection {
         Self::open_with(settings, Manner::default()).await
     }
 
-    /// The same in this manner.
+    /// Opens a connection with options.
     ///
     /// # Errors
     ///
     /// When the credentials cannot be read or are malformed.
     pub async fn open_with(settings: KubeSource, manner: Manner) -> Result<Self, ConnectError> {
         if rustls::crypto::CryptoProvider::get_default().is_none() {
-            // The only failure is that somebody else was faster, and then there is one.
+            // This fails only if another thread installed a provider meanwhile, which is as good.
             let _ = rustls::crypto::ring::default_provider().install_default();
         }
         let route = Route::make(&settings, &manner, 0).await?;
@@ -162,7 +166,7 @@ impl Connection {
         })))
     }
 
-    /// A client for whatever else is asked of the API server.
+    /// A client for requests other than the watches of sources.
     #[must_use]
     pub fn client(&self) -> Client {
         let shared = Arc::clone(&self.0);
@@ -176,23 +180,24 @@ impl Connection {
         Client::new(service, "default")
     }
 
-    /// The API server requests go to now.
+    /// The API server that requests go to now.
     #[must_use]
     pub fn server(&self) -> Uri {
         self.0.route().server.clone()
     }
 
-    /// The Node this agent runs on.
+    /// The name of this node's Node.
     pub(super) fn node(&self) -> &str {
         &self.0.settings.node
     }
 
-    /// As of when a kind is known.
+    /// The stored resource version of a kind.
     pub(super) fn known(&self, kind: Kind) -> Version {
         Version::of(kind, Arc::clone(&self.0.versions))
     }
 
-    /// A client for one kind, whose answers are heard. One that breaks off counts against the server that gave it.
+    /// A client for the watches of one kind. `answers` wraps the responses, and a body that ends with an
+    /// error counts as a failure of the server.
     pub(super) fn heard_client(&self, answers: Arc<Answers>) -> Client {
         let shared = Arc::clone(&self.0);
         let service = tower::service_fn(move |request: Request<Body>| {
@@ -235,7 +240,7 @@ impl Shared {
                 Err(error.into())
             }
             Err(elapsed) => {
-                self.failed(route, format!("no answer came within {ANSWER_TIMEOUT:?}"));
+                self.failed(route, format!("no response within {ANSWER_TIMEOUT:?}"));
                 Err(elapsed.into())
             }
         }
@@ -247,11 +252,11 @@ impl Shared {
             if !self.rejected.swap(true, Relaxed) {
                 warn!(
                     server = %route.server, credentials = self.settings.credentials.origin(),
-                    "the API server does not accept the credentials; they are read anew until it does"
+                    "the API server rejects the credentials; reading them again until it accepts them"
                 );
             }
         } else if status.is_server_error() {
-            self.failed(route, format!("it answers {status}"));
+            self.failed(route, format!("its response is {status}"));
             return;
         } else if self.rejected.swap(false, Relaxed) {
             info!(server = %route.server, "the API server accepts the credentials again");
@@ -263,11 +268,11 @@ impl Shared {
         }
     }
 
-    /// Says once that no server answers, and once more where the reason is another one for a while.
+    /// Logs once that no server answers, and again if the reason changes.
     fn failed(&self, route: &Route, error: String) {
         route.failures.fetch_add(1, Relaxed);
         if self.rejected.load(Relaxed) {
-            // A server ends the connections of those it does not accept.
+            // A server closes the connections of clients that it rejects.
             debug!(server = %route.server, error, "the API server does not answer");
             return;
         }
@@ -275,18 +280,18 @@ impl Shared {
         let now = Instant::now();
         match &mut *outage {
             None => {
-                warn!(server = %route.server, error, "the API server does not answer; what is programmed stays");
-                *outage = Some(Outage { since: now, error, told: now });
+                warn!(server = %route.server, error, "the API server does not answer; the kernel keeps serving the last state");
+                *outage = Some(Outage { since: now, error, logged: now });
             }
-            Some(outage) if outage.error != error && outage.told.elapsed() >= SAME_REASON => {
-                warn!(server = %route.server, error, "the API server does not answer, for another reason than before");
-                (outage.error, outage.told) = (error, now);
+            Some(outage) if outage.error != error && outage.logged.elapsed() >= SAME_REASON => {
+                warn!(server = %route.server, error, "the API server still does not answer, now for another reason");
+                (outage.error, outage.logged) = (error, now);
             }
             Some(_) => {}
         }
     }
 
-    /// The route, after making another one if this one has proved useless.
+    /// The present route, or a new one if that one has failed too often.
     async fn usable_route(&self) -> Arc<Route> {
         let route = self.route();
         if route.is_usable() {
@@ -312,7 +317,7 @@ impl Shared {
                 let error = causes(&error);
                 let mut last = self.unreadable.lock().unwrap_or_else(PoisonError::into_inner);
                 if last.as_ref() != Some(&error) {
-                    warn!(error, "keeping the credentials read before");
+                    warn!(error, "cannot read the credentials again; keeping the previous ones");
                     *last = Some(error);
                 }
                 route.forgive();
@@ -345,8 +350,8 @@ impl Route {
     }
 }
 
-/// The versions that are kept of this cluster for this node. A cluster is told by its addresses and by the authority that
-/// signs for it: another list of addresses, or another authority, costs no more than a list as of now.
+/// The stored resource versions of this cluster and node. A cluster is identified by its addresses and by its
+/// certificate authority. If either changes, the only cost is a fresh list.
 async fn versions(settings: &KubeSource) -> Result<Versions, ConnectError> {
     let config = settings.credentials.load().await?;
     let servers: String = settings.servers.iter().map(|server| format!("{server} ")).collect();
@@ -356,9 +361,9 @@ async fn versions(settings: &KubeSource) -> Result<Versions, ConnectError> {
     Ok(Versions::open(settings.versions.as_deref(), &identity))
 }
 
-/// A client without retries, whose connections notice within a minute that the peer has gone without a word. Watches share
-/// one HTTP/2 connection where the server speaks that; everything else has connections of its own, which go when they have
-/// been idle for a while.
+/// A client without retries, whose connections detect a dead peer within a minute. Watches share one HTTP/2
+/// connection if the server supports it. Other requests have connections of their own, which are closed after
+/// a short idle time.
 fn client(config: &kube::Config, manner: &Manner) -> Result<Client, BoxError> {
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
@@ -402,7 +407,7 @@ fn client(config: &kube::Config, manner: &Manner) -> Result<Client, BoxError> {
     Ok(Client::new(service, config.default_namespace.clone()))
 }
 
-/// A connector that gives up a server with which no TLS can be set up.
+/// A connector that limits the time for TCP and TLS together.
 fn in_time(
     connector: HttpsConnector<HttpConnector>,
 ) -> impl Service<Uri, Response = Secured, Error = BoxError, Future: Send + Unpin> + Clone + Send + Sync {
@@ -412,7 +417,7 @@ fn in_time(
     })
 }
 
-/// As `kube` makes it, and HTTP/2 as well.
+/// `kube`'s TLS configuration, with HTTP/2 added.
 fn both_versions(
     config: &kube::Config,
     tcp: HttpConnector,

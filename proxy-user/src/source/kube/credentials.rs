@@ -1,7 +1,7 @@
-//! Who we are to the API server, and where it is.
+//! The credentials for the API server, and its address.
 //!
-//! In: a kubeconfig file or what a pod is given. Out: a [`kube::Config`], read anew each time it is asked for, so that
-//! rotated files take effect. What is wrong with a file is said by file and field.
+//! In: a kubeconfig file, or the environment of a pod. Out: a [`kube::Config`]. It is read again on each
+//! call, so that replaced files take effect. Errors name file and field.
 
 use std::path::{Path, PathBuf};
 
@@ -11,12 +11,12 @@ use kube::{
 };
 use tower::BoxError;
 
-/// How to find and convince the API server.
+/// Where credentials and address come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Credentials {
-    /// A kubeconfig file, its current context. Relative paths in it are relative to it.
+    /// The current context of a kubeconfig file. Relative paths in it are relative to the file.
     Kubeconfig(PathBuf),
-    /// The environment and the service account of the pod we run in.
+    /// The environment and the service account of weir's own pod.
     InCluster,
 }
 
@@ -26,57 +26,58 @@ pub enum ConnectError {
     /// The kubeconfig file cannot be read.
     #[error("cannot read kubeconfig `{}`", path.display())]
     Read {
-        /// The file.
+        /// The path of the file.
         path: PathBuf,
-        /// Why not.
+        /// The error of the read.
         #[source]
         source: std::io::Error,
     },
-    /// The file is no kubeconfig.
+    /// The file is not a kubeconfig.
     #[error("`{}` is not a kubeconfig: {reason}", path.display())]
     Parse {
-        /// The file.
+        /// The path of the file.
         path: PathBuf,
-        /// What the parser says.
+        /// The parser's message.
         reason: String,
     },
     /// A field of the kubeconfig file is missing or wrong.
     #[error("kubeconfig `{}`: `{field}` {reason}", path.display())]
     Field {
-        /// The file.
+        /// The path of the file.
         path: PathBuf,
-        /// The field's path in the file.
+        /// The path of the field in the file.
         field: String,
-        /// What is wrong with it.
+        /// The problem with the field.
         reason: String,
     },
-    /// This is no pod, or one without a service account.
+    /// weir does not run in a pod, or the pod has no service account.
     #[error("no in-cluster credentials (outside a pod, give a kubeconfig)")]
     InCluster(#[source] kube::config::InClusterError),
-    /// Certificate, key or token do not make a client.
-    #[error("the credentials {from} do not make a client")]
+    /// Certificate, key or token cannot be used.
+    #[error("the credentials {from} cannot be used")]
     Client {
-        /// Where they come from.
+        /// The origin of the credentials, such as a file.
         from: String,
-        /// What is wrong with them.
+        /// The problem with them.
         #[source]
         source: BoxError,
     },
 }
 
 impl Credentials {
-    /// Reads everything there is to read.
+    /// Reads the credentials from their files.
     pub(super) async fn load(&self) -> Result<Config, ConnectError> {
         let mut config = match self {
             Self::InCluster => Config::incluster().map_err(ConnectError::InCluster)?,
             Self::Kubeconfig(path) => from_file(path).await?,
         };
-        // Only the environment can have set one by now. An API server is not asked through the proxy for the Internet.
+        // The value can only come from the environment here, and that proxy is for the Internet, not for the
+        // API server.
         config.proxy_url = None;
         Ok(config)
     }
 
-    /// Where the credentials come from, for messages.
+    /// The origin of the credentials, for messages.
     pub(super) fn origin(&self) -> String {
         match self {
             Self::InCluster => "of the pod's service account".to_owned(),
@@ -97,11 +98,11 @@ async fn from_file(path: &Path) -> Result<Config, ConnectError> {
     })?;
     Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.map_err(|error| {
         let field = names.field(&error);
-        ConnectError::Field { path: path.to_owned(), field, reason: format!("is of no use: {error}") }
+        ConnectError::Field { path: path.to_owned(), field, reason: format!("cannot be used: {error}") }
     })
 }
 
-/// What is wrong with which field.
+/// A problem with a field.
 struct Wrong {
     field: String,
     reason: String,
@@ -113,7 +114,7 @@ impl Wrong {
     }
 }
 
-/// What the current context stands for.
+/// The names that the current context refers to.
 struct Names {
     cluster: String,
     user: String,
@@ -133,7 +134,7 @@ impl Names {
     }
 }
 
-/// Follows the current context through the file.
+/// Follows the current context through the file and checks each field.
 fn check(file: &Kubeconfig) -> Result<Names, Wrong> {
     let current = file
         .current_context
@@ -176,7 +177,7 @@ fn check_cluster(file: &Kubeconfig, context: &str, name: &str) -> Result<(), Wro
     }
     if cluster.proxy_url.as_ref().is_some_and(|url| !url.is_empty()) {
         let field = format!("clusters[{name}].cluster.proxy-url");
-        return Err(Wrong::new(field, "is set, but the API server is not asked through a proxy"));
+        return Err(Wrong::new(field, "is set, but weir does not connect through a proxy"));
     }
     Ok(())
 }
@@ -228,7 +229,7 @@ users:
   user: {token: secret}
 ";
 
-    /// What loading says, with the temporary directory taken out.
+    /// The result of loading. The temporary directory is replaced by `DIR`.
     async fn load(text: &str) -> Result<Config, String> {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("kubeconfig");
@@ -241,12 +242,12 @@ users:
     }
 
     #[tokio::test]
-    async fn a_good_file_gives_the_server() {
+    async fn a_valid_file_yields_the_server() {
         assert_eq!(load(GOOD).await.unwrap().cluster_url, "https://192.0.2.1:6443/");
     }
 
     #[tokio::test]
-    async fn a_bad_file_is_named_with_its_field() {
+    async fn an_error_names_the_file_and_the_field() {
         let cases = [
             (
                 "current-context: here",
@@ -274,7 +275,7 @@ users:
             (
                 "insecure-skip-tls-verify: true",
                 "certificate-authority: ca.crt",
-                "`clusters[lab].cluster.certificate-authority` is of no use: failed to load certificate authority: failed to read file '\"DIR/ca.crt\"': No such file or directory (os error 2)",
+                "`clusters[lab].cluster.certificate-authority` cannot be used: failed to load certificate authority: failed to read file '\"DIR/ca.crt\"': No such file or directory (os error 2)",
             ),
             (
                 "token: secret",
@@ -289,7 +290,7 @@ users:
     }
 
     #[tokio::test]
-    async fn what_is_no_kubeconfig_is_said_to_be_none() {
+    async fn a_file_that_is_not_a_kubeconfig_is_an_error() {
         let error = load("clusters: 5").await.unwrap_err();
         assert!(error.starts_with("`DIR/kubeconfig` is not a kubeconfig: "), "{error}");
         let missing = Credentials::Kubeconfig("/nonexistent/kubeconfig".into()).load().await.unwrap_err();

@@ -1,7 +1,8 @@
 //! Lists and watches in JSON, by `kube`'s watcher.
 //!
-//! In: the API server's answers. Out: [`News`]. The watcher fails as a whole where one object is not what its kind should
-//! be, and begins anew with all of them; therefore it is given objects that can always be read.
+//! In: the API server's responses. Out: [`News`]. `kube`'s watcher fails as a whole and lists again if one
+//! object does not have the type of its kind. Therefore it reads [`Lenient`] objects, which can always be
+//! parsed.
 
 use std::{borrow::Cow, fmt::Debug};
 
@@ -19,7 +20,7 @@ use super::{
     news::{Brought, News, Skipped},
 };
 
-/// Events of a kind, for ever; after an error the next poll tries again.
+/// An endless stream of events of a kind. After an error the next poll tries again.
 pub(super) fn events<K>(client: Client, config: Config) -> BoxStream<'static, Brought<K>>
 where
     K: Resource<DynamicType = ()> + Clone + Default + DeserializeOwned + Debug + Send + 'static,
@@ -28,11 +29,11 @@ where
     events.map(|event| event.map(news)).boxed()
 }
 
-/// An object, or as much of its metadata as can be read.
+/// An object, or only its metadata if the rest cannot be parsed.
 #[derive(Clone, Debug)]
 struct Lenient<K> {
     object: K,
-    /// Why no more than the metadata is there.
+    /// Why there is only metadata.
     fault: Option<String>,
 }
 
@@ -50,7 +51,7 @@ impl<'de, K: Resource + Default + DeserializeOwned> Deserialize<'de> for Lenient
     }
 }
 
-/// What says which object it is and as of when.
+/// Name, namespace and version of an object.
 fn identity(object: &Value) -> ObjectMeta {
     let text = |field: &str| Some(object.get("metadata")?.get(field)?.as_str()?.to_owned());
     ObjectMeta {
@@ -96,7 +97,7 @@ fn news<K: Resource>(event: Event<Lenient<K>>) -> News<K> {
         Event::InitDone => News::Event(Event::InitDone),
         Event::InitApply(object) => object.in_event(Event::InitApply, "a list"),
         Event::Apply(object) => object.in_event(Event::Apply, "an event"),
-        // Only the name matters.
+        // Only the name of a deleted object is used.
         Event::Delete(Lenient { object, .. }) => News::Event(Event::Delete(object)),
     }
 }
@@ -119,7 +120,7 @@ mod tests {
     use crate::model::ObjectName;
 
     #[test]
-    fn an_object_that_is_not_of_its_kind_is_skipped_by_name_and_its_list_goes_on() {
+    fn an_unreadable_object_is_skipped_by_name_and_its_list_continues() {
         let pod = |name: &str, spec: Value| json!({ "metadata": { "namespace": "shop", "name": name, "resourceVersion": "7" }, "spec": spec });
         let good = || json!({ "containers": [] });
         let list = json!({
@@ -138,14 +139,14 @@ mod tests {
     }
 
     #[test]
-    fn an_event_about_an_object_that_is_not_of_its_kind_says_from_where_to_go_on() {
+    fn the_event_of_an_unreadable_object_has_the_version_to_resume_from() {
         let object =
             json!({ "metadata": { "namespace": "shop", "name": "b", "resourceVersion": "8" }, "spec": 1 });
         let event = json!({ "type": "MODIFIED", "object": object.clone() });
         let event: WatchEvent<Lenient<Pod>> = serde_json::from_value(event).unwrap();
         let WatchEvent::Modified(pod) = event else { panic!("{event:?}") };
         assert_eq!(pod.meta().resource_version.as_deref(), Some("8"));
-        let News::Skipped(skipped) = news(Event::Apply(pod)) else { panic!("it is not skipped") };
+        let News::Skipped(skipped) = news(Event::Apply(pod)) else { panic!("the object is not skipped") };
         assert_eq!(skipped.name, Some(ObjectName::new("shop", "b")));
         assert!(skipped.reason.contains("invalid type"), "{}", skipped.reason);
 

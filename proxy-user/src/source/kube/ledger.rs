@@ -1,6 +1,7 @@
-//! Which objects of one kind the source has told about.
+//! The names of the objects of one kind that the source has reported.
 //!
-//! In: a watcher's events. Out: the [`Change`]s they amount to. A full list tells what is gone only once it is complete.
+//! In: a watcher's events. Out: the resulting [`Change`]s. Objects that a full list lacks are reported as
+//! deleted only once the list is complete.
 
 use kube::runtime::watcher::Event;
 use rustc_hash::FxHashMap;
@@ -8,23 +9,23 @@ use smallvec::SmallVec;
 
 use crate::model::{Change, Kind, ObjectName};
 
-/// What one event amounts to: mostly one change.
+/// The changes of one event, mostly one.
 pub(super) type Changes<O> = SmallVec<[Change<O>; 1]>;
 
-/// What a ledger has to know of an object.
+/// An object with a name.
 pub(super) trait Named {
-    /// Namespace and name.
+    /// Namespace and name of the object.
     fn name(&self) -> ObjectName;
 }
 
-/// The names told so far, each with the list that last had it.
+/// The names reported so far, each with the number of the last list that had it.
 #[derive(Debug)]
 pub(super) struct Ledger {
     kind: Kind,
     known: FxHashMap<ObjectName, u32>,
     list: u32,
     listing: bool,
-    /// Whether the running list has an object of which not even the name can be read.
+    /// Whether the running list has an object whose name cannot be read.
     unnamed: bool,
     synced: bool,
 }
@@ -34,33 +35,33 @@ impl Ledger {
         Self { kind, known: FxHashMap::default(), list: 0, listing: false, unnamed: false, synced: false }
     }
 
-    /// How many objects are known.
+    /// The number of known objects.
     pub(super) fn len(&self) -> usize {
         self.known.len()
     }
 
-    /// Whether a list has begun and neither finished nor failed.
+    /// Whether a list is running.
     pub(super) fn listing(&self) -> bool {
         self.listing
     }
 
-    /// Whether this kind was complete once.
+    /// Whether a list of this kind was ever complete.
     pub(super) fn synced(&self) -> bool {
         self.synced
     }
 
-    /// The running list failed. What it brought stays, what it lacks stays too.
+    /// Records that the running list failed. Its objects stay, and so do objects that it lacks.
     pub(super) fn abandon(&mut self) {
         self.listing = false;
     }
 
-    /// The change that says that this kind is complete; `None` if that was said before.
+    /// The change that reports this kind as complete; `None` if it was reported before.
     pub(super) fn sync<O>(&mut self) -> Option<Change<O>> {
         (!std::mem::replace(&mut self.synced, true)).then_some(Change::Synced(self.kind))
     }
 
-    /// An object is there and cannot be read: what was told of it stays. Without its name any object may be meant, so that
-    /// the running list says nothing of what is gone.
+    /// Records that an object exists but cannot be read, so that its previous version stays. Without its name
+    /// it may be any object, so the running list then deletes nothing.
     pub(super) fn keep(&mut self, name: Option<&ObjectName>) {
         match name {
             Some(name) => {
@@ -124,7 +125,7 @@ mod tests {
         Object::Service(Box::new(service))
     }
 
-    /// Plays events and writes each change as a word.
+    /// Plays events and returns each change as a word.
     fn play(ledger: &mut Ledger, events: impl IntoIterator<Item = Event<Object>>) -> Vec<String> {
         let changes = events.into_iter().flat_map(|event| ledger.step(event));
         changes
@@ -142,19 +143,19 @@ mod tests {
     }
 
     #[test]
-    fn the_first_list_streams_through_and_then_syncs() {
+    fn the_first_list_is_passed_on_and_then_synced() {
         let mut ledger = Ledger::new(Kind::Service);
         assert_eq!(play(&mut ledger, listed(&["a", "b"])), ["+a", "+b", "Service synced"]);
         assert_eq!(ledger.len(), 2);
     }
 
     #[test]
-    fn an_empty_first_list_syncs() {
+    fn an_empty_first_list_is_synced() {
         assert_eq!(play(&mut Ledger::new(Kind::Node), listed(&[])), ["Node synced"]);
     }
 
     #[test]
-    fn what_a_later_list_lacks_goes_when_it_is_complete_and_synced_is_not_repeated() {
+    fn objects_that_a_later_complete_list_lacks_are_deleted_and_synced_is_not_repeated() {
         let mut ledger = Ledger::new(Kind::Service);
         play(&mut ledger, listed(&["a", "b", "c"]));
         let before_end = [Event::Init, Event::InitApply(service("b"))];
@@ -165,17 +166,21 @@ mod tests {
     }
 
     #[test]
-    fn what_a_list_has_and_cannot_be_read_stays_as_it_was() {
+    fn unreadable_objects_of_a_list_keep_their_previous_version() {
         let mut ledger = Ledger::new(Kind::Service);
         play(&mut ledger, listed(&["a", "b", "c"]));
         play(&mut ledger, [Event::Init, Event::InitApply(service("a"))]);
         ledger.keep(Some(&service("b").name()));
-        ledger.keep(Some(&service("never-told").name()));
+        ledger.keep(Some(&service("unknown").name()));
         assert_eq!(play(&mut ledger, [Event::InitDone]), ["-c"]);
         play(&mut ledger, [Event::Init]);
         ledger.keep(None);
-        assert_eq!(play(&mut ledger, [Event::InitDone]), Vec::<String>::new(), "it may be any of them");
-        assert_eq!(play(&mut ledger, listed(&["a"])), ["+a", "-b"], "the next list is whole");
+        assert_eq!(
+            play(&mut ledger, [Event::InitDone]),
+            Vec::<String>::new(),
+            "the object may be any of them"
+        );
+        assert_eq!(play(&mut ledger, listed(&["a"])), ["+a", "-b"], "the next list is complete");
     }
 
     #[test]
@@ -184,13 +189,13 @@ mod tests {
         play(&mut ledger, listed(&["a", "b"]));
         assert_eq!(play(&mut ledger, [Event::Init, Event::InitApply(service("c"))]), ["+c"]);
         ledger.abandon();
-        // Only the list that completes decides, also about what the broken one brought.
+        // Only a complete list deletes objects, also those of the list that broke off.
         assert_eq!(play(&mut ledger, listed(&["a"])).len(), 3);
         assert_eq!(ledger.len(), 1);
     }
 
     #[test]
-    fn objects_that_come_and_go_during_a_list_are_told_once() {
+    fn objects_that_change_during_a_list_are_reported_once() {
         let mut ledger = Ledger::new(Kind::Service);
         play(&mut ledger, [Event::Init, Event::InitApply(service("a"))]);
         assert_eq!(play(&mut ledger, [Event::Delete(service("a"))]), ["-a"]);
@@ -198,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn deletes_of_strangers_are_not_told() {
+    fn deletes_of_unknown_objects_are_not_reported() {
         let mut ledger = Ledger::new(Kind::Service);
         play(&mut ledger, listed(&["a"]));
         assert_eq!(play(&mut ledger, [Event::Delete(service("b"))]), Vec::<String>::new());
@@ -209,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kind_counted_as_complete_for_want_of_a_list_is_not_synced_again() {
+    fn a_kind_that_counts_as_complete_without_a_list_is_not_synced_again() {
         let mut ledger = Ledger::new(Kind::ServiceCidr);
         assert_eq!(ledger.sync::<Object>(), Some(Change::Synced(Kind::ServiceCidr)));
         assert_eq!(play(&mut ledger, listed(&["a"])), ["+a"]);

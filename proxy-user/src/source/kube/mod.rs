@@ -1,8 +1,8 @@
 //! The cluster's API server as a source.
 //!
-//! In: watches of Services, EndpointSlices, this Node and ServiceCIDRs (W1, W2, W3). Out: their [`Change`]s, less the
-//! metadata nobody reads. Lists are passed on as they stream in, so nothing here holds more than the names of what
-//! exists.
+//! In: watches of Services, EndpointSlices, this Node and ServiceCIDRs (W1, W2, W3). Out: their [`Change`]s,
+//! without metadata that weir does not use. Objects of a list are passed on as they arrive, so this room
+//! stores only the names of existing objects.
 //!
 //! ```text
 //! connection ──▶ answers ──▶ watch ──Event──▶ ledger ──Change──▶ channel
@@ -10,8 +10,8 @@
 //!  credentials)   end)                        versions: as of when, for the next agent
 //! ```
 //!
-//! An API server that cannot be reached yields nothing at all, however long that lasts. What vanished in the meantime
-//! is told by the next full list, and only when that is complete.
+//! While the API server cannot be reached, no change is reported. Objects that were deleted meanwhile are
+//! reported by the next full list, once that is complete.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -37,32 +37,32 @@ mod watch;
 pub use connection::{Asked, Connection, Manner, Tell};
 pub use credentials::{ConnectError, Credentials};
 
-/// Which API server to watch, as whom, for which node.
+/// An API server to watch, the credentials for it, and this node.
 #[derive(Clone, Debug)]
 pub struct KubeSource {
-    /// How to find and convince the API server.
+    /// Where credentials and address come from.
     pub credentials: Credentials,
-    /// API servers to use instead of the one the credentials name. After repeated failure the next one is tried.
+    /// API servers to use instead of the credentials' own. weir goes to the next one after repeated failures.
     pub servers: Vec<http::Uri>,
-    /// The name of the Node this agent runs on.
+    /// The name of this node's Node.
     pub node: String,
-    /// The directory in which to keep as of when the cluster is known, for the next agent.
+    /// The directory in which resource versions are stored for the next start of the agent.
     pub versions: Option<PathBuf>,
 }
 
-/// Watches until the receiver of `changes` is gone. Whatever the API server does or fails to do is retried for ever.
+/// Watches until the receiver of `changes` is dropped. Every failure is retried without end.
 pub async fn watch(connection: Connection, changes: Sender<Change>, status: Arc<SourceStatus>) {
     watch::every_kind(connection, changes, status, false).await;
 }
 
-/// The same, with headless Services and their endpoints, whose names are answered.
+/// Watches as [`watch()`], with headless Services and their endpoints, which DNS answers need.
 pub async fn watch_with_names(connection: Connection, changes: Sender<Change>, status: Arc<SourceStatus>) {
     watch::every_kind(connection, changes, status, true).await;
 }
 
-/// Watches this node's pods and the namespaces, beside and independent of [`watch()`], until the receiver of `changes` is
-/// gone. Whatever the API server does or fails to do is retried for ever; where it does not let us see one of the two,
-/// that is said once, and [`Change::Synced`] of that kind waits until it does.
+/// Watches this node's pods and all namespaces, independent of [`watch()`], until the receiver of `changes`
+/// is dropped. Every failure is retried without end. If the role forbids one of the two kinds, that is logged
+/// once, and [`Change::Synced`] of that kind is not sent until it is allowed.
 pub async fn watch_pods(connection: Connection, changes: Sender<PodChange>, status: Arc<SourceStatus>) {
     pods::both_kinds(connection, changes, status).await;
 }

@@ -1,7 +1,7 @@
-//! What a stream of one kind brings: events, and word of objects that cannot be read.
+//! The items of a stream of one kind: events, and objects that were skipped.
 //!
-//! In: what the API server sends. Out: [`News`]. An object that cannot be read is no error of the stream, because an
-//! error would delay or repeat everything else that the stream brings.
+//! In: the API server's data. Out: [`News`]. An object that cannot be read is not an error of the stream,
+//! because an error would delay or repeat all other objects of the stream.
 
 use kube::{
     core::ObjectMeta,
@@ -10,27 +10,27 @@ use kube::{
 
 use crate::model::ObjectName;
 
-/// One thing that a stream brings.
+/// An item of a stream.
 #[derive(Debug)]
 pub(super) enum News<K> {
-    /// Something happened to an object, or to a list.
+    /// A change of an object, or the start or end of a list.
     Event(Event<K>),
-    /// An object of a list or of an event was left out.
+    /// An object of a list or an event that cannot be read.
     Skipped(Skipped),
 }
 
 /// An object that cannot be read.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Skipped {
-    /// Its name, if at least that can be read.
+    /// The name of the object, if it can be read.
     pub(super) name: Option<ObjectName>,
-    /// Where it was: the number of an item, the type of an event.
+    /// The position: the number of a list item, or the type of an event.
     pub(super) place: String,
-    /// What is wrong with it.
+    /// Why the object cannot be read.
     pub(super) reason: String,
 }
 
-/// What a stream brings next.
+/// The result of polling a stream.
 pub(super) type Brought<K> = watcher::Result<News<K>>;
 
 impl Skipped {

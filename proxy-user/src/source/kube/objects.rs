@@ -1,7 +1,7 @@
-//! The kinds that are watched: with which selectors, and what is kept of an object.
+//! The watched kinds: their selectors, and the parts of an object that are kept.
 //!
-//! In: objects as the API server sends them. Out: [`Object`]s without what neither model nor metrics read; most of
-//! what a cluster stores in metadata and in Node status is such.
+//! In: objects as the API server sends them. Out: [`Object`]s without what neither the model nor metrics use.
+//! Most of the metadata and of a Node's status is dropped.
 
 use std::fmt::Debug;
 
@@ -20,47 +20,47 @@ use serde::de::DeserializeOwned;
 use super::{json, ledger::Named, news::Brought, protobuf, versions::Version};
 use crate::model::{HEADLESS_LABEL, Kind, Object, ObjectName, PROXY_NAME_LABEL};
 
-/// The one annotation of others that is read (W10).
+/// The only annotation without weir's prefix that is kept (W10).
 const TRIGGER_TIME_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
-/// What annotations of ours begin with.
+/// The prefix of weir's own annotations.
 const OWN_ANNOTATIONS: &str = "weir.dev/";
 
-/// What follows when the server does not have a kind, or does not let us see it.
+/// The reaction if the server lacks a kind or forbids it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Absent {
-    /// Nothing works without it: it is asked for again and again.
+    /// weir cannot work without the kind, so it retries often.
     Insist,
-    /// Something less works without it: it is asked for again now and then.
+    /// Only a feature is missing without the kind, so weir retries rarely.
     Wait,
-    /// The same, and there being none of it is as good an answer as any.
+    /// As [`Absent::Wait`], and the kind counts as complete without any object.
     Complete,
 }
 
-/// A kind the source watches.
+/// A kind that the source watches.
 pub(super) trait Watched:
     Resource<DynamicType = ()> + Clone + Default + DeserializeOwned + Debug + Send + Sync + 'static
 {
-    /// What objects of the stream are, of which this is one kind.
+    /// The object type of the stream to which this kind belongs.
     type Object: Named + Send + 'static;
 
     /// Which kind it is.
     const KIND: Kind;
-    /// What follows when it cannot be had.
+    /// The reaction if the server lacks the kind.
     const ABSENT: Absent = Absent::Insist;
 
-    /// What to ask the API server for.
+    /// The selectors of the watch.
     fn selector(node: &str) -> Config;
 
-    /// What to ask for where names are answered: all that has a name, which is more than what is routed.
+    /// The selectors if weir answers DNS. They include objects that have a name but are not routed.
     fn selector_for_names(node: &str) -> Config {
         Self::selector(node)
     }
 
-    /// The object without what nobody reads.
+    /// The object without the parts that weir does not use.
     fn trimmed(self) -> Self::Object;
 
-    /// What the API server tells of the kind, for ever; `known` is told as of when that is.
+    /// An endless stream of events. It stores the version of each in `known`.
     fn events(client: Client, config: Config, _known: Version) -> BoxStream<'static, Brought<Self>> {
         json::events(client, config)
     }
@@ -77,12 +77,12 @@ impl Watched for Service {
 
     const KIND: Kind = Kind::Service;
 
-    /// W1: neither another proxy's nor headless.
+    /// W1: no Services of other proxies, and no headless ones.
     fn selector(_node: &str) -> Config {
         Config::default().labels(&format!("!{PROXY_NAME_LABEL}")).fields("spec.clusterIP!=None")
     }
 
-    /// Headless ones too, and those that another proxy routes: the model leaves both out by itself.
+    /// Headless Services and those of other proxies too; the model skips both.
     fn selector_for_names(_node: &str) -> Config {
         Config::default()
     }
@@ -108,12 +108,12 @@ impl Watched for EndpointSlice {
 
     const KIND: Kind = Kind::EndpointSlice;
 
-    /// W2: all but those of headless Services.
+    /// W2: no slices of headless Services.
     fn selector(_node: &str) -> Config {
         Config::default().labels(&format!("!{HEADLESS_LABEL}"))
     }
 
-    /// Those of headless Services too.
+    /// Slices of headless Services too.
     fn selector_for_names(_node: &str) -> Config {
         Config::default()
     }
@@ -136,7 +136,7 @@ impl Watched for Node {
 
     const KIND: Kind = Kind::Node;
 
-    /// W3: this node only.
+    /// W3: only this node's Node.
     fn selector(node: &str) -> Config {
         Config::default().fields(&format!("metadata.name={node}"))
     }
@@ -156,7 +156,7 @@ impl Watched for ServiceCIDR {
     const KIND: Kind = Kind::ServiceCidr;
     const ABSENT: Absent = Absent::Complete;
 
-    /// W3: every one.
+    /// W3: all ServiceCIDRs.
     fn selector(_node: &str) -> Config {
         Config::default()
     }
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn w10_of_a_slice_the_service_label_and_the_trigger_time_stay() {
+    fn w10_a_slice_keeps_the_service_label_and_the_trigger_time() {
         let slice: EndpointSlice = serde_json::from_value(json!({
             "metadata": {
                 "name": "web-1", "namespace": "shop", "resourceVersion": "7", "generateName": "web-",
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn w10_of_a_services_annotations_ours_stay() {
+    fn w10_a_service_keeps_weirs_annotations() {
         let service: Service = serde_json::from_value(json!({
             "metadata": {"name": "web", "annotations": {"weir.dev/on-backend-removal": "reset", "note": "long"}},
         }))
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_node_addresses_zone_and_pod_cidrs_stay() {
+    fn a_node_keeps_addresses_zone_and_pod_cidrs() {
         let node: Node = serde_json::from_value(json!({
             "metadata": {"name": "n1", "labels": {"topology.kubernetes.io/zone": "a", "os": "linux"}},
             "spec": {"podCIDRs": ["10.1.0.0/24"]},
@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn w1_w2_w3_selectors_leave_the_rest_to_the_server() {
+    fn w1_w2_w3_selectors_filter_on_the_server() {
         let service = Service::selector("n1");
         assert_eq!(service.label_selector.as_deref(), Some("!service.kubernetes.io/service-proxy-name"));
         assert_eq!(service.field_selector.as_deref(), Some("spec.clusterIP!=None"));
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn where_names_are_answered_everything_that_has_one_is_asked_for() {
+    fn with_dns_the_selectors_include_every_object_with_a_name() {
         for selector in [Service::selector_for_names("n1"), EndpointSlice::selector_for_names("n1")] {
             assert_eq!((selector.label_selector, selector.field_selector), (None, None));
         }

@@ -1,7 +1,7 @@
 //! The watches of this node's pods and of the namespaces.
 //!
-//! In: the API server's lists and watches. Out: [`PodChange`]s on a channel of their own. Of a namespace its metadata is
-//! asked for and no more; of a pod RuntimeClass, containers and network count too.
+//! In: the API server's lists and watches. Out: [`PodChange`]s on a channel of their own. Only the metadata
+//! of namespaces is requested; of a pod, RuntimeClass, containers and network are used too.
 
 use std::sync::Arc;
 
@@ -48,8 +48,8 @@ impl Watched for Pod {
     const KIND: Kind = Kind::Pod;
     const ABSENT: Absent = Absent::Wait;
 
-    /// This node's, those on the host's network included. One that has finished has no processes any more; the server
-    /// tells of it as deleted.
+    /// This node's pods, including those in the host's network. A finished pod has no processes; the server
+    /// reports it as deleted.
     fn selector(node: &str) -> Config {
         let running = "status.phase!=Succeeded,status.phase!=Failed";
         Config::default().fields(&format!("spec.nodeName={node},{running}"))
@@ -72,7 +72,7 @@ impl Watched for Namespace {
     const KIND: Kind = Kind::Namespace;
     const ABSENT: Absent = Absent::Wait;
 
-    /// Every one: which of them have pods here changes all the time.
+    /// All namespaces, because the set of those with pods on this node changes all the time.
     fn selector(_node: &str) -> Config {
         Config::default()
     }
@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_unfinished_pods_of_this_node_are_asked_for() {
+    fn only_unfinished_pods_of_this_node_are_requested() {
         let fields = Pod::selector("n1").field_selector.unwrap();
         assert_eq!(fields, "spec.nodeName=n1,status.phase!=Succeeded,status.phase!=Failed");
         assert_eq!(Namespace::selector("n1").field_selector, None);

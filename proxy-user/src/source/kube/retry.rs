@@ -1,7 +1,8 @@
-//! How long to wait before the API server is asked again.
+//! The delay before the next request after a failure.
 //!
-//! In: what went wrong. Out: a delay with jitter. A server that cannot be reached costs nobody anything, so it is tried
-//! often and found within seconds of its return; one that answers but refuses is left alone for longer.
+//! In: the error. Out: a delay with jitter. weir tries an unreachable server often, because that costs the
+//! server nothing, and so finds it within seconds of its return. It waits longer for a server that answers
+//! with errors.
 
 use std::time::Duration;
 
@@ -10,41 +11,41 @@ use kube::{core::Status, runtime::watcher::Error};
 
 use super::answers::ended_at_once;
 
-/// After this many refusals in a row a list is asked for instead of a watch.
+/// After this many refusals in a row weir lists instead of watching.
 const USELESS: u32 = 3;
-/// Over how long agents that serve spread their lists when an API server has all of them list anew.
+/// The interval over which serving agents spread their lists if an API server makes all of them list again.
 const SPREAD: Duration = Duration::from_secs(3);
-/// A server that wants to be left alone for longer is asked all the same, because what it should serve changes meanwhile.
+/// The longest delay that weir accepts from a server, because Services change meanwhile.
 const LONGEST: Duration = Duration::from_secs(300);
-/// The longest between attempts at what this server or this account does not have.
+/// The longest delay for a kind that the server lacks or forbids.
 const ABSENT: Duration = Duration::from_secs(60);
-/// The same as [`USELESS`] where something is absent or forbidden: an API server that starts forbids everything until it has
-/// read the roles, and so many refusals take longer than that.
+/// As [`USELESS`], for an absent or forbidden kind. An API server that starts forbids everything until it has
+/// read the roles, and that takes less time than this many attempts.
 const ABSENT_FOR_GOOD: u32 = 6;
 
-/// What an error says about asking again.
+/// The meaning of an error for the next request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Refusal {
-    /// No answer: nothing listens, the connection broke, TLS failed.
+    /// No response: connection refused or broken, or TLS failed.
     Unreachable,
-    /// The server cannot stream lists: ask for pages.
+    /// The server cannot stream lists, so weir asks for pages.
     NoStreaming,
-    /// What happened since the last event is not known any more: only a list tells.
+    /// The server does not have the events since the last version, so only a list helps.
     Gone,
-    /// The server has too much to do.
+    /// The server is overloaded.
     Busy,
-    /// The server does not accept our credentials, which says nothing of what was asked for.
+    /// The server rejects the credentials, which has nothing to do with the kind.
     Unauthenticated,
-    /// The kind does not exist on the server or is forbidden to us.
+    /// The server lacks the kind or forbids it.
     Absent,
-    /// The server answered with some other error.
+    /// The server answered with another error.
     Refused,
-    /// The server took the request for a watch and ended it at once.
+    /// The server accepted a watch and ended it at once.
     Fruitless,
 }
 
 impl Refusal {
-    /// What `error` says. `streaming` tells that it came while a list was to be streamed.
+    /// Classifies an error. `streaming` is true if a streamed list was running.
     pub(super) fn of(error: &Error, streaming: bool) -> Self {
         let status = match error {
             Error::InitialListFailed(kube::Error::Api(status))
@@ -62,7 +63,7 @@ impl Refusal {
                 return Self::Unreachable;
             }
         };
-        // Older servers do not take the request; newer ones take it and then miss something in their etcd (500).
+        // Older servers reject the request. Newer ones accept it and then fail because of their etcd (500).
         match status.code {
             400 | 422 | 500 | 501 if streaming => Self::NoStreaming,
             _ if is_gone(status) => Self::Gone,
@@ -74,12 +75,12 @@ impl Refusal {
     }
 }
 
-/// Whether a watch from where the last one ended is refused for good.
+/// Whether the server will never accept a watch from the last version.
 fn is_gone(status: &Status) -> bool {
     status.code == 410 || ["Expired", "Gone", "Invalid"].contains(&status.reason.as_str())
 }
 
-/// Whether the server answers, with what cannot be read.
+/// Whether the server sent a response that cannot be read.
 fn is_no_answer(error: &kube::Error) -> bool {
     matches!(
         error,
@@ -93,7 +94,7 @@ pub(super) struct Retry {
     unreachable: ExponentialBackoff,
     refused: ExponentialBackoff,
     absent: ExponentialBackoff,
-    /// How many answers in a row were of no use.
+    /// The number of useless responses in a row.
     useless: u32,
 }
 
@@ -107,13 +108,13 @@ impl Retry {
         }
     }
 
-    /// Starts with short delays again.
+    /// Resets the delays to short ones.
     pub(super) fn forgive(&mut self) {
         *self = Self { useless: self.useless, ..Self::new() };
     }
 
-    /// Whether to list anew after this refusal, because watches are of no use. `news` tells whether anything came since the
-    /// last one.
+    /// Whether to list again after this refusal, because watches do not work. `news` is true if an event
+    /// arrived since the last refusal.
     pub(super) fn lists(&mut self, refusal: Refusal, news: bool) -> bool {
         if news {
             self.useless = 0;
@@ -122,7 +123,7 @@ impl Retry {
             Refusal::Gone => return true,
             Refusal::Absent => ABSENT_FOR_GOOD,
             Refusal::Refused | Refusal::Fruitless => USELESS,
-            // The server said nothing against the watch, and a list would be more work for it.
+            // The server did not reject the watch, and a list would cost it more.
             Refusal::Unreachable | Refusal::Busy | Refusal::Unauthenticated | Refusal::NoStreaming => {
                 return false;
             }
@@ -135,7 +136,7 @@ impl Retry {
         lists
     }
 
-    /// How long to wait now.
+    /// The delay before the next request.
     pub(super) fn delay(&mut self, refusal: Refusal, optional: bool) -> Duration {
         match refusal {
             Refusal::NoStreaming => Duration::ZERO,
@@ -151,18 +152,18 @@ impl Retry {
     }
 }
 
-/// The delay before an agent lists anew that serves all the while.
+/// The delay before a list of an agent that keeps serving meanwhile.
 pub(super) fn spread(delay: Duration) -> Duration {
     delay + SPREAD.mul_f32(fastrand::f32())
 }
 
-/// The delay, which is no shorter than the server asks for, and a little longer for some agents than for others.
+/// The longer one of weir's delay and the server's, with some jitter.
 pub(super) fn as_asked(delay: Duration, asked: Duration) -> Duration {
     let asked = asked.min(LONGEST);
     delay.max(asked + asked.mul_f32(fastrand::f32() / 4.0))
 }
 
-/// Doubling delays up to `longest`; jitter adds up to as much again.
+/// Delays that double up to `longest`, with jitter of up to the same length.
 fn delays(shortest: Duration, longest: Duration) -> ExponentialBackoff {
     ExponentialBuilder::new()
         .with_min_delay(shortest)
@@ -182,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unreachable_server_is_found_within_seconds_however_long_it_was_away() {
+    fn an_unreachable_server_is_retried_every_few_seconds() {
         let mut retry = Retry::new();
         let delays: Vec<_> = (0..200).map(|_| retry.delay(Refusal::Unreachable, false)).collect();
         assert!(delays[0] <= Duration::from_millis(100), "{:?}", delays[0]);
@@ -191,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusing_server_is_asked_every_half_minute_at_most_and_not_hammered() {
+    fn a_refusing_server_is_retried_with_growing_delays() {
         let mut retry = Retry::new();
         let delays: Vec<_> = (0..200).map(|_| retry.delay(Refusal::Refused, false)).collect();
         assert!(delays.iter().all(|delay| *delay <= Duration::from_secs(30)), "{delays:?}");
@@ -199,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_forbidden_is_asked_for_again_at_once_because_a_server_may_be_starting_and_then_seldom() {
+    fn a_forbidden_kind_is_retried_soon_because_the_server_may_be_starting_and_then_rarely() {
         for optional in [true, false] {
             let mut retry = Retry::new();
             let delays: Vec<_> = (0..20).map(|_| retry.delay(Refusal::Absent, optional)).collect();
@@ -210,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_that_ends_watches_at_once_is_left_alone_longer_and_longer() {
+    fn a_server_that_ends_watches_immediately_is_retried_with_growing_delays() {
         let mut retry = Retry::new();
         let delays: Vec<_> = (0..20).map(|_| retry.delay(Refusal::Fruitless, false)).collect();
         for (doublings, delay) in delays.iter().enumerate() {
@@ -220,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_are_the_way_when_a_stream_is_refused_for_good() {
+    fn a_refused_stream_means_pages() {
         let start = |code| Error::WatchStartFailed(kube::Error::Api(status(code)));
         assert_eq!(Refusal::of(&start(422), true), Refusal::NoStreaming);
         assert_eq!(Refusal::of(&start(400), true), Refusal::NoStreaming);
@@ -236,25 +237,28 @@ mod tests {
     }
 
     #[test]
-    fn a_server_is_left_alone_as_long_as_it_asks_for_and_no_longer_than_makes_sense() {
+    fn the_servers_delay_is_respected_up_to_a_limit() {
         let (short, hour) = (Duration::from_millis(250), Duration::from_secs(3600));
         let delays: Vec<_> = (0..50).map(|_| as_asked(short, Duration::from_secs(8))).collect();
         let range = Duration::from_secs(8)..=Duration::from_secs(10);
         assert!(delays.iter().all(|delay| range.contains(delay)), "{delays:?}");
-        assert!(delays.iter().any(|delay| *delay != delays[0]), "all agents come back together: {delays:?}");
+        assert!(
+            delays.iter().any(|delay| *delay != delays[0]),
+            "all agents retry at the same time: {delays:?}"
+        );
         assert!(as_asked(short, hour) <= LONGEST * 2);
-        assert_eq!(as_asked(hour, Duration::from_secs(1)), hour, "its own patience counts too");
+        assert_eq!(as_asked(hour, Duration::from_secs(1)), hour, "weir's own delay counts too");
     }
 
     #[test]
-    fn agents_that_serve_do_not_all_list_anew_in_one_moment() {
+    fn serving_agents_spread_their_lists() {
         let delays: Vec<_> = (0..50).map(|_| spread(Duration::ZERO)).collect();
         assert!(delays.iter().all(|delay| *delay <= SPREAD), "{delays:?}");
         assert!(delays.iter().any(|delay| *delay != delays[0]), "{delays:?}");
     }
 
     #[test]
-    fn what_is_gone_is_listed_and_what_is_refused_is_listed_the_third_time() {
+    fn an_expired_version_means_a_list_and_so_does_the_third_refusal() {
         for (code, reason) in [(410, "Gone"), (410, ""), (500, "Expired"), (504, "Gone"), (422, "Invalid")] {
             let status = || Status::failure("no", reason).with_code(code).boxed();
             let start = Error::WatchStartFailed(kube::Error::Api(status()));
@@ -273,7 +277,7 @@ mod tests {
             [(); 6].map(|()| lists(Refusal::Absent, false)),
             [false, false, false, false, false, true]
         );
-        assert!((0..9).all(|_| !lists(Refusal::Refused, true)), "a watch that brings news is of use");
+        assert!((0..9).all(|_| !lists(Refusal::Refused, true)), "a watch with events works");
         for refusal in [Refusal::Busy, Refusal::Unreachable, Refusal::Unauthenticated] {
             assert!((0..9).all(|_| !lists(refusal, false)), "{refusal:?}");
         }

@@ -1,8 +1,10 @@
-//! The token in a file, which another program replaces before it expires.
+//! A bearer token in a file, which another program replaces before it expires.
 //!
-//! In: the file of a service account or a kubeconfig. Out: what requests carry of it, read anew about once a minute.
+//! In: the token file of a service account or a kubeconfig. Out: the `Authorization` header, read again about
+//! once a minute.
 //!
-//! `kube` reads such files too, and takes a line's end for part of the token, which Kubernetes' own clients do not.
+//! `kube` reads such files too, but takes a final newline for part of the token. Kubernetes' own clients do
+//! not.
 
 use std::{
     fs::File,
@@ -15,28 +17,28 @@ use std::{
 use http::HeaderValue;
 use kube::config::AuthInfo;
 
-/// For how long a token is used before the file is read again.
+/// How long a token is used before the file is read again.
 const FRESH: Duration = Duration::from_secs(50);
-/// Longer tokens are none: a server's limit for all headers together.
+/// The longest token; it is the limit of servers for all headers together.
 const LONGEST: u64 = 1 << 20;
 
-/// A file that cannot be used.
+/// Why a token file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum TokenError {
     #[error("the token file `{0}` cannot be read")]
     Read(PathBuf, #[source] io::Error),
-    #[error("the token file `{0}` holds no token: {1}")]
+    #[error("the token file `{0}` contains no usable token: {1}")]
     Unusable(PathBuf, &'static str),
 }
 
-/// A token in a file.
+/// A token file with its last content.
 pub(super) struct Token {
     path: PathBuf,
     read: Mutex<(HeaderValue, Instant)>,
 }
 
 impl Token {
-    /// Takes the file out of what `kube` would look at, if it is what counts there.
+    /// Removes the token file from the settings of `kube`, if those would use it.
     ///
     /// # Errors
     ///
@@ -48,13 +50,13 @@ impl Token {
         Ok(Some(Self { path, read }))
     }
 
-    /// What a request carries. A file that cannot be used any more leaves the token before.
+    /// The header of a request. If the file cannot be used any more, the previous token stays.
     pub(super) fn header(&self) -> HeaderValue {
         let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
         if read.1.elapsed() >= FRESH {
             match header(&self.path) {
                 Ok(token) => read.0 = token,
-                Err(error) => tracing::debug!(%error, "the token before is used"),
+                Err(error) => tracing::debug!(%error, "using the previous token"),
             }
             read.1 = Instant::now();
         }
@@ -89,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_has_no_end_of_line_and_what_is_none_is_named() {
+    fn a_final_newline_is_removed_and_an_unusable_token_is_an_error() {
         let file = tempfile::NamedTempFile::new().unwrap();
         for text in ["abc", "abc\n", "abc\r\n", " abc \n\n"] {
             fs::write(file.path(), text).unwrap();
@@ -106,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_read_anew_and_one_that_is_gone_leaves_the_token_before() {
+    fn a_file_is_read_again_and_a_deleted_one_leaves_the_previous_token() {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), "old").unwrap();
         let token = Token::taken_from(&mut info(file.path())).unwrap().unwrap();
@@ -121,9 +123,9 @@ mod tests {
     }
 
     #[test]
-    fn other_credentials_count_before_the_file() {
+    fn other_credentials_go_before_the_file() {
         let mut both = AuthInfo { token: Some("inline".to_owned().into()), ..info("/nowhere".as_ref()) };
         assert!(Token::taken_from(&mut both).unwrap().is_none());
-        assert!(both.token_file.is_some(), "kube knows what comes first");
+        assert!(both.token_file.is_some(), "kube applies its own order");
     }
 }

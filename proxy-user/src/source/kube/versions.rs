@@ -1,11 +1,12 @@
-//! As of when each kind is known, kept over restarts.
+//! Stores the resource version of each kind on disk, for the next start of the agent.
 //!
-//! In: the resource version of everything that is passed on. Out: the versions as of which the agent before this one knew
-//! the cluster. A list that may be as old as that comes from the API server's memory, where one as of now takes servers
-//! before Kubernetes 1.31 to etcd; and it is never older than what is programmed.
+//! In: the resource version of everything that is passed on. Out: the versions that the previous agent had.
+//! The API server answers a list that may be as old as such a version from memory; for the newest state,
+//! servers before Kubernetes 1.31 read etcd. Such a list is never older than what the previous agent
+//! programmed.
 //!
-//! A version is in the file before anything is done about what has it, so an agent that is killed at any moment leaves no
-//! version that is too old. One that is too new costs a second list.
+//! The version is written before its object is processed, so an agent that is killed at any moment never
+//! leaves a version that is too old. A version that is too new only costs a second list.
 
 use std::{
     fs::{self, File},
@@ -22,25 +23,25 @@ use tracing::{info, warn};
 
 use crate::model::Kind;
 
-/// How many kinds the file has a line for.
+/// The number of lines in the file, one a kind.
 const KINDS: usize = Kind::ALL.len() + Kind::PODS.len();
-/// A line: the digits of the largest number, and the end of the line.
+/// The length of a line: the digits of the largest number, and a newline.
 const LINE: usize = 21;
 
-/// Of how many clusters and nodes versions are kept. A machine has one and may move to another.
+/// The number of files, one for each cluster and node. A machine has one, and may move to another cluster.
 const MOST_CLUSTERS: usize = 16;
 
 /// The versions of all kinds in one cluster.
 #[derive(Debug, Default)]
 pub(super) struct Versions {
     file: Option<(File, PathBuf)>,
-    /// Whether nothing can be kept any more.
+    /// Whether versions cannot be stored any more.
     broken: AtomicBool,
-    /// What the file said at the start; 0 where it said nothing, or where that has served its purpose.
+    /// The versions in the file at the start; 0 if there was none, or once it is not needed any more.
     before: [AtomicU64; KINDS],
 }
 
-/// The part for one kind.
+/// The version of one kind.
 #[derive(Clone, Debug)]
 pub(super) struct Version {
     versions: Arc<Versions>,
@@ -48,8 +49,8 @@ pub(super) struct Version {
 }
 
 impl Versions {
-    /// Keeps versions in `directory`, in a file for the cluster and node that `identity` stands for. Without a directory,
-    /// or where the file cannot be written, nothing is kept and nothing is known.
+    /// Opens the file in `directory` for the cluster and node that `identity` describes. Without a directory,
+    /// or if the file cannot be written, versions are neither stored nor read.
     pub(super) fn open(directory: Option<&Path>, identity: &[&[u8]]) -> Self {
         let Some(directory) = directory else { return Self::default() };
         let path = directory.join(format!("{:016x}", hash(identity)));
@@ -63,7 +64,7 @@ impl Versions {
             Err(error) => {
                 info!(
                     file = %path.display(), %error,
-                    "cannot keep as of when the cluster is known; a restart lists as of now"
+                    "cannot store resource versions; the next start reads the newest list"
                 );
                 Self::default()
             }
@@ -72,7 +73,7 @@ impl Versions {
 
     fn keep(&self, kind: Kind, version: &str) {
         let Some((file, path)) = &self.file else { return };
-        // A version is a text that only the server has to understand. One that is no number is not kept.
+        // Only the server needs to understand a version. One that is not a number is not stored.
         let number: u64 = version.parse().unwrap_or_default();
         if self.broken.load(Relaxed) {
             return;
@@ -80,11 +81,11 @@ impl Versions {
         let line = format!("{number:020}\n");
         let Err(error) = file.write_all_at(line.as_bytes(), (kind as usize * LINE) as u64) else { return };
         self.broken.store(true, Relaxed);
-        // What it says would be too old for the next agent.
+        // The content would be too old for the next agent.
         let removed = fs::remove_file(path);
         warn!(
             file = %path.display(), %error, removed = removed.is_ok(),
-            "cannot keep as of when the cluster is known any more; a restart lists as of now"
+            "cannot store resource versions any more; the next start reads the newest list"
         );
     }
 }
@@ -98,23 +99,23 @@ impl Version {
         &self.versions.before[self.kind as usize]
     }
 
-    /// As of when the agent before this one knew the kind, until that is forgotten.
+    /// The version that the previous agent had, until [`Version::forget`].
     pub(super) fn of_before(&self) -> Option<String> {
         Some(self.before().load(Relaxed)).filter(|version| *version > 0).map(|version| version.to_string())
     }
 
-    /// From now on only what this agent was told counts.
+    /// Drops the version of the previous agent.
     pub(super) fn forget(&self) {
         self.before().store(0, Relaxed);
     }
 
-    /// Notes as of when the kind is known.
+    /// Stores the version of the kind.
     pub(super) fn keep(&self, version: &str) {
         self.versions.keep(self.kind, version);
     }
 }
 
-/// FNV-1a, written out because the result must be the same in every build of every version.
+/// FNV-1a, written out, because the result must be the same in every version of weir.
 fn hash(parts: &[&[u8]]) -> u64 {
     let mix = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
     parts.iter().fold(0xcbf2_9ce4_8422_2325, |hash, part| {
@@ -123,10 +124,10 @@ fn hash(parts: &[&[u8]]) -> u64 {
     })
 }
 
-/// What a file says; nothing when it is not there, or says anything else than such a file does.
+/// The content of a file; `None` if there is no file or its content is malformed.
 fn read(path: &Path) -> Option<[u64; KINDS]> {
-    let said = File::open(path).and_then(|file| {
-        // A byte more than there should be, so that a longer file is not taken for a right one.
+    let content = File::open(path).and_then(|file| {
+        // One byte more than needed, to detect a file that is too long.
         let mut bytes = [0; KINDS * LINE + 1];
         let mut length = 0;
         loop {
@@ -135,13 +136,13 @@ fn read(path: &Path) -> Option<[u64; KINDS]> {
                 more => length += more,
             }
         }
-        parse(&bytes[..length]).ok_or_else(|| io::Error::other("it does not say versions"))
+        parse(&bytes[..length]).ok_or_else(|| io::Error::other("it does not contain versions"))
     });
-    match said {
-        Ok(said) => Some(said),
+    match content {
+        Ok(versions) => Some(versions),
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => {
-            warn!(file = %path.display(), %error, "this file is of no use; the cluster is listed as of now");
+            warn!(file = %path.display(), %error, "cannot use the stored resource versions; reading the newest list");
             None
         }
     }
@@ -163,7 +164,7 @@ fn parse(bytes: &[u8]) -> Option<[u64; KINDS]> {
     Some(versions)
 }
 
-/// Opens the file to write to it, after making it anew unless it is right.
+/// Opens the file for writing. Creates it again if it is malformed.
 fn open(directory: &Path, path: &Path, right: bool) -> io::Result<File> {
     if !right {
         fs::create_dir_all(directory)?;
@@ -175,7 +176,7 @@ fn open(directory: &Path, path: &Path, right: bool) -> io::Result<File> {
     File::options().write(true).open(path)
 }
 
-/// Removes the files that were written to longest ago where there are many.
+/// Removes the files that were written longest ago if there are too many.
 fn make_room(directory: &Path) -> io::Result<()> {
     let mut files = Vec::new();
     for entry in fs::read_dir(directory)? {
@@ -205,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn the_next_agent_knows_the_last_version_of_each_kind_and_forgets_it_once_it_has_its_own() {
+    fn the_next_agent_reads_the_last_version_of_each_kind_until_it_has_its_own() {
         let directory = tempfile::tempdir().unwrap();
         let directory = directory.path().join("of/weir");
         let first = of(&directory, CLUSTER, Kind::Service);
@@ -215,7 +216,7 @@ mod tests {
         }
         let namespaces = Version::of(Kind::Namespace, Arc::clone(&first.versions));
         namespaces.keep("7");
-        // The first is not ended in any orderly way.
+        // The first agent was not stopped in an orderly way.
         let second = of(&directory, CLUSTER, Kind::Service);
         assert_eq!(second.of_before().as_deref(), Some("12"));
         assert_eq!(of(&directory, CLUSTER, Kind::Namespace).of_before().as_deref(), Some("7"));
@@ -227,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn another_cluster_s_versions_say_nothing() {
+    fn versions_of_another_cluster_are_not_read() {
         let directory = tempfile::tempdir().unwrap();
         of(directory.path(), CLUSTER, Kind::Service).keep("12");
         for other in [&[&b"https://api.example"[..], b"n2"][..], &[b"https://api.examplen1"], &[b"n1", b""]] {
@@ -237,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn files_do_not_become_more_and_more() {
+    fn the_number_of_files_is_limited() {
         let directory = tempfile::tempdir().unwrap();
         for cluster in 0..3 * MOST_CLUSTERS {
             of(directory.path(), &[cluster.to_string().as_bytes()], Kind::Service).keep("12");
@@ -248,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_number_is_not_kept_and_nothing_older_is_left() {
+    fn a_version_that_is_not_a_number_is_not_stored_and_no_older_one_is_left() {
         let directory = tempfile::tempdir().unwrap();
         let version = of(directory.path(), CLUSTER, Kind::Service);
         for text in ["", "12a", "-1", "18446744073709551616"] {
@@ -259,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_says_anything_else_is_made_anew() {
+    fn a_malformed_file_is_created_again() {
         let directory = tempfile::tempdir().unwrap();
         of(directory.path(), CLUSTER, Kind::Service).keep("12");
         let file = only_file(directory.path());
@@ -276,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_place_nothing_is_kept_and_nothing_fails() {
+    fn without_a_directory_nothing_is_stored_and_nothing_fails() {
         let version = Version::of(Kind::Service, Arc::default());
         version.keep("12");
         assert_eq!(version.of_before(), None);

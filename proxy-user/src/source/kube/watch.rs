@@ -1,7 +1,7 @@
-//! The watches themselves, one task a kind.
+//! The watch of each kind, one task a kind.
 //!
-//! In: the API server's lists and watches. Out: [`Change`]s, in order within a kind. A task ends only when nobody
-//! receives any more.
+//! In: the API server's lists and watches. Out: [`Change`]s, in order within a kind. A task ends only when
+//! the receiver is dropped.
 
 use std::{
     error::Error as _,
@@ -34,14 +34,14 @@ use super::{
 };
 use crate::{model::Change, source::SourceStatus};
 
-/// A connection that lived this long was a good one, so delays start small again after it.
+/// A connection that lasted this long was good, so delays start short again after it.
 const GOOD_CONNECTION: Duration = Duration::from_secs(10);
-/// After this many streamed lists that ended early, lists are asked for in pages.
+/// After this many streamed lists that ended early, weir asks for pages.
 const STREAMS_BROKEN_OFF: u32 = 3;
-/// Most objects that are warned of because they cannot be read.
+/// The most objects for which a warning about unreadable content is remembered.
 const MOST_SKIPPED: usize = 1024;
 
-/// Nobody receives changes any more.
+/// The receiver of changes was dropped.
 struct Closed;
 
 pub(super) async fn every_kind(
@@ -69,15 +69,15 @@ pub(super) struct Watch<K: Watched> {
     status: Arc<SourceStatus>,
     ledger: Ledger,
     retry: Retry,
-    /// When the server was last asked after a failure, or a list became whole.
+    /// When the last request after a failure was sent, or the last list was complete.
     well_since: Instant,
-    /// Whether the list is whole with which the events began.
+    /// Whether the list at the start of the events is complete.
     listed: bool,
-    /// When the server last told anything before it last failed.
+    /// When the server last sent data before its last failure.
     heard: Option<Instant>,
     broken_off: u32,
     complaint: String,
-    /// The objects that could not be read and were warned of.
+    /// The unreadable objects that were logged.
     skipped: FxHashSet<String>,
 }
 
@@ -108,7 +108,7 @@ impl<K: Watched> Watch<K> {
         }
     }
 
-    /// Asks for what names are made of too.
+    /// Watches the objects that DNS answers need too.
     fn for_names(mut self, names: bool) -> Self {
         if names {
             self.config = K::selector_for_names(&self.node).streaming_lists();
@@ -116,9 +116,9 @@ impl<K: Watched> Watch<K> {
         self
     }
 
-    /// Watches until nobody receives any more.
+    /// Watches until the receiver is dropped.
     pub(super) async fn run(mut self) {
-        // The receiver may go while nothing happens at the server.
+        // The receiver may be dropped while the server sends nothing.
         let changes = self.changes.clone();
         tokio::select! {
             () = changes.closed() => {}
@@ -134,7 +134,7 @@ impl<K: Watched> Watch<K> {
         }
     }
 
-    /// Follows the server until a list is to be asked for.
+    /// Follows events until a new list is needed.
     async fn follow(&mut self) -> Result<(), Closed> {
         self.listed = false;
         let mut events = K::events(self.client.clone(), self.config.clone(), self.known.clone());
@@ -185,16 +185,16 @@ impl<K: Watched> Watch<K> {
         Ok(false)
     }
 
-    /// Goes on without an object that cannot be read. What it said before stays in force.
+    /// Continues without an object that cannot be read. Its previous version stays in force.
     fn skip(&mut self, Skipped { name, place, reason }: &Skipped) {
         self.ledger.keep(name.as_ref());
         let object = name.as_ref().map_or_else(|| place.clone(), ToString::to_string);
         if self.skipped.len() >= MOST_SKIPPED || !self.skipped.insert(object.clone()) {
-            debug!(kind = %K::KIND, object, reason, "skipped an object again that cannot be read");
+            debug!(kind = %K::KIND, object, reason, "skipped an unreadable object again");
             return;
         }
         let kind = K::KIND;
-        warn!(%kind, object, reason, "skipped an object that cannot be read; what it said before stays in force");
+        warn!(%kind, object, reason, "skipped an object that cannot be read; its previous version stays in force");
     }
 
     async fn pass_on(&mut self, event: Event<K::Object>) -> Result<(), Closed> {
@@ -216,7 +216,7 @@ impl<K: Watched> Watch<K> {
         self.changes.send(change).await.map_err(|_| Closed)
     }
 
-    /// A list ended without an error and without being complete. Answers whether to go on in pages.
+    /// A list ended without an error before it was complete. Returns whether to ask for pages.
     async fn list_broke_off(&mut self) -> bool {
         self.status.of(K::KIND).error();
         let delay = self.retry.delay(Refusal::Refused, false);
@@ -225,7 +225,7 @@ impl<K: Watched> Watch<K> {
         self.stream_failed()
     }
 
-    /// A list is complete. What the server does about watches shows only later, so delays stay as long as they are.
+    /// A list is complete. Delays stay long, because only later events show whether watches work too.
     fn recovered(&mut self) {
         self.status.of(K::KIND).hear();
         self.listed = true;
@@ -233,7 +233,7 @@ impl<K: Watched> Watch<K> {
         self.well_since = Instant::now();
     }
 
-    /// Forgets failures of before if the server has been well since.
+    /// Resets the delays if the server has been well for long enough.
     fn forgive(&mut self) {
         if self.well_since.elapsed() > GOOD_CONNECTION {
             self.retry.forgive();
@@ -241,7 +241,7 @@ impl<K: Watched> Watch<K> {
         }
     }
 
-    /// A streamed list failed. Answers whether to go on in pages.
+    /// A streamed list failed. Returns whether to ask for pages.
     fn stream_failed(&mut self) -> bool {
         self.broken_off += 1;
         let pages = self.streaming() && self.broken_off >= STREAMS_BROKEN_OFF;
@@ -251,20 +251,21 @@ impl<K: Watched> Watch<K> {
         pages
     }
 
-    /// Whether a list is to be asked for after this refusal.
+    /// Whether to list again after this refusal.
     fn lists(&mut self, refusal: Refusal) -> bool {
         let heard = self.status.of(K::KIND).heard();
         let before = std::mem::replace(&mut self.heard, heard);
         let lists = self.retry.lists(refusal, heard != before);
         if lists {
-            debug!(kind = %K::KIND, ?refusal, "listing anew");
+            debug!(kind = %K::KIND, ?refusal, "listing again");
         }
         lists
     }
 
-    /// Waits as long as the error asks for. Answers whether to begin with a list.
+    /// Waits for the delay of the error. Returns whether to start with a list.
     async fn error(&mut self, error: &watcher::Error) -> Result<bool, Closed> {
-        // Before a list has begun it is the stream of it that is refused; behind it, a watch is, which needs no pages.
+        // An error before the list is complete concerns the streamed list; after it, it concerns the watch,
+        // which needs no pages.
         let listing = !self.listed;
         let refusal = Refusal::of(error, self.streaming() && listing);
         let asked = self.answers.retry_after();
@@ -294,19 +295,19 @@ impl<K: Watched> Watch<K> {
         Ok(anew)
     }
 
-    /// How long to wait after this refusal, where the server asks to be left alone for `asked`.
+    /// The delay after this refusal, where `asked` is the delay that the server asks for.
     fn delay(&mut self, refusal: Refusal, asked: Option<Duration>) -> Duration {
         let delay = self.retry.delay(refusal, K::ABSENT != Absent::Insist);
         let delay = if refusal == Refusal::Gone && self.ledger.synced() { spread(delay) } else { delay };
         asked.map_or(delay, |asked| as_asked(delay, asked))
     }
 
-    /// Warns about what the server says, once in a row. That it says nothing, or does not accept the credentials, the connection
-    /// tells for all kinds.
+    /// Logs the server's error, once in a row. Unreachable servers and rejected credentials are logged by the
+    /// connection, once for all kinds.
     fn complain(&mut self, error: &watcher::Error, refusal: Refusal) {
         let text = error.source().map_or_else(|| error.to_string(), ToString::to_string);
-        let told = matches!(refusal, Refusal::Unreachable | Refusal::Unauthenticated);
-        if told || text == self.complaint {
+        let logged_elsewhere = matches!(refusal, Refusal::Unreachable | Refusal::Unauthenticated);
+        if logged_elsewhere || text == self.complaint {
             debug!(kind = %K::KIND, error = text, "watch failed");
             return;
         }
@@ -314,8 +315,8 @@ impl<K: Watched> Watch<K> {
             Refusal::Absent if K::ABSENT == Absent::Wait => {
                 warn!(
                     kind = %K::KIND, error = text,
-                    "cannot list; does the role allow list and watch? Services are served all the same, but pods that \
-                     should be left to the packet rules are not noticed"
+                    "cannot list; does the role allow list and watch? weir serves Services, but does not notice pods \
+                     that opt out of the socket plane"
                 );
             }
             Refusal::Absent => {

@@ -1,6 +1,7 @@
-//! A list of objects, item by item as it comes in: it is never here as a whole.
+//! Splits the bytes of a list into its objects as they arrive, so that the list is never in memory as a
+//! whole.
 //!
-//! In: the bytes of an answer. Out: the list's resource version, then each item's message.
+//! In: the bytes of a response. Out: the list's resource version, then each item's message.
 //!
 //! ```text
 //! "k8s\0" Unknown { 1: types, 2: raw = List { 1: metadata, 2: item, 2: item … }, 3: …, 4: … }
@@ -19,25 +20,25 @@ use super::{LARGEST, MAGIC, Unreadable, message, object::text};
 
 /// A part of a list.
 pub(super) enum Part {
-    /// As of when the list is.
+    /// The resource version of the list.
     Version(String),
-    /// An object.
+    /// The message of an object.
     Item(Bytes),
 }
 
-/// Where in a list the next byte is.
+/// The position of the next byte.
 #[derive(Clone, Copy)]
 enum At {
     Magic,
     /// Between the fields around the list, before it.
     Before,
-    /// Between the fields of the list, of which so many bytes are to come.
+    /// Between the fields of the list, which has this many bytes left.
     Inside(usize),
-    /// Between the fields around the list, behind it.
+    /// Between the fields around the list, after it.
     Behind,
 }
 
-/// Takes a list apart.
+/// Decodes a list into its parts.
 pub(super) struct Parts(At);
 
 impl Parts {
@@ -45,16 +46,16 @@ impl Parts {
         Self(At::Magic)
     }
 
-    /// Whether what has come is a whole list.
+    /// Whether the bytes so far are a complete list.
     const fn is_whole(&self) -> bool {
         matches!(self.0, At::Behind)
     }
 }
 
-/// The number of the field that begins here, the length of its key and length, and that of its contents. Nothing when
-/// not all of that is there yet. Every field around and in a list has a length.
+/// The number of the next field, the length of its key and length prefix, and the length of its content.
+/// `None` if more bytes are needed. Every field around and in a list has a length prefix.
 fn field(bytes: &[u8]) -> Result<Option<(u32, usize, usize)>, Unreadable> {
-    /// A key of one to five bytes, a length of one to ten.
+    /// A key of one to five bytes, and a length of one to ten.
     const LONGEST: usize = 15;
     let mut rest = bytes;
     let read = decode_key(&mut rest).and_then(|(tag, wire)| Ok((tag, wire, decode_varint(&mut rest)?)));
@@ -69,7 +70,7 @@ fn field(bytes: &[u8]) -> Result<Option<(u32, usize, usize)>, Unreadable> {
     }
 }
 
-/// Takes a field out of the buffer once all of it is there.
+/// Takes a complete field out of the buffer.
 fn take(bytes: &mut BytesMut, head: usize, length: usize) -> Result<Option<Bytes>, Unreadable> {
     if length > LARGEST {
         return Err(Unreadable::List);

@@ -1,10 +1,10 @@
-//! The messages, as far as weir reads them.
+//! The protobuf messages, with the fields that weir reads.
 //!
-//! Numbers and types are those of Kubernetes' `generated.proto` files (core/v1, discovery/v1, meta/v1, runtime), where a
-//! number never changes its meaning. What has another number is skipped, so nothing has to be taken off later.
+//! Numbers and types are those of Kubernetes' `generated.proto` files (core/v1, discovery/v1, meta/v1,
+//! runtime), where a number never changes its meaning. Fields with other numbers are skipped during decoding.
 //!
-//! Strings are bytes here, because an API server stores strings in protobuf that are no UTF-8, and one such annotation
-//! must not make its object unreadable.
+//! Strings are bytes here, because an API server stores strings in protobuf that are not UTF-8, and such an
+//! annotation must not make its object unreadable.
 
 use prost::{Message, bytes::Bytes};
 
@@ -31,14 +31,14 @@ pub(super) struct Unknown {
     pub(super) raw: Bytes,
 }
 
-/// Any object, as far as it says which one it is and as of when.
+/// Any object, with only its name and version.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Identified {
     #[prost(message, required, tag = "1")]
     pub(super) metadata: Identity,
 }
 
-/// As much of meta/v1 `ObjectMeta` as that takes.
+/// The part of meta/v1 `ObjectMeta` for that.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Identity {
     #[prost(bytes = "bytes", tag = "1")]
@@ -68,7 +68,7 @@ pub(super) struct Metadata {
     pub(super) annotations: Vec<Pair>,
 }
 
-/// An entry of a map; a later one replaces an earlier one with the same key.
+/// An entry of a map. A later entry replaces an earlier one with the same key.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Pair {
     #[prost(bytes = "bytes", tag = "1")]
@@ -290,7 +290,7 @@ pub(super) struct Container {
     pub(super) name: Bytes,
 }
 
-/// meta/v1 `PartialObjectMetadata`: any object of which the rest was not asked for.
+/// meta/v1 `PartialObjectMetadata`: an object of which only the metadata was requested.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct PartialObjectMetadata {
     #[prost(message, required, tag = "1")]

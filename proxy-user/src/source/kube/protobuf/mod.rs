@@ -1,10 +1,11 @@
-//! Lists and watches in Kubernetes' protobuf encoding, which costs an API server a fraction of what JSON does.
+//! Lists and watches in Kubernetes' protobuf encoding, which costs an API server a fraction of what JSON
+//! costs.
 //!
-//! In: the API server's lists and watches of kinds of which there are many. Out: the same events that `kube`'s watcher
-//! makes of JSON, with what nobody reads left out. Objects are read one by one as they come, of a list too, so that it is
-//! never here as a whole. The first list is no older than what the agent before this one knew, and as of now where that is
-//! not known: an older one, which is what kube-proxy starts with, would have an agent that starts anew take out what its
-//! predecessor programmed last.
+//! In: the API server's lists and watches of kinds with many objects. Out: the same events that `kube`'s
+//! watcher makes of JSON, without unused fields. Objects are decoded one by one as they arrive, so that a
+//! list is never in memory as a whole. The first list is no older than the version that the previous agent
+//! stored, and the newest state if none is stored. An older one, which kube-proxy starts with, would make a
+//! restarted agent remove what its predecessor programmed last.
 //!
 //! ```text
 //! Listing ──whole──▶ Listed ──asked──▶ Watching ─┐       Json: a server without protobuf
@@ -12,7 +13,7 @@
 //!    └─failed─┘         └───────ended────────────┘
 //! ```
 //!
-//! A watch that the server refuses is asked for again. Where only a list helps, the events are asked for anew.
+//! A watch that the server refuses is requested again. If only a list helps, the caller starts a new stream.
 
 use std::{
     fmt::Debug,
@@ -61,12 +62,12 @@ mod object;
 #[cfg(test)]
 mod tests;
 
-/// What API servers call it.
+/// The media type of protobuf.
 const MEDIA_TYPE: &str = "application/vnd.kubernetes.protobuf";
 const LIST: HeaderValue = HeaderValue::from_static("application/vnd.kubernetes.protobuf, application/json");
 const WATCH: HeaderValue =
     HeaderValue::from_static("application/vnd.kubernetes.protobuf;stream=watch, application/json");
-/// The same, of metadata alone.
+/// The media type for metadata alone.
 const LIST_METADATA: HeaderValue = HeaderValue::from_static(
     "application/vnd.kubernetes.protobuf;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1, \
      application/vnd.kubernetes.protobuf, application/json",
@@ -75,23 +76,23 @@ const WATCH_METADATA: HeaderValue = HeaderValue::from_static(
     "application/vnd.kubernetes.protobuf;stream=watch;as=PartialObjectMetadata;g=meta.k8s.io;v=v1, \
      application/vnd.kubernetes.protobuf;stream=watch, application/json",
 );
-/// How an API server may compress what is large and no watch.
+/// The compression that weir accepts for lists.
 const GZIP: HeaderValue = HeaderValue::from_static("gzip");
-/// What an object begins with.
+/// The prefix of an object.
 const MAGIC: &[u8] = b"k8s\0";
-/// Larger than any object that etcd takes.
+/// Larger than any object that etcd accepts.
 const LARGEST: usize = 16 << 20;
-/// What is read at once.
+/// The size of a read in bytes.
 const CHUNK: usize = 64 << 10;
 
-/// Why an answer cannot be read.
+/// Why a response cannot be read.
 #[derive(Debug, thiserror::Error)]
 enum Unreadable {
-    #[error("an object does not begin as objects in protobuf do")]
+    #[error("an object does not start with the prefix of protobuf objects")]
     Magic,
-    #[error("an object is no protobuf: {0}")]
+    #[error("an object is not valid protobuf: {0}")]
     Protobuf(#[from] prost::DecodeError),
-    #[error("a list is not laid out as lists are")]
+    #[error("a list does not have the layout of a protobuf list")]
     List,
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -106,13 +107,13 @@ impl From<Unreadable> for watcher::Error {
     }
 }
 
-/// What a server was asked for, and does not have in protobuf.
+/// The server does not offer protobuf for the request.
 struct NoProtobuf;
 
 type Bytestream = StreamReader<BoxStream<'static, io::Result<Bytes>>, Bytes>;
 type Events = FramedRead<Bytestream, LengthDelimitedCodec>;
 
-/// What it takes to follow a kind, be it in protobuf or, where there is none, in JSON.
+/// A kind that is read in protobuf, or in JSON if the server has no protobuf.
 pub(super) trait Many:
     FromProtobuf + Resource<DynamicType = ()> + Clone + Debug + Default + DeserializeOwned + Send + 'static
 {
@@ -130,7 +131,7 @@ impl<K> Many for K where
 {
 }
 
-/// Events of a kind, for ever; after an error the next poll tries again.
+/// An endless stream of events of a kind. After an error the next poll tries again.
 pub(super) fn events<K: Many>(
     client: Client,
     config: Config,
@@ -150,18 +151,18 @@ pub(super) fn events<K: Many>(
 struct Follower<K> {
     client: Client,
     config: Config,
-    /// As of when the kind is known, here and to the next agent.
+    /// The stored version of the kind.
     known: Version,
     state: State<K>,
 }
 
 enum State<K> {
     Start,
-    /// The version comes first in a list.
+    /// The version is the first part of a list.
     Listing {
         parts: FramedRead<Bytestream, Parts>,
         version: String,
-        /// How many items have come.
+        /// The number of items so far.
         items: usize,
     },
     Listed {
@@ -175,7 +176,7 @@ enum State<K> {
 }
 
 impl<K: Many> Follower<K> {
-    /// Goes one step; answers with what it brought.
+    /// Runs one step of the state machine and returns its item.
     async fn step(&mut self) -> watcher::Result<Option<News<K>>> {
         match std::mem::replace(&mut self.state, State::Start) {
             State::Start => self.list().await,
@@ -222,7 +223,7 @@ impl<K: Many> Follower<K> {
         {
             info!(
                 kind = %K::kind(&()), error = %status,
-                "the API server does not know what the agent before this one knew; listing as of now"
+                "the API server does not have the stored resource version; reading the newest list"
             );
             self.known.forget();
             answer = self.ask_for_list().await;
@@ -278,7 +279,7 @@ impl<K: Many> Follower<K> {
         }
     }
 
-    /// Takes in what a watch brought. The watch goes on whatever one event is about.
+    /// Takes in an event of a watch. An event that cannot be read does not end the watch.
     fn event(
         &mut self,
         event: io::Result<BytesMut>,
@@ -297,13 +298,13 @@ impl<K: Many> Follower<K> {
         let kind = text(&message.kind);
         let raw = whole.and_then(|()| object(message.object.unwrap_or_default().raw));
         if kind == "ERROR" {
-            // Nothing comes behind it.
+            // An error is the last event of a watch.
             self.state = State::Listed { version };
             let status = raw.and_then(status)?;
             return Err(watcher::Error::WatchError(status.boxed()));
         }
         let metadata = raw.as_ref().map(|raw| identity(raw.clone())).unwrap_or_default();
-        // From where to go on if the watch ends: behind this event, if it says where that is.
+        // If the watch ends, it resumes after this event, if the event has a version.
         let version = metadata.resource_version.clone().unwrap_or(version);
         self.known.keep(&version);
         self.state = State::Watching { events, version };
@@ -323,14 +324,14 @@ impl<K: Many> Follower<K> {
 
     fn resort_to_json(&mut self) -> Option<News<K>> {
         debug!(kind = %K::kind(&()), "the API server does not speak protobuf; asking for JSON");
-        // Nothing is kept of those lists and watches, and what is there would become too old.
+        // JSON watches store no versions, and the stored one would become too old.
         self.known.keep("");
         self.state = State::Json(json::events(self.client.clone(), self.config.clone()));
         None
     }
 }
 
-/// The object, as part of such an event.
+/// Decodes an object of an event.
 fn read<K: FromProtobuf>(raw: Bytes, event: fn(K) -> Event<K>, place: impl Fn() -> String) -> News<K> {
     match K::read(raw.clone()) {
         Ok(object) => News::Event(event(object)),
@@ -338,14 +339,14 @@ fn read<K: FromProtobuf>(raw: Bytes, event: fn(K) -> Event<K>, place: impl Fn() 
     }
 }
 
-/// An object of which only the name matters any more.
+/// An object of which only the name is used.
 fn deleted<K: Many>(metadata: ObjectMeta) -> K {
     let mut object = K::default();
     *object.meta_mut() = metadata;
     object
 }
 
-/// Asks; an answer in another encoding than `accepted` names first is none.
+/// Sends a request. A response in another encoding than the first of `accepted` is [`NoProtobuf`].
 async fn ask(
     client: &Client,
     mut request: http::Request<Vec<u8>>,
@@ -364,7 +365,7 @@ async fn ask(
     Ok(Ok(StreamReader::new(if compressed { inflated(bytes) } else { bytes })))
 }
 
-/// What is compressed in these bytes, as it comes. That some are missing at the end shows in what they are.
+/// Decompresses a stream. Missing bytes at its end are detected by the decoder of the content.
 fn inflated(bytes: BoxStream<'static, io::Result<Bytes>>) -> BoxStream<'static, io::Result<Bytes>> {
     let mut decoder = GzDecoder::new(Vec::new());
     let pieces = bytes.map(move |piece| {
@@ -387,7 +388,7 @@ fn is_protobuf(answer: &Response<Body>) -> bool {
     kind.is_some_and(|kind| kind.starts_with(MEDIA_TYPE))
 }
 
-/// An object's message, whatever kind it says it is.
+/// The message of an object, without its envelope.
 fn object(bytes: Bytes) -> Result<Bytes, Unreadable> {
     if !bytes.starts_with(MAGIC) {
         return Err(Unreadable::Magic);
@@ -400,21 +401,21 @@ fn status(raw: Bytes) -> Result<Status, Unreadable> {
     Ok(Status::failure(&text(&message), &text(&reason)).with_code(u16::try_from(code).unwrap_or_default()))
 }
 
-/// Whether a list is refused for what it says of versions: the server has not come so far (504), as after its etcd was
-/// restored from a backup, or cannot read them.
+/// Whether a list is refused because of its version: the server has not reached it (504), as after a restore
+/// of etcd from a backup, or cannot parse it.
 fn is_about_versions(status: &Status) -> bool {
     matches!(status.code, 400 | 410 | 422 | 504)
 }
 
-/// What the server says why not, in whichever encoding.
+/// The error in a response, in either encoding.
 async fn refusal(answer: Response<Body>) -> kube::Result<kube::Error> {
     let (code, in_protobuf) = (answer.status(), is_protobuf(&answer));
     let text = answer.into_body().collect().await?.to_bytes();
-    let said = if in_protobuf {
+    let status = if in_protobuf {
         object(text.clone()).and_then(status).ok()
     } else {
         serde_json::from_slice(&text).ok()
     };
-    let said = said.unwrap_or_else(|| Status::failure(&String::from_utf8_lossy(&text), code.as_str()));
-    Ok(kube::Error::Api(said.with_code(code.as_u16()).boxed()))
+    let status = status.unwrap_or_else(|| Status::failure(&String::from_utf8_lossy(&text), code.as_str()));
+    Ok(kube::Error::Api(status.with_code(code.as_u16()).boxed()))
 }

@@ -1,8 +1,8 @@
-//! Messages as objects of `k8s_openapi`.
+//! Converts messages to objects of `k8s_openapi`.
 //!
-//! In: messages. Out: objects that mean the same. Go writes an empty string, list or number where JSON has nothing, so
-//! empty is absent here, except where being absent means something else (W8). What is no UTF-8 becomes what Go makes of it in
-//! JSON: replacement characters.
+//! In: messages. Out: objects with the same meaning. Go writes an empty string, list or number where JSON has
+//! no field, so an empty field counts as absent, except where absence means something else (W8). Bytes that
+//! are not UTF-8 become replacement characters, as in Go's JSON.
 
 use std::collections::BTreeMap;
 
@@ -16,12 +16,12 @@ use prost::{DecodeError, Message as _};
 
 use super::message;
 
-/// A kind that is read from protobuf.
+/// A kind that is decoded from protobuf.
 pub(in super::super) trait FromProtobuf: Sized {
-    /// Whether the metadata is all that is asked for.
+    /// Whether only the metadata is requested.
     const METADATA_ONLY: bool = false;
 
-    /// Reads an object's message.
+    /// Decodes the message of an object.
     fn read(raw: Bytes) -> Result<Self, DecodeError>;
 }
 
@@ -72,10 +72,10 @@ impl FromProtobuf for core::Namespace {
     }
 }
 
-/// The metadata of an object that may be unreadable beyond the first few fields, which say which object it is.
+/// The metadata of an object that cannot be decoded after its first fields, which hold the name.
 pub(super) fn identity(raw: Bytes) -> meta::ObjectMeta {
     let mut message = message::Identified::default();
-    // A message is filled field by field, so that what stands before the fault is there.
+    // `merge` fills the message field by field, so the fields before the fault are there.
     let _ = message.merge(raw);
     let message::Identity { name, namespace, resource_version } = message.metadata;
     meta::ObjectMeta {
@@ -86,17 +86,17 @@ pub(super) fn identity(raw: Bytes) -> meta::ObjectMeta {
     }
 }
 
-/// The text that these bytes are.
+/// The bytes as text.
 pub(super) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// The same, if there is any: in JSON it is there only when there is something.
+/// The bytes as text, or `None` if there are none, because JSON omits an empty field.
 fn some(bytes: &[u8]) -> Option<String> {
     (!bytes.is_empty()).then(|| text(bytes))
 }
 
-/// The same, of a field that may be there without being anything.
+/// The bytes of an optional field as text.
 fn optional(bytes: Option<Bytes>) -> Option<String> {
     bytes.map(|bytes| text(&bytes))
 }
@@ -121,7 +121,7 @@ fn number(number: i32) -> Option<i32> {
 fn object_meta(message: message::Metadata) -> meta::ObjectMeta {
     let message::Metadata { name, namespace, uid, resource_version, creation_timestamp, labels, annotations } =
         message;
-    // Go's zero time, which is no time, is before what a timestamp can be.
+    // Go's zero time, which means no time, is before the range of a timestamp.
     let created = creation_timestamp.and_then(|time| Timestamp::new(time.seconds, time.nanos).ok());
     meta::ObjectMeta {
         name: some(&name),

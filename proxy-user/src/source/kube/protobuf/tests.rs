@@ -1,4 +1,4 @@
-//! Lists in pieces, and what messages mean. Against a real API server: `tests/suites/source/services.rs`.
+//! Lists in pieces, and the meaning of messages. The suite `tests/suites/source/services.rs` runs against a real API server.
 
 use std::{
     io::Write as _,
@@ -74,7 +74,7 @@ fn list(items: &[&'static [u8]]) -> Vec<u8> {
     around(List { metadata, items, unknown: "skipped".to_owned() }.encode_to_vec())
 }
 
-/// What a list's bytes amount to when they come in pieces of this size.
+/// The parts of a list whose bytes arrive in pieces of this size.
 fn parts(bytes: &[u8], size: usize) -> Result<Vec<String>, Unreadable> {
     let (mut parts, mut buffer, mut seen) = (Parts::new(), BytesMut::new(), Vec::new());
     let word = |part| match part {
@@ -94,7 +94,7 @@ fn parts(bytes: &[u8], size: usize) -> Result<Vec<String>, Unreadable> {
 }
 
 #[test]
-fn a_list_comes_item_by_item_whatever_pieces_it_comes_in() {
+fn a_list_is_read_item_by_item_for_any_split_of_its_bytes() {
     let bytes = list(&[b"", b"one", &[7; 300]]);
     for size in 1..=bytes.len() {
         assert_eq!(parts(&bytes, size).unwrap(), ["as of 17", "0 bytes", "3 bytes", "300 bytes"], "{size}");
@@ -103,8 +103,8 @@ fn a_list_comes_item_by_item_whatever_pieces_it_comes_in() {
 }
 
 #[test]
-fn a_list_that_breaks_off_anywhere_is_none() {
-    // What is around the list may end early: nobody reads what comes behind it.
+fn a_truncated_list_is_an_error() {
+    // The envelope may end early, because the fields after the list are not read.
     let bytes = list(&[b"one", b"two"]);
     let end = bytes.len() - 3;
     for length in 0..end {
@@ -113,7 +113,7 @@ fn a_list_that_breaks_off_anywhere_is_none() {
 }
 
 #[tokio::test]
-async fn a_compressed_list_is_the_same_list_whatever_pieces_it_comes_in() {
+async fn a_compressed_list_is_the_same_list_for_any_split_of_its_bytes() {
     let bytes = list(&[b"one", &[7; 70_000], b"two"]);
     let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
     encoder.write_all(&bytes).unwrap();
@@ -129,20 +129,20 @@ async fn a_compressed_list_is_the_same_list_whatever_pieces_it_comes_in() {
 }
 
 #[test]
-fn what_is_no_list_is_refused() {
+fn malformed_lists_are_refused() {
     assert!(matches!(parts(b"{\"kind\":\"Status\"}", 64), Err(Unreadable::Magic)));
     let number_around = [MAGIC, &[0x08, 0x01]].concat();
     assert!(matches!(parts(&number_around, 64), Err(Unreadable::List)));
-    // An item that is longer than the list it is in.
+    // An item that is longer than its list.
     let too_long = around(vec![0x12, 0x7f, 0x00]);
     assert!(matches!(parts(&too_long, 64), Err(Unreadable::List)));
-    // A field that says it is longer than anything can be.
+    // A field whose length is beyond any limit.
     let endless = [MAGIC, &[0x0a, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01]].concat();
     assert!(matches!(parts(&endless, 64), Err(Unreadable::List)));
     assert!(matches!(object(Bytes::from_static(b"no")), Err(Unreadable::Magic)));
 }
 
-/// What an API server writes of the smallest Service: Go's empty values, not nothing.
+/// An API server writes Go's empty values for the fields of the smallest Service.
 #[test]
 fn empty_is_absent() {
     let message = message::Service::default();
@@ -154,7 +154,7 @@ fn empty_is_absent() {
 }
 
 #[test]
-fn w8_a_port_without_a_name_is_not_one_with_an_empty_name() {
+fn w8_a_port_without_a_name_differs_from_one_with_an_empty_name() {
     let port = |name: Option<&str>| message::EndpointPort {
         name: name.map(|name| Bytes::copy_from_slice(name.as_bytes())),
         ..Default::default()
@@ -175,7 +175,7 @@ fn good(name: &str, version: u64) -> Vec<u8> {
     message::Service { metadata: metadata(name, version), ..Default::default() }.encode_to_vec()
 }
 
-/// An object whose spec is longer than the object.
+/// An object whose spec has a length beyond the object.
 fn broken(name: &str, version: u64) -> Vec<u8> {
     let identified = message::Service { metadata: metadata(name, version), ..Default::default() };
     let head = identified.encode_to_vec();
@@ -183,7 +183,7 @@ fn broken(name: &str, version: u64) -> Vec<u8> {
     [&head[..spec], &[0x12, 0x7f, 0x01]].concat()
 }
 
-/// An event as it comes in the stream of a watch.
+/// An event in the stream of a watch.
 fn event(kind: &'static str, object: Vec<u8>) -> Vec<u8> {
     let raw = Some(message::Raw { raw: around(object).into() });
     let event = message::WatchEvent { kind: kind.into(), object: raw }.encode_to_vec();
@@ -193,7 +193,7 @@ fn event(kind: &'static str, object: Vec<u8>) -> Vec<u8> {
     frame.to_vec()
 }
 
-/// A client of a server that answers each request with the next of these, and what it is asked for.
+/// A client whose server sends these responses one by one, and the requests that it received.
 fn server(answers: Vec<Vec<u8>>) -> (Client, Arc<Mutex<Vec<String>>>) {
     let asked = Arc::new(Mutex::new(Vec::new()));
     let (seen, answers) = (Arc::clone(&asked), Arc::new(Mutex::new(answers.into_iter())));
@@ -224,7 +224,7 @@ fn word(brought: Brought<Service>) -> String {
 }
 
 #[tokio::test]
-async fn objects_that_cannot_be_read_are_skipped_by_name_and_delay_and_repeat_nothing() {
+async fn unreadable_objects_are_skipped_by_name_and_delay_nothing() {
     let metadata = message::ListMetadata { resource_version: "17".into() };
     let mut items: Vec<Bytes> = (0..12).map(|at| broken(&format!("bad-{at}"), 3).into()).collect();
     items.insert(0, good("first", 1).into());
@@ -248,7 +248,7 @@ async fn objects_that_cannot_be_read_are_skipped_by_name_and_delay_and_repeat_no
             seen.push(word(events.next().await.unwrap()));
         }
     };
-    tokio::time::timeout(std::time::Duration::from_secs(20), all).await.expect("it goes on");
+    tokio::time::timeout(std::time::Duration::from_secs(20), all).await.expect("the watch continues");
 
     let mut wanted = vec!["list".to_owned(), "has first".to_owned()];
     wanted.extend((0..12).map(|at| format!("skipped shop/bad-{at}")));
@@ -257,7 +257,7 @@ async fn objects_that_cannot_be_read_are_skipped_by_name_and_delay_and_repeat_no
     wanted.extend(["an event ADDED", "-last", "+newer"].map(str::to_owned));
     assert_eq!(seen, wanted);
 
-    // When the watch ends, it goes on behind what it brought last.
+    // After the watch ends, it resumes after the last event.
     let again = async {
         while asked.lock().unwrap().len() < 3 {
             tokio::task::yield_now().await;
@@ -265,8 +265,8 @@ async fn objects_that_cannot_be_read_are_skipped_by_name_and_delay_and_repeat_no
     };
     let again = tokio::time::timeout(std::time::Duration::from_secs(20), again);
     tokio::select! {
-        brought = events.next() => panic!("the server said nothing, and still there is {:?}", brought.map(word)),
-        again = again => again.expect("it asks again"),
+        brought = events.next() => panic!("the server sent nothing, but the stream yields {:?}", brought.map(word)),
+        again = again => again.expect("the watch asks again"),
     }
     let asked = asked.lock().unwrap();
     let versions =
@@ -275,7 +275,7 @@ async fn objects_that_cannot_be_read_are_skipped_by_name_and_delay_and_repeat_no
 }
 
 #[test]
-fn text_that_is_no_utf8_is_read_as_json_would_have_it() {
+fn invalid_utf8_is_replaced_as_in_gos_json() {
     let pair =
         |key: &'static [u8], value: &'static [u8]| message::Pair { key: key.into(), value: value.into() };
     let metadata = message::Metadata {
