@@ -1,7 +1,7 @@
-//! Which ClusterIPs a Service asks for.
+//! The address families and ClusterIPs that a Service asks for.
 //!
-//! In: a Service's spec and the configured ranges. Out: the families it gets, primary first, and the addresses it
-//! names itself. The rules are those by which the API server completes spec.ipFamilies and spec.ipFamilyPolicy.
+//! In: a Service's spec and the configured ranges. Out: its families, primary first, and the addresses in its
+//! spec. The rules are those by which the API server completes spec.ipFamilies and spec.ipFamilyPolicy.
 
 use std::net::IpAddr;
 
@@ -10,7 +10,7 @@ use k8s_openapi::api::core::v1::ServiceSpec;
 
 use crate::model::Family;
 
-/// Where ClusterIPs are taken from.
+/// The ranges that ClusterIPs are allocated from.
 #[derive(Clone, Debug)]
 pub(super) struct Ranges(Vec<IpNet>);
 
@@ -28,27 +28,27 @@ impl Ranges {
         self.of(family).next().is_some()
     }
 
-    /// The family of Services that do not say: IPv4 where there is a choice.
+    /// The family of Services that do not name one: IPv4 if it has a range.
     fn default_family(&self) -> Family {
         if self.has(Family::V6) && !self.has(Family::V4) { Family::V6 } else { Family::V4 }
     }
 }
 
-/// What is wrong with which field.
+/// A field and the problem with it.
 pub(super) type Problem = (String, String);
 
-/// Whether the Service has ClusterIPs at all: it is neither headless nor an ExternalName (W4).
+/// Whether the Service has ClusterIPs: it is neither headless nor an ExternalName (W4).
 pub(super) fn has_cluster_ips(spec: &ServiceSpec) -> bool {
     spec.type_.as_deref() != Some("ExternalName") && !is_headless(spec)
 }
 
-/// Whether the Service has chosen to have no ClusterIP.
+/// Whether the Service's clusterIP is None.
 pub(super) fn is_headless(spec: &ServiceSpec) -> bool {
     let first = spec.cluster_ips.iter().flatten().next().or(spec.cluster_ip.as_ref());
     first.is_some_and(|ip| ip == "None")
 }
 
-/// The ClusterIPs the Service names, in order.
+/// The ClusterIPs in the spec, in order.
 pub(super) fn explicit_ips(spec: &ServiceSpec) -> Vec<IpAddr> {
     let listed = spec.cluster_ips.iter().flatten();
     let single = spec.cluster_ip.iter().filter(|_| spec.cluster_ips.as_ref().is_none_or(Vec::is_empty));
@@ -59,7 +59,7 @@ pub(super) fn explicit_ips(spec: &ServiceSpec) -> Vec<IpAddr> {
 ///
 /// # Errors
 ///
-/// When its fields contradict each other, or a family is asked for that has neither an address nor a range.
+/// When its fields contradict each other, or a requested family has neither an address nor a range.
 pub(super) fn families(spec: &ServiceSpec, ranges: &Ranges) -> Result<Vec<Family>, Problem> {
     let explicit: Vec<_> = explicit_ips(spec).into_iter().map(Family::of).collect();
     let listed: Vec<_> = spec.ip_families.iter().flatten().filter_map(|name| family_of(name)).collect();
@@ -71,7 +71,7 @@ pub(super) fn families(spec: &ServiceSpec, ranges: &Ranges) -> Result<Vec<Family
     }
     for (index, (listed, explicit)) in listed.iter().zip(&explicit).enumerate() {
         if listed != explicit {
-            let reason = format!("is {listed}, but the ClusterIP at this place is {explicit}");
+            let reason = format!("is {listed}, but the ClusterIP with this index is {explicit}");
             return Err((format!("spec.ipFamilies[{index}]"), reason));
         }
     }
@@ -101,7 +101,7 @@ pub(super) fn families(spec: &ServiceSpec, ranges: &Ranges) -> Result<Vec<Family
     Ok(families)
 }
 
-/// The family of this name.
+/// The family with this name in the API.
 pub(super) fn family_of(name: &str) -> Option<Family> {
     Family::ALL.into_iter().find(|family| family.to_string() == name)
 }

@@ -1,8 +1,9 @@
-//! ClusterIPs and NodePorts for Services that leave the choice.
+//! Allocates ClusterIPs and NodePorts for Services whose manifest leaves them open.
 //!
-//! In: every Service of the directory and the configured ranges. Out: an [`Allocation`] for each Service that needs one.
-//! A Service's name says where in the range to look first, so the same directory gives the same result on every node
-//! and after every restart; what manifests name themselves is never given to another.
+//! In: all Services of the directory and the configured ranges. Out: an [`Allocation`] for each Service that
+//! needs one. The search starts at a position that is a hash of the Service's name, so the same directory
+//! gives the same result on every node and after every restart. An address or port that a manifest names is
+//! never allocated to another Service.
 
 use std::{
     collections::BTreeMap,
@@ -20,21 +21,21 @@ use super::{
 };
 use crate::model::{Family, Object, ObjectName, Protocol};
 
-/// What manifests name themselves, and what has been given out.
+/// The addresses and ports that manifests name or that are allocated already.
 #[derive(Debug, Default)]
 pub(super) struct Taken {
     addresses: FxHashSet<IpAddr>,
     ports: FxHashSet<(Protocol, u16)>,
 }
 
-/// What a Service claims for itself.
+/// An address or port that a Service's manifest names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Claim {
     Address(IpAddr),
     Port(Protocol, u16),
 }
 
-/// What the Service claims, with the fields that say so.
+/// The claims of a Service, each with its field.
 pub(super) fn claims(service: &Service) -> Vec<(String, Claim)> {
     let Some(spec) = service.spec.as_ref().filter(|spec| has_cluster_ips(spec)) else { return Vec::new() };
     let field = |index| match spec.cluster_ips.as_ref().is_some_and(|ips| !ips.is_empty()) {
@@ -55,7 +56,7 @@ pub(super) fn claims(service: &Service) -> Vec<(String, Claim)> {
 }
 
 impl Taken {
-    /// Sets aside what a manifest names.
+    /// Reserves an address or port.
     pub(super) fn take(&mut self, claim: Claim) {
         match claim {
             Claim::Address(address) => self.addresses.insert(address),
@@ -64,9 +65,9 @@ impl Taken {
     }
 }
 
-/// Gives every Service what it lacks, in the order of names. `taken` holds what Services claim themselves.
+/// Allocates what Services lack, in the order of their names. `taken` has the claims of all Services.
 ///
-/// Answers with the allocations and with what could not be had.
+/// Returns the allocations, and a message for each that failed.
 pub(super) fn allocate<'a>(
     services: impl Iterator<Item = (&'a ObjectName, &'a Service)>,
     mut taken: Taken,
@@ -76,7 +77,7 @@ pub(super) fn allocate<'a>(
     let (mut allocations, mut shortages) = (BTreeMap::new(), Vec::new());
     for (name, service) in services {
         let Some(spec) = service.spec.as_ref().filter(|spec| has_cluster_ips(spec)) else { continue };
-        let mut one = One { name, spec, taken: &mut taken, shortages: &mut shortages };
+        let mut one = Allocator { name, spec, taken: &mut taken, shortages: &mut shortages };
         let allocation = Allocation {
             service: name.to_string(),
             cluster_ips: one.cluster_ips(ranges),
@@ -90,18 +91,18 @@ pub(super) fn allocate<'a>(
     (allocations, shortages)
 }
 
-/// One Service being given what it lacks.
-struct One<'a> {
+/// Allocates for one Service.
+struct Allocator<'a> {
     name: &'a ObjectName,
     spec: &'a ServiceSpec,
     taken: &'a mut Taken,
     shortages: &'a mut Vec<String>,
 }
 
-impl One<'_> {
+impl Allocator<'_> {
     fn cluster_ips(&mut self, ranges: &Ranges) -> Vec<IpAddr> {
         let mut ips = explicit_ips(self.spec);
-        // Checked when the file was read.
+        // `check` has already reported an error.
         let families = families(self.spec, ranges).unwrap_or_default();
         if families.len() <= ips.len() {
             return Vec::new();
@@ -113,7 +114,7 @@ impl One<'_> {
                 Some(ip) => ips.push(ip),
                 None => {
                     self.shortages
-                        .push(format!("Service {}: no {family} ClusterIP is left to give", self.name));
+                        .push(format!("Service {}: no {family} ClusterIP is left to allocate", self.name));
                     break;
                 }
             }
@@ -156,13 +157,14 @@ impl One<'_> {
             .filter_map(|position| range.start().checked_add(u16::try_from(position).ok()?))
             .find(|port| ports.insert((protocol, *port)));
         if port.is_none() {
-            self.shortages.push(format!("Service {}: no NodePort is left to give", self.name));
+            self.shortages.push(format!("Service {}: no NodePort is left to allocate", self.name));
         }
         port
     }
 }
 
-/// The first free address of the range as seen from `start`. Neither the network's own nor IPv4's last one is given out.
+/// The first free address of the range, from `start` on. The network's own address and the last one of an
+/// IPv4 range are never allocated.
 fn free_address(range: IpNet, start: u64, taken: &mut FxHashSet<IpAddr>) -> Option<IpAddr> {
     let bits = u32::from(range.max_prefix_len() - range.prefix_len());
     let size = 1u128.checked_shl(bits.min(64)).unwrap_or(1);
@@ -173,12 +175,12 @@ fn free_address(range: IpNet, start: u64, taken: &mut FxHashSet<IpAddr>) -> Opti
         .find(|ip| taken.insert(*ip))
 }
 
-/// How much at the start of a range of this size is left to people who choose themselves, as Kubernetes has it.
+/// The size of the part at the start of a range that is kept for explicit choices, as in Kubernetes.
 fn reserved(size: u128, part: u128, most: u128) -> u128 {
     (size / part).clamp(16.min(size), most)
 }
 
-/// The positions of a range of `size`, beginning at a place that `start` says, the reserved ones last.
+/// The positions of a range of `size`, from a start that depends on `start`, with the reserved ones last.
 fn positions(size: u128, reserved: u128, start: u64) -> impl Iterator<Item = u128> {
     let upper = size.saturating_sub(reserved);
     let first = u128::from(start).checked_rem(upper).unwrap_or(0);
@@ -194,7 +196,7 @@ fn at(network: IpAddr, position: u128) -> IpAddr {
     }
 }
 
-/// FNV-1a, written out because the result must be the same in every build of every version.
+/// FNV-1a, written out, because the result must be the same in every version of weir.
 pub(super) fn hash(text: &str) -> u64 {
     text.bytes()
         .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
@@ -208,7 +210,7 @@ fn protocol(port: &ServicePort) -> Protocol {
     port.protocol.as_deref().and_then(|name| name.parse().ok()).unwrap_or(Protocol::Tcp)
 }
 
-/// The Service as the API server would have stored it. Other objects are as they were.
+/// The Service as the API server would store it. Other objects are unchanged.
 pub(super) fn complete(object: &Object, allocation: Option<&Allocation>) -> Object {
     let mut object = object.clone();
     let Object::Service(service) = &mut object else { return object };
@@ -239,13 +241,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_hash_is_the_published_one() {
+    fn the_hash_has_the_published_test_values() {
         assert_eq!(hash(""), 0xcbf2_9ce4_8422_2325);
         assert_eq!(hash("a"), 0xaf63_dc4c_8601_ec8c);
     }
 
     #[test]
-    fn every_usable_address_of_a_range_is_given_once_and_the_first_ones_last() {
+    fn each_usable_address_of_a_range_is_allocated_once_and_the_first_ones_last() {
         let range: IpNet = "192.0.2.0/27".parse().unwrap();
         let mut taken = FxHashSet::default();
         let all: Vec<_> = std::iter::from_fn(|| free_address(range, 7, &mut taken)).collect();
@@ -256,10 +258,10 @@ mod tests {
     }
 
     #[test]
-    fn ranges_of_one_address_and_of_very_many_work() {
+    fn very_small_and_very_large_ranges_work() {
         let mut taken = FxHashSet::default();
         let one: IpNet = "2001:db8::7/128".parse().unwrap();
-        assert_eq!(free_address(one, 3, &mut taken), None, "a range's first address is its own");
+        assert_eq!(free_address(one, 3, &mut taken), None, "the first address of a range is not allocated");
         let huge: IpNet = "2001:db8::/32".parse().unwrap();
         let given = free_address(huge, u64::MAX, &mut taken).unwrap();
         assert!(huge.contains(&given));

@@ -1,7 +1,7 @@
-//! What the files together say, and what has been told of it.
+//! The objects of all files together, and those that were reported as changes.
 //!
-//! In: the files of the directory. Out: the [`Change`]s from what was told before. Where files contradict each other,
-//! the first in the order of names is right, and the other is told so.
+//! In: the files of the directory. Out: the [`Change`]s since the last update. If files contradict each
+//! other, the first by name wins, and the other one gets an error.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -22,26 +22,26 @@ use crate::model::{Change, HEADLESS_LABEL, Kind, Object, ObjectName, PROXY_NAME_
 
 type Key = (Kind, ObjectName);
 
-/// An object that was told, as its manifest has it and with what it was given.
+/// A reported object: the object of the manifest, and its allocation.
 #[derive(Debug)]
-struct Told {
+struct Reported {
     source: Arc<Object>,
     allocation: Option<Allocation>,
 }
 
-/// Everything in force.
+/// All objects in force.
 #[derive(Debug)]
 pub(super) struct Catalog {
     node: String,
     names: bool,
     ranges: Ranges,
     node_ports: RangeInclusive<u16>,
-    told: BTreeMap<Key, Told>,
+    reported: BTreeMap<Key, Reported>,
     errors: Vec<ManifestError>,
     warnings: Vec<String>,
 }
 
-/// An object with the place it stands at.
+/// An object with its file.
 struct Entry<'a> {
     file: &'a Arc<str>,
     item: &'a Item,
@@ -54,60 +54,60 @@ impl Catalog {
             names: settings.names,
             ranges: Ranges::new(&settings.service_ranges),
             node_ports: settings.node_ports.clone(),
-            told: BTreeMap::new(),
+            reported: BTreeMap::new(),
             errors: Vec::new(),
             warnings: Vec::new(),
         }
     }
 
-    /// What is wrong between files.
+    /// Errors that involve several files.
     pub(super) fn errors(&self) -> impl Iterator<Item = &ManifestError> {
         self.errors.iter()
     }
 
-    /// What is odd between files.
+    /// Warnings that involve several files.
     pub(super) fn warnings(&self) -> impl Iterator<Item = &String> {
         self.warnings.iter()
     }
 
-    /// What Services were given, by Service.
+    /// The allocations, by Service.
     pub(super) fn allocations(&self) -> impl Iterator<Item = &Allocation> {
-        self.told.values().filter_map(|told| told.allocation.as_ref())
+        self.reported.values().filter_map(|reported| reported.allocation.as_ref())
     }
 
-    /// How many objects of a kind are in force.
+    /// The number of objects of a kind in force.
     pub(super) fn count(&self, kind: Kind) -> usize {
-        self.told.keys().filter(|(of, _)| *of == kind).count()
+        self.reported.keys().filter(|(of, _)| *of == kind).count()
     }
 
-    /// Takes over what the files say now; answers what is different.
+    /// Takes in the present content of the files. Returns the changes.
     pub(super) fn update(&mut self, files: &BTreeMap<Arc<str>, File>) -> Vec<Change> {
         self.errors.clear();
         self.warnings.clear();
         let mut entries = self.merge(files);
-        let taken = self.settle_claims(&mut entries);
+        let taken = self.resolve_claims(&mut entries);
         let services = entries.iter().filter_map(|((_, name), entry)| Some((name, service(entry)?)));
         let (mut allocations, shortages) = allocate(services, taken, &self.ranges, &self.node_ports);
         self.warnings.extend(shortages);
         let next = entries.into_iter().map(|(key, entry)| {
             let allocation = (key.0 == Kind::Service).then(|| allocations.remove(&key.1)).flatten();
-            (key, Told { source: Arc::clone(&entry.item.object), allocation })
+            (key, Reported { source: Arc::clone(&entry.item.object), allocation })
         });
-        let before = std::mem::replace(&mut self.told, next.collect());
+        let before = std::mem::replace(&mut self.reported, next.collect());
         self.note_moves(&before);
-        changes(&before, &self.told)
+        changes(&before, &self.reported)
     }
 
-    /// Every object that concerns us, each once.
+    /// The objects that weir uses, each once.
     fn merge<'a>(&mut self, files: &'a BTreeMap<Arc<str>, File>) -> BTreeMap<Key, Entry<'a>> {
         let mut entries: BTreeMap<Key, Entry<'a>> = BTreeMap::new();
         let all = files.iter().flat_map(|(file, content)| content.items.iter().map(move |item| (file, item)));
-        for (file, item) in all.filter(|(_, item)| concerns_us(&self.node, self.names, &item.object)) {
+        for (file, item) in all.filter(|(_, item)| is_used(&self.node, self.names, &item.object)) {
             let (kind, name) = (item.object.kind(), item.object.name());
             if let Some(first) = entries.get(&(kind, name.clone())) {
                 let (one, other) = (first.item.document, item.document);
                 self.warnings.push(format!(
-                    "{kind} {name} is in {} (document {one}) and in {file} (document {other}); the first one counts",
+                    "{kind} {name} is in {} (document {one}) and in {file} (document {other}); the first one is used",
                     first.file,
                 ));
             } else {
@@ -117,8 +117,9 @@ impl Catalog {
         entries
     }
 
-    /// Lets every Service have what it names, and takes out those that name what another one has.
-    fn settle_claims(&mut self, entries: &mut BTreeMap<Key, Entry<'_>>) -> Taken {
+    /// Reserves the addresses and ports that manifests name. Removes Services that claim what another Service
+    /// has.
+    fn resolve_claims(&mut self, entries: &mut BTreeMap<Key, Entry<'_>>) -> Taken {
         let mut order: Vec<_> = entries.iter().filter(|(key, _)| key.0 == Kind::Service).collect();
         order.sort_by_key(|(key, entry)| (entry.file, entry.item.document, (*key).clone()));
         let mut taken = Taken::default();
@@ -147,11 +148,12 @@ impl Catalog {
         taken
     }
 
-    /// Says which Services lost an address they had been given.
-    fn note_moves(&mut self, before: &BTreeMap<Key, Told>) {
-        for ((_, name), told) in &self.told {
-            let had = before.get(&(Kind::Service, name.clone())).and_then(|told| told.allocation.as_ref());
-            let (Some(had), Some(has)) = (had, &told.allocation) else { continue };
+    /// Adds a warning for each Service that lost an allocated address.
+    fn note_moves(&mut self, before: &BTreeMap<Key, Reported>) {
+        for ((_, name), reported) in &self.reported {
+            let had =
+                before.get(&(Kind::Service, name.clone())).and_then(|reported| reported.allocation.as_ref());
+            let (Some(had), Some(has)) = (had, &reported.allocation) else { continue };
             for (had, has) in had.cluster_ips.iter().zip(&has.cluster_ips).filter(|(had, has)| had != has) {
                 self.warnings.push(format!("Service {name} moves from {had} to {has}"));
             }
@@ -159,8 +161,9 @@ impl Catalog {
     }
 }
 
-/// The selectors of the API server's watches (W1, W2, W3); headless Services concern us where names do.
-fn concerns_us(node: &str, names: bool, object: &Object) -> bool {
+/// Applies the selectors of the API server's watches (W1, W2, W3). Headless Services are used if weir answers
+/// DNS.
+fn is_used(node: &str, names: bool, object: &Object) -> bool {
     let metadata = object.metadata();
     let labelled = |label| metadata.labels.as_ref().is_some_and(|labels| labels.contains_key(label));
     match object {
@@ -180,15 +183,17 @@ fn service<'a>(entry: &Entry<'a>) -> Option<&'a Service> {
     }
 }
 
-fn changes(before: &BTreeMap<Key, Told>, after: &BTreeMap<Key, Told>) -> Vec<Change> {
+fn changes(before: &BTreeMap<Key, Reported>, after: &BTreeMap<Key, Reported>) -> Vec<Change> {
     let gone = before.keys().filter(|key| !after.contains_key(key));
     let gone = gone.map(|(kind, name)| Change::Delete(*kind, name.clone()));
-    let fresh = after.iter().filter(|(key, told)| before.get(key).is_none_or(|before| !before.same(told)));
-    let fresh = fresh.map(|(_, told)| Change::Apply(complete(&told.source, told.allocation.as_ref())));
+    let fresh =
+        after.iter().filter(|(key, reported)| before.get(key).is_none_or(|before| !before.same(reported)));
+    let fresh =
+        fresh.map(|(_, reported)| Change::Apply(complete(&reported.source, reported.allocation.as_ref())));
     gone.chain(fresh).collect()
 }
 
-impl Told {
+impl Reported {
     fn same(&self, other: &Self) -> bool {
         (Arc::ptr_eq(&self.source, &other.source) || self.source == other.source)
             && self.allocation == other.allocation

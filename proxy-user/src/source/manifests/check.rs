@@ -1,7 +1,7 @@
-//! What the API server would have done to an object before storing it.
+//! Does what the API server would do with an object before storing it.
 //!
-//! In: an object as its manifest has it. Out: the object with defaults filled in, and all that is wrong with it by field
-//! path. Only fields that weir reads are looked at.
+//! In: an object of a manifest. Out: the object with defaults, and its errors by field. Only fields that weir
+//! reads are checked.
 
 use std::{collections::HashSet, net::IpAddr};
 
@@ -18,7 +18,7 @@ use k8s_openapi::{
 use super::address::{Problem, Ranges, families, family_of, has_cluster_ips, is_headless};
 use crate::model::{Family, Object, Protocol};
 
-/// Fills in the defaults without which an object would mean something else.
+/// Sets defaults without which an object would have another meaning.
 pub(super) fn fill_in(object: &mut Object) {
     let namespaced = matches!(object, Object::Service(_) | Object::EndpointSlice(_));
     let metadata = object.metadata_mut();
@@ -30,7 +30,7 @@ pub(super) fn fill_in(object: &mut Object) {
                 port.protocol.get_or_insert_with(|| Protocol::Tcp.to_string());
             }
         }
-        // A port without a name is the one called "", not none at all (W8).
+        // A missing port name means the name "" (W8).
         Object::EndpointSlice(slice) => {
             for port in slice.ports.iter_mut().flatten() {
                 port.name.get_or_insert_default();
@@ -41,7 +41,7 @@ pub(super) fn fill_in(object: &mut Object) {
     }
 }
 
-/// Everything that is wrong with the object.
+/// All errors of an object.
 pub(super) fn check(object: &Object, ranges: &Ranges) -> Vec<Problem> {
     let mut problems = Problems(Vec::new());
     problems.metadata(object.metadata(), matches!(object, Object::Service(_)));
@@ -65,12 +65,15 @@ impl Problems {
         match metadata.name.as_deref() {
             None | Some("") => self.add("metadata.name", "is missing"),
             Some(name) if !is_name(name, label) => {
-                self.add("metadata.name", format!("is `{name}`, which is no name for this kind"));
+                self.add("metadata.name", format!("is `{name}`, which is not a valid name for this kind"));
             }
             Some(_) => {}
         }
         if let Some(namespace) = metadata.namespace.as_deref().filter(|namespace| !is_name(namespace, true)) {
-            self.add("metadata.namespace", format!("is `{namespace}`, which is no name of a namespace"));
+            self.add(
+                "metadata.namespace",
+                format!("is `{namespace}`, which is not a valid name of a namespace"),
+            );
         }
     }
 
@@ -114,7 +117,7 @@ impl Problems {
     fn ports(&mut self, spec: &ServiceSpec) {
         let ports = spec.ports.as_deref().unwrap_or_default();
         if ports.is_empty() && has_cluster_ips(spec) {
-            self.add("spec.ports", "is empty, but only a headless Service can do without ports");
+            self.add("spec.ports", "is empty, but only a headless Service may have no ports");
         }
         let (mut names, mut numbers, mut node_ports) = (HashSet::new(), HashSet::new(), HashSet::new());
         for (index, port) in ports.iter().enumerate() {
@@ -124,7 +127,7 @@ impl Problems {
             if name.is_empty() && ports.len() > 1 {
                 self.add(format!("{at}.name"), "is missing, but the Service has more than one port");
             } else if !names.insert(name) {
-                self.add(format!("{at}.name"), format!("is `{name}`, as that of another port"));
+                self.add(format!("{at}.name"), format!("is `{name}`, which another port has already"));
             }
             if !numbers.insert((port.port, &port.protocol)) {
                 self.add(&at, "has the number and the protocol of another port");
@@ -132,7 +135,7 @@ impl Problems {
             if let Some(node_port) = port.node_port.filter(|port| *port != 0)
                 && !node_ports.insert((node_port, &port.protocol))
             {
-                self.add(format!("{at}.nodePort"), format!("is {node_port}, as that of another port"));
+                self.add(format!("{at}.nodePort"), format!("is {node_port}, which another port has already"));
             }
         }
     }
@@ -155,7 +158,7 @@ impl Problems {
             if spec.type_.as_deref() == Some("ExternalName") && spec.external_name.is_none() {
                 self.add("spec.externalName", "is missing");
             } else if is_headless(spec) && !matches!(spec.type_.as_deref(), None | Some("ClusterIP")) {
-                self.add("spec.clusterIP", "is None, which only Services of type ClusterIP can have");
+                self.add("spec.clusterIP", "is None, which only a Service of type ClusterIP can have");
             }
             return;
         }
@@ -212,7 +215,7 @@ impl Problems {
                 if address.parse::<IpAddr>().map(Family::of) != Ok(family) {
                     self.add(
                         format!("{at}[{index}]"),
-                        format!("is `{address}`, which is no {family} address"),
+                        format!("is `{address}`, which is not an {family} address"),
                     );
                 }
             }
@@ -243,7 +246,7 @@ impl Problems {
 
     fn one_of(&mut self, field: &str, value: Option<&str>, allowed: &[&str]) {
         if let Some(value) = value.filter(|value| !allowed.contains(value)) {
-            self.add(field, format!("is `{value}`, which is none of {}", allowed.join(", ")));
+            self.add(field, format!("is `{value}`, which is not one of {}", allowed.join(", ")));
         }
     }
 
@@ -269,21 +272,21 @@ impl Problems {
 
     fn address(&mut self, field: impl Into<String>, value: &str) {
         if value.parse::<IpAddr>().is_err() {
-            self.add(field, format!("is `{value}`, which is no IP address"));
+            self.add(field, format!("is `{value}`, which is not an IP address"));
         }
     }
 
     fn networks<'a>(&mut self, at: &str, values: impl IntoIterator<Item = &'a String>) {
         for (index, value) in values.into_iter().enumerate() {
-            // Spaces around source ranges are allowed (W9).
+            // Blanks around source ranges are allowed (W9).
             if value.trim().parse::<IpNet>().is_err() {
-                self.add(format!("{at}[{index}]"), format!("is `{value}`, which is no network"));
+                self.add(format!("{at}[{index}]"), format!("is `{value}`, which is not a network"));
             }
         }
     }
 }
 
-/// Whether this is a DNS label, or for kinds that allow it several with dots between.
+/// Whether this is a DNS label, or for kinds that allow it several labels with dots between.
 fn is_name(name: &str, label: bool) -> bool {
     let fits = name.len() <= if label { 63 } else { 253 };
     let good = |part: &str| {

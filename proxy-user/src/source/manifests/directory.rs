@@ -1,7 +1,7 @@
 //! The files of the directory.
 //!
-//! In: the file system. Out: for every manifest file what it last said rightly, and what is wrong with it now. A file is
-//! read again only when its metadata says that it may have changed.
+//! In: the file system. Out: the last valid content of each manifest file, and its present errors. A file is
+//! read again only if its metadata show that it may have changed.
 
 use std::{
     borrow::Cow,
@@ -18,34 +18,34 @@ use std::{
 use super::{
     ManifestError, ManifestSource,
     address::Ranges,
-    kept::Kept,
+    last_good::LastGood,
     parse::{Item, Parsed, Unknown, parse},
 };
 
-/// A file changed so shortly before it was read may change again without its metadata showing it.
+/// A file that changed this shortly before it was read may change again without a change of its metadata.
 const TOO_FRESH: Duration = Duration::from_secs(2);
 
-/// The most bytes of a file that are read: tens of thousands of Services. Beyond it a file could have the kernel kill other
-/// processes for want of memory.
+/// The most bytes of a file that weir reads, enough for tens of thousands of Services. A larger file could
+/// use up the machine's memory, so that the kernel would kill other processes.
 const LARGEST: u64 = 64 << 20;
 
-/// One file.
+/// A manifest file.
 #[derive(Debug, Default)]
 pub(super) struct File {
-    /// What it last said rightly.
+    /// The objects of its last valid content.
     pub(super) items: Vec<Item>,
-    /// What is wrong with it now.
+    /// The errors of its present content.
     pub(super) errors: Vec<ManifestError>,
-    /// What is odd about it.
+    /// The warnings of its present content.
     pub(super) warnings: Vec<String>,
     stamp: Option<Stamp>,
-    /// Whether it was ever right, in this process or, as far as is kept, in one before.
+    /// Whether it was ever valid, in this process or in a previous one.
     known: bool,
-    /// Whether what it says could not be kept.
-    unkept: bool,
+    /// Whether its last valid content could not be stored on disk.
+    not_stored: bool,
 }
 
-/// What tells one content of a file from another without reading it.
+/// Metadata that differ between two versions of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stamp {
     device: u64,
@@ -66,7 +66,7 @@ impl Stamp {
         }
     }
 
-    /// Whether a change from now on must show in another stamp.
+    /// Whether every later change will change the stamp.
     fn is_settled(self) -> bool {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
         let changed = Duration::from_secs(u64::try_from(self.changed.0).unwrap_or(0));
@@ -74,44 +74,44 @@ impl Stamp {
     }
 }
 
-/// The directory as it was at the last look.
+/// The directory as it was last read.
 #[derive(Debug)]
 pub(super) struct Directory {
     path: PathBuf,
     status_file: Option<PathBuf>,
     ranges: Ranges,
-    kept: Kept,
+    last_good: LastGood,
     files: BTreeMap<Arc<str>, File>,
 }
 
 impl Directory {
-    /// The directory of these settings, with what is kept of its files.
-    pub(super) fn new(settings: &ManifestSource, kept: Kept) -> Self {
+    /// The directory of these settings, with the stored content of its files.
+    pub(super) fn new(settings: &ManifestSource, last_good: LastGood) -> Self {
         let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         Self {
             path: absolute(&settings.directory),
             status_file: settings.status_file.as_deref().map(absolute),
             ranges: Ranges::new(&settings.service_ranges),
-            kept,
+            last_good,
             files: BTreeMap::new(),
         }
     }
 
-    /// The files by name.
+    /// The files, by name.
     pub(super) fn files(&self) -> &BTreeMap<Arc<str>, File> {
         &self.files
     }
 
-    /// What is wrong with any of them.
+    /// The errors of all files.
     pub(super) fn errors(&self) -> impl Iterator<Item = &ManifestError> {
         self.files.values().flat_map(|file| &file.errors)
     }
 
-    /// Looks at every file but those that are being written: these are as they were.
+    /// Reads all files except those that are being written; these stay as they were.
     ///
     /// # Errors
     ///
-    /// When the directory cannot be listed; then everything is as it was.
+    /// When the directory cannot be listed. Then nothing changes.
     pub(super) fn look(&mut self, writing: &HashSet<PathBuf>) -> io::Result<()> {
         let mut names = Vec::new();
         for entry in fs::read_dir(&self.path)? {
@@ -130,8 +130,8 @@ impl Directory {
                 continue;
             }
             let mut file = before.unwrap_or_default();
-            let refreshed = file.refresh(&name, &path, &self.ranges, &mut self.kept);
-            file.recall(&name, &self.ranges, &self.kept);
+            let refreshed = file.refresh(&name, &path, &self.ranges, &mut self.last_good);
+            file.recall(&name, &self.ranges, &self.last_good);
             match refreshed {
                 Ok(true) => {
                     self.files.insert(name, file);
@@ -144,22 +144,22 @@ impl Directory {
                 }
             }
         }
-        self.kept.retain(&there);
-        self.keep_late(writing);
+        self.last_good.retain(&there);
+        self.store_late(writing);
         Ok(())
     }
 
-    /// Keeps what could not be kept before, because a disk that was full may have room again. Ends with the first file
-    /// that still cannot be kept: the others would be read in vain at every look.
-    fn keep_late(&mut self, writing: &HashSet<PathBuf>) {
-        let Self { path, ranges, kept, files, .. } = self;
-        for (name, file) in files.iter_mut().filter(|(_, file)| file.unkept && file.errors.is_empty()) {
+    /// Stores content that could not be stored before, because a full disk may have space again. Stops at the
+    /// first failure, so that the remaining files are not read in vain each time.
+    fn store_late(&mut self, writing: &HashSet<PathBuf>) {
+        let Self { path, ranges, last_good, files, .. } = self;
+        for (name, file) in files.iter_mut().filter(|(_, file)| file.not_stored && file.errors.is_empty()) {
             let path = path.join(&**name);
             if writing.contains(&path) {
                 continue;
             }
             file.stamp = None;
-            if file.refresh(name, &path, ranges, kept).is_err() || file.unkept {
+            if file.refresh(name, &path, ranges, last_good).is_err() || file.not_stored {
                 break;
             }
         }
@@ -167,16 +167,17 @@ impl Directory {
 }
 
 impl File {
-    /// Reads the file if need be. Answers whether it is a file at all.
+    /// Reads the file if it may have changed. Returns whether it is a file.
     fn refresh(
         &mut self,
         name: &Arc<str>,
         path: &Path,
         ranges: &Ranges,
-        kept: &mut Kept,
+        last_good: &mut LastGood,
     ) -> io::Result<bool> {
         let metadata = match fs::metadata(path) {
-            // Gone since the directory was listed; a symlink that leads nowhere is there, though.
+            // The file was deleted after the directory was listed. A dangling symlink still exists, and gets
+            // an error.
             Err(error) if error.kind() == io::ErrorKind::NotFound && fs::symlink_metadata(path).is_err() => {
                 return Ok(false);
             }
@@ -193,15 +194,14 @@ impl File {
         fs::File::open(path)?.take(LARGEST + 1).read_to_end(&mut bytes)?;
         self.stamp = stamp.is_settled().then_some(stamp);
         if bytes.len() as u64 > LARGEST {
-            let reason =
-                format!("has more than the {LARGEST} bytes that are read; divide it into several files");
+            let reason = format!("is larger than the limit of {LARGEST} bytes; divide it into several files");
             self.errors = vec![ManifestError::of_file(name, reason)];
             return Ok(true);
         }
         match String::from_utf8(bytes) {
             Ok(text) => {
                 if self.take_over(name, parse(name, &text, ranges, Unknown::Refused)) {
-                    self.unkept = !kept.keep(name, &text);
+                    self.not_stored = !last_good.store(name, &text);
                 }
             }
             Err(error) => {
@@ -212,7 +212,7 @@ impl File {
         Ok(true)
     }
 
-    /// All of it or nothing. Answers whether it is right.
+    /// Takes over the new content if it has no errors. Returns whether it has none.
     fn take_over(&mut self, name: &str, parsed: Parsed) -> bool {
         self.errors = parsed.errors;
         if !self.errors.is_empty() {
@@ -221,21 +221,21 @@ impl File {
         self.warnings = parsed.warnings;
         if parsed.items.is_empty() && !self.items.is_empty() {
             let lost = self.items.len();
-            self.warnings.push(format!("{name}: has no object any more; the {lost} that it had are removed"));
+            self.warnings.push(format!("{name}: has no objects any more; its previous {lost} are removed"));
         }
         self.items = parsed.items;
         self.known = true;
         true
     }
 
-    /// Takes over what a file that is wrong said before this process began.
-    fn recall(&mut self, name: &Arc<str>, ranges: &Ranges, kept: &Kept) {
+    /// Takes over the stored content of a file that has errors, if this process has no valid content of it.
+    fn recall(&mut self, name: &Arc<str>, ranges: &Ranges, last_good: &LastGood) {
         if std::mem::replace(&mut self.known, true) {
             return;
         }
-        // What was kept was right for the agent that kept it, which may have known other fields.
-        let again = |text: String| parse(name, &text, ranges, Unknown::PassedOver);
-        let parsed = kept.text(name).map(again).unwrap_or_default();
+        // The stored content was valid for the agent that stored it, which may have known other fields.
+        let again = |text: String| parse(name, &text, ranges, Unknown::Ignored);
+        let parsed = last_good.text(name).map(again).unwrap_or_default();
         if parsed.errors.is_empty() {
             self.items = parsed.items;
         }

@@ -1,17 +1,17 @@
-//! A directory of manifests as a source: for nodes without a cluster, for trying things out, for tests.
+//! A directory of manifests as a source: for nodes without a cluster, for trials, and for tests.
 //!
-//! In: `*.yaml`, `*.yml` and `*.json` files holding Services, EndpointSlices, Nodes and ServiceCIDRs, alone or in lists.
-//! Out: [`Change`]s as files come, change and go, and a [`ManifestStatus`] that tells what became of them.
+//! In: `*.yaml`, `*.yml` and `*.json` files with Services, EndpointSlices, Nodes and ServiceCIDRs, alone or
+//! in lists. Out: [`Change`]s when files change, and a [`ManifestStatus`] with the state of each file.
 //!
 //! ```text
 //! notices ──something happened──▶ directory ──files──▶ catalog ──Change──▶ channel
 //! (inotify, quiet)                (parse, check)       (merge, allocate, compare)
 //! ```
 //!
-//! There is no API server here to reject nonsense or to fill in what was left out, so this room does both. A file counts
-//! as a whole: while anything in it is wrong, what it last said rightly stays in force, over restarts too. What is allocated depends on the
-//! directory's content alone, so every node with the same directory comes to the same addresses, now and after a
-//! restart.
+//! There is no API server that rejects wrong objects and sets defaults, so this room does both. A file is
+//! accepted or rejected as a whole: while it has an error, its last valid content stays in force, also over
+//! restarts. Allocations depend only on the content of the directory, so every node with the same directory
+//! gets the same addresses, before and after a restart.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -33,54 +33,56 @@ mod allocate;
 mod catalog;
 mod check;
 mod directory;
-mod kept;
+mod last_good;
 mod notices;
 mod parse;
 mod status;
 
 use catalog::Catalog;
 use directory::Directory;
-use kept::Kept;
+use last_good::LastGood;
 use notices::Notices;
 pub use parse::ManifestError;
 pub use status::{Allocation, FileStatus, ManifestStatus, NodePortAllocation};
 
-/// How often to look without having been told to: inotify does not see through symlinks, nor over the network.
+/// The interval of unprompted reads, because inotify does not report changes behind symlinks or on network
+/// file systems.
 const LOOK_ANYWAY: Duration = Duration::from_secs(30);
-/// How often to look while the directory is not there or cannot be watched.
+/// The interval of reads while the directory does not exist or cannot be watched.
 const LOOK_FOR_DIRECTORY: Duration = Duration::from_secs(1);
 
-/// Which manifests, and what to give Services that leave the choice to the API server.
+/// The manifests to read, and the ranges for Services that leave their addresses open.
 #[derive(Clone, Debug)]
 pub struct ManifestSource {
-    /// The directory. Directories in it and files whose names start with a dot are not looked at.
+    /// The directory. Subdirectories and files whose names start with a dot are ignored.
     pub directory: PathBuf,
-    /// The name of the Node this agent runs on; other Nodes are ignored.
+    /// The name of this node's Node. Other Nodes are ignored.
     pub node: String,
-    /// Where ClusterIPs are taken from. A family without a range can only be had explicitly.
+    /// The ranges of ClusterIPs. A family without a range needs explicit addresses.
     pub service_ranges: Vec<IpNet>,
-    /// Where NodePorts are taken from.
+    /// The range of NodePorts.
     pub node_ports: RangeInclusive<u16>,
-    /// A file to keep the [`ManifestStatus`] in, as JSON.
+    /// The file for the [`ManifestStatus`], as JSON.
     pub status_file: Option<PathBuf>,
-    /// Where to keep what each file last said rightly, if not beside the status file.
+    /// The directory for the last valid content of each file, if it is not next to the status file.
     pub last_good: Option<PathBuf>,
-    /// Whether headless Services are wanted too, for their names.
+    /// Whether to read headless Services too, for DNS answers.
     pub names: bool,
 }
 
-/// Where to keep what files last said rightly where nothing else is chosen: what is programmed does not live longer either.
+/// The default directory for the last valid content. A reboot deletes it, as it deletes the kernel's state.
 const LAST_GOOD: &str = "/run/weir/manifests";
 
 impl ManifestSource {
-    /// A place to keep what the files of this directory last said rightly, for as long as the machine runs.
+    /// The default directory for the last valid content of the files in this directory. It is lost at a
+    /// reboot.
     #[must_use]
     pub fn place_until_reboot(directory: &Path) -> PathBuf {
         let absolute = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
         Path::new(LAST_GOOD).join(format!("{:016x}", allocate::hash(&absolute.to_string_lossy())))
     }
 
-    /// The manifests in `directory` for `node`, with the ranges Kubernetes has by default: 10.96.0.0/16,
+    /// The manifests in `directory` for `node`, with Kubernetes' default ranges: 10.96.0.0/16,
     /// fd00:10:96::/112 and 30000 to 32767.
     #[must_use]
     pub fn new(directory: impl Into<PathBuf>, node: impl Into<String>) -> Self {
@@ -105,24 +107,24 @@ pub enum LoadError {
     /// The directory cannot be read.
     #[error("cannot read the directory of manifests `{}`", path.display())]
     Directory {
-        /// The directory.
+        /// The path of the directory.
         path: PathBuf,
-        /// Why not.
+        /// The error of the read.
         #[source]
         source: std::io::Error,
     },
-    /// Something in the files is wrong; this is all of it.
+    /// All errors in the files.
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
     Files(Vec<ManifestError>),
 }
 
-/// Loads the directory once, as [`watch()`] would at its start.
+/// Loads the directory once, as [`watch()`] does at its start.
 ///
 /// # Errors
 ///
-/// When the directory cannot be read, or anything in it is wrong.
+/// When the directory cannot be read, or a file has an error.
 pub fn load_once(settings: &ManifestSource) -> Result<Vec<Change>, LoadError> {
-    let mut directory = Directory::new(settings, Kept::new(None));
+    let mut directory = Directory::new(settings, LastGood::new(None));
     directory
         .look(&HashSet::new())
         .map_err(|source| LoadError::Directory { path: settings.directory.clone(), source })?;
@@ -136,8 +138,8 @@ pub fn load_once(settings: &ManifestSource) -> Result<Vec<Change>, LoadError> {
     Ok(changes)
 }
 
-/// Watches until the receiver of `changes` is gone. A directory that is not there is waited for, and one that vanishes
-/// takes nothing with it.
+/// Watches until the receiver of `changes` is dropped. Waits for a directory that does not exist. If the
+/// directory is deleted, its objects stay in force.
 pub async fn watch(
     settings: ManifestSource,
     changes: mpsc::Sender<Change>,
@@ -154,7 +156,8 @@ pub async fn watch(
             let found = state.look(&writing);
             (state, found)
         });
-        // Only a panic or the end of the runtime gets in the way, and neither leaves anything to watch with.
+        // This fails only after a panic or at the end of the runtime, and then there is nothing left to watch
+        // with.
         let Ok((returned, found)) = look.await else { return };
         state = returned;
         view.send_if_modified(|seen| {
@@ -177,7 +180,7 @@ pub async fn watch(
         let patience = if complete && notices.working() { LOOK_ANYWAY } else { LOOK_FOR_DIRECTORY };
         tokio::select! {
             () = changes.closed() => return,
-            _ = tokio::time::timeout(patience, notices.settled()) => {}
+            _ = tokio::time::timeout(patience, notices.quiet()) => {}
         }
     }
 }
@@ -197,7 +200,7 @@ fn report(status: &SourceStatus, catalog: &Catalog, complete: bool, changed: boo
     }
 }
 
-/// What is known of the directory between two looks.
+/// The state between two reads of the directory.
 struct State {
     settings: ManifestSource,
     directory: Directory,
@@ -207,13 +210,13 @@ struct State {
 
 impl State {
     fn new(settings: ManifestSource) -> Self {
-        let beside = settings.status_file.as_deref().map(kept::beside);
-        let kept = Kept::new(beside.or_else(|| settings.last_good.clone()));
-        let (directory, catalog) = (Directory::new(&settings, kept), Catalog::new(&settings));
+        let beside = settings.status_file.as_deref().map(last_good::beside);
+        let last_good = LastGood::new(beside.or_else(|| settings.last_good.clone()));
+        let (directory, catalog) = (Directory::new(&settings, last_good), Catalog::new(&settings));
         Self { settings, directory, catalog, status: ManifestStatus::default() }
     }
 
-    /// Looks at the directory, but not at files that are being written, and answers what has changed.
+    /// Reads the directory, except files that are being written, and returns the changes.
     fn look(&mut self, writing: &HashSet<PathBuf>) -> Vec<Change> {
         let error = self.directory.look(writing).err().map(|error| {
             format!("cannot read the directory of manifests `{}`: {error}", self.settings.directory.display())
@@ -231,11 +234,11 @@ impl State {
         changes
     }
 
-    /// Says what was not said at the last look.
+    /// Logs the differences to the last status.
     fn log(&self, status: &ManifestStatus) {
         if status.error != self.status.error {
             match &status.error {
-                Some(error) => error!("{error}; what it held stays in force"),
+                Some(error) => error!("{error}; its last content stays in force"),
                 None => {
                     info!(directory = %self.settings.directory.display(), "the directory of manifests is back")
                 }
@@ -250,7 +253,7 @@ impl State {
                 error!(file = file.name, still_in_force = file.objects, "{error}");
             }
             if file.errors.is_empty() && !known.is_empty() {
-                info!(file = file.name, objects = file.objects, "the manifest file is good again");
+                info!(file = file.name, objects = file.objects, "the manifest file has no errors any more");
             }
         }
         let known: HashSet<&String> = self.status.warnings.iter().collect();
@@ -267,7 +270,7 @@ impl State {
     }
 }
 
-/// Writes beside the file and renames, so that nobody reads half of it.
+/// Writes a temporary file and renames it, so that a reader never sees half a file.
 fn write_whole(path: &Path, status: &ManifestStatus) -> std::io::Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let beside = path.with_file_name(format!(".{name}.new"));

@@ -1,7 +1,7 @@
-//! When to look at the directory again.
+//! Decides when to read the directory again.
 //!
-//! In: inotify events of the directory and of its parent. Out: the moment at which writers seem to have finished. The
-//! parent is watched for a directory that is removed, replaced or not there yet.
+//! In: inotify events of the directory and of its parent. Out: the moment when writers seem to have finished.
+//! The parent is watched for a directory that is deleted, replaced or created.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -21,33 +21,33 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-/// So long nothing must happen before the directory is looked at.
+/// The time without events before the directory is read.
 const QUIET: Duration = Duration::from_millis(20);
-/// So long a file that is being written is not read. Other files are.
+/// How long weir waits for a file that is being written. Other files are read meanwhile.
 const WRITER: Duration = Duration::from_secs(30);
-/// So long a directory that never comes to rest is waited for.
+/// How long weir waits for a directory with permanent events.
 const RESTLESS: Duration = Duration::from_secs(3);
 
-/// One thing that happened.
+/// The meaning of an event.
 enum Notice {
     /// The file was written to and is probably still open.
     Writing(PathBuf),
     /// The file was closed, moved or removed.
     Written(PathBuf),
-    /// The directory itself came, went or was replaced.
+    /// The directory itself was created, deleted or replaced.
     Directory,
-    /// Something else.
+    /// Any other change.
     Other,
 }
 
-/// The watch on a directory that may not exist.
+/// The watch on a directory, which need not exist.
 pub(super) struct Notices {
     directory: PathBuf,
     watcher: Option<RecommendedWatcher>,
     notices: UnboundedReceiver<Notice>,
     attached: Option<(u64, u64)>,
     parent: Option<(u64, u64)>,
-    /// The files that are being written, and until when that is waited for.
+    /// Files that are being written, each with the end of the wait for it.
     writing: HashMap<PathBuf, Instant>,
     longest: Duration,
 }
@@ -60,7 +60,7 @@ impl Notices {
         let watcher = notify::recommended_watcher(move |event| note(&about, event, &sender));
         let watcher = watcher
             .inspect_err(
-                |error| warn!(%error, "cannot watch for changed files; looking every second instead"),
+                |error| warn!(%error, "cannot watch for changed files; reading the directory every second instead"),
             )
             .ok();
         Self {
@@ -74,12 +74,13 @@ impl Notices {
         }
     }
 
-    /// Whether changes will be noticed by themselves.
+    /// Whether the watch works, so that changes are reported.
     pub(super) fn working(&self) -> bool {
         self.attached.is_some()
     }
 
-    /// Watches the directory that is there now. To be called before it is read, so that nothing is missed in between.
+    /// Watches the present directory. Must be called before the directory is read, so that no change is
+    /// missed in between.
     pub(super) fn attach(&mut self) {
         let Some(watcher) = &mut self.watcher else { return };
         if let Some(parent) = self.directory.parent() {
@@ -88,7 +89,7 @@ impl Notices {
         follow(watcher, &self.directory, &mut self.attached);
     }
 
-    /// The files that are being written now and should not be read yet.
+    /// The files that are being written and must not be read yet.
     pub(super) fn writing(&mut self) -> HashSet<PathBuf> {
         while let Ok(notice) = self.notices.try_recv() {
             self.take(notice);
@@ -98,9 +99,9 @@ impl Notices {
         self.writing.keys().cloned().collect()
     }
 
-    /// Waits until something has happened and then nothing more for a while, or until a file has been written to for so
-    /// long that it is read all the same. That a file is being written is nothing to look at yet.
-    pub(super) async fn settled(&mut self) {
+    /// Waits until there was an event and then none for a while, or until weir has waited long enough for a
+    /// file that is being written. A write to a file does not end the wait.
+    pub(super) async fn quiet(&mut self) {
         let mut latest: Option<Instant> = None;
         loop {
             let until =
@@ -117,13 +118,13 @@ impl Notices {
         }
     }
 
-    /// When the first file is read that is written to for too long.
+    /// When the first file is read although it is still being written.
     fn longest_wait(&self) -> Instant {
         let never = Instant::now() + Duration::from_secs(86_400);
         self.writing.values().copied().min().unwrap_or(never)
     }
 
-    /// Answers whether there may be something new to read.
+    /// Takes in an event. Returns whether there may be something new to read.
     fn take(&mut self, notice: Notice) -> bool {
         match notice {
             Notice::Writing(path) => {
@@ -141,13 +142,13 @@ impl Notices {
     }
 }
 
-/// Moves the watch on `path` to what is there now. `to` is what it is on.
+/// Moves the watch to what `path` is now. `to` identifies the watched directory.
 fn follow(watcher: &mut RecommendedWatcher, path: &Path, to: &mut Option<(u64, u64)>) {
     let there = fs::metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()));
     if there.is_some() && there == *to {
         return;
     }
-    // Fails when it was not watched, or was and is gone.
+    // Fails if it was not watched, or if the watched directory was deleted.
     let _ = watcher.unwatch(path);
     *to = there.filter(|_| {
         let watched = watcher.watch(path, RecursiveMode::NonRecursive);
@@ -155,10 +156,10 @@ fn follow(watcher: &mut RecommendedWatcher, path: &Path, to: &mut Option<(u64, u
     });
 }
 
-/// Tells about an event, unless it is about reading or about something else in the parent directory.
+/// Sends the meaning of an event, unless it reports a read or another file of the parent directory.
 fn note(directory: &Path, event: notify::Result<Event>, notices: &UnboundedSender<Notice>) {
     let Ok(Event { kind, mut paths, .. }) = event else {
-        // Events were lost, so anything may have happened.
+        // The kernel lost events, so anything may have changed.
         let _ = notices.send(Notice::Directory);
         return;
     };
@@ -174,7 +175,7 @@ fn note(directory: &Path, event: notify::Result<Event>, notices: &UnboundedSende
         (EventKind::Remove(_) | EventKind::Modify(ModifyKind::Name(_)), Some(path)) => Notice::Written(path),
         _ => Notice::Other,
     };
-    // The receiver is gone when the source ends.
+    // The receiver is dropped when the source ends.
     let _ = notices.send(notice);
 }
 
@@ -185,7 +186,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_file_that_stays_open_is_waited_for_but_not_for_ever() {
+    async fn a_file_that_stays_open_is_read_after_a_while() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.yaml");
         let mut notices = Notices::new(directory.path());
@@ -198,19 +199,19 @@ mod tests {
                 tokio::task::yield_now().await;
             }
             while !notices.writing().is_empty() {
-                notices.settled().await;
+                notices.quiet().await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(20), open).await.expect("it is read at last");
+        tokio::time::timeout(Duration::from_secs(20), open).await.expect("the file is read at last");
 
         file.write_all(b", and ended").unwrap();
         drop(file);
         let closed = async {
-            notices.settled().await;
+            notices.quiet().await;
             while !notices.writing().is_empty() {
-                notices.settled().await;
+                notices.quiet().await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(20), closed).await.expect("it is closed");
+        tokio::time::timeout(Duration::from_secs(20), closed).await.expect("the file is closed");
     }
 }

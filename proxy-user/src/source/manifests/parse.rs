@@ -1,7 +1,7 @@
-//! From a file's text to checked objects.
+//! Parses a file into checked objects.
 //!
-//! In: the text of a YAML or JSON file. Out: its [`Object`]s, with what the API server would fill in filled in, or all
-//! that is wrong with them by document and field.
+//! In: the text of a YAML or JSON file. Out: its [`Object`]s with the API server's defaults, or all errors by
+//! document and field.
 
 use std::{fmt, sync::Arc};
 
@@ -12,18 +12,18 @@ use serde_yaml_ng::Value;
 use super::{address::Ranges, check};
 use crate::model::Object;
 
-/// What is wrong in a manifest.
+/// An error in a manifest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ManifestError {
-    /// The file's name.
+    /// The name of the file.
     pub file: Arc<str>,
-    /// Which document of the file, counted from 1; 0 for the file as a whole.
+    /// The document of the file, counted from 1; 0 means the whole file.
     pub document: usize,
     /// The object as `Kind namespace/name`, as far as known.
     pub object: Option<String>,
-    /// The path of the field; empty for the document as a whole.
+    /// The path of the field; empty for the whole document.
     pub field: String,
-    /// What is wrong with it.
+    /// The problem with the field.
     pub reason: String,
 }
 
@@ -33,7 +33,7 @@ impl ManifestError {
         Self { file, document: 0, object: None, field: String::new(), reason }
     }
 
-    /// The message without the file's name.
+    /// The message without the name of the file.
     pub(super) fn in_file(&self) -> impl fmt::Display {
         fmt::from_fn(move |f| {
             match (self.document, &self.object) {
@@ -57,14 +57,14 @@ impl fmt::Display for ManifestError {
 
 impl std::error::Error for ManifestError {}
 
-/// One object and where it stands.
+/// An object and its position.
 #[derive(Clone, Debug)]
 pub(super) struct Item {
     pub(super) object: Arc<Object>,
     pub(super) document: usize,
 }
 
-/// What a file holds.
+/// The content of a file.
 #[derive(Debug, Default)]
 pub(super) struct Parsed {
     pub(super) items: Vec<Item>,
@@ -72,19 +72,20 @@ pub(super) struct Parsed {
     pub(super) warnings: Vec<String>,
 }
 
-/// What becomes of fields that the kind does not have.
+/// The treatment of fields that the kind does not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Unknown {
-    /// They are errors, as for `kubectl apply`: most are slips of the pen, and what was meant would be missing silently.
+    /// They are errors, as for `kubectl apply`, because most are typing errors and the intended field would
+    /// be missing.
     Refused,
-    /// They mean nothing.
-    PassedOver,
+    /// They are ignored.
+    Ignored,
 }
 
-/// Reads a whole file.
+/// Parses a file.
 pub(super) fn parse(file: &Arc<str>, text: &str, ranges: &Ranges, unknown: Unknown) -> Parsed {
     let mut reader = Reader { file, ranges, unknown, parsed: Parsed::default(), document: 0 };
-    // A byte order mark, as some editors put it, is for the parser a character of the first word.
+    // The parser would take a byte order mark, which some editors write, for a character of the first word.
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let json = file.ends_with(".json");
     let syntax = if json { reader.documents_of_json(text) } else { reader.documents_of_yaml(text) };
@@ -102,11 +103,11 @@ struct Reader<'a> {
     document: usize,
 }
 
-/// How many brackets may be open at a time in a document: far more than any object has. The YAML parser needs time by the
-/// square of it, and finds out only at the end that it is too much.
+/// The most brackets that may be open in a document, far more than any object has. The YAML parser's time
+/// grows with the square of this number before it reports an error.
 const DEEPEST: usize = 1000;
 
-/// The line in which more brackets are open than may be, whether or not some of them are part of a text.
+/// The line in which too many brackets are open. Brackets inside of strings count too.
 fn too_deep(text: &str) -> Option<usize> {
     let mut depth = 0_usize;
     for (number, line) in (1..).zip(text.lines()) {
@@ -155,7 +156,7 @@ impl Reader<'_> {
         }
     }
 
-    /// Reads an object; `at` is its path in the document, `expected` the kind it need not repeat.
+    /// Parses an object. `at` is its path in the document, and `expected` is the kind if the list has one.
     fn object(&mut self, value: Value, at: &str, expected: Option<&str>) {
         if !value.is_mapping() {
             self.fail(None, at, "is not an object".to_owned());
@@ -175,8 +176,9 @@ impl Reader<'_> {
                 Some(member) => self.list(value, at, Some(member).filter(|member| !member.is_empty())),
                 None => {
                     let Self { file, document, .. } = self;
-                    let warning =
-                        format!("{file}: document {document}: kind `{kind}` is not used here; ignored");
+                    let warning = format!(
+                        "{file}: document {document}: kind `{kind}` is ignored, because weir does not use it"
+                    );
                     self.parsed.warnings.push(warning);
                 }
             },
@@ -224,7 +226,7 @@ impl Reader<'_> {
                 return;
             }
         };
-        // What is missing may be what an unknown field was to be.
+        // A missing field may be the intended name of an unknown field.
         if refused {
             return;
         }
@@ -238,13 +240,13 @@ impl Reader<'_> {
         }
     }
 
-    /// Complains of fields that are not known, if that is asked for. Answers whether there are any to complain of.
+    /// Reports unknown fields, unless they are ignored. Returns whether it reported any.
     fn refuse_unknown(&mut self, object: Option<&str>, at: &str, fields: &[String]) -> bool {
-        if self.unknown == Unknown::PassedOver {
+        if self.unknown == Unknown::Ignored {
             return false;
         }
         for field in fields {
-            let reason = "is no field of this kind".to_owned();
+            let reason = "is not a field of this kind".to_owned();
             self.fail(object.map(ToOwned::to_owned), &join(at, field), reason);
         }
         !fields.is_empty()
@@ -259,7 +261,7 @@ impl Reader<'_> {
 /// The fields of a list of objects.
 const LIST_FIELDS: [&str; 4] = ["apiVersion", "kind", "metadata", "items"];
 
-/// A path as all complaints have it.
+/// A path in the form of all messages.
 fn written(path: &Path<'_>) -> String {
     match path {
         Path::Root => String::new(),
@@ -278,7 +280,7 @@ fn join(at: &str, field: &str) -> String {
     }
 }
 
-/// `Kind namespace/name`, as far as the metadata goes.
+/// `Kind namespace/name`, as far as the metadata has them.
 fn title(kind: &str, value: &Value) -> String {
     let text =
         |key: &str| value.get("metadata").and_then(|metadata| metadata.get(key)).and_then(Value::as_str);

@@ -1,6 +1,6 @@
-//! What became of the manifests, in a form to print and to save.
+//! The state of the manifests, to print and to save.
 //!
-//! In: the directory and the catalog. Out: [`ManifestStatus`], which `weir status` shows.
+//! In: the directory and the catalog. Out: [`ManifestStatus`], written to the status file.
 
 use std::net::IpAddr;
 
@@ -9,68 +9,68 @@ use serde::{Deserialize, Serialize};
 use super::{catalog::Catalog, directory::Directory};
 use crate::model::Protocol;
 
-/// What became of the manifests.
+/// The state of the manifests.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ManifestStatus {
-    /// Why the directory cannot be read. What it last held stays in force.
+    /// Why the directory cannot be read. Its last content stays in force.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
     /// The files, by name.
     pub files: Vec<FileStatus>,
-    /// What Services were given, by Service.
+    /// The allocations, by Service.
     pub allocations: Vec<Allocation>,
-    /// What is odd but does no harm.
+    /// Warnings, which change nothing for traffic.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
 }
 
-/// What became of one file.
+/// The state of one file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct FileStatus {
-    /// The file's name in the directory.
+    /// The name of the file in the directory.
     pub name: String,
-    /// How many objects it held when it was last right.
+    /// The number of objects in its last valid content.
     pub objects: usize,
-    /// What is wrong with it. What it last held rightly stays in force.
+    /// Its errors. The last valid content stays in force.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub errors: Vec<String>,
 }
 
-/// What a Service was given because its manifest left the choice.
+/// The addresses and ports that were allocated for a Service.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Allocation {
-    /// The Service, as `namespace/name`.
+    /// The Service as `namespace/name`.
     pub service: String,
-    /// All its ClusterIPs when at least one of them was allocated; the first is the primary one.
+    /// All its ClusterIPs if at least one of them was allocated; the first is the primary one.
     #[serde(default, rename = "clusterIPs", skip_serializing_if = "Vec::is_empty")]
     pub cluster_ips: Vec<IpAddr>,
-    /// The NodePorts that were allocated.
+    /// The allocated NodePorts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub node_ports: Vec<NodePortAllocation>,
-    /// The health check port that was allocated.
+    /// The allocated health check port.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub health_check_node_port: Option<u16>,
 }
 
 impl Allocation {
-    /// Whether nothing was left to choose.
+    /// Whether nothing was allocated.
     pub(super) fn is_empty(&self) -> bool {
         self.cluster_ips.is_empty() && self.node_ports.is_empty() && self.health_check_node_port.is_none()
     }
 }
 
-/// The NodePort of one service port.
+/// The allocated NodePort of a service port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct NodePortAllocation {
     /// The service port.
     pub port: u16,
-    /// Its protocol.
+    /// The transport protocol.
     pub protocol: Protocol,
-    /// What it was given.
+    /// The allocated port.
     pub node_port: u16,
 }
 

@@ -1,7 +1,7 @@
-//! The text that each file last said rightly, kept on disk.
+//! Stores the last valid text of each manifest file on disk.
 //!
-//! In: the text of a file that is right. Out: that text, for an agent that starts while the file is wrong: what it said
-//! before is programmed and stays in force, also over a restart.
+//! In: the text of a valid file. Out: that text, for an agent that starts while the file has errors. So the
+//! last valid content stays in force over a restart.
 
 use std::{
     collections::BTreeSet,
@@ -12,45 +12,45 @@ use std::{
 
 use tracing::{debug, warn};
 
-/// Where the text of files is kept.
+/// The directory of the stored texts.
 #[derive(Debug)]
-pub(super) struct Kept {
+pub(super) struct LastGood {
     directory: Option<PathBuf>,
-    /// Whether it was said already that nothing can be kept.
-    complained: bool,
+    /// Whether a failure to store was logged.
+    warned: bool,
 }
 
-impl Kept {
-    /// Keeps text in this directory, or nowhere.
+impl LastGood {
+    /// Stores in this directory, or nowhere.
     pub(super) const fn new(directory: Option<PathBuf>) -> Self {
-        Self { directory, complained: false }
+        Self { directory, warned: false }
     }
 
-    /// What a file last said rightly, if that is known.
+    /// The last valid text of a file, if it is stored.
     pub(super) fn text(&self, name: &str) -> Option<String> {
         let path = self.directory.as_ref()?.join(name);
         let text = fs::read_to_string(&path);
-        text.inspect_err(|error| debug!(file = %path.display(), %error, "nothing is kept of a manifest file"))
+        text.inspect_err(|error| debug!(file = %path.display(), %error, "no stored text of a manifest file"))
             .ok()
     }
 
-    /// Keeps what a file says. Answers whether that could be done, or need not be.
-    pub(super) fn keep(&mut self, name: &str, text: &str) -> bool {
+    /// Stores the text of a file. Returns false if that failed.
+    pub(super) fn store(&mut self, name: &str, text: &str) -> bool {
         let Some(directory) = &self.directory else { return true };
         let Err(error) = write(directory, name, text) else {
-            self.complained = false;
+            self.warned = false;
             return true;
         };
-        if !std::mem::replace(&mut self.complained, true) {
+        if !std::mem::replace(&mut self.warned, true) {
             warn!(
                 directory = %directory.display(), %error,
-                "cannot keep what manifest files say; a restart will forget it for files that are wrong then"
+                "cannot store manifest files; a restart loses the objects of files that have errors then"
             );
         }
         false
     }
 
-    /// Forgets the files that are not among these.
+    /// Removes the texts of all other files.
     pub(super) fn retain(&self, names: &BTreeSet<String>) {
         let Some(directory) = &self.directory else { return };
         let entries = fs::read_dir(directory).into_iter().flatten().flatten();
@@ -58,13 +58,13 @@ impl Kept {
             entries.filter(|entry| !entry.file_name().to_str().is_some_and(|name| names.contains(name)))
         {
             if let Err(error) = fs::remove_file(entry.path()) {
-                debug!(file = %entry.path().display(), %error, "cannot forget a manifest file");
+                debug!(file = %entry.path().display(), %error, "cannot remove the stored text of a manifest file");
             }
         }
     }
 }
 
-/// Writes beside the file and renames, so that a crash leaves the old text or the new one.
+/// Writes a temporary file and renames it, so that a crash leaves either the old text or the new one.
 fn write(directory: &Path, name: &str, text: &str) -> io::Result<()> {
     let path = directory.join(name);
     if fs::read(&path).is_ok_and(|known| known == text.as_bytes()) {
@@ -76,7 +76,7 @@ fn write(directory: &Path, name: &str, text: &str) -> io::Result<()> {
     fs::rename(&beside, path)
 }
 
-/// The place beside a status file.
+/// The directory next to a status file.
 pub(super) fn beside(status_file: &Path) -> PathBuf {
     let name = status_file.file_name().and_then(OsStr::to_str).unwrap_or_default();
     status_file.with_file_name(format!(".{name}.last-good"))
