@@ -18,7 +18,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{ .Values.serviceAccount.name | default (include "weir.fullname" .) }}
 {{- end }}
 
-{{- /* Of the whole cluster, so that a release of the same name in another namespace has others. */ -}}
+{{- /* With the namespace, because these objects are cluster-wide and a release in another namespace may have the same name. */ -}}
 {{- define "weir.clusterRole" -}}
 {{ .Release.Namespace }}:{{ include "weir.fullname" . }}
 {{- end }}
@@ -35,7 +35,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- mergeOverwrite (deepCopy .Values.config) $fixed | toYaml }}
 {{- end }}
 
-{{- /* Named by its content, so that pods keep the configuration that they were made for, and another one is a rollout. */ -}}
+{{- /* The name contains a hash of the content, so that running pods keep their configuration and a changed one is rolled out. */ -}}
 {{- define "weir.configMap" -}}
 {{ include "weir.fullname" . }}-{{ include "weir.configuration" . | sha256sum | trunc 10 }}
 {{- end }}
@@ -48,12 +48,12 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 {{- end }}
 
-{{- /* As `--master` has them. */ -}}
+{{- /* In the form of `--master`. */ -}}
 {{- define "weir.apiServers" -}}
 {{ .Values.apiServers | join "," | default .Values.apiServer }}
 {{- end }}
 
-{{- /* `dns` was a boolean once, and values that a release keeps may still say so. */ -}}
+{{- /* `dns` was a boolean in earlier versions, and the kept values of a release may still have that. */ -}}
 {{- define "weir.dns" -}}
 {{- if kindIs "bool" .Values.dns }}
 enabled: {{ .Values.dns }}
@@ -97,14 +97,14 @@ enabled: {{ .Values.dns }}
 {{- end }}
 {{- end }}
 
-{{- /* Whether the eBPF data plane may serve; nothing that only it needs is asked for otherwise. */ -}}
+{{- /* Whether the socket plane may run. If not, the pods request nothing that only it needs. */ -}}
 {{- define "weir.ebpf" -}}
 {{ if ne .Values.proxyMode "nftables" }}true{{ end }}
 {{- end }}
 
 {{- /*
-nftables, connection tracking and their socket buffers ask for NET_ADMIN. BPF and PERFMON load the kernel programs; SYS_ADMIN
-enters pods' network namespaces to close sockets whose backend is gone.
+nftables, connection tracking and their socket buffers need NET_ADMIN. Loading the kernel programs needs BPF and PERFMON.
+Entering pods' network namespaces, to close sockets whose backend is gone, needs SYS_ADMIN.
 */ -}}
 {{- define "weir.capabilities" -}}
 {{- $default := list "NET_ADMIN" }}
@@ -117,7 +117,7 @@ enters pods' network namespaces to close sockets whose backend is gone.
 {{- .Values.capabilities | default $default | toJson }}
 {{- end }}
 
-{{- /* A privileged container has all capabilities and no profile, and the API server refuses some of the rest beside it. */ -}}
+{{- /* A privileged container has all capabilities and no profile, and the API server rejects some other settings with it. */ -}}
 {{- define "weir.securityContext" -}}
 {{- if .Values.securityContext.privileged }}
 {{- omit .Values.securityContext "allowPrivilegeEscalation" "seLinuxOptions" "seccompProfile" | toYaml }}
@@ -127,12 +127,12 @@ capabilities: {drop: [ALL], add: {{ include "weir.capabilities" . }}}
 {{- end }}
 {{- end }}
 
-{{- /* The port of an address as kube-proxy's configuration has it. In: list of address and default port. */ -}}
+{{- /* The port of an address in the form of kube-proxy's configuration. In: list of address and default port. */ -}}
 {{- define "weir.port" -}}
 {{ regexFind "[0-9]+$" (regexFind ":[0-9]+$" (index . 0)) | default (index . 1) }}
 {{- end }}
 
-{{- /* Whom the kubelet asks about health: this node's address, or the one that health is bound to. */ -}}
+{{- /* The address for the kubelet's probes: the node's, or the one that the health server is bound to. */ -}}
 {{- define "weir.probe" -}}
 {{- $address := .Values.config.healthzBindAddress | default "" -}}
 {{- $host := regexReplaceAll ":[0-9]+$" $address "" | trimPrefix "[" | trimSuffix "]" -}}
