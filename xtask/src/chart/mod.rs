@@ -221,7 +221,7 @@ pub(crate) fn readme(machine: &Machine) -> Result<String> {
     };
     let values = described(&read("values.yaml")?)?;
     let mut text = read("README.md.in")?;
-    text.push_str("\n| value | default | |\n| --- | --- | --- |\n");
+    text.push_str("\n| value | default | meaning |\n| --- | --- | --- |\n");
     for Described { path, default, comment } in values {
         text.push_str(&format!("| `{path}` | `{default}` | {comment} |\n"));
     }
