@@ -1,6 +1,6 @@
 //! An error and its causes in one line.
 //!
-//! In: an error. Out: its text and the texts of its causes. A cause whose text is already there is left out,
+//! In: an error. Out: its text and the texts of its causes. A text that is already there is left out,
 //! because some errors repeat the text of their cause, and the verifier's message, which is such a cause, is
 //! long.
 

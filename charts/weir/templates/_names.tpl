@@ -104,7 +104,7 @@ enabled: {{ .Values.dns }}
 
 {{- /*
 nftables, connection tracking and their socket buffers need NET_ADMIN. Loading the kernel programs needs BPF and PERFMON.
-Entering pods' network namespaces, to close sockets whose backend is gone, needs SYS_ADMIN.
+Entering pods' network namespaces, to close sockets of removed backends, needs SYS_ADMIN.
 */ -}}
 {{- define "weir.capabilities" -}}
 {{- $default := list "NET_ADMIN" }}

@@ -97,7 +97,7 @@ pub struct CleanupArgs {
     /// Remove what kube-proxy left in the kernel, and nothing of weir
     #[arg(long)]
     pub kube_proxy: bool,
-    /// With --kube-proxy: networks whose IPVS virtual servers are kept, because they are not kube-proxy's
+    /// With --kube-proxy: networks of IPVS virtual servers to keep, because they are not kube-proxy's
     #[arg(long, value_name = "CIDR,…", value_delimiter = ',', requires = "kube_proxy")]
     pub ipvs_exclude_cidrs: Vec<IpNet>,
     /// Where the pinned objects are.

@@ -172,7 +172,7 @@ pub struct ReplacedByFile {
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
     #[serde(serialize_with = "is_given")]
     ipvs_min_sync_period: Option<GoDuration>,
-    /// Networks whose IPVS virtual servers weir keeps when it takes over from kube-proxy's ipvs mode
+    /// Networks of IPVS virtual servers that weir keeps when it takes over from kube-proxy's ipvs mode
     #[arg(long, value_name = "CIDR,…", value_delimiter = ',')]
     ipvs_exclude_cidrs: Option<Vec<String>>,
     /// Connections to track for each CPU; 0 keeps the kernel's limit [default: 32768]

@@ -139,7 +139,7 @@ pub struct Config {
     /// Verbosity and format of the log.
     pub log: LogConfig,
     /// Whether weir removes what kube-proxy left once its own state is in force. The value holds networks
-    /// whose IPVS virtual servers are kept.
+    /// of IPVS virtual servers that are kept.
     pub take_over: Option<Vec<IpNet>>,
     /// The configuration file, if there is one.
     pub file: Option<PathBuf>,

@@ -1,8 +1,8 @@
 //! Whether the socket plane serves a pod, or leaves its sockets alone, so that nftables serves the pod.
 //!
 //! In: a Pod and its Namespace. Out: [`SocketLb`]. An annotation or label on the pod decides, else one on the
-//! namespace. Without either, weir leaves pods alone whose sockets are not in the host's kernel, and pods
-//! with a mesh inside their network namespace that needs the Service's address.
+//! namespace. Without either, weir leaves a pod alone if its sockets are not in the host's kernel, or if a
+//! mesh inside its network namespace needs the Service's address.
 
 use std::{fmt, sync::Arc};
 

@@ -56,13 +56,14 @@ fn reason(metadata: Value, spec: Value) -> Option<String> {
 #[test]
 fn a_pods_choice_overrides_its_namespaces() {
     for place in ["annotations", "labels"] {
-        let of = |pod_says: Option<&str>, namespace_says: Option<&str>| {
-            let says = |value: Option<&str>| value.map_or(json!({}), |value| choice(place, value));
-            let pods = after([pod("a", says(pod_says), json!({})), namespace("shop", says(namespace_says))]);
+        let of = |of_pod: Option<&str>, of_namespace: Option<&str>| {
+            let metadata = |value: Option<&str>| value.map_or(json!({}), |value| choice(place, value));
+            let pods =
+                after([pod("a", metadata(of_pod), json!({})), namespace("shop", metadata(of_namespace))]);
             bypassed(&pods).len()
         };
-        let said = [None, Some("on"), Some("off")];
-        let table = said.map(|pod| said.map(|namespace| of(pod, namespace)));
+        let choices = [None, Some("on"), Some("off")];
+        let table = choices.map(|pod| choices.map(|namespace| of(pod, namespace)));
         assert_eq!(table, [[0, 0, 1], [0, 0, 0], [1, 1, 1]], "{place}");
     }
 }

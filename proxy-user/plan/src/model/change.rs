@@ -1,7 +1,7 @@
 //! [`Change`]: what the sources send to the model.
 //!
 //! In: objects of the Kubernetes API. Out: a [`Change`] for each object that is new, has changed or was
-//! deleted, and one for each kind whose first list is complete.
+//! deleted, and one for each kind when its first list is complete.
 
 use std::fmt;
 
@@ -30,7 +30,7 @@ pub enum Kind {
     ServiceCidr,
     /// Pods of this node.
     Pod,
-    /// Namespaces, whose annotations and labels apply to their pods.
+    /// Namespaces. Their annotations and labels apply to their pods.
     Namespace,
 }
 

@@ -1,6 +1,6 @@
 //! [`Model`]: the state of the cluster, and the Services that a change affects.
 //!
-//! In: [`Change`]s in any order. Out: the names of Services whose plan must be computed again, and the parts
+//! In: [`Change`]s in any order. Out: the names of Services to plan again, and the parts
 //! that plans are made of.
 
 use std::{collections::BTreeMap, mem, net::IpAddr};
@@ -110,7 +110,7 @@ impl Model {
         needed.into_iter().all(|kind| self.synced.contains(&kind))
     }
 
-    /// The sorted names of Services whose plan may have changed since the last call. Deleted Services are
+    /// The sorted names of Services to plan again since the last call. Deleted Services are
     /// among them.
     pub fn take_dirty(&mut self) -> Vec<ObjectName> {
         let mut dirty: Vec<ObjectName> = mem::take(&mut self.dirty).into_iter().collect();
@@ -159,7 +159,7 @@ impl Model {
         self.host_addresses.as_deref()
     }
 
-    /// The networks whose DNS queries weir answers; `None` means all.
+    /// The networks of DNS clients that weir answers; `None` means all.
     #[must_use]
     pub fn name_clients(&self) -> Option<NameClients> {
         let pods = self.node.as_ref().map(|node| node.pod_networks).unwrap_or_default();
@@ -287,7 +287,7 @@ impl Model {
         self.mark_dirty_by_node(&before);
     }
 
-    /// Marks the Services whose plans depend on what changed since `before`.
+    /// Marks the Services that depend on what changed since `before`.
     fn mark_dirty_by_node(&mut self, before: &NodeView) {
         let zone = before.zone != self.view.zone;
         let addresses = before.addresses != self.view.addresses;

@@ -1,7 +1,7 @@
-//! The Service in whose place weir answers DNS, and the clients that it answers.
+//! The Service that weir replaces for DNS, and the clients that weir answers.
 //!
 //! In: Services, the operator's settings, and this Node's podCIDRs. Out: the cluster's DNS Service, and the
-//! networks whose queries are answered. The DNS server and the plan both read this module, because they must
+//! networks of the clients. The DNS server and the plan both read this module, because they must
 //! agree.
 
 use std::{fmt, net::IpAddr};
@@ -117,7 +117,7 @@ impl DnsServices {
     }
 }
 
-/// Networks whose DNS queries weir answers, besides this node's own, by family. One of the two families may
+/// Networks of DNS clients, besides this node's own, by family. One of the two families may
 /// be empty; in it every client is answered, because pods cannot be recognized there.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct NameClients(PerFamily<Vec<IpNet>>);

@@ -1,6 +1,6 @@
 //! The state of the cluster that this node needs: Services, their endpoints, this Node.
 //!
-//! In: [`Change`]s. Out: the names of Services whose plan may have changed, and the input of
+//! In: [`Change`]s. Out: the names of Services to plan again, and the input of
 //! [`crate::plan::plan_service`]. Kubernetes API types end here.
 
 use std::{borrow::Borrow, fmt, sync::Arc};

@@ -24,7 +24,7 @@ pub enum LocalTraffic {
     Source(IpNet),
     /// By arrival on this interface.
     Interface(String),
-    /// By arrival on an interface whose name has this prefix.
+    /// By arrival on an interface with this prefix of its name.
     InterfacePrefix(String),
 }
 

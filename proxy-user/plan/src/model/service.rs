@@ -55,7 +55,7 @@ pub struct Service {
     pub on_removal: Removal,
 }
 
-/// The fate of sockets whose backend stopped serving.
+/// The fate of sockets after their backend stopped serving.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub enum Removal {
     /// weir keeps them; the client notices by itself.
@@ -178,7 +178,7 @@ fn read_external_ips(
     }))
 }
 
-/// Reads the addresses whose traffic the node delivers, according to their ipMode (R11).
+/// Reads the addresses that the node serves, according to their ipMode (R11).
 fn read_load_balancer_ips(service: &api::Service, problems: &mut Vec<Problem>) -> Box<[IpAddr]> {
     let balancer = service.status.as_ref().and_then(|status| status.load_balancer.as_ref());
     let ingress = balancer.and_then(|balancer| balancer.ingress.as_deref()).unwrap_or_default();

@@ -17,7 +17,7 @@ pub enum DetectLocal {
     NodeCidr,
     /// By arrival through this bridge.
     Bridge(String),
-    /// By arrival through an interface whose name has this prefix.
+    /// By arrival through an interface with this prefix of its name.
     InterfacePrefix(String),
 }
 

@@ -86,7 +86,7 @@ pub struct Conflict {
     pub frontend: Frontend,
     /// The Service that owns it.
     pub owner: ObjectName,
-    /// The Service whose claim lost.
+    /// The Service that loses.
     pub service: ObjectName,
     /// Why the owner won.
     pub precedence: Precedence,

@@ -19,7 +19,7 @@ impl Delta {
 
 impl PortPlan {
     /// Reorders the backend sets so that a backend that stays keeps its slot. Free slots go first to new
-    /// backends, then to backends whose slot is beyond the new end. The sets themselves do not change.
+    /// backends, then to backends with a slot beyond the new end. The sets themselves do not change.
     pub fn keep_slots(&mut self, before: &Self) {
         keep_slots(&mut self.cluster, &before.cluster);
         keep_slots(&mut self.local, &before.local);

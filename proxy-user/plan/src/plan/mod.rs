@@ -226,7 +226,7 @@ pub struct PortPlan {
     pub frontends: Vec<FrontendPlan>,
     /// The timeout of session affinity in seconds (A1); `None` without session affinity.
     pub affinity: Option<u32>,
-    /// The fate of sockets whose backend stopped serving. For UDP always an immediate reset, because UDP
+    /// The fate of sockets after their backend stopped serving. For UDP always an immediate reset, because UDP
     /// clients would not notice (K2).
     pub on_removal: Removal,
     /// Every serving or ready endpoint on any node, sorted. UDP flows and sockets to any other backend are
@@ -309,7 +309,7 @@ pub struct NodePlan {
     pub service_cidrs: Vec<IpNet>,
     /// Whether a frontend may have [`FrontendPlan::answered_here`].
     pub answers_names: bool,
-    /// The clients, besides this host, whose DNS queries weir answers; `None` means all.
+    /// The DNS clients that weir answers, besides this host; `None` means all.
     pub name_clients: Option<NameClients>,
     /// Whether TCP packets outside the window are dropped on their way to and from pods.
     pub drops_out_of_window: bool,

@@ -361,7 +361,7 @@ async fn versions(settings: &KubeSource) -> Result<Versions, ConnectError> {
     Ok(Versions::open(settings.versions.as_deref(), &identity))
 }
 
-/// A client without retries, whose connections detect a dead peer within a minute. Watches share one HTTP/2
+/// A client without retries. Its connections detect a dead peer within a minute. Watches share one HTTP/2
 /// connection if the server supports it. Other requests have connections of their own, which are closed after
 /// a short idle time.
 fn client(config: &kube::Config, manner: &Manner) -> Result<Client, BoxError> {

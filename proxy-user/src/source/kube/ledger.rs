@@ -25,7 +25,7 @@ pub(super) struct Ledger {
     known: FxHashMap<ObjectName, u32>,
     list: u32,
     listing: bool,
-    /// Whether the running list has an object whose name cannot be read.
+    /// Whether the running list has an object with an unreadable name.
     unnamed: bool,
     synced: bool,
 }

@@ -295,7 +295,7 @@ impl<K: Watched> Watch<K> {
         Ok(anew)
     }
 
-    /// The delay after this refusal, where `asked` is the delay that the server asks for.
+    /// The delay after this refusal. `asked` is the delay that the server requires.
     fn delay(&mut self, refusal: Refusal, asked: Option<Duration>) -> Duration {
         let delay = self.retry.delay(refusal, K::ABSENT != Absent::Insist);
         let delay = if refusal == Refusal::Gone && self.ledger.synced() { spread(delay) } else { delay };

@@ -1,4 +1,4 @@
-//! The address families and ClusterIPs that a Service asks for.
+//! The address families and ClusterIPs that a Service requests.
 //!
 //! In: a Service's spec and the configured ranges. Out: its families, primary first, and the addresses in its
 //! spec. The rules are those by which the API server completes spec.ipFamilies and spec.ipFamilyPolicy.

@@ -1,4 +1,4 @@
-//! Allocates ClusterIPs and NodePorts for Services whose manifest leaves them open.
+//! Allocates ClusterIPs and NodePorts for Services with a manifest that leaves them open.
 //!
 //! In: all Services of the directory and the configured ranges. Out: an [`Allocation`] for each Service that
 //! needs one. The search starts at a position that is a hash of the Service's name, so the same directory

@@ -54,7 +54,7 @@ const LOOK_FOR_DIRECTORY: Duration = Duration::from_secs(1);
 /// The manifests to read, and the ranges for Services that leave their addresses open.
 #[derive(Clone, Debug)]
 pub struct ManifestSource {
-    /// The directory. Subdirectories and files whose names start with a dot are ignored.
+    /// The directory. Subdirectories, and files with a name that starts with a dot, are ignored.
     pub directory: PathBuf,
     /// The name of this node's Node. Other Nodes are ignored.
     pub node: String,

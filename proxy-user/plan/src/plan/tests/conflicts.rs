@@ -43,7 +43,7 @@ impl Fixture {
         delta
     }
 
-    /// The Services whose plan has this external address.
+    /// The Services with this external address in their plan.
     fn owners(&self, ip: &str) -> Vec<String> {
         let ip: std::net::IpAddr = ip.parse().unwrap();
         let has = crate::plan::Destination::Address(ip);

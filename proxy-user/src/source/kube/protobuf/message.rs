@@ -24,7 +24,7 @@ pub(super) struct Raw {
     pub(super) raw: Bytes,
 }
 
-/// runtime `Unknown`: an object, whose kind is what was asked for.
+/// runtime `Unknown`: an object of the requested kind.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Unknown {
     #[prost(bytes = "bytes", tag = "2")]

@@ -74,7 +74,7 @@ fn list(items: &[&'static [u8]]) -> Vec<u8> {
     around(List { metadata, items, unknown: "skipped".to_owned() }.encode_to_vec())
 }
 
-/// The parts of a list whose bytes arrive in pieces of this size.
+/// The parts of a list that arrives in pieces of this size.
 fn parts(bytes: &[u8], size: usize) -> Result<Vec<String>, Unreadable> {
     let (mut parts, mut buffer, mut seen) = (Parts::new(), BytesMut::new(), Vec::new());
     let word = |part| match part {
@@ -136,7 +136,7 @@ fn malformed_lists_are_refused() {
     // An item that is longer than its list.
     let too_long = around(vec![0x12, 0x7f, 0x00]);
     assert!(matches!(parts(&too_long, 64), Err(Unreadable::List)));
-    // A field whose length is beyond any limit.
+    // A field with a length beyond any limit.
     let endless = [MAGIC, &[0x0a, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01]].concat();
     assert!(matches!(parts(&endless, 64), Err(Unreadable::List)));
     assert!(matches!(object(Bytes::from_static(b"no")), Err(Unreadable::Magic)));
@@ -175,7 +175,7 @@ fn good(name: &str, version: u64) -> Vec<u8> {
     message::Service { metadata: metadata(name, version), ..Default::default() }.encode_to_vec()
 }
 
-/// An object whose spec has a length beyond the object.
+/// An object with a spec that is longer than the object.
 fn broken(name: &str, version: u64) -> Vec<u8> {
     let identified = message::Service { metadata: metadata(name, version), ..Default::default() };
     let head = identified.encode_to_vec();
@@ -193,7 +193,7 @@ fn event(kind: &'static str, object: Vec<u8>) -> Vec<u8> {
     frame.to_vec()
 }
 
-/// A client whose server sends these responses one by one, and the requests that it received.
+/// A client of a server that sends these responses one by one, and the requests that the server received.
 fn server(answers: Vec<Vec<u8>>) -> (Client, Arc<Mutex<Vec<String>>>) {
     let asked = Arc::new(Mutex::new(Vec::new()));
     let (seen, answers) = (Arc::clone(&asked), Arc::new(Mutex::new(answers.into_iter())));

@@ -26,7 +26,7 @@ fn a_file_that_is_too_large_or_too_deep_does_not_delay_others() {
     assert_eq!(fixture.errors(), Vec::<String>::new());
 }
 
-/// As in `kubectl apply`, whose `--validate` is strict.
+/// As in `kubectl apply`, which validates strictly.
 #[test]
 fn an_unknown_field_is_an_error_and_other_files_are_served() {
     let mut fixture = Fixture::new(&[("a.yaml", &service("a", "")), ("b.yaml", &service("b", ""))]);
