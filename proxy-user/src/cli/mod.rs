@@ -80,7 +80,7 @@ pub struct PlanArgs {
 /// Flags of `weir probe`.
 #[derive(Args, Debug)]
 pub struct ProbeArgs {
-    /// Where the pinned objects would be.
+    /// The place where objects would be pinned.
     #[command(flatten)]
     pub kernel: KernelArgs,
     /// Output format
@@ -100,7 +100,7 @@ pub struct CleanupArgs {
     /// With --kube-proxy: networks of IPVS virtual servers to keep, because they are not kube-proxy's
     #[arg(long, value_name = "CIDR,…", value_delimiter = ',', requires = "kube_proxy")]
     pub ipvs_exclude_cidrs: Vec<IpNet>,
-    /// Where the pinned objects are.
+    /// The place of the pinned objects.
     #[command(flatten)]
     pub kernel: KernelArgs,
     /// Log settings.

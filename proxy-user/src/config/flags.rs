@@ -44,7 +44,7 @@ pub struct ConfigArgs {
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true",
           action = ArgAction::Set, hide_possible_values = true, value_name = "BOOL")]
     pub(super) take_over: bool,
-    /// Where the pinned objects are.
+    /// The place of the pinned objects.
     #[command(flatten)]
     pub kernel: KernelArgs,
     /// Log settings.
@@ -61,7 +61,7 @@ pub struct ConfigArgs {
     pub(super) ignored: IgnoredFlags,
 }
 
-/// Where the kernel objects of the socket plane are.
+/// The place of the socket plane's kernel objects.
 #[derive(Args, Clone, Debug)]
 pub struct KernelArgs {
     /// Root of the cgroup v2 tree [default: where it is mounted]

@@ -19,7 +19,7 @@ pub struct Host {
     pub name: String,
     /// The address families that the kernel supports (R17).
     pub families: PerFamily<bool>,
-    /// Where cgroup v2 is mounted: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` beside version 1. If there
+    /// The mount point of cgroup v2: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` beside version 1. If there
     /// are several mounts, the one that shows most of the tree. `None` if there is none.
     pub cgroup_root: Option<PathBuf>,
 }

@@ -45,7 +45,7 @@ pub enum ProxyMode {
     Nftables,
 }
 
-/// Where Kubernetes objects come from.
+/// The source of Kubernetes objects.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SourceConfig {
     /// An API server.
@@ -111,7 +111,7 @@ pub struct Config {
     /// the NodePort addresses is that of the imitated kube-proxy mode (R15): `primary` for nftables; every
     /// address for iptables, ipvs and no mode at all, which is what kubeadm installs.
     pub model: Settings,
-    /// Where objects come from.
+    /// The source of Kubernetes objects.
     pub source: SourceConfig,
     /// Settings of the DNS server; `None` if weir answers no DNS.
     pub dns: Option<DnsConfig>,
@@ -166,7 +166,7 @@ pub struct Loaded {
 pub struct Problem {
     /// The file and the field in it, or the flag.
     pub place: String,
-    /// What is wrong, with the value that was given.
+    /// The problem, with the value that was given.
     pub complaint: String,
 }
 

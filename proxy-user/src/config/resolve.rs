@@ -32,7 +32,7 @@ const HEALTHZ_PORT: u16 = 10256;
 const METRICS_PORT: u16 = 10249;
 const EXTERNAL_IPS_GATE: &str = "AllowServiceExternalIPs";
 
-/// Where a [`Configuration`] was written.
+/// The place where a [`Configuration`] was written.
 pub(super) enum WrittenIn {
     File(PathBuf),
     Flags,

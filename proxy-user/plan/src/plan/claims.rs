@@ -13,7 +13,7 @@ use rustc_hash::FxHashMap;
 use super::{Destination, Frontend, ServicePlan};
 use crate::model::ObjectName;
 
-/// What an address is to the Service that claims it. An address that the cluster assigned ranks above one
+/// The relation of an address to the Service that claims it. An address that the cluster assigned ranks above one
 /// that a user wrote, because a user may write the address of another tenant's Service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Rank {

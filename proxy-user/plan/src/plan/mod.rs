@@ -93,7 +93,7 @@ impl fmt::Display for Backend {
     }
 }
 
-/// What happens to a new flow.
+/// The target of a new flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 pub enum Target {
     /// Translated to one of [`PortPlan::cluster`], which is not empty.
@@ -132,7 +132,7 @@ impl BackendSet {
     pub const ALL: [Self; 2] = [Self::Cluster, Self::Local];
 }
 
-/// What happens to flows of one class of sources.
+/// The treatment of flows from one class of sources.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct Treatment {
     /// The backends, or the refusal.

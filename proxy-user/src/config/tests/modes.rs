@@ -1,4 +1,4 @@
-//! What `mode` decides, and what follows from kube-proxy's reading of addresses and gates (R10, R13, R15, R18).
+//! The effects of `mode`, and the reading of addresses and feature gates (R10, R13, R15, R18).
 
 use super::*;
 

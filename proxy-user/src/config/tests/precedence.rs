@@ -1,4 +1,4 @@
-//! Which of file, flags and defaults counts for a setting.
+//! The order of file, flags and defaults for each setting.
 
 use super::*;
 

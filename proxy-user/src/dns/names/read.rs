@@ -10,7 +10,7 @@ use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
 
 use crate::model::{Family, ObjectName, Protocol, SERVICE_NAME_LABEL, ServicePort, parse_address};
 
-/// What a Service's name resolves to.
+/// The meaning of a Service's name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NamedKind {
     /// Its ClusterIPs, at most one of each family.
@@ -27,16 +27,16 @@ pub enum Nearness {
     /// All endpoints are equal.
     #[default]
     Any,
-    /// Those in the node's zone.
+    /// Endpoints in the node's zone are near.
     SameZone,
-    /// Those on the node, then those in its zone.
+    /// Endpoints on the node are nearest, then those in its zone.
     SameNode,
 }
 
 /// The parts of a Service that DNS answers are made of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedService {
-    /// What the name resolves to.
+    /// The meaning of the name.
     pub kind: NamedKind,
     /// The named ports. NodePorts are always 0 here.
     pub ports: Box<[ServicePort]>,

@@ -11,7 +11,7 @@ use kube::{
 };
 use tower::BoxError;
 
-/// Where credentials and address come from.
+/// The source of credentials and address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Credentials {
     /// The current context of a kubeconfig file. Relative paths in it are relative to the file.

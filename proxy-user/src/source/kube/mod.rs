@@ -40,7 +40,7 @@ pub use credentials::{ConnectError, Credentials};
 /// An API server to watch, the credentials for it, and this node.
 #[derive(Clone, Debug)]
 pub struct KubeSource {
-    /// Where credentials and address come from.
+    /// The source of credentials and address.
     pub credentials: Credentials,
     /// API servers to use instead of the credentials' own. weir goes to the next one after repeated failures.
     pub servers: Vec<http::Uri>,

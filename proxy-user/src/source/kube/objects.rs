@@ -44,7 +44,7 @@ pub(super) trait Watched:
     /// The object type of the stream to which this kind belongs.
     type Object: Named + Send + 'static;
 
-    /// Which kind it is.
+    /// The kind of the objects.
     const KIND: Kind;
     /// The reaction if the server lacks the kind.
     const ABSENT: Absent = Absent::Insist;

@@ -1,4 +1,4 @@
-//! Which objects of valid files are reported, and as what changes.
+//! The changes that valid files cause.
 
 use super::*;
 
