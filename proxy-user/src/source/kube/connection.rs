@@ -26,7 +26,7 @@ use tracing::{debug, info, warn};
 
 use super::{
     ConnectError, KubeSource,
-    answers::{Answers, is_watch},
+    responses::{Responses, is_watch},
     token::Token,
     versions::{Version, Versions},
 };
@@ -196,20 +196,21 @@ impl Connection {
         Version::of(kind, Arc::clone(&self.0.versions))
     }
 
-    /// A client for the watches of one kind. `answers` wraps the responses, and a body that ends with an
+    /// A client for the watches of one kind. `responses` wraps them, and a body that ends with an
     /// error counts as a failure of the server.
-    pub(super) fn heard_client(&self, answers: Arc<Answers>) -> Client {
+    pub(super) fn watch_client(&self, responses: Arc<Responses>) -> Client {
         let shared = Arc::clone(&self.0);
         let service = tower::service_fn(move |request: Request<Body>| {
-            let (shared, answers) = (Arc::clone(&shared), Arc::clone(&answers));
+            let (shared, responses) = (Arc::clone(&shared), Arc::clone(&responses));
             async move {
                 let query = request.uri().query().unwrap_or_default().to_owned();
                 let route = shared.usable_route().await;
-                let answer = shared.send_by(&route, request).await.inspect_err(|_| answers.none())?;
+                let answer =
+                    shared.send_by(&route, request).await.inspect_err(|_| responses.no_response())?;
                 let broke_off = move || {
                     route.failures.fetch_add(1, Relaxed);
                 };
-                Ok::<_, BoxError>(answers.begun(&query, answer, broke_off))
+                Ok::<_, BoxError>(responses.wrap(&query, answer, broke_off))
             }
         });
         Client::new(service, "default")

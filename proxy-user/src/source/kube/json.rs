@@ -1,6 +1,6 @@
 //! Lists and watches in JSON, by `kube`'s watcher.
 //!
-//! In: the API server's responses. Out: [`News`]. `kube`'s watcher fails as a whole and lists again if one
+//! In: the API server's responses. Out: [`StreamItem`]. `kube`'s watcher fails as a whole and lists again if one
 //! object does not have the type of its kind. Therefore it reads [`Lenient`] objects, which can always be
 //! parsed.
 
@@ -16,17 +16,17 @@ use kube::{
 use serde::{Deserialize, Deserializer, de::DeserializeOwned};
 
 use super::{
-    answers::some_watch_time,
-    news::{Brought, News, Skipped},
+    responses::random_watch_timeout,
+    stream_item::{ItemResult, Skipped, StreamItem},
 };
 
 /// An endless stream of events of a kind. After an error the next poll tries again.
-pub(super) fn events<K>(client: Client, config: Config) -> BoxStream<'static, Brought<K>>
+pub(super) fn events<K>(client: Client, config: Config) -> BoxStream<'static, ItemResult<K>>
 where
     K: Resource<DynamicType = ()> + Clone + Default + DeserializeOwned + Debug + Send + 'static,
 {
-    let events = watcher::watcher(Api::<Lenient<K>>::all(client), config.timeout(some_watch_time()));
-    events.map(|event| event.map(news)).boxed()
+    let events = watcher::watcher(Api::<Lenient<K>>::all(client), config.timeout(random_watch_timeout()));
+    events.map(|event| event.map(item)).boxed()
 }
 
 /// An object, or only its metadata if the rest cannot be parsed.
@@ -91,22 +91,22 @@ impl<K: Resource<DynamicType = ()>> Resource for Lenient<K> {
     }
 }
 
-fn news<K: Resource>(event: Event<Lenient<K>>) -> News<K> {
+fn item<K: Resource>(event: Event<Lenient<K>>) -> StreamItem<K> {
     match event {
-        Event::Init => News::Event(Event::Init),
-        Event::InitDone => News::Event(Event::InitDone),
+        Event::Init => StreamItem::Event(Event::Init),
+        Event::InitDone => StreamItem::Event(Event::InitDone),
         Event::InitApply(object) => object.in_event(Event::InitApply, "a list"),
         Event::Apply(object) => object.in_event(Event::Apply, "an event"),
         // Only the name of a deleted object is used.
-        Event::Delete(Lenient { object, .. }) => News::Event(Event::Delete(object)),
+        Event::Delete(Lenient { object, .. }) => StreamItem::Event(Event::Delete(object)),
     }
 }
 
 impl<K: Resource> Lenient<K> {
-    fn in_event(self, event: fn(K) -> Event<K>, place: &str) -> News<K> {
+    fn in_event(self, event: fn(K) -> Event<K>, position: &str) -> StreamItem<K> {
         match self.fault {
-            None => News::Event(event(self.object)),
-            Some(fault) => News::Skipped(Skipped::new(self.object.meta(), place.to_owned(), &fault)),
+            None => StreamItem::Event(event(self.object)),
+            Some(fault) => StreamItem::Skipped(Skipped::new(self.object.meta(), position.to_owned(), &fault)),
         }
     }
 }
@@ -128,12 +128,12 @@ mod tests {
             "items": [pod("a", good()), pod("b", json!({ "containers": 5 })), 17, pod("c", good())],
         });
         let list: kube::core::ObjectList<Lenient<Pod>> = serde_json::from_value(list).unwrap();
-        let words = list.items.into_iter().map(|pod| match news(Event::InitApply(pod)) {
-            News::Event(Event::InitApply(pod)) => format!("+{}", pod.metadata.name.unwrap()),
-            News::Skipped(Skipped { name, .. }) => {
+        let words = list.items.into_iter().map(|pod| match item(Event::InitApply(pod)) {
+            StreamItem::Event(Event::InitApply(pod)) => format!("+{}", pod.metadata.name.unwrap()),
+            StreamItem::Skipped(Skipped { name, .. }) => {
                 format!("skipped {}", name.map_or_else(String::new, |name| name.to_string()))
             }
-            News::Event(other) => panic!("{other:?}"),
+            StreamItem::Event(other) => panic!("{other:?}"),
         });
         assert_eq!(words.collect::<Vec<_>>(), ["+a", "skipped shop/b", "skipped ", "+c"]);
     }
@@ -146,12 +146,16 @@ mod tests {
         let event: WatchEvent<Lenient<Pod>> = serde_json::from_value(event).unwrap();
         let WatchEvent::Modified(pod) = event else { panic!("{event:?}") };
         assert_eq!(pod.meta().resource_version.as_deref(), Some("8"));
-        let News::Skipped(skipped) = news(Event::Apply(pod)) else { panic!("the object is not skipped") };
+        let StreamItem::Skipped(skipped) = item(Event::Apply(pod)) else {
+            panic!("the object is not skipped")
+        };
         assert_eq!(skipped.name, Some(ObjectName::new("shop", "b")));
         assert!(skipped.reason.contains("invalid type"), "{}", skipped.reason);
 
         let gone: Lenient<Pod> = serde_json::from_value(object).unwrap();
-        let News::Event(Event::Delete(pod)) = news(Event::Delete(gone)) else { panic!("it stays") };
+        let StreamItem::Event(Event::Delete(pod)) = item(Event::Delete(gone)) else {
+            panic!("the object stays")
+        };
         assert_eq!(pod.metadata.name.as_deref(), Some("b"));
     }
 }

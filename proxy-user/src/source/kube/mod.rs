@@ -5,9 +5,9 @@
 //! stores only the names of existing objects.
 //!
 //! ```text
-//! connection ──▶ answers ──▶ watch ──Event──▶ ledger ──Change──▶ channel
-//! (servers,      (how they   (retries)        (what is known)
-//!  credentials)   end)                        versions: as of when, for the next agent
+//! connection ──▶ responses ──▶ watch ──Event──▶ ledger ──Change──▶ channel
+//! (servers,      (end in      (retries)        (reported names)
+//!  credentials)   order)                       versions: on disk, for the next agent
 //! ```
 //!
 //! While the API server cannot be reached, no change is reported. Objects that were deleted meanwhile are
@@ -20,16 +20,16 @@ use tokio::sync::mpsc::Sender;
 use super::SourceStatus;
 use crate::model::{Change, PodChange};
 
-mod answers;
 mod connection;
 mod credentials;
 mod json;
 mod ledger;
-mod news;
 mod objects;
 mod pods;
 mod protobuf;
+mod responses;
 mod retry;
+mod stream_item;
 mod token;
 mod versions;
 mod watch;

@@ -17,7 +17,7 @@ use k8s_openapi::{
 use kube::{Client, Resource, runtime::watcher::Config};
 use serde::de::DeserializeOwned;
 
-use super::{json, ledger::Named, news::Brought, protobuf, versions::Version};
+use super::{json, ledger::Named, protobuf, stream_item::ItemResult, versions::Version};
 use crate::model::{HEADLESS_LABEL, Kind, Object, ObjectName, PROXY_NAME_LABEL};
 
 /// The only annotation without weir's prefix that is kept (W10).
@@ -61,7 +61,7 @@ pub(super) trait Watched:
     fn trimmed(self) -> Self::Object;
 
     /// An endless stream of events. It stores the version of each in `known`.
-    fn events(client: Client, config: Config, _known: Version) -> BoxStream<'static, Brought<Self>> {
+    fn events(client: Client, config: Config, _known: Version) -> BoxStream<'static, ItemResult<Self>> {
         json::events(client, config)
     }
 }
@@ -98,7 +98,7 @@ impl Watched for Service {
         Object::Service(Box::new(self))
     }
 
-    fn events(client: Client, config: Config, known: Version) -> BoxStream<'static, Brought<Self>> {
+    fn events(client: Client, config: Config, known: Version) -> BoxStream<'static, ItemResult<Self>> {
         protobuf::events(client, config, known)
     }
 }
@@ -126,7 +126,7 @@ impl Watched for EndpointSlice {
         Object::EndpointSlice(Box::new(self))
     }
 
-    fn events(client: Client, config: Config, known: Version) -> BoxStream<'static, Brought<Self>> {
+    fn events(client: Client, config: Config, known: Version) -> BoxStream<'static, ItemResult<Self>> {
         protobuf::events(client, config, known)
     }
 }

@@ -13,9 +13,9 @@ use tokio::{sync::mpsc::Sender, task::JoinSet};
 use super::{
     connection::Connection,
     ledger::Named,
-    news::Brought,
     objects::{Absent, Watched},
     protobuf,
+    stream_item::ItemResult,
     versions::Version,
     watch::Watch,
 };
@@ -61,7 +61,7 @@ impl Watched for Pod {
         PodObject::Pod(Box::new(self))
     }
 
-    fn events(client: Client, config: Config, known: Version) -> BoxStream<'static, Brought<Self>> {
+    fn events(client: Client, config: Config, known: Version) -> BoxStream<'static, ItemResult<Self>> {
         protobuf::events(client, config, known)
     }
 }
@@ -82,7 +82,7 @@ impl Watched for Namespace {
         PodObject::Namespace(Box::new(self))
     }
 
-    fn events(client: Client, config: Config, known: Version) -> BoxStream<'static, Brought<Self>> {
+    fn events(client: Client, config: Config, known: Version) -> BoxStream<'static, ItemResult<Self>> {
         protobuf::events(client, config, known)
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use kube::{core::Status, runtime::watcher::Error};
 
-use super::answers::ended_at_once;
+use super::responses::ended_at_once;
 
 /// After this many refusals in a row weir lists instead of watching.
 const USELESS: u32 = 3;
@@ -113,10 +113,10 @@ impl Retry {
         *self = Self { useless: self.useless, ..Self::new() };
     }
 
-    /// Whether to list again after this refusal, because watches do not work. `news` is true if an event
+    /// Whether to list again after this refusal, because watches do not work. `has_event` is true if an event
     /// arrived since the last refusal.
-    pub(super) fn lists(&mut self, refusal: Refusal, news: bool) -> bool {
-        if news {
+    pub(super) fn lists(&mut self, refusal: Refusal, has_event: bool) -> bool {
+        if has_event {
             self.useless = 0;
         }
         let most = match refusal {
@@ -269,7 +269,7 @@ mod tests {
             }
         }
         let mut retry = Retry::new();
-        let mut lists = |refusal, news| retry.lists(refusal, news);
+        let mut lists = |refusal, has_event| retry.lists(refusal, has_event);
         for refusal in [Refusal::Refused, Refusal::Fruitless] {
             assert_eq!([(); 6].map(|()| lists(refusal, false)), [false, false, true, false, false, true]);
         }

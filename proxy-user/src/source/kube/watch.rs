@@ -24,12 +24,12 @@ use tokio::{sync::mpsc::Sender, task::JoinSet};
 use tracing::{debug, warn};
 
 use super::{
-    answers::Answers,
     connection::Connection,
     ledger::Ledger,
-    news::{News, Skipped},
     objects::{Absent, Watched},
+    responses::Responses,
     retry::{Refusal, Retry, as_asked, spread},
+    stream_item::{Skipped, StreamItem},
     versions::Version,
 };
 use crate::{model::Change, source::SourceStatus};
@@ -61,7 +61,7 @@ pub(super) async fn every_kind(
 
 pub(super) struct Watch<K: Watched> {
     node: String,
-    answers: Arc<Answers>,
+    responses: Arc<Responses>,
     known: Version,
     client: Client,
     config: watcher::Config,
@@ -87,11 +87,11 @@ impl<K: Watched> Watch<K> {
         changes: &Sender<Change<K::Object>>,
         status: &Arc<SourceStatus>,
     ) -> Self {
-        let answers = Arc::new(Answers::new(K::KIND, status));
-        let client = connection.heard_client(Arc::clone(&answers));
+        let responses = Arc::new(Responses::new(K::KIND, status));
+        let client = connection.watch_client(Arc::clone(&responses));
         Self {
             node: connection.node().to_owned(),
-            answers,
+            responses,
             known: connection.known(K::KIND),
             client,
             config: K::selector(connection.node()).streaming_lists(),
@@ -138,10 +138,10 @@ impl<K: Watched> Watch<K> {
     async fn follow(&mut self) -> Result<(), Closed> {
         self.listed = false;
         let mut events = K::events(self.client.clone(), self.config.clone(), self.known.clone());
-        while let Some(news) = events.next().await {
-            let again = match news {
-                Ok(News::Event(event)) => self.event(event).await?,
-                Ok(News::Skipped(skipped)) => {
+        while let Some(item) = events.next().await {
+            let again = match item {
+                Ok(StreamItem::Event(event)) => self.event(event).await?,
+                Ok(StreamItem::Skipped(skipped)) => {
                     self.skip(&skipped);
                     false
                 }
@@ -186,9 +186,9 @@ impl<K: Watched> Watch<K> {
     }
 
     /// Continues without an object that cannot be read. Its previous version stays in force.
-    fn skip(&mut self, Skipped { name, place, reason }: &Skipped) {
+    fn skip(&mut self, Skipped { name, position, reason }: &Skipped) {
         self.ledger.keep(name.as_ref());
-        let object = name.as_ref().map_or_else(|| place.clone(), ToString::to_string);
+        let object = name.as_ref().map_or_else(|| position.clone(), ToString::to_string);
         if self.skipped.len() >= MOST_SKIPPED || !self.skipped.insert(object.clone()) {
             debug!(kind = %K::KIND, object, reason, "skipped an unreadable object again");
             return;
@@ -268,7 +268,7 @@ impl<K: Watched> Watch<K> {
         // which needs no pages.
         let listing = !self.listed;
         let refusal = Refusal::of(error, self.streaming() && listing);
-        let asked = self.answers.retry_after();
+        let asked = self.responses.retry_after();
         let refusal = if asked.is_some() && refusal == Refusal::Refused { Refusal::Busy } else { refusal };
         self.ledger.abandon();
         if refusal == Refusal::NoStreaming {

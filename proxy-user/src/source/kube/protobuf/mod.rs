@@ -50,9 +50,9 @@ use self::{
     object::{identity, text},
 };
 use super::{
-    answers::some_watch_time,
     json,
-    news::{Brought, News, Skipped},
+    responses::random_watch_timeout,
+    stream_item::{ItemResult, Skipped, StreamItem},
     versions::Version,
 };
 
@@ -136,12 +136,12 @@ pub(super) fn events<K: Many>(
     client: Client,
     config: Config,
     known: Version,
-) -> BoxStream<'static, Brought<K>> {
+) -> BoxStream<'static, ItemResult<K>> {
     let follower = Follower { client, config, known, state: State::Start };
     let events = stream::unfold(follower, |mut follower| async {
         loop {
-            if let Some(news) = follower.step().await.transpose() {
-                return Some((news, follower));
+            if let Some(item) = follower.step().await.transpose() {
+                return Some((item, follower));
             }
         }
     });
@@ -172,12 +172,12 @@ enum State<K> {
         events: Events,
         version: String,
     },
-    Json(BoxStream<'static, Brought<K>>),
+    Json(BoxStream<'static, ItemResult<K>>),
 }
 
 impl<K: Many> Follower<K> {
     /// Runs one step of the state machine and returns its item.
-    async fn step(&mut self) -> watcher::Result<Option<News<K>>> {
+    async fn step(&mut self) -> watcher::Result<Option<StreamItem<K>>> {
         match std::mem::replace(&mut self.state, State::Start) {
             State::Start => self.list().await,
             State::Listing { mut parts, version, items } => {
@@ -195,7 +195,7 @@ impl<K: Many> Follower<K> {
                     None if version.is_empty() => Err(watcher::Error::NoResourceVersion),
                     None => {
                         self.state = State::Listed { version };
-                        Ok(Some(News::Event(Event::InitDone)))
+                        Ok(Some(StreamItem::Event(Event::InitDone)))
                     }
                 }
             }
@@ -208,14 +208,14 @@ impl<K: Many> Follower<K> {
                 }
             },
             State::Json(mut events) => {
-                let news = events.next().await.transpose();
+                let item = events.next().await.transpose();
                 self.state = State::Json(events);
-                news
+                item
             }
         }
     }
 
-    async fn list(&mut self) -> watcher::Result<Option<News<K>>> {
+    async fn list(&mut self) -> watcher::Result<Option<StreamItem<K>>> {
         let mut answer = self.ask_for_list().await;
         if self.known.of_before().is_some()
             && let Err(kube::Error::Api(status)) = &answer
@@ -235,7 +235,7 @@ impl<K: Many> Follower<K> {
                     version: String::new(),
                     items: 0,
                 };
-                Ok(Some(News::Event(Event::Init)))
+                Ok(Some(StreamItem::Event(Event::Init)))
             }
             Err(NoProtobuf) => Ok(self.resort_to_json()),
         }
@@ -256,11 +256,11 @@ impl<K: Many> Follower<K> {
         ask(&self.client, request, if K::METADATA_ONLY { LIST_METADATA } else { LIST }).await
     }
 
-    async fn watch(&mut self, version: String) -> watcher::Result<Option<News<K>>> {
+    async fn watch(&mut self, version: String) -> watcher::Result<Option<StreamItem<K>>> {
         let parameters = WatchParams {
             label_selector: self.config.label_selector.clone(),
             field_selector: self.config.field_selector.clone(),
-            timeout: Some(some_watch_time()),
+            timeout: Some(random_watch_timeout()),
             bookmarks: true,
             ..WatchParams::default()
         };
@@ -285,7 +285,7 @@ impl<K: Many> Follower<K> {
         event: io::Result<BytesMut>,
         events: Events,
         version: String,
-    ) -> watcher::Result<Option<News<K>>> {
+    ) -> watcher::Result<Option<StreamItem<K>>> {
         let event = match event {
             Ok(event) => event,
             Err(error) => {
@@ -308,21 +308,23 @@ impl<K: Many> Follower<K> {
         let version = metadata.resource_version.clone().unwrap_or(version);
         self.known.keep(&version);
         self.state = State::Watching { events, version };
-        let place = || format!("an event {kind}");
+        let position = || format!("an event {kind}");
         Ok(match (kind.as_str(), raw) {
-            ("ADDED" | "MODIFIED", Ok(raw)) => Some(read(raw, Event::Apply, place)),
+            ("ADDED" | "MODIFIED", Ok(raw)) => Some(read(raw, Event::Apply, position)),
             ("DELETED", Ok(_)) if metadata.name.is_some() => {
-                Some(News::Event(Event::Delete(deleted(metadata))))
+                Some(StreamItem::Event(Event::Delete(deleted(metadata))))
             }
             ("BOOKMARK", Ok(_)) => None,
-            (_, Ok(_)) => {
-                Some(News::Skipped(Skipped::new(&metadata, place(), &"such an event cannot be used")))
-            }
-            (_, Err(error)) => Some(News::Skipped(Skipped::new(&metadata, place(), &error))),
+            (_, Ok(_)) => Some(StreamItem::Skipped(Skipped::new(
+                &metadata,
+                position(),
+                &"such an event cannot be used",
+            ))),
+            (_, Err(error)) => Some(StreamItem::Skipped(Skipped::new(&metadata, position(), &error))),
         })
     }
 
-    fn resort_to_json(&mut self) -> Option<News<K>> {
+    fn resort_to_json(&mut self) -> Option<StreamItem<K>> {
         debug!(kind = %K::kind(&()), "the API server does not speak protobuf; asking for JSON");
         // JSON watches store no versions, and the stored one would become too old.
         self.known.keep("");
@@ -332,10 +334,14 @@ impl<K: Many> Follower<K> {
 }
 
 /// Decodes an object of an event.
-fn read<K: FromProtobuf>(raw: Bytes, event: fn(K) -> Event<K>, place: impl Fn() -> String) -> News<K> {
+fn read<K: FromProtobuf>(
+    raw: Bytes,
+    event: fn(K) -> Event<K>,
+    position: impl Fn() -> String,
+) -> StreamItem<K> {
     match K::read(raw.clone()) {
-        Ok(object) => News::Event(event(object)),
-        Err(error) => News::Skipped(Skipped::new(&identity(raw), place(), &error)),
+        Ok(object) => StreamItem::Event(event(object)),
+        Err(error) => StreamItem::Skipped(Skipped::new(&identity(raw), position(), &error)),
     }
 }
 

@@ -28,7 +28,7 @@ use super::{
 use crate::{
     model::Kind,
     source::kube::{
-        news::{Brought, News},
+        stream_item::{ItemResult, StreamItem},
         versions::Version,
     },
 };
@@ -194,12 +194,12 @@ fn event(kind: &'static str, object: Vec<u8>) -> Vec<u8> {
 }
 
 /// A client of a server that sends these responses one by one, and the requests that the server received.
-fn server(answers: Vec<Vec<u8>>) -> (Client, Arc<Mutex<Vec<String>>>) {
+fn server(responses: Vec<Vec<u8>>) -> (Client, Arc<Mutex<Vec<String>>>) {
     let asked = Arc::new(Mutex::new(Vec::new()));
-    let (seen, answers) = (Arc::clone(&asked), Arc::new(Mutex::new(answers.into_iter())));
+    let (seen, responses) = (Arc::clone(&asked), Arc::new(Mutex::new(responses.into_iter())));
     let service = tower::service_fn(move |request: Request<Body>| {
         seen.lock().unwrap().push(request.uri().query().unwrap_or_default().to_owned());
-        let answer = answers.lock().unwrap().next();
+        let answer = responses.lock().unwrap().next();
         async move {
             let Some(answer) = answer else { return std::future::pending().await };
             let response = Response::builder().header(header::CONTENT_TYPE, MEDIA_TYPE);
@@ -209,16 +209,16 @@ fn server(answers: Vec<Vec<u8>>) -> (Client, Arc<Mutex<Vec<String>>>) {
     (Client::new(service, "default"), asked)
 }
 
-fn word(brought: Brought<Service>) -> String {
+fn word(item: ItemResult<Service>) -> String {
     let name = |service: Service| service.metadata.name.unwrap_or_default();
-    match brought.unwrap() {
-        News::Event(Event::Init) => "list".to_owned(),
-        News::Event(Event::InitApply(service)) => format!("has {}", name(service)),
-        News::Event(Event::InitDone) => "whole".to_owned(),
-        News::Event(Event::Apply(service)) => format!("+{}", name(service)),
-        News::Event(Event::Delete(service)) => format!("-{}", name(service)),
-        News::Skipped(skipped) => {
-            skipped.name.map_or_else(|| skipped.place.clone(), |name| format!("skipped {name}"))
+    match item.unwrap() {
+        StreamItem::Event(Event::Init) => "list".to_owned(),
+        StreamItem::Event(Event::InitApply(service)) => format!("has {}", name(service)),
+        StreamItem::Event(Event::InitDone) => "whole".to_owned(),
+        StreamItem::Event(Event::Apply(service)) => format!("+{}", name(service)),
+        StreamItem::Event(Event::Delete(service)) => format!("-{}", name(service)),
+        StreamItem::Skipped(skipped) => {
+            skipped.name.map_or_else(|| skipped.position.clone(), |name| format!("skipped {name}"))
         }
     }
 }
@@ -265,7 +265,7 @@ async fn unreadable_objects_are_skipped_by_name_and_delay_nothing() {
     };
     let again = tokio::time::timeout(std::time::Duration::from_secs(20), again);
     tokio::select! {
-        brought = events.next() => panic!("the server sent nothing, but the stream yields {:?}", brought.map(word)),
+        item = events.next() => panic!("the server sent nothing, but the stream yields {:?}", item.map(word)),
         again = again => again.expect("the watch asks again"),
     }
     let asked = asked.lock().unwrap();

@@ -33,7 +33,7 @@ use crate::{
 
 /// The timeout of a watch in seconds. Each watch draws its own, so that the agents of a cluster reconnect one
 /// by one.
-const WATCH_TIMES: RangeInclusive<u32> = 300..=600;
+const WATCH_TIMEOUTS: RangeInclusive<u32> = 300..=600;
 /// A watch that ends sooner without an event has failed. Its end is delayed to this moment.
 const SHORTEST: Duration = Duration::from_secs(1);
 /// The interval over which agents spread their reconnects.
@@ -75,14 +75,14 @@ pub(super) type Contents = StreamBody<BoxStream<'static, Result<Frame<Bytes>, Bo
 
 /// Wraps and observes the responses about one kind.
 #[derive(Debug)]
-pub(super) struct Answers {
+pub(super) struct Responses {
     kind: Kind,
     status: Arc<SourceStatus>,
     /// The delay in seconds that the server's last response asked for; 0 if none.
     retry_after: AtomicU64,
 }
 
-impl Answers {
+impl Responses {
     pub(super) fn new(kind: Kind, status: &Arc<SourceStatus>) -> Self {
         Self { kind, status: Arc::clone(status), retry_after: AtomicU64::new(0) }
     }
@@ -92,7 +92,7 @@ impl Answers {
     }
 
     /// Records that a request got no response.
-    pub(super) fn none(&self) {
+    pub(super) fn no_response(&self) {
         self.status().set_connected(false);
     }
 
@@ -102,7 +102,7 @@ impl Answers {
     }
 
     /// Wraps the response to a request with this query. `broke_off` is called if the body ends with an error.
-    pub(super) fn begun(
+    pub(super) fn wrap(
         self: &Arc<Self>,
         query: &str,
         answer: Response<Body>,
@@ -113,7 +113,7 @@ impl Answers {
         let after =
             answer.headers().get(header::RETRY_AFTER).and_then(|after| after.to_str().ok()?.parse().ok());
         self.retry_after.store(after.unwrap_or_default(), Relaxed);
-        let watch = answer.status().is_success().then(|| watch_time(query)).flatten();
+        let watch = answer.status().is_success().then(|| watch_timeout(query)).flatten();
         let json =
             answer.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(JSON));
         answer.map(|body| {
@@ -123,17 +123,17 @@ impl Answers {
 }
 
 /// Draws the timeout of a watch in seconds.
-pub(super) fn some_watch_time() -> u32 {
-    fastrand::u32(WATCH_TIMES)
+pub(super) fn random_watch_timeout() -> u32 {
+    fastrand::u32(WATCH_TIMEOUTS)
 }
 
 /// Whether a request with this query is a watch.
 pub(super) fn is_watch(query: Option<&str>) -> bool {
-    query.is_some_and(|query| watch_time(query).is_some())
+    query.is_some_and(|query| watch_timeout(query).is_some())
 }
 
 /// The timeout in the query of a watch; `None` for other requests.
-fn watch_time(query: &str) -> Option<Duration> {
+fn watch_timeout(query: &str) -> Option<Duration> {
     let value = |name: &str| query.split('&').find_map(|part| part.strip_prefix(name)?.strip_prefix('='));
     let seconds = (value("watch")? == "true").then(|| value("timeoutSeconds")?.parse().ok());
     Some(Duration::from_secs(seconds?.unwrap_or_default()))
@@ -154,27 +154,35 @@ struct Watch {
 type BrokeOff = Box<dyn Fn() + Send>;
 
 /// The unread part of a response.
-struct Rest {
-    answers: Arc<Answers>,
+struct Remaining {
+    responses: Arc<Responses>,
     body: Body,
     watch: Option<Watch>,
     /// The bytes so far of the unfinished line of a JSON watch.
     line: usize,
-    began: Instant,
+    started: Instant,
     /// Whether any data has arrived.
-    brought: bool,
+    has_data: bool,
     over: bool,
     broke_off: BrokeOff,
 }
 
-fn contents(body: Body, watch: Option<Watch>, answers: Arc<Answers>, broke_off: BrokeOff) -> Contents {
-    let rest =
-        Rest { answers, body, watch, line: 0, began: Instant::now(), brought: false, over: false, broke_off };
+fn contents(body: Body, watch: Option<Watch>, responses: Arc<Responses>, broke_off: BrokeOff) -> Contents {
+    let rest = Remaining {
+        responses,
+        body,
+        watch,
+        line: 0,
+        started: Instant::now(),
+        has_data: false,
+        over: false,
+        broke_off,
+    };
     let frames = stream::unfold(rest, async |mut rest| Some((rest.next().await?, rest)));
     StreamBody::new(frames.boxed())
 }
 
-impl Rest {
+impl Remaining {
     async fn next(&mut self) -> Option<Result<Frame<Bytes>, BoxError>> {
         if self.over {
             return None;
@@ -216,7 +224,7 @@ impl Rest {
     }
 
     fn came(&mut self, data: &[u8]) {
-        self.brought |= !data.is_empty();
+        self.has_data |= !data.is_empty();
         if self.watch.is_some_and(|watch| watch.json) {
             self.line = match data.iter().rposition(|byte| *byte == b'\n') {
                 Some(end) => data.len() - end - 1,
@@ -224,17 +232,17 @@ impl Rest {
             };
         }
         if self.watch.is_some() && data.windows(BOOKMARK.len()).any(|part| part == BOOKMARK) {
-            self.answers.status().hear();
+            self.responses.status().hear();
         }
     }
 
     fn ended_at_once(&self) -> bool {
-        !self.brought && self.began.elapsed() < SHORTEST
+        !self.has_data && self.started.elapsed() < SHORTEST
     }
 
     /// The delay of the end of a watch with this timeout.
     fn pause(&self, time: Duration) -> Duration {
-        let lasted = self.began.elapsed();
+        let lasted = self.started.elapsed();
         if lasted + MARGIN < time {
             SHORTEST.saturating_sub(lasted) + SPREAD.mul_f32(fastrand::f32())
         } else {
@@ -257,62 +265,62 @@ mod tests {
     const AT_ONCE: Option<Watch> = Some(Watch { time: Duration::ZERO, json: true });
     const FIVE_MINUTES: Option<Watch> = Some(Watch { time: Duration::from_secs(300), json: true });
 
-    async fn all(answers: &Arc<Answers>, body: &str, watch: Option<Watch>) -> Result<Bytes, BoxError> {
+    async fn all(responses: &Arc<Responses>, body: &str, watch: Option<Watch>) -> Result<Bytes, BoxError> {
         let body = Body::from(body.as_bytes().to_vec());
-        Ok(http_body_util::BodyExt::collect(contents(body, watch, Arc::clone(answers), Box::new(|| ())))
+        Ok(http_body_util::BodyExt::collect(contents(body, watch, Arc::clone(responses), Box::new(|| ())))
             .await?
             .to_bytes())
     }
 
-    fn answers() -> Arc<Answers> {
-        Arc::new(Answers::new(Kind::Service, &Arc::default()))
+    fn new_responses() -> Arc<Responses> {
+        Arc::new(Responses::new(Kind::Service, &Arc::default()))
     }
 
     #[test]
     fn the_query_tells_a_watch_and_its_timeout() {
-        assert_eq!(watch_time("&watch=true&timeoutSeconds=345&x=y"), Some(Duration::from_secs(345)));
-        assert_eq!(watch_time("watch=true"), Some(Duration::ZERO));
+        assert_eq!(watch_timeout("&watch=true&timeoutSeconds=345&x=y"), Some(Duration::from_secs(345)));
+        assert_eq!(watch_timeout("watch=true"), Some(Duration::ZERO));
         for list in ["", "limit=500", "labelSelector=watch%3Dtrue", "watch=false", "rewatch=true"] {
-            assert_eq!(watch_time(list), None, "{list}");
+            assert_eq!(watch_timeout(list), None, "{list}");
         }
     }
 
     #[tokio::test]
     async fn an_empty_watch_is_a_failure_unlike_an_empty_list_and_a_watch_with_events() {
-        let answers = answers();
-        let error = all(&answers, "", FIVE_MINUTES).await.unwrap_err();
+        let responses = new_responses();
+        let error = all(&responses, "", FIVE_MINUTES).await.unwrap_err();
         assert!(error.is::<EndedAtOnce>(), "{error:?}");
-        all(&answers, "", None).await.unwrap();
+        all(&responses, "", None).await.unwrap();
 
-        let began = Instant::now();
-        assert_eq!(all(&answers, "event", FIVE_MINUTES).await.unwrap(), "event");
-        assert!(began.elapsed() >= SHORTEST, "the next watch begins within {:?}", began.elapsed());
+        let started = Instant::now();
+        assert_eq!(all(&responses, "event", FIVE_MINUTES).await.unwrap(), "event");
+        assert!(started.elapsed() >= SHORTEST, "the next watch begins within {:?}", started.elapsed());
     }
 
     #[tokio::test]
     async fn an_endless_event_is_a_failure_and_many_short_ones_are_not() {
-        let answers = answers();
+        let responses = new_responses();
         let long = "x".repeat(LONGEST_EVENT + 1);
-        let error = all(&answers, &long, FIVE_MINUTES).await.unwrap_err();
+        let error = all(&responses, &long, FIVE_MINUTES).await.unwrap_err();
         assert!(error.to_string().contains("longer than"), "{error}");
-        all(&answers, &long, None).await.unwrap();
+        all(&responses, &long, None).await.unwrap();
         let many = [&long[..LONGEST_EVENT / 2], "\n"].concat().repeat(3);
-        all(&answers, &many, FIVE_MINUTES).await.unwrap();
+        all(&responses, &many, FIVE_MINUTES).await.unwrap();
     }
 
     #[test]
     fn watches_have_different_timeouts() {
-        let times: Vec<_> = (0..100).map(|_| some_watch_time()).collect();
-        assert!(times.iter().all(|time| WATCH_TIMES.contains(time)), "{times:?}");
+        let times: Vec<_> = (0..100).map(|_| random_watch_timeout()).collect();
+        assert!(times.iter().all(|time| WATCH_TIMEOUTS.contains(time)), "{times:?}");
         assert!(times.iter().any(|time| *time != times[0]), "{times:?}");
     }
 
     #[tokio::test]
     async fn a_bookmark_is_recorded_and_an_error_is_not() {
-        let answers = answers();
-        all(&answers, r#"{"type":"ERROR","object":{}}"#, AT_ONCE).await.unwrap();
-        assert_eq!(answers.status().heard(), None);
-        all(&answers, r#"{"type":"BOOKMARK","object":{}}"#, AT_ONCE).await.unwrap();
-        assert!(answers.status().heard().is_some());
+        let responses = new_responses();
+        all(&responses, r#"{"type":"ERROR","object":{}}"#, AT_ONCE).await.unwrap();
+        assert_eq!(responses.status().heard(), None);
+        all(&responses, r#"{"type":"BOOKMARK","object":{}}"#, AT_ONCE).await.unwrap();
+        assert!(responses.status().heard().is_some());
     }
 }
