@@ -49,7 +49,7 @@ impl Pods {
                 let name = ObjectName::of(&object.metadata);
                 let mut problems = Vec::new();
                 let pod = Pod::read(&object, &mut problems);
-                self.complain(Kind::Pod, &name, problems);
+                self.report_problems(Kind::Pod, &name, problems);
                 match pod {
                     Some(pod) => self.pods.insert(name, pod),
                     None => self.pods.remove(&name),
@@ -59,7 +59,7 @@ impl Pods {
                 let name = ObjectName::of(&object.metadata);
                 let mut problems = Vec::new();
                 let namespace = Namespace::read(&object, &mut problems);
-                self.complain(Kind::Namespace, &name, problems);
+                self.report_problems(Kind::Namespace, &name, problems);
                 if namespace == Namespace::default() {
                     self.namespaces.remove(&name);
                 } else {
@@ -105,7 +105,7 @@ impl Pods {
         bypassed
     }
 
-    fn complain(&mut self, kind: Kind, name: &ObjectName, problems: Vec<Problem>) {
+    fn report_problems(&mut self, kind: Kind, name: &ObjectName, problems: Vec<Problem>) {
         let key = (kind, name.clone());
         if self.problems.get(&key).map_or(&[][..], Vec::as_slice) == problems {
             return;

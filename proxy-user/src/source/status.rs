@@ -31,7 +31,7 @@ impl SourceStatus {
     #[must_use]
     pub fn silences(&self) -> Vec<(&'static str, Duration)> {
         let kinds = Kind::ALL.into_iter().chain(Kind::PODS);
-        kinds.filter_map(|kind| Some((kind.as_str(), self.of(kind).heard()?.elapsed()))).collect()
+        kinds.filter_map(|kind| Some((kind.as_str(), self.of(kind).last_contact()?.elapsed()))).collect()
     }
 
     /// A copy of the state of the kinds in [`Kind::ALL`], in that order. It is not atomic over all kinds. For
@@ -53,7 +53,7 @@ pub struct KindStatus {
     streamed: AtomicU64,
     errors: AtomicU64,
     last_event_millis: AtomicU64,
-    heard: Mutex<Option<Instant>>,
+    last_contact: Mutex<Option<Instant>>,
 }
 
 impl KindStatus {
@@ -68,20 +68,20 @@ impl KindStatus {
     }
 
     /// Records that an event, a bookmark or the end of a list arrived.
-    pub(super) fn hear(&self) {
-        *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    pub(super) fn record_contact(&self) {
+        *self.last_contact.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
     /// When an event, a bookmark or the end of a list last arrived.
     #[must_use]
-    pub fn heard(&self) -> Option<Instant> {
-        *self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn last_contact(&self) -> Option<Instant> {
+        *self.last_contact.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Records that an object arrived, and the number of objects now.
     pub(super) fn event(&self, objects: usize) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
-        self.hear();
+        self.record_contact();
         self.events.fetch_add(1, Relaxed);
         self.objects.store(objects as u64, Relaxed);
         self.last_event_millis.store(u64::try_from(now.as_millis()).unwrap_or(u64::MAX), Relaxed);

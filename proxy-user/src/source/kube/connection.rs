@@ -321,7 +321,7 @@ impl Shared {
                     warn!(error, "cannot read the credentials again; keeping the previous ones");
                     *last = Some(error);
                 }
-                route.forgive();
+                route.reset_failures();
                 route
             }
         }
@@ -345,7 +345,7 @@ impl Route {
         self.failures.load(Relaxed) < PATIENCE && !self.rejected.load(Relaxed)
     }
 
-    fn forgive(&self) {
+    fn reset_failures(&self) {
         self.failures.store(0, Relaxed);
         self.rejected.store(false, Relaxed);
     }

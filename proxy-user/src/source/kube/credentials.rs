@@ -91,7 +91,7 @@ async fn from_file(path: &Path) -> Result<Config, ConnectError> {
         KubeconfigError::ReadConfig(source, path) => ConnectError::Read { path, source },
         other => ConnectError::Parse { path: path.to_owned(), reason: other.to_string() },
     })?;
-    let names = check(&file).map_err(|Wrong { field, reason }| ConnectError::Field {
+    let names = check(&file).map_err(|FieldProblem { field, reason }| ConnectError::Field {
         path: path.to_owned(),
         field,
         reason,
@@ -103,24 +103,24 @@ async fn from_file(path: &Path) -> Result<Config, ConnectError> {
 }
 
 /// A problem with a field.
-struct Wrong {
+struct FieldProblem {
     field: String,
     reason: String,
 }
 
-impl Wrong {
+impl FieldProblem {
     fn new(field: impl Into<String>, reason: impl Into<String>) -> Self {
         Self { field: field.into(), reason: reason.into() }
     }
 }
 
 /// The names that the current context refers to.
-struct Names {
+struct ContextNames {
     cluster: String,
     user: String,
 }
 
-impl Names {
+impl ContextNames {
     fn field(&self, error: &KubeconfigError) -> String {
         let Self { cluster, user } = self;
         match error {
@@ -135,27 +135,27 @@ impl Names {
 }
 
 /// Follows the current context through the file and checks each field.
-fn check(file: &Kubeconfig) -> Result<Names, Wrong> {
+fn check(file: &Kubeconfig) -> Result<ContextNames, FieldProblem> {
     let current = file
         .current_context
         .as_deref()
         .filter(|name| !name.is_empty())
-        .ok_or_else(|| Wrong::new("current-context", "is not set"))?;
+        .ok_or_else(|| FieldProblem::new("current-context", "is not set"))?;
     let context = file
         .contexts
         .iter()
         .find(|named| named.name == current)
         .and_then(|named| named.context.as_ref())
         .ok_or_else(|| {
-            Wrong::new("current-context", format!("names `{current}`, which is not in `contexts`"))
+            FieldProblem::new("current-context", format!("names `{current}`, which is not in `contexts`"))
         })?;
     check_cluster(file, current, &context.cluster)?;
     let user = context.user.as_deref().unwrap_or_default();
     check_user(file, current, user)?;
-    Ok(Names { cluster: context.cluster.clone(), user: user.to_owned() })
+    Ok(ContextNames { cluster: context.cluster.clone(), user: user.to_owned() })
 }
 
-fn check_cluster(file: &Kubeconfig, context: &str, name: &str) -> Result<(), Wrong> {
+fn check_cluster(file: &Kubeconfig, context: &str, name: &str) -> Result<(), FieldProblem> {
     let cluster = file
         .clusters
         .iter()
@@ -163,32 +163,32 @@ fn check_cluster(file: &Kubeconfig, context: &str, name: &str) -> Result<(), Wro
         .and_then(|named| named.cluster.as_ref())
         .ok_or_else(|| {
             let field = format!("contexts[{context}].context.cluster");
-            Wrong::new(field, format!("names `{name}`, which is not in `clusters`"))
+            FieldProblem::new(field, format!("names `{name}`, which is not in `clusters`"))
         })?;
     let field = format!("clusters[{name}].cluster.server");
-    let Some(server) = &cluster.server else { return Err(Wrong::new(field, "is not set")) };
+    let Some(server) = &cluster.server else { return Err(FieldProblem::new(field, "is not set")) };
     let uri: http::Uri =
-        server.parse().map_err(|error| Wrong::new(&field, format!("is `{server}`: {error}")))?;
+        server.parse().map_err(|error| FieldProblem::new(&field, format!("is `{server}`: {error}")))?;
     if !matches!(uri.scheme_str(), Some("https" | "http")) {
-        return Err(Wrong::new(
+        return Err(FieldProblem::new(
             field,
             format!("is `{server}`, which starts with neither https:// nor http://"),
         ));
     }
     if cluster.proxy_url.as_ref().is_some_and(|url| !url.is_empty()) {
         let field = format!("clusters[{name}].cluster.proxy-url");
-        return Err(Wrong::new(field, "is set, but weir does not connect through a proxy"));
+        return Err(FieldProblem::new(field, "is set, but weir does not connect through a proxy"));
     }
     Ok(())
 }
 
-fn check_user(file: &Kubeconfig, context: &str, name: &str) -> Result<(), Wrong> {
+fn check_user(file: &Kubeconfig, context: &str, name: &str) -> Result<(), FieldProblem> {
     if name.is_empty() {
         return Ok(());
     }
     let user = file.auth_infos.iter().find(|named| named.name == name).ok_or_else(|| {
         let field = format!("contexts[{context}].context.user");
-        Wrong::new(field, format!("names `{name}`, which is not in `users`"))
+        FieldProblem::new(field, format!("names `{name}`, which is not in `users`"))
     })?;
     let Some(user) = &user.auth_info else { return Ok(()) };
     let files = [
@@ -204,7 +204,7 @@ fn check_user(file: &Kubeconfig, context: &str, name: &str) -> Result<(), Wrong>
             && let Err(error) = std::fs::read(path)
         {
             let field = format!("users[{name}].user.{field}");
-            return Err(Wrong::new(field, format!("names `{path}`, which cannot be read: {error}")));
+            return Err(FieldProblem::new(field, format!("names `{path}`, which cannot be read: {error}")));
         }
     }
     Ok(())

@@ -30,10 +30,10 @@ const OWN_ANNOTATIONS: &str = "weir.dev/";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Absent {
     /// weir cannot work without the kind, so it retries often.
-    Insist,
+    RetryOften,
     /// Only a feature is missing without the kind, so weir retries rarely.
-    Wait,
-    /// As [`Absent::Wait`], and the kind counts as complete without any object.
+    RetryRarely,
+    /// As [`Absent::RetryRarely`], and the kind counts as complete without any object.
     Complete,
 }
 
@@ -47,7 +47,7 @@ pub(super) trait Watched:
     /// The kind of the objects.
     const KIND: Kind;
     /// The reaction if the server lacks the kind.
-    const ABSENT: Absent = Absent::Insist;
+    const ABSENT: Absent = Absent::RetryOften;
 
     /// The selectors of the watch.
     fn selector(node: &str) -> Config;

@@ -46,7 +46,7 @@ impl Watched for Pod {
     type Object = PodObject;
 
     const KIND: Kind = Kind::Pod;
-    const ABSENT: Absent = Absent::Wait;
+    const ABSENT: Absent = Absent::RetryRarely;
 
     /// This node's pods, including those in the host's network. A finished pod has no processes; the server
     /// reports it as deleted.
@@ -70,7 +70,7 @@ impl Watched for Namespace {
     type Object = PodObject;
 
     const KIND: Kind = Kind::Namespace;
-    const ABSENT: Absent = Absent::Wait;
+    const ABSENT: Absent = Absent::RetryRarely;
 
     /// All namespaces, because the set of those with pods on this node changes all the time.
     fn selector(_node: &str) -> Config {

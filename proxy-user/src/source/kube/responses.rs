@@ -232,7 +232,7 @@ impl Remaining {
             };
         }
         if self.watch.is_some() && data.windows(BOOKMARK.len()).any(|part| part == BOOKMARK) {
-            self.responses.status().hear();
+            self.responses.status().record_contact();
         }
     }
 
@@ -319,8 +319,8 @@ mod tests {
     async fn a_bookmark_is_recorded_and_an_error_is_not() {
         let responses = new_responses();
         all(&responses, r#"{"type":"ERROR","object":{}}"#, AT_ONCE).await.unwrap();
-        assert_eq!(responses.status().heard(), None);
+        assert_eq!(responses.status().last_contact(), None);
         all(&responses, r#"{"type":"BOOKMARK","object":{}}"#, AT_ONCE).await.unwrap();
-        assert!(responses.status().heard().is_some());
+        assert!(responses.status().last_contact().is_some());
     }
 }

@@ -41,7 +41,7 @@ pub(super) enum Refusal {
     /// The server answered with another error.
     Refused,
     /// The server accepted a watch and ended it at once.
-    Fruitless,
+    EndedAtOnce,
 }
 
 impl Refusal {
@@ -58,7 +58,7 @@ impl Refusal {
             {
                 return Self::Refused;
             }
-            Error::WatchFailed(error) if ended_at_once(error) => return Self::Fruitless,
+            Error::WatchFailed(error) if ended_at_once(error) => return Self::EndedAtOnce,
             Error::InitialListFailed(_) | Error::WatchStartFailed(_) | Error::WatchFailed(_) => {
                 return Self::Unreachable;
             }
@@ -109,20 +109,20 @@ impl Retry {
     }
 
     /// Resets the delays to short ones.
-    pub(super) fn forgive(&mut self) {
+    pub(super) fn reset_delays(&mut self) {
         *self = Self { useless: self.useless, ..Self::new() };
     }
 
     /// Whether to list again after this refusal, because watches do not work. `has_event` is true if an event
     /// arrived since the last refusal.
-    pub(super) fn lists(&mut self, refusal: Refusal, has_event: bool) -> bool {
+    pub(super) fn needs_list(&mut self, refusal: Refusal, has_event: bool) -> bool {
         if has_event {
             self.useless = 0;
         }
         let most = match refusal {
             Refusal::Gone => return true,
             Refusal::Absent => ABSENT_FOR_GOOD,
-            Refusal::Refused | Refusal::Fruitless => USELESS,
+            Refusal::Refused | Refusal::EndedAtOnce => USELESS,
             // The server did not reject the watch, and a list would cost it more.
             Refusal::Unreachable | Refusal::Busy | Refusal::Unauthenticated | Refusal::NoStreaming => {
                 return false;
@@ -147,7 +147,7 @@ impl Retry {
             | Refusal::Unauthenticated
             | Refusal::Absent
             | Refusal::Refused
-            | Refusal::Fruitless => self.refused.next().unwrap_or(ABSENT),
+            | Refusal::EndedAtOnce => self.refused.next().unwrap_or(ABSENT),
         }
     }
 }
@@ -213,7 +213,7 @@ mod tests {
     #[test]
     fn a_server_that_ends_watches_immediately_is_retried_with_growing_delays() {
         let mut retry = Retry::new();
-        let delays: Vec<_> = (0..20).map(|_| retry.delay(Refusal::Fruitless, false)).collect();
+        let delays: Vec<_> = (0..20).map(|_| retry.delay(Refusal::EndedAtOnce, false)).collect();
         for (doublings, delay) in delays.iter().enumerate() {
             let least = Duration::from_millis(250) * 2_u32.pow(doublings.min(5).try_into().unwrap());
             assert!(*delay >= least && *delay <= Duration::from_secs(30), "{delays:?}");
@@ -269,8 +269,8 @@ mod tests {
             }
         }
         let mut retry = Retry::new();
-        let mut lists = |refusal, has_event| retry.lists(refusal, has_event);
-        for refusal in [Refusal::Refused, Refusal::Fruitless] {
+        let mut lists = |refusal, has_event| retry.needs_list(refusal, has_event);
+        for refusal in [Refusal::Refused, Refusal::EndedAtOnce] {
             assert_eq!([(); 6].map(|()| lists(refusal, false)), [false, false, true, false, false, true]);
         }
         assert_eq!(

@@ -100,7 +100,7 @@ impl Version {
     }
 
     /// The version that the previous agent had, until [`Version::forget`].
-    pub(super) fn of_before(&self) -> Option<String> {
+    pub(super) fn previous(&self) -> Option<String> {
         Some(self.before().load(Relaxed)).filter(|version| *version > 0).map(|version| version.to_string())
     }
 
@@ -210,7 +210,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let directory = directory.path().join("of/weir");
         let first = of(&directory, CLUSTER, Kind::Service);
-        assert_eq!(first.of_before(), None);
+        assert_eq!(first.previous(), None);
         for version in ["9", "18446744073709551615", "12"] {
             first.keep(version);
         }
@@ -218,12 +218,12 @@ mod tests {
         namespaces.keep("7");
         // The first agent was not stopped in an orderly way.
         let second = of(&directory, CLUSTER, Kind::Service);
-        assert_eq!(second.of_before().as_deref(), Some("12"));
-        assert_eq!(of(&directory, CLUSTER, Kind::Namespace).of_before().as_deref(), Some("7"));
-        assert_eq!(of(&directory, CLUSTER, Kind::EndpointSlice).of_before(), None);
+        assert_eq!(second.previous().as_deref(), Some("12"));
+        assert_eq!(of(&directory, CLUSTER, Kind::Namespace).previous().as_deref(), Some("7"));
+        assert_eq!(of(&directory, CLUSTER, Kind::EndpointSlice).previous(), None);
         second.forget();
-        assert_eq!(second.of_before(), None);
-        assert_eq!(of(&directory, CLUSTER, Kind::Service).of_before().as_deref(), Some("12"));
+        assert_eq!(second.previous(), None);
+        assert_eq!(of(&directory, CLUSTER, Kind::Service).previous().as_deref(), Some("12"));
         only_file(&directory);
     }
 
@@ -232,9 +232,9 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         of(directory.path(), CLUSTER, Kind::Service).keep("12");
         for other in [&[&b"https://api.example"[..], b"n2"][..], &[b"https://api.examplen1"], &[b"n1", b""]] {
-            assert_eq!(of(directory.path(), other, Kind::Service).of_before(), None);
+            assert_eq!(of(directory.path(), other, Kind::Service).previous(), None);
         }
-        assert_eq!(of(directory.path(), CLUSTER, Kind::Service).of_before().as_deref(), Some("12"));
+        assert_eq!(of(directory.path(), CLUSTER, Kind::Service).previous().as_deref(), Some("12"));
     }
 
     #[test]
@@ -245,7 +245,7 @@ mod tests {
         }
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), MOST_CLUSTERS);
         let last = (3 * MOST_CLUSTERS - 1).to_string();
-        assert!(of(directory.path(), &[last.as_bytes()], Kind::Service).of_before().is_some());
+        assert!(of(directory.path(), &[last.as_bytes()], Kind::Service).previous().is_some());
     }
 
     #[test]
@@ -255,7 +255,7 @@ mod tests {
         for text in ["", "12a", "-1", "18446744073709551616"] {
             version.keep("12");
             version.keep(text);
-            assert_eq!(of(directory.path(), CLUSTER, Kind::Service).of_before(), None, "{text}");
+            assert_eq!(of(directory.path(), CLUSTER, Kind::Service).previous(), None, "{text}");
         }
     }
 
@@ -270,9 +270,9 @@ mod tests {
         for wrong in [&b""[..], b"12\n", &right[1..], &longer, &signed, &[0xff; KINDS * LINE]] {
             fs::write(&file, wrong).unwrap();
             let version = of(directory.path(), CLUSTER, Kind::Service);
-            assert_eq!(version.of_before(), None, "{wrong:?}");
+            assert_eq!(version.previous(), None, "{wrong:?}");
             version.keep("13");
-            assert_eq!(of(directory.path(), CLUSTER, Kind::Service).of_before().as_deref(), Some("13"));
+            assert_eq!(of(directory.path(), CLUSTER, Kind::Service).previous().as_deref(), Some("13"));
         }
     }
 
@@ -280,9 +280,9 @@ mod tests {
     fn without_a_directory_nothing_is_stored_and_nothing_fails() {
         let version = Version::of(Kind::Service, Arc::default());
         version.keep("12");
-        assert_eq!(version.of_before(), None);
+        assert_eq!(version.previous(), None);
         let version = of(Path::new("/proc/nowhere"), CLUSTER, Kind::Service);
         version.keep("12");
-        assert_eq!(version.of_before(), None);
+        assert_eq!(version.previous(), None);
     }
 }

@@ -74,9 +74,9 @@ pub(super) struct Watch<K: Watched> {
     /// Whether the list at the start of the events is complete.
     listed: bool,
     /// When the server last sent data before its last failure.
-    heard: Option<Instant>,
+    last_contact: Option<Instant>,
     broken_off: u32,
-    complaint: String,
+    last_logged: String,
     /// The unreadable objects that were logged.
     skipped: FxHashSet<String>,
 }
@@ -101,9 +101,9 @@ impl<K: Watched> Watch<K> {
             retry: Retry::new(),
             well_since: Instant::now(),
             listed: false,
-            heard: None,
+            last_contact: None,
             broken_off: 0,
-            complaint: String::new(),
+            last_logged: String::new(),
             skipped: FxHashSet::default(),
         }
     }
@@ -227,17 +227,17 @@ impl<K: Watched> Watch<K> {
 
     /// A list is complete. Delays stay long, because only later events show whether watches work too.
     fn recovered(&mut self) {
-        self.status.of(K::KIND).hear();
+        self.status.of(K::KIND).record_contact();
         self.listed = true;
         self.broken_off = 0;
         self.well_since = Instant::now();
     }
 
     /// Resets the delays if the server has been well for long enough.
-    fn forgive(&mut self) {
+    fn reset_delays(&mut self) {
         if self.well_since.elapsed() > GOOD_CONNECTION {
-            self.retry.forgive();
-            self.complaint.clear();
+            self.retry.reset_delays();
+            self.last_logged.clear();
         }
     }
 
@@ -252,10 +252,10 @@ impl<K: Watched> Watch<K> {
     }
 
     /// Whether to list again after this refusal.
-    fn lists(&mut self, refusal: Refusal) -> bool {
-        let heard = self.status.of(K::KIND).heard();
-        let before = std::mem::replace(&mut self.heard, heard);
-        let lists = self.retry.lists(refusal, heard != before);
+    fn needs_list(&mut self, refusal: Refusal) -> bool {
+        let last_contact = self.status.of(K::KIND).last_contact();
+        let before = std::mem::replace(&mut self.last_contact, last_contact);
+        let lists = self.retry.needs_list(refusal, last_contact != before);
         if lists {
             debug!(kind = %K::KIND, ?refusal, "listing again");
         }
@@ -275,15 +275,15 @@ impl<K: Watched> Watch<K> {
             self.ask_for_pages();
             return Ok(true);
         }
-        let pages = listing && refusal == Refusal::Fruitless && self.stream_failed();
-        let anew = self.lists(refusal) || pages;
+        let pages = listing && refusal == Refusal::EndedAtOnce && self.stream_failed();
+        let anew = self.needs_list(refusal) || pages;
         let status = Arc::clone(&self.status);
         let status = status.of(K::KIND);
         status.error();
         if status.set_connected(false) {
-            self.forgive();
+            self.reset_delays();
         }
-        self.complain(error, refusal);
+        self.log_refusal(error, refusal);
         if K::ABSENT == Absent::Complete
             && refusal == Refusal::Absent
             && let Some(synced) = self.ledger.sync()
@@ -297,22 +297,22 @@ impl<K: Watched> Watch<K> {
 
     /// The delay after this refusal. `asked` is the delay that the server requires.
     fn delay(&mut self, refusal: Refusal, asked: Option<Duration>) -> Duration {
-        let delay = self.retry.delay(refusal, K::ABSENT != Absent::Insist);
+        let delay = self.retry.delay(refusal, K::ABSENT != Absent::RetryOften);
         let delay = if refusal == Refusal::Gone && self.ledger.synced() { spread(delay) } else { delay };
         asked.map_or(delay, |asked| as_asked(delay, asked))
     }
 
     /// Logs the server's error, once in a row. Unreachable servers and rejected credentials are logged by the
     /// connection, once for all kinds.
-    fn complain(&mut self, error: &watcher::Error, refusal: Refusal) {
+    fn log_refusal(&mut self, error: &watcher::Error, refusal: Refusal) {
         let text = error.source().map_or_else(|| error.to_string(), ToString::to_string);
         let logged_elsewhere = matches!(refusal, Refusal::Unreachable | Refusal::Unauthenticated);
-        if logged_elsewhere || text == self.complaint {
+        if logged_elsewhere || text == self.last_logged {
             debug!(kind = %K::KIND, error = text, "watch failed");
             return;
         }
         match refusal {
-            Refusal::Absent if K::ABSENT == Absent::Wait => {
+            Refusal::Absent if K::ABSENT == Absent::RetryRarely => {
                 warn!(
                     kind = %K::KIND, error = text,
                     "cannot list; does the role allow list and watch? weir serves Services, but does not notice pods \
@@ -324,6 +324,6 @@ impl<K: Watched> Watch<K> {
             }
             _ => warn!(kind = %K::KIND, error = text, "watch failed"),
         }
-        self.complaint = text;
+        self.last_logged = text;
     }
 }

@@ -28,7 +28,7 @@ pub(super) enum Part {
 
 /// The position of the next byte.
 #[derive(Clone, Copy)]
-enum At {
+enum Position {
     Magic,
     /// Between the fields around the list, before it.
     Before,
@@ -39,16 +39,16 @@ enum At {
 }
 
 /// Decodes a list into its parts.
-pub(super) struct Parts(At);
+pub(super) struct Parts(Position);
 
 impl Parts {
     pub(super) const fn new() -> Self {
-        Self(At::Magic)
+        Self(Position::Magic)
     }
 
     /// Whether the bytes so far are a complete list.
     const fn is_whole(&self) -> bool {
-        matches!(self.0, At::Behind)
+        matches!(self.0, Position::Behind)
     }
 }
 
@@ -89,33 +89,33 @@ impl Decoder for Parts {
 
     fn decode(&mut self, bytes: &mut BytesMut) -> Result<Option<Part>, Unreadable> {
         loop {
-            if let At::Magic = self.0 {
+            if let Position::Magic = self.0 {
                 let Some(begin) = bytes.get(..MAGIC.len()) else { return Ok(None) };
                 if begin != MAGIC {
                     return Err(Unreadable::Magic);
                 }
                 bytes.advance(MAGIC.len());
-                self.0 = At::Before;
+                self.0 = Position::Before;
             }
-            if let At::Inside(0) = self.0 {
-                self.0 = At::Behind;
+            if let Position::Inside(0) = self.0 {
+                self.0 = Position::Behind;
             }
             let Some((tag, head, length)) = field(bytes)? else { return Ok(None) };
             match (self.0, tag) {
-                (At::Before, 2) => {
+                (Position::Before, 2) => {
                     bytes.advance(head);
-                    self.0 = At::Inside(length);
+                    self.0 = Position::Inside(length);
                 }
-                (At::Magic | At::Before | At::Behind, _) => {
+                (Position::Magic | Position::Before | Position::Behind, _) => {
                     if take(bytes, head, length)?.is_none() {
                         return Ok(None);
                     }
                 }
-                (At::Inside(left), _) => {
+                (Position::Inside(left), _) => {
                     let left = left.checked_sub(head).and_then(|left| left.checked_sub(length));
                     let left = left.ok_or(Unreadable::List)?;
                     let Some(contents) = take(bytes, head, length)? else { return Ok(None) };
-                    self.0 = At::Inside(left);
+                    self.0 = Position::Inside(left);
                     match tag {
                         1 => {
                             let metadata = message::ListMetadata::decode(contents)?;

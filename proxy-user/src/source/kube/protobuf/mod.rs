@@ -114,12 +114,12 @@ type Bytestream = StreamReader<BoxStream<'static, io::Result<Bytes>>, Bytes>;
 type Events = FramedRead<Bytestream, LengthDelimitedCodec>;
 
 /// A kind that is read in protobuf, or in JSON if the server has no protobuf.
-pub(super) trait Many:
+pub(super) trait ProtobufKind:
     FromProtobuf + Resource<DynamicType = ()> + Clone + Debug + Default + DeserializeOwned + Send + 'static
 {
 }
 
-impl<K> Many for K where
+impl<K> ProtobufKind for K where
     K: FromProtobuf
         + Resource<DynamicType = ()>
         + Clone
@@ -132,7 +132,7 @@ impl<K> Many for K where
 }
 
 /// An endless stream of events of a kind. After an error the next poll tries again.
-pub(super) fn events<K: Many>(
+pub(super) fn events<K: ProtobufKind>(
     client: Client,
     config: Config,
     known: Version,
@@ -175,7 +175,7 @@ enum State<K> {
     Json(BoxStream<'static, ItemResult<K>>),
 }
 
-impl<K: Many> Follower<K> {
+impl<K: ProtobufKind> Follower<K> {
     /// Runs one step of the state machine and returns its item.
     async fn step(&mut self) -> watcher::Result<Option<StreamItem<K>>> {
         match std::mem::replace(&mut self.state, State::Start) {
@@ -217,7 +217,7 @@ impl<K: Many> Follower<K> {
 
     async fn list(&mut self) -> watcher::Result<Option<StreamItem<K>>> {
         let mut answer = self.ask_for_list().await;
-        if self.known.of_before().is_some()
+        if self.known.previous().is_some()
             && let Err(kube::Error::Api(status)) = &answer
             && is_about_versions(status)
         {
@@ -242,7 +242,7 @@ impl<K: Many> Follower<K> {
     }
 
     async fn ask_for_list(&mut self) -> kube::Result<Result<Bytestream, NoProtobuf>> {
-        let version = self.known.of_before();
+        let version = self.known.previous();
         let parameters = ListParams {
             label_selector: self.config.label_selector.clone(),
             field_selector: self.config.field_selector.clone(),
@@ -346,7 +346,7 @@ fn read<K: FromProtobuf>(
 }
 
 /// An object of which only the name is used.
-fn deleted<K: Many>(metadata: ObjectMeta) -> K {
+fn deleted<K: ProtobufKind>(metadata: ObjectMeta) -> K {
     let mut object = K::default();
     *object.meta_mut() = metadata;
     object
