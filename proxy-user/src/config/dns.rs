@@ -98,8 +98,8 @@ impl DnsArgs {
         if !dns {
             return None;
         }
-        let mut reject = |place: &str, complaint: String| {
-            problems.push(Problem { place: place.to_owned(), complaint });
+        let mut reject = |setting: &str, message: String| {
+            problems.push(Problem { setting: setting.to_owned(), message });
         };
         let domain = dns_domain.trim_end_matches('.').to_ascii_lowercase();
         if domain.is_empty() || hickory_proto::rr::Name::from_ascii(format!("{domain}.")).is_err() {

@@ -282,10 +282,10 @@ pub(super) fn parse(
     Ok((configuration, tree))
 }
 
-fn problem(file: &Path, field: &str, complaint: String) -> Error {
-    let place =
+fn problem(file: &Path, field: &str, message: String) -> Error {
+    let setting =
         if field == "." { file.display().to_string() } else { format!("{}: {field}", file.display()) };
-    Error::Invalid(vec![Problem { place, complaint }])
+    Error::Invalid(vec![Problem { setting, message }])
 }
 
 fn check_kind(file: &Path, configuration: &Configuration) -> Result<(), Error> {

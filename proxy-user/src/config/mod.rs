@@ -162,12 +162,12 @@ pub struct Loaded {
 
 /// A field that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{place}: {complaint}")]
+#[error("{setting}: {message}")]
 pub struct Problem {
     /// The file and the field in it, or the flag.
-    pub place: String,
+    pub setting: String,
     /// The problem, with the value that was given.
-    pub complaint: String,
+    pub message: String,
 }
 
 /// Why a configuration could not be loaded.

@@ -39,8 +39,8 @@ pub(super) enum WrittenIn {
 }
 
 impl WrittenIn {
-    /// The name of a field in that place.
-    fn place(&self, field: &str) -> String {
+    /// The name of a field, as written there.
+    fn name_of(&self, field: &str) -> String {
         match self {
             Self::File(file) => format!("{}: {field}", file.display()),
             Self::Flags => flag_of(field).to_owned(),
@@ -188,21 +188,21 @@ struct Check<'a> {
 }
 
 impl Check<'_> {
-    fn reject(&mut self, field: &str, complaint: impl Display) {
-        self.problems.push(Problem { place: self.written_in.place(field), complaint: complaint.to_string() });
+    fn reject(&mut self, field: &str, message: impl Display) {
+        self.problems.push(Problem { setting: self.written_in.name_of(field), message: message.to_string() });
     }
 
     fn node_name(&mut self, args: &ConfigArgs, configuration: &Configuration, host: &Host) -> String {
         let flag = args.hostname_override.as_deref().unwrap_or_default();
         let file = configuration.hostname_override.as_str();
-        let (place, given) = match (flag, file) {
+        let (setting, given) = match (flag, file) {
             ("", "") => ("the host's name".to_owned(), host.name.as_str()),
-            ("", file) => (self.written_in.place("hostnameOverride"), file),
+            ("", file) => (self.written_in.name_of("hostnameOverride"), file),
             (flag, _) => ("--hostname-override".to_owned(), flag),
         };
         let name = given.trim().to_lowercase();
         if name.is_empty() {
-            self.problems.push(Problem { place, complaint: "a node's name cannot be empty".to_owned() });
+            self.problems.push(Problem { setting, message: "a node's name cannot be empty".to_owned() });
         }
         name
     }
@@ -227,14 +227,14 @@ impl Check<'_> {
         }
     }
 
-    fn networks(&mut self, place: &str, given: &[String]) -> Vec<IpNet> {
+    fn networks(&mut self, setting: &str, given: &[String]) -> Vec<IpNet> {
         let mut networks = Vec::new();
         for text in given.iter().map(|text| text.trim()).filter(|text| !text.is_empty()) {
             match text.parse::<IpNet>() {
                 Ok(network) => networks.push(network.trunc()),
                 Err(_) => {
-                    let complaint = format!("`{text}` is not a network such as 10.0.0.0/16 or fd00::/64");
-                    self.problems.push(Problem { place: place.to_owned(), complaint });
+                    let message = format!("`{text}` is not a network such as 10.0.0.0/16 or fd00::/64");
+                    self.problems.push(Problem { setting: setting.to_owned(), message });
                 }
             }
         }
@@ -242,12 +242,12 @@ impl Check<'_> {
     }
 
     fn mode(&mut self, args: &ConfigArgs, configuration: &Configuration) -> ProxyMode {
-        let (place, given) = match (args.proxy_mode, self.written_in) {
+        let (setting, given) = match (args.proxy_mode, self.written_in) {
             (Some(mode), _) => ("--proxy-mode".to_owned(), mode),
-            (None, WrittenIn::File(_)) => (self.written_in.place("mode"), configuration.mode),
+            (None, WrittenIn::File(_)) => (self.written_in.name_of("mode"), configuration.mode),
             (None, WrittenIn::Flags) => return ProxyMode::Auto,
         };
-        let kube_proxys = match given {
+        let kube_proxy_mode = match given {
             Mode::Auto => return ProxyMode::Auto,
             Mode::Ebpf => return ProxyMode::Ebpf,
             Mode::Nftables => return ProxyMode::Nftables,
@@ -256,7 +256,7 @@ impl Check<'_> {
             Mode::Ipvs => "ipvs",
         };
         self.warnings.push(format!(
-            "{place}: {kube_proxys} means auto here; without eBPF, NodePorts answer on 127.0.0.1 only if nodePortAddresses contains localhost"
+            "{setting}: {kube_proxy_mode} means auto here; without eBPF, NodePorts answer on 127.0.0.1 only if nodePortAddresses contains localhost"
         ));
         ProxyMode::Auto
     }
@@ -308,8 +308,8 @@ impl Check<'_> {
         }
         let (Some(sync_period), Some(min_sync_period)) = periods else { return Default::default() };
         if sync_period < min_sync_period {
-            let complaint = format_args!("{sync} is less than minSyncPeriod, which is {min}");
-            self.reject(&format!("{block}.syncPeriod"), complaint);
+            let message = format_args!("{sync} is less than minSyncPeriod, which is {min}");
+            self.reject(&format!("{block}.syncPeriod"), message);
         }
         (sync_period, min_sync_period)
     }
@@ -340,9 +340,9 @@ impl Check<'_> {
     /// The networks of `ipvs.excludeCIDRs`. In other modes than ipvs a wrong one is only a warning, because
     /// kube-proxy reads the field in that mode only.
     fn excluded(&mut self, configuration: &Configuration, imitated: Mode) -> Vec<IpNet> {
-        let place = self.written_in.place("ipvs.excludeCIDRs");
+        let setting = self.written_in.name_of("ipvs.excludeCIDRs");
         let before = self.problems.len();
-        let networks = self.networks(&place, &configuration.ipvs.exclude_cidrs);
+        let networks = self.networks(&setting, &configuration.ipvs.exclude_cidrs);
         if imitated != Mode::Ipvs {
             let ignored = self.problems.drain(before..).map(|problem| format!("{problem}; it is ignored"));
             self.warnings.extend(ignored);
@@ -351,9 +351,9 @@ impl Check<'_> {
     }
 
     fn cluster_cidrs(&mut self, given: &str) -> Vec<IpNet> {
-        let place = self.written_in.place("clusterCIDR");
+        let setting = self.written_in.name_of("clusterCIDR");
         let parts: Vec<String> = given.split(',').map(str::to_owned).collect();
-        let networks = self.networks(&place, &parts);
+        let networks = self.networks(&setting, &parts);
         let v4 = networks.iter().filter(|network| matches!(network, IpNet::V4(_))).count();
         if v4 > 1 || networks.len() - v4 > 1 {
             self.reject("clusterCIDR", format_args!("`{given}` has more than one network of a family"));
@@ -382,10 +382,10 @@ impl Check<'_> {
                     Ok(network) => setting.networks.push(network.trunc()),
                     Err(_) => {
                         let names = "primary, localhost and all";
-                        let complaint = format_args!(
+                        let message = format_args!(
                             "`{text}` is neither a network such as 192.0.2.0/24 nor one of the names {names}"
                         );
-                        self.reject(&field, complaint);
+                        self.reject(&field, message);
                     }
                 },
             }

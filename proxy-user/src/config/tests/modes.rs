@@ -127,7 +127,7 @@ fn r18_names_stand_for_networks_and_may_be_mixed_with_them() {
         let words: serde_json::Value = serde_yaml_ng::from_str(given).unwrap();
         assert_eq!(loaded.document["nodePortAddresses"], words, "the document keeps the names");
     }
-    for (given, complaint) in [
+    for (given, message) in [
         ("[primary, localhost, primary]", "nodePortAddresses[2]: `primary` is given twice"),
         ("[localhost, localhost]", "nodePortAddresses[1]: `localhost` is given twice"),
         (
@@ -136,7 +136,7 @@ fn r18_names_stand_for_networks_and_may_be_mixed_with_them() {
         ),
     ] {
         let error = file_with(&format!("nodePortAddresses: {given}"), "").unwrap_err().to_string();
-        assert!(error.contains(complaint), "{error}");
+        assert!(error.contains(message), "{error}");
     }
 }
 
