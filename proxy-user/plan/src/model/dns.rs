@@ -38,7 +38,7 @@ impl fmt::Display for DnsService {
 /// `kube-system`, because weir forwards all other names to its endpoints, and in other namespaces users may
 /// create Services.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Claim {
+enum Recognition {
     /// It has the name that kubeadm and most distributions use.
     KubeDns,
     /// It has the name that OpenShift uses.
@@ -47,7 +47,7 @@ enum Claim {
     Labelled,
 }
 
-impl Claim {
+impl Recognition {
     fn of(name: &ObjectName, service: &api::Service) -> Option<Self> {
         let spec = service.spec.as_ref()?;
         let has_address = !matches!(spec.cluster_ip.as_deref(), None | Some("" | "None"));
@@ -72,7 +72,7 @@ impl Claim {
 #[derive(Debug, Default)]
 pub struct DnsServices {
     setting: DnsService,
-    candidates: FxHashMap<ObjectName, (Claim, i64)>,
+    candidates: FxHashMap<ObjectName, (Recognition, i64)>,
 }
 
 impl DnsServices {
@@ -87,11 +87,11 @@ impl DnsServices {
         if matches!(self.setting, DnsService::Named(_)) {
             return;
         }
-        match Claim::of(name, service) {
-            Some(claim) => {
+        match Recognition::of(name, service) {
+            Some(recognition) => {
                 let created = service.metadata.creation_timestamp.as_ref();
                 let created = created.map_or(i64::MAX, |time| time.0.as_second());
-                self.candidates.insert(name.clone(), (claim, created));
+                self.candidates.insert(name.clone(), (recognition, created));
             }
             None => self.remove(name),
         }
@@ -110,7 +110,7 @@ impl DnsServices {
             DnsService::Named(name) => Some(name),
             DnsService::Found => {
                 let best =
-                    self.candidates.iter().min_by_key(|(name, (claim, created))| (*claim, *created, *name));
+                    self.candidates.iter().min_by_key(|(name, (recognition, created))| (*recognition, *created, *name));
                 best.map(|(name, _)| name)
             }
         }
