@@ -108,37 +108,23 @@ impl DnsArgs {
         let service = match dns_service.as_deref() {
             None => Some(DnsService::Found),
             Some(text) => {
-                let named = text.split_once('/');
-                let named = named.filter(|(namespace, name)| !namespace.is_empty() && !name.is_empty());
+                let named = named_service(text);
                 if named.is_none() {
                     reject("--dns-service", format!("`{text}` is not NAMESPACE/NAME"));
                 }
-                named.map(|(namespace, name)| DnsService::Named(ObjectName::new(namespace, name)))
+                named
             }
         };
         let address = parse_address(dns_address).filter(is_link_local);
         if address.is_none() {
             reject("--dns-address", format!("`{dns_address}` is not in 169.254.0.0/16 or fc00::/7"));
         }
-        let given = |list: &'_ [String]| -> Vec<String> {
-            list.iter().map(|text| text.trim().to_owned()).filter(|text| !text.is_empty()).collect()
-        };
-        let mut upstream = Vec::new();
-        for text in given(dns_upstream) {
-            match server(&text) {
-                Some(server) => upstream.push(server),
-                None => {
-                    reject("--dns-upstream", format!("`{text}` is not an IP address with or without a port"))
-                }
-            }
-        }
-        let mut clients = Vec::new();
-        for text in given(dns_clients) {
-            match parse_network(&text) {
-                Some(network) => clients.push(network),
-                None => reject("--dns-clients", format!("`{text}` is not a network such as 10.0.0.0/16")),
-            }
-        }
+        let upstream = parse_each(dns_upstream, server, |text| {
+            reject("--dns-upstream", format!("`{text}` is not an IP address with or without a port"));
+        });
+        let clients = parse_each(dns_clients, parse_network, |text| {
+            reject("--dns-clients", format!("`{text}` is not a network such as 10.0.0.0/16"));
+        });
         Some(DnsConfig {
             domain,
             service: service?,
@@ -160,6 +146,29 @@ fn is_link_local(address: &IpAddr) -> bool {
         IpAddr::V4(address) => address.is_link_local(),
         IpAddr::V6(address) => address.is_unique_local(),
     }
+}
+
+fn named_service(text: &str) -> Option<DnsService> {
+    let (namespace, name) = text.split_once('/')?;
+    let complete = !namespace.is_empty() && !name.is_empty();
+    complete.then(|| DnsService::Named(ObjectName::new(namespace, name)))
+}
+
+/// Parses the elements of a list, and calls `reject` for each that cannot be parsed. Empty elements are skipped.
+fn parse_each<T>(
+    given: &[String],
+    parse: impl Fn(&str) -> Option<T>,
+    mut reject: impl FnMut(&str),
+) -> Vec<T> {
+    let given = given.iter().map(|text| text.trim()).filter(|text| !text.is_empty());
+    let parsed = given.filter_map(|text| {
+        let value = parse(text);
+        if value.is_none() {
+            reject(text);
+        }
+        value
+    });
+    parsed.collect()
 }
 
 fn server(text: &str) -> Option<SocketAddr> {

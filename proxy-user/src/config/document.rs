@@ -2,9 +2,14 @@
 //!
 //! In: the fields as given in a file or by flags. Out: a complete KubeProxyConfiguration.
 
+use std::net::SocketAddr;
+
 use serde_json::{Map, Value, json};
 
-use super::{GoDuration, file::is_zero};
+use super::{
+    Config, ConfigArgs, GoDuration, NodePortSetting,
+    file::{Configuration, Mode, is_zero},
+};
 
 /// Fields in which zero is a value, so that only a missing field gets the default.
 const ZERO_IS_A_VALUE: [&str; 8] = [
@@ -18,8 +23,31 @@ const ZERO_IS_A_VALUE: [&str; 8] = [
     "oomScoreAdj",
 ];
 
+/// The configuration in kube-proxy's format: the fields as given, the flags that override them, and defaults.
+pub(super) fn of(tree: &Value, configuration: &Configuration, args: &ConfigArgs, config: &Config) -> Value {
+    let mut document = complete(tree);
+    let address = |address: Option<SocketAddr>| address.map(|it| it.to_string()).unwrap_or_default();
+    let name = args.hostname_override.as_ref().filter(|name| !name.is_empty());
+    let mode = match args.proxy_mode.unwrap_or(configuration.mode) {
+        Mode::Unset => Mode::Auto,
+        mode => mode,
+    };
+    document["healthzBindAddress"] = address(config.healthz).into();
+    document["metricsBindAddress"] = address(config.metrics).into();
+    document["hostnameOverride"] = name.unwrap_or(&configuration.hostname_override).as_str().into();
+    document["mode"] = <&str>::from(mode).into();
+    if configuration.node_port_addresses.is_empty()
+        && config.model.node_port_addresses == NodePortSetting::PRIMARY
+    {
+        document["nodePortAddresses"] = ["primary"].into();
+    }
+    document["logging"]["verbosity"] = config.log.verbosity.into();
+    document["logging"]["format"] = if config.log.json { "json" } else { "text" }.into();
+    document
+}
+
 /// The complete document made of the fields `given`. Unknown fields are left out.
-pub(super) fn complete(given: &Value) -> Value {
+fn complete(given: &Value) -> Value {
     let mut document = overlay(&defaults(), given, "");
     if let Value::Object(fields) = &mut document {
         // kube-proxy omits the field if no gate is set.

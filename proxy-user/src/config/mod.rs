@@ -224,6 +224,6 @@ pub fn load(args: &ConfigArgs, host: &Host) -> Result<Loaded, Error> {
         }
     };
     let (config, warnings) = resolve::resolve(&configuration, args, &written_in, host, warnings)?;
-    let document = resolve::document(&tree, &configuration, args, &config);
+    let document = document::of(&tree, &configuration, args, &config);
     Ok(Loaded { config, warnings, document })
 }

@@ -12,19 +12,17 @@
 
 use std::{
     fmt::Display,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
     time::Duration,
 };
 
 use ipnet::IpNet;
-use serde_json::Value;
 
 use super::{
     Config, ConfigArgs, Conntrack, DetectLocal, Error, GoDuration, Host, LogConfig, NodePortSetting, Problem,
     ProxyMode, RequestLimit, Settings, SourceConfig,
     addresses::{LOCALHOST_GATE, address_of, loopback_node_ports, networks_of_word, socket_address_of},
-    document,
     file::{self, Configuration, DetectLocalMode, Mode, Rules},
 };
 
@@ -94,16 +92,7 @@ pub(super) fn resolve(
     };
     let rules = check.rules(configuration, imitated);
     let bind_address = check.bind_address(&configuration.bind_address);
-    let wildcard_family = bind_address.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-    let (any, loopback) = match wildcard_family {
-        IpAddr::V4(_) => ("0.0.0.0", "127.0.0.1"),
-        IpAddr::V6(_) => ("::", "::1"),
-    };
-    let healthz = (!configuration.healthz_off)
-        .then(|| check.listen("healthzBindAddress", &configuration.healthz_bind_address, any, HEALTHZ_PORT));
-    let metrics = (!configuration.metrics_off).then(|| {
-        check.listen("metricsBindAddress", &configuration.metrics_bind_address, loopback, METRICS_PORT)
-    });
+    let [healthz, metrics] = check.servers(configuration, bind_address);
     let node_port_addresses = check.node_ports(&configuration.node_port_addresses, imitated);
     let excluded = check.excluded(configuration, imitated);
     let dns = args.dns.resolve(&mut check.problems);
@@ -126,8 +115,8 @@ pub(super) fn resolve(
         source: check.source(args, configuration),
         dns,
         mode: check.mode(args, configuration),
-        healthz: healthz.flatten(),
-        metrics: metrics.flatten(),
+        healthz,
+        metrics,
         bind_hard_fail: configuration.bind_address_hard_fail,
         sync_period: rules.sync_period,
         min_sync_period: rules.min_sync_period,
@@ -141,34 +130,6 @@ pub(super) fn resolve(
         cgroup_root: args.kernel.cgroup_root(host),
     };
     if check.problems.is_empty() { Ok((config, check.warnings)) } else { Err(Error::Invalid(check.problems)) }
-}
-
-/// The configuration in kube-proxy's format: the fields as given, the flags that override them, and defaults.
-pub(super) fn document(
-    tree: &Value,
-    configuration: &Configuration,
-    args: &ConfigArgs,
-    config: &Config,
-) -> Value {
-    let mut document = document::complete(tree);
-    let address = |address: Option<SocketAddr>| address.map(|it| it.to_string()).unwrap_or_default();
-    let name = args.hostname_override.as_ref().filter(|name| !name.is_empty());
-    let mode = match args.proxy_mode.unwrap_or(configuration.mode) {
-        Mode::Unset => Mode::Auto,
-        mode => mode,
-    };
-    document["healthzBindAddress"] = address(config.healthz).into();
-    document["metricsBindAddress"] = address(config.metrics).into();
-    document["hostnameOverride"] = name.unwrap_or(&configuration.hostname_override).as_str().into();
-    document["mode"] = <&str>::from(mode).into();
-    if configuration.node_port_addresses.is_empty()
-        && config.model.node_port_addresses == NodePortSetting::PRIMARY
-    {
-        document["nodePortAddresses"] = ["primary"].into();
-    }
-    document["logging"]["verbosity"] = config.log.verbosity.into();
-    document["logging"]["format"] = if config.log.json { "json" } else { "text" }.into();
-    document
 }
 
 /// The settings in the block of the imitated mode.
@@ -413,6 +374,25 @@ impl Check<'_> {
             self.reject("bindAddress", format_args!("`{given}` is not an IP address"));
         }
         address
+    }
+
+    /// The addresses of the health and the metrics server. Their defaults have the family of `bind_address`.
+    fn servers(
+        &mut self,
+        configuration: &Configuration,
+        bind_address: Option<IpAddr>,
+    ) -> [Option<SocketAddr>; 2] {
+        let (any, loopback) = match bind_address {
+            Some(IpAddr::V6(_)) => ("::", "::1"),
+            Some(IpAddr::V4(_)) | None => ("0.0.0.0", "127.0.0.1"),
+        };
+        let healthz = (!configuration.healthz_off).then(|| {
+            self.listen("healthzBindAddress", &configuration.healthz_bind_address, any, HEALTHZ_PORT)
+        });
+        let metrics = (!configuration.metrics_off).then(|| {
+            self.listen("metricsBindAddress", &configuration.metrics_bind_address, loopback, METRICS_PORT)
+        });
+        [healthz.flatten(), metrics.flatten()]
     }
 
     fn listen(&mut self, field: &str, given: &str, default: &str, port: u16) -> Option<SocketAddr> {

@@ -117,8 +117,8 @@ impl DnsServices {
     }
 }
 
-/// Networks of DNS clients, besides this node's own, by family. One of the two families may
-/// be empty; in it every client is answered, because pods cannot be recognized there.
+/// Networks of DNS clients, besides this node's own, by family. In a family without networks only this node is
+/// answered.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct NameClients(PerFamily<Vec<IpNet>>);
 

@@ -342,7 +342,7 @@ pub struct Delta {
     /// ClusterIPs that are new or gone.
     pub cluster_ips: Vec<ClusterIpDelta>,
     /// Service ports that change. Each is applied as a whole or not at all. If `before` and `after` are
-    /// equal, a plane that left the port to another plane tries again.
+    /// equal, the socket plane, if it left the port to nftables, tries again.
     pub ports: Vec<PortDelta>,
     /// Whether this delta names everything that should exist, so that the data plane removes everything else.
     pub complete: bool,

@@ -53,7 +53,7 @@ pub struct Planner {
     /// Ports that were refused in a complete delta and not programmed since. For these the data plane still
     /// has the state that it found at its start.
     refused_in_complete: FxHashSet<PortId>,
-    /// Ports that one plane left to another plane and that it will try again.
+    /// Ports that the socket plane left to nftables, and that it will try again.
     left: FxHashSet<PortId>,
     /// Those of `left` that go into the next delta.
     repeated: FxHashSet<PortId>,
@@ -126,7 +126,7 @@ impl Planner {
             if before.is_none() && after.is_none() && self.refused_in_complete.remove(&id) {
                 *self.stray.get_mut(id.family) = true;
             }
-            // A port that a plane left to another one is sent again even if it is unchanged.
+            // A port that the socket plane left to nftables is sent again even if it is unchanged.
             if before != after || (after.is_some() && repeated.contains(&id)) {
                 changes.push(PortDelta { before, after });
             }
@@ -190,7 +190,7 @@ impl Planner {
         entangled
     }
 
-    /// Records that one plane left these ports to another plane. They wait for [`Planner::retry`] too.
+    /// Records that the socket plane left these ports to nftables. They wait for [`Planner::retry`] too.
     pub fn left(&mut self, ids: impl IntoIterator<Item = PortId>) {
         self.left.extend(ids);
     }
@@ -209,7 +209,7 @@ impl Planner {
         self.refused.contains_key(id)
     }
 
-    /// Whether one plane left a port to another plane.
+    /// Whether the socket plane left a port to nftables.
     #[must_use]
     pub fn is_left(&self, id: &PortId) -> bool {
         self.left.contains(id)

@@ -38,7 +38,7 @@ pub enum Nearness {
 pub struct NamedService {
     /// The meaning of the name.
     pub kind: NamedKind,
-    /// The named ports. NodePorts are always 0 here.
+    /// The ports with their names. NodePorts are always 0 here.
     pub ports: Box<[ServicePort]>,
     /// Whether endpoints that are not ready are answered too.
     pub publish_not_ready: bool,
@@ -123,7 +123,7 @@ pub struct NamedEndpoint {
     pub local: bool,
     /// The zone's number in [`super::Names`].
     pub zone: u16,
-    /// The host name that its pod has, if any.
+    /// The host name of the endpoint in lower case, if it has one.
     pub hostname: Option<Box<str>>,
 }
 
