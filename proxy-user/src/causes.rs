@@ -1,8 +1,7 @@
 //! An error and its causes in one line.
 //!
-//! In: an error. Out: its text and the texts of its causes. A text that is already there is left out,
-//! because some errors repeat the text of their cause, and the verifier's message, which is such a cause, is
-//! long.
+//! In: an error. Out: its text and the texts of its causes. A text that is already there is left out, because
+//! some errors repeat the text of their cause, and the verifier's message, which is such a cause, is long.
 
 use std::error::Error;
 

@@ -154,7 +154,8 @@ fn named_service(text: &str) -> Option<DnsService> {
     complete.then(|| DnsService::Named(ObjectName::new(namespace, name)))
 }
 
-/// Parses the elements of a list, and calls `reject` for each that cannot be parsed. Empty elements are skipped.
+/// Parses the elements of a list, and calls `reject` for each that cannot be parsed. Empty elements are
+/// skipped.
 fn parse_each<T>(
     given: &[String],
     parse: impl Fn(&str) -> Option<T>,

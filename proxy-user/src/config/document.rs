@@ -119,10 +119,7 @@ mod tests {
     use tempfile::NamedTempFile;
 
     use super::*;
-    use crate::config::{
-        Config,
-        tests::{file, file_with, flags},
-    };
+    use crate::config::tests::{file, file_with, flags};
 
     /// The expected text is kube-proxy v1.36.3's for this file, in the block of its mode and in the blocks of
     /// no mode.

@@ -110,8 +110,7 @@ impl Model {
         needed.into_iter().all(|kind| self.synced.contains(&kind))
     }
 
-    /// The sorted names of Services to plan again since the last call. Deleted Services are
-    /// among them.
+    /// The sorted names of Services to plan again since the last call. Deleted Services are among them.
     pub fn take_dirty(&mut self) -> Vec<ObjectName> {
         let mut dirty: Vec<ObjectName> = mem::take(&mut self.dirty).into_iter().collect();
         dirty.sort_unstable();

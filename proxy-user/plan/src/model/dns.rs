@@ -1,8 +1,7 @@
 //! The Service that weir replaces for DNS, and the clients that weir answers.
 //!
 //! In: Services, the operator's settings, and this Node's podCIDRs. Out: the cluster's DNS Service, and the
-//! networks of the clients. The DNS server and the plan both read this module, because they must
-//! agree.
+//! networks of the clients. The DNS server and the plan both read this module, because they must agree.
 
 use std::{fmt, net::IpAddr};
 
@@ -117,8 +116,8 @@ impl DnsServices {
     }
 }
 
-/// Networks of DNS clients, besides this node's own, by family. In a family without networks only this node is
-/// answered.
+/// Networks of DNS clients, besides this node's own, by family. In a family without networks only this node
+/// is answered.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct NameClients(PerFamily<Vec<IpNet>>);
 

@@ -13,8 +13,8 @@ use rustc_hash::FxHashMap;
 use super::{Destination, Frontend, ServicePlan};
 use crate::model::ObjectName;
 
-/// The relation of an address to the Service that claims it. An address that the cluster assigned ranks above one
-/// that a user wrote, because a user may write the address of another tenant's Service.
+/// The relation of an address to the Service that claims it. An address that the cluster assigned ranks above
+/// one that a user wrote, because a user may write the address of another tenant's Service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Rank {
     /// Its ClusterIP, or this node's address. The API server assigns each ClusterIP and each NodePort to one

@@ -226,8 +226,8 @@ pub struct PortPlan {
     pub frontends: Vec<FrontendPlan>,
     /// The timeout of session affinity in seconds (A1); `None` without session affinity.
     pub affinity: Option<u32>,
-    /// The fate of sockets after their backend stopped serving. For UDP always an immediate reset, because UDP
-    /// clients would not notice (K2).
+    /// The fate of sockets after their backend stopped serving. For UDP always an immediate reset, because
+    /// UDP clients would not notice (K2).
     pub on_removal: Removal,
     /// Every serving or ready endpoint on any node, sorted. UDP flows and sockets to any other backend are
     /// stale (K2). Empty if [`PortPlan::on_removal`] keeps them, because then it is not needed.

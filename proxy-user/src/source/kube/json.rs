@@ -1,7 +1,7 @@
 //! Lists and watches in JSON, by `kube`'s watcher.
 //!
-//! In: the API server's responses. Out: [`StreamItem`]. `kube`'s watcher fails as a whole and lists again if one
-//! object does not have the type of its kind. Therefore it reads [`Lenient`] objects, which can always be
+//! In: the API server's responses. Out: [`StreamItem`]. `kube`'s watcher fails as a whole and lists again if
+//! one object does not have the type of its kind. Therefore it reads [`Lenient`] objects, which can always be
 //! parsed.
 
 use std::{borrow::Cow, fmt::Debug};

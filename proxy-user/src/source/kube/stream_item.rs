@@ -1,7 +1,7 @@
 //! The items of a stream of one kind: events, and objects that were skipped.
 //!
-//! In: the API server's data. Out: [`StreamItem`]. An object that cannot be read is not an error of the stream,
-//! because an error would delay or repeat all other objects of the stream.
+//! In: the API server's data. Out: [`StreamItem`]. An object that cannot be read is not an error of the
+//! stream, because an error would delay or repeat all other objects of the stream.
 
 use kube::{
     core::ObjectMeta,

@@ -1,7 +1,7 @@
 //! Which endpoints are selected: readiness, termination, policies and hints (E4, E6 to E10).
 //!
-//! An endpoint is written `NAME FLAGS`: `l`ocal, `r`eady, `s`erving, `t`erminating; `n:X,Y` and `z:X,Y` are its node
-//! and zone hints. This node is `node-a` in zone `a`.
+//! An endpoint is written `NAME FLAGS`: `l`ocal, `r`eady, `s`erving, `t`erminating; `n:X,Y` and `z:X,Y` are
+//! its node and zone hints. This node is `node-a` in zone `a`.
 
 use serde_json::{Value, json};
 
