@@ -108,8 +108,10 @@ impl DnsServices {
         match &self.setting {
             DnsService::Named(name) => Some(name),
             DnsService::Found => {
-                let best =
-                    self.candidates.iter().min_by_key(|(name, (recognition, created))| (*recognition, *created, *name));
+                let best = self
+                    .candidates
+                    .iter()
+                    .min_by_key(|(name, (recognition, created))| (*recognition, *created, *name));
                 best.map(|(name, _)| name)
             }
         }
