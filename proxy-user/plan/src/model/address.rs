@@ -12,7 +12,7 @@ use ipnet::IpNet;
 /// Parses an address. Leading zeros are decimal, and an IPv4-mapped IPv6 address becomes IPv4 (W9).
 #[must_use]
 pub fn parse_address(text: &str) -> Option<IpAddr> {
-    written(text).map(|address| address.to_canonical())
+    parse_lenient(text).map(|address| address.to_canonical())
 }
 
 /// Parses a network and clears its host bits. Blanks around it and leading zeros are allowed (W9).
@@ -21,7 +21,7 @@ pub fn parse_network(text: &str) -> Option<IpNet> {
     let (address, length) = text.trim().split_once('/')?;
     let decimal = !length.is_empty() && length.bytes().all(|byte| byte.is_ascii_digit());
     let length = decimal.then(|| length.parse::<u8>().ok())??;
-    Some(IpNet::new(written(address)?, length).ok()?.trunc())
+    Some(IpNet::new(parse_lenient(address)?, length).ok()?.trunc())
 }
 
 /// The reason if no Service can have this address. Such an address is in use on every machine, and weir would
@@ -44,7 +44,7 @@ pub fn unusable(address: IpAddr) -> Option<&'static str> {
     reasons.into_iter().find_map(|(holds, reason)| holds.then_some(reason))
 }
 
-fn written(text: &str) -> Option<IpAddr> {
+fn parse_lenient(text: &str) -> Option<IpAddr> {
     text.parse().ok().or_else(|| decimal_octets(text)?.parse().ok())
 }
 

@@ -98,10 +98,10 @@ pub struct Problem {
 }
 
 impl Problem {
-    /// A problem with a value, of which it keeps as much as a message shows.
+    /// A problem with a value. Only the part of the value that a message shows is stored.
     #[must_use]
     pub fn new(field: String, value: &str, reason: &'static str) -> Self {
-        Self { field, value: shown(value), reason }
+        Self { field, value: shortened(value), reason }
     }
 }
 
@@ -113,7 +113,7 @@ impl fmt::Display for Problem {
 }
 
 /// The part of a value that a message shows, because a value may be as long as its object.
-fn shown(value: &str) -> String {
+fn shortened(value: &str) -> String {
     const LONGEST: usize = 128;
     let end = value.floor_char_boundary(LONGEST);
     let more = if end < value.len() { "…" } else { "" };

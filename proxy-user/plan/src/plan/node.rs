@@ -31,7 +31,7 @@ impl Model {
             PerFamily { v4: self.node_port_addresses(Family::V4), v6: self.node_port_addresses(Family::V6) };
         let host_addresses = self.host_addresses().unwrap_or_default().iter().copied();
         let host_addresses =
-            host_addresses.filter(|address| matters(*address, &node_port_addresses)).collect();
+            host_addresses.filter(|address| is_needed(*address, &node_port_addresses)).collect();
         NodePlan {
             local_traffic: self.node_view().local_traffic.clone(),
             node_port_addresses,
@@ -77,7 +77,7 @@ impl Model {
 /// link. No Service has such an address, and if all addresses serve NodePorts, the kernel checks for each
 /// packet whether its destination is local. So a link-local address matters only if a setting names its
 /// network.
-fn matters(address: IpAddr, node_ports: &PerFamily<NodePortAddresses>) -> bool {
+fn is_needed(address: IpAddr, node_ports: &PerFamily<NodePortAddresses>) -> bool {
     let is_link_local = matches!(address, IpAddr::V6(address) if address.is_unicast_link_local());
     let serves = || match node_ports.get(Family::of(address)) {
         NodePortAddresses::AnyLocal => false,

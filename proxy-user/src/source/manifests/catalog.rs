@@ -94,7 +94,7 @@ impl Catalog {
             (key, Reported { source: Arc::clone(&entry.item.object), allocation })
         });
         let before = std::mem::replace(&mut self.reported, next.collect());
-        self.note_moves(&before);
+        self.warn_of_moves(&before);
         changes(&before, &self.reported)
     }
 
@@ -149,7 +149,7 @@ impl Catalog {
     }
 
     /// Adds a warning for each Service that lost an allocated address.
-    fn note_moves(&mut self, before: &BTreeMap<Key, Reported>) {
+    fn warn_of_moves(&mut self, before: &BTreeMap<Key, Reported>) {
         for ((_, name), reported) in &self.reported {
             let had =
                 before.get(&(Kind::Service, name.clone())).and_then(|reported| reported.allocation.as_ref());

@@ -112,7 +112,7 @@ impl Directory {
     /// # Errors
     ///
     /// When the directory cannot be listed. Then nothing changes.
-    pub(super) fn look(&mut self, writing: &HashSet<PathBuf>) -> io::Result<()> {
+    pub(super) fn reread(&mut self, writing: &HashSet<PathBuf>) -> io::Result<()> {
         let mut names = Vec::new();
         for entry in fs::read_dir(&self.path)? {
             let path = entry?.path();

@@ -71,13 +71,13 @@ fn write(directory: &Path, name: &str, text: &str) -> io::Result<()> {
         return Ok(());
     }
     fs::create_dir_all(directory)?;
-    let beside = directory.join(".new");
-    fs::write(&beside, text)?;
-    fs::rename(&beside, path)
+    let temporary = directory.join(".new");
+    fs::write(&temporary, text)?;
+    fs::rename(&temporary, path)
 }
 
 /// The directory next to a status file.
-pub(super) fn beside(status_file: &Path) -> PathBuf {
+pub(super) fn next_to(status_file: &Path) -> PathBuf {
     let name = status_file.file_name().and_then(OsStr::to_str).unwrap_or_default();
     status_file.with_file_name(format!(".{name}.last-good"))
 }

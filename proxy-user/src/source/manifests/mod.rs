@@ -47,9 +47,9 @@ pub use status::{Allocation, FileStatus, ManifestStatus, NodePortAllocation};
 
 /// The interval of unprompted reads, because inotify does not report changes behind symlinks or on network
 /// file systems.
-const LOOK_ANYWAY: Duration = Duration::from_secs(30);
+const REREAD_INTERVAL: Duration = Duration::from_secs(30);
 /// The interval of reads while the directory does not exist or cannot be watched.
-const LOOK_FOR_DIRECTORY: Duration = Duration::from_secs(1);
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The manifests to read, and the ranges for Services that leave their addresses open.
 #[derive(Clone, Debug)]
@@ -126,7 +126,7 @@ pub enum LoadError {
 pub fn load_once(settings: &ManifestSource) -> Result<Vec<Change>, LoadError> {
     let mut directory = Directory::new(settings, LastGood::new(None));
     directory
-        .look(&HashSet::new())
+        .reread(&HashSet::new())
         .map_err(|source| LoadError::Directory { path: settings.directory.clone(), source })?;
     let mut catalog = Catalog::new(settings);
     let mut changes = catalog.update(directory.files());
@@ -152,13 +152,13 @@ pub async fn watch(
     loop {
         notices.attach();
         let writing = notices.writing();
-        let look = tokio::task::spawn_blocking(move || {
-            let found = state.look(&writing);
+        let reread = tokio::task::spawn_blocking(move || {
+            let found = state.reread(&writing);
             (state, found)
         });
         // This fails only after a panic or at the end of the runtime, and then there is nothing left to watch
         // with.
-        let Ok((returned, found)) = look.await else { return };
+        let Ok((returned, found)) = reread.await else { return };
         state = returned;
         view.send_if_modified(|seen| {
             let changed = **seen != state.status;
@@ -177,7 +177,7 @@ pub async fn watch(
                 return;
             }
         }
-        let patience = if complete && notices.working() { LOOK_ANYWAY } else { LOOK_FOR_DIRECTORY };
+        let patience = if complete && notices.working() { REREAD_INTERVAL } else { RETRY_INTERVAL };
         tokio::select! {
             () = changes.closed() => return,
             _ = tokio::time::timeout(patience, notices.quiet()) => {}
@@ -210,15 +210,15 @@ struct State {
 
 impl State {
     fn new(settings: ManifestSource) -> Self {
-        let beside = settings.status_file.as_deref().map(last_good::beside);
-        let last_good = LastGood::new(beside.or_else(|| settings.last_good.clone()));
+        let next_to_status = settings.status_file.as_deref().map(last_good::next_to);
+        let last_good = LastGood::new(next_to_status.or_else(|| settings.last_good.clone()));
         let (directory, catalog) = (Directory::new(&settings, last_good), Catalog::new(&settings));
         Self { settings, directory, catalog, status: ManifestStatus::default() }
     }
 
     /// Reads the directory, except files that are being written, and returns the changes.
-    fn look(&mut self, writing: &HashSet<PathBuf>) -> Vec<Change> {
-        let error = self.directory.look(writing).err().map(|error| {
+    fn reread(&mut self, writing: &HashSet<PathBuf>) -> Vec<Change> {
+        let error = self.directory.reread(writing).err().map(|error| {
             format!("cannot read the directory of manifests `{}`: {error}", self.settings.directory.display())
         });
         let changes = match &error {
@@ -273,9 +273,9 @@ impl State {
 /// Writes a temporary file and renames it, so that a reader never sees half a file.
 fn write_whole(path: &Path, status: &ManifestStatus) -> std::io::Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let beside = path.with_file_name(format!(".{name}.new"));
-    std::fs::write(&beside, serde_json::to_vec_pretty(status)?)?;
-    std::fs::rename(&beside, path)
+    let temporary = path.with_file_name(format!(".{name}.new"));
+    std::fs::write(&temporary, serde_json::to_vec_pretty(status)?)?;
+    std::fs::rename(&temporary, path)
 }
 
 #[cfg(test)]

@@ -22,11 +22,11 @@ use tokio::{
 use tracing::{debug, warn};
 
 /// The time without events before the directory is read.
-const QUIET: Duration = Duration::from_millis(20);
+const QUIET_TIME: Duration = Duration::from_millis(20);
 /// How long weir waits for a file that is being written. Other files are read meanwhile.
-const WRITER: Duration = Duration::from_secs(30);
+const LONGEST_WRITE: Duration = Duration::from_secs(30);
 /// How long weir waits for a directory with permanent events.
-const RESTLESS: Duration = Duration::from_secs(3);
+const LONGEST_WAIT: Duration = Duration::from_secs(3);
 
 /// The meaning of an event.
 enum Notice {
@@ -70,7 +70,7 @@ impl Notices {
             attached: None,
             parent: None,
             writing: HashMap::new(),
-            longest: WRITER,
+            longest: LONGEST_WRITE,
         }
     }
 
@@ -105,11 +105,11 @@ impl Notices {
         let mut latest: Option<Instant> = None;
         loop {
             let until =
-                latest.map_or_else(|| self.longest_wait(), |latest| latest.min(Instant::now() + QUIET));
+                latest.map_or_else(|| self.longest_wait(), |latest| latest.min(Instant::now() + QUIET_TIME));
             match timeout_at(until, self.notices.recv()).await {
                 Ok(Some(notice)) => {
                     if self.take(notice) {
-                        latest.get_or_insert_with(|| Instant::now() + RESTLESS);
+                        latest.get_or_insert_with(|| Instant::now() + LONGEST_WAIT);
                     }
                 }
                 Ok(None) => return std::future::pending().await,

@@ -213,7 +213,7 @@ impl Reader<'_> {
             return;
         }
         let (mut unknown, mut track) = (Vec::new(), serde_path_to_error::Track::new());
-        let mut note = |path: Path<'_>| unknown.push(written(&path));
+        let mut note = |path: Path<'_>| unknown.push(formatted(&path));
         let reader = serde_ignored::Deserializer::new(value, &mut note);
         let read = T::deserialize(serde_path_to_error::Deserializer::new(reader, &mut track));
         let refused = self.refuse_unknown(Some(&title), at, &unknown);
@@ -262,13 +262,13 @@ impl Reader<'_> {
 const LIST_FIELDS: [&str; 4] = ["apiVersion", "kind", "metadata", "items"];
 
 /// A path in the form of all messages.
-fn written(path: &Path<'_>) -> String {
+fn formatted(path: &Path<'_>) -> String {
     match path {
         Path::Root => String::new(),
-        Path::Seq { parent, index } => format!("{}[{index}]", written(parent)),
-        Path::Map { parent, key } => join(&written(parent), key),
+        Path::Seq { parent, index } => format!("{}[{index}]", formatted(parent)),
+        Path::Map { parent, key } => join(&formatted(parent), key),
         Path::Some { parent } | Path::NewtypeStruct { parent } | Path::NewtypeVariant { parent } => {
-            written(parent)
+            formatted(parent)
         }
     }
 }

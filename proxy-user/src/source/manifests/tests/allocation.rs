@@ -65,10 +65,10 @@ fn node_ports_and_the_health_check_port_are_allocated() {
 fn allocations_survive_a_restart_and_yield_to_explicit_ones() {
     let text: String = (0..40).map(|index| service(&format!("s{index}"), "type: NodePort")).collect();
     let mut fixture = Fixture::new(&[("a.yaml", &text)]);
-    fixture.look();
+    fixture.reread();
     let before = fixture.state.status.allocations.clone();
     let mut again = State::new(fixture.state.settings.clone());
-    again.look(&HashSet::new());
+    again.reread(&HashSet::new());
     assert_eq!(again.status.allocations, before);
 
     let wanted = &before[3];
@@ -77,7 +77,7 @@ fn allocations_survive_a_restart_and_yield_to_explicit_ones() {
     let explicit = format!("type: NodePort, clusterIP: {ip}");
     let explicit = service("zz", &explicit).replace("{port: 80}", &format!("{{port: 80, nodePort: {port}}}"));
     fixture.write("b.yaml", &explicit);
-    assert_eq!(fixture.look(), [format!("+Service default/{name}"), "+Service default/zz".to_owned()]);
+    assert_eq!(fixture.reread(), [format!("+Service default/{name}"), "+Service default/zz".to_owned()]);
     let after = &fixture.state.status.allocations;
     assert_ne!(after[3].cluster_ips, before[3].cluster_ips);
     assert_ne!(after[3].node_ports, before[3].node_ports);
@@ -90,13 +90,13 @@ fn allocations_survive_a_restart_and_yield_to_explicit_ones() {
 fn an_address_in_two_manifests_belongs_to_the_first_file() {
     let fixed = "type: NodePort, clusterIP: 10.96.0.9";
     let mut fixture = Fixture::new(&[("a.yaml", &service("z", fixed)), ("b.yaml", &service("a", fixed))]);
-    assert_eq!(fixture.look(), ["+Service default/z"]);
+    assert_eq!(fixture.reread(), ["+Service default/z"]);
     assert_eq!(
         fixture.errors(),
         ["b.yaml: document 1 (Service default/a): `spec.clusterIP` is taken by Service default/z"]
     );
     fixture.remove("a.yaml");
-    assert_eq!(fixture.look(), ["-Service default/z", "+Service default/a"]);
+    assert_eq!(fixture.reread(), ["-Service default/z", "+Service default/a"]);
 }
 
 #[test]
@@ -106,7 +106,7 @@ fn an_exhausted_range_is_a_warning_and_other_services_are_served() {
     fixture.state.settings.service_ranges = vec!["192.0.2.0/29".parse().unwrap()];
     fixture.state = State::new(fixture.state.settings.clone());
     fixture.write("a.yaml", &text);
-    assert_eq!(fixture.look().len(), 8);
+    assert_eq!(fixture.reread().len(), 8);
     assert_eq!(fixture.state.status.allocations.len(), 6);
     let shortages = [
         "Service default/s6: no IPv4 ClusterIP is left to allocate",
@@ -122,11 +122,11 @@ fn the_status_file_is_updated_and_not_read_as_a_manifest() {
     fixture.state.settings.status_file = Some(path.clone());
     fixture.state = State::new(fixture.state.settings.clone());
     let read = || serde_json::from_slice::<ManifestStatus>(&fs::read(&path).unwrap()).unwrap();
-    fixture.look();
+    fixture.reread();
     assert_eq!(read(), fixture.state.status);
     assert_eq!(read().allocations[0].service, "default/a");
     fixture.write("a.yaml", "kind: Service");
-    fixture.look();
+    fixture.reread();
     assert_eq!(read().files.len(), 1);
     assert_eq!(read().files[0].errors[0], "document 1 (Service): `metadata.name` is missing");
 }

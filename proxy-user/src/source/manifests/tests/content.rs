@@ -19,7 +19,7 @@ fn every_kind_and_every_form_of_list_is_read() {
         (".f.yaml", "neither: is this"),
     ]);
     fs::create_dir(fixture.directory.path().join("g.yaml")).unwrap();
-    let changes = fixture.look();
+    let changes = fixture.reread();
     assert_eq!(
         changes,
         [
@@ -31,13 +31,13 @@ fn every_kind_and_every_form_of_list_is_read() {
         ]
     );
     assert_eq!(fixture.errors(), Vec::<String>::new());
-    assert_eq!(fixture.look(), Vec::<String>::new(), "nothing is reported twice");
+    assert_eq!(fixture.reread(), Vec::<String>::new(), "nothing is reported twice");
 }
 
 #[test]
 fn w8_ports_of_slices_get_the_defaults_of_the_api_server() {
     let mut fixture = Fixture::new(&[("a.yaml", SLICE)]);
-    let changes = fixture.state.look(&HashSet::new());
+    let changes = fixture.state.reread(&HashSet::new());
     let [Change::Apply(Object::EndpointSlice(slice))] = &changes[..] else { panic!("{changes:?}") };
     let port = &slice.ports.as_ref().unwrap()[0];
     assert_eq!(
@@ -56,11 +56,11 @@ fn w1_w2_objects_that_weir_does_not_use_are_left_out() {
         ("a.yaml", &(labelled + &service("none", "clusterIP: None") + &service("web", ""))),
         ("b.yaml", &headless),
     ]);
-    assert_eq!(fixture.look(), ["+Service default/web"]);
+    assert_eq!(fixture.reread(), ["+Service default/web"]);
     fixture.write("b.yaml", SLICE);
-    assert_eq!(fixture.look(), ["+EndpointSlice default/web-1"]);
+    assert_eq!(fixture.reread(), ["+EndpointSlice default/web-1"]);
     fixture.write("b.yaml", &headless);
-    assert_eq!(fixture.look(), ["-EndpointSlice default/web-1"]);
+    assert_eq!(fixture.reread(), ["-EndpointSlice default/web-1"]);
 }
 
 #[test]
@@ -83,7 +83,7 @@ kind: List
 metadata: {resourceVersion: ''}
 ";
     let mut fixture = Fixture::new(&[("a.yaml", text)]);
-    assert_eq!(fixture.look(), ["+Service default/web"]);
+    assert_eq!(fixture.reread(), ["+Service default/web"]);
     assert_eq!(fixture.errors(), Vec::<String>::new());
 }
 
@@ -92,29 +92,29 @@ fn a_byte_order_mark_is_skipped() {
     let json = r#"{"kind": "Node", "apiVersion": "v1", "metadata": {"name": "n1"}}"#;
     let mut fixture = Fixture::new(&[("a.yaml", &format!("\u{feff}{}", service("a", "")))]);
     fixture.write("b.json", &format!("\u{feff}{json}"));
-    assert_eq!(fixture.look(), ["+Service default/a", "+Node n1"]);
+    assert_eq!(fixture.reread(), ["+Service default/a", "+Node n1"]);
     assert_eq!(fixture.errors(), Vec::<String>::new());
 }
 
 #[test]
 fn an_object_may_move_between_files_and_the_first_file_counts() {
     let mut fixture = Fixture::new(&[("a.yaml", &service("web", "sessionAffinity: None"))]);
-    fixture.look();
+    fixture.reread();
     fixture.write("b.yaml", &service("web", "sessionAffinity: ClientIP"));
-    assert_eq!(fixture.look(), Vec::<String>::new());
+    assert_eq!(fixture.reread(), Vec::<String>::new());
     assert_eq!(
         fixture.state.status.warnings,
         ["Service default/web is in a.yaml (document 1) and in b.yaml (document 1); the first one is used"]
     );
     fixture.remove("a.yaml");
-    assert_eq!(fixture.look(), ["+Service default/web"], "it is not deleted in between");
+    assert_eq!(fixture.reread(), ["+Service default/web"], "it is not deleted in between");
     assert_eq!(fixture.state.status.warnings, Vec::<String>::new());
 }
 
 #[test]
 fn unused_kinds_are_ignored_with_a_warning() {
     let mut fixture = Fixture::new(&[("a.yaml", &(service("a", "") + "{apiVersion: v1, kind: Pod}"))]);
-    assert_eq!(fixture.look(), ["+Service default/a"]);
+    assert_eq!(fixture.reread(), ["+Service default/a"]);
     assert_eq!(
         fixture.state.status.warnings,
         ["a.yaml: document 2: kind `Pod` is ignored, because weir does not use it"]

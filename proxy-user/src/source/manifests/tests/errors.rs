@@ -5,13 +5,13 @@ use super::*;
 #[test]
 fn a_file_that_is_too_large_or_too_deep_does_not_delay_others() {
     let mut fixture = Fixture::new(&[("a.yaml", &service("a", "")), ("b.yaml", &service("b", ""))]);
-    fixture.look();
+    fixture.reread();
     let large = fs::File::create(fixture.directory.path().join("a.yaml")).unwrap();
     large.set_len(1 << 40).unwrap();
     // The parser alone would need hours to find out.
     fixture.write("c.yaml", &"{a: ".repeat(1_000_000));
     fixture.write("b.yaml", &service("b2", ""));
-    assert_eq!(fixture.look(), ["-Service default/b", "+Service default/b2"]);
+    assert_eq!(fixture.reread(), ["-Service default/b", "+Service default/b2"]);
     assert_eq!(
         fixture.errors(),
         [
@@ -22,7 +22,7 @@ fn a_file_that_is_too_large_or_too_deep_does_not_delay_others() {
     // Brackets are counted for each document.
     fixture.write("c.yaml", &"---\n# [[[\n".repeat(1000));
     fixture.write("a.yaml", &service("a", ""));
-    assert_eq!(fixture.look(), Vec::<String>::new());
+    assert_eq!(fixture.reread(), Vec::<String>::new());
     assert_eq!(fixture.errors(), Vec::<String>::new());
 }
 
@@ -30,7 +30,7 @@ fn a_file_that_is_too_large_or_too_deep_does_not_delay_others() {
 #[test]
 fn an_unknown_field_is_an_error_and_other_files_are_served() {
     let mut fixture = Fixture::new(&[("a.yaml", &service("a", "")), ("b.yaml", &service("b", ""))]);
-    assert_eq!(fixture.look(), ["+Service default/a", "+Service default/b"]);
+    assert_eq!(fixture.reread(), ["+Service default/a", "+Service default/b"]);
     let typo = service("a", "").replace("ports:", "prots:");
     fixture.write("a.yaml", &(service("a0", "") + &typo));
     fixture.write("b.yaml", &service("b2", ""));
@@ -43,7 +43,7 @@ fn an_unknown_field_is_an_error_and_other_files_are_served() {
     let slice = SLICE
         .replace("addresses: [10.1.0.5]", "addresses: [10.1.0.5], conditions: {redy: true}, nodename: null");
     fixture.write("e.yaml", &slice);
-    assert_eq!(fixture.look(), ["-Service default/b", "+Service default/b2"]);
+    assert_eq!(fixture.reread(), ["-Service default/b", "+Service default/b2"]);
     insta::assert_snapshot!(fixture.errors().join("\n"), @r"
     a.yaml: document 2 (Service default/a): `spec.prots` is not a field of this kind
     c.yaml: document 1: `itmes` is not a field of this kind
@@ -54,48 +54,48 @@ fn an_unknown_field_is_an_error_and_other_files_are_served() {
     e.yaml: document 1 (EndpointSlice default/web-1): `endpoints[0].nodename` is not a field of this kind
     ");
     fixture.write("a.yaml", &service("a2", ""));
-    assert_eq!(fixture.look(), ["-Service default/a", "+Service default/a2"]);
+    assert_eq!(fixture.reread(), ["-Service default/a", "+Service default/a2"]);
 }
 
 #[test]
 fn a_file_that_loses_all_its_objects_causes_a_warning() {
     let mut fixture = Fixture::new(&[("a.yaml", &(service("a", "") + &service("a2", "")))]);
-    fixture.look();
+    fixture.reread();
     fixture.write("a.yaml", "# nothing yet\n");
-    assert_eq!(fixture.look(), ["-Service default/a", "-Service default/a2"]);
+    assert_eq!(fixture.reread(), ["-Service default/a", "-Service default/a2"]);
     let warning = "a.yaml: has no objects any more; its previous 2 are removed";
     assert_eq!(fixture.state.status.warnings, [warning]);
     fixture.write("a.yaml", &service("a", ""));
-    assert_eq!(fixture.look(), ["+Service default/a"]);
+    assert_eq!(fixture.reread(), ["+Service default/a"]);
     assert_eq!(fixture.state.status.warnings, Vec::<String>::new());
 }
 
 #[test]
 fn objects_of_an_unreadable_file_stay() {
     let mut fixture = Fixture::new(&[("a.yaml", &service("a", ""))]);
-    fixture.look();
+    fixture.reread();
     let path = fixture.directory.path().join("a.yaml");
     fs::remove_file(&path).unwrap();
     std::os::unix::fs::symlink("nowhere", &path).unwrap();
-    assert_eq!(fixture.look(), Vec::<String>::new());
+    assert_eq!(fixture.reread(), Vec::<String>::new());
     assert_eq!(fixture.errors(), ["a.yaml: cannot be read: No such file or directory (os error 2)"]);
     fs::remove_file(&path).unwrap();
     fs::write(&path, b"a: \xff").unwrap();
-    assert_eq!(fixture.look(), Vec::<String>::new());
+    assert_eq!(fixture.reread(), Vec::<String>::new());
     assert_eq!(fixture.errors(), ["a.yaml: is not UTF-8 text at byte 3"]);
 }
 
 #[test]
 fn objects_of_a_deleted_directory_stay() {
     let mut fixture = Fixture::new(&[("a.yaml", &service("a", "")), ("b.yaml", &service("b", ""))]);
-    fixture.look();
+    fixture.reread();
     let path = fixture.directory.path().to_owned();
     fs::remove_dir_all(&path).unwrap();
-    assert_eq!(fixture.look(), Vec::<String>::new());
+    assert_eq!(fixture.reread(), Vec::<String>::new());
     assert!(fixture.state.status.error.as_ref().unwrap().contains("No such file or directory"));
     fs::create_dir(&path).unwrap();
     fixture.write("b.yaml", &service("b", ""));
-    assert_eq!(fixture.look(), ["-Service default/a"]);
+    assert_eq!(fixture.reread(), ["-Service default/a"]);
     assert_eq!(fixture.state.status.error, None);
 }
 
@@ -103,7 +103,7 @@ fn objects_of_a_deleted_directory_stay() {
 fn errors_name_file_document_object_and_field() {
     let bad = |document: &str| {
         let mut fixture = Fixture::new(&[("web.yaml", &format!("{}{document}", service("good", "")))]);
-        assert_eq!(fixture.look(), Vec::<String>::new(), "{document}");
+        assert_eq!(fixture.reread(), Vec::<String>::new(), "{document}");
         fixture.errors().join("\n")
     };
     let port = |port: &str| bad(&service("x", "").replace("{port: 80}", port));

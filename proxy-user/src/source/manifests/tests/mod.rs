@@ -51,8 +51,8 @@ impl Fixture {
     }
 
     /// Reads the directory and returns each change as a word.
-    fn look(&mut self) -> Vec<String> {
-        self.state.look(&HashSet::new()).iter().map(word).collect()
+    fn reread(&mut self) -> Vec<String> {
+        self.state.reread(&HashSet::new()).iter().map(word).collect()
     }
 
     /// The errors of all files.
