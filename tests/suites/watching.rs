@@ -128,7 +128,7 @@ async fn a_kind_whose_watches_end_at_once_is_asked_for_less_and_less_and_delays_
             assert!(*gap >= least, "{plural} is asked for again after {gaps:?}");
         }
         assert_eq!(lists(&server, "endpointslices"), 1, "the other kind is not disturbed");
-        assert_eq!(with(&lines, &["WARN", kind, "ends the watch"]), 1, "it is said once");
+        assert_eq!(with(&lines, &["WARN", kind, "ended the watch"]), 1, "it is said once");
 
         server.fail(plural, Fault::None);
         server.put(plural, "late");
