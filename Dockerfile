@@ -23,7 +23,7 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,targe
 FROM scratch
 # The same labels as from `cargo xtask image`. The build does not know the commit: add --label org.opencontainers.image.revision=COMMIT
 LABEL org.opencontainers.image.title="weir" \
-      org.opencontainers.image.description="A Kubernetes service proxy, one agent a node, in place of kube-proxy" \
+      org.opencontainers.image.description="A Kubernetes service proxy that replaces kube-proxy, with one agent on each node" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0 OR MIT"
 COPY --from=build /image/ /

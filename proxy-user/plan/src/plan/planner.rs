@@ -165,8 +165,8 @@ impl Planner {
     }
 
     /// Records that `delta` is applied except for these ports, which wait for [`Planner::retry`]. Returns the
-    /// families in which a retry is not enough, because a refused port exchanges a frontend with another
-    /// port. There the data plane must be read again and given a complete delta.
+    /// families in which a retry is not enough, because a refused port takes a frontend from another port, or
+    /// releases one to it. There the data plane must be read again and given a complete delta.
     pub fn settled(&mut self, delta: &Delta, refused: &[PortId]) -> PerFamily<bool> {
         let mut entangled = PerFamily::default();
         if refused.is_empty() && self.refused_in_complete.is_empty() {

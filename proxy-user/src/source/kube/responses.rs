@@ -38,7 +38,7 @@ const WATCH_TIMEOUTS: RangeInclusive<u32> = 300..=600;
 const SHORTEST: Duration = Duration::from_secs(1);
 /// The interval over which agents spread their reconnects.
 const SPREAD: Duration = Duration::from_secs(1);
-/// A watch that ends within this time of its timeout ended because of the timeout.
+/// A watch that ends this close to its timeout ended because of it.
 const MARGIN: Duration = Duration::from_secs(5);
 /// The longest time without data on a watch. An API server sends a bookmark about once a minute, so after
 /// this time the server is gone, even if a load balancer in between still acknowledges packets.
