@@ -197,7 +197,10 @@ fn goarch(architecture: Architecture) -> Arch {
 fn labels(revision: Option<&str>) -> HashMap<String, String> {
     let known = [
         (ANNOTATION_TITLE, "weir"),
-        (ANNOTATION_DESCRIPTION, "A Kubernetes service proxy that replaces kube-proxy, with one agent on each node"),
+        (
+            ANNOTATION_DESCRIPTION,
+            "A Kubernetes service proxy that replaces kube-proxy, with one agent on each node",
+        ),
         (ANNOTATION_VERSION, env!("CARGO_PKG_VERSION")),
         (ANNOTATION_LICENSES, "Apache-2.0 OR MIT"),
     ];
