@@ -265,7 +265,7 @@ mod tests {
             for error in [start, Error::WatchError(status())] {
                 let refusal = Refusal::of(&error, false);
                 assert_eq!(refusal, Refusal::Gone, "{error}");
-                assert!(Retry::new().lists(refusal, false));
+                assert!(Retry::new().needs_list(refusal, false));
             }
         }
         let mut retry = Retry::new();

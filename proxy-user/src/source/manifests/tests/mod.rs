@@ -42,7 +42,7 @@ impl Fixture {
         let last = fs::read_dir(self.directory.path()).unwrap().map(|entry| changed(entry.unwrap())).max();
         let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
         while last.is_some_and(|last| now() <= last + 3) {
-            std::thread::sleep(std::time::Duration::from_millis(50));
+            std::thread::sleep(Duration::from_millis(50));
         }
     }
 
