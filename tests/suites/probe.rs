@@ -136,7 +136,7 @@ fn missing_needs_of_dns_are_reported_with_their_remedy() -> Result<()> {
         output(Command::new("unshare").args(["--mount", "sh", "-ec", &script]))
     };
     for (hide, remedy) in [
-        ("true", "there is no /dev/net/tun: `modprobe tun` makes it on the node"),
+        ("true", "/dev/net/tun does not exist: `modprobe tun` creates it on the node"),
         // The kernel opens no device of such a file system, as where a container may not have the device.
         ("mknod /dev/net/tun c 10 200", "the container runtime has to allow the device c 10:200"),
     ] {

@@ -33,7 +33,7 @@ const LOCAL_TABLE: u32 = 255;
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
     /// There is no device.
-    #[error("cannot make the device `{DEVICE}`")]
+    #[error("cannot create the device `{DEVICE}`")]
     Open(#[source] TunError),
     /// The kernel cannot be talked to.
     #[error("cannot open rtnetlink")]
@@ -42,7 +42,7 @@ pub enum DeviceError {
     #[error("cannot {0}")]
     Refused(String, #[source] rtnetlink::Error),
     /// The address is somebody else's on this host.
-    #[error("{0} is an address of this host already; it is left to whoever answers there")]
+    #[error("{0} is already an address of this host; weir leaves it to the program that answers there")]
     Taken(IpAddr),
 }
 
@@ -74,7 +74,7 @@ impl Device {
         let bare = LinkUnspec::new_with_index(index);
         let bare = bare.append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![without])).build();
         if let Err(error) = handle.link().set(bare).execute().await {
-            tracing::debug!(%error, "the device may get an IPv6 address");
+            tracing::debug!(%error, "cannot keep the kernel from giving the device an IPv6 address");
         }
         let device = Self { tun, index, handle, connection, claimed: BTreeSet::new() };
         device.set_up().await?;

@@ -117,7 +117,7 @@ impl Forwarder {
         {
             return;
         }
-        tracing::info!(?servers, "names that are not the cluster's are asked of these");
+        tracing::info!(?servers, "forwarding other names to these servers");
         let known = |address| upstream.servers.iter().find(|server| server.address == address).cloned();
         let servers =
             servers.iter().map(|server| known(*server).unwrap_or_else(|| Arc::new(Server::new(*server))));
@@ -173,7 +173,7 @@ impl Drop for Asking<'_> {
 
 async fn ask(question: Outside, upstream: Upstream, domain: Name) -> Arc<Answer> {
     let Some(said) = exchange(&upstream.servers, &question).await else {
-        tracing::debug!(name = %question.name, kind = %question.kind, "the upstream does not answer");
+        tracing::debug!(name = %question.name, kind = %question.kind, "no upstream server answered");
         return Arc::new(Answer::without_records(ResponseCode::ServFail));
     };
     let answer = believed(&question, said, &domain);

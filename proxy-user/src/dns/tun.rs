@@ -11,19 +11,21 @@ pub(super) const TUN: &str = "/dev/net/tun";
 #[derive(Debug, thiserror::Error)]
 pub enum TunError {
     /// There is no such file.
-    #[error("there is no {TUN}: `modprobe tun` makes it on the node, and a container needs it mounted")]
+    #[error("{TUN} does not exist: `modprobe tun` creates it on the node, and a container has to mount it")]
     Missing(#[source] io::Error),
     /// There is the file and nothing behind it.
-    #[error("the kernel has nothing behind {TUN}: `modprobe tun` loads what it takes")]
+    #[error("the kernel has no driver for {TUN}: `modprobe tun` loads it")]
     NoDriver(#[source] io::Error),
     /// The file may not be opened.
     #[error(
         "{TUN} may not be opened: the container runtime has to allow the device c 10:200, as runc does except from 1.2.0 to \
-         1.2.3, or the container has to be privileged; under systemd it takes DeviceAllow={TUN}"
+         1.2.3, or the container has to be privileged; under systemd the unit needs DeviceAllow={TUN}"
     )]
     NotAllowed(#[source] io::Error),
     /// It may be opened, and no device be made.
-    #[error("a device made with {TUN} takes the capability NET_ADMIN, and a name that no other process uses")]
+    #[error(
+        "creating a device with {TUN} needs the capability NET_ADMIN, and a name that no other process uses"
+    )]
     NoDevice(#[source] io::Error),
 }
 
@@ -65,7 +67,7 @@ mod tests {
     #[test]
     fn each_reason_has_its_remedy() {
         for (code, remedy) in [
-            (libc::ENOENT, "`modprobe tun` makes it on the node, and a container needs it mounted"),
+            (libc::ENOENT, "`modprobe tun` creates it on the node, and a container has to mount it"),
             (libc::ENODEV, "`modprobe tun` loads"),
             (libc::ENXIO, "`modprobe tun` loads"),
             (libc::EPERM, "the container runtime has to allow the device c 10:200"),

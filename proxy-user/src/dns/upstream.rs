@@ -126,7 +126,7 @@ async fn ask_in_turn(servers: &[Arc<Server>], question: &Outside) -> Option<Mess
                     return Some(message);
                 }
                 Err(error) => {
-                    tracing::debug!(server = %server.address, name = %question.name, %error, "the upstream did not answer");
+                    tracing::debug!(server = %server.address, name = %question.name, %error, "an upstream server did not answer");
                     server.note(true);
                     match turns.next() {
                         Some(server) => {

@@ -86,7 +86,7 @@ impl Watchdog {
                 changed = wanted.changed() => if changed.is_err() { return },
             }
             if !self.device.is_there() {
-                tracing::warn!("another program deleted the device `{DEVICE}`; weir makes it anew");
+                tracing::warn!("another program deleted the device `{DEVICE}`; weir creates it again");
                 return;
             }
             let now = wanted.borrow_and_update().clone();
@@ -107,7 +107,7 @@ impl Watchdog {
     async fn restore(&mut self) {
         let (restored, result) = self.device.restore().await;
         if !restored.is_empty() {
-            tracing::warn!(addresses = ?restored, "another program removed routes to `{DEVICE}`; weir made them anew");
+            tracing::warn!(addresses = ?restored, "another program removed routes to `{DEVICE}`; weir added them again");
         }
         if let Err(error) = result {
             self.complain(&error);
@@ -153,7 +153,7 @@ impl Watchdog {
         let others = self.device.claimed().iter().copied().filter(|address| *address != self.own);
         let others: BTreeSet<IpAddr> = others.collect();
         for address in others.difference(&addresses) {
-            tracing::warn!(%address, "names are no longer answered here; the cluster's DNS Service has its address back");
+            tracing::warn!(%address, "this node no longer answers DNS queries to this address; they go to the cluster's DNS Service");
             if let Err(error) = self.device.release(*address).await {
                 self.complain(&error);
             }
@@ -162,7 +162,7 @@ impl Watchdog {
             match self.device.claim(*address).await {
                 Ok(()) => {
                     self.complained.clear();
-                    tracing::info!(%address, "names are answered here");
+                    tracing::info!(%address, "this node answers DNS queries to this address");
                 }
                 Err(error) => self.complain(&error),
             }
@@ -174,7 +174,7 @@ impl Watchdog {
         let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
         let text = format!("{error}: {cause}");
         if text != self.complained {
-            tracing::warn!(error = text, "names are left to the cluster's DNS Service");
+            tracing::warn!(error = text, "DNS queries go to the cluster's DNS Service");
             self.complained = text;
         }
     }

@@ -78,7 +78,7 @@ fn shared<const N: usize>(
 }
 
 fn heading(page: &str, text: &str) -> String {
-    format!("\nweir {page}\nWarning: this page is for people; its form may change at any time.\n\n{text}")
+    format!("\nweir {page}\nWarning: this page is for people; its format may change at any time.\n\n{text}")
 }
 
 fn status(started: Instant, since: Timestamp) -> String {

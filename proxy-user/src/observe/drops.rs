@@ -49,7 +49,7 @@ impl Drops {
 impl Collector for Drops {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let kind = ConstCounter::new(0_u64).metric_type();
-        let help = "Packets of new flows dropped or refused by packet rules";
+        let help = "Packets of new flows dropped or rejected by nftables rules, by reason";
         let mut metric = encoder.encode_descriptor("weir_dropped_packets", help, None, kind)?;
         for count in self.0.get().map(|read| read()).unwrap_or_default() {
             let labels = [("ip_family", family_name(count.family)), ("reason", count.reason)];

@@ -135,7 +135,7 @@ impl Events {
         let Some((sender, metrics)) = &self.0 else { return };
         if sender.try_send(trouble).is_err() {
             metrics.event_dropped();
-            tracing::debug!("no event is written of it: too many are waiting");
+            tracing::debug!("event not written: the queue is full");
         }
     }
 }

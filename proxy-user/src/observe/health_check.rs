@@ -139,7 +139,7 @@ fn unable_to_listen(
     address: SocketAddr,
 ) -> impl Fn(&io::Error) {
     move |error| {
-        let note = format!("the healthCheckNodePort cannot be listened on at {address}: {error}");
+        let note = format!("cannot listen on {address} for the healthCheckNodePort: {error}");
         let trouble = Trouble::of_service(service.clone(), "FailedToStartServiceHealthcheck", "Listen", note);
         events.tell(trouble.with_uid(uid).of_this_node_alone());
     }
@@ -295,7 +295,7 @@ mod tests {
         let cause = io::Error::from_raw_os_error(libc::EADDRINUSE);
         assert_eq!(
             trouble.note,
-            format!("the healthCheckNodePort cannot be listened on at 127.0.0.1:{port}: {cause}")
+            format!("cannot listen on 127.0.0.1:{port} for the healthCheckNodePort: {cause}")
         );
     }
 }

@@ -37,8 +37,8 @@ impl Indicators {
         start.set(process::start_seconds().unwrap_or_default());
         let r = registry.sub_registry_with_prefix("kubernetes");
         let last =
-            put(r, "healthcheck", "What a health check came to last, 1 for success", Labelled::default());
-        let all = put(r, "healthchecks", "Health checks by what they came to", Labelled::default());
+            put(r, "healthcheck", "Result of the last health check, 1 for success", Labelled::default());
+        let all = put(r, "healthchecks", "Health checks, by result", Labelled::default());
         Self { registry: Arc::new(registry), last, all }
     }
 

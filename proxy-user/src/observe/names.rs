@@ -24,11 +24,11 @@ impl NameMetrics {
     pub(super) fn register(registry: &mut Registry) -> Self {
         let r = registry.sub_registry_with_prefix("weir_dns");
         Self {
-            queries: put(r, "queries", "DNS queries by result", Labelled::default()),
+            queries: put(r, "queries", "DNS queries, by outcome", Labelled::default()),
             addresses: put(
                 r,
                 "answered_addresses",
-                "ClusterIPs of the DNS Service that this node answers at",
+                "ClusterIPs of the DNS Service at which this node answers DNS queries",
                 Gauge::default(),
             ),
         }

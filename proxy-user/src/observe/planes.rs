@@ -21,12 +21,12 @@ impl PlaneMetrics {
     pub(super) fn register(registry: &mut Registry) -> Self {
         let r = registry.sub_registry_with_prefix("weir");
         Self {
-            active: put(r, "plane_active", "Whether a data plane serves, 1 or 0", Labelled::default()),
-            failures: put(r, "plane_failures", "Times a data plane failed as a whole", Labelled::default()),
+            active: put(r, "plane_active", "1 if the data plane serves, else 0", Labelled::default()),
+            failures: put(r, "plane_failures", "Failures of a whole data plane", Labelled::default()),
             left: put(
                 r,
                 "ports_left_to_packets",
-                "Service ports that packets serve because the socket plane could not take them",
+                "Service ports that only the nftables plane serves because the socket plane could not take them",
                 Gauge::default(),
             ),
         }

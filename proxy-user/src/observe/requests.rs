@@ -32,13 +32,13 @@ impl RequestMetrics {
             requests: put(
                 registry,
                 "rest_client_requests",
-                "Requests to the API server, by the answer's code",
+                "Requests to the API server, by HTTP status code",
                 Labelled::default(),
             ),
             durations: put(
                 registry,
                 "rest_client_request_duration_seconds",
-                "Time until an answer of the API server began",
+                "Time until the API server began its response, in seconds",
                 timings,
             ),
         }

@@ -199,7 +199,7 @@ impl Scribe {
             return;
         }
         if !self.budgets.allow(&trouble.about) {
-            tracing::debug!(about = ?trouble.about, reason = trouble.reason, "no event is written: there were too many");
+            tracing::debug!(about = ?trouble.about, reason = trouble.reason, "event not written: rate limit reached");
             self.metrics.event_dropped();
             return;
         }
@@ -339,10 +339,7 @@ impl Scribe {
     fn complain(&mut self, error: &kube::Error) {
         let text = error.to_string();
         if text != self.complaint {
-            tracing::warn!(
-                error = text,
-                "cannot write events; does the role allow to create and patch them?"
-            );
+            tracing::warn!(error = text, "cannot write events; does the role allow create and patch?");
         }
         self.complaint = text;
     }

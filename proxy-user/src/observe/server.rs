@@ -198,9 +198,9 @@ impl Server {
         tokio::spawn(async move {
             tokio::select! {
                 ended = connection => if let Err(error) = ended {
-                    debug!(server, %from, %error, "a connection ended early");
+                    debug!(server, %from, %error, "connection ended with an error");
                 },
-                () = place.lost() => debug!(server, %from, "a connection made room for another"),
+                () = place.lost() => debug!(server, %from, "connection closed to make room for another"),
             }
         });
     }

@@ -70,8 +70,8 @@ impl Collector for Services {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let counts = self.counts();
         let names = [
-            ("weir_service_connections", "New flows led to a backend at the socket"),
-            ("weir_service_refusals", "New flows refused at the socket for want of endpoints"),
+            ("weir_service_connections", "New flows translated to a backend at the socket"),
+            ("weir_service_refusals", "New flows refused at the socket because the Service has no endpoints"),
         ];
         for (index, (name, help)) in names.into_iter().enumerate() {
             let kind = ConstCounter::new(0_u64).metric_type();

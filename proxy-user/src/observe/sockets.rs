@@ -29,42 +29,37 @@ impl SocketMetrics {
     pub(super) fn register(registry: &mut Registry) -> Self {
         let r = registry.sub_registry_with_prefix("weir");
         Self {
-            elements: put(r, "map_elements", "Elements in a map of the kernel programs", Labelled::default()),
+            elements: put(r, "map_elements", "Entries in an eBPF map", Labelled::default()),
             room: put(
                 r,
                 "map_max_elements",
-                "Elements that a map has room for before weir makes it larger",
+                "Entries that an eBPF map holds before weir enlarges it",
                 Labelled::default(),
             ),
-            bytes: put(r, "map_bytes", "Kernel memory that a map takes, in bytes", Labelled::default()),
+            bytes: put(r, "map_bytes", "Kernel memory that an eBPF map takes, in bytes", Labelled::default()),
             refused: put(
                 r,
                 "sockets_refused",
-                "Sockets and clients that the kernel programs had no room to remember, by reason",
+                "Sockets and clients for which an eBPF map had no room, by reason",
                 Labelled::default(),
             ),
-            troubles: put(
-                r,
-                "program_troubles",
-                "Times that the kernel programs could not do their work, by trouble",
-                Labelled::default(),
-            ),
+            troubles: put(r, "program_troubles", "Errors in eBPF programs, by kind", Labelled::default()),
             closed: put(
                 r,
                 "sockets_closed",
-                "Sockets closed because their backend serves no longer",
+                "Sockets closed because their backend no longer serves, by protocol",
                 Labelled::default(),
             ),
             moved: put(
                 r,
                 "sockets_moved",
-                "Connected UDP sockets whose datagrams go to their Service again because their backend serves no longer",
+                "Connected UDP sockets whose datagrams go through their Service again because their backend no longer serves",
                 Counter::default(),
             ),
             attached_anew: put(
                 r,
                 "programs_attached_anew",
-                "Kernel programs attached anew because another program had detached them",
+                "eBPF programs attached again after another program detached them",
                 Counter::default(),
             ),
             bypassed: put(
@@ -76,7 +71,7 @@ impl SocketMetrics {
             waiting: put(
                 r,
                 "bypassed_pods_waiting",
-                "Pods whose sockets weir should leave alone and does not yet",
+                "Pods whose sockets weir should leave alone but still translates",
                 Gauge::default(),
             ),
         }

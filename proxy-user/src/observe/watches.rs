@@ -37,7 +37,7 @@ impl Watches {
 
 impl Collector for Watches {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let help = "Time since the API server last told of a kind, be it that nothing happened";
+        let help = "Time since the API server last sent an event or a bookmark for a kind, in seconds";
         let kind = ConstGauge::new(0.0).metric_type();
         let mut metric = encoder.encode_descriptor("weir_watch_silence_seconds", help, None, kind)?;
         let reads = self.0.lock().unwrap_or_else(PoisonError::into_inner);

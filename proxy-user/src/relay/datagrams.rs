@@ -90,7 +90,7 @@ pub async fn relay_datagrams(
             received = socket.recv_from(&mut buffer) => match received {
                 Ok((length, client)) => flows.pass_on(client, &buffer[..length]),
                 Err(error) => {
-                    tracing::debug!(%error, ?port, "no datagram could be read");
+                    tracing::debug!(%error, ?port, "cannot read a datagram");
                     tokio::time::sleep(PAUSE).await;
                 }
             },
@@ -109,7 +109,7 @@ impl Flows {
             Some(flow) => flow,
             None => match self.begin(client) {
                 Ok(flow) => self.of.entry(client).insert_entry(flow).into_mut(),
-                Err(error) => return tracing::debug!(%error, %client, "a datagram cannot be passed on"),
+                Err(error) => return tracing::debug!(%error, %client, "cannot forward a datagram"),
             },
         };
         flow.said.notify_one();

@@ -75,7 +75,7 @@ pub async fn relay_streams(
                 tokio::spawn(connection(client, Arc::clone(&draw), places.take_for(port)));
             }
             Err(error) => {
-                tracing::debug!(%error, ?port, "a connection could not be accepted");
+                tracing::debug!(%error, ?port, "cannot accept a connection");
                 tokio::time::sleep(PAUSE).await;
             }
         }
@@ -91,11 +91,11 @@ async fn connection(mut client: TcpStream, draw: Arc<Draw>, mut place: Place<Por
     let mut server = match connected {
         Ok(Ok(server)) => server,
         Ok(Err(error)) => {
-            tracing::debug!(%backend, %error, "a backend takes no connection");
+            tracing::debug!(%backend, %error, "cannot connect to a backend");
             return reset(&client);
         }
         Err(_) => {
-            tracing::debug!(%backend, "a backend does not answer");
+            tracing::debug!(%backend, "connecting to a backend timed out");
             return reset(&client);
         }
     };

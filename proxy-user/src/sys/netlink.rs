@@ -81,7 +81,9 @@ pub(crate) fn split(datagram: &[u8]) -> impl Iterator<Item = NetlinkBuffer<&[u8]
 /// The messages of one datagram. One that cannot be understood is left out.
 pub(crate) fn messages<I: NetlinkDeserializable>(datagram: &[u8]) -> impl Iterator<Item = NetlinkMessage<I>> {
     let read = split(datagram).map(|message| NetlinkMessage::deserialize(message.into_inner()));
-    read.filter_map(|message| message.inspect_err(|error| tracing::debug!(%error, "unreadable message")).ok())
+    read.filter_map(|message| {
+        message.inspect_err(|error| tracing::debug!(%error, "cannot parse a message")).ok()
+    })
 }
 
 /// A request to a subsystem of netfilter; 0 is that of the message itself.

@@ -64,7 +64,7 @@ pub enum Error {
         source: io::Error,
     },
     /// Somebody else is at the legacy tables, and does not end.
-    #[error("cannot lock {LOCK}, which others hold while they change legacy iptables")]
+    #[error("cannot lock {LOCK}, which programs hold while they change legacy iptables")]
     Lock(#[source] io::Error),
     /// A virtual server could not be removed.
     #[error("cannot remove the virtual servers of kube-proxy's ipvs mode")]
@@ -76,7 +76,7 @@ pub enum Error {
     #[error("cannot remove the device {DEVICE} of kube-proxy")]
     Device(#[source] rtnetlink::Error),
     /// There is no netlink socket.
-    #[error("cannot ask the kernel for what kube-proxy left")]
+    #[error("cannot open netlink to look for what kube-proxy left")]
     Socket(#[source] io::Error),
 }
 

@@ -60,7 +60,7 @@ pub(super) fn directories(cgroup_root: &Path, bpf_root: &Path) -> [Finding; 2] {
         finding(
             "cgroup v2",
             cgroup_root,
-            "Its processes' sockets are the ones served; --cgroup-root names another place.",
+            "weir serves the sockets of its processes; --cgroup-root names another directory.",
             match on(cgroup_root, CGROUP2_SUPER_MAGIC) {
                 Answer::Yes => serves_the_node(cgroup_root, &own_cgroup(), std::process::id()),
                 other => other,
@@ -69,7 +69,7 @@ pub(super) fn directories(cgroup_root: &Path, bpf_root: &Path) -> [Finding; 2] {
         finding(
             "bpffs",
             bpf_root,
-            "It keeps programs and maps while the agent is away; `mount -t bpf bpf /sys/fs/bpf` makes it, --bpf-root names another place.",
+            "It keeps programs and maps while the agent is not running; `mount -t bpf bpf /sys/fs/bpf` mounts it, --bpf-root names another directory.",
             on(existing, BPF_FS_MAGIC),
         ),
     ]

@@ -105,7 +105,7 @@ impl Probe {
             feature: "permission to load programs".to_owned(),
             since: "",
             needed: true,
-            purpose: "CAP_BPF and CAP_NET_ADMIN, or CAP_SYS_ADMIN in place of CAP_BPF.",
+            purpose: "Loading takes CAP_BPF and CAP_NET_ADMIN; CAP_SYS_ADMIN can replace CAP_BPF.",
             answer: permission,
         }];
         findings.extend(programs(allowed));
@@ -153,7 +153,10 @@ impl Probe {
             return;
         }
         if optional().next().is_none() {
-            tracing::info!(kernel = self.kernel, "this kernel has everything that the eBPF plane can use");
+            tracing::info!(
+                kernel = self.kernel,
+                "this kernel has every feature that the socket plane can use"
+            );
         }
         for finding in optional() {
             tracing::warn!(kernel = self.kernel, "{finding}");
@@ -198,27 +201,35 @@ fn programs(allowed: bool) -> Vec<Finding> {
     };
     let address = ProgramType::CgroupSockAddr;
     vec![
-        needed("cgroup sock_addr programs", "4.17", "They lead sockets from Services to backends.", &|| {
+        needed("cgroup sock_addr programs", "4.17", "They translate Services to backends.", &|| {
             told(is_program_supported(address))
         }),
         needed(
             "cgroup sock programs",
             "4.17",
-            "They see pods that listen on a Service's own address.",
+            "They detect pods that listen on a Service's own address.",
             &|| told(is_program_supported(ProgramType::CgroupSock)),
         ),
-        needed("socket storage maps", "5.3", "They remember what an unconnected socket asked for.", &|| {
-            both(told(is_map_supported(MapType::SkStorage)), || {
-                helpers(address, &[Helper::BPF_FUNC_sk_storage_get])
-            })
-        }),
-        needed("programs at the release of sockets", "5.9", "They forget what a socket asked for.", &|| {
-            helpers(ProgramType::CgroupSock, &[Helper::BPF_FUNC_get_socket_cookie])
-        }),
+        needed(
+            "socket storage maps",
+            "5.3",
+            "They store the Service that an unconnected socket sends to.",
+            &|| {
+                both(told(is_map_supported(MapType::SkStorage)), || {
+                    helpers(address, &[Helper::BPF_FUNC_sk_storage_get])
+                })
+            },
+        ),
+        needed(
+            "programs at the release of sockets",
+            "5.9",
+            "They delete the entry of a closed socket.",
+            &|| helpers(ProgramType::CgroupSock, &[Helper::BPF_FUNC_get_socket_cookie]),
+        ),
         needed(
             "socket look-up from programs",
             "5.0",
-            "It tells sockets of this node that listen themselves.",
+            "It finds sockets of this node that listen on the address themselves.",
             &|| {
                 let them = [
                     Helper::BPF_FUNC_sk_lookup_tcp,
@@ -228,15 +239,20 @@ fn programs(allowed: bool) -> Vec<Finding> {
                 helpers(address, &them)
             },
         ),
-        needed("network namespaces seen by programs", "5.7", "They tell pods from the host.", &|| {
+        needed("network namespaces seen by programs", "5.7", "They distinguish pods from the host.", &|| {
             both(helpers(address, &[Helper::BPF_FUNC_get_netns_cookie]), || {
                 helpers(ProgramType::CgroupSock, &[Helper::BPF_FUNC_get_netns_cookie])
             })
         }),
-        needed("cgroups seen by programs", "5.7", "Pods that opted out are told by them.", &|| {
+        needed("cgroups seen by programs", "5.7", "They identify pods that opted out.", &|| {
             helpers(address, &[Helper::BPF_FUNC_get_current_ancestor_cgroup_id])
         }),
-        needed("links of cgroups", "5.7", "Programs stay attached without the agent.", &findings::links),
+        needed(
+            "links of cgroups",
+            "5.7",
+            "They keep programs attached while the agent is not running.",
+            &findings::links,
+        ),
     ]
 }
 
@@ -255,7 +271,7 @@ fn optional(allowed: bool) -> [Finding; 3] {
         optional(
             "errors chosen by programs (bpf_set_retval)",
             "6.1",
-            "Without it refused connections are left to nftables.",
+            "Without it nftables refuses connections in place of the socket plane.",
             if_allowed(&|| {
                 both(helpers(ProgramType::CgroupSockAddr, &set_retval), || {
                     helpers(ProgramType::CgroupSock, &set_retval)
@@ -271,7 +287,7 @@ fn optional(allowed: bool) -> [Finding; 3] {
         optional(
             "closing of sockets (CONFIG_INET_DIAG_DESTROY)",
             "5.10",
-            "Without it TCP sockets of a removed backend stay open, and UDP sockets stay connected to it, until they notice by themselves.",
+            "Without it TCP sockets of a removed backend stay open, and UDP sockets stay connected to it, until the application closes them.",
             if_allowed(&closing),
         ),
     ]
@@ -306,7 +322,7 @@ fn told(asked: Result<bool, impl Into<ProgramError>>) -> Answer {
 }
 
 fn not_allowed() -> Answer {
-    Answer::Unknown("asking takes the permission to load programs".to_owned())
+    Answer::Unknown("testing for it needs the permission to load programs".to_owned())
 }
 
 #[cfg(test)]

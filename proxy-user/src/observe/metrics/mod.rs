@@ -135,105 +135,110 @@ impl KubeProxy {
     fn register(registry: &mut Registry) -> Self {
         let r = registry.sub_registry_with_prefix("kubeproxy");
         let rules = |rest: &str| format!("sync_proxy_rules_{rest}");
-        let timed = "Time that an update of the kernel took, in seconds";
+        let timed = "Duration of updates of the kernel, in seconds";
         Self {
             sync: put(r, &rules("duration_seconds"), timed, timings(sync_timing)),
             full_sync: put(
                 r,
                 "sync_full_proxy_rules_duration_seconds",
-                "Time that a comparison of everything with the kernel took, in seconds",
+                "Duration of updates that compare all rules with the kernel, in seconds",
                 timings(sync_timing),
             ),
             partial_sync: put(
                 r,
                 "sync_partial_proxy_rules_duration_seconds",
-                "Time that an update with changes alone took, in seconds",
+                "Duration of updates that write changes only, in seconds",
                 timings(sync_timing),
             ),
             last_sync: put(
                 r,
                 &rules("last_timestamp_seconds"),
-                "When the kernel was last brought up to date, in seconds since 1970",
+                "Time of the last successful update of the kernel, in seconds since 1970",
                 Labelled::default(),
             ),
             last_queued: put(
                 r,
                 &rules("last_queued_timestamp_seconds"),
-                "When the last change came in, in seconds since 1970",
+                "Time at which the last change arrived, in seconds since 1970",
                 Labelled::default(),
             ),
             network_programming: put(
                 r,
                 "network_programming_duration_seconds",
-                "Time from the change of a Service or its Pods until the kernel had it, in seconds",
+                "Time from a change of a Service or its pods until the kernel has it, in seconds",
                 timings(programming_timing),
             ),
             endpoint_changes_pending: put(
                 r,
                 &rules("endpoint_changes_pending"),
-                "EndpointSlice changes that the kernel does not have yet",
+                "EndpointSlice changes that are not in the kernel yet",
                 Gauge::default(),
             ),
             endpoint_changes: put(
                 r,
                 &rules("endpoint_changes"),
-                "EndpointSlice changes that came in",
+                "EndpointSlice changes received",
                 Counter::default(),
             ),
             service_changes_pending: put(
                 r,
                 &rules("service_changes_pending"),
-                "Service changes that the kernel does not have yet",
+                "Service changes that are not in the kernel yet",
                 Gauge::default(),
             ),
             service_changes: put(
                 r,
                 &rules("service_changes"),
-                "Service changes that came in",
+                "Service changes received",
                 Counter::default(),
             ),
             no_local_endpoints: put(
                 r,
                 &rules("no_local_endpoints_total"),
-                "Service ports whose policy is Local and whose endpoints are all elsewhere",
+                "Service ports with traffic policy Local that have endpoints, but none on this node",
                 Labelled::default(),
             ),
             sync_failures: put(
                 r,
                 &rules("nftables_sync_failures"),
-                "Updates of the kernel that failed",
+                "Failed updates of the kernel",
                 Labelled::default(),
             ),
             cleanup_failures: put(
                 r,
                 &rules("nftables_cleanup_failures"),
-                "Removals of old rules and maps that failed",
+                "Failed removals of rules and maps that are no longer needed",
                 Labelled::default(),
             ),
-            healthz: put(r, "proxy_healthz", "Answers of /healthz, by HTTP status code", Labelled::default()),
-            livez: put(r, "proxy_livez", "Answers of /livez, by HTTP status code", Labelled::default()),
+            healthz: put(
+                r,
+                "proxy_healthz",
+                "Responses of /healthz, by HTTP status code",
+                Labelled::default(),
+            ),
+            livez: put(r, "proxy_livez", "Responses of /livez, by HTTP status code", Labelled::default()),
             localhost_listeners: put(
                 r,
                 "nftables_localhost_nodeport_listeners",
-                "NodePorts that the agent listens for on a loopback address",
+                "NodePorts for which weir listens on a loopback address",
                 Labelled::default(),
             ),
             localhost_failures: put(
                 r,
                 "nftables_localhost_nodeport_listener_creation_failures",
-                "NodePorts that the agent could not listen for on a loopback address",
+                "Failed attempts to listen for a NodePort on a loopback address",
                 Labelled::default(),
             ),
             conntrack: put(
                 r,
                 "conntrack_reconciler_sync_duration_seconds",
-                "Time that a search for stale UDP flows took, in seconds",
+                "Duration of sweeps for stale UDP flows, in seconds",
                 timings(sync_timing),
             ),
             conntrack_deleted: put(
                 r,
                 "conntrack_reconciler_deleted_entries",
-                "Stale flows deleted from connection tracking",
+                "Stale UDP flows deleted from connection tracking",
                 Labelled::default(),
             ),
         }
@@ -246,42 +251,47 @@ impl Weir {
         let build = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
         r.register("build", "The version of weir", build);
         Self {
-            services: put(r, "services", "Services programmed", Gauge::default()),
-            frontends: put(r, "frontends", "Frontends programmed", Gauge::default()),
+            services: put(r, "services", "Services in the kernel", Gauge::default()),
+            frontends: put(
+                r,
+                "frontends",
+                "Frontends (address, protocol and port) in the kernel",
+                Gauge::default(),
+            ),
             backends: put(
                 r,
                 "backends",
-                "Backends programmed, counted once for each service port",
+                "Backends in the kernel, counted once per service port",
                 Gauge::default(),
             ),
             unprogrammed: put(
                 r,
                 "unprogrammed_ports",
-                "Service ports that could not be programmed as they should be",
+                "Service ports that the kernel does not have as planned",
                 Gauge::default(),
             ),
             changes_applied: put(
                 r,
                 "changes_applied",
-                "Service ports changed in the kernel",
+                "Service port changes written to the kernel",
                 Counter::default(),
             ),
             events_dropped: put(
                 r,
                 "events_dropped",
-                "Kubernetes events that were not written because there were too many",
+                "Kubernetes events not written because of a rate limit or a full queue",
                 Counter::default(),
             ),
             reconciles: put(
                 r,
                 "reconciles",
-                "Comparisons of everything with the kernel, by reason",
+                "Comparisons of all rules with the kernel, by reason",
                 Labelled::default(),
             ),
             refused: put(
                 r,
                 "clients_refused",
-                "Connections and DNS queries that weir's own servers gave up because a limit was met, by server",
+                "Connections and DNS queries that weir refused or closed because a limit was reached, by server",
                 Labelled::default(),
             ),
         }

@@ -123,7 +123,7 @@ impl Conntrack {
                 deleted += count;
                 if walked == Walked::Unfiltered {
                     tracing::debug!(
-                        "this kernel does not filter connection tracking, all flows are read instead"
+                        "this kernel cannot filter connection tracking; weir reads all flows instead"
                     );
                     self.kernel_filters = false;
                     break;

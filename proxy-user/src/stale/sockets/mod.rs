@@ -144,7 +144,7 @@ impl Sockets {
             let taken = self.sweep();
             if taken != Taken::default() {
                 let Taken { tcp, udp, moved } = taken;
-                tracing::info!(tcp, udp, moved, "closed or moved sockets whose backend is gone");
+                tracing::info!(tcp, udp, moved, "closed or moved sockets of removed backends");
                 report(taken);
             }
             std::thread::sleep(started.elapsed() * REST);
@@ -191,7 +191,7 @@ impl Sockets {
             result = self.take_away(&due, now, &mut taken);
         }
         let meaning =
-            "sockets of backends that are gone could not all be closed or moved; this needs SYS_ADMIN";
+            "cannot close or move all sockets of removed backends; this needs the capability SYS_ADMIN";
         complain(&mut self.complaint, result, meaning);
         self.judge.tidy(now);
         taken
@@ -289,7 +289,7 @@ impl Sockets {
         else {
             return;
         };
-        let meaning = "pods that had bound a Service's address before could not all be found; they are led to the Service";
+        let meaning = "cannot find all pods that listen on a Service's address themselves; their connections to it go to the Service";
         complain(&mut self.homes_complaint, homes.look(&self.namespaces, now), meaning);
     }
 }

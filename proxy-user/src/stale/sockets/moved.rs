@@ -108,7 +108,7 @@ impl MovedSockets {
         match self.tables.write(family, &moved) {
             // There may be nothing of this family, and nothing is wanted.
             Err(error) if moved.is_empty() => {
-                tracing::debug!(%error, %family, "cannot look for moved sockets")
+                tracing::debug!(%error, %family, "cannot remove the table of moved sockets")
             }
             result => result?,
         }

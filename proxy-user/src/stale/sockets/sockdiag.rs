@@ -187,7 +187,7 @@ fn answered(payload: &[u8]) -> io::Result<()> {
 /// The socket in an answer.
 fn decode(protocol: Protocol, payload: &[u8]) -> Option<Found> {
     let header = InetResponseHeader::parse(payload)
-        .inspect_err(|error| tracing::debug!(%error, "unreadable socket"))
+        .inspect_err(|error| tracing::debug!(%error, "cannot parse a socket"))
         .ok()?;
     let id = header.socket_id;
     let peer = SocketAddr::new(id.destination_address.to_canonical(), id.destination_port);
