@@ -224,7 +224,7 @@ pub(crate) async fn tell_of_strangers(dropped: Arc<Drops>, detect: DetectLocal, 
         };
         // The rules have counted for longer than this process lives, and anew where the tables are.
         let before = counted.replace(flows).unwrap_or(flows);
-        metrics.names_asked("passed-on", flows.saturating_sub(before));
+        metrics.count_queries("passed-on", flows.saturating_sub(before));
         if let Some(address) = addresses.first()
             && !std::mem::replace(&mut warned, true)
         {
@@ -371,7 +371,7 @@ impl Supervisor {
         for outcome in Outcome::ALL {
             let now = self.responder.counters.of(outcome);
             let told = self.counted.entry(outcome.as_str()).or_default();
-            self.metrics.names_asked(outcome.as_str(), now - *told);
+            self.metrics.count_queries(outcome.as_str(), now - *told);
             *told = now;
         }
     }

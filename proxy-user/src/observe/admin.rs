@@ -1,6 +1,6 @@
-//! What kube-proxy serves beside its metrics (P5 to P7), on the same port.
+//! The HTTP paths that kube-proxy serves on its metrics port (P5 to P7).
 //!
-//! In: the metrics, and what this agent was told at its start. Out: `/metrics`, `/metrics/slis`, `/proxyMode`,
+//! In: the metrics, the configuration and the flags of this agent. Out: `/metrics`, `/metrics/slis`, `/proxyMode`,
 //! `/healthz`, `/configz`, `/flagz` and `/statusz`.
 
 use std::{sync::Arc, time::Instant};
@@ -23,18 +23,18 @@ const NOSNIFF: (HeaderName, &str) = (header::X_CONTENT_TYPE_OPTIONS, "nosniff");
 
 const PATHS: &str = "/configz /flagz /healthz /metrics /metrics/slis /proxyMode /statusz";
 
-/// What this agent was told at its start.
+/// What the agent shows about itself.
 #[derive(Clone, Debug)]
 pub struct About {
     /// The name of the data plane that serves now.
     pub proxy_mode: watch::Receiver<&'static str>,
     /// The configuration in kube-proxy's format.
     pub configuration: Value,
-    /// The words of the command line, the program's name left out.
+    /// The arguments of the command line, without the program's name.
     pub words: Vec<String>,
 }
 
-/// The paths above, for any method.
+/// Answers the paths of [`PATHS`], whatever the method.
 pub fn admin_router(metrics: &Metrics, about: About) -> Router {
     let About { proxy_mode, configuration, words } = about;
     let metrics = metrics.clone();
@@ -64,7 +64,7 @@ pub fn admin_router(metrics: &Metrics, about: About) -> Router {
         .route("/statusz", any(move || std::future::ready(([TEXT], status(started.0, started.1)))))
 }
 
-/// Away from the threads that answer: counters of many Services are read from the kernel one by one.
+/// Renders on a blocking thread, because the counters of many Services are read from the kernel one by one.
 async fn rendered(metrics: Metrics) -> ([(HeaderName, &'static str); 1], String) {
     let text = tokio::task::spawn_blocking(move || metrics.render()).await;
     ([METRICS], text.unwrap_or_default())
@@ -91,7 +91,7 @@ fn status(started: Instant, since: Timestamp) -> String {
     heading("statusz", &text)
 }
 
-/// The flags that were given, one a line and sorted, as `name=value`; a switch is `true`.
+/// The flags of the command line as `name=value`, one a line and sorted; a switch has the value `true`.
 fn flags(words: &[String]) -> String {
     let mut lines = Vec::new();
     let mut words = words.iter().peekable();
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn p7_the_status_tells_since_when_and_what() {
+    fn p7_the_status_page_shows_start_time_and_version() {
         let page = status(Instant::now(), Timestamp::from_second(1_000_000_000).unwrap());
         let (_, text) = page.split_once("\n\n").unwrap();
         let version = env!("CARGO_PKG_VERSION");

@@ -1,6 +1,6 @@
-//! Metrics of packets that were dropped or refused, by reason.
+//! Metrics of packets that rules dropped or rejected, by reason.
 //!
-//! In: a way to read the kernel's counters. Out: `weir_dropped_packets_total`, read at each scrape.
+//! In: a function that reads the kernel's counters. Out: `weir_dropped_packets_total`, read at each scrape.
 
 use std::{
     fmt,
@@ -13,23 +13,23 @@ use prometheus_client::{
     metrics::counter::ConstCounter,
 };
 
-use super::metrics::family_name;
+use super::registration::family_name;
 use crate::model::Family;
 
-/// What was counted in one family for one reason.
+/// How many packets of a family were dropped or rejected for one reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DropCount {
-    /// The family.
+    /// Of the packets' addresses.
     pub family: Family,
-    /// Why packets were dropped or refused.
+    /// The label's value, such as `no-endpoints`.
     pub reason: &'static str,
-    /// How many.
+    /// Since the table was created.
     pub packets: u64,
 }
 
 type Read = Box<dyn Fn() -> Vec<DropCount> + Send + Sync>;
 
-/// Where the counters are read, once there is a plane that counts.
+/// Reads the counters, once a plane that counts is open.
 #[derive(Clone, Default)]
 pub(super) struct Drops(Arc<OnceLock<Read>>);
 
@@ -40,7 +40,7 @@ impl fmt::Debug for Drops {
 }
 
 impl Drops {
-    /// Reads them there. The first one told stays.
+    /// Sets the function that reads. Only the first call has an effect.
     pub(super) fn read_with(&self, read: Read) {
         let _ = self.0.set(read);
     }

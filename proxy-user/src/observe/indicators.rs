@@ -1,7 +1,7 @@
-//! `/metrics/slis`, the indicators that every Kubernetes component has beside its metrics (P7): how often its health was
-//! asked for, and what came of it last.
+//! `/metrics/slis`, the indicators that every Kubernetes component has beside its metrics (P7): the number of health
+//! checks, and the result of the last one.
 //!
-//! In: answers of `/healthz` on the metrics port, as in kube-proxy. Out: Prometheus' text format.
+//! In: requests of `/healthz` on the metrics port, as in kube-proxy. Out: Prometheus' text format.
 
 use std::sync::{Arc, atomic::AtomicU64};
 
@@ -11,16 +11,16 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use super::{metrics::put, process, text_format};
+use super::{process, registration::put, text_format};
 
 type Check = [(&'static str, &'static str); 2];
 type Result = [(&'static str, &'static str); 3];
 
-/// The name under which Kubernetes counts a check that only shows that somebody answers.
+/// Kubernetes' name for a check that only shows that the process answers.
 const PING: (&str, &str) = ("name", "ping");
 const HEALTHZ: (&str, &str) = ("type", "healthz");
 
-/// What is shown; clones count into the same place.
+/// The two counters. Clones share them.
 #[derive(Clone, Debug)]
 pub(super) struct Indicators {
     registry: Arc<Registry>,
@@ -42,19 +42,19 @@ impl Indicators {
         Self { registry: Arc::new(registry), last, all }
     }
 
-    /// `/healthz` was asked for. Whoever can answer it is well.
+    /// Counts a request of `/healthz` as a success, because the process answered it.
     pub(super) fn pinged(&self) {
         self.last.get_or_create(&[PING, HEALTHZ]).set(1);
         self.all.get_or_create(&[PING, ("status", "success"), HEALTHZ]).inc();
     }
 
-    /// Forgets what was counted, as on `DELETE`.
+    /// Removes all series, as a `DELETE` asks.
     pub(super) fn reset(&self) {
         self.last.clear();
         self.all.clear();
     }
 
-    /// All of it, in Prometheus' text format.
+    /// The page in Prometheus' text format.
     pub(super) fn render(&self) -> String {
         let mut text = String::new();
         // Writing to a string cannot fail.

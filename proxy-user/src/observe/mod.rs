@@ -1,8 +1,7 @@
-//! What the outside can see of the agent: logs, metrics, health and events.
+//! What users see of the agent: logs, metrics, health and events.
 //!
-//! In: what `run` reports through cheap handles, [`Metrics`], [`Health`] and [`Events`]. Out: log lines, the HTTP
-//! endpoints that kube-proxy has, and event objects. Of Services nothing here knows more than their names, of the
-//! kernel nothing at all.
+//! In: calls of `run` on the handles [`Metrics`], [`Health`] and [`Events`]. Out: log lines, kube-proxy's HTTP
+//! endpoints, and event objects. This room knows Services by name only, and does not know the kernel.
 
 mod admin;
 mod drops;
@@ -14,6 +13,7 @@ mod metrics;
 mod names;
 mod planes;
 mod process;
+mod registration;
 mod requests;
 mod scribe;
 mod server;

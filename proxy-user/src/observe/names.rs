@@ -1,19 +1,15 @@
-//! Metrics of answering names.
+//! Metrics of DNS answers.
 //!
-//! In: what became of queries, and at how many addresses they are answered. Out: `weir_dns_*` metrics that stay empty
-//! where no names are answered.
+//! In: counts of queries by outcome, and the number of answered addresses. Out: `weir_dns_*` metrics that stay empty
+//! without `--dns`.
 
 use prometheus_client::{
     metrics::{counter::Counter, family::Family as Labelled, gauge::Gauge},
     registry::Registry,
 };
 
-use super::{
-    Metrics,
-    metrics::{Label, put},
-};
+use super::registration::{Label, put};
 
-/// The handles.
 #[derive(Debug)]
 pub(super) struct NameMetrics {
     queries: Labelled<Label, Counter>,
@@ -33,16 +29,12 @@ impl NameMetrics {
             ),
         }
     }
-}
 
-impl Metrics {
-    /// Counts queries of one outcome.
-    pub fn names_asked(&self, outcome: &'static str, more: u64) {
-        self.names().queries.get_or_create(&[("outcome", outcome)]).inc_by(more);
+    pub(super) fn count_queries(&self, outcome: &'static str, more: u64) {
+        self.queries.get_or_create(&[("outcome", outcome)]).inc_by(more);
     }
 
-    /// At how many ClusterIPs names are answered here now.
-    pub fn set_answered_addresses(&self, addresses: usize) {
-        self.names().addresses.set(i64::try_from(addresses).unwrap_or(i64::MAX));
+    pub(super) fn set_addresses(&self, addresses: i64) {
+        self.addresses.set(addresses);
     }
 }

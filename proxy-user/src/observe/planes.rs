@@ -1,15 +1,14 @@
-//! Metrics of the data planes: which serve, and how often one failed as a whole.
+//! Metrics of the data planes: which of them serve, and how often a whole plane failed.
 //!
-//! In: what the engine sees of them. Out: `weir_plane_*` metrics, and how many service ports one plane left to another.
+//! In: calls of the engine. Out: `weir_plane_*` metrics, and the number of service ports that only nftables serves.
 
 use prometheus_client::{
     metrics::{counter::Counter, family::Family as Labelled, gauge::Gauge},
     registry::Registry,
 };
 
-use super::metrics::{Label, put};
+use super::registration::{Label, put};
 
-/// The handles.
 #[derive(Debug)]
 pub(super) struct PlaneMetrics {
     active: Labelled<Label, Gauge>,

@@ -1,6 +1,6 @@
-//! What Prometheus wants to know of any process, read from /proc at each scrape.
+//! The metrics that every Prometheus client has of its process, read from /proc at each scrape.
 //!
-//! In: nothing. Out: `process_*` metrics under the names that every Prometheus client uses.
+//! In: nothing. Out: `process_*` metrics.
 
 use std::{fmt, fs};
 
@@ -10,7 +10,7 @@ use prometheus_client::{
     metrics::{counter::ConstCounter, gauge::ConstGauge},
 };
 
-/// Ticks of /proc/PID/stat in a second: part of the kernel's interface, the same on every architecture we build for.
+/// Ticks per second in /proc/PID/stat. The kernel's interface fixes it, and weir's architectures all have this value.
 const TICKS: f64 = 100.0;
 
 /// Collects the metrics of this process.
@@ -29,7 +29,7 @@ struct Usage {
 impl Usage {
     fn read() -> Option<Self> {
         let stat = fs::read_to_string("/proc/self/stat").ok()?;
-        // The second field is the program's name in brackets and may hold anything; numbers start after it.
+        // The second field is the program's name in brackets and may contain blanks; numbers start after it.
         let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
         let ticks = |index: usize| fields.get(index)?.parse::<f64>().ok();
         let status = fs::read_to_string("/proc/self/status").ok()?;
@@ -46,7 +46,7 @@ impl Usage {
     }
 }
 
-/// When this process began, in seconds since the Unix epoch.
+/// When this process started, in seconds since the Unix epoch.
 pub(super) fn start_seconds() -> Option<f64> {
     Usage::read().map(|usage| usage.start_seconds)
 }

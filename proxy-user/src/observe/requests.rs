@@ -1,4 +1,4 @@
-//! Metrics of what the API server is asked, under the names that every Kubernetes component uses.
+//! Metrics of requests to the API server, under the names that every Kubernetes component uses.
 //!
 //! In: a call for each request. Out: `rest_client_*`.
 
@@ -9,12 +9,11 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use super::metrics::put;
+use super::registration::put;
 
 type Labels<const N: usize> = [(&'static str, String); N];
 type Timings = Labelled<Labels<2>, Histogram, fn() -> Histogram>;
 
-/// The handles.
 #[derive(Debug)]
 pub(super) struct RequestMetrics {
     requests: Labelled<Labels<3>, Counter>,
@@ -44,7 +43,7 @@ impl RequestMetrics {
         }
     }
 
-    pub(super) fn asked(&self, method: &str, host: &str, code: Option<u16>, took: Duration) {
+    pub(super) fn count(&self, method: &str, host: &str, code: Option<u16>, took: Duration) {
         let code = code.map_or_else(|| "<error>".to_owned(), |code| code.to_string());
         let (method, host) = (method.to_owned(), host.to_owned());
         let labels = [("code", code), ("host", host.clone()), ("method", method.clone())];

@@ -1,7 +1,7 @@
-//! Metrics of each service port that somebody used here.
+//! Metrics of each service port that clients on this node used.
 //!
-//! In: a way to read the kernel's counters. Out: `weir_service_*`, read at each scrape. A port nobody used makes no
-//! series, so that their number follows the traffic of the node and not the size of the cluster.
+//! In: a function that reads the kernel's counters. Out: `weir_service_*`, read at each scrape. An unused port has no
+//! series, so the number of series depends on the node's traffic and not on the size of the cluster.
 
 use std::{
     collections::BTreeMap,
@@ -15,7 +15,7 @@ use prometheus_client::{
     metrics::counter::ConstCounter,
 };
 
-/// What was counted for a service port of one family.
+/// The counters of a service port in one family.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PortCount {
     /// The Service's namespace.
@@ -26,17 +26,17 @@ pub struct PortCount {
     pub port: String,
     /// The protocol, in capitals.
     pub protocol: String,
-    /// New flows led to a backend.
+    /// New flows that were translated to a backend.
     pub served: u64,
-    /// New flows refused for want of endpoints.
+    /// New flows that were refused because there are no endpoints.
     pub refused: u64,
 }
 
-/// How many were led and refused.
+/// How many flows were served and refused.
 type Counts = (u64, u64);
 type Read = Box<dyn Fn() -> Vec<PortCount> + Send + Sync>;
 
-/// Where the counters are read, once there is a plane that counts.
+/// Reads the counters, once a plane that counts is open.
 #[derive(Clone, Default)]
 pub(super) struct Services(Arc<OnceLock<Read>>);
 
@@ -47,12 +47,12 @@ impl fmt::Debug for Services {
 }
 
 impl Services {
-    /// Reads them there. The first one told stays.
+    /// Sets the function that reads. Only the first call has an effect.
     pub(super) fn read_with(&self, read: Read) {
         let _ = self.0.set(read);
     }
 
-    /// Both families of a port together.
+    /// The counters of both families of a port, added.
     fn counts(&self) -> BTreeMap<[String; 4], Counts> {
         let mut counts = BTreeMap::<_, Counts>::new();
         for count in self.0.get().map(|read| read()).unwrap_or_default() {

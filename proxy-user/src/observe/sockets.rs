@@ -1,16 +1,15 @@
-//! Metrics of the sockets' plane.
+//! Metrics of the socket plane.
 //!
-//! In: how full its maps are, what went wrong in its programs, what became of pods and sockets. Out: `weir_*` metrics that
-//! stay empty where there is no such plane.
+//! In: the fill of its maps, errors in its programs, counts of pods and sockets. Out: `weir_*` metrics that stay empty
+//! without a socket plane.
 
 use prometheus_client::{
     metrics::{counter::Counter, family::Family as Labelled, gauge::Gauge},
     registry::Registry,
 };
 
-use super::metrics::{Label, put};
+use super::registration::{Label, put};
 
-/// The handles.
 #[derive(Debug)]
 pub(super) struct SocketMetrics {
     elements: Labelled<Label, Gauge>,
@@ -106,7 +105,7 @@ impl SocketMetrics {
         self.attached_anew.inc_by(more);
     }
 
-    /// Replaces what was there: a reason without pods is not shown.
+    /// Replaces all reasons, so a reason without pods has no series.
     pub(super) fn set_bypassed(&self, pods: impl Iterator<Item = (&'static str, i64)>, waiting: i64) {
         self.bypassed.clear();
         for (reason, count) in pods {

@@ -1,4 +1,4 @@
-//! Sets logging up: text or JSON lines on standard error.
+//! Logging: text or JSON lines on standard error.
 //!
 //! In: the format and kube-proxy's `-v`. Out: a handle that changes both while the agent runs.
 
@@ -15,36 +15,36 @@ use tracing_subscriber::{
 type Filtered = Layered<reload::Layer<EnvFilter, Registry>, Registry>;
 type Lines = Box<dyn Layer<Filtered> + Send + Sync>;
 
-/// Changes what is logged, and how; dropping it changes nothing.
+/// Changes the filter and the format of logs. Logging goes on when it is dropped.
 #[derive(Clone)]
 pub struct Telemetry {
     filter: reload::Handle<EnvFilter, Registry>,
     lines: reload::Handle<Lines, Filtered>,
 }
 
-/// Why logging is not as asked for.
+/// Why logging could not be set up or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum TelemetryError {
     /// The filter cannot be read.
     #[error("`{directives}` is not a log filter")]
     Filter {
-        /// What was given.
+        /// As the user wrote it.
         directives: String,
-        /// What is wrong with it.
+        /// Where parsing stopped.
         #[source]
         source: tracing_subscriber::filter::ParseError,
     },
-    /// Logging is set up already.
+    /// This process has set logging up before.
     #[error("logging cannot be set up")]
     Init(#[from] tracing_subscriber::util::TryInitError),
-    /// Nobody logs any more.
+    /// The subscriber is gone.
     #[error("the log filter cannot be changed")]
     Reload(#[from] reload::Error),
 }
 
-/// The filter for kube-proxy's `-v`: up to 3 what an operator cares about, 4 debug messages, from 5 on traces. The
-/// libraries below weir stay one step quieter, since they log every request, and `kube_client` two: it warns of each watch that breaks
-/// off, which weir tells of itself.
+/// The filter for kube-proxy's `-v`: info messages up to 3, debug messages at 4, traces from 5 on. Libraries log one level
+/// less, because they log every request. `kube_client` logs two levels less, because it warns of each watch that breaks
+/// off, and weir reports those itself.
 pub(super) const fn directives(verbosity: u32) -> &'static str {
     match verbosity {
         0..=3 => "warn,weir=info,kube_client=error",
@@ -66,7 +66,7 @@ impl Telemetry {
         Ok(Self { filter: filter_handle, lines: lines_handle })
     }
 
-    /// Logs from now on as [`Telemetry::init`] would with these settings.
+    /// Replaces the settings given to [`Telemetry::init`].
     ///
     /// # Errors
     ///

@@ -1,9 +1,9 @@
-//! Prometheus' older text format.
+//! Prometheus' older text format, which kube-proxy serves.
 //!
-//! In: OpenMetrics, as the metrics library writes it. Out: what kube-proxy serves.
+//! In: OpenMetrics, as the metrics library writes it. Out: version 0.0.4 of the text format.
 
-/// From OpenMetrics, which names counters without `_total` and writes `1.0` for a bucket of 1, to the older format that
-/// kube-proxy serves, so that names and bounds are the same to the last character.
+/// Translates OpenMetrics to the older format, so that names and bounds equal kube-proxy's. OpenMetrics names counters
+/// without `_total` and writes `1.0` for a bucket of 1.
 pub(super) fn plain(open_metrics: &str) -> String {
     let mut text = String::with_capacity(open_metrics.len());
     let mut help = None;

@@ -1,7 +1,7 @@
-//! How long the origin of Kubernetes objects has said nothing.
+//! How long the API server has sent nothing for each kind.
 //!
-//! In: ways to read it. Out: `weir_watch_silence_seconds`, read at each scrape. An API server says something of each kind
-//! about once a minute, so a long silence means that the node does not learn of changes.
+//! In: functions that read it. Out: `weir_watch_silence_seconds`, read at each scrape. An API server sends a bookmark
+//! for each kind about once a minute, so after a long silence the node misses changes.
 
 use std::{
     fmt,
@@ -15,10 +15,10 @@ use prometheus_client::{
     metrics::gauge::ConstGauge,
 };
 
-/// Each kind's silence; none for a kind of which nothing ever came.
+/// Each kind's silence, without the kinds of which nothing ever arrived.
 type Read = Box<dyn Fn() -> Vec<(&'static str, Duration)> + Send + Sync>;
 
-/// Where silences are read.
+/// Reads the silences, of several sources.
 #[derive(Clone, Default)]
 pub(super) struct Watches(Arc<Mutex<Vec<Read>>>);
 
@@ -29,7 +29,7 @@ impl fmt::Debug for Watches {
 }
 
 impl Watches {
-    /// Reads them there too.
+    /// Adds a function that reads.
     pub(super) fn read_with(&self, read: Read) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(read);
     }

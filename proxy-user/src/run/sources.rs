@@ -72,7 +72,7 @@ fn manner(config: &Config, metrics: &Metrics) -> Manner {
     let limit = config.request_limit.map(|RequestLimit { requests, window }| (requests, window));
     let metrics = metrics.clone();
     let tell = move |asked: &Asked<'_>| {
-        metrics.asked(asked.method.as_str(), asked.host, asked.code, asked.took);
+        metrics.count_request(asked.method.as_str(), asked.host, asked.code, asked.took);
     };
     Manner { limit, tell: Some(Arc::new(tell)) }
 }

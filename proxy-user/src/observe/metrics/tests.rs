@@ -1,6 +1,6 @@
 use super::*;
 
-/// Everything reported once.
+/// The metrics after each call.
 fn used() -> String {
     let metrics = Metrics::new();
     metrics.service_changed();
@@ -17,8 +17,8 @@ fn used() -> String {
     }
     metrics.healthz_answered(false);
     metrics.livez_answered(true);
-    metrics.asked("GET", "192.0.2.1:6443", Some(200), Duration::from_millis(3));
-    metrics.asked("GET", "192.0.2.1:6443", None, Duration::from_millis(3));
+    metrics.count_request("GET", "192.0.2.1:6443", Some(200), Duration::from_millis(3));
+    metrics.count_request("GET", "192.0.2.1:6443", None, Duration::from_millis(3));
     let count = |port: &str, served, refused| PortCount {
         namespace: "shop".to_owned(),
         service: "cart".to_owned(),
@@ -27,7 +27,7 @@ fn used() -> String {
         served,
         refused,
     };
-    // The first port in two families, the last one used by nobody.
+    // The first port has two families; no client used the last port.
     metrics.count_services(move || {
         vec![count("http", 2, 0), count("http", 3, 1), count("", 0, 4), count("grpc", 0, 0)]
     });
@@ -137,7 +137,7 @@ fn labels_and_values_are_kube_proxys() {
 }
 
 #[test]
-fn what_nobody_used_makes_no_series() {
+fn an_unused_port_has_no_series() {
     assert!(!used().contains("port=\"grpc\""));
 }
 
@@ -162,7 +162,7 @@ fn buckets_are_kube_proxys() {
 }
 
 #[test]
-fn the_dashboard_asks_for_metrics_that_there_are() {
+fn the_dashboard_uses_metrics_that_exist() {
     let (text, dashboard) = (used(), include_str!("../../../../charts/weir/dashboards/weir.json"));
     let words = dashboard.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
     let asked =
