@@ -107,15 +107,15 @@ async fn trouble_with_a_service_becomes_one_event_that_describe_finds() {
     let till = objects.service("till").await;
     let events = agent(&server, NODE).await;
     let ghost = ObjectName::new(NAMESPACE, "ghost");
-    events.tell(Trouble::of_service(
+    events.report(Trouble::of_service(
         ghost,
         "FailedToProgram",
         "Program",
         "there is no such Service".to_owned(),
     ));
-    events.tell(trouble(&cart, "the map is full"));
-    events.tell(trouble(&cart, "the map is full"));
-    events.tell(trouble(&till, &"é".repeat(1000)));
+    events.report(trouble(&cart, "the map is full"));
+    events.report(trouble(&cart, "the map is full"));
+    events.report(trouble(&till, &"é".repeat(1000)));
 
     let about_till = event(&objects, "till", is_trouble).await;
     assert_eq!(about_till.note, Some("é".repeat(512)), "no more than an API server takes");
@@ -152,7 +152,7 @@ async fn trouble_with_a_service_becomes_one_event_that_describe_finds() {
     let ghosts = ListParams::default().fields("involvedObject.name=ghost");
     assert_eq!(core.list(&ghosts).await.unwrap().items.len(), 0);
 
-    events.tell(trouble(&cart, "the map is full again"));
+    events.report(trouble(&cart, "the map is full again"));
     let counted = event(&objects, "cart", |event| event.series.is_some()).await;
     assert_eq!((counted.name_any(), counted.series.unwrap().count), (found.name_any(), 2));
 }
@@ -162,8 +162,8 @@ async fn trouble_with_a_service_becomes_one_event_that_describe_finds() {
 async fn a_start_becomes_an_event_of_the_node() {
     let (server, objects) = start().await;
     let events = agent(&server, NODE).await;
-    events.tell(Trouble::starting());
-    events.tell(Trouble::of_node(
+    events.report(Trouble::starting());
+    events.report(Trouble::of_node(
         "FailedToStartMetricServer",
         "StartKubeProxy",
         "the port is taken".to_owned(),
@@ -207,8 +207,8 @@ async fn reported_by_every_node(server: &ApiServer, objects: &ApiObjects) -> Vec
     let mut agents = Vec::new();
     for node in &nodes {
         let events = agent(server, node).await;
-        events.tell(trouble(&cart, "the kernel refuses it"));
-        events.tell(Trouble::starting());
+        events.report(trouble(&cart, "the kernel refuses it"));
+        events.report(Trouble::starting());
         agents.push(events);
     }
     for node in &nodes {

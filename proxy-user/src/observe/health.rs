@@ -1,7 +1,7 @@
-//! Whether the agent keeps up (P1 to P4), and how `/healthz` and `/livez` say so.
+//! Whether the agent applies changes in time (P1 to P4), for `/healthz` and `/livez`.
 //!
 //! In: when changes were queued and applied, per family, and whether load balancers may use the node. Out: a status
-//! code and a JSON body. [`ProxyHealth`] reads no clock; [`Health`] is the shared handle that does.
+//! code and a JSON body. [`ProxyHealth`] reads no clock; [`Health`] is the shared handle that reads it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,29 +22,29 @@ use tokio::sync::watch;
 use super::Metrics;
 use crate::model::Family;
 
-/// A point in time, on the clock that never jumps and on the one people read.
+/// A point in time, on the monotonic clock and on the wall clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Moment {
-    /// Tells how long something has been going on.
+    /// For durations, because it never jumps.
     pub steady: Instant,
-    /// Is shown.
+    /// For the JSON body.
     pub wall: Timestamp,
 }
 
 impl Moment {
-    /// This moment.
+    /// Reads both clocks.
     #[must_use]
     pub fn now() -> Self {
         Self { steady: Instant::now(), wall: Timestamp::now() }
     }
 }
 
-/// What a health endpoint answers.
+/// The response of a health endpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Answer {
-    /// Whether the code is 200; else it is 503.
+    /// Code 200 if true, else 503.
     pub ok: bool,
-    /// The JSON body.
+    /// As JSON.
     pub body: String,
 }
 
@@ -55,7 +55,7 @@ pub struct ProxyHealth {
     eligible: bool,
     updated: BTreeMap<Family, Timestamp>,
     waiting_since: BTreeMap<Family, Instant>,
-    /// Families that the kernel has had everything of since the start.
+    /// Families whose Services the kernel has had completely since the start.
     served: BTreeSet<Family>,
 }
 
@@ -85,12 +85,12 @@ fn as_text<S: serde::Serializer>(time: &Timestamp, serializer: S) -> Result<S::O
     serializer.collect_str(time)
 }
 
-/// What kube-proxy shows for "never": the start of year 1.
+/// The start of year 1, which kube-proxy shows for "never".
 const NEVER: i64 = -62_135_596_800;
 
 impl ProxyHealth {
-    /// Nothing has happened, which is healthy; no node is known, which is not eligible. `sync_period` is the one of
-    /// the configuration: twice as long a wait is late (P2).
+    /// Healthy, because no change waits, and not eligible, because the Node is unknown. A change that waits for twice the
+    /// configured `sync_period` is late (P2).
     #[must_use]
     pub fn new(sync_period: Duration) -> Self {
         Self {
@@ -102,17 +102,17 @@ impl ProxyHealth {
         }
     }
 
-    /// A change for `family` has come in. The oldest one counts.
+    /// A change for `family` arrived. The oldest change that waits counts.
     pub fn queued(&mut self, family: Family, now: Moment) {
         self.waiting_since.entry(family).or_insert(now.steady);
     }
 
-    /// The loop for `family` begins: it has reported from now on (P2).
+    /// The engine begins to serve `family`, so the family counts from now on (P2).
     pub fn started(&mut self, family: Family, now: Moment) {
         self.updated.insert(family, now.wall);
     }
 
-    /// The kernel has everything that came in for `family`.
+    /// The kernel has all changes that arrived for `family`.
     pub fn updated(&mut self, family: Family, now: Moment) {
         self.waiting_since.remove(&family);
         self.updated.insert(family, now.wall);
@@ -124,22 +124,21 @@ impl ProxyHealth {
         self.eligible = eligible;
     }
 
-    /// Whether no family that has ever reported is late (P2). One that this node could not serve since the start, while it
-    /// serves the other (R17), is shown as late and keeps neither the node nor the other family's load balancers from
-    /// working: a restart would change nothing.
+    /// Whether no family is late (P2). A family that this node could not serve since the start does not count while the
+    /// other family serves (R17), because a restart would change nothing. The JSON body shows it as late.
     #[must_use]
     pub fn healthy(&self, now: Moment) -> bool {
         let counts = |family: &&Family| self.served.is_empty() || self.served.contains(*family);
         self.updated.keys().filter(counts).all(|family| self.in_time(*family, now))
     }
 
-    /// What `/healthz` answers (P1).
+    /// The response of `/healthz` (P1).
     #[must_use]
     pub fn healthz(&self, now: Moment) -> Answer {
         self.answer(now, Some(self.eligible))
     }
 
-    /// What `/livez` answers (P4).
+    /// The response of `/livez` (P4).
     #[must_use]
     pub fn livez(&self, now: Moment) -> Answer {
         self.answer(now, None)
@@ -158,7 +157,7 @@ impl ProxyHealth {
             (*family, FamilyStatus { last_updated: *at, healthy: self.in_time(*family, now) })
         };
         let body = Body {
-            // As kube-proxy has it, an endpoint that answers well was updated just now.
+            // Like kube-proxy, a healthy answer says that the last update was now.
             last_updated: latest.filter(|_| !ok).unwrap_or(now.wall),
             current_time: now.wall,
             node_eligible,
@@ -169,11 +168,11 @@ impl ProxyHealth {
     }
 }
 
-/// A [`ProxyHealth`] to share between the loop that programs and the server that answers.
+/// A [`ProxyHealth`] that the engine and the HTTP server share.
 #[derive(Clone, Debug)]
 pub struct Health {
     state: Arc<Mutex<ProxyHealth>>,
-    /// Whether the kernel has had everything of a family.
+    /// Whether the kernel has had all Services of a family.
     serves: watch::Sender<bool>,
 }
 
@@ -201,9 +200,9 @@ impl Health {
         self.serves.send_if_modified(|serves| !std::mem::replace(serves, true));
     }
 
-    /// Waits until the kernel has everything that came in for a family.
+    /// Waits until the kernel has all changes that arrived for one family.
     pub async fn serves(&self) {
-        // An error means that the sender is gone, and this is one.
+        // An error would mean that all senders are dropped, and `self` holds one.
         let _ = self.serves.subscribe().wait_for(|serves| *serves).await;
     }
 
@@ -223,7 +222,7 @@ impl Health {
     }
 }
 
-/// `/healthz` and `/livez`, for any method; each answer is counted.
+/// Serves `/healthz` and `/livez` for any method, and counts each response.
 pub fn health_router(health: &Health, metrics: &Metrics) -> Router {
     let (ready, ready_metrics) = (health.clone(), metrics.clone());
     let (alive, alive_metrics) = (health.clone(), metrics.clone());
@@ -277,7 +276,7 @@ mod tests {
         serde_json::from_str(&answer.body).unwrap()
     }
 
-    /// P2: (what happens when, when one asks, whether that is healthy).
+    /// P2, as a table: name, steps with their times, time of the check, expected health.
     #[test]
     fn p2_a_change_that_waits_for_two_sync_periods_is_unhealthy() {
         use Family::{V4, V6};
@@ -287,14 +286,19 @@ mod tests {
         }
         use Step::{Queued, Updated};
         let table: &[(&str, &[Step], u64, bool)] = &[
-            ("nothing ever happened", &[], 1000, true),
-            ("a family that never reported is not asked", &[Queued(V4, 0)], 1000, true),
-            ("nothing waits", &[Updated(V4, 0)], 1000, true),
-            ("waits, not yet late", &[Updated(V4, 0), Queued(V4, 1)], 60, true),
+            ("no change ever arrived", &[], 1000, true),
+            ("a family that never started does not count", &[Queued(V4, 0)], 1000, true),
+            ("no change waits", &[Updated(V4, 0)], 1000, true),
+            ("a change waits and is not yet late", &[Updated(V4, 0), Queued(V4, 1)], 60, true),
             ("late at exactly the timeout", &[Updated(V4, 0), Queued(V4, 1)], 61, false),
             ("the oldest change counts", &[Updated(V4, 0), Queued(V4, 1), Queued(V4, 50)], 61, false),
             ("applied again", &[Updated(V4, 0), Queued(V4, 1), Updated(V4, 90)], 95, true),
-            ("waits anew", &[Updated(V4, 0), Queued(V4, 1), Updated(V4, 9), Queued(V4, 10)], 69, true),
+            (
+                "a later change waits again",
+                &[Updated(V4, 0), Queued(V4, 1), Updated(V4, 9), Queued(V4, 10)],
+                69,
+                true,
+            ),
             ("one late family is enough", &[Updated(V4, 0), Updated(V6, 0), Queued(V6, 1)], 61, false),
             (
                 "the other family's update does not help",
@@ -329,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn p1_p4_bodies_when_well() {
+    fn p1_p4_bodies_when_healthy() {
         let (mut health, clock) = new();
         health.updated(Family::V4, clock.at(0));
         health.updated(Family::V6, clock.at(2));
@@ -349,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn p1_body_keeps_the_last_update_when_unwell() {
+    fn p1_body_keeps_the_last_update_when_unhealthy() {
         let (mut health, clock) = new();
         health.updated(Family::V4, clock.at(0));
         health.updated(Family::V6, clock.at(0));

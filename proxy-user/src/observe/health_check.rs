@@ -1,7 +1,7 @@
-//! The healthCheckNodePort servers (H1 to H6): load balancers ask them whether this node has endpoints of a Service.
+//! The healthCheckNodePort servers (H1 to H6), which tell load balancers whether this node has endpoints of a Service.
 //!
-//! In: for each Service with such a port, how many local endpoints are in force. Out: one HTTP server a port, opened,
-//! closed and moved as Services change.
+//! In: for each Service with such a port, how many local endpoints are in force. Out: HTTP servers, which open, close and
+//! move as Services change.
 
 use std::{
     collections::HashMap,
@@ -27,26 +27,27 @@ use crate::{
     places::Places,
 };
 
-/// What is in force of one Service's health check.
+/// The health check of one Service, as it is in force.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HealthCheckState {
-    /// The port (H1).
+    /// The healthCheckNodePort (H1).
     pub port: u16,
     /// Distinct addresses of local ready endpoints (H2).
     pub local_endpoints: usize,
-    /// Where it listens (H3).
+    /// The addresses that the server listens on (H3).
     pub addresses: Vec<IpAddr>,
     /// The Service's uid, for events about it.
     pub uid: Option<Uid>,
 }
 
-/// Tells the servers what is in force.
+/// Sends changes to the task that runs the servers.
 #[derive(Clone, Debug)]
 pub struct HealthChecks(mpsc::UnboundedSender<(ObjectName, Option<HealthCheckState>)>);
 
 impl HealthChecks {
-    /// Starts with no servers. Each answers 200 only while `health` is well (H4), and all end with `stopping`. One that
-    /// cannot listen tells `events` (H6). They share `places`, because clients from outside reach all of them.
+    /// Starts the task, without servers. Each server answers 200 only while `health` is healthy (H4), and all servers end
+    /// with `stopping`. A server that cannot listen reports to `events` (H6). The servers share `places`, because clients
+    /// from outside reach all of them.
     #[must_use]
     pub fn start(health: Health, events: Events, places: Places, stopping: watch::Receiver<bool>) -> Self {
         let (sender, mut receiver) = mpsc::unbounded_channel();
@@ -59,20 +60,20 @@ impl HealthChecks {
         Self(sender)
     }
 
-    /// Goes to a test instead of to servers.
+    /// Without servers: a test receives the changes.
     #[cfg(test)]
     pub(crate) fn channel() -> (Self, mpsc::UnboundedReceiver<(ObjectName, Option<HealthCheckState>)>) {
         let (sender, receiver) = mpsc::unbounded_channel();
         (Self(sender), receiver)
     }
 
-    /// The Service's health check is now this, or there is none.
+    /// Sets or removes the health check of a Service.
     pub fn set(&self, service: ObjectName, state: Option<HealthCheckState>) {
-        // Without the servers there is nobody to tell: the agent is ending.
+        // An error means that the task has ended, because the agent ends.
         let _ = self.0.send((service, state));
     }
 
-    /// The address of a family that stands for all of this host's.
+    /// The unspecified address of a family, which stands for all addresses of this host.
     #[must_use]
     pub const fn anywhere(family: Family) -> IpAddr {
         match family {
@@ -125,13 +126,13 @@ fn change(
         let server = Server::new("healthCheckNodePort", address, false, places.clone())
             .of_one_family()
             .without_keep_alive();
-        let tell = unable_to_listen(events.clone(), service.clone(), uid, server.address);
-        tokio::spawn(server.run_and_tell(router(answer.clone()), stopped.clone(), tell));
+        let report = unable_to_listen(events.clone(), service.clone(), uid, server.address);
+        tokio::spawn(server.run_and_report(router(answer.clone()), stopped.clone(), report));
     }
     open.insert(service, Open { port, addresses, local_endpoints, _stop: stop });
 }
 
-/// Tells that a Service's server does not listen (H6).
+/// Reports that a Service's server cannot listen (H6).
 fn unable_to_listen(
     events: Events,
     service: ObjectName,
@@ -141,7 +142,7 @@ fn unable_to_listen(
     move |error| {
         let note = format!("cannot listen on {address} for the healthCheckNodePort: {error}");
         let trouble = Trouble::of_service(service.clone(), "FailedToStartServiceHealthcheck", "Listen", note);
-        events.tell(trouble.with_uid(uid).of_this_node_alone());
+        events.report(trouble.with_uid(uid).of_this_node_alone());
     }
 }
 
@@ -152,7 +153,7 @@ struct Answering {
     health: Health,
 }
 
-/// Any path, any method (H3).
+/// Answers any path and method alike (H3).
 fn router(answering: Answering) -> Router {
     Router::new().fallback(move || std::future::ready(answering.respond()))
 }
@@ -214,7 +215,7 @@ mod tests {
         Places::new(16, 16, prometheus_client::metrics::counter::Counter::default())
     }
 
-    /// A port nobody listens on, as far as one can know.
+    /// A port that no process listens on, unless one takes it in between.
     async fn free_port() -> u16 {
         TcpListener::bind((LOCALHOST, 0)).await.unwrap().local_addr().unwrap().port()
     }
@@ -244,7 +245,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn h3_h4_h5_h6_what_is_answered_follows_what_is_in_force() {
+    async fn h3_h4_h5_h6_the_answer_follows_what_is_in_force() {
         let (_stop, stopping) = watch::channel(false);
         let checks =
             HealthChecks::start(Health::new(Duration::from_secs(30)), Events::logged(), places(), stopping);
@@ -282,7 +283,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn h6_a_port_that_is_taken_makes_an_event_about_the_service() {
+    async fn h6_a_taken_port_makes_an_event_about_the_service() {
         let (_stop, stopping) = watch::channel(false);
         let (events, mut troubles) = Events::channel(Metrics::new());
         let checks = HealthChecks::start(Health::new(Duration::from_secs(30)), events, places(), stopping);

@@ -5,6 +5,7 @@
 
 mod admin;
 mod drops;
+mod event_writer;
 mod events;
 mod health;
 mod health_check;
@@ -15,20 +16,21 @@ mod planes;
 mod process;
 mod registration;
 mod requests;
-mod scribe;
 mod server;
 mod services;
 mod sockets;
 mod telemetry;
 mod text_format;
+mod trouble;
 mod watches;
 
 pub use admin::{About, admin_router};
 pub use drops::DropCount;
-pub use events::{Events, Subject, Trouble};
+pub use events::Events;
 pub use health::{Answer, Health, Moment, ProxyHealth, health_router};
 pub use health_check::{HealthCheckState, HealthChecks};
 pub use metrics::{Metrics, TrafficPolicy};
 pub use server::{Server, ServerError};
 pub use services::PortCount;
 pub use telemetry::{Telemetry, TelemetryError};
+pub use trouble::{Subject, Trouble};

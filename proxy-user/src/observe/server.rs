@@ -1,7 +1,7 @@
-//! Listens for HTTP, as long and as stubbornly as kube-proxy does (P8).
+//! HTTP servers, which try again to listen as kube-proxy does (P8).
 //!
-//! In: an address and a router. Out: answers, until told to stop. Any client that reaches the node reaches some of these
-//! servers, so a client has to say what it wants soon, and holds no more than its share of the connections.
+//! In: an address and a router. Out: responses, until a stop signal. Any client that reaches the node reaches some of these
+//! servers, so a client has little time to send its request, and a limited share of the connections.
 
 use std::{
     convert::Infallible,
@@ -26,22 +26,22 @@ use tracing::{debug, error, info};
 
 use crate::places::Places;
 
-/// How long answers under way may take once the server is to stop.
+/// How long open requests may take after the stop signal.
 const GRACE: Duration = Duration::from_secs(5);
 /// The largest head of a request, in bytes.
 const LARGEST_HEAD: usize = 16 << 10;
-/// How long to wait when the process has no descriptor left for a connection.
+/// The pause after a failed accept or bind, for example without a free descriptor.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Why a server ended before it was told to.
+/// Why a server ended before the stop signal.
 #[derive(Debug, thiserror::Error)]
 #[error("the {name} server cannot serve on {address}")]
 pub struct ServerError {
-    /// Which server.
+    /// As in [`Server::name`].
     pub name: &'static str,
-    /// Where.
+    /// The address that it could not listen on.
     pub address: SocketAddr,
-    /// Why.
+    /// From `bind` or `listen`.
     #[source]
     pub source: io::Error,
 }
@@ -49,64 +49,64 @@ pub struct ServerError {
 /// One HTTP server.
 #[derive(Clone, Debug)]
 pub struct Server {
-    /// What it is for, in logs.
+    /// Its purpose, for logs.
     pub name: &'static str,
-    /// Where it listens.
+    /// The address to listen on.
     pub address: SocketAddr,
-    /// Whether a failure is final instead of being tried again.
+    /// Ends at the first failure to listen, instead of trying again.
     pub hard_fail: bool,
-    /// How long to wait before trying again.
+    /// The pause before the next attempt to listen.
     pub retry: Duration,
-    /// Whether `0.0.0.0` and `[::]` are the addresses of one family, which leaves the other to another server on the same
-    /// port. Otherwise either is every address, as it is for kube-proxy.
+    /// `0.0.0.0` and `[::]` mean the addresses of their own family only, so another server can have the same port of the
+    /// other family. Otherwise both mean every address, as in kube-proxy.
     pub one_family: bool,
-    /// How long a client may take to say what it wants, on a new connection and on one that it keeps.
+    /// How long a client may take to send its request, on a new connection and on one that it keeps.
     pub patience: Duration,
-    /// Whether a client may ask again on the same connection.
+    /// Allows several requests on one connection.
     pub keep_alive: bool,
-    /// The room for its connections.
+    /// Limits its connections.
     pub places: Places,
 }
 
 impl Server {
-    /// A server that tries again every 5 seconds, unless `hard_fail`, and waits 10 seconds for a request.
+    /// A server that tries to listen every 5 seconds, unless `hard_fail`, and waits 10 seconds for a request.
     #[must_use]
     pub const fn new(name: &'static str, address: SocketAddr, hard_fail: bool, places: Places) -> Self {
         let (retry, patience) = (Duration::from_secs(5), Duration::from_secs(10));
         Self { name, address, hard_fail, retry, one_family: false, patience, keep_alive: true, places }
     }
 
-    /// One that leaves the other family's addresses to another server.
+    /// Leaves the other family's addresses to another server.
     #[must_use]
     pub fn of_one_family(self) -> Self {
         Self { one_family: true, ..self }
     }
 
-    /// One that answers one request a connection.
+    /// Answers one request per connection.
     #[must_use]
     pub fn without_keep_alive(self) -> Self {
         Self { keep_alive: false, ..self }
     }
 
-    /// Serves `router` until `stop` becomes true or its sender is gone; then finishes what is under way.
+    /// Serves `router` until `stop` becomes true or its sender is dropped, and then finishes open requests.
     ///
     /// # Errors
     ///
-    /// With `hard_fail`, when the address cannot be listened on. Without, never.
+    /// When it cannot listen on the address, with `hard_fail` only.
     pub async fn run(self, router: Router, stop: watch::Receiver<bool>) -> Result<(), ServerError> {
-        self.run_and_tell(router, stop, |_| {}).await
+        self.run_and_report(router, stop, |_| {}).await
     }
 
-    /// The same, and tells `tell` of every failure.
+    /// Like [`Server::run`], and calls `report` with every failure that is tried again.
     ///
     /// # Errors
     ///
-    /// With `hard_fail`, when the address cannot be listened on. Without, never.
-    pub async fn run_and_tell(
+    /// As [`Server::run`].
+    pub async fn run_and_report(
         self,
         router: Router,
         mut stop: watch::Receiver<bool>,
-        tell: impl Fn(&io::Error),
+        report: impl Fn(&io::Error),
     ) -> Result<(), ServerError> {
         loop {
             match self.attempt(router.clone(), stop.clone()).await {
@@ -115,7 +115,7 @@ impl Server {
                     return Err(ServerError { name: self.name, address: self.address, source });
                 }
                 Err(error) => {
-                    tell(&error);
+                    report(&error);
                     let (server, address) = (self.name, self.address);
                     error!(server, %address, %error, retry = ?self.retry, "cannot serve, will try again");
                 }
@@ -127,10 +127,10 @@ impl Server {
         }
     }
 
-    /// Serves `router` until this is dropped. While the address cannot be listened on, which is expected, it tries again
-    /// often and says nothing.
+    /// Serves `router` until the future is dropped. The caller expects that another process has the address for a while, so
+    /// failures to listen are not logged.
     pub async fn run_quietly(self, router: Router) -> Infallible {
-        // Its sender lives as long as this.
+        // The sender lives as long as this future.
         let (_never, stop) = watch::channel(false);
         loop {
             if let Ok(listener) = self.listen().await {
@@ -163,7 +163,7 @@ impl Server {
         }
     }
 
-    /// Serves on a listener that is there already.
+    /// Serves on an open listener.
     async fn serve(&self, listener: TcpListener, router: Router, mut stop: watch::Receiver<bool>) {
         let under_way = GracefulShutdown::new();
         loop {
@@ -180,11 +180,11 @@ impl Server {
             }
         }
         drop(listener);
-        // An error means that the time is over: connections that are left end with the process.
+        // An error means that the time is over. Connections that are still open end with the process.
         let _ = tokio::time::timeout(GRACE, under_way.shutdown()).await;
     }
 
-    /// Answers on one connection until the client or its place is gone.
+    /// Answers on one connection until the client ends it or its place is given away.
     fn answer(&self, stream: TcpStream, from: SocketAddr, router: Router, under_way: &GracefulShutdown) {
         let mut place = self.places.take(from.ip());
         let connection = http1::Builder::new()
@@ -206,11 +206,11 @@ impl Server {
     }
 }
 
-/// Listens on an address that stands for many; an IPv6 one for IPv4's too, unless `v6_only`.
+/// Listens on an unspecified address; the one of IPv6 includes IPv4, unless `v6_only`.
 fn listen_on(address: SocketAddr, v6_only: bool) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), None)?;
     if address.is_ipv6() {
-        // Said either way, because the kernel's default is a sysctl.
+        // Set in both cases, because the kernel's default is a sysctl.
         socket.set_only_v6(v6_only)?;
     }
     socket.set_reuse_address(true)?;
@@ -220,7 +220,7 @@ fn listen_on(address: SocketAddr, v6_only: bool) -> io::Result<TcpListener> {
 }
 
 async fn stopped(stop: &mut watch::Receiver<bool>) {
-    // An error means that the sender is gone, and with it whoever wanted the server.
+    // An error means that the sender is dropped, so no caller needs the server any more.
     let _ = stop.wait_for(|stop| *stop).await;
 }
 
@@ -276,7 +276,7 @@ mod tests {
         Running { address, stop, task }
     }
 
-    /// The answer to `GET path`: status line, headers, empty line, body.
+    /// The response to `GET path`: status line, headers, empty line, body.
     async fn get(address: SocketAddr, path: &str) -> io::Result<String> {
         let mut stream = TcpStream::connect(address).await?;
         let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
@@ -354,7 +354,7 @@ mod tests {
         assert!(get(address, "/").await.is_err());
     }
 
-    /// Connections that say half of what they want.
+    /// Connections that have sent half a request.
     async fn half_open(address: SocketAddr, count: usize) -> Vec<TcpStream> {
         let mut streams = Vec::new();
         for _ in 0..count {
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn connections_that_never_finish_a_request_keep_no_other_client_out() {
+    async fn connections_with_unfinished_requests_make_room_for_other_clients() {
         let server = Server::new("test", LOCAL, true, places(4));
         let running = start_server(server, admin_router(&Metrics::new(), about())).await;
         let mut lazy = half_open(running.address, 20).await;
@@ -387,7 +387,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_connection_that_says_nothing_for_long_is_closed() {
+    async fn an_idle_connection_is_closed() {
         let patience = Duration::from_millis(20);
         let server = Server { patience, ..Server::new("test", LOCAL, true, places(4)) };
         let running = start_server(server, admin_router(&Metrics::new(), about())).await;
@@ -398,7 +398,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn without_keep_alive_a_connection_has_one_answer() {
+    async fn without_keep_alive_a_connection_has_one_response() {
         let server = Server::new("test", LOCAL, true, places(4)).without_keep_alive();
         let running = start_server(server, admin_router(&Metrics::new(), about())).await;
         let mut stream = TcpStream::connect(running.address).await.unwrap();

@@ -26,10 +26,10 @@ pub(super) async fn serve(
                 Some(address) => {
                     let tell = move |error: &std::io::Error| {
                         let note = format!("{name} cannot be served at {address}: {error}");
-                        events.tell(Trouble::of_node(reason, "StartKubeProxy", note));
+                        events.report(Trouble::of_node(reason, "StartKubeProxy", note));
                     };
                     let server = Server::new(name, address, config.bind_hard_fail, places);
-                    server.run_and_tell(router, stopping, tell).await
+                    server.run_and_report(router, stopping, tell).await
                 }
                 None => {
                     let mut stopping = stopping;

@@ -17,7 +17,7 @@ const NAMED: usize = 8;
 /// Reports what was left out since the last call.
 pub(super) fn tell(model: &mut Model, planner: &mut Planner, events: &Events) {
     for (service, (uid, note)) in model.take_ignored() {
-        events.tell(Trouble::of_service(service, "ValueIgnored", "Program", note).with_uid(uid));
+        events.report(Trouble::of_service(service, "ValueIgnored", "Program", note).with_uid(uid));
     }
     for (service, beyond) in planner.take_beyond() {
         tracing::warn!(%service, beyond, most = MOST_FRONTENDS, "a Service has too many frontends: some are not served");
@@ -39,7 +39,7 @@ pub(super) fn tell(model: &mut Model, planner: &mut Planner, events: &Events) {
 
 fn tell_of(model: &Model, events: &Events, service: ObjectName, reason: &'static str, note: String) {
     let uid = model.uid(&service);
-    events.tell(Trouble::of_service(service, reason, "Program", note).with_uid(uid));
+    events.report(Trouble::of_service(service, reason, "Program", note).with_uid(uid));
 }
 
 /// The first few, and the number of the rest.

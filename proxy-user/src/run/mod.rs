@@ -183,7 +183,7 @@ async fn serve(
     // The receiver is gone only if the engine panicked; the join below reports that.
     let _ = open.send(opened);
     let told = events;
-    told.tell(Trouble::starting());
+    told.report(Trouble::starting());
     let places = [health_places, files.metrics(&metrics)];
     let servers = tokio::spawn(http::serve(config, health, metrics, about, places, told, stopping));
 

@@ -112,7 +112,7 @@ impl Report {
         for (service, notes) in notes {
             let note = left_out::some_of(&notes);
             let trouble = Trouble::of_service(service.clone(), "FailedToProgram", "Program", note);
-            self.events.tell(trouble.with_uid(model.uid(service)));
+            self.events.report(trouble.with_uid(model.uid(service)));
         }
     }
 

@@ -1,10 +1,10 @@
-//! Writes events: one for each object and reason in the whole cluster, and never many.
+//! The task that writes events: one for each object and reason in the whole cluster, within budgets.
 //!
 //! In: [`Trouble`]s. Out: event objects at the API server.
 //!
-//! Most trouble with a Service is seen by every node alike, and a cluster has thousands. Therefore an event's name follows
-//! from the Service and the reason, each node waits for a random time before it writes, and the node that comes first is
-//! the only one that writes. What comes together becomes one note. Budgets bound what is left.
+//! Thousands of nodes can see the same trouble with a Service. An event's name is therefore made of the Service and the
+//! reason, each node waits for a random time before it writes, and only the first node creates the event. Notes of troubles
+//! that wait together are joined. Budgets limit the events of one object and of one agent.
 
 use std::{
     collections::HashMap,
@@ -27,32 +27,35 @@ use kube::{
 use serde_json::json;
 use tokio::{sync::mpsc, time::Instant};
 
-use super::{Metrics, Subject, Trouble};
+use super::{
+    Metrics,
+    trouble::{Subject, Trouble},
+};
 
-/// Troubles that wait for their time; more are only logged.
+/// Troubles that may wait for their time. Further ones are only logged.
 const WAITING: usize = 256;
-/// The same trouble is told again no sooner than this.
+/// The shortest time between two events about the same trouble.
 const AGAIN: Duration = Duration::from_secs(120);
-/// How long the API server keeps events, if not told otherwise. Later one is written anew.
+/// How long an API server keeps events by default. After that weir creates the event again.
 const KEPT: Duration = Duration::from_secs(3600);
 
-// So many about one object are written at once, and after that one in so much time.
+// An object may have this many events at once, and then one in each period.
 const OF_OBJECT: NonZeroU32 = NonZeroU32::MIN.saturating_add(24);
 const OF_OBJECT_EVERY: Duration = Duration::from_secs(300);
-/// So many the agent writes in an hour.
+/// Events of the agent in an hour.
 const OF_AGENT: NonZeroU32 = NonZeroU32::MIN.saturating_add(99);
-/// So many objects are remembered for their budgets before those that have it whole are forgotten.
+/// Beyond this many objects, weir drops the budgets that are full again.
 const MOST_OBJECTS: usize = 1024;
 
-// What an API server takes, in bytes.
+// The longest texts that an API server accepts, in bytes.
 const LONGEST_NOTE: usize = 1024;
 const LONGEST_INSTANCE: usize = 128;
 const LONGEST_NAME: usize = 253;
 
-/// What an event is about, and why.
+/// An event's subject and reason.
 type Key = (Subject, &'static str);
 
-/// A trouble that waits, with the notes of those that came meanwhile.
+/// A trouble that waits, with the notes of later ones of the same key.
 struct Waiting {
     trouble: Trouble,
     due: Instant,
@@ -63,7 +66,7 @@ struct Waiting {
 struct Queue(Vec<Waiting>);
 
 impl Queue {
-    /// Takes one in; answers whether there is room for it.
+    /// Adds a trouble. Returns false if the queue is full.
     fn push(&mut self, trouble: Trouble, due: Instant) -> bool {
         let full = self.0.len() >= WAITING;
         match self.0.iter_mut().find(|waiting| waiting.trouble.key() == trouble.key()) {
@@ -74,19 +77,19 @@ impl Queue {
         true
     }
 
-    /// When the next one is due.
+    /// When the next trouble is due.
     fn due(&self) -> Option<Instant> {
         self.0.iter().map(|waiting| waiting.due).min()
     }
 
-    /// The one that is due first; of several the one that came first.
+    /// Takes the trouble that is due first; of several the one that was added first.
     fn pop(&mut self) -> Option<Trouble> {
         let first = self.0.iter().enumerate().min_by_key(|(_, waiting)| waiting.due)?.0;
         Some(self.0.remove(first).trouble)
     }
 }
 
-/// Sums notes up, as far as an API server takes them.
+/// Joins notes, up to the length that an API server accepts.
 fn add(note: &mut String, more: &str) {
     if note.len() < LONGEST_NOTE && !note.contains(more) {
         note.push_str("; ");
@@ -94,7 +97,7 @@ fn add(note: &mut String, more: &str) {
     }
 }
 
-/// How much may still be written.
+/// How many events may still be written.
 struct Budgets {
     objects: DefaultKeyedRateLimiter<Subject>,
     agent: DefaultDirectRateLimiter,
@@ -110,7 +113,7 @@ impl Budgets {
         }
     }
 
-    /// Whether one more event about an object may be written, which it then counts as.
+    /// Takes one event about an object from the budgets. Returns false if a budget is empty.
     fn allow(&self, about: &Subject) -> bool {
         if self.objects.len() > MOST_OBJECTS {
             self.objects.retain_recent();
@@ -125,25 +128,25 @@ struct Written {
     at: Instant,
 }
 
-/// Writes what comes in.
-pub(super) struct Scribe {
+/// Writes the events of an agent.
+pub(super) struct EventWriter {
     client: Client,
     node: String,
     metrics: Metrics,
-    /// The longest that trouble waits which other nodes see too.
+    /// The longest random delay of a trouble that every node sees.
     spread: Duration,
     queue: Queue,
     budgets: Budgets,
-    /// What was told lately, with its note.
-    told: HashMap<(Key, String), Instant>,
+    /// When an event with this key and note was sent last.
+    sent: HashMap<(Key, String), Instant>,
     /// By namespace and name.
     written: HashMap<(String, String), Written>,
-    /// Whether the role allows to look for an event before it is written, as far as is known.
+    /// False once the API server has refused to get an event.
     may_get: bool,
-    complaint: String,
+    last_warning: String,
 }
 
-impl Scribe {
+impl EventWriter {
     pub(super) fn new(client: Client, node: &str, metrics: Metrics, spread: Duration) -> Self {
         Self {
             client,
@@ -152,14 +155,14 @@ impl Scribe {
             spread,
             queue: Queue::default(),
             budgets: Budgets::new(),
-            told: HashMap::new(),
+            sent: HashMap::new(),
             written: HashMap::new(),
             may_get: true,
-            complaint: String::new(),
+            last_warning: String::new(),
         }
     }
 
-    /// Writes until the other end of `troubles` is gone.
+    /// Writes until the sender of `troubles` is dropped.
     pub(super) async fn write(mut self, mut troubles: mpsc::Receiver<Trouble>) {
         loop {
             let due = self.queue.due();
@@ -177,7 +180,7 @@ impl Scribe {
                 },
                 () = due => {
                     if let Some(trouble) = self.queue.pop() {
-                        self.tell(trouble).await;
+                        self.send(trouble).await;
                     }
                 }
             }
@@ -191,11 +194,11 @@ impl Scribe {
         }
     }
 
-    async fn tell(&mut self, trouble: Trouble) {
-        self.told.retain(|_, at| at.elapsed() < AGAIN);
+    async fn send(&mut self, trouble: Trouble) {
+        self.sent.retain(|_, at| at.elapsed() < AGAIN);
         self.written.retain(|_, written| written.at.elapsed() < KEPT);
-        let told = (trouble.key(), trouble.note.clone());
-        if self.told.contains_key(&told) {
+        let event = (trouble.key(), trouble.note.clone());
+        if self.sent.contains_key(&event) {
             return;
         }
         if !self.budgets.allow(&trouble.about) {
@@ -204,11 +207,11 @@ impl Scribe {
             return;
         }
         match self.publish(&trouble).await {
-            Ok(()) => self.complaint.clear(),
-            Err(error) => self.complain(&error),
+            Ok(()) => self.last_warning.clear(),
+            Err(error) => self.warn(&error),
         }
-        // Also after a failure, or trouble that comes ten times a second would ask the API server that often.
-        self.told.insert(told, Instant::now());
+        // Also after a failure, because a trouble may repeat ten times a second.
+        self.sent.insert(event, Instant::now());
     }
 
     async fn publish(&mut self, trouble: &Trouble) -> Result<(), kube::Error> {
@@ -223,14 +226,13 @@ impl Scribe {
                 self.written.insert(key, Written { count: 1, at: Instant::now() });
                 Ok(())
             }
-            // Another node came first, and says the same.
+            // Another node created the same event first.
             Err(kube::Error::Api(status)) if status.is_already_exists() => Ok(()),
             Err(error) => Err(error),
         }
     }
 
-    /// How often the trouble was counted in the event of this name, if there is one. Of an event that another node keeps
-    /// there is nothing to count.
+    /// The count in the event of this name, if the event exists.
     async fn count(
         &mut self,
         events: &Api<Event>,
@@ -248,7 +250,7 @@ impl Scribe {
                 Ok(Some(Count::Own(event.series.map_or(1, |series| series.count))))
             }
             Ok(Some(_)) => Ok(Some(Count::Foreign)),
-            // kube-proxy's role does not allow it. Then the attempt to create one says whether it is there.
+            // kube-proxy's role does not allow get. The answer to create then shows whether the event exists.
             Err(kube::Error::Api(status)) if status.is_forbidden() => {
                 self.may_get = false;
                 Ok(None)
@@ -257,7 +259,7 @@ impl Scribe {
         }
     }
 
-    /// Counts an event on. A name that is gone meanwhile is written anew the next time.
+    /// Raises the count of an event. If the API server has deleted the event, the next trouble creates it again.
     async fn count_on(
         &mut self,
         events: &Api<Event>,
@@ -276,12 +278,12 @@ impl Scribe {
         patched.map(drop)
     }
 
-    /// Namespace and name of the event, and what it is about. There is none for a Service without a uid, because
-    /// `kubectl describe` would not find it.
+    /// Namespace and name of the event, and the object that it is about. `None` for a Service without a uid, because
+    /// `kubectl describe` would not find the event.
     fn place(&self, trouble: &Trouble) -> Option<(String, String, ObjectReference)> {
         let reason = trouble.reason.to_lowercase();
         match &trouble.about {
-            // As kube-proxy and the kubelet have it, the uid is the name. Each start is an event of its own.
+            // Kube-proxy and the kubelet use the Node's name as its uid, too. Each start is a separate event.
             Subject::Node => {
                 let now = Timestamp::now().as_nanosecond();
                 let regarding = ObjectReference {
@@ -335,38 +337,38 @@ impl Scribe {
         shortened(&self.node, LONGEST_INSTANCE)
     }
 
-    /// Warns that events cannot be written, once in a row.
-    fn complain(&mut self, error: &kube::Error) {
+    /// Warns that events cannot be written, once for each error in a row.
+    fn warn(&mut self, error: &kube::Error) {
         let text = error.to_string();
-        if text != self.complaint {
+        if text != self.last_warning {
             tracing::warn!(error = text, "cannot write events; does the role allow create and patch?");
         }
-        self.complaint = text;
+        self.last_warning = text;
     }
 }
 
-/// What an event that is there already counts.
+/// The count of an event that exists.
 enum Count {
     /// This node wrote it.
     Own(i32),
-    /// Another node wrote it.
+    /// Another node wrote it, and counts.
     Foreign,
 }
 
-/// A random time up to the longest.
+/// A random time of at most `longest`.
 fn random(longest: Duration) -> Duration {
-    // Each state has keys of its own.
+    // Each `RandomState` has different keys.
     let number = RandomState::new().build_hasher().finish();
     longest.mul_f64(f64::from(u32::try_from(number >> 32).unwrap_or_default()) / f64::from(u32::MAX))
 }
 
-/// The name of an event about an object, no longer than names can be.
+/// The name of an event about an object, cut to the length that names may have.
 fn event_name(object: &str, rest: &str) -> String {
     let object = shortened(object, LONGEST_NAME.saturating_sub(rest.len() + 1));
     format!("{}.{rest}", object.trim_end_matches(['.', '-']))
 }
 
-/// As much of the start of `text` as fits into so many bytes.
+/// The start of `text`, in at most `longest` bytes.
 fn shortened(text: &str, longest: usize) -> &str {
     &text[..text.floor_char_boundary(longest)]
 }
@@ -386,14 +388,14 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_together_about_one_service_becomes_one_note_that_fits() {
+    fn notes_about_one_service_that_wait_together_are_joined_up_to_the_limit() {
         let (mut queue, now) = (Queue::default(), Instant::now());
         for number in 0..10_000 {
             assert!(queue.push(trouble("cart", &format!("port {number} fails")), now + AGAIN));
         }
         assert!(queue.push(trouble("cart", "port 7 fails"), now));
         assert!(queue.push(trouble("till", "it fails"), now));
-        assert_eq!(queue.due(), Some(now), "a later trouble does not wait for an earlier one");
+        assert_eq!(queue.due(), Some(now), "the queue is ordered by time");
         assert_eq!(queue.pop(), Some(trouble("till", "it fails")));
         let note = queue.pop().unwrap().note;
         assert!(note.starts_with("port 0 fails; port 1 fails; port 2 fails; "), "{note}");
@@ -403,16 +405,16 @@ mod tests {
     }
 
     #[test]
-    fn no_more_waits_than_there_is_room_for_and_the_others_are_not_lost_with_it() {
+    fn a_full_queue_refuses_new_troubles_and_still_joins_notes() {
         let (mut queue, now) = (Queue::default(), Instant::now());
         let taken = (0..WAITING + 50).filter(|number| queue.push(trouble(&format!("s{number}"), "x"), now));
         assert_eq!(taken.count(), WAITING);
-        assert!(queue.push(trouble("s0", "more of what waits"), now));
-        assert_eq!(queue.pop().unwrap().about, trouble("s0", "").about, "first come, first told");
+        assert!(queue.push(trouble("s0", "another note"), now));
+        assert_eq!(queue.pop().unwrap().about, trouble("s0", "").about, "first in, first out");
     }
 
     #[test]
-    fn one_object_cannot_use_up_what_the_others_need_and_all_have_an_end() {
+    fn one_object_cannot_use_up_the_budget_of_the_others() {
         let budgets = Budgets::new();
         let service = |name: &str| Subject::Service(ObjectName::new("shop", name));
         let allowed = |name: &str, times: u32| (0..times).filter(|_| budgets.allow(&service(name))).count();
@@ -422,10 +424,10 @@ mod tests {
         assert_eq!(others, 100 - 25 - 3, "an agent writes 100 in an hour");
     }
 
-    /// A client of an API server that has no events and takes every one, and what it is asked, as method and path.
+    /// A client of an API server that has no events and accepts every event, and its requests as method and path.
     fn server() -> (Client, Arc<Mutex<Vec<String>>>) {
-        let asked = Arc::new(Mutex::new(Vec::new()));
-        let seen = Arc::clone(&asked);
+        let requests = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&requests);
         let service = tower::service_fn(move |request: http::Request<Body>| {
             let (parts, body) = request.into_parts();
             seen.lock().unwrap().push(format!("{} {}", parts.method, parts.uri.path()));
@@ -441,19 +443,19 @@ mod tests {
                 )
             }
         });
-        (Client::new(service, "default"), asked)
+        (Client::new(service, "default"), requests)
     }
 
     #[tokio::test]
-    async fn trouble_with_hundreds_of_services_asks_little_of_the_api_server() {
-        let ((client, asked), metrics) = (server(), Metrics::new());
-        let scribe = Scribe::new(client, "n1", metrics.clone(), Duration::ZERO);
-        let (tell, troubles) = mpsc::channel(401);
+    async fn trouble_with_hundreds_of_services_causes_few_requests_to_the_api_server() {
+        let ((client, requests), metrics) = (server(), Metrics::new());
+        let writer = EventWriter::new(client, "n1", metrics.clone(), Duration::ZERO);
+        let (sender, troubles) = mpsc::channel(401);
         for number in 0..401_u32 {
             let uid = Uid::read(&format!("00000000-0000-0000-0000-{number:012x}"));
-            tell.send(trouble(&format!("s{number}"), "it fails").with_uid(uid)).await.unwrap();
+            sender.send(trouble(&format!("s{number}"), "it fails").with_uid(uid)).await.unwrap();
         }
-        let writing = tokio::spawn(scribe.write(troubles));
+        let writing = tokio::spawn(writer.write(troubles));
         let done = async {
             while !metrics.render().contains("\nweir_events_dropped_total 301\n") {
                 tokio::time::sleep(Duration::from_millis(5)).await;
@@ -461,15 +463,16 @@ mod tests {
         };
         tokio::time::timeout(Duration::from_secs(20), done).await.expect("all are written or dropped");
         writing.abort();
-        let asked = asked.lock().unwrap();
+        let requests = requests.lock().unwrap();
         let place = "/apis/events.k8s.io/v1/namespaces/shop/events";
-        let created = asked.iter().filter(|request| **request == format!("POST {place}")).count();
-        let looked = asked.iter().filter(|request| request.starts_with(&format!("GET {place}/"))).count();
-        assert_eq!((created, looked, asked.len()), (100, 100, 200), "{asked:#?}");
+        let created = requests.iter().filter(|request| **request == format!("POST {place}")).count();
+        let looked_up =
+            requests.iter().filter(|request| request.starts_with(&format!("GET {place}/"))).count();
+        assert_eq!((created, looked_up, requests.len()), (100, 100, 200), "{requests:#?}");
     }
 
     #[test]
-    fn what_is_too_long_is_cut_between_letters() {
+    fn long_text_is_cut_between_letters() {
         assert_eq!(shortened("short", 10), "short");
         assert_eq!(shortened("déjà", 4), "déj");
         assert_eq!(shortened("déjà", 2), "d");
@@ -479,7 +482,7 @@ mod tests {
     }
 
     #[test]
-    fn the_wait_is_never_longer_than_it_may_be() {
+    fn the_random_delay_has_a_limit() {
         let longest = Duration::from_secs(60);
         let waits: Vec<_> = (0..1000).map(|_| random(longest)).collect();
         assert!(waits.iter().all(|wait| *wait <= longest));
