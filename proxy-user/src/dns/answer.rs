@@ -1,7 +1,7 @@
-//! From a query to its answer, as far as the cluster's own names go.
+//! From a query to its answer, for the cluster's own names.
 //!
-//! In: [`Names`], the [`Zone`]'s settings, a query and a number to rotate by. Out: a [`Resolution`]. Pure: the same in
-//! is the same out. Rules are those of the Kubernetes DNS specification 1.1; where that is silent, CoreDNS's.
+//! In: [`Names`], the [`Zone`]'s settings and a [`Query`]. Out: a [`Resolution`]. Pure. The rules are those of the
+//! Kubernetes DNS specification 1.1, and CoreDNS's where the specification has none.
 
 use std::net::IpAddr;
 
@@ -16,19 +16,19 @@ use hickory_proto::{
 use super::names::{Named, NamedKind, NamedService, Names};
 use super::{
     endpoints::{self, Chosen},
-    question::{Part, Question},
+    question::{Part, Query, Question},
 };
-use crate::model::{Family, ObjectName, Protocol, ServicePort};
+use crate::model::{Family, ObjectName, ServicePort};
 
-/// How many aliases of aliases are followed.
+/// The longest chain of aliases that weir follows.
 const MOST_ALIASES: usize = 8;
 
-/// What a zone's answers depend on besides the names in it.
+/// The settings of the cluster's zone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Zone {
     /// The cluster's domain, in lower case.
     pub domain: Name,
-    /// How long answers may be kept, in seconds.
+    /// The TTL of answers, in seconds.
     pub ttl: u32,
     /// Whether pods have names made of their addresses.
     pub pods: bool,
@@ -36,40 +36,25 @@ pub struct Zone {
     pub topology: bool,
 }
 
-/// What is asked, and in what spirit.
-#[derive(Clone, Copy, Debug)]
-pub struct Query<'a> {
-    /// The name, in the case it was asked in.
-    pub name: &'a Name,
-    /// The same in lower case.
-    pub lower: &'a Name,
-    /// The type.
-    pub kind: RecordType,
-    /// Which endpoint comes first, in turn.
-    pub rotation: u32,
-    /// More records than these would be cut off.
-    pub most: usize,
-}
-
-/// A whole answer.
+/// The sections of a reply, and its flags.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Answer {
-    /// The response code.
+    /// Of the header.
     pub code: ResponseCode,
-    /// Whether it comes from the zone itself.
+    /// AA: the records are the cluster's own.
     pub authoritative: bool,
-    /// Whether the server that it comes from has validated it.
+    /// AD: the upstream has validated the records.
     pub authentic: bool,
-    /// The answers.
+    /// The answer section.
     pub answers: Vec<Record>,
-    /// Why there is none: the zone's SOA.
+    /// The SOA, if there are no answers.
     pub authorities: Vec<Record>,
-    /// What the asker would ask next.
+    /// Addresses of the targets in the answers.
     pub additionals: Vec<Record>,
 }
 
 impl Answer {
-    /// Only a code, in nobody's name.
+    /// A code without records, not authoritative.
     pub(super) fn without_records(code: ResponseCode) -> Self {
         Self {
             code,
@@ -82,30 +67,30 @@ impl Answer {
     }
 }
 
-/// What becomes of a query.
+/// The result of a query.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Resolution {
-    /// This is the answer.
+    /// The complete answer.
     Answer(Answer),
-    /// These aliases lead out of the cluster, to this name: the upstream has to be asked for it.
+    /// Aliases that lead to a name outside the cluster, which weir has to forward.
     Alias(Vec<Record>, Name),
-    /// The name is none of ours.
+    /// The name is outside the cluster.
     Elsewhere,
 }
 
-/// What is at a name.
-enum Found {
-    /// These records, of whatever type was asked for; none is NODATA.
+/// The result of looking up one name.
+enum Lookup {
+    /// Answers of the query's type, and additional records. Without answers it is NODATA.
     Records(Vec<Record>, Vec<Record>),
-    /// Another name.
+    /// The name is an alias of another name.
     Alias(Name),
-    /// Nothing: NXDOMAIN.
+    /// NXDOMAIN.
     Nothing,
-    /// The name is none of ours.
+    /// The name is outside the cluster.
     Elsewhere,
 }
 
-/// Answers a query.
+/// Answers a query, and follows aliases within the cluster.
 #[must_use]
 pub fn answer(names: &Names, zone: &Zone, query: &Query<'_>) -> Resolution {
     let mut aliases: Vec<Record> = Vec::new();
@@ -118,39 +103,39 @@ pub fn answer(names: &Names, zone: &Zone, query: &Query<'_>) -> Resolution {
             ..*query
         };
         match find(names, zone, &step) {
-            Found::Elsewhere if aliases.is_empty() => return Resolution::Elsewhere,
-            Found::Elsewhere => return Resolution::Alias(aliases, step.name.clone()),
-            Found::Alias(next) => {
+            Lookup::Elsewhere if aliases.is_empty() => return Resolution::Elsewhere,
+            Lookup::Elsewhere => return Resolution::Alias(aliases, step.name.clone()),
+            Lookup::Alias(next) => {
                 aliases.push(record(step.name, zone.ttl, RData::CNAME(CNAME(next.clone()))));
                 if query.kind == RecordType::CNAME || aliases.len() == MOST_ALIASES {
                     return Resolution::Answer(own(ResponseCode::NoError, aliases, Vec::new()));
                 }
                 target = Some(next);
             }
-            Found::Records(records, additionals) => {
+            Lookup::Records(records, additionals) => {
                 let code = ResponseCode::NoError;
-                // Behind an alias too, it says that there is nothing and for how long (RFC 2308).
+                // Also after an alias: the SOA tells clients for how long they may cache NODATA (RFC 2308).
                 let authorities = if records.is_empty() { vec![soa(names, zone)] } else { Vec::new() };
                 aliases.extend(records);
                 return Resolution::Answer(Answer { additionals, ..own(code, aliases, authorities) });
             }
-            Found::Nothing => {
+            Lookup::Nothing => {
                 return Resolution::Answer(own(ResponseCode::NXDomain, aliases, vec![soa(names, zone)]));
             }
         }
     }
 }
 
-/// An answer from the zone itself.
+/// An authoritative answer.
 fn own(code: ResponseCode, answers: Vec<Record>, authorities: Vec<Record>) -> Answer {
     Answer { authoritative: true, answers, authorities, ..Answer::without_records(code) }
 }
 
-fn find(names: &Names, zone: &Zone, query: &Query<'_>) -> Found {
-    let exists = |there: bool| if there { none(query) } else { Found::Nothing };
+fn find(names: &Names, zone: &Zone, query: &Query<'_>) -> Lookup {
+    let exists = |there: bool| if there { none(query) } else { Lookup::Nothing };
     match Question::read(query.lower, &zone.domain) {
-        Question::Elsewhere => Found::Elsewhere,
-        Question::Nothing => Found::Nothing,
+        Question::Elsewhere => Lookup::Elsewhere,
+        Question::Nothing => Lookup::Nothing,
         Question::Domain => domain(names, zone, query),
         Question::Version => match query.kind {
             RecordType::TXT => version(query),
@@ -160,13 +145,13 @@ fn find(names: &Names, zone: &Zone, query: &Query<'_>) -> Found {
         Question::Branch => exists(true),
         Question::Namespace(namespace) => exists(names.has_namespace(namespace)),
         Question::Pod(address) if zone.pods => addresses(query, zone, [address]),
-        Question::Pod(_) => Found::Nothing,
+        Question::Pod(_) => Lookup::Nothing,
         Question::Reverse(address) => reverse(names, zone, query, address),
         Question::Service { namespace, name, part } => {
-            let Some(named) = names.get(&format!("{namespace}/{name}")) else { return Found::Nothing };
+            let Some(named) = names.get(&format!("{namespace}/{name}")) else { return Lookup::Nothing };
             match named.service() {
                 Some(service) => self::service(names, zone, query, named, service, part),
-                None => Found::Nothing,
+                None => Lookup::Nothing,
             }
         }
     }
@@ -179,27 +164,31 @@ fn service(
     named: &Named,
     service: &NamedService,
     part: Part<'_>,
-) -> Found {
+) -> Lookup {
     match (&service.kind, part) {
         (NamedKind::Alias(target), Part::Whole) => match Name::from_utf8(format!("{target}.")) {
-            Ok(target) => Found::Alias(target),
-            Err(_) => Found::Nothing,
+            Ok(target) => Lookup::Alias(target),
+            Err(_) => Lookup::Nothing,
         },
-        (NamedKind::Alias(_), _) => Found::Nothing,
+        (NamedKind::Alias(_), _) => Lookup::Nothing,
         (NamedKind::Addresses(ips), Part::Whole) => cluster_ip(zone, query, ips, &service.ports, None),
         (NamedKind::Addresses(_), Part::Protocol(_)) => {
-            let is_above_one = service.ports.iter().any(|port| is(part, &port.name, port.protocol));
-            if is_above_one { none(query) } else { Found::Nothing }
+            let is_above_one = service.ports.iter().any(|port| part.selects(&port.name, port.protocol));
+            if is_above_one { none(query) } else { Lookup::Nothing }
         }
         (NamedKind::Addresses(ips), Part::Port { .. }) => {
-            let ports: Vec<ServicePort> =
-                service.ports.iter().filter(|port| is(part, &port.name, port.protocol)).cloned().collect();
-            if ports.is_empty() { Found::Nothing } else { cluster_ip(zone, query, ips, &ports, Some(2)) }
+            let ports: Vec<ServicePort> = service
+                .ports
+                .iter()
+                .filter(|port| part.selects(&port.name, port.protocol))
+                .cloned()
+                .collect();
+            if ports.is_empty() { Lookup::Nothing } else { cluster_ip(zone, query, ips, &ports, Some(2)) }
         }
         (NamedKind::Endpoints, _) | (NamedKind::Addresses(_), Part::Endpoint(_)) => {
             let chosen = endpoints::choose(names, named, service, part, zone.topology, query);
             match part {
-                _ if chosen.is_empty() => Found::Nothing,
+                _ if chosen.is_empty() => Lookup::Nothing,
                 Part::Protocol(_) => none(query),
                 _ => of_endpoints(zone, query, &chosen, part),
             }
@@ -207,26 +196,14 @@ fn service(
     }
 }
 
-/// Whether a port is the one asked for.
-pub(super) fn is(part: Part<'_>, name: &str, protocol: Protocol) -> bool {
-    match part {
-        Part::Port { name: wanted, protocol: of } => {
-            name.eq_ignore_ascii_case(wanted) && protocol.to_string().eq_ignore_ascii_case(of)
-        }
-        // A port without a name has none below its protocol's.
-        Part::Protocol(of) => !name.is_empty() && protocol.to_string().eq_ignore_ascii_case(of),
-        Part::Whole | Part::Endpoint(_) => true,
-    }
-}
-
-/// A Service with ClusterIPs. `above` labels of the name stand above the Service's own.
+/// Records of a Service with ClusterIPs. The query's name has `above` labels before the Service's own name.
 fn cluster_ip(
     zone: &Zone,
     query: &Query<'_>,
     ips: &[IpAddr],
     ports: &[ServicePort],
     above: Option<usize>,
-) -> Found {
+) -> Lookup {
     if query.kind != RecordType::SRV {
         return addresses(query, zone, ips.iter().copied());
     }
@@ -239,11 +216,11 @@ fn cluster_ip(
     let mut records: Vec<Record> = records.collect();
     unique(&mut records);
     let additionals = if records.is_empty() { Vec::new() } else { additionals.collect() };
-    Found::Records(records, additionals)
+    Lookup::Records(records, additionals)
 }
 
-/// The endpoints of a headless Service, or one endpoint of any.
-fn of_endpoints(zone: &Zone, query: &Query<'_>, chosen: &[Chosen<'_>], part: Part<'_>) -> Found {
+/// Records of a headless Service, or of one endpoint of any Service.
+fn of_endpoints(zone: &Zone, query: &Query<'_>, chosen: &[Chosen<'_>], part: Part<'_>) -> Lookup {
     if query.kind != RecordType::SRV {
         return addresses(query, zone, chosen.iter().map(|chosen| chosen.endpoint.address));
     }
@@ -253,15 +230,16 @@ fn of_endpoints(zone: &Zone, query: &Query<'_>, chosen: &[Chosen<'_>], part: Par
         Part::Protocol(_) | Part::Port { .. } => (false, 2),
     };
     let service = own_name(query.name, above);
-    let ports =
-        chosen.iter().flat_map(|chosen| chosen.ports().filter(|port| is(part, &port.name, port.protocol)));
+    let ports = chosen
+        .iter()
+        .flat_map(|chosen| chosen.ports().filter(|port| part.selects(&port.name, port.protocol)));
     let weight = weight(ports.count());
     let (mut records, mut additionals) = (Vec::new(), Vec::new());
     for chosen in chosen {
         let label = chosen.endpoint.label();
         let target = if is_endpoint { Ok(service.clone()) } else { service.prepend_label(label.as_str()) };
         let Ok(target) = target else { continue };
-        for port in chosen.ports().filter(|port| is(part, &port.name, port.protocol)) {
+        for port in chosen.ports().filter(|port| part.selects(&port.name, port.protocol)) {
             let data = SRV::new(0, weight, port.port, target.clone());
             records.push(record(query.name, zone.ttl, RData::SRV(data)));
         }
@@ -271,10 +249,11 @@ fn of_endpoints(zone: &Zone, query: &Query<'_>, chosen: &[Chosen<'_>], part: Par
     if records.is_empty() {
         additionals.clear();
     }
-    Found::Records(records, additionals)
+    Lookup::Records(records, additionals)
 }
 
-/// An endpoint with an address of each family is two endpoints, and one target; so are two protocols on one port.
+/// Removes duplicate SRV records. An endpoint with an address of each family has one target, and so has a port with two
+/// protocols.
 fn unique(records: &mut Vec<Record>) {
     let mut seen: Vec<SRV> = Vec::new();
     records.retain(|record| match &record.data {
@@ -288,11 +267,11 @@ fn unique(records: &mut Vec<Record>) {
 }
 
 fn records_has(seen: &[SRV], data: &SRV) -> bool {
-    // Only neighbours in a small answer can be the same; a large one is cut off anyway.
+    // A longer answer is truncated in any case, so duplicates do not matter there.
     seen.len() <= 64 && seen.contains(data)
 }
 
-/// What CoreDNS gives each of so many.
+/// The weight that CoreDNS gives each of `count` records.
 fn weight(count: usize) -> u16 {
     u16::try_from(100 / count.max(1)).unwrap_or(1).max(1)
 }
@@ -303,23 +282,23 @@ fn own_name(name: &Name, above: usize) -> Name {
     name.trim_to(labels.saturating_sub(above))
 }
 
-fn reverse(names: &Names, zone: &Zone, query: &Query<'_>, address: IpAddr) -> Found {
+fn reverse(names: &Names, zone: &Zone, query: &Query<'_>, address: IpAddr) -> Lookup {
     let owners = names.owners(address);
     let pointers = owners.iter().flat_map(|owner| pointers(names, zone, owner, address));
     let mut pointers: Vec<Name> = pointers.collect();
     pointers.dedup();
     match (pointers.is_empty(), query.kind) {
-        (true, _) => Found::Elsewhere,
+        (true, _) => Lookup::Elsewhere,
         (false, RecordType::PTR) => {
             let records =
                 pointers.into_iter().map(|name| record(query.name, zone.ttl, RData::PTR(PTR(name))));
-            Found::Records(records.collect(), Vec::new())
+            Lookup::Records(records.collect(), Vec::new())
         }
         (false, _) => none(query),
     }
 }
 
-/// The names that a Service gives an address.
+/// The names of an address by one Service.
 fn pointers(names: &Names, zone: &Zone, owner: &ObjectName, address: IpAddr) -> Vec<Name> {
     let Some((named, service)) =
         names.get(&owner.to_string()).and_then(|named| Some((named, named.service()?)))
@@ -341,15 +320,15 @@ fn pointers(names: &Names, zone: &Zone, owner: &ObjectName, address: IpAddr) -> 
     }
 }
 
-fn domain(names: &Names, zone: &Zone, query: &Query<'_>) -> Found {
+fn domain(names: &Names, zone: &Zone, query: &Query<'_>) -> Lookup {
     match query.kind {
-        RecordType::SOA => Found::Records(vec![soa(names, zone)], Vec::new()),
+        RecordType::SOA => Lookup::Records(vec![soa(names, zone)], Vec::new()),
         RecordType::NS => {
             let Ok(server) = server(zone) else { return none(query) };
             let additionals = servers(names).map(|ip| record(&server, zone.ttl, address(ip)));
             let additionals = additionals.collect();
             let records = vec![record(query.name, zone.ttl, RData::NS(NS(server.clone())))];
-            Found::Records(records, additionals)
+            Lookup::Records(records, additionals)
         }
         _ => none(query),
     }
@@ -364,8 +343,8 @@ fn servers(names: &Names) -> impl Iterator<Item = IpAddr> + '_ {
     names.dns_addresses().unwrap_or_default().iter().copied()
 }
 
-/// Those of the addresses that are of the type asked for.
-fn addresses(query: &Query<'_>, zone: &Zone, all: impl IntoIterator<Item = IpAddr>) -> Found {
+/// Records of the addresses that match the query's type.
+fn addresses(query: &Query<'_>, zone: &Zone, all: impl IntoIterator<Item = IpAddr>) -> Lookup {
     let family = match query.kind {
         RecordType::A => Family::V4,
         RecordType::AAAA => Family::V6,
@@ -373,22 +352,22 @@ fn addresses(query: &Query<'_>, zone: &Zone, all: impl IntoIterator<Item = IpAdd
     };
     let of_family = all.into_iter().filter(|ip| Family::of(*ip) == family);
     let records = of_family.map(|ip| record(query.name, zone.ttl, address(ip)));
-    Found::Records(records.collect(), Vec::new())
+    Lookup::Records(records.collect(), Vec::new())
 }
 
-/// The name is there and has nothing of the type; whoever asks for anything is told so (RFC 8482).
-fn none(query: &Query<'_>) -> Found {
+/// NODATA: the name exists without records of the type. An ANY query gets an HINFO record instead (RFC 8482).
+fn none(query: &Query<'_>) -> Lookup {
     if query.kind == RecordType::ANY {
         let data = RData::HINFO(HINFO::new("RFC8482".to_owned(), String::new()));
-        return Found::Records(vec![record(query.name, 3600, data)], Vec::new());
+        return Lookup::Records(vec![record(query.name, 3600, data)], Vec::new());
     }
-    Found::Records(Vec::new(), Vec::new())
+    Lookup::Records(Vec::new(), Vec::new())
 }
 
-/// With the TTL of the specification's example.
-fn version(query: &Query<'_>) -> Found {
+/// The version record, with the TTL of the specification's example.
+fn version(query: &Query<'_>) -> Lookup {
     let data = RData::TXT(TXT::new(vec!["1.1.0".to_owned()]));
-    Found::Records(vec![record(query.name, 28_800, data)], Vec::new())
+    Lookup::Records(vec![record(query.name, 28_800, data)], Vec::new())
 }
 
 fn address(ip: IpAddr) -> RData {
@@ -402,7 +381,7 @@ pub(super) fn record(name: &Name, ttl: u32, data: RData) -> Record {
     Record::from_rdata(name.clone(), ttl, data)
 }
 
-/// The zone's SOA; how long nothing may be remembered is its last field and its own TTL.
+/// The zone's SOA. Its last field and its own TTL say how long clients may cache that a name does not exist.
 fn soa(names: &Names, zone: &Zone) -> Record {
     let name = |label: &str| Name::from_ascii(label).and_then(|name| name.append_domain(&zone.domain));
     let server = name("ns.dns").unwrap_or_else(|_| zone.domain.clone());

@@ -1,27 +1,29 @@
-//! How many queries there were, by what became of them.
+//! How many queries there were, by outcome.
+//!
+//! In: one call for each query. Out: counts for the metrics.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use hickory_proto::op::ResponseCode;
 
-/// What became of a query.
+/// What weir did with a query.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// Answered from what is known here.
+    /// Answered from the cluster's names.
     Answered,
-    /// Answered with NXDOMAIN from what is known here.
+    /// Answered with NXDOMAIN from the cluster's names.
     NoSuchName,
-    /// Asked of the upstream.
+    /// Forwarded to the upstream.
     Forwarded,
-    /// Asked of the upstream, which did not answer. Counted besides.
+    /// Forwarded to the upstream, which did not answer. Such a query is also counted as forwarded.
     UpstreamFailed,
-    /// Refused, or no query we answer.
+    /// Refused, or a kind of query that weir does not answer.
     Refused,
-    /// Refused because the client is none of this node's.
+    /// Refused because the client is neither this node nor one of its pods.
     Stranger,
-    /// Not answered because there were too many.
+    /// Not answered because the client sent too many queries.
     Dropped,
-    /// Not answered because it was no query.
+    /// Not answered because the message is no query.
     Ignored,
 }
 
@@ -38,7 +40,7 @@ impl Outcome {
         Self::Ignored,
     ];
 
-    /// The outcome that a code of our own answers is.
+    /// The outcome for the response code of an own answer.
     #[must_use]
     pub fn of(code: ResponseCode) -> Self {
         match code {
@@ -48,7 +50,7 @@ impl Outcome {
         }
     }
 
-    /// How the metric calls it.
+    /// The value of the metric's label.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -69,12 +71,12 @@ impl Outcome {
 pub struct Counters([AtomicU64; Outcome::ALL.len()]);
 
 impl Counters {
-    /// Counts one.
+    /// Counts a query.
     pub fn count(&self, outcome: Outcome) {
         self.0[outcome as usize].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// How many there were.
+    /// The number of queries with this outcome since the start.
     #[must_use]
     pub fn of(&self, outcome: Outcome) -> u64 {
         self.0[outcome as usize].load(Ordering::Relaxed)

@@ -1,10 +1,9 @@
-//! The device by which addresses are this node's for as long as this process lives.
+//! The device that makes addresses local to this node for as long as this process lives.
 //!
-//! In: addresses to claim and to give back. Out: local routes to them. The device is a TUN device without persistence: when
-//! the last descriptor of it is closed, and a killed process closes all, the kernel takes it away, and with it every
-//! route that leads there. Whoever asks the kernel whether such an address is local therefore learns whether this
-//! process is there, at the very moment of asking. No packet ever goes through the device: to a local address
-//! they are delivered to sockets.
+//! In: addresses to claim and to release. Out: local routes to them. The device is a TUN device without persistence. When
+//! the process ends or is killed, the kernel closes its descriptors and removes the device with all routes through it. So a
+//! packet rule that checks whether such an address is local always knows whether this process lives. No packet ever goes
+//! through the device, because the kernel delivers packets for a local address to sockets.
 
 use std::{
     collections::BTreeSet,
@@ -23,30 +22,29 @@ use tokio_tun::Tun;
 
 use super::tun::TunError;
 
-/// The device's name.
 pub(super) const DEVICE: &str = "weir-dns";
 
-/// The table of what is this host's own.
+/// The kernel's routing table of local addresses.
 const LOCAL_TABLE: u32 = 255;
 
-/// Why an address is not ours.
+/// Why weir could not claim or release an address.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
-    /// There is no device.
+    /// The kernel did not create the device.
     #[error("cannot create the device `{DEVICE}`")]
     Open(#[source] TunError),
-    /// The kernel cannot be talked to.
+    /// No netlink socket.
     #[error("cannot open rtnetlink")]
     Netlink(#[source] io::Error),
     /// The kernel refused a change.
     #[error("cannot {0}")]
     Refused(String, #[source] rtnetlink::Error),
-    /// The address is somebody else's on this host.
+    /// The host has the address without weir.
     #[error("{0} is already an address of this host; weir leaves it to the program that answers there")]
     Taken(IpAddr),
 }
 
-/// The device, and the addresses claimed by it.
+/// The device, and the addresses that have routes through it.
 pub(super) struct Device {
     tun: Tun,
     index: u32,
@@ -56,20 +54,21 @@ pub(super) struct Device {
 }
 
 impl Device {
-    /// Makes the device in the network namespace of this thread. Needs a tokio runtime.
+    /// Creates the device in the network namespace of this thread. Needs a tokio runtime.
     ///
     /// # Errors
     ///
     /// When the kernel refuses, or another process has the device.
     pub(super) async fn open() -> Result<Self, DeviceError> {
-        let devices = Tun::builder().name(DEVICE).build().map_err(unmade)?;
+        let devices = Tun::builder().name(DEVICE).build().map_err(unopened)?;
         let none = || DeviceError::Netlink(io::ErrorKind::NotFound.into());
         let tun = devices.into_iter().next().ok_or_else(none)?;
-        let index = tun.index().map_err(unmade)?;
+        let index = tun.index().map_err(unopened)?;
         let (connection, handle, _) = new_connection().map_err(DeviceError::Netlink)?;
         let connection = tokio::spawn(connection);
-        // Else it gets an address of its own, which would serve NodePorts. Not by /proc/sys, which containers and services
-        // may only read. Without IPv6 there is nothing to prevent.
+        // Without this the device gets an IPv6 link-local address, which would serve NodePorts. /proc/sys is no alternative,
+        // because it is often read-only in containers and systemd units. The request fails on kernels without IPv6, where
+        // there is no such address.
         let without = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
         let bare = LinkUnspec::new_with_index(index);
         let bare = bare.append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![without])).build();
@@ -81,8 +80,8 @@ impl Device {
         Ok(device)
     }
 
-    /// Whether the kernel still has the device; another program may have deleted it. A process that has no descriptor left
-    /// to ask with has not lost the device.
+    /// Whether the kernel still has the device, which another program may have deleted. Other errors of the check, such as
+    /// no free descriptor, do not mean that the device is gone.
     #[must_use]
     pub(super) fn is_there(&self) -> bool {
         match self.tun.index() {
@@ -92,12 +91,12 @@ impl Device {
         }
     }
 
-    /// Makes the routes anew that another program has removed, as network managers do with routes that they do not know;
-    /// answers with their addresses. An address whose route the kernel refuses is claimed no longer.
+    /// Adds routes again that another program has removed, as network managers do with unknown routes. Returns their
+    /// addresses. If the kernel refuses a route, its address is no longer claimed.
     ///
     /// # Errors
     ///
-    /// The kernel's, for the last address it refused.
+    /// Of the last address that the kernel refused.
     pub(super) async fn restore(&mut self) -> (Vec<IpAddr>, Result<(), DeviceError>) {
         let (mut restored, mut result) = (Vec::new(), Ok(()));
         for address in self.claimed.clone() {
@@ -113,8 +112,8 @@ impl Device {
         (restored, result)
     }
 
-    /// Adds the route of an address; false where it is there already. An exclusive request leaves such a route as it is,
-    /// and the kernel tells no listener of routes about it.
+    /// Adds the route of an address; false if it exists. The request is exclusive, so it does not change an existing route,
+    /// and the kernel notifies no listener.
     async fn add(&self, address: IpAddr) -> Result<bool, DeviceError> {
         let add = || self.handle.route().add(self.route(address, source_towards(address))).execute();
         let mut added = add().await;
@@ -135,17 +134,16 @@ impl Device {
         set.map_err(|source| DeviceError::Refused(format!("set `{DEVICE}` up"), source))
     }
 
-    /// The addresses claimed.
     #[must_use]
     pub(super) fn claimed(&self) -> &BTreeSet<IpAddr> {
         &self.claimed
     }
 
-    /// Makes an address this node's. What the host itself sends there has the source it would have without.
+    /// Makes an address local to this node. Packets of the host to it keep the source address that they had before.
     ///
     /// # Errors
     ///
-    /// When it is this host's by other means, or the kernel refuses.
+    /// When the host has the address without weir, or the kernel refuses.
     pub(super) async fn claim(&mut self, address: IpAddr) -> Result<(), DeviceError> {
         let source = source_towards(address);
         if source == Some(address) {
@@ -157,11 +155,11 @@ impl Device {
         Ok(())
     }
 
-    /// Gives an address back. One that is gone already is no failure.
+    /// Removes the route of an address. A route that is already gone is a success.
     ///
     /// # Errors
     ///
-    /// The kernel's.
+    /// When the kernel refuses.
     pub(super) async fn release(&mut self, address: IpAddr) -> Result<(), DeviceError> {
         if !self.claimed.remove(&address) {
             return Ok(());
@@ -202,7 +200,7 @@ impl Device {
     }
 }
 
-fn unmade(error: tokio_tun::Error) -> DeviceError {
+fn unopened(error: tokio_tun::Error) -> DeviceError {
     DeviceError::Open(TunError::making(error))
 }
 
@@ -217,13 +215,13 @@ impl Drop for Device {
     }
 }
 
-/// The source that this host gives to what it sends to an address: the address itself where that is its own.
+/// The source address of this host's packets to an address; the address itself if the host has it.
 fn source_towards(address: IpAddr) -> Option<IpAddr> {
     let any: SocketAddr = match address {
         IpAddr::V4(_) => (std::net::Ipv4Addr::UNSPECIFIED, 0).into(),
         IpAddr::V6(_) => (std::net::Ipv6Addr::UNSPECIFIED, 0).into(),
     };
-    // Connecting sends nothing, it only looks for the way.
+    // Connecting a UDP socket sends nothing; it only looks up the route.
     let socket = UdpSocket::bind(any).ok()?;
     socket.connect((address, 53)).ok()?;
     Some(socket.local_addr().ok()?.ip()).filter(|source| !source.is_loopback())

@@ -1,9 +1,9 @@
 //! The bytes of a reply.
 //!
-//! In: the request, the reply's header and its records. Out: a message that is no longer than the request allows. Names,
-//! headers and data are written by hickory; what is decided here is what stays out, and how the name of a record is
-//! written that a record before it had. hickory looks for only so many names of a message, so that it would write a name
-//! in full in each of the thousands of records that a large Service has.
+//! In: the request, the reply's header and its records. Out: a message that is no longer than the request allows. hickory
+//! writes names, headers and data. This file chooses which records stay out, and writes a pointer for a record's name if an
+//! earlier record has the same name. hickory compresses only the first names of a message, so it would repeat the full name
+//! in each of a large Service's thousands of records.
 
 use hickory_net::xfer::Protocol;
 use hickory_proto::{
@@ -16,20 +16,20 @@ use hickory_server::server::Request;
 
 use super::answer::Answer;
 
-/// The largest reply by UDP: what passes every link without being cut in pieces.
+/// The largest reply by UDP, which passes every link without fragmentation.
 pub(super) const MOST_UDP: u16 = 1232;
-/// The largest reply by UDP to a client that names no size.
+/// The largest reply by UDP to a client without EDNS.
 const PLAIN_UDP: u16 = 512;
-/// The shortest record there is, an address whose name was said before.
+/// The length of the shortest record: an A record with a pointer for its name.
 pub(super) const SHORTEST_RECORD: usize = 16;
-/// The record of EDNS without options.
+/// The length of the EDNS record without options.
 const EDNS_LEN: u16 = 11;
-/// A name from this offset on cannot be pointed to.
+/// Pointers reach only names before this offset.
 const BEYOND_POINTERS: usize = 0x4000;
-/// What tells a pointer from a label.
+/// The two bits that mark a pointer.
 const POINTER: u16 = 0xc000;
 
-/// How large the reply may be.
+/// The maximum size of the reply.
 pub(super) fn room(request: &Request) -> u16 {
     match (request.protocol(), &request.edns) {
         (Protocol::Udp, Some(edns)) => edns.max_payload().clamp(PLAIN_UDP, MOST_UDP),
@@ -38,8 +38,8 @@ pub(super) fn room(request: &Request) -> u16 {
     }
 }
 
-/// Writes the reply: with everything, else without what was not asked for, else as many answers as there is room for
-/// beside the sign that some are missing.
+/// Writes the reply. If there is too little room, it first leaves out the additional records, and then truncates the
+/// answers and sets TC.
 pub(super) fn encode(request: &Request, mut metadata: Metadata, answer: &Answer) -> Option<Vec<u8>> {
     let question = request.queries.queries().first()?.original();
     let room = room(request);
@@ -77,7 +77,7 @@ pub(super) fn encode(request: &Request, mut metadata: Metadata, answer: &Answer)
     Some(bytes)
 }
 
-/// How much of a section there was room for.
+/// How many records of a section had room.
 struct Section {
     records: u16,
     is_whole: bool,
@@ -87,15 +87,15 @@ impl Section {
     const NONE: Self = Self { records: 0, is_whole: true };
 }
 
-/// Writes records, each of them whole or not at all.
+/// Writes records, each completely or not at all.
 struct Writer<'bytes, 'records> {
     encoder: BinEncoder<'bytes>,
-    /// The name written last that can be pointed to, and where it is.
+    /// The last name within reach of pointers, and its offset.
     known: Option<(&'records Name, usize)>,
 }
 
 impl<'records> Writer<'_, 'records> {
-    /// As many of the records as there is room for. Nothing when one of them cannot be written at all.
+    /// Writes as many records as there is room for. `None` when a record cannot be encoded.
     fn section(&mut self, records: &'records [Record]) -> Option<Section> {
         let mut written = 0;
         for record in records {
@@ -112,7 +112,7 @@ impl<'records> Writer<'_, 'records> {
         Some(Section { records: written, is_whole: true })
     }
 
-    /// All of the records, or none of them.
+    /// Writes all records, or none of them.
     fn section_or_nothing(&mut self, records: &'records [Record]) -> Option<Section> {
         let (start, known) = (self.encoder.offset(), self.known);
         let section = self.section(records)?;

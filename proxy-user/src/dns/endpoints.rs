@@ -1,18 +1,15 @@
-//! Which endpoints of a Service an answer has, and in what order.
+//! Which endpoints of a Service are in an answer, and in which order.
 //!
-//! In: what is known under a Service's name, and what is asked for. Out: endpoints with the ports of their slice, each
-//! address once, the first another one each time. No more than an answer has room for are looked at twice.
+//! In: the endpoints of a Service, and a query. Out: endpoints with the ports of their slice, each address once. Each query
+//! starts with another endpoint, and gets no more than its reply has room for.
 
 use hickory_proto::rr::RecordType;
 
 use super::names::{Named, NamedEndpoint, NamedPort, NamedService, NamedSlice, Names, Nearness};
-use super::{
-    answer::{Query, is},
-    question::Part,
-};
+use super::question::{Part, Query};
 use crate::model::Family;
 
-/// An endpoint and the slice it is in.
+/// An endpoint that is in the answer, and its slice.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Chosen<'a> {
     pub(super) endpoint: &'a NamedEndpoint,
@@ -25,7 +22,7 @@ impl<'a> Chosen<'a> {
     }
 }
 
-/// The endpoints that the part of the Service has. Empty only when it has none of any family.
+/// The endpoints that belong to the part. Empty only when it has no endpoint of either family.
 pub(super) fn choose<'a>(
     names: &Names,
     named: &'a Named,
@@ -40,7 +37,7 @@ pub(super) fn choose<'a>(
                 Part::Whole => true,
                 Part::Endpoint(label) => chosen.endpoint.label() == label,
                 Part::Protocol(_) | Part::Port { .. } => {
-                    chosen.ports().any(|port| is(part, &port.name, port.protocol))
+                    chosen.ports().any(|port| part.selects(&port.name, port.protocol))
                 }
             }
     };
@@ -55,7 +52,7 @@ pub(super) fn choose<'a>(
     chosen
 }
 
-/// Keeps those near this node, if there are any.
+/// Keeps only the endpoints near this node, if there are any.
 fn keep_near(names: &Names, nearness: Nearness, chosen: &mut Vec<Chosen<'_>>) {
     let near = |on_node: bool, chosen: &Chosen<'_>| {
         if on_node { chosen.endpoint.local } else { names.in_zone(chosen.endpoint) }
@@ -72,8 +69,8 @@ fn keep_near(names: &Names, nearness: Nearness, chosen: &mut Vec<Chosen<'_>>) {
     }
 }
 
-/// Lets another one be the first, and leaves out what would be cut off. One that is not of the family asked for stays,
-/// if there is no other: the name is there.
+/// Rotates the endpoints and drops those that the reply has no room for. Keeps one endpoint of the other family if there is
+/// none of the query's family, because the name exists.
 fn rotate(chosen: &mut Vec<Chosen<'_>>, query: &Query<'_>) {
     let family = match query.kind {
         RecordType::A => Some(Family::V4),
@@ -93,7 +90,7 @@ fn rotate(chosen: &mut Vec<Chosen<'_>>, query: &Query<'_>) {
         chosen.rotate_left(first);
     }
     chosen.truncate(query.most);
-    // An endpoint on its way from one slice to another is in both for a moment.
+    // An endpoint that moves from one slice to another is in both for a moment.
     if query.kind != RecordType::SRV {
         let mut seen = rustc_hash::FxHashSet::default();
         chosen.retain(|chosen| seen.insert(chosen.endpoint.address));

@@ -1,8 +1,7 @@
-//! Names that are not the cluster's: asked of the upstream, and remembered for as long as it says.
+//! Forwards names outside the cluster to the upstream, and caches the answers.
 //!
-//! In: a question as a client asked it, and which servers are upstream now. Out: an [`Answer`], with everything that the
-//! upstream says to that question. What is remembered and what is under way are bounded. The upstream is believed about
-//! the name it was asked for and about nothing else.
+//! In: a client's question, and the servers that are the upstream now. Out: an [`Answer`] with all records that belong to the
+//! question. The cache and the questions in flight have limits. weir drops records that do not belong to the question.
 
 use std::{
     collections::HashMap,
@@ -19,45 +18,45 @@ use prometheus_client::metrics::counter::Counter;
 
 use super::{
     answer::Answer,
-    believed::believed,
-    remembered::Remembered,
-    upstream::{Outside, Server, exchange},
+    cache::AnswerCache,
+    relevant::relevant,
+    upstream::{Server, UpstreamQuestion, exchange},
 };
 
-/// Where the addresses of the upstream come from. What the servers of one origin say holds for all of them.
+/// Where the addresses of the upstream come from. Servers of one origin give the same answers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Origin {
-    /// The endpoints of the cluster's DNS Service.
+    /// Endpoints of the cluster's DNS Service.
     #[default]
     Service,
-    /// The command line.
+    /// `--dns-upstream`.
     Given,
-    /// The configuration of the node's own resolver.
+    /// The node's resolv.conf.
     Node,
 }
 
-/// Asks the upstream.
+/// Forwards questions to the upstream.
 #[derive(Debug)]
 pub struct Forwarder {
     domain: Name,
     upstream: RwLock<Upstream>,
-    under_way: UnderWay,
-    /// Questions that wait for an answer, so that of several clients with the same question only the first has it asked.
-    asked: Mutex<HashMap<Outside, Shared<BoxFuture<'static, Arc<Answer>>>>>,
+    in_flight: InFlight,
+    /// Questions that wait for an answer, so that weir forwards the same question of several clients once.
+    asked: Mutex<HashMap<UpstreamQuestion, Shared<BoxFuture<'static, Arc<Answer>>>>>,
 }
 
-/// Questions that the upstream has not answered yet.
+/// Counts the questions that the upstream has not answered yet.
 #[derive(Debug)]
-pub struct UnderWay {
+pub struct InFlight {
     most: usize,
     each: usize,
     refused: Counter,
     clients: Mutex<HashMap<IpAddr, usize>>,
 }
 
-impl UnderWay {
-    /// Room for `most` questions, of which one client has `each` at most, because a client that asks for names which no
-    /// server answers would keep the others waiting. `refused` counts those beyond; they are answered with SERVFAIL at once.
+impl InFlight {
+    /// Room for `most` questions, and for `each` of one client, because names that no server answers would otherwise fill the
+    /// room of other clients. Further questions get SERVFAIL at once, and `refused` counts them.
     #[must_use]
     pub fn new(most: usize, each: usize, refused: Counter) -> Self {
         Self { most, each, refused, clients: Mutex::default() }
@@ -73,19 +72,19 @@ impl UnderWay {
             return None;
         }
         clients.insert(client, own + 1);
-        Some(Question { under_way: self, client })
+        Some(Question { in_flight: self, client })
     }
 }
 
-/// One question under way.
+/// One question in flight.
 struct Question<'a> {
-    under_way: &'a UnderWay,
+    in_flight: &'a InFlight,
     client: IpAddr,
 }
 
 impl Drop for Question<'_> {
     fn drop(&mut self) {
-        let mut clients = self.under_way.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut clients = self.in_flight.clients.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(own) = clients.get_mut(&self.client) else { return };
         *own -= 1;
         if *own == 0 {
@@ -98,18 +97,18 @@ impl Drop for Question<'_> {
 struct Upstream {
     origin: Origin,
     servers: Vec<Arc<Server>>,
-    remembered: Remembered,
+    cache: AnswerCache,
 }
 
 impl Forwarder {
-    /// There is no upstream yet; what the upstream says of names of `domain` is never believed.
+    /// A forwarder without servers. It drops what the upstream sends about names of `domain`.
     #[must_use]
-    pub fn new(domain: Name, under_way: UnderWay) -> Self {
-        Self { domain, upstream: RwLock::default(), under_way, asked: Mutex::default() }
+    pub fn new(domain: Name, in_flight: InFlight) -> Self {
+        Self { domain, upstream: RwLock::default(), in_flight, asked: Mutex::default() }
     }
 
-    /// Says which servers are upstream from now on. What was remembered is forgotten only when servers of another origin
-    /// take over, because the endpoints of a Service come and go and all say the same.
+    /// Replaces the servers. The cache stays unless the origin changes, because a Service's endpoints come and go and all
+    /// give the same answers.
     pub fn set_servers(&self, origin: Origin, servers: &[SocketAddr]) {
         let mut upstream = self.upstream.write().unwrap_or_else(PoisonError::into_inner);
         if upstream.origin == origin
@@ -122,31 +121,30 @@ impl Forwarder {
         let servers =
             servers.iter().map(|server| known(*server).unwrap_or_else(|| Arc::new(Server::new(*server))));
         let servers = servers.collect();
-        let remembered =
-            if upstream.origin == origin { upstream.remembered.clone() } else { Remembered::default() };
-        *upstream = Upstream { origin, servers, remembered };
+        let cache = if upstream.origin == origin { upstream.cache.clone() } else { AnswerCache::default() };
+        *upstream = Upstream { origin, servers, cache };
     }
 
-    /// What the upstream says to a question of `client`; `None` when there is no upstream.
-    pub async fn ask(&self, question: &Outside, client: IpAddr) -> Option<Answer> {
+    /// The upstream's answer to a question of `client`; `None` when there is no server.
+    pub async fn ask(&self, question: &UpstreamQuestion, client: IpAddr) -> Option<Answer> {
         let upstream = self.upstream.read().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(answer) = upstream.remembered.get(question) {
+        if let Some(answer) = upstream.cache.get(question) {
             return Some(answer);
         }
         if upstream.servers.is_empty() {
             return None;
         }
-        let Some(_question) = self.under_way.begin(client) else {
+        let Some(_question) = self.in_flight.begin(client) else {
             return Some(Answer::without_records(ResponseCode::ServFail));
         };
         let (answer, _asking) = self.join(question, upstream);
         Some(Answer::clone(&*answer.await))
     }
 
-    /// The answer that other clients wait for already, or a new one.
+    /// Joins an equal question in flight, or asks the upstream.
     fn join(
         &self,
-        question: &Outside,
+        question: &UpstreamQuestion,
         upstream: Upstream,
     ) -> (Shared<BoxFuture<'static, Arc<Answer>>>, Option<Asking<'_>>) {
         let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
@@ -159,10 +157,10 @@ impl Forwarder {
     }
 }
 
-/// A question that later clients can wait for.
+/// Removes a question from [`Forwarder::asked`] when it is dropped.
 struct Asking<'a> {
     forwarder: &'a Forwarder,
-    question: Outside,
+    question: UpstreamQuestion,
 }
 
 impl Drop for Asking<'_> {
@@ -171,13 +169,13 @@ impl Drop for Asking<'_> {
     }
 }
 
-async fn ask(question: Outside, upstream: Upstream, domain: Name) -> Arc<Answer> {
-    let Some(said) = exchange(&upstream.servers, &question).await else {
+async fn ask(question: UpstreamQuestion, upstream: Upstream, domain: Name) -> Arc<Answer> {
+    let Some(response) = exchange(&upstream.servers, &question).await else {
         tracing::debug!(name = %question.name, kind = %question.kind, "no upstream server answered");
         return Arc::new(Answer::without_records(ResponseCode::ServFail));
     };
-    let answer = believed(&question, said, &domain);
-    upstream.remembered.insert(question, &answer);
+    let answer = relevant(&question, response, &domain);
+    upstream.cache.insert(question, &answer);
     Arc::new(answer)
 }
 
@@ -186,18 +184,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_client_whose_names_no_server_knows_leaves_room_for_the_others() {
+    fn a_client_that_asks_too_much_leaves_room_for_the_others() {
         let refused = Counter::default();
-        let under_way = UnderWay::new(10, 4, refused.clone());
+        let in_flight = InFlight::new(10, 4, refused.clone());
         let client = |last: u8| IpAddr::from([10, 244, 0, last]);
-        let greedy: Vec<_> = (0..20).filter_map(|_| under_way.begin(client(1))).collect();
+        let greedy: Vec<_> = (0..20).filter_map(|_| in_flight.begin(client(1))).collect();
         assert_eq!((greedy.len(), refused.get()), (4, 16));
-        assert!(under_way.begin("::ffff:10.244.0.1".parse().unwrap()).is_none(), "the same client");
-        let others: Vec<_> = (2..=7).filter_map(|last| under_way.begin(client(last))).collect();
+        assert!(in_flight.begin("::ffff:10.244.0.1".parse().unwrap()).is_none(), "the same client");
+        let others: Vec<_> = (2..=7).filter_map(|last| in_flight.begin(client(last))).collect();
         assert_eq!(others.len(), 6);
-        assert!(under_way.begin(client(8)).is_none(), "there is no room at all");
+        assert!(in_flight.begin(client(8)).is_none(), "there is no room at all");
         drop((greedy, others));
-        assert!(under_way.begin(client(1)).is_some());
-        assert!(under_way.clients.lock().unwrap().is_empty());
+        assert!(in_flight.begin(client(1)).is_some());
+        assert!(in_flight.clients.lock().unwrap().is_empty());
     }
 }

@@ -1,7 +1,7 @@
-//! Who is answered, and how often.
+//! Which clients get answers, and how many per second.
 //!
-//! In: the address of whoever asks. Out: whether to answer. One client cannot take more than its share, and what is
-//! remembered of clients is bounded by forgetting those that have been quiet.
+//! In: the address of a client. Out: whether to answer. Each client has a rate limit. The memory for clients is limited,
+//! because weir drops clients that have been quiet.
 
 use std::{
     net::IpAddr,
@@ -16,34 +16,34 @@ use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota};
 
 use crate::model::NameClients;
 
-/// How many queries pass between two looks for clients that have been quiet.
+/// weir drops quiet clients once in so many queries.
 const BETWEEN_LOOKS: u32 = 8192;
-/// More clients than this a node does not have; all of them share one rate then.
+/// With more clients than a node can have, all share one rate.
 const MOST_CLIENTS: usize = 16_384;
 
-/// What is done about a query before it is read.
+/// What to do with a query before it is parsed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Admission {
-    /// It is answered.
+    /// Answer it.
     Answer,
-    /// It is refused: it comes from elsewhere.
+    /// Refuse it, because the client is neither this node nor one of its pods.
     Refuse,
-    /// It is not answered: there are too many.
+    /// Ignore it, because there are too many.
     Drop,
 }
 
-/// Which networks are answered.
+/// The clients that get answers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Clients {
     /// The host's own addresses, sorted.
     pub host: Vec<IpAddr>,
-    /// The networks of pods, and those that were asked for. `None` where nothing tells pods from others: then all are
-    /// answered.
+    /// The networks of pods, and those of `--dns-clients`. `None` if nothing distinguishes pods from other clients; all
+    /// clients then get answers.
     pub networks: Option<NameClients>,
 }
 
 impl Clients {
-    /// Whether an address is a client's.
+    /// Whether a client with this address gets answers.
     #[must_use]
     pub fn contains(&self, address: IpAddr) -> bool {
         let address = address.to_canonical();
@@ -60,11 +60,11 @@ pub struct Limits {
     each: DefaultKeyedRateLimiter<IpAddr>,
     strangers: DefaultDirectRateLimiter,
     queries: AtomicU32,
-    /// Whence we ask ourselves.
+    /// The source address of weir's own test queries.
     own: Option<IpAddr>,
-    /// Whether there are more clients than can be told apart.
+    /// Whether there are more than [`MOST_CLIENTS`].
     crowded: AtomicBool,
-    /// The first that was refused since that was asked.
+    /// The first refused client since [`Limits::take_refused`].
     refused: Mutex<Option<IpAddr>>,
 }
 
@@ -83,18 +83,18 @@ impl Limits {
         }
     }
 
-    /// Always answers this address, from which only the host can ask.
+    /// Exempts this address, from which only the host can send.
     #[must_use]
     pub fn with_own(self, own: IpAddr) -> Self {
         Self { own: Some(own), ..self }
     }
 
-    /// Says who is answered from now on.
+    /// Replaces the clients that get answers.
     pub fn set_clients(&self, clients: Clients) {
         *self.clients.write().unwrap_or_else(PoisonError::into_inner) = clients;
     }
 
-    /// What to do about a query from this address.
+    /// What to do with a query from this address.
     pub fn admit(&self, from: IpAddr) -> Admission {
         if self.own == Some(from) {
             return Admission::Answer;
@@ -104,7 +104,7 @@ impl Limits {
             self.crowded.store(self.each.len() > MOST_CLIENTS, Ordering::Relaxed);
         }
         let known = self.clients.read().unwrap_or_else(PoisonError::into_inner).contains(from);
-        // Strangers, who may have any number of addresses, are counted together.
+        // Refused clients share one rate, because they may have any number of addresses.
         let within = match known && !self.crowded.load(Ordering::Relaxed) {
             true => self.each.check_key(&from).is_ok(),
             false => self.strangers.check().is_ok(),
@@ -120,7 +120,7 @@ impl Limits {
         }
     }
 
-    /// An address that was refused since this was asked last.
+    /// The first client that was refused since the last call.
     pub fn take_refused(&self) -> Option<IpAddr> {
         self.refused.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn pods_and_the_host_are_answered_and_others_refused() {
+    fn pods_and_the_host_get_answers_and_other_clients_are_refused() {
         let limits = limits(1000);
         for known in ["10.244.3.4", "192.0.2.1", "127.0.0.1", "::1", "::ffff:10.244.0.1"] {
             assert_eq!(limits.admit(ip(known)), Admission::Answer, "{known}");
@@ -156,13 +156,13 @@ mod tests {
     }
 
     #[test]
-    fn where_nothing_tells_pods_nobody_is_refused() {
+    fn without_networks_of_pods_every_client_gets_answers() {
         let limits = Limits::new(NonZeroU32::MIN);
         assert_eq!(limits.admit(ip("203.0.113.1")), Admission::Answer);
     }
 
     #[test]
-    fn one_client_that_asks_too_often_takes_nothing_from_others() {
+    fn one_client_that_asks_too_often_does_not_slow_down_the_others() {
         let limits = limits(5);
         let of = |from: &str| (0..100).filter(|_| limits.admit(ip(from)) != Admission::Drop).count();
         assert!((5..20).contains(&of("10.244.0.1")));

@@ -1,7 +1,7 @@
-//! Sockets at an address, before and while it is this host's.
+//! Sockets bound to an address, before and while it is local to this host.
 //!
-//! In: an address. Out: a bound UDP socket and a TCP listener. They are bound before the address is claimed, so that
-//! whoever finds it claimed finds somebody there.
+//! In: an address. Out: a bound UDP socket and a TCP listener. weir binds them before it claims the address, so packets to a
+//! claimed address always find a socket.
 
 use std::{
     io,
@@ -11,31 +11,31 @@ use std::{
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, UdpSocket};
 
-/// Where names are answered.
+/// DNS.
 const PORT: u16 = 53;
-/// Datagrams that may wait, in bytes: some ten thousand queries.
+/// The receive buffer for datagrams, enough for about ten thousand queries.
 const WAITING_BYTES: usize = 4 << 20;
 /// Connections that may wait to be accepted.
 const WAITING_CONNECTIONS: i32 = 256;
 
-/// Sockets at one address.
+/// Both sockets at one address.
 #[derive(Debug)]
 pub struct Sockets {
-    /// For datagrams.
+    /// With a large receive buffer.
     pub udp: UdpSocket,
-    /// For connections.
+    /// Already listening.
     pub tcp: TcpListener,
 }
 
 impl Sockets {
-    /// Binds both. Needs a tokio runtime.
+    /// Binds both sockets. Needs a tokio runtime.
     ///
     /// # Errors
     ///
     /// When another process has the port, at this address or at all.
     pub fn bind(address: IpAddr) -> io::Result<Self> {
         let udp = socket(address, Type::DGRAM, Protocol::UDP)?;
-        // Less is no failure: the kernel may allow less.
+        // The kernel may allow less, which is enough to serve.
         let _ = udp.set_recv_buffer_size(WAITING_BYTES);
         udp.bind(&SocketAddr::new(address, PORT).into())?;
         let tcp = socket(address, Type::STREAM, Protocol::TCP)?;

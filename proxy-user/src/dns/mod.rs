@@ -1,15 +1,15 @@
-//! Node-local answers for the cluster's names.
+//! DNS answers for the cluster's names, on the node itself.
 //!
-//! In: [`crate::dns::names::Names`], kept by the engine from the same watch as everything else, and queries. Out: answers.
+//! In: queries, and [`names::Names`], which the engine fills from its watches. Out: answers.
 //!
 //! ```text
 //! server (UDP, TCP) ──query──▶ limits ──▶ answer (pure: names → records) ──▶ reply ──▶ encode
-//!                                            └─ not of the cluster ──▶ forward ──▶ remembered, else
-//!                                                                         └─▶ upstream ──▶ believed
+//!                                            └─ other names ──▶ forward ──▶ cache, else
+//!                                                                  └─▶ upstream ──▶ relevant
 //! ```
 
 mod answer;
-mod believed;
+mod cache;
 mod counters;
 mod device;
 mod encode;
@@ -19,7 +19,7 @@ mod limits;
 mod listen;
 pub mod names;
 mod question;
-mod remembered;
+mod relevant;
 mod reply;
 mod server;
 mod start;
@@ -29,16 +29,16 @@ mod tun;
 mod upstream;
 mod watchdog;
 
-pub use answer::{Answer, Query, Resolution, Zone, answer};
+pub use answer::{Answer, Resolution, Zone, answer};
 pub use counters::{Counters, Outcome};
 pub use device::DeviceError;
-pub use forward::{Forwarder, Origin, UnderWay};
+pub use forward::{Forwarder, InFlight, Origin};
 pub use limits::{Admission, Clients, Limits};
 pub use listen::Sockets;
-pub use question::{Part, Question};
+pub use question::{Part, Query, Question};
 pub use reply::{Pending, Replier, Reply, SharedNames};
 pub use server::{Responder, connections, datagrams};
 pub(crate) use start::{Room, start, tell_of_strangers};
 pub use tun::{TunError, openable};
-pub use upstream::Outside;
-pub use watchdog::{Standing, Wanted, Watchdog};
+pub use upstream::UpstreamQuestion;
+pub use watchdog::{AnsweredAddresses, Wanted, Watchdog};

@@ -1,68 +1,99 @@
-//! What a name asks for.
+//! Which object of the cluster a name stands for.
 //!
-//! In: a name in lower case and the cluster's domain. Out: a [`Question`]. Pure, and nothing is looked up here.
+//! In: a name in lower case and the cluster's domain. Out: a [`Question`]. Pure: it parses the name and looks nothing up.
 
 use std::net::IpAddr;
 
-use hickory_proto::rr::Name;
+use hickory_proto::rr::{Name, RecordType};
 use ipnet::IpNet;
 use smallvec::SmallVec;
 
-/// Labels below the domain that a name may have and still mean something: `_port._protocol.service.namespace.svc`.
+use crate::model::Protocol;
+
+/// The most labels of a known name below the domain, as in `_port._protocol.service.namespace.svc`.
 const MOST_LABELS: usize = 5;
 
-/// What a name asks for.
+/// A query, with the limits of its answer.
+#[derive(Clone, Copy, Debug)]
+pub struct Query<'a> {
+    /// The name, in the case in which the client sent it.
+    pub name: &'a Name,
+    /// The name in lower case.
+    pub lower: &'a Name,
+    /// The record type.
+    pub kind: RecordType,
+    /// A running number, by which each endpoint is the first in turn.
+    pub rotation: u32,
+    /// The most records that the reply can hold.
+    pub most: usize,
+}
+
+/// The object that a name stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Question<'a> {
     /// The cluster's domain itself.
     Domain,
-    /// `dns-version`, which tells the version of the specification.
+    /// `dns-version`, which has the version of the DNS specification.
     Version,
-    /// `ns.dns`, whom the domain names as its server.
+    /// `ns.dns`, the target of the domain's NS record.
     Server,
-    /// `svc`, `pod` or `dns`, which have names below them and are nothing themselves.
+    /// `svc`, `pod` or `dns`, which have no records, but names below them.
     Branch,
     /// `namespace.svc` or `namespace.pod`.
     Namespace(&'a str),
-    /// A Service, and what of it.
+    /// A Service, or a part of it.
     Service {
-        /// Its namespace.
+        /// Of the Service.
         namespace: &'a str,
-        /// Its name.
+        /// Of the Service.
         name: &'a str,
-        /// What of it.
+        /// Which records of the Service.
         part: Part<'a>,
     },
     /// A pod by its address.
     Pod(IpAddr),
-    /// A name of the domain that nothing can have.
+    /// A name of the domain that no object can have.
     Nothing,
-    /// An address, asked for its name.
+    /// The address in a name below `in-addr.arpa` or `ip6.arpa`.
     Reverse(IpAddr),
-    /// No name of the cluster's.
+    /// A name outside the cluster's domain.
     Elsewhere,
 }
 
-/// What of a Service is asked for.
+/// The part of a Service that a name stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part<'a> {
-    /// All of it.
+    /// The whole Service.
     Whole,
     /// The endpoint with this label.
     Endpoint(&'a str),
-    /// What the ports of this protocol, in lower case, have names below.
+    /// The branch with the ports of this protocol, in lower case.
     Protocol(&'a str),
-    /// The port of this name and protocol.
+    /// One port.
     Port {
-        /// The name.
+        /// As the Service names it.
         name: &'a str,
-        /// The protocol, in lower case.
+        /// In lower case.
         protocol: &'a str,
     },
 }
 
+impl Part<'_> {
+    /// Whether a port with this name and protocol belongs to the part.
+    pub(super) fn selects(self, name: &str, protocol: Protocol) -> bool {
+        match self {
+            Self::Port { name: wanted, protocol: of } => {
+                name.eq_ignore_ascii_case(wanted) && protocol.to_string().eq_ignore_ascii_case(of)
+            }
+            // A port without a name has no record below its protocol.
+            Self::Protocol(of) => !name.is_empty() && protocol.to_string().eq_ignore_ascii_case(of),
+            Self::Whole | Self::Endpoint(_) => true,
+        }
+    }
+}
+
 impl<'a> Question<'a> {
-    /// Reads a name. `domain` and `name` are in lower case.
+    /// Parses a name. `domain` and `name` are in lower case.
     #[must_use]
     pub fn read(name: &'a Name, domain: &Name) -> Self {
         let Some(below) = below(name, domain) else {
@@ -99,20 +130,20 @@ impl<'a> Question<'a> {
     }
 }
 
-/// How many labels a name has below the domain; `None` when it is not of the domain.
+/// How many labels a name has below the domain; `None` if it is outside the domain.
 pub(super) fn below(name: &Name, domain: &Name) -> Option<usize> {
     let below = usize::from(name.num_labels()).checked_sub(usize::from(domain.num_labels()))?;
     name.iter().skip(below).eq(domain.iter()).then_some(below)
 }
 
-/// `10-0-0-1` or `fd00--1`.
+/// The address in a label such as `10-0-0-1` or `fd00--1`.
 fn pod(label: &str) -> Option<IpAddr> {
     let v4 = label.matches('-').count() == 3 && !label.contains("--");
     label.replace('-', if v4 { "." } else { ":" }).parse().ok()
 }
 
 fn reverse(name: &Name) -> Option<IpAddr> {
-    // Most names are of no such kind, and the crate's reader makes a text of its first steps.
+    // A quick check for most names, because `parse_arpa_name` allocates.
     if name.iter().next_back().is_none_or(|label| label != b"arpa") {
         return None;
     }
@@ -165,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_the_domain_that_nothing_can_have() {
+    fn names_of_the_domain_that_no_object_can_have() {
         for name in [
             "web.cluster.local.",
             "h.tcp.web.ns.svc.cluster.local.",
@@ -181,14 +212,14 @@ mod tests {
     }
 
     #[test]
-    fn labels_that_are_no_text() {
+    fn labels_that_are_not_utf8() {
         let labels: [&[u8]; 5] = [b"\xff", b"ns", b"svc", b"cluster", b"local"];
         let name = Name::from_labels(labels).unwrap();
         assert_eq!(Question::read(&name, &domain()), Question::Nothing);
     }
 
     #[test]
-    fn names_of_others() {
+    fn names_outside_the_domain() {
         for name in [
             ".",
             "local.",

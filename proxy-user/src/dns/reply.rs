@@ -1,8 +1,8 @@
 //! From the bytes of a query to the bytes of its reply.
 //!
-//! In: bytes from anywhere. Out: a reply, silence, or a [`Pending`] query that the upstream has to be asked first. Pure but
-//! for the names, which are read under their lock. Reading and writing messages is hickory's; what is decided here
-//! is which code a query gets that is none for us.
+//! In: untrusted bytes. Out: a reply, silence, or a [`Pending`] query that has to be forwarded first. Pure except for the
+//! names, which are read under their lock. hickory parses and writes messages; this file chooses the response code of
+//! queries that weir does not answer.
 
 use std::{
     net::SocketAddr,
@@ -22,18 +22,19 @@ use hickory_server::server::Request;
 
 use super::names::Names;
 use super::{
-    answer::{self, Answer, Query, Resolution, Zone},
+    answer::{self, Answer, Resolution, Zone},
     encode::{SHORTEST_RECORD, encode, room},
-    upstream::Outside,
+    question::Query,
+    upstream::UpstreamQuestion,
 };
 
-/// More additional records than this no honest query has.
+/// The most additional records of a query that weir parses.
 const MOST_ADDITIONALS: u16 = 4;
 
 /// The names, written by the engine and read by queries.
 pub type SharedNames = Arc<RwLock<Names>>;
 
-/// Answers queries.
+/// Answers queries from the names.
 #[derive(Debug)]
 pub struct Replier {
     names: SharedNames,
@@ -41,14 +42,14 @@ pub struct Replier {
     rotation: AtomicU32,
 }
 
-/// What becomes of a query.
+/// The result of a query.
 #[derive(Debug)]
 pub enum Reply {
-    /// This is sent back.
+    /// A message to send, and its code.
     Now(Vec<u8>, ResponseCode),
-    /// The upstream has to be asked.
+    /// The query has to be forwarded first.
     Later(Box<Pending>),
-    /// Nothing is sent back.
+    /// The client gets no reply.
     Silence,
 }
 
@@ -56,26 +57,20 @@ pub enum Reply {
 #[derive(Debug)]
 pub struct Pending {
     request: Request,
-    /// Aliases found so far.
+    /// CNAME records of the cluster that led to the question.
     aliases: Vec<Record>,
-    /// What to ask the upstream.
-    pub question: Outside,
+    /// For the upstream.
+    pub question: UpstreamQuestion,
 }
 
 impl Replier {
-    /// Answers from these names.
+    /// Answers from `names`, with the settings of `zone`.
     #[must_use]
     pub fn new(names: SharedNames, zone: Zone) -> Self {
         Self { names, zone, rotation: AtomicU32::new(0) }
     }
 
-    /// The zone answered for.
-    #[must_use]
-    pub fn zone(&self) -> &Zone {
-        &self.zone
-    }
-
-    /// What to do about the bytes of a query.
+    /// Answers the bytes of a query, or returns it to be forwarded.
     #[must_use]
     pub fn reply(&self, bytes: &[u8], from: SocketAddr, protocol: Protocol) -> Reply {
         let Ok(header) = Header::read(&mut BinDecoder::new(bytes)) else {
@@ -87,7 +82,7 @@ impl Replier {
         if header.metadata.op_code != OpCode::Query {
             return bare(&header.metadata, ResponseCode::NotImp);
         }
-        // Before anything is allocated by what the header claims.
+        // Checked before parsing, which allocates by the counts in the header.
         let counts = header.counts;
         let honest = counts.queries == 1
             && counts.answers == 0
@@ -102,7 +97,7 @@ impl Replier {
         }
     }
 
-    /// A refusal of the query, whatever it is.
+    /// Refuses a query without parsing its question.
     #[must_use]
     pub fn refuse(bytes: &[u8]) -> Reply {
         match Header::read(&mut BinDecoder::new(bytes)) {
@@ -131,12 +126,12 @@ impl Replier {
             (answer::answer(&names, &self.zone, &query), names.is_synced())
         };
         match resolution {
-            // What is not known yet may exist. The client asks another server, or again.
+            // The name may exist although weir does not know it yet. The client asks another server, or again.
             Resolution::Answer(_) | Resolution::Alias(..) if !are_known => {
                 now(&request, &Answer::without_records(ResponseCode::ServFail), true)
             }
             Resolution::Answer(answer) => now(&request, &answer, true),
-            // Whoever asks a stranger for everything gets nothing (RFC 8482).
+            // weir does not forward ANY (RFC 8482).
             Resolution::Elsewhere if kind == RecordType::ANY => {
                 now(&request, &Answer::without_records(ResponseCode::NotImp), true)
             }
@@ -153,16 +148,16 @@ impl Replier {
 }
 
 impl Pending {
-    /// The reply, now that the upstream was asked; `None` when there is no upstream to ask.
+    /// The reply, with the upstream's answer; `None` means that there is no upstream.
     #[must_use]
     pub fn reply(mut self, upstream: Option<Answer>) -> Reply {
         let own = !self.aliases.is_empty();
         let mut answer = match upstream {
             Some(answer) => answer,
-            // An alias of ours is right, whether or not any server knows what it leads to.
+            // The cluster's alias is right even if no server can resolve its target.
             None => Answer::without_records(if own { ResponseCode::NoError } else { ResponseCode::ServFail }),
         };
-        // One client's case of letters is not another's, and clients may compare it.
+        // The cached answer may have another case of letters, and clients may compare it with their question.
         let asked = &self.question.name;
         answer.answers.iter_mut().filter(|record| record.name == *asked).for_each(|record| {
             record.name = asked.clone();
@@ -175,9 +170,9 @@ impl Pending {
     }
 }
 
-/// The question as the upstream is asked it, with what the client set in its query.
-fn outside(request: &Request, name: Name, kind: RecordType) -> Outside {
-    Outside {
+/// The question for the upstream, with the bits that the client set in its query.
+fn outside(request: &Request, name: Name, kind: RecordType) -> UpstreamQuestion {
+    UpstreamQuestion {
         name,
         kind,
         recursion: request.metadata.recursion_desired,
@@ -188,8 +183,8 @@ fn outside(request: &Request, name: Name, kind: RecordType) -> Outside {
     }
 }
 
-/// The reply to what is no query. By UDP there is none, because a server that answers answers can be made to talk to
-/// itself. By TCP a client waits for one, if there is at least the number that it would know it by.
+/// The reply to bytes that are no query. By UDP there is none, because an attacker could make two servers that answer
+/// responses talk to each other. By TCP a client waits for a reply, so it gets one if its message has at least an id.
 fn unreadable(bytes: &[u8], protocol: Protocol) -> Reply {
     match (protocol, bytes.first_chunk::<2>()) {
         (Protocol::Tcp, Some(id)) => bare(
@@ -200,7 +195,7 @@ fn unreadable(bytes: &[u8], protocol: Protocol) -> Reply {
     }
 }
 
-/// The code of a query that is no question about names.
+/// The code for a query that weir does not answer by name; `None` for all other queries.
 fn unanswerable(request: &Request, class: DNSClass, kind: RecordType) -> Option<ResponseCode> {
     if request.version() > 0 {
         return Some(ResponseCode::BADVERS);
@@ -209,7 +204,7 @@ fn unanswerable(request: &Request, class: DNSClass, kind: RecordType) -> Option<
         return Some(ResponseCode::Refused);
     }
     match kind {
-        // Nobody gets all names at once.
+        // weir allows no zone transfers.
         RecordType::AXFR | RecordType::IXFR => Some(ResponseCode::Refused),
         RecordType::OPT | RecordType::TSIG | RecordType::ZERO => Some(ResponseCode::FormErr),
         _ if !request.authorities.is_empty() => Some(ResponseCode::FormErr),
@@ -217,7 +212,7 @@ fn unanswerable(request: &Request, class: DNSClass, kind: RecordType) -> Option<
     }
 }
 
-/// A header and nothing else.
+/// A message that has a header only.
 fn bare(query: &Metadata, code: ResponseCode) -> Reply {
     let mut message = Message::error_msg(query.id, query.op_code, code);
     message.metadata.recursion_desired = query.recursion_desired;

@@ -1,11 +1,10 @@
-//! The sockets: queries by UDP and TCP, each answered as soon as it can be.
+//! The sockets: queries by UDP and TCP, each answered as soon as possible.
 //!
-//! In: bound sockets. Out: replies. Local names are answered in place; what has to be asked upstream waits in a task of
-//! its own, so that it holds up no other query. Connections are bounded in number, for each client and in all, and in how
-//! long they may say nothing.
+//! In: bound sockets. Out: replies. Cluster names are answered at once; a question to the upstream waits in a task of its
+//! own and delays no other query. The number of connections is limited, per client and in total, and so is their idle time.
 //!
-//! The sockets are read here and not by hickory's own server, because that makes a task of every datagram, without a
-//! bound, and writes two lines of log for each.
+//! This file reads the sockets instead of hickory's server, because that server spawns a task for every datagram, without a
+//! limit, and writes two log lines for each.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -36,36 +35,36 @@ use super::{
 };
 use crate::places::{Place, Places};
 
-/// The largest query that is read; more is cut off, and then no query any more.
+/// The largest datagram that weir reads. The kernel cuts off the rest, so a longer query is malformed.
 const LARGEST_QUERY: usize = 4096;
 /// Datagrams answered before other tasks get their turn.
 const IN_A_ROW: usize = 64;
-/// How long a connection may say nothing, and how long the client may take to read a reply.
+/// How long a connection may be idle, and how long the client may take to read a reply.
 const IDLE: Duration = Duration::from_secs(10);
-/// How long the client may take to end a connection that weir ends.
+/// How long the client may take to close its side after weir has closed its own.
 const ENDING: Duration = Duration::from_secs(2);
-/// Questions that may wait for the upstream on one connection before no more queries are read, which holds up this client
-/// alone (RFC 7766, 6.2.1.1). It is more than a client may have under way, so names of the cluster are answered behind as
-/// many slow ones as there can be.
+/// Questions of one connection that may wait for the upstream. With more, weir stops reading this connection, which delays
+/// only its client (RFC 7766, 6.2.1.1). The limit is above the number of questions that one client may have in flight, so
+/// slow questions never delay cluster names.
 const MOST_WAITING: usize = 128;
 
-/// Everything a query needs.
+/// What all sockets share to answer queries.
 #[derive(Debug)]
 pub struct Responder {
-    /// What is known.
+    /// Answers the cluster's names.
     pub replier: Replier,
-    /// Who knows the rest.
+    /// Answers other names.
     pub forwarder: Forwarder,
-    /// Who is answered.
+    /// Decides which clients get answers.
     pub limits: Limits,
-    /// Room for connections, at all addresses together.
+    /// Limits the connections at all addresses together.
     pub places: Places,
-    /// What was answered.
+    /// Counts queries by outcome.
     pub counters: Counters,
 }
 
 impl Responder {
-    /// What to do about the bytes of a query.
+    /// Answers the bytes of a query, or returns it to be forwarded.
     fn reply(&self, bytes: &[u8], from: SocketAddr, protocol: Protocol) -> Reply {
         let reply = match self.limits.admit(from.ip()) {
             Admission::Answer => self.replier.reply(bytes, from, protocol),
@@ -86,7 +85,7 @@ impl Responder {
         reply
     }
 
-    /// The reply to a query that waits for the upstream.
+    /// Forwards a query and returns the reply.
     async fn ask(&self, pending: Pending, client: IpAddr) -> Option<Vec<u8>> {
         let upstream = self.forwarder.ask(&pending.question, client).await;
         let failed = upstream.as_ref().is_some_and(|answer| answer.code == ResponseCode::ServFail);
@@ -100,26 +99,26 @@ impl Responder {
     }
 }
 
-/// Answers what comes by a UDP socket, for ever.
+/// Answers queries of a UDP socket, for ever.
 pub async fn datagrams(responder: Arc<Responder>, socket: UdpSocket) {
     let socket = Arc::new(socket);
     let mut waiting = JoinSet::new();
     let mut buffer = vec![0; LARGEST_QUERY];
     loop {
         if socket.readable().await.is_err() {
-            // The socket says why when it is read.
+            // The next read returns the error.
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         for _ in 0..IN_A_ROW {
             let (len, from) = match socket.try_recv_from(&mut buffer) {
                 Ok(received) => received,
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
-                // Somebody to whom we replied has gone: nothing is lost.
+                // An ICMP error about an earlier reply, whose client is gone.
                 Err(_) => continue,
             };
             match responder.reply(&buffer[..len], from, Protocol::Udp) {
                 Reply::Silence => {}
-                // A full buffer loses datagrams as the network does.
+                // If the send buffer is full, the reply is lost, as it could be in the network.
                 Reply::Now(bytes, _) => _ = socket.try_send_to(&bytes, from),
                 Reply::Later(pending) => {
                     let (responder, socket) = (Arc::clone(&responder), Arc::clone(&socket));
@@ -136,14 +135,14 @@ pub async fn datagrams(responder: Arc<Responder>, socket: UdpSocket) {
     }
 }
 
-/// Answers what comes by TCP, for ever.
+/// Answers queries on TCP connections, for ever.
 pub async fn connections(responder: Arc<Responder>, listener: TcpListener) {
     let mut open = JoinSet::new();
     loop {
         let (stream, from) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
-                // Out of descriptors: the connections there are have to end first.
+                // Usually no descriptor is free until other connections end.
                 tracing::debug!(%error, "cannot accept a connection");
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
@@ -156,7 +155,7 @@ pub async fn connections(responder: Arc<Responder>, listener: TcpListener) {
     }
 }
 
-/// A connection, and what of it is read and written.
+/// A TCP connection of a client.
 struct Connection<'a> {
     responder: &'a Responder,
     from: SocketAddr,
@@ -172,8 +171,8 @@ impl<'a> Connection<'a> {
         Self { responder, from, place, queries, replies }
     }
 
-    /// Answers until the client says no more, or what cannot be answered. Each reply goes as soon as it is ready (RFC 7766,
-    /// 6.2.1.1).
+    /// Answers until the client closes its side or sends bytes that cannot be answered. Sends each reply as soon as it is
+    /// ready (RFC 7766, 6.2.1.1).
     async fn serve(mut self) {
         let mut waiting = FuturesUnordered::new();
         loop {
@@ -199,7 +198,7 @@ impl<'a> Connection<'a> {
                 return;
             }
         }
-        // No more queries are read, and the client still waits for these.
+        // weir reads no more queries, but the client still waits for these replies.
         while let Some(bytes) = waiting.next().await {
             if let Some(bytes) = bytes
                 && !self.send(&bytes).await
@@ -210,7 +209,7 @@ impl<'a> Connection<'a> {
         self.close().await;
     }
 
-    /// Sends a reply; false when the client does not take it.
+    /// Sends a reply; false if the client does not read it in time.
     async fn send(&mut self, bytes: &[u8]) -> bool {
         let Ok(len) = u16::try_from(bytes.len()) else { return false };
         let framed = [&len.to_be_bytes()[..], bytes].concat();
@@ -220,8 +219,8 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Ends the connection behind the last reply. The kernel resets one that is closed while there is something unread,
-    /// and the client then loses replies that it has not read.
+    /// Closes the connection after the last reply. It first reads what the client still sends, because the kernel resets a
+    /// connection that is closed with unread data, and the client would lose replies.
     async fn close(mut self) {
         if self.replies.shutdown().await.is_err() {
             return;

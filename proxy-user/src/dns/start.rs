@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! engine ──Names──▶ supervise (own runtime: sockets, upstream, clients) ──Wanted──▶ watchdog (own thread: device)
-//!                       └─▶ metrics                    ◀──────Standing──────┘
+//!                       └─▶ metrics                    ◀──────AnsweredAddresses──────┘
 //! ```
 
 use std::{
@@ -17,7 +17,7 @@ use tokio::{sync::watch, task::JoinSet};
 
 use super::{
     Clients, Counters, Forwarder, Limits, Origin, Outcome, Replier, Responder, SharedNames, Sockets,
-    Standing, UnderWay, Wanted, Watchdog, Zone, connections, datagrams, names::Names,
+    AnsweredAddresses, InFlight, Wanted, Watchdog, Zone, connections, datagrams, names::Names,
 };
 use crate::{
     config::{Config, DetectLocal, DnsConfig},
@@ -40,7 +40,7 @@ pub(crate) struct Room {
     /// TCP connections.
     pub(crate) connections: Places,
     /// Questions to the upstream servers.
-    pub(crate) lookups: UnderWay,
+    pub(crate) lookups: InFlight,
 }
 
 /// Starts to answer names from what the engine puts into the names it is given back, and to say so in `metrics`. Goes on
@@ -71,7 +71,7 @@ pub(crate) fn start(
     });
     let (seen, changes) = watch::channel(0);
     let (wanted_in, wanted) = watch::channel(Wanted::default());
-    let (standing_in, standing) = watch::channel(Standing::default());
+    let (standing_in, standing) = watch::channel(AnsweredAddresses::default());
     let supervisor = Supervisor {
         responder,
         names: Arc::clone(&names),
@@ -108,7 +108,7 @@ async fn watch_over(
     own: IpAddr,
     domain: Name,
     wanted: watch::Receiver<Wanted>,
-    standing: watch::Sender<Standing>,
+    standing: watch::Sender<AnsweredAddresses>,
 ) {
     let mut complained = String::new();
     loop {
@@ -116,7 +116,7 @@ async fn watch_over(
             Ok(watchdog) => {
                 complained.clear();
                 watchdog.run(wanted.clone(), standing.clone()).await;
-                standing.send_replace(Standing::default());
+                standing.send_replace(AnsweredAddresses::default());
                 if wanted.has_changed().is_err() {
                     return;
                 }
@@ -251,7 +251,7 @@ impl Supervisor {
         mut self,
         mut changes: watch::Receiver<u32>,
         mut addresses: Addresses,
-        mut standing: watch::Receiver<Standing>,
+        mut standing: watch::Receiver<AnsweredAddresses>,
     ) {
         let mut beat = tokio::time::interval(BEAT);
         loop {

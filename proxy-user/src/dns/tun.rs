@@ -1,28 +1,28 @@
-//! Whether this process may make a TUN device, and what to do where it may not.
+//! Whether this process may create a TUN device, and what to do if it may not.
 //!
-//! In: nothing. Out: the reason with its remedy. Opening the file makes no device.
+//! In: nothing. Out: the reason with its remedy. Opening the file creates no device.
 
 use std::{fs::OpenOptions, io};
 
-/// Where the kernel makes TUN devices.
+/// The file through which the kernel creates TUN devices.
 pub(super) const TUN: &str = "/dev/net/tun";
 
-/// Why there can be no TUN device.
+/// Why weir cannot create a TUN device.
 #[derive(Debug, thiserror::Error)]
 pub enum TunError {
-    /// There is no such file.
+    /// The file does not exist.
     #[error("{TUN} does not exist: `modprobe tun` creates it on the node, and a container has to mount it")]
     Missing(#[source] io::Error),
-    /// There is the file and nothing behind it.
+    /// The file exists, and the kernel has no driver for it.
     #[error("the kernel has no driver for {TUN}: `modprobe tun` loads it")]
     NoDriver(#[source] io::Error),
-    /// The file may not be opened.
+    /// This process may not open the file.
     #[error(
         "{TUN} may not be opened: the container runtime has to allow the device c 10:200, as runc does except from 1.2.0 to \
          1.2.3, or the container has to be privileged; under systemd the unit needs DeviceAllow={TUN}"
     )]
     NotAllowed(#[source] io::Error),
-    /// It may be opened, and no device be made.
+    /// The file can be opened, and the kernel creates no device.
     #[error(
         "creating a device with {TUN} needs the capability NET_ADMIN, and a name that no other process uses"
     )]
@@ -30,7 +30,7 @@ pub enum TunError {
 }
 
 impl TunError {
-    /// Why the file could not be opened.
+    /// From an error of opening the file.
     fn opening(error: io::Error) -> Self {
         match error.raw_os_error() {
             Some(libc::ENOENT | libc::ENOTDIR) => Self::Missing(error),
@@ -39,7 +39,7 @@ impl TunError {
         }
     }
 
-    /// Why a device could not be made.
+    /// From an error of creating the device.
     pub(super) fn making(error: tokio_tun::Error) -> Self {
         match openable() {
             Err(opening) => opening,
@@ -51,11 +51,11 @@ impl TunError {
     }
 }
 
-/// Whether the file can be opened.
+/// Checks that the file can be opened.
 ///
 /// # Errors
 ///
-/// With what to do about it.
+/// With the remedy.
 pub fn openable() -> Result<(), TunError> {
     OpenOptions::new().read(true).write(true).open(TUN).map(drop).map_err(TunError::opening)
 }

@@ -1,7 +1,7 @@
-//! One question and the servers that can answer it.
+//! Sends one question to the upstream's servers.
 //!
-//! In: a question with the bits that a client set in its query, and servers. Out: what one of them said, whole. Each
-//! question has a socket of its own, and with it a port that others would have to guess.
+//! In: a question with the bits that a client set in its query, and servers. Out: the whole response of one server. Each
+//! question has a socket of its own, because an attacker then has to guess its port.
 
 use std::{
     io,
@@ -25,25 +25,25 @@ use tokio::{
 
 use super::encode::MOST_UDP;
 
-/// How long an answer is waited for. libc's resolver and most others give up after 5 s (`timeout` in resolv.conf). A
-/// client that hears SERVFAIL before that asks its next server, and an answer that comes later than that is lost.
+/// The time limit for an answer. The resolvers of libc and of most runtimes give up after 5 s (`timeout` in resolv.conf). A
+/// client that gets SERVFAIL earlier asks its next server; an answer after 5 s would be lost.
 const PATIENCE: Duration = Duration::from_millis(4500);
-/// How long a server may take before another one is asked besides. The first may still answer: a datagram may be lost, the
-/// server may be gone, or it may wait for a slow server itself.
+/// After this time weir asks another server too. The first server may still answer, because it may wait for a slow server
+/// itself.
 const NEXT: Duration = Duration::from_millis(1500);
-/// How often a question is asked at least before weir gives up.
+/// The least number of attempts before weir gives up.
 const ATTEMPTS: usize = 3;
-/// How long a server that was late is asked after the others.
+/// How long weir tries a late server after the others.
 const REST: Duration = Duration::from_secs(10);
 
-/// A question about a name that is not the cluster's. Answers to two of these may be different.
+/// A question about a name outside the cluster. Questions that differ in any field may have different answers.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Outside {
-    /// The name.
+pub struct UpstreamQuestion {
+    /// In the client's case of letters.
     pub name: Name,
-    /// The type.
+    /// The record type.
     pub kind: RecordType,
-    /// RD: whether the server should ask others.
+    /// RD: whether the server should resolve the name recursively.
     pub recursion: bool,
     /// AD: whether the client wants to know if the server validated the answer.
     pub authentic: bool,
@@ -55,7 +55,7 @@ pub struct Outside {
     pub dnssec: bool,
 }
 
-impl Outside {
+impl UpstreamQuestion {
     fn message(&self) -> Message {
         let mut message = Message::new(fastrand::u16(..), MessageType::Query, OpCode::Query);
         message.metadata.recursion_desired = self.recursion;
@@ -69,7 +69,7 @@ impl Outside {
     }
 }
 
-/// A server that can be asked.
+/// A server of the upstream.
 #[derive(Debug)]
 pub(super) struct Server {
     pub(super) address: SocketAddr,
@@ -91,12 +91,12 @@ impl Server {
     }
 }
 
-/// What the first server said that answered; `None` when none did in time.
-pub(super) async fn exchange(servers: &[Arc<Server>], question: &Outside) -> Option<Message> {
+/// The first response of any server; `None` if no server answered in time.
+pub(super) async fn exchange(servers: &[Arc<Server>], question: &UpstreamQuestion) -> Option<Message> {
     tokio::time::timeout(PATIENCE, ask_in_turn(&in_order(servers), question)).await.ok().flatten()
 }
 
-/// Each server is the first one in turn; those that were late come last.
+/// The servers in rotating order, late ones last.
 fn in_order(servers: &[Arc<Server>]) -> Vec<Arc<Server>> {
     static TURN: AtomicUsize = AtomicUsize::new(0);
     let mut servers = servers.to_vec();
@@ -106,7 +106,7 @@ fn in_order(servers: &[Arc<Server>]) -> Vec<Arc<Server>> {
     servers
 }
 
-async fn ask_in_turn(servers: &[Arc<Server>], question: &Outside) -> Option<Message> {
+async fn ask_in_turn(servers: &[Arc<Server>], question: &UpstreamQuestion) -> Option<Message> {
     let mut attempts = FuturesUnordered::new();
     let mut turns = servers.iter().cycle().take(servers.len().max(ATTEMPTS));
     let mut asked_last = turns.next()?;
@@ -120,7 +120,7 @@ async fn ask_in_turn(servers: &[Arc<Server>], question: &Outside) -> Option<Mess
                 asked_last = server;
                 attempts.push(attempt(server, question));
             }
-            Some((server, said)) = attempts.next() => match said {
+            Some((server, response)) = attempts.next() => match response {
                 Ok(message) => {
                     server.note(false);
                     return Some(message);
@@ -143,16 +143,19 @@ async fn ask_in_turn(servers: &[Arc<Server>], question: &Outside) -> Option<Mess
     }
 }
 
-async fn attempt<'a>(server: &'a Arc<Server>, question: &Outside) -> (&'a Arc<Server>, io::Result<Message>) {
+async fn attempt<'a>(
+    server: &'a Arc<Server>,
+    question: &UpstreamQuestion,
+) -> (&'a Arc<Server>, io::Result<Message>) {
     (server, ask(server.address, question).await)
 }
 
-/// Asks one server by UDP, and by TCP what is too long for that.
-async fn ask(server: SocketAddr, question: &Outside) -> io::Result<Message> {
+/// Asks one server by UDP, and again by TCP if the response is truncated.
+async fn ask(server: SocketAddr, question: &UpstreamQuestion) -> io::Result<Message> {
     let query = question.message();
     let bytes = query.to_vec().map_err(io::Error::other)?;
-    let said = by_udp(server, &query, &bytes).await?;
-    if said.metadata.truncation { by_tcp(server, &query, &bytes).await } else { Ok(said) }
+    let response = by_udp(server, &query, &bytes).await?;
+    if response.metadata.truncation { by_tcp(server, &query, &bytes).await } else { Ok(response) }
 }
 
 async fn by_udp(server: SocketAddr, query: &Message, bytes: &[u8]) -> io::Result<Message> {
@@ -166,11 +169,11 @@ async fn by_udp(server: SocketAddr, query: &Message, bytes: &[u8]) -> io::Result
     let mut buffer = vec![0; usize::from(u16::MAX)];
     loop {
         let len = socket.recv(&mut buffer).await?;
-        // What does not answer this question may come from elsewhere: the answer is still on its way.
-        if let Ok(said) = Message::from_vec(&buffer[..len])
-            && answers(&said, query)
+        // A datagram that does not answer this question may be forged, so weir waits for the real answer.
+        if let Ok(response) = Message::from_vec(&buffer[..len])
+            && answers(&response, query)
         {
-            return Ok(said);
+            return Ok(response);
         }
     }
 }
@@ -179,16 +182,16 @@ async fn by_tcp(server: SocketAddr, query: &Message, bytes: &[u8]) -> io::Result
     let mut stream = TcpStream::connect(server).await?;
     let len = u16::try_from(bytes.len()).map_err(io::Error::other)?;
     stream.write_all(&[&len.to_be_bytes()[..], bytes].concat()).await?;
-    let mut said = vec![0; stream.read_u16().await?.into()];
-    stream.read_exact(&mut said).await?;
-    let said = Message::from_vec(&said).map_err(io::Error::other)?;
-    if answers(&said, query) { Ok(said) } else { Err(io::ErrorKind::InvalidData.into()) }
+    let mut response = vec![0; stream.read_u16().await?.into()];
+    stream.read_exact(&mut response).await?;
+    let response = Message::from_vec(&response).map_err(io::Error::other)?;
+    if answers(&response, query) { Ok(response) } else { Err(io::ErrorKind::InvalidData.into()) }
 }
 
-/// Whether a message answers the query. A server that cannot read a query may leave the question out.
-fn answers(said: &Message, query: &Message) -> bool {
-    let refuses = said.queries.is_empty() && said.metadata.response_code != ResponseCode::NoError;
-    said.metadata.id == query.metadata.id
-        && said.metadata.message_type == MessageType::Response
-        && (said.queries == query.queries || refuses)
+/// Whether a message answers the query. A server that cannot parse a query may leave the question out.
+fn answers(response: &Message, query: &Message) -> bool {
+    let refuses = response.queries.is_empty() && response.metadata.response_code != ResponseCode::NoError;
+    response.metadata.id == query.metadata.id
+        && response.metadata.message_type == MessageType::Response
+        && (response.queries == query.queries || refuses)
 }

@@ -1,8 +1,8 @@
-//! Whether names are answered here, and whose the addresses are because of that.
+//! Checks that weir answers DNS queries, and claims or releases the DNS Service's addresses accordingly.
 //!
-//! In: the addresses that should be answered at. Out: a [`Device`] that has them while the answers come, and gives them
-//! back when they do not. It runs on a thread of its own, asks at each address by UDP and by TCP as a new client would, and
-//! depends on nothing of what it watches. It also makes routes to the device anew that another program has removed.
+//! In: the addresses at which weir should answer. Out: a [`Device`] that has them as long as test queries are answered. The
+//! watchdog runs on a thread of its own and sends queries to each address by UDP and TCP, as a new client would, so a hang
+//! of the responder does not stop it. It also restores routes to the device that another program has removed.
 
 use std::{
     collections::BTreeSet,
@@ -21,46 +21,45 @@ use tokio::sync::watch;
 
 use super::device::{DEVICE, Device, DeviceError};
 
-/// How often is asked.
+/// The time between two rounds of test queries.
 const BEAT: Duration = Duration::from_millis(500);
-/// How long an answer may take that comes from the same machine.
+/// The time limit for an answer, which comes from the same machine.
 const PATIENCE: Duration = Duration::from_millis(400);
-/// How many answers may be missing before the addresses are given back.
+/// So many rounds in a row without an answer release the addresses.
 const MISSES: u32 = 2;
-/// The most beats with answers that are waited for before the addresses are claimed once more. Each time that they were
-/// given back doubles it, because a server that answers at one address only must not take the others' queries again and
-/// again.
+/// The most successful rounds that are needed before the addresses are claimed again. The number doubles with each release,
+/// because a responder that fails at one address must not take queries of the other addresses again and again.
 const LONGEST_TRIAL: u32 = 64;
 
-/// What should be answered at.
+/// The addresses at which weir should answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wanted {
-    /// ClusterIPs that there are sockets for, once everything is known that is to be answered from.
+    /// ClusterIPs with open sockets; empty until all Services and endpoints are known.
     pub addresses: BTreeSet<IpAddr>,
 }
 
-/// Which addresses are answered at now.
-pub type Standing = BTreeSet<IpAddr>;
+/// The ClusterIPs at which this node answers now.
+pub type AnsweredAddresses = BTreeSet<IpAddr>;
 
-/// Watches over the answers.
+/// Sends test queries, and owns the device.
 pub struct Watchdog {
     device: Device,
     own: IpAddr,
     question: Name,
     misses: u32,
-    /// Beats with answers since the last without.
+    /// Successful rounds since the last failed one.
     answered: u32,
-    /// How many of those it takes to claim addresses.
+    /// How many successful rounds are needed to claim addresses.
     trial: u32,
-    complained: String,
+    last_warning: String,
 }
 
 impl Watchdog {
-    /// Makes the device and takes our `own` address. Needs a tokio runtime.
+    /// Creates the device and claims weir's `own` address. Needs a tokio runtime.
     ///
     /// # Errors
     ///
-    /// When there can be no device.
+    /// When weir cannot create the device or claim the address.
     pub async fn open(own: IpAddr, domain: &Name) -> Result<Self, DeviceError> {
         let mut device = Device::open().await?;
         device.claim(own).await?;
@@ -69,16 +68,21 @@ impl Watchdog {
             device,
             own,
             question: question.unwrap_or_else(|_| domain.clone()),
-            // There was no answer yet.
+            // No address is claimed before the first answer.
             misses: MISSES,
             answered: 0,
             trial: 1,
-            complained: String::new(),
+            last_warning: String::new(),
         })
     }
 
-    /// Keeps the device at what is wanted and answered, until the sender of what is wanted or the device is gone.
-    pub async fn run(mut self, mut wanted: watch::Receiver<Wanted>, standing: watch::Sender<Standing>) {
+    /// Claims and releases addresses until the sender of `wanted` is dropped or the device is gone, and sends the claimed
+    /// ones to `answered`.
+    pub async fn run(
+        mut self,
+        mut wanted: watch::Receiver<Wanted>,
+        answered: watch::Sender<AnsweredAddresses>,
+    ) {
         let mut beat = tokio::time::interval(BEAT);
         loop {
             tokio::select! {
@@ -93,12 +97,12 @@ impl Watchdog {
             self.restore().await;
             let answers = self.answers().await;
             self.note(answers);
-            self.settle(&now).await;
-            standing.send_if_modified(|known| {
-                let mut stands = self.device.claimed().clone();
-                stands.remove(&self.own);
-                let changed = *known != stands;
-                *known = stands;
+            self.update(&now).await;
+            answered.send_if_modified(|known| {
+                let mut claimed = self.device.claimed().clone();
+                claimed.remove(&self.own);
+                let changed = *known != claimed;
+                *known = claimed;
                 changed
             });
         }
@@ -110,23 +114,23 @@ impl Watchdog {
             tracing::warn!(addresses = ?restored, "another program removed routes to `{DEVICE}`; weir added them again");
         }
         if let Err(error) = result {
-            self.complain(&error);
+            self.warn(&error);
         }
         if !self.device.claimed().contains(&self.own)
             && let Err(error) = self.device.claim(self.own).await
         {
-            self.complain(&error);
+            self.warn(&error);
         }
     }
 
-    /// Takes in whether there were answers at every address.
+    /// Counts a round of test queries, which succeeded at every address or failed.
     fn note(&mut self, answers: bool) {
         if answers {
             (self.misses, self.answered) = (0, self.answered.saturating_add(1));
             return;
         }
         (self.misses, self.answered) = (self.misses.saturating_add(1), 0);
-        // Given back just now: it had addresses of the Service.
+        // This miss releases the Service's addresses.
         if self.misses == MISSES && self.device.claimed().len() > 1 {
             self.trial = self.trial.saturating_mul(2).min(LONGEST_TRIAL);
         }
@@ -139,54 +143,55 @@ impl Watchdog {
         join_all(ways).await.into_iter().all(|answers| answers)
     }
 
-    /// Asks on a socket and a connection of its own, because one that is kept tells nothing about what a new client meets.
+    /// Sends a test query on a new socket, because an old connection would not show what a new client gets.
     async fn answers_at(&self, address: IpAddr, way: ConnectionConfig) -> bool {
         let Ok(resolver) = resolver(self.own, address, way) else { return false };
         let lookup = resolver.lookup(self.question.clone(), RecordType::TXT);
         matches!(tokio::time::timeout(PATIENCE, lookup).await, Ok(Ok(_)))
     }
 
-    async fn settle(&mut self, wanted: &Wanted) {
-        let stands = self.device.claimed().len() > 1;
-        let trusted = self.misses < MISSES && (stands || self.answered >= self.trial);
+    /// Claims the wanted addresses if test queries are answered, else releases all but weir's own.
+    async fn update(&mut self, wanted: &Wanted) {
+        let has_claimed = self.device.claimed().len() > 1;
+        let trusted = self.misses < MISSES && (has_claimed || self.answered >= self.trial);
         let addresses = if trusted { wanted.addresses.clone() } else { BTreeSet::new() };
         let others = self.device.claimed().iter().copied().filter(|address| *address != self.own);
         let others: BTreeSet<IpAddr> = others.collect();
         for address in others.difference(&addresses) {
             tracing::warn!(%address, "this node no longer answers DNS queries to this address; they go to the cluster's DNS Service");
             if let Err(error) = self.device.release(*address).await {
-                self.complain(&error);
+                self.warn(&error);
             }
         }
         for address in addresses.difference(&others) {
             match self.device.claim(*address).await {
                 Ok(()) => {
-                    self.complained.clear();
+                    self.last_warning.clear();
                     tracing::info!(%address, "this node answers DNS queries to this address");
                 }
-                Err(error) => self.complain(&error),
+                Err(error) => self.warn(&error),
             }
         }
     }
 
-    /// Says what is wrong, once in a row.
-    fn complain(&mut self, error: &DeviceError) {
+    /// Logs an error, once for each text in a row.
+    fn warn(&mut self, error: &DeviceError) {
         let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
         let text = format!("{error}: {cause}");
-        if text != self.complained {
+        if text != self.last_warning {
             tracing::warn!(error = text, "DNS queries go to the cluster's DNS Service");
-            self.complained = text;
+            self.last_warning = text;
         }
     }
 }
 
-/// A way to ask at one of our addresses, that remembers nothing.
+/// A resolver without a cache that asks one of weir's addresses.
 fn resolver(
     own: IpAddr,
     address: IpAddr,
     mut connection: ConnectionConfig,
 ) -> Result<TokioResolver, NetError> {
-    // From our own address where it is of the same family, so that questions of other clients do not count against these.
+    // From weir's own address if it has the same family, because that address has no rate limit.
     if own.is_ipv4() == address.is_ipv4() {
         connection.bind_addr = Some(SocketAddr::new(own, 0));
     }

@@ -1,4 +1,4 @@
-//! Queries as they come from the wire: good ones, cut-off ones, and ones made to do harm.
+//! Queries as bytes: well-formed, truncated and malicious ones.
 
 use std::{
     net::SocketAddr,
@@ -59,7 +59,7 @@ fn by(protocol: Protocol, message: &Message) -> Option<Message> {
             Some(reply)
         }
         Reply::Silence => None,
-        Reply::Later(pending) => panic!("{} is asked of somebody else", pending.question.name),
+        Reply::Later(pending) => panic!("{} is forwarded", pending.question.name),
     }
 }
 
@@ -68,7 +68,7 @@ fn code(message: &Message) -> ResponseCode {
 }
 
 #[test]
-fn a_good_query_gets_its_question_back_in_its_own_case_and_an_answer() {
+fn a_reply_has_the_question_in_its_own_case_and_an_answer() {
     let reply = by(Protocol::Udp, &query("wEB.ns.svc.cluster.LOCAL.", "A")).unwrap();
     assert_eq!((reply.metadata.id, reply.metadata.message_type), (7, MessageType::Response));
     assert!(
@@ -88,12 +88,12 @@ fn a_query_with_edns_gets_edns_back() {
     assert_eq!(by(Protocol::Udp, &message).unwrap().edns.unwrap().max_payload(), 1232);
     message.edns.as_mut().unwrap().set_version(1);
     let reply = by(Protocol::Udp, &message).unwrap();
-    // The number 16 is BADSIG's too, by which the reader calls it.
+    // The code 16 is BADVERS and BADSIG, and the parser calls it BADSIG.
     assert_eq!((u16::from(reply.metadata.response_code), reply.answers.len()), (16, 0));
 }
 
 #[test]
-fn what_does_not_fit_is_cut_off_and_said_to_be() {
+fn a_reply_without_room_for_all_answers_is_truncated() {
     let mut message = query("db.ns.svc.cluster.local.", "A");
     for (payload, least, most) in
         [(None, 20, 512), (Some(100), 20, 512), (Some(900), 40, 900), (Some(4096), 60, 1232)]
@@ -114,8 +114,8 @@ fn what_does_not_fit_is_cut_off_and_said_to_be() {
 }
 
 #[test]
-fn additional_records_give_way_first() {
-    // Ten targets with their ports fit, their addresses besides do not.
+fn additional_records_are_left_out_first() {
+    // Eight SRV records have room, but not the addresses of their targets.
     let names = names([
         service("db", json!({ "clusterIP": "None", "ports": [{ "name": "sql", "port": 1 }] })),
         slice(
@@ -140,7 +140,7 @@ fn additional_records_give_way_first() {
 }
 
 #[test]
-fn nobody_gets_all_names_at_once() {
+fn zone_transfers_are_refused() {
     for kind in [RecordType::AXFR, RecordType::IXFR] {
         for protocol in [Protocol::Udp, Protocol::Tcp] {
             let reply = by(protocol, &of_kind("cluster.local.", kind)).unwrap();
@@ -155,7 +155,7 @@ fn nobody_gets_all_names_at_once() {
 }
 
 #[test]
-fn other_classes_operations_and_counts_of_questions_get_their_code() {
+fn other_classes_operations_and_numbers_of_questions_get_their_code() {
     for class in [DNSClass::CH, DNSClass::HS, DNSClass::ANY, DNSClass::NONE] {
         let mut message = query("web.ns.svc.cluster.local.", "A");
         message.queries[0].set_query_class(class);
@@ -174,13 +174,13 @@ fn other_classes_operations_and_counts_of_questions_get_their_code() {
 }
 
 #[test]
-fn answers_are_not_answered() {
+fn responses_get_no_reply() {
     let mut message = query("web.ns.svc.cluster.local.", "A");
     message.metadata.message_type = MessageType::Response;
     assert_eq!(by(Protocol::Udp, &message), None);
 }
 
-/// A header with these counts, and something after it.
+/// A header with these counts, and bytes after it.
 fn raw(counts: [u16; 4], rest: &[u8]) -> Vec<u8> {
     let mut bytes = vec![0, 7, 1, 0];
     counts.iter().for_each(|count| bytes.extend(count.to_be_bytes()));
@@ -228,7 +228,7 @@ fn harmful_bytes_get_a_code_or_nothing() {
 }
 
 #[test]
-fn what_the_upstream_says_comes_behind_the_alias_that_led_there() {
+fn the_upstreams_answer_comes_after_the_alias_that_led_to_it() {
     let message = query("out.ns.svc.cluster.local.", "A").to_vec().unwrap();
     let pending = || match replier().reply(&message, from(), Protocol::Udp) {
         Reply::Later(pending) => pending,
@@ -239,14 +239,14 @@ fn what_the_upstream_says_comes_behind_the_alias_that_led_there() {
         60,
         RData::A(std::net::Ipv4Addr::new(192, 0, 2, 1).into()),
     );
-    let said =
+    let answer =
         Answer { answers: vec![address], authentic: true, ..Answer::without_records(ResponseCode::NoError) };
     let reply = |upstream| match pending().reply(upstream) {
         Reply::Now(bytes, _) => Message::from_vec(&bytes).unwrap(),
         other => panic!("{other:?}"),
     };
     assert_eq!(pending().question.name.to_string(), "www.example.com.");
-    let lines: Vec<String> = reply(Some(said)).answers.iter().map(ToString::to_string).collect();
+    let lines: Vec<String> = reply(Some(answer)).answers.iter().map(ToString::to_string).collect();
     assert_eq!(
         lines,
         ["out.ns.svc.cluster.local. 5 IN CNAME www.example.com.", "www.example.com. 60 IN A 192.0.2.1",]
@@ -255,9 +255,9 @@ fn what_the_upstream_says_comes_behind_the_alias_that_led_there() {
     assert_eq!((alone.metadata.response_code, alone.answers.len()), (ResponseCode::NoError, 1));
 }
 
-/// An agent that has just started, before the API server has told it everything.
+/// While an agent starts, before all lists of the API server are complete.
 #[test]
-fn a_name_that_may_be_told_of_later_is_not_denied() {
+fn before_all_lists_are_complete_unknown_names_are_not_denied() {
     let names = Arc::new(RwLock::new(names([Change::Synced(Kind::Service)])));
     let replier = Replier::new(Arc::clone(&names), zone());
     let code = |name| match replier.reply(&query(name, "A").to_vec().unwrap(), from(), Protocol::Udp) {
@@ -266,12 +266,12 @@ fn a_name_that_may_be_told_of_later_is_not_denied() {
         Reply::Silence => panic!("{name} has no answer"),
     };
     assert_eq!(code("web.ns.svc.cluster.local."), Some(ResponseCode::ServFail));
-    assert_eq!(code("www.example.com."), None, "the upstream knows");
+    assert_eq!(code("www.example.com."), None, "it is forwarded");
     names.write().unwrap().apply(&Change::Synced(Kind::EndpointSlice));
     assert_eq!(code("web.ns.svc.cluster.local."), Some(ResponseCode::NXDomain));
 }
 
-/// A query that something happened to on the way.
+/// A query with some bytes changed.
 fn mutated() -> impl Strategy<Value = Vec<u8>> {
     let names = prop_oneof![
         Just("web.ns.svc.cluster.local.".to_owned()),
@@ -299,7 +299,7 @@ fn mutated() -> impl Strategy<Value = Vec<u8>> {
     })
 }
 
-/// A reply is a message, answers this query, and is no longer than it may be.
+/// Checks that a reply can be parsed, has the query's id, and fits into its protocol's limit.
 fn check(replier: &Replier, bytes: &[u8]) {
     for (protocol, most) in [(Protocol::Udp, 1232), (Protocol::Tcp, 65535)] {
         if let Reply::Now(reply, _) = replier.reply(bytes, from(), protocol) {

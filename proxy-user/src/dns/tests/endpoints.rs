@@ -1,4 +1,4 @@
-//! Which endpoints an answer has when they change, and in what order.
+//! Which endpoints are in an answer when endpoints change, and in which order.
 
 use serde_json::{Value, json};
 
@@ -30,7 +30,7 @@ fn addresses(names: &Names, topology: bool, rotation: u32) -> Vec<String> {
 }
 
 #[test]
-fn publish_not_ready_addresses_counts_all() {
+fn publish_not_ready_addresses_includes_all_endpoints() {
     let endpoints = json!([{ "addresses": ["10.1.0.1"], "conditions": { "ready": false } }, { "addresses": ["10.1.0.2"] }]);
     let ready = names([headless(json!({})), slice("a", endpoints.clone())]);
     assert_eq!(addresses(&ready, false, 0), ["10.1.0.2"]);
@@ -53,12 +53,13 @@ fn each_endpoint_is_the_first_in_turn() {
 }
 
 #[test]
-fn whatever_comes_first_and_whatever_goes_the_names_are_those_of_what_is_there() {
+fn names_follow_services_and_slices_in_any_order() {
     let one = || slice("a", json!([{ "addresses": ["10.1.0.1"] }, { "addresses": ["10.1.0.2"] }]));
     let other = || slice("b", json!([{ "addresses": ["10.1.0.2"] }, { "addresses": ["10.1.0.3"] }]));
     let mut known = names([one(), other(), headless(json!({}))]);
     assert_eq!(addresses(&known, false, 0), ["10.1.0.1", "10.1.0.2", "10.1.0.3"]);
-    let pointer = |names: &Names, ip: &str| said(names, &format!("{ip}.1.10.in-addr.arpa."), "PTR").join(" ");
+    let pointer =
+        |names: &Names, ip: &str| lines(names, &format!("{ip}.1.10.in-addr.arpa."), "PTR").join(" ");
     assert!(pointer(&known, "2.0").contains("10-1-0-2.db.ns.svc"));
     known.apply(&Change::Delete(Kind::EndpointSlice, named("a")));
     assert_eq!(addresses(&known, false, 0), ["10.1.0.2", "10.1.0.3"]);
@@ -69,12 +70,12 @@ fn whatever_comes_first_and_whatever_goes_the_names_are_those_of_what_is_there()
     assert_eq!(pointer(&known, "2.0"), "elsewhere", "it is no longer headless");
     known.apply(&Change::Delete(Kind::Service, named("db")));
     known.apply(&Change::Delete(Kind::EndpointSlice, named("b")));
-    assert_eq!(said(&known, "db.ns.svc.cluster.local.", "A"), ["NXDOMAIN"]);
+    assert_eq!(lines(&known, "db.ns.svc.cluster.local.", "A"), ["NXDOMAIN"]);
     assert!(!known.has_namespace("ns") && known.get("ns/db").is_none());
 }
 
 #[test]
-fn near_endpoints_come_alone_where_the_service_and_the_operator_ask_for_that() {
+fn answers_have_near_endpoints_only_if_the_service_and_the_operator_ask_for_it() {
     let zone = json!({ "metadata": { "name": "node-a", "labels": { "topology.kubernetes.io/zone": "z1" } } });
     let endpoints = || {
         slice(
@@ -93,7 +94,7 @@ fn near_endpoints_come_alone_where_the_service_and_the_operator_ask_for_that() {
     assert_eq!(addresses(&with("PreferClose", None), true, 0), ["10.1.0.2", "10.1.0.3"]);
     assert_eq!(addresses(&with("PreferSameZone", None), true, 0), ["10.1.0.2", "10.1.0.3"]);
     assert_eq!(addresses(&with("PreferSameNode", None), true, 0), ["10.1.0.3"]);
-    assert_eq!(addresses(&with("PreferSameNode", None), false, 0).len(), 3, "nobody turned it on");
+    assert_eq!(addresses(&with("PreferSameNode", None), false, 0).len(), 3, "--dns-topology is off");
     let far = slice("a", json!([{ "addresses": ["10.1.0.1"], "zone": "z2" }]));
     assert_eq!(addresses(&with("PreferClose", Some(far)), true, 0), ["10.1.0.1"], "far is better than none");
 }
@@ -105,7 +106,7 @@ fn endpoints_of_a_service_with_a_cluster_ip_have_names_of_their_own_too() {
         slice("a", json!([{ "addresses": ["10.1.0.1"], "hostname": "x" }])),
     ]);
     assert_eq!(
-        said(&names, "x.db.ns.svc.cluster.local.", "A"),
+        lines(&names, "x.db.ns.svc.cluster.local.", "A"),
         ["x.db.ns.svc.cluster.local. 5 IN A 10.1.0.1"]
     );
 }

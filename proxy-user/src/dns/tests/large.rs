@@ -1,4 +1,4 @@
-//! Replies with more records than there is room for.
+//! Replies with more records than a message has room for.
 
 use std::{
     net::SocketAddr,
@@ -26,13 +26,13 @@ const WHOLE: &str = "db.ns.svc.cluster.local.";
 const PORT: &str = "_sql._tcp.db.ns.svc.cluster.local.";
 const ALIAS: &str = "alias.ns.svc.cluster.local.";
 
-/// A headless Service with so many endpoints, and an alias of it.
+/// Names of a headless Service with this number of endpoints, and of an alias of it.
 fn replier(endpoints: u16) -> Replier {
     let addresses: Vec<Value> = (0..endpoints)
         .map(|number| json!({ "addresses": [format!("10.1.{}.{}", number >> 8, number & 255)] }))
         .collect();
     let ports = json!([{ "name": "sql", "port": 1 }]);
-    // No slice has more than a thousand.
+    // A slice has at most 1000 endpoints.
     let slices: Vec<Change> = addresses
         .chunks(1000)
         .enumerate()
@@ -88,7 +88,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn a_reply_is_whole_or_says_that_it_is_not(
+    fn a_reply_is_complete_or_truncated(
         endpoints in prop_oneof![0..40_u16, 0..6000_u16],
         name in prop::sample::select(vec![WHOLE, PORT, ALIAS]),
         kind in prop::sample::select(vec![RecordType::A, RecordType::AAAA, RecordType::SRV]),
@@ -102,11 +102,11 @@ proptest! {
             (_, Some(payload)) => payload.clamp(512, 1232),
         };
         prop_assert!(bytes.len() <= usize::from(most), "{} bytes", bytes.len());
-        let reply = Message::from_vec(&bytes).expect("what is sent can be read");
+        let reply = Message::from_vec(&bytes).expect("the reply can be parsed");
         let of_kind = reply.answers.iter().filter(|record| record.record_type() == kind).count();
         let all = if kind == RecordType::AAAA { 0 } else { usize::from(endpoints) };
         prop_assert_eq!(reply.metadata.truncation, of_kind < all);
-        // What is cut off would not have fitted.
+        // Another record would not have fitted.
         prop_assert!(of_kind == all || bytes.len() + 255 > usize::from(most), "{} bytes", bytes.len());
         prop_assert_eq!(reply.edns.is_some(), payload.is_some());
     }

@@ -1,4 +1,4 @@
-//! What names are answered with.
+//! The answers to names.
 
 mod bytes;
 mod endpoints;
@@ -16,12 +16,12 @@ use super::names::Names;
 use super::{Answer, Query, Resolution, Zone, answer};
 use crate::model::Change;
 
-/// The zone of the tests, with everything that is optional.
+/// The zone of the tests.
 fn zone() -> Zone {
     Zone { domain: Name::from_ascii("cluster.local.").unwrap(), ttl: 5, pods: true, topology: false }
 }
 
-/// Names made of these changes, for the node `node-a`.
+/// Names of the node `node-a` after these changes.
 fn names(changes: impl IntoIterator<Item = Change>) -> Names {
     let mut names = Names::new("node-a");
     changes.into_iter().for_each(|change| names.apply(&change));
@@ -52,8 +52,8 @@ fn sorted(records: &[Record]) -> Vec<String> {
     lines
 }
 
-/// The answers to a question as text, sorted; `NODATA`, `NXDOMAIN` or `elsewhere` where there are none.
-fn said(names: &Names, name: &str, kind: &str) -> Vec<String> {
+/// The answers to a question as text, sorted; `NODATA`, `NXDOMAIN` or `elsewhere` if there are none.
+fn lines(names: &Names, name: &str, kind: &str) -> Vec<String> {
     match resolve(names, name, kind) {
         Resolution::Answer(answer) if answer.answers.is_empty() => {
             assert_eq!(answer.authorities.len(), 1, "{name} {kind} has no SOA");

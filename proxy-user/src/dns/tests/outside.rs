@@ -1,4 +1,4 @@
-//! Names that are not the cluster's: what the upstream is asked, and what of its answers the client gets.
+//! Forwarded names: which question the upstream gets, and which records of its answers the client gets.
 
 use std::{
     net::SocketAddr,
@@ -23,7 +23,7 @@ use tokio::{
 };
 
 use super::{
-    super::{Forwarder, Origin, Replier, Reply, UnderWay},
+    super::{Forwarder, InFlight, Origin, Replier, Reply},
     *,
 };
 use crate::model::Kind;
@@ -31,7 +31,7 @@ use crate::model::Kind;
 const DEADLINE: Duration = Duration::from_secs(20);
 const WWW: &str = "www.example.";
 
-/// A node's answers, and one server that it asks.
+/// A responder, and the one server of its upstream.
 struct Node {
     replier: Replier,
     forwarder: Forwarder,
@@ -43,7 +43,7 @@ impl Node {
         let names = names([Change::Synced(Kind::Service), Change::Synced(Kind::EndpointSlice)]);
         let node = Self {
             replier: Replier::new(Arc::new(RwLock::new(names)), zone()),
-            forwarder: Forwarder::new(zone().domain, UnderWay::new(100, 100, Counter::default())),
+            forwarder: Forwarder::new(zone().domain, InFlight::new(100, 100, Counter::default())),
             upstream: UdpSocket::bind("127.0.0.1:0").await.unwrap(),
         };
         node.forwarder.set_servers(Origin::Service, &[node.address()]);
@@ -58,9 +58,9 @@ impl Node {
         let client: SocketAddr = "10.244.0.9:4321".parse().unwrap();
         let reply = match self.replier.reply(&query.to_vec().unwrap(), client, Protocol::Tcp) {
             Reply::Later(pending) => {
-                let said =
+                let answer =
                     timeout(DEADLINE, self.forwarder.ask(&pending.question, client.ip())).await.unwrap();
-                pending.reply(said)
+                pending.reply(answer)
             }
             other => panic!("{other:?}"),
         };
@@ -71,17 +71,17 @@ impl Node {
     }
 
     /// The next question that the server gets.
-    async fn asked(&self) -> (Message, SocketAddr) {
+    async fn question(&self) -> (Message, SocketAddr) {
         let mut bytes = [0; 1500];
         let (len, from) = timeout(DEADLINE, self.upstream.recv_from(&mut bytes)).await.unwrap().unwrap();
         (Message::from_vec(&bytes[..len]).unwrap(), from)
     }
 
-    /// Asks, and lets the server answer once. Gives back what the server was asked too.
+    /// Sends a query and lets the server answer once. Returns the question that the server got, and the reply.
     async fn ask_through(&self, query: &Message, answer: impl FnOnce(&mut Message)) -> (Message, Message) {
         let answers = async {
-            let (asked, from) = self.asked().await;
-            let mut message = said(&asked);
+            let (asked, from) = self.question().await;
+            let mut message = response(&asked);
             answer(&mut message);
             self.upstream.send_to(&message.to_vec().unwrap(), from).await.unwrap();
             asked
@@ -89,13 +89,13 @@ impl Node {
         tokio::join!(answers, self.ask(query))
     }
 
-    /// Whether the server was asked, and has not answered yet.
+    /// Whether the server has a question that it has not answered yet.
     fn was_asked(&self) -> bool {
         self.upstream.try_recv(&mut [0; 1500]).is_ok()
     }
 }
 
-fn said(asked: &Message) -> Message {
+fn response(asked: &Message) -> Message {
     let mut message = asked.clone();
     message.metadata.message_type = MessageType::Response;
     message.metadata.authentic_data = false;
@@ -135,7 +135,7 @@ fn alias(from: &str, to: &str) -> Record {
 }
 
 #[tokio::test]
-async fn bits_of_a_query_reach_the_upstream_and_those_of_its_answer_the_client() {
+async fn bits_of_a_query_reach_the_upstream_and_bits_of_its_response_reach_the_client() {
     let node = Node::new().await;
     let plain = query(WWW, RecordType::A);
     let mut validating = plain.clone();
@@ -160,7 +160,7 @@ async fn bits_of_a_query_reach_the_upstream_and_those_of_its_answer_the_client()
     assert!(reply.edns.unwrap().flags().dnssec_ok);
     assert_eq!(reply.answers, [address(WWW), signature(WWW, RecordType::A)]);
 
-    // Another client did not ask for that, and its answer is another one.
+    // Another client sets no bits and gets another answer.
     let (asked, reply) = node.ask_through(&plain, |message| message.insert_answers(vec![address(WWW)])).await;
     assert!(!asked.metadata.authentic_data && !asked.metadata.checking_disabled && asked.edns.is_none());
     assert!(!reply.metadata.authentic_data && reply.edns.is_none());
@@ -171,11 +171,11 @@ async fn bits_of_a_query_reach_the_upstream_and_those_of_its_answer_the_client()
         assert_eq!(again.answers, before.answers);
         assert_eq!(again.metadata, before.metadata);
     }
-    assert!(!node.was_asked(), "both are remembered");
+    assert!(!node.was_asked(), "both answers are cached");
 }
 
 #[tokio::test]
-async fn why_there_is_nothing_of_a_type_is_told_behind_the_aliases_that_led_there() {
+async fn a_negative_answer_behind_aliases_has_its_soa_and_denials() {
     let node = Node::new().await;
     let mut question = query(WWW, RecordType::AAAA);
     question.edns.insert(Edns::new()).set_dnssec_ok(true);
@@ -196,11 +196,11 @@ async fn why_there_is_nothing_of_a_type_is_told_behind_the_aliases_that_led_ther
     assert_eq!((&reply.answers, &reply.authorities), (&answers, &authorities));
     let again = node.ask(&question).await;
     assert_eq!((&again.answers, &again.authorities), (&answers, &authorities));
-    assert!(!node.was_asked(), "it is remembered");
+    assert!(!node.was_asked(), "the answer is cached");
 }
 
 #[tokio::test]
-async fn what_a_dname_says_comes_with_the_alias_made_of_it() {
+async fn a_dname_comes_with_the_alias_made_of_it() {
     let node = Node::new().await;
     let dname = Record::from_rdata(
         name("example."),
@@ -215,7 +215,7 @@ async fn what_a_dname_says_comes_with_the_alias_made_of_it() {
 }
 
 #[tokio::test]
-async fn nothing_that_the_upstream_says_of_the_clusters_own_names_is_believed() {
+async fn records_of_the_upstream_about_cluster_names_are_dropped() {
     let node = Node::new().await;
     let own = "web.ns.svc.cluster.local.";
     let (_, reply) = node
@@ -228,7 +228,7 @@ async fn nothing_that_the_upstream_says_of_the_clusters_own_names_is_believed() 
 }
 
 #[tokio::test]
-async fn a_code_that_the_upstream_answers_with_is_passed_on_and_not_remembered() {
+async fn response_codes_of_the_upstream_are_passed_on_and_not_cached() {
     let node = Node::new().await;
     for code in [ResponseCode::NotImp, ResponseCode::Refused, ResponseCode::ServFail, ResponseCode::FormErr] {
         let (_, reply) = node
@@ -239,14 +239,14 @@ async fn a_code_that_the_upstream_answers_with_is_passed_on_and_not_remembered()
 }
 
 #[tokio::test]
-async fn an_upstream_that_takes_three_seconds_is_waited_for() {
+async fn weir_waits_for_an_upstream_that_takes_three_seconds() {
     let node = Node::new().await;
     let question = query(WWW, RecordType::A);
     let answers = async {
-        let (asked, from) = node.asked().await;
-        // As long as this server takes, which is what the test is about.
+        let (asked, from) = node.question().await;
+        // The server's slowness, which this test is about.
         tokio::time::sleep(Duration::from_secs(3)).await;
-        let mut message = said(&asked);
+        let mut message = response(&asked);
         message.add_answer(address(WWW));
         node.upstream.send_to(&message.to_vec().unwrap(), from).await.unwrap();
     };
@@ -255,7 +255,7 @@ async fn an_upstream_that_takes_three_seconds_is_waited_for() {
 }
 
 #[tokio::test]
-async fn what_is_remembered_stays_when_an_endpoint_of_the_service_changes() {
+async fn the_cache_stays_when_an_endpoint_of_the_service_changes() {
     let node = Node::new().await;
     let question = query(WWW, RecordType::A);
     let answers = |message: &mut Message| message.insert_answers(vec![address(WWW)]);
@@ -267,18 +267,18 @@ async fn what_is_remembered_stays_when_an_endpoint_of_the_service_changes() {
         assert_eq!(reply.answers, [address(WWW)], "upstream: {servers:?}");
     }
     assert!(!node.was_asked());
-    // Other servers than the cluster's may know other names.
+    // Servers of another origin may know other names.
     node.forwarder.set_servers(Origin::Node, &[node.address()]);
     let (asked, _) = node.ask_through(&question, answers).await;
     assert_eq!(asked.queries, question.queries);
 }
 
 #[tokio::test]
-async fn a_server_that_refuses_is_followed_by_the_next() {
+async fn after_a_server_that_refuses_the_next_one_is_asked() {
     let node = Node::new().await;
     let gone = UdpSocket::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     node.forwarder.set_servers(Origin::Service, &[gone, node.address()]);
-    // Each of them is the first in turn.
+    // Each server is the first in turn.
     for host in ["a.example.", "b.example.", "c.example."] {
         let (_, reply) = node
             .ask_through(&query(host, RecordType::A), |message| message.insert_answers(vec![address(host)]))
@@ -288,13 +288,13 @@ async fn a_server_that_refuses_is_followed_by_the_next() {
 }
 
 #[tokio::test]
-async fn clients_that_ask_the_same_at_a_time_have_it_asked_once() {
+async fn the_same_question_of_several_clients_is_forwarded_once() {
     let node = Node::new().await;
     let question = query(WWW, RecordType::A);
     let answers = async {
-        let (asked, from) = node.asked().await;
+        let (asked, from) = node.question().await;
         assert!(!node.was_asked(), "all clients have asked by now");
-        let mut message = said(&asked);
+        let mut message = response(&asked);
         message.add_answer(address(WWW));
         node.upstream.send_to(&message.to_vec().unwrap(), from).await.unwrap();
     };
@@ -305,7 +305,7 @@ async fn clients_that_ask_the_same_at_a_time_have_it_asked_once() {
 }
 
 #[tokio::test]
-async fn what_is_too_long_for_a_datagram_is_asked_by_tcp() {
+async fn a_truncated_response_is_asked_for_again_by_tcp() {
     let node = Node::new().await;
     let listener = TcpListener::bind(node.address()).await.unwrap();
     let all: Vec<Record> = (0..600_u16)
@@ -318,7 +318,7 @@ async fn what_is_too_long_for_a_datagram_is_asked_by_tcp() {
         let (mut stream, _) = listener.accept().await.unwrap();
         let mut bytes = vec![0; stream.read_u16().await.unwrap().into()];
         stream.read_exact(&mut bytes).await.unwrap();
-        let mut message = said(&Message::from_vec(&bytes).unwrap());
+        let mut message = response(&Message::from_vec(&bytes).unwrap());
         message.insert_answers(all.clone());
         let bytes = message.to_vec().unwrap();
         stream.write_u16(bytes.len().try_into().unwrap()).await.unwrap();
@@ -328,6 +328,6 @@ async fn what_is_too_long_for_a_datagram_is_asked_by_tcp() {
     let by_udp = node.ask_through(&question, |message| message.metadata.truncation = true);
     let ((), (_, reply)) = tokio::join!(by_tcp, by_udp);
     assert_eq!(reply.answers, all);
-    assert_eq!(node.ask(&question).await.answers.len(), 600, "it is remembered");
+    assert_eq!(node.ask(&question).await.answers.len(), 600, "the answer is cached");
     assert!(!node.was_asked());
 }

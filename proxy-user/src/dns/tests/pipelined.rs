@@ -1,4 +1,4 @@
-//! Several queries on one connection, of which the first waits for the upstream.
+//! Several queries on one connection while the first waits for the upstream.
 
 use std::{
     net::SocketAddr,
@@ -20,7 +20,7 @@ use tokio::{
 };
 
 use super::{
-    super::{Counters, Forwarder, Limits, Origin, Replier, Responder, UnderWay, connections},
+    super::{Counters, Forwarder, InFlight, Limits, Origin, Replier, Responder, connections},
     *,
 };
 use crate::{fixture::service, model::Kind, places::Places};
@@ -33,7 +33,7 @@ fn responder(upstream: SocketAddr) -> Arc<Responder> {
         Change::Synced(Kind::Service),
         Change::Synced(Kind::EndpointSlice),
     ]);
-    let forwarder = Forwarder::new(zone().domain, UnderWay::new(100, 100, Counter::default()));
+    let forwarder = Forwarder::new(zone().domain, InFlight::new(100, 100, Counter::default()));
     forwarder.set_servers(Origin::Given, &[upstream]);
     Arc::new(Responder {
         replier: Replier::new(Arc::new(RwLock::new(names)), zone()),
@@ -58,7 +58,7 @@ async fn read(stream: &mut TcpStream) -> Message {
     Message::from_vec(&bytes).unwrap()
 }
 
-/// Answers the question with an empty answer, as a server does that knows the name and nothing of the type.
+/// Answers the question without records, as a server does if the name has none of the type.
 async fn answer(upstream: &UdpSocket) {
     let mut bytes = [0; 512];
     let (len, from) = timeout(DEADLINE, upstream.recv_from(&mut bytes)).await.unwrap().unwrap();
@@ -68,7 +68,7 @@ async fn answer(upstream: &UdpSocket) {
 }
 
 #[tokio::test]
-async fn a_query_that_waits_for_the_upstream_holds_up_none_behind_it() {
+async fn a_query_that_waits_for_the_upstream_delays_no_later_query() {
     let upstream = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let to = listener.local_addr().unwrap();
@@ -80,7 +80,11 @@ async fn a_query_that_waits_for_the_upstream_holds_up_none_behind_it() {
     assert_eq!((first.metadata.id, first.answers.len()), (2, 1), "the upstream has not answered");
     stream.shutdown().await.unwrap();
     answer(&upstream).await;
-    assert_eq!(read(&mut stream).await.metadata.id, 1, "also to a client that sends no more");
+    assert_eq!(
+        read(&mut stream).await.metadata.id,
+        1,
+        "the reply also goes to a client that has closed its side"
+    );
     server.abort();
 }
 
@@ -89,12 +93,12 @@ fn prefixed(bytes: &[u8]) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn a_message_that_is_no_query_takes_no_reply_away() {
+async fn after_a_malformed_message_all_replies_still_come() {
     let upstream = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let to = listener.local_addr().unwrap();
     let server = tokio::spawn(connections(responder(upstream.local_addr().unwrap()), listener));
-    // Half a header; a reply; a question that points to itself; and what has not even a number to be answered by.
+    // Half a header; a response; a question that points to itself; and bytes that are too short for an id.
     let mut reply = Message::new(8, MessageType::Response, OpCode::Query).to_vec().unwrap();
     reply.extend([1, 2, 3]);
     let endless = [&[0, 9, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0][..], &[0xc0, 12, 0, 1, 0, 1]].concat();
@@ -107,7 +111,7 @@ async fn a_message_that_is_no_query_takes_no_reply_away() {
             prefixed(&endless),
             framed(2, "web.ns.svc.cluster.local."),
             prefixed(last),
-            // Never read: the connection is at its end.
+            // weir does not read these, because it closes the connection.
             framed(3, "web.ns.svc.cluster.local.").repeat(100),
         ];
         stream.write_all(&queries.concat()).await.unwrap();
@@ -117,11 +121,11 @@ async fn a_message_that_is_no_query_takes_no_reply_away() {
             (9, ResponseCode::FormErr),
             (2, ResponseCode::NoError),
         ] {
-            let said = read(&mut stream).await;
-            assert_eq!((said.metadata.id, said.metadata.response_code), (id, code));
+            let reply = read(&mut stream).await;
+            assert_eq!((reply.metadata.id, reply.metadata.response_code), (id, code));
         }
         answer(&upstream).await;
-        assert_eq!(read(&mut stream).await.metadata.id, 1, "it was asked before");
+        assert_eq!(read(&mut stream).await.metadata.id, 1, "the query came before the malformed messages");
         let end = timeout(DEADLINE, stream.read(&mut [0; 1])).await.unwrap();
         assert_eq!(end.unwrap(), 0, "the connection is not reset");
     }
@@ -129,7 +133,7 @@ async fn a_message_that_is_no_query_takes_no_reply_away() {
 }
 
 #[tokio::test]
-async fn the_clusters_names_are_answered_behind_as_many_slow_ones_as_a_client_may_ask() {
+async fn cluster_names_are_answered_behind_as_many_slow_questions_as_a_client_may_ask() {
     let upstream = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let to = listener.local_addr().unwrap();

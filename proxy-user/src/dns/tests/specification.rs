@@ -1,4 +1,4 @@
-//! The records of the Kubernetes DNS specification 1.1, section by section; names in the tests are its own sections.
+//! The records of the Kubernetes DNS specification 1.1. The number in a test's name is the specification's section.
 
 use serde_json::json;
 
@@ -54,11 +54,11 @@ fn cluster() -> Names {
     ])
 }
 
-/// Each line is a question and what it is answered with.
+/// Each line is a name, a type and the expected answers.
 fn check(table: &[(&str, &str, &[&str])]) {
     let names = cluster();
     for (name, kind, wanted) in table {
-        assert_eq!(said(&names, name, kind), *wanted, "{name} {kind}");
+        assert_eq!(lines(&names, name, kind), *wanted, "{name} {kind}");
     }
 }
 
@@ -97,7 +97,7 @@ fn s2_3_2_ports_of_a_service_with_cluster_ips() {
             &["_dns._udp.web.ns.svc.cluster.local. 5 IN SRV 0 50 53 web.ns.svc.cluster.local."],
         ),
         ("_http._udp.web.ns.svc.cluster.local.", "SRV", &["NXDOMAIN"]),
-        // A resolver that asks label by label, from above, would take NXDOMAIN for all that is below (RFC 8020).
+        // After NXDOMAIN a resolver would assume that no name below exists either (RFC 8020).
         ("_tcp.web.ns.svc.cluster.local.", "A", &["NODATA"]),
         ("_udp.web.ns.svc.cluster.local.", "NS", &["NODATA"]),
         ("_sctp.web.ns.svc.cluster.local.", "A", &["NXDOMAIN"]),
@@ -173,7 +173,7 @@ fn s2_4_1_addresses_of_a_headless_service() {
             "AAAA",
             &["fd00-10--0.db.ns.svc.cluster.local. 5 IN AAAA fd00:10::"],
         ),
-        // One that has a host name has no other.
+        // An endpoint with a host name has no name made of its address.
         ("10-244-0-1.db.ns.svc.cluster.local.", "A", &["NXDOMAIN"]),
         ("db-2.db.ns.svc.cluster.local.", "A", &["NXDOMAIN"]),
         // "When there are no ready endpoints … the answer should be NXDOMAIN."
@@ -228,7 +228,7 @@ fn s2_5_external_names_are_aliases() {
     assert_eq!(
         (lost.code, lost.answers.len()),
         (ResponseCode::NXDomain, 1),
-        "the alias is there, its target is not"
+        "the alias exists, its target does not"
     );
     let half = answered(&cluster(), "half.ns.svc.cluster.local.", "AAAA");
     let types: Vec<RecordType> =
@@ -236,14 +236,14 @@ fn s2_5_external_names_are_aliases() {
     assert_eq!(
         (half.code, types),
         (ResponseCode::NoError, vec![RecordType::CNAME, RecordType::SOA]),
-        "the target has nothing of the type"
+        "the target has no record of the type"
     );
     let circle = answered(&cluster(), "self.ns.svc.cluster.local.", "A");
     assert_eq!((circle.code, circle.answers.len()), (ResponseCode::NoError, 8));
 }
 
 #[test]
-fn names_with_names_below_them_are_there_and_have_nothing() {
+fn names_that_only_have_names_below_them_exist_without_records() {
     for name in [
         "cluster.local.",
         "svc.cluster.local.",
@@ -275,7 +275,7 @@ fn the_domain_names_its_server() {
 }
 
 #[test]
-fn pods_have_names_where_that_is_asked_for() {
+fn pods_have_names_if_the_zone_says_so() {
     check(&[
         ("10-244-0-9.ns.pod.cluster.local.", "A", &["10-244-0-9.ns.pod.cluster.local. 5 IN A 10.244.0.9"]),
         ("10-244-0-9.ns.pod.cluster.local.", "AAAA", &["NODATA"]),
@@ -288,7 +288,7 @@ fn pods_have_names_where_that_is_asked_for() {
 }
 
 #[test]
-fn whoever_asks_for_anything_is_told_that_this_is_not_done() {
+fn any_queries_get_hinfo() {
     check(&[
         ("web.ns.svc.cluster.local.", "ANY", &["web.ns.svc.cluster.local. 3600 IN HINFO RFC8482 "]),
         ("no.ns.svc.cluster.local.", "ANY", &["NXDOMAIN"]),
@@ -296,7 +296,7 @@ fn whoever_asks_for_anything_is_told_that_this_is_not_done() {
 }
 
 #[test]
-fn names_of_others_are_for_others() {
+fn names_outside_the_domain_are_elsewhere() {
     check(&[
         ("www.example.com.", "A", &["elsewhere"]),
         ("web.ns.svc.cluster.local.example.com.", "A", &["elsewhere"]),
@@ -305,6 +305,6 @@ fn names_of_others_are_for_others() {
 }
 
 #[test]
-fn the_case_of_the_question_is_the_case_of_the_answer() {
+fn an_answer_has_the_case_of_its_question() {
     check(&[("wEb.NS.svc.Cluster.LOCAL.", "A", &["wEb.NS.svc.Cluster.LOCAL. 5 IN A 10.0.0.1"])]);
 }

@@ -1,7 +1,7 @@
-//! Answers of the upstream that still hold.
+//! A cache of the upstream's answers.
 //!
-//! In: questions with their answers. Out: the answers, for as long as the upstream said. An answer is kept as the bytes of
-//! a message, so that what all of them take is known and bounded, however long those are that a pod asks for.
+//! In: questions with their answers. Out: the answers, for their TTL. An answer is stored as the bytes of a message, so the
+//! cache knows and limits its size, however long the answers are that a pod asks for.
 
 use std::{
     fmt,
@@ -12,21 +12,21 @@ use std::{
 use hickory_proto::op::{Message, OpCode};
 use moka::{Expiry, sync::Cache};
 
-use super::{answer::Answer, believed::lifetime, upstream::Outside};
+use super::{answer::Answer, relevant::lifetime, upstream::UpstreamQuestion};
 
-/// Bytes of answers, at most: some 50,000 of the usual ones.
+/// The size of the cache, for about 50,000 usual answers.
 const MOST_BYTES: u64 = 16 << 20;
-/// What an answer takes besides its message, roughly: the question, and the cache's own.
+/// The approximate size of an entry without its message, in bytes.
 const EACH: usize = 256;
-/// What is remembered longer than this may have changed.
+/// The longest lifetime of an entry, whatever its TTL.
 const LONGEST: Duration = Duration::from_secs(300);
 
-/// The answers. A clone is the same memory.
+/// The answers. Clones share them.
 #[derive(Clone)]
-pub(super) struct Remembered(Cache<Outside, Kept>);
+pub(super) struct AnswerCache(Cache<UpstreamQuestion, CachedAnswer>);
 
 #[derive(Clone)]
-struct Kept {
+struct CachedAnswer {
     message: Arc<[u8]>,
     since: Instant,
     lifetime: Duration,
@@ -34,15 +34,15 @@ struct Kept {
 
 struct Lifetime;
 
-impl Expiry<Outside, Kept> for Lifetime {
-    fn expire_after_create(&self, _: &Outside, kept: &Kept, _: Instant) -> Option<Duration> {
+impl Expiry<UpstreamQuestion, CachedAnswer> for Lifetime {
+    fn expire_after_create(&self, _: &UpstreamQuestion, kept: &CachedAnswer, _: Instant) -> Option<Duration> {
         Some(kept.lifetime)
     }
 
     fn expire_after_update(
         &self,
-        _: &Outside,
-        kept: &Kept,
+        _: &UpstreamQuestion,
+        kept: &CachedAnswer,
         _: Instant,
         _: Option<Duration>,
     ) -> Option<Duration> {
@@ -50,11 +50,11 @@ impl Expiry<Outside, Kept> for Lifetime {
     }
 }
 
-impl Default for Remembered {
+impl Default for AnswerCache {
     fn default() -> Self {
         let cache = Cache::builder()
             .max_capacity(MOST_BYTES)
-            .weigher(|question: &Outside, kept: &Kept| {
+            .weigher(|question: &UpstreamQuestion, kept: &CachedAnswer| {
                 u32::try_from(EACH + question.name.len() + kept.message.len()).unwrap_or(u32::MAX)
             })
             .expire_after(Lifetime);
@@ -62,15 +62,15 @@ impl Default for Remembered {
     }
 }
 
-impl fmt::Debug for Remembered {
+impl fmt::Debug for AnswerCache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Remembered").field("answers", &self.0.entry_count()).finish()
+        f.debug_struct("AnswerCache").field("answers", &self.0.entry_count()).finish()
     }
 }
 
-impl Remembered {
-    /// Remembers an answer, if it says for how long it holds.
-    pub(super) fn insert(&self, question: Outside, answer: &Answer) {
+impl AnswerCache {
+    /// Stores an answer, if it has a TTL.
+    pub(super) fn insert(&self, question: UpstreamQuestion, answer: &Answer) {
         let Some(seconds) = lifetime(question.kind, answer).filter(|seconds| *seconds > 0) else { return };
         let mut message = Message::response(0, OpCode::Query);
         message.metadata.response_code = answer.code;
@@ -78,16 +78,16 @@ impl Remembered {
         message.insert_answers(answer.answers.clone());
         message.insert_authorities(answer.authorities.clone());
         let Ok(bytes) = message.to_vec() else { return };
-        // One that only just fitted into a message may be longer in other words.
+        // An answer that just fitted into a message may be longer when it is encoded again.
         if !Message::from_vec(&bytes).is_ok_and(|message| !message.metadata.truncation) {
             return;
         }
         let lifetime = Duration::from_secs(seconds.into()).min(LONGEST);
-        self.0.insert(question, Kept { message: bytes.into(), since: Instant::now(), lifetime });
+        self.0.insert(question, CachedAnswer { message: bytes.into(), since: Instant::now(), lifetime });
     }
 
-    /// The answer to a question, as old as it is by now.
-    pub(super) fn get(&self, question: &Outside) -> Option<Answer> {
+    /// The answer to a question, with TTLs reduced by its age.
+    pub(super) fn get(&self, question: &UpstreamQuestion) -> Option<Answer> {
         let kept = self.0.get(question)?;
         let message = Message::from_vec(&kept.message).ok()?;
         let age = u32::try_from(kept.since.elapsed().as_secs()).unwrap_or(u32::MAX);

@@ -1,21 +1,20 @@
-//! What of an upstream's message is an answer to the question.
+//! Keeps those records of an upstream's response that answer the question.
 //!
-//! In: the question and the message. Out: an [`Answer`] with the records about the name that was asked for and those that
-//! its aliases lead to, the signatures of these, and why there is nothing more. Nothing about the cluster's own names is
-//! believed.
+//! In: the question and the response. Out: an [`Answer`] with the records of the name and of its aliases' targets, their
+//! signatures, and the SOA and denials. Records about the cluster's own names are dropped.
 
 use hickory_proto::{
     op::{Message, ResponseCode},
     rr::{Name, RData, Record, RecordType},
 };
 
-use super::{answer::Answer, question, upstream::Outside};
+use super::{answer::Answer, question, upstream::UpstreamQuestion};
 
-/// The answer that a message is.
-pub(super) fn believed(question: &Outside, said: Message, domain: &Name) -> Answer {
-    let owners = owners(question, &said.answers, domain);
+/// The records of a response that belong to the question.
+pub(super) fn relevant(question: &UpstreamQuestion, response: Message, domain: &Name) -> Answer {
+    let owners = owners(question, &response.answers, domain);
     let concerns = |record: &Record| match record.record_type() {
-        // It says of all names below its own where they lead.
+        // A DNAME redirects all names below its own.
         RecordType::DNAME => is_above(&record.name, &owners, domain),
         RecordType::RRSIG => {
             owners.contains(&record.name) || (covers_dname(record) && is_above(&record.name, &owners, domain))
@@ -31,15 +30,15 @@ pub(super) fn believed(question: &Outside, said: Message, domain: &Name) -> Answ
         _ => false,
     };
     Answer {
-        authentic: said.metadata.authentic_data,
-        answers: said.answers.into_iter().filter(concerns).collect(),
-        authorities: said.authorities.into_iter().filter(explains).collect(),
-        ..Answer::without_records(said.metadata.response_code)
+        authentic: response.metadata.authentic_data,
+        answers: response.answers.into_iter().filter(concerns).collect(),
+        authorities: response.authorities.into_iter().filter(explains).collect(),
+        ..Answer::without_records(response.metadata.response_code)
     }
 }
 
-/// The name asked for, and those that its aliases lead to, none of them the cluster's.
-fn owners(question: &Outside, answers: &[Record], domain: &Name) -> Vec<Name> {
+/// The question's name and its aliases' targets, without the cluster's own names.
+fn owners(question: &UpstreamQuestion, answers: &[Record], domain: &Name) -> Vec<Name> {
     let mut owners = vec![question.name.clone()];
     if is_ours(&question.name, domain) {
         owners.clear();
@@ -71,7 +70,7 @@ fn is_above(name: &Name, owners: &[Name], domain: &Name) -> bool {
     owners.iter().any(|owner| name.zone_of(owner)) && !name.zone_of(domain) && !is_ours(name, domain)
 }
 
-/// Whether a signature, of which only the bytes are known here, is one of a DNAME.
+/// Whether a signature covers a DNAME. hickory gives only its bytes.
 fn covers_dname(signature: &Record) -> bool {
     match &signature.data {
         RData::Unknown { rdata, .. } => {
@@ -81,7 +80,7 @@ fn covers_dname(signature: &Record) -> bool {
     }
 }
 
-/// How long an answer may be remembered, in seconds; `None` when it may not.
+/// How long an answer may be cached, in seconds; `None` if it may not.
 pub(super) fn lifetime(kind: RecordType, answer: &Answer) -> Option<u32> {
     if !matches!(answer.code, ResponseCode::NoError | ResponseCode::NXDomain) {
         return None;
@@ -90,7 +89,7 @@ pub(super) fn lifetime(kind: RecordType, answer: &Answer) -> Option<u32> {
     if answer.answers.iter().any(|record| record.record_type() == kind) {
         return shortest;
     }
-    // That there is nothing holds for as long as the zone says (RFC 2308).
+    // The SOA limits how long a negative answer may be cached (RFC 2308).
     let nothing = answer.authorities.iter().find_map(|record| match &record.data {
         RData::SOA(soa) => Some(record.ttl.min(soa.minimum)),
         _ => None,
