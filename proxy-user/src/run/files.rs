@@ -8,7 +8,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use prometheus_client::metrics::counter::Counter;
 
 use crate::{
-    dns::{Room, UnderWay},
+    dns::{Room, InFlight},
     observe::Metrics,
     places::Places,
     relay::Port,
@@ -55,7 +55,7 @@ impl Files {
         let (most, each) = self.lookups();
         Room {
             connections: self.places(512, 32, metrics.refused("dns-connections")),
-            lookups: UnderWay::new(most, each, metrics.refused("dns-lookups")),
+            lookups: InFlight::new(most, each, metrics.refused("dns-lookups")),
         }
     }
 

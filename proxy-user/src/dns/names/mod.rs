@@ -1,8 +1,7 @@
-//! All Services and endpoints by name, for DNS answers.
+//! Every Service and endpoint by name, for DNS answers.
 //!
-//! In: the same [`Change`]s as for the model, but also headless Services, ExternalNames and Services of other
-//! proxies. Out: look-ups by name and by address. It exists only if weir answers DNS; routing needs none of
-//! it.
+//! In: the model's [`Change`]s, including headless Services, ExternalNames and Services of other proxies. Out: look-ups by
+//! name and by address. Used with `--dns` only; planning does not need it.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -19,10 +18,10 @@ mod read;
 
 pub use read::{NamedEndpoint, NamedKind, NamedPort, NamedService, NamedSlice, Nearness};
 
-/// The zone number of an endpoint without a zone.
+/// The zone of an endpoint without a zone.
 const NO_ZONE: u16 = u16::MAX;
 
-/// The state under one Service name.
+/// A Service and its slices, which may arrive in any order.
 #[derive(Debug, Default)]
 pub struct Named {
     service: Option<Box<NamedService>>,
@@ -30,13 +29,13 @@ pub struct Named {
 }
 
 impl Named {
-    /// The Service, if it has arrived.
+    /// The Service; `None` if only slices have arrived.
     #[must_use]
     pub fn service(&self) -> Option<&NamedService> {
         self.service.as_deref()
     }
 
-    /// Its slices, sorted by name.
+    /// The slices, sorted by name.
     pub fn slices(&self) -> impl Iterator<Item = &NamedSlice> {
         self.slices.iter().map(|(_, slice)| slice)
     }
@@ -65,26 +64,26 @@ pub struct Names {
     slices: FxHashMap<ObjectName, ObjectName>,
     /// The number of Services in each namespace.
     namespaces: FxHashMap<Box<str>, usize>,
-    /// The Services that own each address: by their ClusterIP, or headless ones by an endpoint.
+    /// The Services of each address: of ClusterIPs, and of endpoints of headless Services.
     owners: FxHashMap<IpAddr, SmallVec<[ObjectName; 1]>>,
     synced: [bool; 2],
     changes: u32,
 }
 
 impl Names {
-    /// An empty index for a node of this name.
+    /// Without names, for the node `node_name`.
     #[must_use]
     pub fn new(node_name: &str) -> Self {
         Self { node_name: node_name.to_owned(), ..Self::default() }
     }
 
-    /// Sets how the cluster's DNS Service is identified.
+    /// With the setting that selects the cluster's DNS Service.
     #[must_use]
     pub fn with_dns_service(self, setting: DnsService) -> Self {
         Self { dns_services: DnsServices::new(setting), ..self }
     }
 
-    /// Takes in one change.
+    /// Applies one change.
     pub fn apply(&mut self, change: &Change) {
         match change {
             Change::Apply(Object::Service(service)) => {
@@ -116,43 +115,43 @@ impl Names {
         self.changes = self.changes.wrapping_add(1);
     }
 
-    /// Whether all existing objects have arrived, so that a missing name does not exist.
+    /// Whether the lists of Services and EndpointSlices are complete. Then an unknown name does not exist.
     #[must_use]
     pub fn is_synced(&self) -> bool {
         self.synced == [true; 2]
     }
 
-    /// The pod networks of this node, from its Node.
+    /// The podCIDRs of this Node.
     #[must_use]
     pub fn pod_networks(&self) -> &[IpNet] {
         &self.pod_networks
     }
 
-    /// The number of changes so far, which is the serial number of the zone.
+    /// The number of applied changes, which is the zone's serial number.
     #[must_use]
     pub fn changes(&self) -> u32 {
         self.changes
     }
 
-    /// Looks up `namespace/name`.
+    /// The Service `namespace/name`, with its slices.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&Named> {
         self.services.get(name)
     }
 
-    /// Whether a namespace has a Service.
+    /// Whether a namespace has any Service.
     #[must_use]
     pub fn has_namespace(&self, namespace: &str) -> bool {
         self.namespaces.contains_key(namespace)
     }
 
-    /// The Services that own this address: by their ClusterIP, or headless ones by an endpoint.
+    /// The Services that have this address as a ClusterIP, and headless Services that have it as an endpoint.
     #[must_use]
     pub fn owners(&self, address: IpAddr) -> &[ObjectName] {
         self.owners.get(&address).map_or(&[], |owners| owners)
     }
 
-    /// The name of the cluster's DNS Service. If the operator set it, the Service may not exist.
+    /// The name of the cluster's DNS Service. If the configuration names it, it need not exist.
     #[must_use]
     pub fn dns_service(&self) -> Option<&ObjectName> {
         self.dns_services.chosen()
@@ -168,7 +167,7 @@ impl Names {
         })
     }
 
-    /// The ready endpoints of the cluster's DNS Service, sorted.
+    /// Address and port of each ready endpoint of the cluster's DNS Service, sorted.
     #[must_use]
     pub fn dns_endpoints(&self) -> Vec<SocketAddr> {
         let named = self.dns_service().and_then(|name| self.services.get(name));
@@ -264,7 +263,7 @@ impl Names {
     }
 
     fn own(&mut self, ip: IpAddr, name: &ObjectName) {
-        // Once for each occurrence, because two slices may list an address for a moment.
+        // One entry for each slice that lists the address: two slices may list it for a moment.
         self.owners.entry(ip).or_default().push(name.clone());
     }
 
@@ -288,7 +287,7 @@ fn addresses<'a>(slices: impl Iterator<Item = &'a NamedSlice>) -> Vec<IpAddr> {
     slices.flat_map(|slice| &slice.endpoints).map(|endpoint| endpoint.address).collect()
 }
 
-/// The number of a zone, which is a new one for a new zone. Zones beyond the range of numbers count as none.
+/// The number of a zone, added if it is new. A cluster has few zones; beyond 65,535 an endpoint counts as without a zone.
 fn number(zones: &mut Vec<Box<str>>, zone: Option<&str>) -> u16 {
     let Some(zone) = zone.filter(|zone| !zone.is_empty()) else { return NO_ZONE };
     let known = zones.iter().position(|known| **known == *zone).or_else(|| {

@@ -1,8 +1,7 @@
-//! Reads the parts of Services and EndpointSlices that DNS answers are made of.
+//! Reads the fields of Services and EndpointSlices that DNS answers need.
 //!
-//! In: the API's objects. Out: [`NamedService`] and [`NamedSlice`], compact and without what only routing
-//! needs. Values that weir cannot use are left out silently, because the model already reports those that
-//! matter.
+//! In: the API's objects. Out: [`NamedService`] and [`NamedSlice`], compact and without the fields that only planning needs.
+//! Fields that cannot be read are skipped without a log line, because the model already reports those that concern a proxy.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -10,39 +9,39 @@ use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
 
 use crate::model::{Family, ObjectName, Protocol, SERVICE_NAME_LABEL, ServicePort, parse_address};
 
-/// The meaning of a Service's name.
+/// The records behind the name of a Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NamedKind {
-    /// Its ClusterIPs, at most one of each family.
+    /// ClusterIPs, at most one of each family.
     Addresses(Box<[IpAddr]>),
-    /// Its endpoints, because it is headless.
+    /// The endpoints of a headless Service.
     Endpoints,
-    /// Another name, because it is an ExternalName.
+    /// The target of an ExternalName.
     Alias(Box<str>),
 }
 
-/// Which endpoints of a headless Service are near, according to `spec.trafficDistribution`.
+/// Which endpoints of a headless Service a node prefers, by `spec.trafficDistribution`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Nearness {
-    /// All endpoints are equal.
+    /// All endpoints alike.
     #[default]
     Any,
-    /// Endpoints in the node's zone are near.
+    /// Endpoints in the node's zone.
     SameZone,
-    /// Endpoints on the node are nearest, then those in its zone.
+    /// Endpoints on the node, else endpoints in its zone.
     SameNode,
 }
 
-/// The parts of a Service that DNS answers are made of.
+/// A Service, with the fields for DNS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedService {
-    /// The meaning of the name.
+    /// ClusterIPs, endpoints or an alias.
     pub kind: NamedKind,
-    /// The ports with their names. NodePorts are always 0 here.
+    /// With names, and without NodePorts.
     pub ports: Box<[ServicePort]>,
-    /// Whether endpoints that are not ready are answered too.
+    /// `publishNotReadyAddresses`: endpoints that are not ready count too.
     pub publish_not_ready: bool,
-    /// Which endpoints go first if it is headless.
+    /// Only for headless Services.
     pub nearness: Nearness,
 }
 
@@ -52,7 +51,7 @@ impl NamedService {
         let kind = match (spec.type_.as_deref(), spec.cluster_ip.as_deref()) {
             (Some("ExternalName"), _) => {
                 let target = spec.external_name.as_deref()?.trim_end_matches('.');
-                // CoreDNS ignores such a Service too, because an address is not a name.
+                // CoreDNS ignores such a Service too, because an address cannot be the target of an alias.
                 if target.is_empty() || target.parse::<IpAddr>().is_ok() {
                     return None;
                 }
@@ -73,7 +72,7 @@ impl NamedService {
         })
     }
 
-    /// Whether its name resolves to endpoints.
+    /// Whether its records are those of its endpoints.
     #[must_use]
     pub fn is_headless(&self) -> bool {
         self.kind == NamedKind::Endpoints
@@ -104,32 +103,31 @@ fn read_port(port: &core::ServicePort) -> Option<ServicePort> {
 /// A port of a slice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedPort {
-    /// The name, empty for an unnamed port.
+    /// Empty for an unnamed port.
     pub name: Arc<str>,
-    /// The transport protocol.
+    /// TCP by default.
     pub protocol: Protocol,
-    /// The number of the port on the endpoints.
+    /// The number on the endpoints.
     pub port: u16,
 }
 
 /// An endpoint of a slice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedEndpoint {
-    /// The first address of the endpoint.
+    /// The first of its addresses (W8).
     pub address: IpAddr,
-    /// Whether its condition `ready` is true or missing.
+    /// True if the condition is not set (E2).
     pub ready: bool,
     /// Whether it is on this node.
     pub local: bool,
-    /// The zone's number in [`super::Names`].
+    /// Its zone, by the numbers of [`super::Names`].
     pub zone: u16,
-    /// The host name of the endpoint in lower case, if it has one.
+    /// In lower case.
     pub hostname: Option<Box<str>>,
 }
 
 impl NamedEndpoint {
-    /// The first label of the endpoint's own name: its host name, or a label made of its address as CoreDNS
-    /// does.
+    /// The first label of the endpoint's own name: its host name, or its address in CoreDNS's form.
     #[must_use]
     pub fn label(&self) -> String {
         match (&self.hostname, self.address) {
@@ -144,17 +142,17 @@ impl NamedEndpoint {
     }
 }
 
-/// An EndpointSlice.
+/// An EndpointSlice, with the fields for DNS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedSlice {
-    /// The ports of the slice.
+    /// Of all its endpoints.
     pub ports: Box<[NamedPort]>,
-    /// The endpoints of the slice.
+    /// Only those with an address of the slice's family.
     pub endpoints: Box<[NamedEndpoint]>,
 }
 
 impl NamedSlice {
-    /// Reads a slice and the name of its Service. `zone` maps a zone to its number.
+    /// The slice and its Service; `zone` returns the number of a zone.
     pub(super) fn read(
         slice: &discovery::EndpointSlice,
         node_name: &str,
