@@ -1,8 +1,8 @@
-//! Datagrams: read on a loopback address, sent on from a socket for each client.
+//! Datagrams: read on a loopback address, and forwarded from a socket of each client.
 //!
-//! In: a bound socket and the [`Draw`] of its NodePort. Out: each client's datagrams at one backend, and its answers at the
-//! client, from the address that was asked. A client stays with its backend while that serves and neither rests for [`REST`],
-//! as connection tracking has it.
+//! In: a bound socket and the [`Picker`] of its NodePort. Out: each client's datagrams to one backend, and the backend's
+//! answers to the client, from the address that the client sent to. As in connection tracking, a client stays with its
+//! backend while the backend serves and the flow is not idle for [`REST`].
 
 use std::{
     collections::HashMap,
@@ -20,26 +20,26 @@ use tokio::{
     task::{AbortHandle, Id, JoinSet},
 };
 
-use super::{draw::Draw, leads::Port};
+use super::{node_ports::LoopbackPort, picker::Picker};
 use crate::places::{Place, Places};
 
-/// How long a flow may rest; the kernel's time for flows that were answered.
+/// How long a flow may be idle: the kernel's timeout for answered UDP flows.
 const REST: Duration = Duration::from_secs(120);
-/// No datagram is larger.
+/// The largest datagram, in bytes.
 const LARGEST: usize = 64 << 10;
-/// The wait after the socket failed.
+/// The pause after an error of the socket.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// A socket that takes datagrams.
+/// A bound UDP socket.
 #[derive(Debug)]
 pub struct Datagrams(Arc<UdpSocket>);
 
 impl Datagrams {
-    /// Binds there. Needs a tokio runtime.
+    /// Binds to `at`. Needs a tokio runtime.
     ///
     /// # Errors
     ///
-    /// When another process has the port, or there is no such address.
+    /// When another process has the port, or the host does not have the address.
     pub fn bind(at: SocketAddr) -> io::Result<Self> {
         let socket = std::net::UdpSocket::bind(at)?;
         socket.set_nonblocking(true)?;
@@ -56,31 +56,37 @@ impl Datagrams {
 struct Flow {
     backend: SocketAddr,
     upstream: Arc<UdpSocket>,
-    /// Told when the client says something.
-    said: Arc<Notify>,
+    /// Notified of each datagram from the client.
+    used: Arc<Notify>,
     task: AbortHandle,
 }
 
 /// The flows of one NodePort.
 struct Flows {
-    port: Port,
+    port: LoopbackPort,
     socket: Arc<UdpSocket>,
-    draw: Arc<Draw>,
-    places: Places<Port>,
+    picker: Arc<Picker>,
+    places: Places<LoopbackPort>,
     of: HashMap<SocketAddr, Flow>,
     tasks: JoinSet<SocketAddr>,
 }
 
-/// Passes datagrams on until this is dropped, and every flow with it.
+/// Forwards datagrams until the future is dropped, and all flows with it.
 pub async fn relay_datagrams(
     datagrams: Datagrams,
-    port: Port,
-    draw: Arc<Draw>,
-    places: Places<Port>,
+    port: LoopbackPort,
+    picker: Arc<Picker>,
+    places: Places<LoopbackPort>,
 ) -> Infallible {
     let socket = datagrams.0;
-    let mut flows =
-        Flows { port, socket: Arc::clone(&socket), draw, places, of: HashMap::new(), tasks: JoinSet::new() };
+    let mut flows = Flows {
+        port,
+        socket: Arc::clone(&socket),
+        picker,
+        places,
+        of: HashMap::new(),
+        tasks: JoinSet::new(),
+    };
     let mut buffer = vec![0; LARGEST];
     loop {
         tokio::select! {
@@ -100,7 +106,7 @@ pub async fn relay_datagrams(
 
 impl Flows {
     fn pass_on(&mut self, client: SocketAddr, datagram: &[u8]) {
-        if self.of.get(&client).is_some_and(|flow| !self.draw.holds(flow.backend))
+        if self.of.get(&client).is_some_and(|flow| !self.picker.includes(flow.backend))
             && let Some(flow) = self.of.remove(&client)
         {
             flow.task.abort();
@@ -112,19 +118,19 @@ impl Flows {
                 Err(error) => return tracing::debug!(%error, %client, "cannot forward a datagram"),
             },
         };
-        flow.said.notify_one();
-        // The runtime does not know yet that a new socket can be written to, so it is not asked. What finds no room is lost, as
-        // datagrams are; the error of an earlier datagram is told once, to whatever is sent next.
+        flow.used.notify_one();
+        // Sent past the runtime, which does not know yet that a new socket is writable. A datagram without room in the send
+        // buffer is lost. The kernel returns an error of an earlier datagram once, so the second attempt sends this one.
         let upstream = SockRef::from(&*flow.upstream);
         if upstream.send(datagram).is_err_and(|error| error.kind() != io::ErrorKind::WouldBlock) {
             let _ = upstream.send(datagram);
         }
     }
 
-    /// A flow of a client that has none.
+    /// Starts a flow for a new client.
     fn begin(&mut self, client: SocketAddr) -> io::Result<Flow> {
         let nowhere = || io::Error::from(io::ErrorKind::HostUnreachable);
-        let backend = self.draw.pick(Instant::now()).ok_or_else(nowhere)?;
+        let backend = self.picker.pick(Instant::now()).ok_or_else(nowhere)?;
         let any = match backend {
             SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
             SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
@@ -133,15 +139,15 @@ impl Flows {
         upstream.connect(backend)?;
         upstream.set_nonblocking(true)?;
         let upstream = Arc::new(UdpSocket::from_std(upstream)?);
-        let said = Arc::new(Notify::new());
+        let used = Arc::new(Notify::new());
         let place = self.places.take_for(self.port);
         let answers =
-            answers(Arc::clone(&upstream), Arc::clone(&self.socket), client, Arc::clone(&said), place);
+            answers(Arc::clone(&upstream), Arc::clone(&self.socket), client, Arc::clone(&used), place);
         let task = self.tasks.spawn(answers);
-        Ok(Flow { backend, upstream, said, task })
+        Ok(Flow { backend, upstream, used, task })
     }
 
-    /// Forgets a flow that ended, and not one that came in its place.
+    /// Removes a flow that ended, unless a new flow has replaced it.
     fn forget(&mut self, client: SocketAddr, id: Id) {
         if self.of.get(&client).is_some_and(|flow| flow.task.id() == id) {
             self.of.remove(&client);
@@ -149,19 +155,19 @@ impl Flows {
     }
 }
 
-/// Passes a backend's answers on until the flow rests, has no place any more or is refused.
+/// Forwards a backend's answers until the flow is idle, loses its place or gets an error.
 async fn answers(
     upstream: Arc<UdpSocket>,
     socket: Arc<UdpSocket>,
     client: SocketAddr,
-    said: Arc<Notify>,
-    mut place: Place<Port>,
+    used: Arc<Notify>,
+    mut place: Place<LoopbackPort>,
 ) -> SocketAddr {
     loop {
         tokio::select! {
             () = place.lost() => return client,
             () = tokio::time::sleep(REST) => return client,
-            () = said.notified() => place.used(),
+            () = used.notified() => place.used(),
             ready = upstream.readable() => {
                 let mut datagram = Vec::with_capacity(LARGEST);
                 match ready.and_then(|()| upstream.try_recv_buf(&mut datagram)) {

@@ -1,7 +1,7 @@
 //! NodePorts on loopback addresses where nothing but the packets' plane serves: a path of its own, on a thread of its own.
 //!
 //! ```text
-//! engine ──News──▶ supervise ──▶ sockets on 127.0.0.1 and ::1 ──▶ backends
+//! engine ──NodePortChanges──▶ supervise ──▶ sockets on 127.0.0.1 and ::1 ──▶ backends
 //! planes ──name of what serves──▶    └─▶ metrics
 //! ```
 //! A port that cannot be listened on, because a process has it, keeps none of the others waiting; it is tried again.
@@ -18,7 +18,9 @@ use tokio::{
     task::JoinHandle,
 };
 
-use super::{Datagrams, Draw, Leads, News, Port, Streams, relay_datagrams, relay_streams};
+use super::{
+    Datagrams, LoopbackPort, NodePortChanges, NodePorts, Picker, Streams, relay_datagrams, relay_streams,
+};
 use crate::{
     dataplane::ebpf,
     model::{Family, LoopbackNodePorts, PerFamily, Protocol, Settings},
@@ -44,13 +46,13 @@ pub(crate) fn relayed(settings: &Settings) -> PerFamily<bool> {
 ///
 /// When the thread does not start.
 pub(crate) fn start(
-    news: mpsc::UnboundedReceiver<News>,
+    news: mpsc::UnboundedReceiver<NodePortChanges>,
     mode: watch::Receiver<&'static str>,
-    places: Places<Port>,
+    places: Places<LoopbackPort>,
     metrics: &Metrics,
 ) -> anyhow::Result<()> {
     let supervisor = Supervisor {
-        leads: Leads::default(),
+        node_ports: NodePorts::default(),
         open: BTreeMap::new(),
         taken: BTreeSet::new(),
         places,
@@ -67,7 +69,7 @@ pub(crate) fn start(
 
 /// A NodePort that is listened on, for as long as this lives.
 struct Open {
-    draw: Arc<Draw>,
+    picker: Arc<Picker>,
     task: JoinHandle<()>,
 }
 
@@ -78,27 +80,31 @@ impl Drop for Open {
 }
 
 struct Supervisor {
-    leads: Leads,
-    open: BTreeMap<Port, Open>,
+    node_ports: NodePorts,
+    open: BTreeMap<LoopbackPort, Open>,
     /// Those that cannot be listened on.
-    taken: BTreeSet<Port>,
-    places: Places<Port>,
+    taken: BTreeSet<LoopbackPort>,
+    places: Places<LoopbackPort>,
     metrics: Metrics,
 }
 
 impl Supervisor {
-    async fn run(mut self, mut news: mpsc::UnboundedReceiver<News>, mut mode: watch::Receiver<&'static str>) {
+    async fn run(
+        mut self,
+        mut news: mpsc::UnboundedReceiver<NodePortChanges>,
+        mut mode: watch::Receiver<&'static str>,
+    ) {
         loop {
             tokio::select! {
                 some = news.recv() => match some {
-                    Some(some) => self.leads.take_in(some),
+                    Some(some) => self.node_ports.apply(some),
                     None => return,
                 },
                 changed = mode.changed() => if changed.is_err() { return },
                 () = tokio::time::sleep(AGAIN), if !self.taken.is_empty() => {}
             }
             while let Ok(more) = news.try_recv() {
-                self.leads.take_in(more);
+                self.node_ports.apply(more);
             }
             let serves = *mode.borrow_and_update() != ebpf::MODE;
             self.follow(serves);
@@ -107,18 +113,18 @@ impl Supervisor {
 
     /// Listens on what leads somewhere, if this is to serve at all, and on nothing else.
     fn follow(&mut self, serves: bool) {
-        self.open.retain(|port, _| serves && self.leads.get(*port).is_some());
-        self.taken.retain(|port| serves && self.leads.get(*port).is_some());
-        for (port, lead) in self.leads.iter().filter(|_| serves) {
+        self.open.retain(|port, _| serves && self.node_ports.get(*port).is_some());
+        self.taken.retain(|port| serves && self.node_ports.get(*port).is_some());
+        for (port, backends) in self.node_ports.iter().filter(|_| serves) {
             if let Some(open) = self.open.get(&port) {
-                open.draw.set(lead);
+                open.picker.set(backends);
                 continue;
             }
-            let draw = Arc::new(Draw::new(lead.clone()));
-            match listen(port, Arc::clone(&draw), self.places.clone()) {
+            let picker = Arc::new(Picker::new(backends.clone()));
+            match listen(port, Arc::clone(&picker), self.places.clone()) {
                 Ok(task) => {
                     self.taken.remove(&port);
-                    self.open.insert(port, Open { draw, task });
+                    self.open.insert(port, Open { picker, task });
                 }
                 Err(error) => {
                     self.metrics.localhost_listener_failed(port.family);
@@ -136,16 +142,20 @@ impl Supervisor {
     }
 }
 
-fn listen(port: Port, draw: Arc<Draw>, places: Places<Port>) -> io::Result<JoinHandle<()>> {
+fn listen(
+    port: LoopbackPort,
+    picker: Arc<Picker>,
+    places: Places<LoopbackPort>,
+) -> io::Result<JoinHandle<()>> {
     let at = port.address();
     Ok(match port.protocol {
         Protocol::Udp => {
             let datagrams = Datagrams::bind(at)?;
-            tokio::spawn(async move { match relay_datagrams(datagrams, port, draw, places).await {} })
+            tokio::spawn(async move { match relay_datagrams(datagrams, port, picker, places).await {} })
         }
         Protocol::Tcp | Protocol::Sctp => {
             let streams = Streams::bind(at)?;
-            tokio::spawn(async move { match relay_streams(streams, port, draw, places).await {} })
+            tokio::spawn(async move { match relay_streams(streams, port, picker, places).await {} })
         }
     })
 }

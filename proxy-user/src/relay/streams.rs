@@ -1,8 +1,8 @@
-//! Connections: accepted on a loopback address, and made to a backend.
+//! Connections: accepted on a loopback address, and forwarded to a backend.
 //!
-//! In: a listener and the [`Draw`] of its NodePort. Out: the same bytes on both sides, the end of each direction passed on
-//! by itself. What ends in an error on one side ends in a reset on the other, as it would without anything in between.
-//! A connection has no buffer while nothing comes, and one of [`CHUNK`] while its reader is slow.
+//! In: a listener and the [`Picker`] of its NodePort. Out: the same bytes on both sides. Each direction ends separately. An
+//! error on one side becomes a reset on the other, as on a direct connection. An idle connection has no buffer; a slow reader
+//! costs one of [`CHUNK`].
 
 use std::{
     convert::Infallible,
@@ -23,30 +23,30 @@ use tokio::{
     sync::Notify,
 };
 
-use super::{draw::Draw, leads::Port};
+use super::{node_ports::LoopbackPort, picker::Picker};
 use crate::places::{Place, Places};
 
-/// How long a backend has to take a connection; kube-proxy's time.
+/// The time limit for connecting to a backend, which is kube-proxy's.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// What is read at once.
+/// The size of one read.
 const CHUNK: usize = 16 << 10;
 /// Connections that may wait to be accepted.
 const WAITING: i32 = 1024;
-/// The wait after a connection could not be accepted, as without a free file.
+/// The pause after a failed accept, for example without a free descriptor.
 const PAUSE: Duration = Duration::from_millis(100);
-/// How exactly is known when a connection was used last.
+/// The precision with which weir knows when a connection was used last.
 const BEAT: Duration = Duration::from_secs(1);
 
-/// A socket that takes connections.
+/// A listening TCP socket.
 #[derive(Debug)]
 pub struct Streams(TcpListener);
 
 impl Streams {
-    /// Listens there. Needs a tokio runtime.
+    /// Listens on `at`. Needs a tokio runtime.
     ///
     /// # Errors
     ///
-    /// When another process has the port, or there is no such address.
+    /// When another process has the port, or the host does not have the address.
     pub fn bind(at: SocketAddr) -> io::Result<Self> {
         let socket = Socket::new(Domain::for_address(at), Type::STREAM, Some(Protocol::TCP))?;
         socket.set_reuse_address(true)?;
@@ -62,17 +62,17 @@ impl Streams {
     }
 }
 
-/// Takes connections until this is dropped; those that were taken go on.
+/// Accepts connections until the future is dropped. Accepted connections go on.
 pub async fn relay_streams(
     streams: Streams,
-    port: Port,
-    draw: Arc<Draw>,
-    places: Places<Port>,
+    port: LoopbackPort,
+    picker: Arc<Picker>,
+    places: Places<LoopbackPort>,
 ) -> Infallible {
     loop {
         match streams.0.accept().await {
             Ok((client, _)) => {
-                tokio::spawn(connection(client, Arc::clone(&draw), places.take_for(port)));
+                tokio::spawn(connection(client, Arc::clone(&picker), places.take_for(port)));
             }
             Err(error) => {
                 tracing::debug!(%error, ?port, "cannot accept a connection");
@@ -82,8 +82,8 @@ pub async fn relay_streams(
     }
 }
 
-async fn connection(mut client: TcpStream, draw: Arc<Draw>, mut place: Place<Port>) {
-    let Some(backend) = draw.pick(Instant::now()) else { return reset(&client) };
+async fn connection(mut client: TcpStream, picker: Arc<Picker>, mut place: Place<LoopbackPort>) {
+    let Some(backend) = picker.pick(Instant::now()) else { return reset(&client) };
     let connected = tokio::select! {
         connected = tokio::time::timeout(PATIENCE, TcpStream::connect(backend)) => connected,
         () = place.lost() => return reset(&client),
@@ -100,7 +100,7 @@ async fn connection(mut client: TcpStream, draw: Arc<Draw>, mut place: Place<Por
         }
     };
     for side in [&client, &server] {
-        // Without these it works too, only worse.
+        // Both options only improve the connection, so errors do not matter.
         let _ = side.set_nodelay(true);
         let _ = SockRef::from(side).set_keepalive(true);
     }
@@ -110,8 +110,8 @@ async fn connection(mut client: TcpStream, draw: Arc<Draw>, mut place: Place<Por
     }
 }
 
-/// Passes bytes on until both sides have said all, or one has no place any more; `false` if anything was lost.
-async fn exchange(client: &mut TcpStream, server: &mut TcpStream, place: &mut Place<Port>) -> bool {
+/// Forwards bytes until both sides have ended or the connection loses its place; `false` if bytes were lost.
+async fn exchange(client: &mut TcpStream, server: &mut TcpStream, place: &mut Place<LoopbackPort>) -> bool {
     let (from_client, to_client) = client.split();
     let (from_server, to_server) = server.split();
     let used = Notify::new();
@@ -127,7 +127,7 @@ async fn exchange(client: &mut TcpStream, server: &mut TcpStream, place: &mut Pl
     }
 }
 
-/// Passes one direction on, its end too.
+/// Forwards one direction, including its end.
 async fn pump(from: ReadHalf<'_>, mut to: WriteHalf<'_>, used: &Notify) -> io::Result<()> {
     let mut last = Instant::now();
     loop {
@@ -135,7 +135,7 @@ async fn pump(from: ReadHalf<'_>, mut to: WriteHalf<'_>, used: &Notify) -> io::R
         let mut chunk = Vec::with_capacity(CHUNK);
         match from.try_read_buf(&mut chunk) {
             Ok(0) => {
-                // The other side may be gone, to which this is no news.
+                // An error means that the other side is already gone.
                 let _ = to.shutdown().await;
                 return Ok(());
             }
@@ -152,7 +152,7 @@ async fn pump(from: ReadHalf<'_>, mut to: WriteHalf<'_>, used: &Notify) -> io::R
     }
 }
 
-/// Has the connection end in a reset once it is dropped, not as if everything had been said.
+/// Lets the connection end with a reset when it is dropped, so that the peer knows that it failed.
 fn reset(stream: &TcpStream) {
     let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }

@@ -23,27 +23,32 @@ use crate::{
 const LOOPBACK: [&str; 2] = ["127.0.0.1", "::1"];
 const PATIENCE: Duration = Duration::from_secs(30);
 
-fn lead(backends: &[SocketAddr]) -> Lead {
-    Lead { backends: backends.into(), affinity: None }
+fn backends(addresses: &[SocketAddr]) -> Backends {
+    Backends { addresses: addresses.into(), affinity: None }
 }
 
 fn any(address: &str) -> SocketAddr {
     SocketAddr::new(address.parse::<IpAddr>().unwrap(), 0)
 }
 
-fn port(number: u16) -> Port {
-    Port { family: Family::V4, protocol: Protocol::Tcp, number }
+fn port(number: u16) -> LoopbackPort {
+    LoopbackPort { family: Family::V4, protocol: Protocol::Tcp, number }
 }
 
 /// A relay to these backends, until the task is aborted.
-fn streams(address: &str, lead: Lead, key: Port, places: &Places<Port>) -> (SocketAddr, JoinHandle<()>) {
+fn streams(
+    address: &str,
+    backends: Backends,
+    key: LoopbackPort,
+    places: &Places<LoopbackPort>,
+) -> (SocketAddr, JoinHandle<()>) {
     let streams = Streams::bind(any(address)).unwrap();
     let at = streams.address().unwrap();
-    let (draw, places) = (Arc::new(Draw::new(lead)), places.clone());
-    (at, tokio::spawn(async move { match relay_streams(streams, key, draw, places).await {} }))
+    let (picker, places) = (Arc::new(Picker::new(backends)), places.clone());
+    (at, tokio::spawn(async move { match relay_streams(streams, key, picker, places).await {} }))
 }
 
-fn room(most: usize, each: usize) -> (Places<Port>, Counter) {
+fn room(most: usize, each: usize) -> (Places<LoopbackPort>, Counter) {
     let refused = Counter::default();
     (Places::new(most, each, refused.clone()), refused)
 }
@@ -52,7 +57,8 @@ fn room(most: usize, each: usize) -> (Places<Port>, Counter) {
 async fn each_direction_of_a_connection_ends_by_itself() {
     for address in LOOPBACK {
         let backend = TcpListener::bind(any(address)).await.unwrap();
-        let (at, _relay) = streams(address, lead(&[backend.local_addr().unwrap()]), port(1), &room(8, 8).0);
+        let (at, _relay) =
+            streams(address, backends(&[backend.local_addr().unwrap()]), port(1), &room(8, 8).0);
         let mut client = TcpStream::connect(at).await.unwrap();
         let question = vec![7; 1 << 20];
         let asked = async {
@@ -66,7 +72,7 @@ async fn each_direction_of_a_connection_ends_by_itself() {
             let (mut server, _) = backend.accept().await.unwrap();
             let mut heard = Vec::new();
             server.read_to_end(&mut heard).await.unwrap();
-            // The question has ended, and the answer only begins.
+            // The client has closed its direction, and the other direction still works.
             server.write_all(b"so many: ").await.unwrap();
             server.write_all(heard.len().to_string().as_bytes()).await.unwrap();
         };
@@ -76,18 +82,18 @@ async fn each_direction_of_a_connection_ends_by_itself() {
 }
 
 #[tokio::test]
-async fn what_fails_at_the_backend_is_a_reset_to_the_client() {
+async fn a_failure_at_the_backend_is_a_reset_to_the_client() {
     let gone = TcpListener::bind(any("127.0.0.1")).await.unwrap().local_addr().unwrap();
-    let (at, _relay) = streams("127.0.0.1", lead(&[gone]), port(1), &room(8, 8).0);
+    let (at, _relay) = streams("127.0.0.1", backends(&[gone]), port(1), &room(8, 8).0);
     let mut client = TcpStream::connect(at).await.unwrap();
-    let said = timeout(PATIENCE, client.read(&mut [0; 8])).await.unwrap();
-    assert_eq!(said.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset, "not an empty answer");
+    let read = timeout(PATIENCE, client.read(&mut [0; 8])).await.unwrap();
+    assert_eq!(read.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset, "not an empty answer");
 }
 
 #[tokio::test]
-async fn a_node_port_with_many_clients_costs_other_node_ports_nothing() {
+async fn a_node_port_with_many_clients_takes_nothing_from_other_node_ports() {
     let backend = TcpListener::bind(any("127.0.0.1")).await.unwrap();
-    let to = lead(&[backend.local_addr().unwrap()]);
+    let to = backends(&[backend.local_addr().unwrap()]);
     let (places, refused) = room(16, 4);
     let (modest, _first) = streams("127.0.0.1", to.clone(), port(1), &places);
     let (crowded, _second) = streams("127.0.0.1", to, port(2), &places);
@@ -102,7 +108,7 @@ async fn a_node_port_with_many_clients_costs_other_node_ports_nothing() {
     for _ in 0..32 {
         crowd.push(connect(crowded).await);
     }
-    assert_eq!(refused.get(), 28, "all but four made room, each for the next");
+    assert_eq!(refused.get(), 28, "each client beyond the fourth closed an earlier one");
     let last = served.last_mut().unwrap();
     last.write_all(b"x").await.unwrap();
     timeout(PATIENCE, crowd.last_mut().unwrap().read_exact(&mut [0])).await.unwrap().unwrap();
@@ -126,29 +132,29 @@ async fn named(address: &str, name: &'static str) -> SocketAddr {
 }
 
 async fn ask(client: &UdpSocket) -> String {
-    client.send(b"who").await.unwrap();
+    client.send(b"name?").await.unwrap();
     let mut buffer = [0; 16];
     let length = timeout(PATIENCE, client.recv(&mut buffer)).await.unwrap().unwrap();
     String::from_utf8_lossy(&buffer[..length]).into_owned()
 }
 
 #[tokio::test]
-async fn a_datagram_client_stays_with_its_backend_and_moves_when_that_leaves() {
+async fn a_datagram_client_stays_with_its_backend_until_it_leaves() {
     for address in LOOPBACK {
-        let backends = [named(address, "first").await, named(address, "second").await];
+        let servers = [named(address, "first").await, named(address, "second").await];
         let datagrams = Datagrams::bind(any(address)).unwrap();
         let at = datagrams.address().unwrap();
-        let (draw, places) = (Arc::new(Draw::new(lead(&backends))), room(64, 64).0);
-        let relay = tokio::spawn(relay_datagrams(datagrams, port(1), Arc::clone(&draw), places));
+        let (picker, places) = (Arc::new(Picker::new(backends(&servers))), room(64, 64).0);
+        let relay = tokio::spawn(relay_datagrams(datagrams, port(1), Arc::clone(&picker), places));
         let client = UdpSocket::bind(any(address)).await.unwrap();
-        // A connected socket hears only whom it asked.
+        // A connected socket receives only from its peer.
         client.connect(at).await.unwrap();
         let first = ask(&client).await;
         for _ in 0..20 {
             assert_eq!(ask(&client).await, first);
         }
-        let other = if first == "first" { backends[1] } else { backends[0] };
-        draw.set(&lead(&[other]));
+        let other = if first == "first" { servers[1] } else { servers[0] };
+        picker.set(&backends(&[other]));
         for _ in 0..20 {
             assert_ne!(ask(&client).await, first);
         }
@@ -157,13 +163,13 @@ async fn a_datagram_client_stays_with_its_backend_and_moves_when_that_leaves() {
 }
 
 #[tokio::test]
-async fn datagram_clients_beyond_the_bound_take_the_place_of_the_longest_idle() {
+async fn datagram_clients_beyond_the_limit_replace_the_client_that_was_idle_longest() {
     let backend = named("127.0.0.1", "it").await;
     let datagrams = Datagrams::bind(any("127.0.0.1")).unwrap();
     let at = datagrams.address().unwrap();
     let (places, refused) = room(4, 4);
-    let draw = Arc::new(Draw::new(lead(&[backend])));
-    let _relay = tokio::spawn(relay_datagrams(datagrams, port(1), draw, places));
+    let picker = Arc::new(Picker::new(backends(&[backend])));
+    let _relay = tokio::spawn(relay_datagrams(datagrams, port(1), picker, places));
     for _ in 0..32 {
         let client = UdpSocket::bind(any("127.0.0.1")).await.unwrap();
         client.connect(at).await.unwrap();

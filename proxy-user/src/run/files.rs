@@ -11,7 +11,7 @@ use crate::{
     dns::{Room, InFlight},
     observe::Metrics,
     places::Places,
-    relay::Port,
+    relay::LoopbackPort,
 };
 
 /// The soft limit that container runtimes set; assumed if the kernel's answer is missing.
@@ -60,7 +60,7 @@ impl Files {
     }
 
     /// For the relay, with a share for each NodePort. A connection takes two files.
-    pub(super) fn relayed(self, metrics: &Metrics) -> Places<Port> {
+    pub(super) fn relayed(self, metrics: &Metrics) -> Places<LoopbackPort> {
         let refused = metrics.refused("localhost-node-port-flows");
         Places::new(self.share(4096) / 2, self.share(1024) / 2, refused)
     }

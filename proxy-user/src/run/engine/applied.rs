@@ -10,7 +10,7 @@ use crate::{
     dataplane::{Error, Shortfall},
     model::{Family, PerFamily},
     plan::{Delta, PortDelta, PortId},
-    relay::News,
+    relay::NodePortChanges,
 };
 
 pub(super) struct Applied {
@@ -104,7 +104,7 @@ impl Engine {
 
     fn send_to_relay(&mut self, in_force: &[&PortDelta], everything_of: &[Family]) {
         let Some((relay, of)) = &self.relay else { return };
-        let news = News::of(in_force.iter().copied(), everything_of, *of);
+        let news = NodePortChanges::of(in_force.iter().copied(), everything_of, *of);
         if !news.is_empty() && relay.send(news).is_err() {
             tracing::error!("the relay has ended, NodePorts are not served on loopback addresses");
             self.relay = None;

@@ -102,7 +102,7 @@ pub(super) struct Engine {
     suspected: Suspected,
     names: Option<(SharedNames, watch::Sender<u32>)>,
     /// Receives NodePorts in force of these families.
-    relay: Option<(mpsc::UnboundedSender<relay::News>, PerFamily<bool>)>,
+    relay: Option<(mpsc::UnboundedSender<relay::NodePortChanges>, PerFamily<bool>)>,
 }
 
 impl Engine {
@@ -148,7 +148,11 @@ impl Engine {
     }
 
     /// Sends NodePorts in force of these families.
-    pub(super) fn with_relay(self, relay: mpsc::UnboundedSender<relay::News>, of: PerFamily<bool>) -> Self {
+    pub(super) fn with_relay(
+        self,
+        relay: mpsc::UnboundedSender<relay::NodePortChanges>,
+        of: PerFamily<bool>,
+    ) -> Self {
         Self { relay: Some((relay, of)), ..self }
     }
 

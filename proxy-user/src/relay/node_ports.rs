@@ -1,6 +1,6 @@
-//! Which NodePorts lead where, for processes of this node.
+//! The NodePorts on loopback addresses, and their backends for processes of this node.
 //!
-//! In: service ports as they are in force. Out: [`News`] for what listens, and [`Leads`], which keeps them.
+//! In: service ports that are in force. Out: [`NodePortChanges`], and [`NodePorts`], which applies them.
 
 use std::{
     collections::BTreeMap,
@@ -16,17 +16,17 @@ use crate::{
 
 /// A NodePort on the loopback address of a family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Port {
-    /// Of which address.
+pub struct LoopbackPort {
+    /// Of the loopback address.
     pub family: Family,
     /// TCP or UDP.
     pub protocol: Protocol,
-    /// The number.
+    /// The NodePort itself.
     pub number: u16,
 }
 
-impl Port {
-    /// Where it is listened on.
+impl LoopbackPort {
+    /// The address to listen on.
     #[must_use]
     pub fn address(self) -> SocketAddr {
         let loopback: IpAddr = match self.family {
@@ -36,7 +36,7 @@ impl Port {
         SocketAddr::new(loopback, self.number)
     }
 
-    /// The NodePort of a service port, if sockets can have it.
+    /// The NodePort of a service port, unless it is SCTP.
     fn of(plan: &PortPlan) -> Option<Self> {
         let frontends = plan.frontends.iter().map(|planned| planned.frontend);
         let frontend = frontends.into_iter().find(|it| matches!(it.destination, Destination::NodePort(_)))?;
@@ -45,18 +45,18 @@ impl Port {
     }
 }
 
-/// Where a NodePort leads.
+/// The backends of a NodePort.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Lead {
-    /// One of these; there is one.
-    pub backends: Arc<[SocketAddr]>,
+pub struct Backends {
+    /// Never empty.
+    pub addresses: Arc<[SocketAddr]>,
     /// How long a client stays with its backend.
     pub affinity: Option<Duration>,
 }
 
-impl Lead {
-    /// Where a service port leads processes of this node. A NodePort that leads nowhere is not listened on, so that the
-    /// kernel refuses in its place.
+impl Backends {
+    /// The backends of a service port for processes of this node. `None` if there are none; weir then does not listen, so
+    /// that the kernel refuses connections.
     fn of(plan: &PortPlan) -> Option<Self> {
         let node_port = |destination| matches!(destination, Destination::NodePort(_));
         let planned = plan.frontends.iter().find(|planned| node_port(planned.frontend.destination))?;
@@ -65,25 +65,24 @@ impl Lead {
             Target::Local => &plan.local,
             Target::Reject | Target::Drop => return None,
         };
-        let backends: Arc<[SocketAddr]> =
+        let addresses: Arc<[SocketAddr]> =
             backends.iter().map(|backend| SocketAddr::new(backend.address, backend.port)).collect();
         let affinity = plan.affinity.map(|seconds| Duration::from_secs(seconds.into()));
-        (!backends.is_empty()).then_some(Self { backends, affinity })
+        (!addresses.is_empty()).then_some(Self { addresses, affinity })
     }
 }
 
-/// What came into force.
+/// Changes of NodePorts that came into force.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct News {
-    /// Families of which this says everything.
+pub struct NodePortChanges {
+    /// Families of which `ports` has all NodePorts.
     everything_of: Vec<Family>,
-    /// NodePorts that changed; nowhere first, because another Service may have the number now.
-    ports: Vec<(Port, Option<Lead>)>,
+    /// NodePorts that changed. Removed ones come first, because another Service may have the number now.
+    ports: Vec<(LoopbackPort, Option<Backends>)>,
 }
 
-impl News {
-    /// What follows from these changes for the families that are relayed. `everything_of` names those of which all service
-    /// ports are among the changes.
+impl NodePortChanges {
+    /// The changes for relayed families. `everything_of` names the families of which all service ports are in `changes`.
     pub fn of<'a>(
         changes: impl IntoIterator<Item = &'a PortDelta>,
         everything_of: &[Family],
@@ -91,10 +90,11 @@ impl News {
     ) -> Self {
         let (mut gone, mut come) = (Vec::new(), Vec::new());
         for PortDelta { before, after } in changes {
-            let is_relayed = |port: &Port| *relayed.get(port.family);
-            let before = before.as_deref().and_then(Port::of).filter(is_relayed);
-            let after =
-                after.as_deref().and_then(|plan| Some((Port::of(plan).filter(is_relayed)?, Lead::of(plan))));
+            let is_relayed = |port: &LoopbackPort| *relayed.get(port.family);
+            let before = before.as_deref().and_then(LoopbackPort::of).filter(is_relayed);
+            let after = after
+                .as_deref()
+                .and_then(|plan| Some((LoopbackPort::of(plan).filter(is_relayed)?, Backends::of(plan))));
             gone.extend(before.filter(|port| after.as_ref().is_none_or(|(new, _)| new != port)));
             come.extend(after);
         }
@@ -103,38 +103,38 @@ impl News {
         Self { everything_of, ports: gone.chain(come).collect() }
     }
 
-    /// Whether there is nothing in it.
+    /// Whether no NodePort changes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.everything_of.is_empty() && self.ports.is_empty()
     }
 }
 
-/// All NodePorts that lead somewhere.
+/// All NodePorts that have backends.
 #[derive(Debug, Default)]
-pub struct Leads(BTreeMap<Port, Lead>);
+pub struct NodePorts(BTreeMap<LoopbackPort, Backends>);
 
-impl Leads {
-    /// Takes news in.
-    pub fn take_in(&mut self, news: News) {
-        let News { everything_of, ports } = news;
+impl NodePorts {
+    /// Applies changes that came into force.
+    pub fn apply(&mut self, changes: NodePortChanges) {
+        let NodePortChanges { everything_of, ports } = changes;
         self.0.retain(|port, _| !everything_of.contains(&port.family));
-        for (port, lead) in ports {
-            match lead {
-                Some(lead) => drop(self.0.insert(port, lead)),
+        for (port, backends) in ports {
+            match backends {
+                Some(backends) => drop(self.0.insert(port, backends)),
                 None => drop(self.0.remove(&port)),
             }
         }
     }
 
-    /// Where a NodePort leads.
+    /// The backends of a NodePort.
     #[must_use]
-    pub fn get(&self, port: Port) -> Option<&Lead> {
+    pub fn get(&self, port: LoopbackPort) -> Option<&Backends> {
         self.0.get(&port)
     }
 
-    /// Each of them.
-    pub fn iter(&self) -> impl Iterator<Item = (Port, &Lead)> {
-        self.0.iter().map(|(port, lead)| (*port, lead))
+    /// All NodePorts with their backends.
+    pub fn iter(&self) -> impl Iterator<Item = (LoopbackPort, &Backends)> {
+        self.0.iter().map(|(port, backends)| (*port, backends))
     }
 }
