@@ -235,16 +235,14 @@ pub struct PortPlan {
 }
 
 impl PortPlan {
-    /// The backends of one set, in the order of their slots.
+    /// Whether UDP flows and sockets of this port may stay with an endpoint (K2).
     #[must_use]
-    pub fn backends(&self, set: BackendSet) -> &[Backend] {
-        match set {
-            BackendSet::Cluster => &self.cluster,
-            BackendSet::Local => &self.local,
-        }
+    pub fn serves(&self, address: IpAddr, port: u16) -> bool {
+        let key = |backend: &Backend| (backend.address, backend.port);
+        self.serving.binary_search_by_key(&(address, port), key).is_ok()
     }
 
-    /// The plan of a frontend, if the port has it.
+    /// What the port does with a frontend, if it has it.
     #[must_use]
     pub fn frontend(&self, frontend: Frontend) -> Option<&FrontendPlan> {
         let index = self.frontends.binary_search_by_key(&frontend, |planned| planned.frontend).ok()?;

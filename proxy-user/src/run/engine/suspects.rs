@@ -10,7 +10,7 @@ use crate::{
     model::{Family, PerFamily},
     plan::{Delta, Frontend, Planner, PortDelta},
     stale::{
-        flows::{Coming, Suspects},
+        flows::{AnnouncedPorts, Suspects},
         sockets,
     },
 };
@@ -19,7 +19,7 @@ use crate::{
 pub(super) struct Suspected {
     pub(super) flows: Option<mpsc::UnboundedSender<Suspects>>,
     /// Deltas that the kernel gets next, for a sweep over flows that is under way.
-    coming: Coming,
+    announced: AnnouncedPorts,
     /// Frontends whose flows are still to be looked at: given up while their family took no part, or by an earlier agent.
     given_up: PerFamily<Suspects>,
     pub(super) sockets: Option<std::sync::mpsc::Sender<sockets::Suspects>>,
@@ -29,7 +29,7 @@ impl Suspected {
     /// Announces a delta before the kernel has it: what it serves is not stale.
     pub(super) fn announce(&self, delta: &Delta) {
         if self.flows.is_some() {
-            self.coming.announce(&delta.ports);
+            self.announced.announce(&delta.ports);
         }
     }
 
@@ -57,7 +57,7 @@ impl Suspected {
         }
         suspects.extend(Suspects::of(in_force.iter().copied()));
         let suspects = suspects.on(planner.node(), |frontend| planner.has_frontend(frontend));
-        let suspects = suspects.in_view_of(&self.coming);
+        let suspects = suspects.with_announced(&self.announced);
         if !suspects.is_empty() && flows.send(suspects).is_err() {
             tracing::error!("the thread that deletes stale UDP flows has ended, stale flows stay");
             self.flows = None;

@@ -1,6 +1,6 @@
-//! The requests of ctnetlink that cleaning needs: walk the UDP flows of a [`Scope`], find one by its tuple, and delete some.
+//! The requests of ctnetlink that weir uses: walk the UDP flows of a [`Scope`], find a flow by its tuple, and delete flows.
 //!
-//! In: scopes and [`Entry`]s. Out: entries, one at a time as the kernel hands them over.
+//! In: scopes and [`Entry`]s. Out: entries, one at a time, as the kernel sends them.
 
 use std::{
     io,
@@ -24,7 +24,7 @@ use crate::{
     sys::netlink::{Channel, messages, netfilter, serialize},
 };
 
-// Numbers of linux/netfilter/nfnetlink_conntrack.h that the message crate leaves raw.
+// Numbers of linux/netfilter/nfnetlink_conntrack.h that the message crate does not define.
 const IPCTNL_MSG_CT_GET: u8 = 1;
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_ID: u16 = 12;
@@ -38,15 +38,15 @@ const FILTER_DESTINATION_PORT: u32 = 1 << 5;
 /// Which flows a walk asks the kernel for.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Scope {
-    /// UDP flows addressed to this frontend; in IPv6 also those to the same port elsewhere.
+    /// UDP flows to this frontend; in IPv6 also flows to the same port of other addresses.
     Frontend(Frontend),
     /// All UDP flows of a family.
     Udp(Family),
-    /// All flows of a family: what kernels before 5.8 can do.
+    /// All flows of a family, for kernels before 5.8, which cannot filter.
     Everything(Family),
 }
 
-/// One UDP flow, and what names it to the kernel.
+/// A UDP flow, and the attributes that identify it in a request.
 pub(super) struct Entry {
     pub(super) flow: Flow,
     family: NetfilterProtoFamily,
@@ -56,11 +56,11 @@ pub(super) struct Entry {
 /// How a walk ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Walked {
-    /// Everything in scope was seen.
+    /// The kernel sent all flows of the scope.
     All,
-    /// The table changed under the walk: something may have been missed.
+    /// The table changed during the walk, so flows may be missing.
     Interrupted,
-    /// The kernel cannot filter: it refused to, or sent flows out of scope.
+    /// The kernel cannot filter: it refused, or sent flows outside the scope.
     Unfiltered,
 }
 
@@ -72,7 +72,7 @@ impl Requests {
         Channel::open(NETLINK_NETFILTER).map(Self)
     }
 
-    /// Hands every UDP flow in `scope` to `visit`, while the kernel is still walking its table.
+    /// Calls `visit` with every UDP flow in `scope`, while the kernel is still walking its table.
     pub(super) fn walk(
         &mut self,
         scope: Scope,
@@ -95,7 +95,7 @@ impl Requests {
                         if !scope.holds(entry.as_ref()) {
                             walked = Walked::Unfiltered;
                         }
-                        // The rest of the dump is read even so, or the next request would meet it.
+                        // weir reads the rest of the dump after an error too, because the next request uses the same socket.
                         if let (Some(entry), None) = (entry, &failed) {
                             failed = visit(entry).err();
                         }
@@ -121,7 +121,7 @@ impl Requests {
         }
     }
 
-    /// Deletes these flows and says how many were still there.
+    /// Deletes flows and returns how many of them still existed.
     pub(super) fn delete(&mut self, entries: &mut Vec<Entry>) -> io::Result<u64> {
         let requests: Vec<_> = entries.drain(..).map(deletion).collect();
         if requests.is_empty() {
@@ -144,7 +144,7 @@ impl Requests {
     }
 }
 
-/// What it means that the kernel ended a walk with an error.
+/// The result of a walk that the kernel ended with an error.
 fn ended(scope: Scope, code: i32) -> io::Result<Walked> {
     match (scope, -code) {
         (_, libc::EINTR) => Ok(Walked::Interrupted),
@@ -161,7 +161,7 @@ impl Scope {
         }
     }
 
-    /// Whether a kernel that filters would have sent this; `None` is a flow that is not UDP.
+    /// Whether a kernel that filters would have sent this flow; `None` is a flow of another protocol.
     fn holds(&self, entry: Option<&Entry>) -> bool {
         match (self, entry) {
             (Self::Everything(_), _) => true,
@@ -175,7 +175,7 @@ impl Scope {
         }
     }
 
-    /// The original tuple to compare with, and which of its parts.
+    /// The attributes of a filter: the original tuple, and the parts of it to compare.
     fn filter(&self) -> Vec<DefaultNla> {
         let mut flags = FILTER_PROTOCOL;
         let mut proto = vec![ProtoTuple::Protocol(Protocol::Udp)];
@@ -198,8 +198,8 @@ impl Scope {
     }
 }
 
-/// The address that the kernel may compare with. Never an IPv6 one: kernels up to 6.18 at least get that comparison the
-/// wrong way round and send the flows to all *other* addresses. The port still narrows those down.
+/// The address for the kernel's filter. Never an IPv6 address, because kernels up to 6.18 at least invert that comparison and
+/// send the flows to all *other* addresses. The filter then has the port only.
 fn filtered_address(frontend: &Frontend) -> Option<IpAddr> {
     match frontend.destination {
         Destination::Address(address) if address.is_ipv4() => Some(address),
@@ -233,7 +233,7 @@ fn get(flags: u16, family: Family, attributes: Vec<DefaultNla>) -> NetlinkMessag
         Family::V4 => NetfilterProtoFamily::IPv4,
         Family::V6 => NetfilterProtoFamily::IPv6,
     };
-    // Not `ConntrackMessage::Get`, which takes the nested flag off a filter, and the kernel then refuses it.
+    // `ConntrackMessage::Get` would remove the nested flag of a filter, and the kernel would refuse it.
     let get = ConntrackMessage::Other { message_type: IPCTNL_MSG_CT_GET, attributes };
     netfilter(flags, family, 0, get)
 }
@@ -259,7 +259,7 @@ fn decode(message: NetfilterMessage) -> Option<Entry> {
             ConntrackAttribute::CtaTupleReply(tuple) => {
                 answers = udp_ends(&tuple).map(|(source, _)| source);
             }
-            // The zone makes the tuple whole; the id spares a new flow that took the place of the old one.
+            // The zone is part of the key. The id protects a new flow with the same tuple.
             ConntrackAttribute::Other(raw) if [CTA_ZONE, CTA_ID].contains(&raw.kind()) => {
                 name.push(ConntrackAttribute::Other(raw));
             }

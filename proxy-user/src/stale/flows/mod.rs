@@ -1,9 +1,9 @@
-//! Takes away UDP flows that lead where no Service leads them any more (K1 to K7), through ctnetlink.
+//! Deletes stale UDP flows from connection tracking (K1 to K7), through ctnetlink.
 //!
-//! In: the [`Suspects`] of a delta that is in the kernel. Out: their stale flows are gone, all others untouched.
+//! In: the [`Suspects`] of a delta that is in the kernel. Out: their stale flows are deleted, and no others.
 //!
-//! For a few frontends the kernel is asked for exactly their flows. For many it is asked for the UDP flows once, each
-//! looked up in a hash table. Either way flows are judged as they arrive and never collected.
+//! For a few frontends weir asks the kernel for exactly their flows. For many it reads all UDP flows once and looks each up
+//! in a hash table. In both cases it checks flows as they arrive and never collects them.
 
 use std::{io, net::SocketAddr};
 
@@ -11,28 +11,28 @@ use self::ctnetlink::{Entry, Requests, Scope, Walked};
 use crate::dataplane::Error;
 use crate::model::Family;
 
-mod coming;
+mod announced;
 mod ctnetlink;
 mod start;
 mod suspect;
 #[cfg(test)]
 mod tests;
 
-pub use coming::Coming;
+pub use announced::AnnouncedPorts;
 pub(crate) use start::start;
 pub use suspect::{Flow, Suspects};
 
-/// Up to so many frontends are asked for one by one. Each costs the kernel a walk over its table, a walk for all UDP
-/// flows costs copying them.
+/// Up to this many frontends, weir asks for the flows of each. Each request costs the kernel a walk over its table; a request
+/// for all UDP flows costs the copy of all of them.
 const ONE_BY_ONE: usize = 8;
 
-/// So many flows are deleted with one system call.
+/// Flows that are deleted with one system call.
 const BATCH: usize = 64;
 
-/// So often a walk is repeated that the kernel says was disturbed (K5).
+/// How often weir repeats a walk that the kernel reports as interrupted (K5).
 const REPEATS: usize = 4;
 
-/// The connection to connection tracking of the network namespace it was opened in. Calls block.
+/// Connection tracking of the network namespace in which it was opened. Calls block.
 pub struct Conntrack {
     walks: Requests,
     deletions: Requests,
@@ -40,17 +40,17 @@ pub struct Conntrack {
 }
 
 impl Conntrack {
-    /// Opens it.
+    /// Opens two netlink sockets.
     ///
     /// # Errors
     ///
-    /// When netlink sockets cannot be had.
+    /// When the kernel gives no netlink socket.
     pub fn open() -> Result<Self, Error> {
         let open = || Requests::open().map_err(failed("opening connection tracking"));
         Ok(Self { walks: open()?, deletions: open()?, kernel_filters: true })
     }
 
-    /// Opens it to read whole tables and pick from them itself, as it has to on kernels before 5.8.
+    /// Opens it without the kernel's filters, which kernels before 5.8 do not have.
     ///
     /// # Errors
     ///
@@ -59,40 +59,40 @@ impl Conntrack {
         Ok(Self { kernel_filters: false, ..Self::open()? })
     }
 
-    /// Whether the kernel picks the flows, as far as is known: it shows when it is first asked to.
+    /// Whether the kernel filters flows. True until the first request shows otherwise.
     #[must_use]
     pub fn kernel_filters(&self) -> bool {
         self.kernel_filters
     }
 
-    /// Has the kernel load connection tracking where it is a module that nothing has needed yet.
+    /// Makes the kernel load connection tracking if it is a module.
     ///
     /// # Errors
     ///
-    /// When there is none.
+    /// When the kernel has no connection tracking.
     pub fn load(&mut self) -> Result<(), Error> {
         let walked = self.walks.walk(Scope::Udp(Family::V4), |_| Ok(()));
         walked.map(drop).map_err(failed("loading connection tracking"))
     }
 
-    /// Deletes the stale flows of `suspects` and says how many there were. Call it when the delta they come from is in
-    /// the kernel, or flows come back as they were.
+    /// Deletes the stale flows of `suspects` and returns their number. Call it when their delta is in the kernel, because
+    /// the kernel would otherwise create the same flows again.
     ///
     /// # Errors
     ///
-    /// When the flows cannot be read or deleted; some may be gone by then. Calling again is safe.
+    /// When the flows cannot be read or deleted. Some may be deleted by then, and calling again is safe.
     pub fn clean(&mut self, suspects: &Suspects) -> Result<u64, Error> {
         suspects.begin();
         let cleaned = self.sweep_all(suspects);
         if cleaned.is_err() {
-            // Answers to what failed may still be on their way.
+            // A new socket, because responses to the failed request may still arrive on the old one.
             *self = Self { kernel_filters: self.kernel_filters, ..Self::open()? };
         }
         cleaned
     }
 
-    /// Deletes the UDP flow from `client` to `destination` unless its answers come from where `is_right` says. A client that goes on
-    /// begins a new one.
+    /// Deletes the UDP flow from `client` to `destination`, unless `is_right` accepts the source of its answers. The next
+    /// datagram of the client starts a new flow.
     ///
     /// # Errors
     ///
@@ -109,7 +109,7 @@ impl Conntrack {
             _ => Ok(()),
         });
         if ended.is_err() {
-            // Answers to what failed may still be on their way.
+            // A new socket, because responses to the failed request may still arrive on the old one.
             *self = Self { kernel_filters: self.kernel_filters, ..Self::open()? };
         }
         ended.map_err(failed("ending a UDP flow in connection tracking"))
@@ -170,7 +170,7 @@ impl Conntrack {
     }
 }
 
-/// The cheapest walks that see every flow of `suspects`.
+/// The cheapest scopes that contain every flow of `suspects`.
 fn scopes(suspects: &Suspects) -> Vec<Scope> {
     if suspects.len() <= ONE_BY_ONE {
         suspects.frontends().copied().map(Scope::Frontend).collect()

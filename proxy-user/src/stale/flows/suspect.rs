@@ -1,10 +1,10 @@
-//! Which UDP flows a change may have left behind: the pure half.
+//! Which UDP flows a change may have made stale: the pure half.
 //!
-//! In: how service ports change (from `plan`). Out: [`Suspects`], the frontends worth looking at, and for each flow the
-//! answer whether it is stale.
+//! In: changes of service ports, from `plan`. Out: [`Suspects`]: the frontends to check, and for each flow whether it is
+//! stale.
 //!
-//! Connection tracking sends an established flow to the backend it first picked. TCP clients notice a dead one and
-//! connect again; a UDP client that keeps sending never gives its flow a chance to expire, so it has to be taken away.
+//! Connection tracking sends a flow to the backend that its first packet got. TCP clients notice a dead backend and connect
+//! again. The flow of a UDP client that keeps sending never expires, so weir has to delete it.
 
 use std::{
     collections::BTreeSet,
@@ -14,54 +14,49 @@ use std::{
 
 use rustc_hash::{FxHashMap, FxHashSet};
 
-use super::Coming;
+use super::AnnouncedPorts;
 use crate::{
     model::{Family, Protocol},
-    plan::{
-        Backend, Destination, Frontend, FrontendPlan, NodePlan, NodePortAddresses, PortDelta, PortPlan,
-        Target,
-    },
+    plan::{Destination, Frontend, FrontendPlan, NodePlan, NodePortAddresses, PortDelta, PortPlan, Target},
 };
 
-/// A UDP flow as connection tracking has it, all addresses in wire terms.
+/// A UDP flow of connection tracking, with addresses as in packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flow {
-    /// Its client, as this node sees it.
+    /// The client's address on this node.
     pub client: IpAddr,
-    /// Where its client sends to.
+    /// The address and port to which the client sends.
     pub destination: SocketAddr,
-    /// Where answers come from: the backend, or the destination itself when nothing was translated.
+    /// The source of answers: the backend, or the destination itself if the flow is not translated.
     pub answers: SocketAddr,
 }
 
-/// UDP frontends that may have flows which are not right any more, with what is right.
+/// UDP frontends that may have stale flows, with their ports.
 #[derive(Clone, Debug, Default)]
 pub struct Suspects {
     frontends: FxHashMap<Frontend, Suspect>,
-    /// Ports that changed without leaving anything stale. Flows to endpoints that joined are right, whatever was suspected
-    /// before.
+    /// Ports that changed without making a flow stale. Their new endpoints count for earlier suspects.
     newer: Vec<Arc<PortPlan>>,
-    /// Addresses and ports of the node that look like a NodePort here and are frontends by themselves.
+    /// Addresses of the node with the number of a NodePort that are frontends of their own.
     apart: FxHashSet<SocketAddr>,
-    /// Says where NodePorts answer.
+    /// Has the addresses that serve NodePorts.
     node: Option<Arc<NodePlan>>,
-    /// What will be in force, and how many of those deltas these suspects know of.
-    coming: Option<(Coming, u64)>,
+    /// The announced ports, and how many deltas are in these suspects.
+    announced: Option<(AnnouncedPorts, u64)>,
 }
 
-/// One frontend that may have flows which are not right any more.
+/// One frontend that may have stale flows.
 #[derive(Clone, Debug, Default)]
 struct Suspect {
-    /// The port that has the frontend and is looked at because of it; `None` where a port gave the frontend up and no
-    /// other one has taken it.
+    /// The port that has the frontend; `None` if a port lost it and no other port has taken it.
     now: Option<Present>,
-    /// The ports that had it, as they were.
+    /// The ports that had the frontend before.
     former: Vec<Arc<PortPlan>>,
-    /// Whether a port had it of which nothing else is known.
+    /// Whether an unknown port of an earlier agent had the frontend.
     left_over: bool,
 }
 
-/// What has a frontend.
+/// A port with its frontend.
 #[derive(Clone, Debug)]
 struct Present {
     port: Arc<PortPlan>,
@@ -69,15 +64,15 @@ struct Present {
 }
 
 impl Suspects {
-    /// Those among `ports`, which must be in the kernel by now. Exactly:
+    /// The suspects among changed `ports`, which must be in the kernel by now:
     ///
-    /// - a port that is new, lost a serving endpoint, or had none while it has some now: all its frontends are meant, also
-    ///   where nothing serves any more (K7);
-    /// - of other ports only frontends that did not lead to a backend before, because their clients' packets may have been
-    ///   tracked on the way to nowhere, and those that are for other clients than before (F7);
-    /// - frontends that a port gave up or had when it went (K6).
+    /// - all frontends of a port that is new, lost a serving endpoint, or got its first endpoint, even if no endpoint serves
+    ///   any more (K7);
+    /// - of other ports, frontends that did not lead to a backend before, because the kernel may have tracked packets to them
+    ///   untranslated, and frontends with other source ranges than before (F7);
+    /// - frontends that a port lost, and those of a deleted port (K6).
     ///
-    /// Endpoints that only join make nothing stale.
+    /// Endpoints that only join make no flow stale.
     pub fn of<'a>(ports: impl IntoIterator<Item = &'a PortDelta>) -> Self {
         let mut suspects = Self::default();
         for delta in ports.into_iter().filter(|delta| is_udp(delta)) {
@@ -87,23 +82,23 @@ impl Suspects {
         suspects
     }
 
-    /// What ports gave up, whether or not anything of it is in the kernel yet: the kernel may be told by a change that does
-    /// not say so.
+    /// The frontends that ports lost, whether or not the change is in the kernel yet. A later change may write it without
+    /// mentioning these frontends.
     pub fn given_up<'a>(ports: impl IntoIterator<Item = &'a PortDelta>) -> Self {
         let mut suspects = Self::default();
         ports.into_iter().filter(|delta| is_udp(delta)).for_each(|delta| suspects.suspect_former(delta));
         suspects
     }
 
-    /// Frontends that an earlier agent led somewhere and that no port has.
+    /// Frontends that an earlier agent served and that no port has now.
     pub fn left_over(frontends: impl IntoIterator<Item = Frontend>) -> Self {
         let suspect = Suspect { left_over: true, ..Suspect::default() };
         let frontends = frontends.into_iter().map(|frontend| (frontend, suspect.clone())).collect();
         Self { frontends, ..Self::default() }
     }
 
-    /// With the node whose addresses serve NodePorts, where an address and port of it that is a frontend by itself
-    /// comes first for packets (R1).
+    /// With the node whose addresses serve NodePorts. A frontend with one of these addresses and the number of a NodePort
+    /// wins over the NodePort (R1).
     #[must_use]
     pub fn on(mut self, node: Option<&Arc<NodePlan>>, is_frontend: impl Fn(&Frontend) -> bool) -> Self {
         let Some(node) = node else { return self };
@@ -121,17 +116,16 @@ impl Suspects {
         self
     }
 
-    /// With what the kernel is told later: no flow is stale that it makes right. To be called before the next delta is
-    /// announced.
+    /// With the announced ports: a flow that one of them serves is not stale. Call it before the next delta is announced.
     #[must_use]
-    pub fn in_view_of(self, coming: &Coming) -> Self {
-        Self { coming: Some((coming.clone(), coming.deltas())), ..self }
+    pub fn with_announced(self, announced: &AnnouncedPorts) -> Self {
+        Self { announced: Some((announced.clone(), announced.deltas())), ..self }
     }
 
-    /// Flows are judged by these from now on: what was announced before is known.
+    /// A sweep with these suspects begins, so ports that were announced before them are dropped.
     pub(crate) fn begin(&self) {
-        if let Some((coming, known)) = &self.coming {
-            coming.forget(*known);
+        if let Some((announced, known)) = &self.announced {
+            announced.forget(*known);
         }
     }
 
@@ -151,7 +145,7 @@ impl Suspects {
         let meant = |planned: &&FrontendPlan| {
             let was = before.and_then(|before| before.frontend(planned.frontend));
             whole
-                || (leads_anywhere(planned) && !was.is_some_and(leads_anywhere))
+                || (has_backends(planned) && !was.is_some_and(has_backends))
                 || was.is_some_and(|was| was.allowed_sources != planned.allowed_sources)
         };
         for planned in after.frontends.iter().filter(meant) {
@@ -164,9 +158,9 @@ impl Suspects {
         }
     }
 
-    /// Adds later suspects; where a frontend is in both, the later plan counts.
+    /// Adds later suspects. If both have a frontend, the later plan counts.
     pub fn extend(&mut self, later: Self) {
-        let Self { frontends, newer, apart, node, coming } = later;
+        let Self { frontends, newer, apart, node, announced } = later;
         for port in &newer {
             for planned in &port.frontends {
                 let suspect = self.frontends.get_mut(&planned.frontend);
@@ -184,39 +178,38 @@ impl Suspects {
         self.newer.extend(newer);
         self.apart.extend(apart);
         self.node = node.or(self.node.take());
-        self.coming = coming.or(self.coming.take());
+        self.announced = announced.or(self.announced.take());
     }
 
-    /// Whether nothing follows from it.
+    /// Whether there is nothing to check.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.frontends.is_empty() && self.newer.is_empty()
     }
 
-    /// How many frontends there are to look at.
+    /// The number of frontends to check.
     #[must_use]
     pub fn len(&self) -> usize {
         self.frontends.len()
     }
 
-    /// The frontends, in no order.
+    /// The frontends to check, in any order.
     pub fn frontends(&self) -> impl Iterator<Item = &Frontend> {
         self.frontends.keys()
     }
 
-    /// The families of the frontends.
+    /// The families of the frontends to check.
     #[must_use]
     pub fn families(&self) -> BTreeSet<Family> {
         self.frontends.keys().map(|frontend| frontend.destination.family()).collect()
     }
 
-    /// Whether `flow` is addressed to a suspect and answered by something that does not serve it (K2), also when it
-    /// was never translated, or is of a client that may not come any more. A NodePort is a port of this node (K3), unless the
-    /// address and port are a frontend themselves: those come first for packets too (R1). What the kernel is about to be
-    /// told counts as well.
+    /// Whether `flow` goes to a suspect, and its answers come from an address that does not serve (K2), or source ranges now
+    /// exclude its client. Untranslated flows count too. A NodePort's flows have an address of this node (K3), unless the
+    /// address and port are a frontend of their own (R1). A flow that an announced port serves is not stale.
     #[must_use]
     pub fn is_stale(&self, flow: Flow) -> bool {
-        self.suspects(flow) && !self.coming.as_ref().is_some_and(|(coming, _)| coming.makes_right(flow))
+        self.suspects(flow) && !self.announced.as_ref().is_some_and(|(announced, _)| announced.serves(flow))
     }
 
     fn suspects(&self, flow: Flow) -> bool {
@@ -233,11 +226,11 @@ impl Suspects {
             .is_some_and(|suspect| suspect.has_stale(flow, self.is_node_port(flow)))
     }
 
-    /// Whether the flow is certainly addressed to a NodePort, if there is one of its number. An outside machine may have a
-    /// port of that number too, and a process of this node at an address that serves no NodePorts.
+    /// Whether the flow certainly goes to a NodePort, if there is one with its number. Another machine may have a port of that
+    /// number too, and so may a process of this node at an address that serves no NodePorts.
     fn is_node_port(&self, flow: Flow) -> bool {
         let address = flow.destination.ip();
-        // Plans leave these addresses out. Only this node translates what is sent to them.
+        // Plans do not contain these addresses. Only this node translates packets to them.
         let is_near = match address {
             IpAddr::V4(address) => address.is_loopback(),
             IpAddr::V6(address) => address.is_loopback() || address.is_unicast_link_local(),
@@ -249,30 +242,34 @@ impl Suspects {
 }
 
 impl Suspect {
-    /// Whether a flow with the frontend's port is stale. Where it is not certain that the flow is the frontend's, or no port
-    /// has the frontend any more, only translated flows to backends of the ports that had it are: a process of this host, an
-    /// outside machine or another program may have the address and port.
+    /// Whether a flow with the frontend's port is stale. If it is not certain that the flow belongs to the frontend, or if no
+    /// port has the frontend any more, only translated flows to backends of former ports are stale, because a process of
+    /// this host, another machine or another program may have the address and port.
     fn has_stale(&self, flow: Flow, is_certain: bool) -> bool {
         match &self.now {
-            Some(now) if answers(&now.port, flow) => !now.frontend.lets_in(flow.client),
+            Some(now) if flow.is_served_by(&now.port) => !now.frontend.lets_in(flow.client),
             Some(_) if is_certain => true,
             _ if !flow.is_translated() => false,
             now => {
                 (now.is_none() && self.left_over && is_certain)
-                    || self.former.iter().any(|plan| answers(plan, flow))
+                    || self.former.iter().any(|plan| flow.is_served_by(plan))
             }
         }
     }
 }
 
 impl Flow {
-    /// Whether another address or port than the one that its client sends to gets its packets.
     fn is_translated(&self) -> bool {
         self.answers != self.destination
     }
+
+    /// Whether the flow goes to an endpoint that serves.
+    pub(super) fn is_served_by(&self, plan: &PortPlan) -> bool {
+        plan.serves(self.answers.ip(), self.answers.port())
+    }
 }
 
-/// The addresses that serve NodePorts of a family, sorted, maybe among others of the other family.
+/// The addresses that serve NodePorts of a family, sorted. May contain addresses of the other family.
 fn node_port_addresses(node: &NodePlan, family: Family) -> &[IpAddr] {
     match node.node_port_addresses.get(family) {
         NodePortAddresses::AnyLocal => &node.host_addresses,
@@ -284,20 +281,11 @@ pub(super) fn is_udp(delta: &PortDelta) -> bool {
     delta.id().is_some_and(|id| id.protocol == Protocol::Udp)
 }
 
-/// Whether a flow goes to an endpoint that serves.
-pub(super) fn answers(plan: &PortPlan, flow: Flow) -> bool {
-    serves(&plan.serving, flow.answers.ip(), flow.answers.port())
-}
-
-fn serves(serving: &[Backend], address: IpAddr, port: u16) -> bool {
-    serving.binary_search_by_key(&(address, port), |backend| (backend.address, backend.port)).is_ok()
-}
-
 fn lost(before: &PortPlan, after: &PortPlan) -> bool {
-    before.serving.iter().any(|backend| !serves(&after.serving, backend.address, backend.port))
+    before.serving.iter().any(|backend| !after.serves(backend.address, backend.port))
 }
 
-fn leads_anywhere(plan: &FrontendPlan) -> bool {
+fn has_backends(plan: &FrontendPlan) -> bool {
     [plan.route.pod, plan.route.host, plan.route.outside]
         .iter()
         .any(|treatment| matches!(treatment.target, Target::Cluster | Target::Local))

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, net::SocketAddr, sync::Arc};
 
 use ipnet::IpNet;
 
-use super::{Coming, Flow, Suspects};
+use super::{AnnouncedPorts, Flow, Suspects};
 use crate::{
     model::{Family, ObjectName, PerFamily, Protocol},
     plan::{
@@ -73,7 +73,7 @@ fn udp(frontends: &[&str], serving: &[&str]) -> Option<Arc<PortPlan>> {
     Some(plan(Protocol::Udp, &frontends, serving))
 }
 
-/// At home where the addresses of the flows below are that look like a node's.
+/// The node of the flows below.
 fn node() -> Arc<NodePlan> {
     let addresses = ["192.0.2.4", "192.0.2.5", "2001:db8::99"];
     Arc::new(NodePlan {
@@ -109,7 +109,7 @@ fn stale_of(client: &str, suspects: &Suspects, destination: &str, answers: &str)
     suspects.is_stale(Flow { client, destination: at(destination), answers: at(answers) })
 }
 
-/// The same for clients in these networks only.
+/// The same port with source ranges.
 fn only_from(networks: &[&str], port: Option<Arc<PortPlan>>) -> Option<Arc<PortPlan>> {
     let mut port = PortPlan::clone(&port.unwrap());
     let networks: Vec<IpNet> = networks.iter().map(|network| network.parse().unwrap()).collect();
@@ -125,7 +125,7 @@ const VIP: &str = "10.96.0.10:53";
 const NODE: &str = "node4:30053";
 
 #[test]
-fn a_port_that_lost_a_serving_endpoint_has_all_its_frontends_looked_at_k2_k3() {
+fn a_port_that_lost_a_serving_endpoint_has_all_its_frontends_checked_k2_k3() {
     let before = udp(&[VIP, NODE], &[A, B]);
     assert_eq!(picked(before, udp(&[VIP, NODE], &[B])), ["10.96.0.10:53/UDP", "node:30053/UDP"]);
 }
@@ -136,44 +136,44 @@ fn a_changed_target_port_counts_as_a_lost_endpoint() {
 }
 
 #[test]
-fn endpoints_that_join_and_ports_that_stay_the_same_leave_nothing_stale() {
+fn joining_endpoints_and_unchanged_ports_make_no_flow_stale() {
     assert!(picked(udp(&[VIP], &[A]), udp(&[VIP], &[A, B])).is_empty());
     assert!(picked(udp(&[VIP], &[A]), udp(&[VIP], &[A])).is_empty());
 }
 
 #[test]
-fn a_port_that_lost_its_last_endpoint_has_all_its_frontends_looked_at_k7() {
+fn a_port_that_lost_its_last_endpoint_has_all_its_frontends_checked_k7() {
     let none = || udp(&[VIP, NODE], &[]);
     assert_eq!(picked(udp(&[VIP, NODE], &[A]), none()), ["10.96.0.10:53/UDP", "node:30053/UDP"]);
-    // The agent may have started after the endpoint went.
+    // The agent may have started after the endpoint left.
     assert_eq!(picked(None, none()), ["10.96.0.10:53/UDP", "node:30053/UDP"]);
     assert!(picked(none(), udp(&[VIP, NODE], &[])).is_empty(), "nothing changed for flows");
     let suspects = of(&[PortDelta { before: None, after: none() }]);
     assert!(stale(&suspects, VIP, A) && stale(&suspects, "192.0.2.4:30053", A));
-    assert!(stale(&suspects, VIP, VIP), "a flow on the way to nowhere is refused like the others");
+    assert!(stale(&suspects, VIP, VIP), "an untranslated flow is stale too");
 }
 
 #[test]
-fn a_port_that_goes_takes_its_flows_along_and_no_others_k6() {
+fn with_a_port_its_own_flows_become_stale_and_no_others_k6() {
     let before = || udp(&[VIP, "203.0.113.7:53", NODE], &[A, B]);
     assert_eq!(picked(before(), None), ["10.96.0.10:53/UDP", "203.0.113.7:53/UDP", "node:30053/UDP"]);
     let suspects = of(&[PortDelta { before: before(), after: None }]);
     for to in [VIP, "203.0.113.7:53", "192.0.2.4:30053"] {
         assert!(stale(&suspects, to, A) && stale(&suspects, to, B), "{to}");
-        assert!(!stale(&suspects, to, to), "what listens at {to} itself was never the Service's");
-        assert!(!stale(&suspects, to, "10.1.0.9:53"), "what another program made of {to} is its own");
+        assert!(!stale(&suspects, to, to), "a process that listens at {to} itself");
+        assert!(!stale(&suspects, to, "10.1.0.9:53"), "another program translated {to}");
     }
 }
 
 #[test]
-fn an_address_that_another_service_takes_over_keeps_that_ones_flows_alone_k6() {
+fn an_address_that_another_service_takes_over_keeps_only_that_services_flows_k6() {
     let gone = || PortDelta { before: udp(&[VIP], &[A]), after: None };
     let come = |before, serving: &[&str]| {
         let mut plan = PortPlan::clone(&plan(Protocol::Udp, &[(VIP, CLUSTER)], serving));
         plan.id.service = ObjectName::new("default", "other");
         PortDelta { before, after: Some(Arc::new(plan)) }
     };
-    // In one change, whatever its order, and in two that are looked at together.
+    // In one change, in either order, and in two changes that are checked together.
     let mut apart = of(&[gone()]);
     apart.extend(of(&[come(None, &[B])]));
     for suspects in [of(&[gone(), come(None, &[B])]), of(&[come(None, &[B]), gone()]), apart] {
@@ -183,7 +183,7 @@ fn an_address_that_another_service_takes_over_keeps_that_ones_flows_alone_k6() {
 }
 
 #[test]
-fn endpoints_that_were_lost_before_the_service_went_are_not_forgotten() {
+fn endpoints_lost_before_the_deletion_of_their_service_stay_suspect() {
     let mut suspects = of(&[PortDelta { before: udp(&[VIP], &[A, B]), after: udp(&[VIP], &[B]) }]);
     suspects.extend(of(&[PortDelta { before: udp(&[VIP], &[B]), after: None }]));
     assert!(stale(&suspects, VIP, A) && stale(&suspects, VIP, B));
@@ -191,7 +191,7 @@ fn endpoints_that_were_lost_before_the_service_went_are_not_forgotten() {
 }
 
 #[test]
-fn flows_to_an_endpoint_that_joined_before_the_look_stay() {
+fn flows_to_an_endpoint_that_joined_before_the_sweep_stay() {
     let mut suspects = of(&[PortDelta { before: udp(&[VIP], &[A, B]), after: udp(&[VIP], &[B]) }]);
     let joined = "10.1.0.3:53";
     suspects.extend(of(&[PortDelta { before: udp(&[VIP], &[B]), after: udp(&[VIP], &[B, joined]) }]));
@@ -200,20 +200,20 @@ fn flows_to_an_endpoint_that_joined_before_the_look_stay() {
 }
 
 #[test]
-fn new_ports_and_ports_that_had_no_endpoint_are_looked_at() {
+fn new_ports_and_ports_that_had_no_endpoint_are_checked() {
     assert_eq!(picked(None, udp(&[VIP], &[A])), ["10.96.0.10:53/UDP"]);
     assert_eq!(picked(udp(&[VIP], &[]), udp(&[VIP], &[A])), ["10.96.0.10:53/UDP"]);
 }
 
 #[test]
-fn a_frontend_that_newly_leads_somewhere_is_looked_at_alone() {
+fn of_other_ports_only_a_frontend_that_gets_backends_is_checked() {
     assert_eq!(picked(udp(&[VIP], &[A]), udp(&[VIP, NODE], &[A])), ["node:30053/UDP"]);
     let dropped = plan(Protocol::Udp, &[(VIP, CLUSTER), (NODE, Target::Drop)], &[A]);
     assert_eq!(picked(Some(dropped), udp(&[VIP, NODE], &[A])), ["node:30053/UDP"]);
 }
 
 #[test]
-fn a_frontend_that_leads_nowhere_is_looked_at_when_an_endpoint_was_lost_only() {
+fn a_frontend_without_backends_is_checked_only_when_an_endpoint_was_lost() {
     let after = |serving| plan(Protocol::Udp, &[(VIP, CLUSTER), (NODE, Target::Drop)], serving);
     assert!(picked(udp(&[VIP, NODE], &[A]), Some(after(&[A]))).is_empty());
     assert_eq!(
@@ -241,10 +241,10 @@ fn later_suspects_win_over_earlier_ones() {
     assert!(!stale(&suspects, VIP, B));
 }
 
-/// Where clients send, who answers, and whether the flow has to go. Every address of the plans below, against
-/// serving, gone, never translated, and answered on the wrong port or by a neighbour.
+/// Destination and source of answers of each flow. Every address of the plans below has flows to serving and to removed
+/// backends, untranslated flows, and flows to a wrong port or to another Service's backend.
 #[test]
-fn flows_to_what_does_not_serve_go_and_all_others_stay_k2_k3_r1() {
+fn flows_to_backends_that_do_not_serve_are_stale_and_no_others_k2_k3_r1() {
     let suspects = of(&[
         PortDelta {
             before: None,
@@ -283,7 +283,7 @@ fn flows_to_what_does_not_serve_go_and_all_others_stay_k2_k3_r1() {
         ("192.0.2.4:30053", A),
         ("192.0.2.5:30053", "10.1.0.2:5300"),
         ("10.96.0.11:30053", "10.1.0.9:9"),
-        // Other Services, other ports of the same addresses, pods asked directly, the world.
+        // Other Services, other ports of the same addresses, pods' own addresses, the internet.
         ("10.96.0.10:54", "10.1.0.3:53"),
         ("10.96.0.99:53", "10.1.0.3:53"),
         ("198.51.100.9:53", "198.51.100.9:53"),
@@ -312,7 +312,7 @@ fn flows_to_what_does_not_serve_go_and_all_others_stay_k2_k3_r1() {
 }
 
 #[test]
-fn a_node_port_of_one_family_does_not_touch_the_other() {
+fn a_node_port_of_one_family_does_not_affect_the_other() {
     let suspects = of(&[PortDelta { before: None, after: udp(&[NODE], &[A]) }]);
     let other = "[2001:db8::99]:30053";
     assert!(!stale(&suspects, other, other));
@@ -329,9 +329,9 @@ fn a_node_port_is_a_port_of_this_node_and_flows_to_other_machines_stay() {
         assert!(!stale(&suspects, to, to), "{to}");
         assert!(!stale(&suspects, to, A), "{to}");
     }
-    // What another program made of it.
+    // Another program translated the flow.
     assert!(!stale(&suspects, "198.51.100.7:30053", "198.51.100.8:9"));
-    // What is led to a backend of the Service was led there by weir, whatever address it was.
+    // weir translated the flow, because its backend is the Service's, whatever the destination.
     assert!(stale(&suspects, "198.51.100.7:30053", B));
     assert!(
         stale(&suspects, "[fe80::7]:30053", "[fd01::2]:53")
@@ -345,12 +345,12 @@ fn a_node_port_is_a_port_of_this_node_and_flows_to_other_machines_stay() {
         ..NodePlan::clone(&node())
     };
     let suspects = Suspects::of(&lost).on(Some(&Arc::new(only)), |_| false);
-    assert!(!stale(&suspects, "192.0.2.4:30053", "192.0.2.4:30053"), "no NodePorts are served there");
+    assert!(!stale(&suspects, "192.0.2.4:30053", "192.0.2.4:30053"), "this address serves no NodePorts");
     assert!(stale(&suspects, "192.0.2.5:30053", "192.0.2.5:30053"));
 }
 
 #[test]
-fn an_address_and_a_number_that_a_port_gives_up_take_their_flows_along() {
+fn flows_of_an_address_and_a_number_that_a_port_loses_become_stale() {
     const BALANCER: &str = "203.0.113.7:53";
     let (before, after) = (udp(&[VIP, BALANCER, NODE], &[A]), udp(&[VIP, NODE], &[A]));
     assert_eq!(picked(before.clone(), after.clone()), ["203.0.113.7:53/UDP"]);
@@ -364,7 +364,7 @@ fn an_address_and_a_number_that_a_port_gives_up_take_their_flows_along() {
 }
 
 #[test]
-fn a_client_that_the_source_ranges_shut_out_loses_its_flows_and_no_other_does_f7() {
+fn only_clients_that_source_ranges_exclude_lose_their_flows_f7() {
     let port = || udp(&[VIP], &[A]);
     let some = |networks: &[&str]| only_from(networks, port());
     let few = || some(&["10.1.0.0/24", "10.1.7.0/24", "10.3.0.0/16"]);
@@ -380,16 +380,16 @@ fn a_client_that_the_source_ranges_shut_out_loses_its_flows_and_no_other_does_f7
             ("192.0.2.77", false),
         ] {
             assert_eq!(stale_of(client, &suspects, VIP, A), !stays, "{client}");
-            assert!(stale_of(client, &suspects, VIP, B), "{client} is led to what does not serve");
+            assert!(stale_of(client, &suspects, VIP, B), "the backend of {client} does not serve");
         }
     }
-    // Open to all again.
+    // Without ranges again.
     let suspects = of(&[PortDelta { before: few(), after: port() }]);
     assert!(!stale_of("192.0.2.77", &suspects, VIP, A));
 }
 
 #[test]
-fn a_frontend_of_an_earlier_agent_takes_its_translated_flows_along() {
+fn translated_flows_of_an_earlier_agents_frontend_are_stale() {
     let left = || {
         Suspects::left_over([frontend(VIP, Protocol::Udp), frontend(NODE, Protocol::Udp)])
             .on(Some(&node()), |_| false)
@@ -413,38 +413,38 @@ fn an_external_ip_of_the_node_with_a_node_ports_number_keeps_its_own_flows_r1() 
 }
 
 #[test]
-fn flows_that_the_next_change_makes_right_stay_though_a_walk_judges_by_the_one_before() {
+fn flows_that_an_announced_port_serves_stay_while_a_sweep_has_older_suspects() {
     const VIP: &str = "10.96.0.10:53";
     const NODE: &str = "node4:30053";
     const A: &str = "10.1.0.1:53";
     const B: &str = "10.1.0.2:53";
-    let known = Coming::default();
-    let coming = &known;
-    let told = |before: &Option<Arc<PortPlan>>, after: &Option<Arc<PortPlan>>| {
+    let known = AnnouncedPorts::default();
+    let announced = &known;
+    let change = |before: &Option<Arc<PortPlan>>, after: &Option<Arc<PortPlan>>| {
         let ports = [PortDelta { before: before.clone(), after: after.clone() }];
-        coming.announce(&ports);
-        move || of(&ports).in_view_of(coming)
+        announced.announce(&ports);
+        move || of(&ports).with_announced(announced)
     };
     let (one, both) = (udp(&[VIP, NODE], &[A]), udp(&[VIP, NODE], &[A, B]));
-    let gone = told(&one, &None)();
+    let gone = change(&one, &None)();
     assert!(stale(&gone, VIP, A), "the Service is gone");
     gone.begin();
 
-    // It comes back while the walk goes on.
-    let back = told(&None, &one);
+    // It comes back during the sweep.
+    let back = change(&None, &one);
     assert!(!stale(&gone, VIP, A) && !stale(&gone, "192.0.2.4:30053", A));
     let back = back();
-    let joined = told(&one, &both);
-    assert!(!stale(&back, VIP, B), "an endpoint joins while a walk does not know of it");
-    assert!(stale(&back, VIP, "10.1.0.3:53"), "what no change makes right");
+    let joined = change(&one, &both);
+    assert!(!stale(&back, VIP, B), "an endpoint joins during the sweep");
+    assert!(stale(&back, VIP, "10.1.0.3:53"), "no port serves this endpoint");
     let mut all = gone;
     all.extend(back);
     all.extend(joined());
     all.begin();
-    assert!(!stale(&all, VIP, A) && !stale(&all, VIP, B), "the suspects know by themselves");
+    assert!(!stale(&all, VIP, A) && !stale(&all, VIP, B), "the later suspects have both endpoints");
 
-    // What is known is forgotten: A is stale once it left, whatever was announced before.
-    let left = told(&both, &udp(&[VIP, NODE], &[B]))();
+    // `begin` drops older announcements: A is stale once it has left.
+    let left = change(&both, &udp(&[VIP, NODE], &[B]))();
     assert!(stale(&left, VIP, A) && !stale(&left, VIP, B));
     left.begin();
     assert!(stale(&left, VIP, A));

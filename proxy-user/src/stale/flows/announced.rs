@@ -1,37 +1,34 @@
-//! Ports that the kernel is about to be told, for a walk that judges flows by what was in force before.
+//! Service ports that weir is about to write to the kernel.
 //!
-//! In: deltas, each before it is applied. Out: whether one of them makes a flow right that suspects call stale.
+//! In: deltas, each before it is applied. Out: whether an announced port serves a flow that suspects call stale.
 //!
-//! A walk may take long, and the kernel goes on meanwhile: a Service that comes back, or an endpoint that joins, gets
-//! flows that the walk finds, and that are right.
+//! A sweep may take long, and the kernel gets new changes meanwhile. A Service that comes back, or an endpoint that joins,
+//! gets flows that the sweep finds, and that must stay.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustc_hash::FxHashMap;
 
-use super::{
-    Flow,
-    suspect::{answers, is_udp},
-};
+use super::{Flow, suspect::is_udp};
 use crate::{
     model::{Family, Protocol},
     plan::{Destination, Frontend, PortDelta, PortPlan},
 };
 
-/// What was announced. Clones are the same.
+/// The announced ports. Clones share them.
 #[derive(Clone, Debug, Default)]
-pub struct Coming(Arc<Mutex<Announced>>);
+pub struct AnnouncedPorts(Arc<Mutex<State>>);
 
 #[derive(Debug, Default)]
-struct Announced {
-    /// How many deltas were announced.
+struct State {
+    /// The number of announced deltas.
     deltas: u64,
-    /// The last port that was announced with each frontend, and by which delta.
+    /// The last announced port of each frontend, and the number of its delta.
     ports: FxHashMap<Frontend, (u64, Arc<PortPlan>)>,
 }
 
-impl Coming {
-    /// The kernel will be told of these ports next.
+impl AnnouncedPorts {
+    /// Announces ports that weir writes to the kernel next.
     pub fn announce<'a>(&self, ports: impl IntoIterator<Item = &'a PortDelta>) {
         let mut announced = self.lock();
         announced.deltas += 1;
@@ -43,32 +40,33 @@ impl Coming {
         }
     }
 
-    /// How many deltas were announced.
+    /// The number of announced deltas.
     pub(super) fn deltas(&self) -> u64 {
         self.lock().deltas
     }
 
-    /// So many deltas are in force or have failed, and the suspects of those that are in force are known.
+    /// Drops the ports of the first `deltas` deltas, because these are in force or have failed, and the sweep has their
+    /// suspects.
     pub(super) fn forget(&self, deltas: u64) {
         self.lock().ports.retain(|_, (delta, _)| *delta > deltas);
     }
 
-    /// Whether a port that was announced serves the flow.
-    pub(super) fn makes_right(&self, flow: Flow) -> bool {
+    /// Whether an announced port serves the flow.
+    pub(super) fn serves(&self, flow: Flow) -> bool {
         let (address, port) = (flow.destination.ip(), flow.destination.port());
         let announced = self.lock();
         [Destination::Address(address), Destination::NodePort(Family::of(address))].into_iter().any(
             |destination| {
                 let frontend = Frontend { destination, protocol: Protocol::Udp, port };
                 announced.ports.get(&frontend).is_some_and(|(_, port)| {
-                    answers(port, flow)
+                    flow.is_served_by(port)
                         && port.frontend(frontend).is_some_and(|planned| planned.lets_in(flow.client))
                 })
             },
         )
     }
 
-    fn lock(&self) -> MutexGuard<'_, Announced> {
+    fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
