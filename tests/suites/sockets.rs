@@ -1,7 +1,6 @@
 //! Sockets of backends that stopped serving (K2): closed by the kernel, or moved, in a host's and in a pod's network namespace.
 //!
-//! The clients connect straight to their backends; what the kernel programs would have written down for a socket, the
-//! test writes into the programs' own maps.
+//! The clients connect directly to their backends, and the test writes the maps in place of the kernel programs.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -34,7 +33,7 @@ use weir::{
         Backend, Delta, Destination, Frontend, FrontendPlan, PortDelta, PortId, PortPlan, Removal, Route,
         Target, Treatment,
     },
-    stale::sockets::{Sockets, Suspects, Taken, supported},
+    stale::sockets::{Sockets, Suspects, Swept, supported},
 };
 use weir_tests::{
     netns::Namespace,
@@ -321,7 +320,7 @@ fn sockets_of_a_removed_backend_are_closed_or_moved_and_all_others_live_on() {
     let (before, after) = (plans(&[A, B], &[A6, B6]), plans(&[B], &[B6]));
 
     sockets.take_in(in_force(true, before.iter().map(|plan| (None, plan.clone()))));
-    assert_eq!(host.namespace.run(|| sockets.sweep()), Taken::default());
+    assert_eq!(host.namespace.run(|| sockets.sweep()), Swept::default());
     clients.iter().for_each(|(client, _)| client.works().unwrap());
 
     thread::scope(|scope| {
@@ -331,7 +330,7 @@ fn sockets_of_a_removed_backend_are_closed_or_moved_and_all_others_live_on() {
             .map(|(client, _)| scope.spawn(|| (client.protocol, client.backend, client.waits())))
             .collect();
         sockets.take_in(in_force(false, before.into_iter().zip(after)));
-        assert_eq!(host.namespace.run(|| sockets.sweep()), Taken { tcp: 10, udp: 4, moved: 8 });
+        assert_eq!(host.namespace.run(|| sockets.sweep()), Swept { tcp: 10, udp: 4, moved: 8 });
         for client in waiting {
             let (protocol, backend, result) = client.join().unwrap();
             assert!(aborted(result), "{protocol} {backend}");
@@ -392,10 +391,10 @@ fn datagrams_of_udp_sockets_go_to_their_service_while_it_is_there_and_to_their_b
         elsewhere.socket.connect(&at(other).into()).unwrap();
 
         sockets.take_in(in_force(true, [(None, plan(&[backend]))]));
-        assert_eq!(host.namespace.run(|| sockets.sweep()), Taken::default());
+        assert_eq!(host.namespace.run(|| sockets.sweep()), Swept::default());
         lost.works().unwrap();
         sockets.take_in(in_force(false, [(plan(&[backend]), plan(&[]))]));
-        assert_eq!(host.namespace.run(|| sockets.sweep()), Taken { moved: 1, ..Taken::default() });
+        assert_eq!(host.namespace.run(|| sockets.sweep()), Swept { moved: 1, ..Swept::default() });
         assert!(comes_to(&at_service, &lost.socket, b"lost"));
         assert_eq!(elsewhere.socket.peer_addr().unwrap().as_socket(), Some(at(other)));
         not_led.works().unwrap();
@@ -408,7 +407,7 @@ fn datagrams_of_udp_sockets_go_to_their_service_while_it_is_there_and_to_their_b
 
         // Without the Service, nothing goes anywhere, however often it is tried.
         sockets.take_in(in_force(false, [(plan(&[backend]), None)]));
-        assert_eq!(host.namespace.run(|| sockets.sweep()), Taken { moved: 1, ..Taken::default() });
+        assert_eq!(host.namespace.run(|| sockets.sweep()), Swept { moved: 1, ..Swept::default() });
         for _ in 0..3 {
             assert!(is_dropped(&lost.socket, [&at_service, at_backend], (at_backend, &not_led.socket)));
         }
@@ -435,13 +434,13 @@ fn the_address_of_a_moved_socket_that_is_closed_is_its_next_users() {
     let mut sockets = host.namespace.run(|| sockets(maps, names.path()));
     let lost = host.client(Udp, A, false).led(&mut origins, VIP);
     sockets.take_in(in_force(true, []));
-    assert_eq!(host.namespace.run(|| sockets.sweep()), Taken { moved: 1, ..Taken::default() });
+    assert_eq!(host.namespace.run(|| sockets.sweep()), Swept { moved: 1, ..Swept::default() });
 
     let own = lost.socket.local_addr().unwrap();
     origins.forget(lost.socket.cookie().unwrap());
     drop(lost);
     sockets.take_in(in_force(true, []));
-    assert_eq!(host.namespace.run(|| sockets.sweep()), Taken::default());
+    assert_eq!(host.namespace.run(|| sockets.sweep()), Swept::default());
     assert_eq!(sockets.wait().map(|wait| wait <= Duration::from_secs(1)), Some(true), "only the second look");
     let next = host.namespace.run(|| {
         let socket = Socket::new(Domain::IPV4, Type::DGRAM, None).unwrap();
@@ -469,7 +468,7 @@ fn sockets_of_one_pod_beyond_its_share_are_closed_and_leave_room_for_those_of_ot
     let _many = of(&greedy, &mut origins, SHARE + BEYOND);
     let _few = of(&modest, &mut origins, BEYOND);
     sockets.take_in(in_force(true, []));
-    let taken = Taken { tcp: 0, udp: BEYOND as u64, moved: (SHARE + BEYOND) as u64 };
+    let taken = Swept { tcp: 0, udp: BEYOND as u64, moved: (SHARE + BEYOND) as u64 };
     assert_eq!(host.namespace.run(|| sockets.sweep()), taken);
 }
 
@@ -489,10 +488,10 @@ fn a_connect_that_was_under_way_is_found_a_second_later() {
     let late = now();
     let lost = (port(Tcp, AT_ONCE, VIP, &[A, B]), port(Tcp, AT_ONCE, VIP, &[B]));
     sockets.take_in(in_force(false, [(Some(lost.0), Some(lost.1))]));
-    assert_eq!(host.namespace.run(|| sockets.sweep()), Taken::default());
+    assert_eq!(host.namespace.run(|| sockets.sweep()), Swept::default());
     let client = client.led_at(late, &mut origins, VIP);
     await_that("the late one is closed", || {
-        host.namespace.run(|| sockets.sweep()) == Taken { tcp: 1, ..Taken::default() }
+        host.namespace.run(|| sockets.sweep()) == Swept { tcp: 1, ..Swept::default() }
     });
     assert!(aborted(client.waits()));
 }
@@ -523,7 +522,7 @@ fn connections_are_reset_after_the_time_that_the_service_says_and_not_before() {
     sender.send(in_force(false, [(plan(&[A, B]), plan(&[]))])).unwrap();
     sender.send(in_force(false, [(plan(&[]), plan(&[B]))])).unwrap();
     let (at, closed) = reports.recv_timeout(DEADLINE).unwrap();
-    assert_eq!(closed, Taken { tcp: 1, ..Taken::default() });
+    assert_eq!(closed, Swept { tcp: 1, ..Swept::default() });
     assert!(at - lost >= WAIT, "{:?}", at - lost);
     assert!(aborted(gone.waits()));
     back.works().unwrap();
@@ -541,7 +540,7 @@ fn namespaces_without_a_name_are_found_by_their_processes_and_come_and_go() {
     let mut sockets = host.namespace.run(|| sockets(maps, names.path()));
     let client = pod.client(Udp, A, false).led(&mut origins, VIP);
     sockets.take_in(in_force(true, []));
-    assert_eq!(host.namespace.run(|| sockets.sweep()), Taken::default(), "no process names the namespace");
+    assert_eq!(host.namespace.run(|| sockets.sweep()), Swept::default(), "no process names the namespace");
 
     let mut process = pod
         .namespace
@@ -552,13 +551,13 @@ fn namespaces_without_a_name_are_found_by_their_processes_and_come_and_go() {
     sockets.take_in(in_force(true, []));
     await_that("the socket is found", || {
         sockets.take_in(in_force(true, []));
-        host.namespace.run(|| sockets.sweep()) == Taken { moved: 1, ..Taken::default() }
+        host.namespace.run(|| sockets.sweep()) == Swept { moved: 1, ..Swept::default() }
     });
     weir_tests::process::end(&mut process);
     drop(client);
     drop(pod);
     sockets.take_in(in_force(true, []));
-    assert_eq!(host.namespace.run(|| sockets.sweep()), Taken::default());
+    assert_eq!(host.namespace.run(|| sockets.sweep()), Swept::default());
 }
 
 #[test]

@@ -1,23 +1,24 @@
-//! Takes sockets away from backends that do not serve any more, if the kernel programs led them there.
+//! Closes or moves sockets of backends that no longer serve, if a kernel program connected the sockets to them.
 //!
-//! In: [`Suspects`] of deltas that are in force. Out: datagrams of UDP sockets that are connected to such a backend go to their Service
-//! again at once; TCP sockets are closed as their Service's annotation says ([`Removal`](crate::plan::Removal)), and a process waiting
-//! in one is woken with ECONNABORTED. So are UDP sockets whose clients a Service does not let in any more, and those that asked for
-//! a NodePort at a loopback address, where no packet can be led. Sockets that no program led anywhere are never touched.
+//! In: [`Suspects`] of deltas that are in force. Out: datagrams of UDP sockets that are connected to such a backend go
+//! through their Service again at once. TCP sockets are closed as their Service's annotation says
+//! ([`Removal`](crate::plan::Removal)), and a process that waits in one gets ECONNABORTED. UDP sockets are closed if source
+//! ranges now exclude their client, or if they use a NodePort at a loopback address, where packets cannot be translated.
+//! weir never closes a socket that no program translated.
 //!
 //! ```text
-//! Suspects ──▶ Judge: what serves, what was lost when
+//! Suspects ──▶ ClosePolicy: which backends serve, and since when others do not
 //!                │ due
 //!                ▼
-//! seats, origins ──▶ sweep: which sockets have to go ──▶ if any: in each network namespace find them ──▶ destroy them
-//!                                                                                                    └─▶ moved: lead them
+//! seats, origins ──▶ sweep: select sockets ──▶ if any: find them in each network namespace ──▶ destroy them
+//!                                                                                          └─▶ moved: translate them
 //! ```
 //!
-//! The same room finds pods that had bound a Service's address before (`homes`), because it goes through all network
-//! namespaces: `Suspects` say that addresses came.
+//! This room also finds pods that listen on a Service's address themselves (`local_listeners`), because it goes through all
+//! network namespaces. It does so when `Suspects` report new frontends.
 //!
-//! After a restart the first, complete delta has every socket looked at, so nothing is forgotten, except that the time of
-//! `reset-after` starts anew, and TCP connections through a Service that was deleted meanwhile stay.
+//! After a restart the first, complete delta makes the sweep check every socket, so no socket is missed. Only the time of
+//! `reset-after` starts again, and TCP connections through a Service that was deleted meanwhile stay.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -34,68 +35,69 @@ use rustc_hash::FxHashMap;
 use socket2::Socket;
 
 use self::{
-    homes::Homes,
-    judge::{Guard, Judge, Led},
+    close_policy::{AllowedClients, ClosePolicy, ConnectedSocket},
+    local_listeners::LocalListeners,
     moved::{MOST_OF_ONE, MovedSockets},
     namespaces::{Failures, Namespaces},
-    sockdiag::{Found, Name, SockDiag, States},
-    told::Origins,
+    origins::Origins,
+    sockdiag::{DiagSocket, Name, SockDiag, States},
 };
 use crate::dataplane::{Error, nftables::Moved};
 use crate::model::{Family, Protocol};
 
-mod homes;
-mod judge;
+mod close_policy;
+mod local_listeners;
 mod moved;
 mod namespaces;
+mod origins;
 mod sockdiag;
 mod start;
 mod suspect;
 #[cfg(test)]
 mod tests;
-mod told;
 
 pub(crate) use start::start;
 pub use suspect::Suspects;
 
-/// After a sweep the room rests this many times as long as it took, so that it never takes more than a quarter of a CPU.
+/// After a sweep the thread sleeps this many times the sweep's duration, so it never takes more than a quarter of a CPU.
 const REST: u32 = 3;
 
-/// How often moved sockets are looked at, for those that are closed meanwhile, and for tables that another program removed.
+/// The time between two checks of moved sockets, in nanoseconds. A check drops closed sockets, and restores tables that
+/// another program removed.
 const LOOK_AT_MOVED: u64 = 5_000_000_000;
 
-/// How many sockets were taken away from their backends.
+/// How many sockets a sweep closed or moved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Taken {
-    /// Closed, over TCP.
+pub struct Swept {
+    /// Closed TCP sockets.
     pub tcp: u64,
-    /// Closed, over UDP.
+    /// Closed UDP sockets.
     pub udp: u64,
-    /// Over UDP, whose datagrams go to their Service now.
+    /// UDP sockets whose datagrams go through their Service now.
     pub moved: u64,
 }
 
-/// Takes sockets away from their backends. Calls block.
+/// Closes and moves sockets. Calls block.
 pub struct Sockets {
     origins: Origins,
     namespaces: Namespaces,
-    judge: Judge,
+    policy: ClosePolicy,
     moved: MovedSockets,
-    /// When moved sockets are to be looked at.
+    /// The time of the next check of moved sockets.
     look_at_moved: u64,
-    /// Pods that had bound a Service's address before; only where the maps have names.
-    homes: Option<Homes>,
-    complaint: Option<String>,
-    homes_complaint: Option<String>,
+    /// `None` in tests without pinned maps.
+    listeners: Option<LocalListeners>,
+    last_warning: Option<String>,
+    listeners_warning: Option<String>,
 }
 
 impl Sockets {
-    /// Opens the maps of sockets, pinned in a directory; those of `services` are opened when they are needed. `names` are directories in which network namespaces have names;
-    /// those of visible processes are found by themselves.
+    /// Opens the socket maps that are pinned in `maps`. The maps in `services` are opened when they are needed. `names` are
+    /// directories with named network namespaces; weir finds those of visible processes in /proc.
     ///
     /// # Errors
     ///
-    /// When a map is not there, or this kernel or our privileges do not allow closing sockets, as [`supported`] tells.
+    /// When a map is missing, or when this kernel or weir's privileges do not allow to close sockets (see [`supported`]).
     pub fn open(maps: &Path, services: &Path, names: &[&Path]) -> Result<Self, Error> {
         let open = |name: &str| {
             let path = maps.join(name);
@@ -103,10 +105,10 @@ impl Sockets {
                 .map_err(|error| Error::Kernel(format!("opening the map {}: {error}", path.display())))
         };
         let sockets = Self::new(open("origins")?, open("seats")?, names)?;
-        Ok(Self { homes: Some(Homes::new(maps, services)), ..sockets })
+        Ok(Self { listeners: Some(LocalListeners::new(maps, services)), ..sockets })
     }
 
-    /// The same with the maps `origins` and `seats` themselves, and without a look for pods that are bound to Services' addresses.
+    /// Like [`Sockets::open`] with open maps, and without the search for local listeners.
     ///
     /// # Errors
     ///
@@ -115,22 +117,23 @@ impl Sockets {
         supported()?;
         let namespaces =
             Namespaces { names: names.iter().map(PathBuf::from).collect(), processes: "/proc".into() };
-        let (origins, judge, moved) = (Origins { origins, seats }, Judge::default(), MovedSockets::open()?);
+        let (origins, policy, moved) =
+            (Origins { origins, seats }, ClosePolicy::default(), MovedSockets::open()?);
         Ok(Self {
             origins,
             namespaces,
-            judge,
+            policy,
             moved,
             look_at_moved: 0,
-            homes: None,
-            complaint: None,
-            homes_complaint: None,
+            listeners: None,
+            last_warning: None,
+            listeners_warning: None,
         })
     }
 
-    /// Takes sockets away as `suspects` arrive and their times come, until nothing can send any more. `report` is told what
-    /// was done. To be run on a thread of its own, because the thread enters other network namespaces.
-    pub fn run(mut self, suspects: &Receiver<Suspects>, mut report: impl FnMut(Taken)) {
+    /// Sweeps when `suspects` arrive and when sockets are due, until the sender is dropped. `report` gets the result of each
+    /// sweep that changed anything. Needs a thread of its own, because it enters other network namespaces.
+    pub fn run(mut self, suspects: &Receiver<Suspects>, mut report: impl FnMut(Swept)) {
         loop {
             match suspects.recv_timeout(self.wait().unwrap_or(Duration::MAX)) {
                 Ok(first) => {
@@ -141,142 +144,146 @@ impl Sockets {
                 Err(RecvTimeoutError::Disconnected) => return,
             }
             let started = Instant::now();
-            let taken = self.sweep();
-            if taken != Taken::default() {
-                let Taken { tcp, udp, moved } = taken;
+            let swept = self.sweep();
+            if swept != Swept::default() {
+                let Swept { tcp, udp, moved } = swept;
                 tracing::info!(tcp, udp, moved, "closed or moved sockets of removed backends");
-                report(taken);
+                report(swept);
             }
             std::thread::sleep(started.elapsed() * REST);
         }
     }
 
-    /// Takes in what came into force, in this order.
+    /// Takes in suspects, in the order in which their deltas came into force.
     pub fn take_in(&mut self, suspects: Suspects) {
         if suspects.complete {
             self.moved.begin_anew();
         }
-        if let Some(homes) = &mut self.homes {
-            homes.take_in(suspects.came);
+        if let Some(listeners) = &mut self.listeners {
+            listeners.take_in(suspects.came);
         }
-        self.judge.take_in(suspects);
+        self.policy.take_in(suspects);
     }
 
-    /// How long until [`Sockets::sweep`] has something to do; `None` when nothing is to come.
+    /// The time until [`Sockets::sweep`] has work; `None` if no socket is due later.
     #[must_use]
     pub fn wait(&self) -> Option<Duration> {
-        let look = if self.judge.came_back { 0 } else { self.look_at_moved };
+        let look = if self.policy.came_back { 0 } else { self.look_at_moved };
         let moved = self.moved.is_any().then_some(look);
-        let homes = self.homes.as_ref().and_then(Homes::next);
-        let next = self.judge.next().into_iter().chain(moved).chain(homes).min();
+        let listeners = self.listeners.as_ref().and_then(LocalListeners::next);
+        let next = self.policy.next().into_iter().chain(moved).chain(listeners).min();
         next.map(|at| Duration::from_nanos(at.saturating_sub(clock())))
     }
 
-    /// Takes away the sockets whose time has come. What cannot be done is logged, once until something else fails.
-    pub fn sweep(&mut self) -> Taken {
+    /// Closes or moves the sockets that are due. Logs failures, each only once in a row.
+    pub fn sweep(&mut self) -> Swept {
         let now = clock();
-        self.look_for_homes(now);
-        let mut due = self.judge.take_due(now);
-        let came_back = std::mem::take(&mut self.judge.came_back);
+        self.look_for_listeners(now);
+        let mut due = self.policy.take_due(now);
+        let came_back = std::mem::take(&mut self.policy.came_back);
         if self.moved.is_any() && (came_back || self.look_at_moved <= now) {
             due.insert(Protocol::Udp);
         }
-        let mut taken = Taken::default();
+        let mut swept = Swept::default();
         if due.is_empty() {
-            return taken;
+            return swept;
         }
-        let mut result = self.take_away(&due, now, &mut taken);
+        let mut result = self.close_or_move(&due, now, &mut swept);
         if result.is_err() && !self.moved.has_room(0) {
-            // What cannot be moved is closed.
-            result = self.take_away(&due, now, &mut taken);
+            // The kernel refused to move the sockets, so they are closed.
+            result = self.close_or_move(&due, now, &mut swept);
         }
         let meaning =
             "cannot close or move all sockets of removed backends; this needs the capability SYS_ADMIN";
-        complain(&mut self.complaint, result, meaning);
-        self.judge.tidy(now);
-        taken
+        warn_once(&mut self.last_warning, result, meaning);
+        self.policy.tidy(now);
+        swept
     }
 
-    fn take_away(
+    fn close_or_move(
         &mut self,
         due: &BTreeSet<Protocol>,
         now: u64,
-        taken: &mut Taken,
+        swept: &mut Swept,
     ) -> Result<Failures, Error> {
-        let (mut condemned, mut moved) = (Condemned::default(), FxHashMap::default());
-        self.origins.read(|cookie, led| {
-            if !due.contains(&led.protocol) {
+        let (mut selected, mut moved) = (ToClose::default(), FxHashMap::default());
+        self.origins.read(|cookie, socket| {
+            if !due.contains(&socket.protocol) {
                 return;
             }
-            let Some(fate) = self.fate(&led, now) else { return };
-            match self.moved.of(cookie).and_then(|known| fate.of_moved(&led, known)) {
+            let Some(action) = self.action(&socket, now) else { return };
+            match self.moved.of(cookie).and_then(|known| action.of_moved(&socket, known)) {
                 Some(known) => drop(moved.insert(cookie, known)),
-                None => {
-                    drop(condemned.entry(led.protocol).or_default().insert(cookie, Verdict { led, fate }))
-                }
+                None => drop(
+                    selected.entry(socket.protocol).or_default().insert(cookie, Selected { socket, action }),
+                ),
             }
         })?;
         let before = moved.len();
-        let failures = if condemned.is_empty() {
+        let failures = if selected.is_empty() {
             Failures::default()
         } else {
-            self.find_and_take(&condemned, &mut moved, taken)?
+            self.find_and_close(&selected, &mut moved, swept)?
         };
         if due.contains(&Protocol::Udp) {
             self.look_at_moved = now.saturating_add(LOOK_AT_MOVED);
             let new = moved.len() - before;
-            let judge = &self.judge;
-            self.moved.lead(moved, |moved, answers| judge.leads(moved.service, answers))?;
-            taken.moved += new as u64;
+            let policy = &self.policy;
+            self.moved.translate(moved, |moved, answers| policy.serves(moved.service, answers))?;
+            swept.moved += new as u64;
         }
         Ok(failures)
     }
 
-    /// What becomes of a socket; nothing if it may stay.
-    fn fate(&self, led: &Led, now: u64) -> Option<Fate> {
-        if !self.judge.condemns(led, now) {
-            return self.judge.guard_of(led, now).map(|guard| Fate::Closed { unless: Some(guard) });
+    /// What to do with a socket; `None` if it may stay.
+    fn action(&self, socket: &ConnectedSocket, now: u64) -> Option<Action> {
+        if !self.policy.must_close(socket, now) {
+            return self
+                .policy
+                .allowed_clients_of(socket, now)
+                .map(|allowed| Action::Close { unless: Some(allowed) });
         }
-        // What a Service at a loopback address leads to, sockets alone know.
+        // Packets to a loopback address cannot be translated, so such a socket cannot be moved.
         let moves =
-            led.protocol == Protocol::Udp && !led.service.ip().is_loopback() && self.moved.has_room(0);
+            socket.protocol == Protocol::Udp && !socket.service.ip().is_loopback() && self.moved.has_room(0);
         if !moves {
-            return Some(Fate::Closed { unless: None });
+            return Some(Action::Close { unless: None });
         }
-        let (only, exists) = (self.judge.guard_at(led.service), self.judge.is_service(led.service));
-        Some(Fate::Moved { only, exists })
+        let (only, exists) =
+            (self.policy.allowed_clients(socket.service), self.policy.is_service(socket.service));
+        Some(Action::Move { only, exists })
     }
 
-    /// Goes through all network namespaces for these sockets. Those to move are added to `moved`, the others are closed.
-    fn find_and_take(
+    /// Finds the selected sockets in all network namespaces. Closes them, or adds them to `moved`.
+    fn find_and_close(
         &self,
-        condemned: &Condemned,
+        selected: &ToClose,
         moved: &mut FxHashMap<u64, Moved>,
-        taken: &mut Taken,
+        swept: &mut Swept,
     ) -> Result<Failures, Error> {
         let visited = self.namespaces.each(|| {
             let mut channel = SockDiag::open()?;
             let mut room = MOST_OF_ONE;
-            for (protocol, sockets) in condemned {
+            for (protocol, sockets) in selected {
                 let mut closed = Vec::new();
-                // A socket of the IPv6 family may speak IPv4.
+                // A socket of the IPv6 family may have IPv4 addresses.
                 for family in Family::ALL {
                     channel.walk(*protocol, family, States::Connected, |found| {
-                        let Some(verdict) = sockets.get(&found.cookie) else { return };
-                        match verdict.over(&found, room > 0 && self.moved.has_room(moved.len())) {
-                            Some(Sentence::Move(to)) => {
+                        let Some(selected) = sockets.get(&found.cookie) else { return };
+                        match selected.decide(&found, room > 0 && self.moved.has_room(moved.len())) {
+                            Some(Decision::Move(to)) => {
                                 room -= 1;
                                 moved.insert(found.cookie, to);
                             }
-                            Some(Sentence::Close) => closed.push(found.name),
+                            Some(Decision::Close) => closed.push(found.name),
                             None => {}
                         }
                     })?;
                 }
                 let count = channel.destroy(&closed)?;
                 match protocol {
-                    Protocol::Tcp => taken.tcp += count,
-                    Protocol::Udp | Protocol::Sctp => taken.udp += count,
+                    Protocol::Tcp => swept.tcp += count,
+                    Protocol::Udp | Protocol::Sctp => swept.udp += count,
                 }
             }
             Ok(())
@@ -284,18 +291,19 @@ impl Sockets {
         visited.map_err(failed("going through the network namespaces"))
     }
 
-    fn look_for_homes(&mut self, now: u64) {
-        let Some(homes) = self.homes.as_mut().filter(|homes| homes.next().is_some_and(|next| next <= now))
+    fn look_for_listeners(&mut self, now: u64) {
+        let Some(listeners) =
+            self.listeners.as_mut().filter(|listeners| listeners.next().is_some_and(|next| next <= now))
         else {
             return;
         };
         let meaning = "cannot find all pods that listen on a Service's address themselves; their connections to it go to the Service";
-        complain(&mut self.homes_complaint, homes.look(&self.namespaces, now), meaning);
+        warn_once(&mut self.listeners_warning, listeners.look(&self.namespaces, now), meaning);
     }
 }
 
-/// Warns of what went wrong, once until it goes well or something else fails.
-fn complain(last: &mut Option<String>, result: Result<Failures, Error>, meaning: &str) {
+/// Logs a warning, unless the last one had the same text.
+fn warn_once(last: &mut Option<String>, result: Result<Failures, Error>, meaning: &str) {
     let problem = match result {
         Ok(Failures { first: None, .. }) => None,
         Ok(Failures { count, first: Some(error) }) => Some(format!("in {count} network namespaces: {error}")),
@@ -308,66 +316,66 @@ fn complain(last: &mut Option<String>, result: Result<Failures, Error>, meaning:
     *last = problem;
 }
 
-/// Sockets that have to go, by their cookies.
-type Condemned = BTreeMap<Protocol, FxHashMap<u64, Verdict>>;
+/// Sockets to close or move, by cookie.
+type ToClose = BTreeMap<Protocol, FxHashMap<u64, Selected>>;
 
-/// What becomes of a socket.
-enum Fate {
-    /// It is closed, unless this lets its client in.
-    Closed { unless: Option<Guard> },
-    /// Its datagrams go to its Service, which may exist or not, if this lets its client in. Otherwise it is closed.
-    Moved { only: Option<Guard>, exists: bool },
+/// What to do with a socket.
+enum Action {
+    /// Close it, unless its client is allowed.
+    Close { unless: Option<AllowedClients> },
+    /// Send its datagrams through its Service, which need not exist, if its client is allowed. Close it otherwise.
+    Move { only: Option<AllowedClients>, exists: bool },
 }
 
-impl Fate {
-    /// How a socket that was moved before goes on, if it may.
-    fn of_moved(&self, led: &Led, moved: &Moved) -> Option<Moved> {
-        let Self::Moved { only, exists } = self else { return None };
-        let goes_on = (moved.backend, moved.service) == (led.backend, led.service)
-            && only.as_ref().is_none_or(|guard| guard.lets_in(moved.client.ip()));
+impl Action {
+    /// The new state of a socket that was moved before; `None` if it may not stay moved.
+    fn of_moved(&self, socket: &ConnectedSocket, moved: &Moved) -> Option<Moved> {
+        let Self::Move { only, exists } = self else { return None };
+        let goes_on = (moved.backend, moved.service) == (socket.backend, socket.service)
+            && only.as_ref().is_none_or(|allowed| allowed.lets_in(moved.client.ip()));
         goes_on.then_some(Moved { exists: *exists, ..*moved })
     }
 }
 
-/// That a socket has to go.
-struct Verdict {
-    /// Where it was led. It may be elsewhere now.
-    led: Led,
-    fate: Fate,
+/// A socket to close or move.
+struct Selected {
+    /// As the maps have it. The process may have connected the socket elsewhere since.
+    socket: ConnectedSocket,
+    action: Action,
 }
 
-/// What is done to a socket that was found.
-enum Sentence {
+/// What to do with a socket that the kernel still has.
+enum Decision {
     Close,
     Move(Moved),
 }
 
-impl Verdict {
-    /// What is done to the socket, if it is still where it was led.
-    fn over(&self, found: &Found, has_room: bool) -> Option<Sentence> {
-        let Led { backend, service, .. } = self.led;
+impl Selected {
+    /// What to do with the socket, if it is still connected to the backend.
+    fn decide(&self, found: &DiagSocket, has_room: bool) -> Option<Decision> {
+        let ConnectedSocket { backend, service, .. } = self.socket;
         if found.peer != backend {
             return None;
         }
-        match &self.fate {
-            Fate::Closed { unless } => {
-                let stays = unless.as_ref().is_some_and(|guard| guard.lets_in(found.own.ip()));
-                (!stays).then_some(Sentence::Close)
+        match &self.action {
+            Action::Close { unless } => {
+                let stays = unless.as_ref().is_some_and(|allowed| allowed.lets_in(found.own.ip()));
+                (!stays).then_some(Decision::Close)
             }
-            Fate::Moved { only, exists } => {
-                let moves = has_room && only.as_ref().is_none_or(|guard| guard.lets_in(found.own.ip()));
+            Action::Move { only, exists } => {
+                let moves = has_room && only.as_ref().is_none_or(|allowed| allowed.lets_in(found.own.ip()));
                 let to = Moved { client: found.own, backend, service, exists: *exists };
-                Some(if moves { Sentence::Move(to) } else { Sentence::Close })
+                Some(if moves { Decision::Move(to) } else { Decision::Close })
             }
         }
     }
 }
 
-/// Whether sockets can be closed here: closes two of its own.
+/// Checks that weir can close sockets, by closing two of its own.
 ///
 /// # Errors
 ///
-/// [`Error::Kernel`] says which option of the kernel or which capability is missing.
+/// [`Error::Kernel`] names the missing kernel option or capability.
 pub fn supported() -> Result<(), Error> {
     const ANYWHERE: (Ipv4Addr, u16) = (Ipv4Addr::UNSPECIFIED, 0);
     let probing = || failed("finding out whether sockets can be closed");
@@ -393,7 +401,7 @@ pub fn supported() -> Result<(), Error> {
 
 /// CLOCK_MONOTONIC in nanoseconds, as the kernel programs read it.
 fn clock() -> u64 {
-    // Fails only for clocks the kernel does not have; 0 means that nothing is known yet.
+    // Fails only for unknown clocks. 0 means that the policy has no state yet.
     clock_gettime(ClockId::CLOCK_MONOTONIC)
         .map_or(0, |time| u64::try_from(Duration::from(time).as_nanos()).unwrap_or(u64::MAX))
 }

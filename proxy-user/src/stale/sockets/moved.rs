@@ -1,10 +1,11 @@
-//! Connected UDP sockets whose backend is gone, and that live on: their datagrams go to their Service again.
+//! Connected UDP sockets whose backend is gone: their datagrams go through their Service again.
 //!
-//! In: which sockets, and what their Services lead to. Out: tables in the kernel that lead the first datagram of each of their flows,
-//! and connection tracking without flows of theirs that lead elsewhere.
+//! In: the sockets, and which backends their Services have. Out: nftables tables that translate the first datagram of each
+//! flow, and no flows of these sockets to other backends in connection tracking.
 //!
-//! No process can connect the socket of another one, and to close it would end a client that only sends: it may never read the error, and
-//! would not connect again. Packets could be led from the beginning, but then each datagram of each connected socket would be translated.
+//! No process can connect another process's socket. Closing it would end a client that only sends, because such a client may
+//! never read the error and would not connect again. Translating all connected UDP sockets from the start would cost every
+//! datagram.
 
 use std::net::SocketAddr;
 
@@ -19,33 +20,33 @@ use crate::{
     stale::flows::Conntrack,
 };
 
-/// Most sockets that are moved. The kernel has them all in one map for each family.
+/// The most moved sockets. Each family has one nftables map for them.
 const MOST: usize = 65_536;
 
-/// Most of them in one network namespace, so that one pod leaves room for others.
+/// The most moved sockets of one network namespace, so that one pod leaves room for others.
 pub(super) const MOST_OF_ONE: usize = 4096;
 
-/// Moved sockets, and how the kernel leads them.
+/// The moved sockets, and the tables that translate their datagrams.
 pub(super) struct MovedSockets {
     tables: MovedTables,
     conntrack: Conntrack,
-    /// By their cookies.
+    /// By cookie.
     known: FxHashMap<u64, Moved>,
-    /// In which families there may be tables.
+    /// The families that may have a table.
     there: PerFamily<bool>,
-    /// Whether the kernel refused to lead them. Then sockets are closed, until everything is told anew.
+    /// Whether the kernel refused a table. Sockets are then closed, until the next complete delta.
     refused: bool,
 }
 
 impl MovedSockets {
-    /// For the network namespace of the caller, through which the datagrams of all others come.
+    /// In the caller's network namespace, which the datagrams of all other namespaces pass.
     pub(super) fn open() -> Result<Self, Error> {
         let (tables, conntrack) = (MovedTables::open()?, Conntrack::open()?);
         let there = PerFamily { v4: true, v6: true };
         Ok(Self { tables, conntrack, known: FxHashMap::default(), there, refused: false })
     }
 
-    /// Everything was told anew, perhaps because another program removed tables.
+    /// A complete delta came into force, perhaps because another program removed tables.
     pub(super) fn begin_anew(&mut self) {
         (self.there, self.refused) = (PerFamily { v4: true, v6: true }, false);
     }
@@ -54,26 +55,26 @@ impl MovedSockets {
         !self.known.is_empty()
     }
 
-    /// Whether one more can be moved.
+    /// Whether there is room for another socket beside `more` new ones.
     pub(super) fn has_room(&self, more: usize) -> bool {
         !self.refused && self.known.len() + more < MOST
     }
 
-    /// How the socket is led already.
+    /// The socket, if it is moved.
     pub(super) fn of(&self, cookie: u64) -> Option<&Moved> {
         self.known.get(&cookie)
     }
 
-    /// Has these sockets led, no others, and ends flows of theirs, and of those that were led until now, that do not lead where
-    /// `leads` says. Everything is written each time, because other programs remove tables.
+    /// Writes tables for exactly these sockets, and deletes their flows, and those of earlier ones, to backends that `serves`
+    /// rejects. Writes everything each time, because other programs may remove tables.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses. Those that were not led before are not led.
-    pub(super) fn lead(
+    /// When the kernel refuses. No socket is moved then.
+    pub(super) fn translate(
         &mut self,
         sockets: FxHashMap<u64, Moved>,
-        leads: impl Fn(&Moved, SocketAddr) -> bool,
+        serves: impl Fn(&Moved, SocketAddr) -> bool,
     ) -> Result<(), Error> {
         for family in Family::ALL {
             let written = self.write(family, &sockets);
@@ -84,7 +85,7 @@ impl MovedSockets {
         }
         let before = std::mem::replace(&mut self.known, sockets);
         let mut ended = Ok(());
-        // One that cannot be ended keeps no other from it.
+        // Goes on after an error, so that all other flows end.
         let mut end_wrong = |moved: &Moved, is_right: &dyn Fn(SocketAddr) -> bool| {
             let result = self.conntrack.end_wrong(moved.client, moved.backend, is_right);
             if ended.is_ok() {
@@ -92,10 +93,10 @@ impl MovedSockets {
             }
         };
         for (_, moved) in before.iter().filter(|(cookie, _)| !self.known.contains_key(*cookie)) {
-            // Its backend serves again, or the socket is another's now.
+            // Its backend serves again, or another socket has the address now.
             end_wrong(moved, &|answers| answers == moved.backend);
         }
-        self.known.values().for_each(|moved| end_wrong(moved, &|answers| leads(moved, answers)));
+        self.known.values().for_each(|moved| end_wrong(moved, &|answers| serves(moved, answers)));
         ended
     }
 
@@ -106,7 +107,7 @@ impl MovedSockets {
             return Ok(());
         }
         match self.tables.write(family, &moved) {
-            // There may be nothing of this family, and nothing is wanted.
+            // The kernel may not have this family, which does not matter without sockets.
             Err(error) if moved.is_empty() => {
                 tracing::debug!(%error, %family, "cannot remove the table of moved sockets")
             }

@@ -1,8 +1,8 @@
-//! Every network namespace in which sockets may have been led to a backend.
+//! Visits every network namespace that may have translated sockets.
 //!
-//! In: a directory of named namespaces, the processes that can be seen. Out: each namespace visited once.
+//! In: directories with named namespaces, and the visible processes. Out: one visit of each namespace.
 //!
-//! Nothing is kept open from one visit to the next: a socket of ours would keep the namespace of a pod that is gone.
+//! No descriptor stays open between visits, because it would keep the namespace of a deleted pod alive.
 
 use std::{
     collections::BTreeSet,
@@ -14,21 +14,21 @@ use std::{
 
 use nix::sched::{CloneFlags, setns};
 
-/// Where to look for namespaces.
+/// The directories in which weir finds namespaces.
 pub(super) struct Namespaces {
-    /// Where CNI's runtimes and `ip netns` name them.
+    /// Directories of container runtimes and of `ip netns`.
     pub(super) names: Vec<PathBuf>,
-    /// Where processes tell theirs.
+    /// /proc, which has the namespace of each process.
     pub(super) processes: PathBuf,
 }
 
 impl Namespaces {
-    /// Runs `visit` in the caller's own namespace, then in every other one, and comes back. Says of how many something
-    /// went wrong and what did first; those that vanished meanwhile do not count.
+    /// Runs `visit` in the caller's own namespace, then in every other one, and returns to the own one. Counts namespaces with
+    /// errors, except those that vanished meanwhile.
     ///
     /// # Errors
     ///
-    /// When the own namespace cannot be told, or not be entered again.
+    /// When the own namespace cannot be opened or entered again.
     pub(super) fn each(&self, mut visit: impl FnMut() -> io::Result<()>) -> io::Result<Failures> {
         let own = File::open("/proc/thread-self/ns/net")?;
         let identity = own.metadata()?;
@@ -37,7 +37,7 @@ impl Namespaces {
         failures.note(visit());
         for path in self.paths() {
             let Ok(found) = fs::metadata(&path) else { continue };
-            // A file of another file system is a name without a namespace.
+            // A file of another file system is no namespace.
             if found.st_dev() != identity.st_dev() || !seen.insert(found.st_ino()) {
                 continue;
             }
@@ -49,7 +49,7 @@ impl Namespaces {
         Ok(failures)
     }
 
-    /// What may be a namespace, each perhaps many times.
+    /// Paths that may be namespaces. One namespace may have several paths.
     fn paths(&self) -> impl Iterator<Item = PathBuf> {
         let entries = |directory: &PathBuf| fs::read_dir(directory).into_iter().flatten().flatten();
         let numeric = |name: &std::ffi::OsStr| name.as_encoded_bytes().iter().all(u8::is_ascii_digit);
@@ -59,7 +59,7 @@ impl Namespaces {
     }
 }
 
-/// In how many namespaces something went wrong.
+/// The number of namespaces with errors, and the first error.
 #[derive(Debug, Default)]
 pub(super) struct Failures {
     pub(super) count: usize,

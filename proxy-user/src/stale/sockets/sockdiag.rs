@@ -1,6 +1,6 @@
-//! The two requests of sock_diag that closing needs: walk the sockets of a protocol and family, and destroy some.
+//! The two requests of sock_diag that weir uses: walk the sockets of a protocol and family, and destroy sockets.
 //!
-//! In: protocols, [`Name`]s. Out: sockets of the network namespace, each with its cookie.
+//! In: protocols and [`Name`]s. Out: sockets of the network namespace, with their cookies.
 
 use std::{io, net::SocketAddr};
 
@@ -19,25 +19,25 @@ use crate::{
     sys::netlink::{Channel, split},
 };
 
-/// So many sockets are destroyed with one system call: their answers fit into the socket's buffer.
+/// Sockets that are destroyed with one system call. The kernel's responses must fit into the receive buffer.
 const BATCH: usize = 64;
 
-/// A socket. One that waits for clients has no peer: an unspecified address.
-pub(super) struct Found {
-    /// What names it in maps.
+/// A socket of the kernel. A listening socket has an unspecified address as its peer.
+pub(super) struct DiagSocket {
+    /// The key of its entries in eBPF maps.
     pub(super) cookie: u64,
-    /// Its own address and port.
+    /// Its local address and port.
     pub(super) own: SocketAddr,
     pub(super) peer: SocketAddr,
     pub(super) name: Name,
 }
 
-/// Which sockets a walk is about.
+/// The sockets of a walk.
 #[derive(Clone, Copy)]
 pub(super) enum States {
-    /// Those that speak to a peer. Only they can have been led anywhere.
+    /// Sockets with a peer. Only these can be translated.
     Connected,
-    /// Those that wait for clients: TCP's that listen, UDP's without a peer.
+    /// Listening TCP sockets and UDP sockets without a peer.
     Waiting,
 }
 
@@ -58,7 +58,7 @@ impl States {
     }
 }
 
-/// What names a socket to the kernel.
+/// Identifies a socket in a request.
 pub(super) struct Name {
     family: u8,
     protocol: Protocol,
@@ -66,7 +66,7 @@ pub(super) struct Name {
 }
 
 impl Name {
-    /// Of a socket of ours that is bound, but not connected.
+    /// The name of a bound, unconnected socket of this process.
     pub(super) fn of(protocol: Protocol, socket: &socket2::Socket) -> io::Result<Self> {
         let local = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::InvalidInput)?;
         let family = Family::of(local.ip());
@@ -87,13 +87,13 @@ impl SockDiag {
         Channel::open(NETLINK_SOCK_DIAG).map(Self)
     }
 
-    /// Hands every socket in one of these states to `visit`.
+    /// Calls `visit` with every socket in one of these states.
     pub(super) fn walk(
         &mut self,
         protocol: Protocol,
         family: Family,
         states: States,
-        mut visit: impl FnMut(Found),
+        mut visit: impl FnMut(DiagSocket),
     ) -> io::Result<()> {
         let name = Name { family: number(family), protocol, id: unnamed(family) };
         let flags = NLM_F_REQUEST | NLM_F_DUMP;
@@ -113,7 +113,7 @@ impl SockDiag {
         }
     }
 
-    /// Destroys these sockets and says how many were still there.
+    /// Destroys sockets and returns how many of them still existed.
     pub(super) fn destroy(&mut self, names: &[Name]) -> io::Result<u64> {
         let (mut destroyed, mut failed) = (0, None);
         for batch in names.chunks(BATCH) {
@@ -139,7 +139,7 @@ impl SockDiag {
     }
 }
 
-/// Whether the socket is not there any more, or another took its place.
+/// Whether the socket no longer exists, or another one has its addresses.
 fn is_gone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESTALE))
 }
@@ -158,7 +158,7 @@ const fn number(family: Family) -> u8 {
     }
 }
 
-/// A request about the sockets that `name` names. The kernel asks for the states in a walk alone.
+/// A request about the sockets that match `name`. The kernel uses `states` in a walk only.
 fn message(kind: u16, flags: u16, name: &Name, states: StateFlags) -> Vec<u8> {
     let request = InetRequest {
         family: name.family,
@@ -178,23 +178,23 @@ fn message(kind: u16, flags: u16, name: &Name, states: StateFlags) -> Vec<u8> {
     bytes
 }
 
-/// What an error message, an acknowledgement or the end of a walk says: all three begin with a code.
+/// The code at the start of an error message, an acknowledgement or the end of a walk, as a result.
 fn answered(payload: &[u8]) -> io::Result<()> {
     let code = payload.first_chunk().map_or(-libc::EPROTO, |code| i32::from_ne_bytes(*code));
     if code < 0 { Err(io::Error::from_raw_os_error(-code)) } else { Ok(()) }
 }
 
-/// The socket in an answer.
-fn decode(protocol: Protocol, payload: &[u8]) -> Option<Found> {
+/// The socket in a response.
+fn decode(protocol: Protocol, payload: &[u8]) -> Option<DiagSocket> {
     let header = InetResponseHeader::parse(payload)
         .inspect_err(|error| tracing::debug!(%error, "cannot parse a socket"))
         .ok()?;
     let id = header.socket_id;
     let peer = SocketAddr::new(id.destination_address.to_canonical(), id.destination_port);
     let own = SocketAddr::new(id.source_address.to_canonical(), id.source_port);
-    // Two numbers, the low half first.
+    // The cookie is two numbers, the low half first.
     let (low, high) = id.cookie.split_first_chunk()?;
     let (low, high) = (u32::from_ne_bytes(*low), u32::from_ne_bytes(*high.first_chunk()?));
     let cookie = u64::from(high) << 32 | u64::from(low);
-    Some(Found { cookie, own, peer, name: Name { family: header.family, protocol, id } })
+    Some(DiagSocket { cookie, own, peer, name: Name { family: header.family, protocol, id } })
 }

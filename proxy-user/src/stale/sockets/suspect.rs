@@ -1,49 +1,49 @@
-//! How service ports change whose clients' sockets are closed once their backend stopped serving.
+//! Changes of the service ports whose clients' sockets weir closes when a backend stops serving.
 //!
-//! In: a [`Delta`] that is in force. Out: [`Suspects`], which say what serves now and since when.
+//! In: a [`Delta`] that is in force. Out: [`Suspects`]: which backends serve now, and since when.
 
 use std::sync::Arc;
 
 use super::clock;
 use crate::plan::{Backend, Delta, FrontendPlan, NodePlan, PortDelta, PortId, PortPlan, Removal};
 
-/// What a delta says about service ports whose [`PortPlan::on_removal`] is not to keep sockets.
+/// The changes of service ports whose [`PortPlan::on_removal`] does not keep sockets.
 #[derive(Clone, Debug)]
 pub struct Suspects {
-    /// When they were in force, in nanoseconds of CLOCK_MONOTONIC.
+    /// When the delta was in force, in nanoseconds of CLOCK_MONOTONIC.
     pub(super) at: u64,
-    /// Whether `ports` are all there are.
+    /// Whether `ports` has all service ports.
     pub(super) complete: bool,
     pub(super) node: Option<Arc<NodePlan>>,
     pub(super) ports: Vec<Change>,
-    /// Whether addresses of Services came.
+    /// Whether there are new frontends.
     pub(super) came: bool,
 }
 
-/// How one service port changed.
+/// The change of one service port.
 #[derive(Clone, Debug)]
 pub(super) struct Change {
     pub(super) id: PortId,
-    /// What served and does not any more.
+    /// Backends that no longer serve.
     pub(super) lost: Vec<Backend>,
     pub(super) now: Now,
 }
 
-/// What a service port is.
+/// The new state of a service port.
 #[derive(Clone, Debug)]
 pub(super) enum Now {
-    /// Closing sockets, as planned.
+    /// Its sockets are closed.
     Watched(Arc<PortPlan>),
-    /// Keeping sockets.
+    /// Its sockets stay.
     Kept,
-    /// No more.
+    /// It was deleted.
     Gone,
 }
 
 impl Suspects {
-    /// What `delta`, which must be in force by now, says: sockets that are led to a backend later than this are not
-    /// judged by it. Of a port that could not be programmed it says what is wanted; no harm comes of that, since
-    /// sockets are closed only for backends that do not serve.
+    /// The changes of `delta`, which must be in force by now, because sockets that connect later are not checked against it.
+    /// For a port that could not be programmed they have the plan. That is harmless, because sockets are closed only if
+    /// their backend does not serve.
     #[must_use]
     pub fn of(delta: &Delta) -> Self {
         Self {
@@ -55,14 +55,14 @@ impl Suspects {
         }
     }
 
-    /// Whether nothing follows from it.
+    /// Whether no socket has to be checked.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         !self.complete && self.node.is_none() && self.ports.is_empty() && !self.came
     }
 }
 
-/// Whether a service port has a frontend that it had not.
+/// Whether a service port has a new frontend.
 fn came(delta: &PortDelta) -> bool {
     let is_new = |planned: &FrontendPlan| {
         delta.before.as_ref().is_none_or(|before| before.frontend(planned.frontend).is_none())
@@ -80,14 +80,8 @@ fn change(delta: &PortDelta) -> Option<Change> {
         (None, _) => return None,
     };
     let served = before.map(|plan| &plan.serving[..]).unwrap_or_default();
-    let lost = served.iter().filter(|backend| !after.is_some_and(|after| serves(after, backend)));
+    let lost = served
+        .iter()
+        .filter(|backend| !after.is_some_and(|after| after.serves(backend.address, backend.port)));
     Some(Change { id: delta.id()?.clone(), lost: lost.copied().collect(), now })
-}
-
-/// Whether clients may stay with a backend, because it serves (K2) or new clients are still led there: an endpoint may
-/// be ready without serving (E2).
-pub(super) fn serves(plan: &PortPlan, backend: &Backend) -> bool {
-    let end = |known: &Backend| (known.address, known.port);
-    plan.serving.binary_search_by_key(&end(backend), end).is_ok()
-        || plan.cluster.iter().chain(&plan.local).any(|known| end(known) == end(backend))
 }

@@ -1,9 +1,9 @@
-//! Which sockets go and when (K2, K3), by the clock of the test.
+//! Which sockets weir closes, and when (K2, K3), by the clock of the test.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use super::{
-    judge::{Judge, Led},
+    close_policy::{ClosePolicy, ConnectedSocket},
     suspect::Suspects,
 };
 use crate::{
@@ -77,67 +77,67 @@ fn tcp(on_removal: Removal, serving: &[&str]) -> Option<Arc<PortPlan>> {
     port("web", Tcp, on_removal, &[VIP, NODE], serving)
 }
 
-/// A judge, the plans it knows, and a clock in seconds.
-struct Court {
-    judge: Judge,
+/// A policy, and a clock in seconds.
+struct Fixture {
+    policy: ClosePolicy,
     now: u64,
 }
 
-impl Court {
-    /// At second 100, with these ports in force.
+impl Fixture {
+    /// At second 100, with these ports in force and all their sockets checked.
     fn with(ports: impl IntoIterator<Item = Option<Arc<PortPlan>>>) -> Self {
-        let mut court = Self { judge: Judge::default(), now: 100 };
-        court.complete(ports);
-        court.judge.take_due(court.now * SECOND + 2 * SECOND);
-        court
+        let mut fixture = Self { policy: ClosePolicy::default(), now: 100 };
+        fixture.complete(ports);
+        fixture.policy.take_due(fixture.now * SECOND + 2 * SECOND);
+        fixture
     }
 
     fn complete(&mut self, ports: impl IntoIterator<Item = Option<Arc<PortPlan>>>) {
         let ports = ports.into_iter().map(|after| PortDelta { before: None, after }).collect();
-        self.tell(&Delta { ports, complete: true, ..Delta::default() });
+        self.apply(&Delta { ports, complete: true, ..Delta::default() });
     }
 
     fn change(&mut self, before: Option<Arc<PortPlan>>, after: Option<Arc<PortPlan>>) {
-        self.tell(&Delta { ports: vec![PortDelta { before, after }], ..Delta::default() });
+        self.apply(&Delta { ports: vec![PortDelta { before, after }], ..Delta::default() });
     }
 
-    fn tell(&mut self, delta: &Delta) {
+    fn apply(&mut self, delta: &Delta) {
         let suspects = Suspects { at: self.now * SECOND, ..Suspects::of(delta) };
         assert!(!suspects.is_empty());
-        self.judge.take_in(suspects);
+        self.policy.take_in(suspects);
     }
 
-    /// The seconds at which sockets are to be looked at from now on.
-    fn looks(&mut self) -> Vec<u64> {
-        let mut looks = Vec::new();
-        while let Some(next) = self.judge.next() {
-            self.judge.take_due(next);
-            looks.push(next / SECOND);
+    /// The seconds of all later checks.
+    fn checks(&mut self) -> Vec<u64> {
+        let mut checks = Vec::new();
+        while let Some(next) = self.policy.next() {
+            self.policy.take_due(next);
+            checks.push(next / SECOND);
         }
-        looks
+        checks
     }
 
-    /// Whether a socket goes that was led to `backend` at second 50.
-    fn goes(&self, protocol: Protocol, service: &str, backend: &str) -> bool {
-        self.led(50, protocol, service, backend)
+    /// Whether a socket is closed that connected to `backend` at second 50.
+    fn must_close(&self, protocol: Protocol, service: &str, backend: &str) -> bool {
+        self.must_close_since(50, protocol, service, backend)
     }
 
-    fn led(&self, since: u64, protocol: Protocol, service: &str, backend: &str) -> bool {
+    fn must_close_since(&self, since: u64, protocol: Protocol, service: &str, backend: &str) -> bool {
         let (service, backend) = (at(service), at(backend));
-        let led = Led { since: since * SECOND, protocol, service, backend };
-        self.judge.condemns(&led, self.now * SECOND)
+        let socket = ConnectedSocket { since: since * SECOND, protocol, service, backend };
+        self.policy.must_close(&socket, self.now * SECOND)
     }
 }
 
 use Protocol::{Tcp, Udp};
 
 #[test]
-fn udp_sockets_of_a_lost_backend_go_at_once_and_are_looked_at_twice_k2() {
-    let mut court = Court::with([udp(&[VIP, NODE], &[A, B]), udp(&[VIP6], &["[fd01::1]:53"])]);
-    court.now = 110;
-    court.change(udp(&[VIP, NODE], &[A, B]), udp(&[VIP, NODE], &[B]));
-    assert_eq!(court.looks(), [110, 111]);
-    for (service, backend, goes) in [
+fn udp_sockets_of_a_lost_backend_are_closed_at_once_and_checked_twice_k2() {
+    let mut fixture = Fixture::with([udp(&[VIP, NODE], &[A, B]), udp(&[VIP6], &["[fd01::1]:53"])]);
+    fixture.now = 110;
+    fixture.change(udp(&[VIP, NODE], &[A, B]), udp(&[VIP, NODE], &[B]));
+    assert_eq!(fixture.checks(), [110, 111]);
+    for (service, backend, closed) in [
         (VIP, A, true),
         (VIP, B, false),
         ("192.0.2.1:30053", A, true),
@@ -146,211 +146,206 @@ fn udp_sockets_of_a_lost_backend_go_at_once_and_are_looked_at_twice_k2() {
         (VIP6, "[fd01::1]:53", false),
         (VIP6, "[fd01::2]:53", true),
     ] {
-        assert_eq!(court.goes(Udp, service, backend), goes, "{service} to {backend}");
+        assert_eq!(fixture.must_close(Udp, service, backend), closed, "{service} to {backend}");
     }
-    assert!(!court.goes(Tcp, VIP, A), "TCP is another service port");
+    assert!(!fixture.must_close(Tcp, VIP, A), "TCP is another service port");
 }
 
 #[test]
-fn udp_sockets_go_when_no_endpoint_is_left_and_when_the_service_is_deleted() {
-    let mut court = Court::with([udp(&[VIP], &[A])]);
-    court.change(udp(&[VIP], &[A]), udp(&[VIP], &[]));
-    assert_eq!(court.looks(), [100, 101]);
-    assert!(court.goes(Udp, VIP, A));
+fn udp_sockets_are_closed_when_no_endpoint_is_left_and_when_the_service_is_deleted() {
+    let mut fixture = Fixture::with([udp(&[VIP], &[A])]);
+    fixture.change(udp(&[VIP], &[A]), udp(&[VIP], &[]));
+    assert_eq!(fixture.checks(), [100, 101]);
+    assert!(fixture.must_close(Udp, VIP, A));
 
-    let mut court = Court::with([udp(&[VIP], &[A])]);
-    court.change(udp(&[VIP], &[A]), None);
-    assert_eq!(court.looks(), [100, 101]);
-    assert!(court.goes(Udp, VIP, A));
-    court.judge.tidy(101 * SECOND);
-    assert!(court.goes(Udp, VIP, A), "also once the Service is forgotten");
+    let mut fixture = Fixture::with([udp(&[VIP], &[A])]);
+    fixture.change(udp(&[VIP], &[A]), None);
+    assert_eq!(fixture.checks(), [100, 101]);
+    assert!(fixture.must_close(Udp, VIP, A));
+    fixture.policy.tidy(101 * SECOND);
+    assert!(fixture.must_close(Udp, VIP, A), "also after the policy has dropped the Service");
 }
 
 #[test]
-fn endpoints_that_join_have_no_socket_looked_at() {
-    let mut court = Court::with([udp(&[VIP], &[A])]);
-    court.change(udp(&[VIP], &[A]), udp(&[VIP], &[A, B]));
-    assert_eq!(court.looks(), [0; 0]);
-    assert!(!court.goes(Udp, VIP, A) && !court.goes(Udp, VIP, B));
+fn joining_endpoints_cause_no_check() {
+    let mut fixture = Fixture::with([udp(&[VIP], &[A])]);
+    fixture.change(udp(&[VIP], &[A]), udp(&[VIP], &[A, B]));
+    assert_eq!(fixture.checks(), [0; 0]);
+    assert!(!fixture.must_close(Udp, VIP, A) && !fixture.must_close(Udp, VIP, B));
 }
 
 #[test]
-fn sockets_that_were_led_nowhere_stay() {
-    let court = Court::with([udp(&[VIP], &[B])]);
-    assert!(court.goes(Udp, VIP, A));
-    assert!(!court.led(0, Udp, VIP, A));
+fn sockets_that_no_program_connected_stay() {
+    let fixture = Fixture::with([udp(&[VIP], &[B])]);
+    assert!(fixture.must_close(Udp, VIP, A));
+    assert!(!fixture.must_close_since(0, Udp, VIP, A));
 }
 
 #[test]
-fn sockets_that_saw_newer_plans_than_the_judge_stay() {
-    let mut court = Court::with([udp(&[VIP], &[A])]);
-    court.now = 110;
-    court.change(udp(&[VIP], &[A]), udp(&[VIP], &[B]));
-    court.now = 120;
-    let led = |since, service, backend| court.led(since, Udp, service, backend);
-    assert!(led(109, VIP, A) && led(110, VIP, A));
-    assert!(!led(111, VIP, A), "led there after it was lost: it must serve again");
-    assert!(!led(111, VIP, "10.1.0.3:53"), "an endpoint of later plans");
-    assert!(led(109, "10.96.0.99:53", A));
-    assert!(!led(111, "10.96.0.99:53", A), "a Service of later plans");
+fn sockets_that_connected_by_newer_plans_stay() {
+    let mut fixture = Fixture::with([udp(&[VIP], &[A])]);
+    fixture.now = 110;
+    fixture.change(udp(&[VIP], &[A]), udp(&[VIP], &[B]));
+    fixture.now = 120;
+    let must_close = |since, service, backend| fixture.must_close_since(since, Udp, service, backend);
+    assert!(must_close(109, VIP, A) && must_close(110, VIP, A));
+    assert!(!must_close(111, VIP, A), "connected after the backend was lost, so it serves again");
+    assert!(!must_close(111, VIP, "10.1.0.3:53"), "an endpoint of later plans");
+    assert!(must_close(109, "10.96.0.99:53", A));
+    assert!(!must_close(111, "10.96.0.99:53", A), "a Service of later plans");
 }
 
 #[test]
-fn before_everything_was_told_nothing_goes() {
-    let mut court = Court { judge: Judge::default(), now: 100 };
-    court.change(udp(&[VIP], &[A]), udp(&[VIP], &[B]));
-    assert!(!court.goes(Udp, VIP, A) && !court.goes(Udp, "10.96.0.99:53", A));
+fn before_a_complete_delta_no_socket_is_closed() {
+    let mut fixture = Fixture { policy: ClosePolicy::default(), now: 100 };
+    fixture.change(udp(&[VIP], &[A]), udp(&[VIP], &[B]));
+    assert!(!fixture.must_close(Udp, VIP, A) && !fixture.must_close(Udp, "10.96.0.99:53", A));
 }
 
 #[test]
-fn endpoints_that_are_led_to_without_serving_keep_their_sockets_e2() {
-    let mut plan = PortPlan::clone(&udp(&[VIP], &[A, B]).unwrap());
-    plan.serving.clear();
-    plan.local = vec![plan.cluster.remove(1)];
-    let court = Court::with([Some(Arc::new(plan))]);
-    assert!(!court.goes(Udp, VIP, A) && !court.goes(Udp, VIP, B));
-    assert!(court.goes(Udp, VIP, "10.1.0.3:53"));
-}
-
-#[test]
-fn tcp_sockets_go_at_once_later_or_never_as_the_service_says() {
-    for (on_removal, looks, goes) in [
+fn tcp_sockets_are_closed_at_once_later_or_never_as_the_service_says() {
+    for (on_removal, checks, closed) in [
         (Removal::Keep, vec![], [false, false]),
         (AT_ONCE, vec![100, 101], [true, true]),
         (LATER, vec![130, 131], [false, true]),
     ] {
-        let mut court = Court::with([tcp(on_removal, &[A, B])]);
-        court.looks();
+        let mut fixture = Fixture::with([tcp(on_removal, &[A, B])]);
+        fixture.checks();
         let delta = PortDelta { before: tcp(on_removal, &[A, B]), after: tcp(on_removal, &[B]) };
         let delta = Delta { ports: vec![delta], ..Delta::default() };
         assert_eq!(Suspects::of(&delta).is_empty(), on_removal == Removal::Keep);
-        court.judge.take_in(Suspects { at: court.now * SECOND, ..Suspects::of(&delta) });
-        assert_eq!(court.looks(), looks, "{on_removal:?}");
-        assert_eq!(court.goes(Tcp, VIP, A), goes[0], "{on_removal:?}");
-        court.now = 130;
-        assert_eq!(court.goes(Tcp, VIP, A), goes[1], "{on_removal:?}");
-        assert_eq!(court.goes(Tcp, "127.0.0.1:30053", A), goes[1], "{on_removal:?}");
-        assert!(!court.goes(Tcp, VIP, B), "{on_removal:?}");
+        fixture.policy.take_in(Suspects { at: fixture.now * SECOND, ..Suspects::of(&delta) });
+        assert_eq!(fixture.checks(), checks, "{on_removal:?}");
+        assert_eq!(fixture.must_close(Tcp, VIP, A), closed[0], "{on_removal:?}");
+        fixture.now = 130;
+        assert_eq!(fixture.must_close(Tcp, VIP, A), closed[1], "{on_removal:?}");
+        assert_eq!(fixture.must_close(Tcp, "127.0.0.1:30053", A), closed[1], "{on_removal:?}");
+        assert!(!fixture.must_close(Tcp, VIP, B), "{on_removal:?}");
     }
 }
 
 #[test]
-fn a_backend_that_came_back_within_the_time_keeps_its_connections() {
-    let mut court = Court::with([tcp(LATER, &[A, B])]);
-    court.looks();
-    court.change(tcp(LATER, &[A, B]), tcp(LATER, &[B]));
-    court.now = 120;
-    court.change(tcp(LATER, &[B]), tcp(LATER, &[A]));
-    assert_eq!(court.looks(), [130, 131, 150, 151]);
-    court.now = 130;
-    assert!(!court.goes(Tcp, VIP, A), "it is back");
-    assert!(!court.goes(Tcp, VIP, B), "its time has not come");
-    court.now = 150;
-    assert!(!court.goes(Tcp, VIP, A));
-    assert!(court.goes(Tcp, VIP, B));
+fn a_backend_that_comes_back_in_time_keeps_its_connections() {
+    let mut fixture = Fixture::with([tcp(LATER, &[A, B])]);
+    fixture.checks();
+    fixture.change(tcp(LATER, &[A, B]), tcp(LATER, &[B]));
+    fixture.now = 120;
+    fixture.change(tcp(LATER, &[B]), tcp(LATER, &[A]));
+    assert_eq!(fixture.checks(), [130, 131, 150, 151]);
+    fixture.now = 130;
+    assert!(!fixture.must_close(Tcp, VIP, A), "it is back");
+    assert!(!fixture.must_close(Tcp, VIP, B), "its time has not come");
+    fixture.now = 150;
+    assert!(!fixture.must_close(Tcp, VIP, A));
+    assert!(fixture.must_close(Tcp, VIP, B));
 }
 
 #[test]
-fn connections_of_a_deleted_service_go_in_their_time_unless_it_comes_back() {
+fn connections_of_a_deleted_service_are_closed_when_due_unless_it_comes_back() {
     for comes_back in [false, true] {
-        let mut court = Court::with([tcp(LATER, &[A])]);
-        court.looks();
-        court.change(tcp(LATER, &[A]), None);
-        assert_eq!(court.looks(), [130, 131]);
-        court.now = 120;
+        let mut fixture = Fixture::with([tcp(LATER, &[A])]);
+        fixture.checks();
+        fixture.change(tcp(LATER, &[A]), None);
+        assert_eq!(fixture.checks(), [130, 131]);
+        fixture.now = 120;
         if comes_back {
-            court.change(None, tcp(LATER, &[A]));
+            fixture.change(None, tcp(LATER, &[A]));
         }
-        court.judge.tidy(120 * SECOND);
-        assert!(!court.goes(Tcp, VIP, A));
-        court.now = 130;
-        assert_eq!(court.goes(Tcp, VIP, A), !comes_back);
-        court.judge.tidy(131 * SECOND);
-        court.now = 150;
-        assert!(!court.goes(Tcp, VIP, A), "of a Service that nobody knows TCP connections stay");
+        fixture.policy.tidy(120 * SECOND);
+        assert!(!fixture.must_close(Tcp, VIP, A));
+        fixture.now = 130;
+        assert_eq!(fixture.must_close(Tcp, VIP, A), !comes_back);
+        fixture.policy.tidy(131 * SECOND);
+        fixture.now = 150;
+        assert!(!fixture.must_close(Tcp, VIP, A), "TCP connections of an unknown Service stay");
     }
 }
 
 #[test]
-fn connections_through_a_young_service_stay_while_the_old_one_is_remembered() {
-    let mut court = Court::with([tcp(AT_ONCE, &[A])]);
-    court.change(tcp(AT_ONCE, &[A]), None);
-    court.now = 110;
-    // Another Service has the address now and keeps its connections: it is not told of.
-    assert!(court.goes(Tcp, VIP, A));
-    assert!(!court.led(105, Tcp, VIP, A));
-    assert!(!court.led(105, Tcp, VIP, B));
+fn connections_through_a_new_service_stay_while_the_policy_has_the_old_one() {
+    let mut fixture = Fixture::with([tcp(AT_ONCE, &[A])]);
+    fixture.change(tcp(AT_ONCE, &[A]), None);
+    fixture.now = 110;
+    // Another Service has the address now and keeps its connections, so the policy does not have it.
+    assert!(fixture.must_close(Tcp, VIP, A));
+    assert!(!fixture.must_close_since(105, Tcp, VIP, A));
+    assert!(!fixture.must_close_since(105, Tcp, VIP, B));
 }
 
 #[test]
-fn an_annotation_that_comes_is_obeyed_from_then_on_and_one_that_goes_no_more() {
-    let mut court = Court::with([tcp(Removal::Keep, &[A])]);
-    court.looks();
-    court.change(tcp(Removal::Keep, &[A]), tcp(LATER, &[A]));
-    assert_eq!(court.looks(), [130, 131]);
-    assert!(!court.goes(Tcp, VIP, B));
-    court.now = 130;
-    assert!(court.goes(Tcp, VIP, B), "lost before anybody asked");
-    court.change(tcp(LATER, &[A]), tcp(Removal::Keep, &[]));
-    assert_eq!(court.looks(), [0; 0]);
-    assert!(!court.goes(Tcp, VIP, B) && !court.goes(Tcp, VIP, A));
+fn a_changed_annotation_takes_effect_at_once() {
+    let mut fixture = Fixture::with([tcp(Removal::Keep, &[A])]);
+    fixture.checks();
+    fixture.change(tcp(Removal::Keep, &[A]), tcp(LATER, &[A]));
+    assert_eq!(fixture.checks(), [130, 131]);
+    assert!(!fixture.must_close(Tcp, VIP, B));
+    fixture.now = 130;
+    assert!(fixture.must_close(Tcp, VIP, B), "lost before the annotation came");
+    fixture.change(tcp(LATER, &[A]), tcp(Removal::Keep, &[]));
+    assert_eq!(fixture.checks(), [0; 0]);
+    assert!(!fixture.must_close(Tcp, VIP, B) && !fixture.must_close(Tcp, VIP, A));
 }
 
 #[test]
-fn a_frontend_that_another_service_takes_is_judged_by_that_r12() {
-    let mut court = Court::with([udp(&[VIP, NODE], &[A])]);
+fn a_frontend_that_another_service_takes_follows_that_service_r12() {
+    let mut fixture = Fixture::with([udp(&[VIP, NODE], &[A])]);
     let other = |serving| port("other", Udp, AT_ONCE, &[NODE], serving);
-    court.tell(&Delta {
+    fixture.apply(&Delta {
         ports: vec![
             PortDelta { before: udp(&[VIP, NODE], &[A]), after: udp(&[VIP], &[A]) },
             PortDelta { before: None, after: other(&[B]) },
         ],
         ..Delta::default()
     });
-    assert_eq!(court.looks(), [100, 101]);
-    assert!(court.goes(Udp, "192.0.2.1:30053", A));
-    assert!(!court.goes(Udp, "192.0.2.1:30053", B));
-    assert!(!court.goes(Udp, VIP, A));
+    assert_eq!(fixture.checks(), [100, 101]);
+    assert!(fixture.must_close(Udp, "192.0.2.1:30053", A));
+    assert!(!fixture.must_close(Udp, "192.0.2.1:30053", B));
+    assert!(!fixture.must_close(Udp, VIP, A));
 }
 
 #[test]
-fn a_udp_frontend_that_is_given_up_takes_its_sockets_along_until_it_comes_back() {
-    let mut court = Court::with([udp(&[VIP, NODE], &[A])]);
-    court.change(udp(&[VIP, NODE], &[A]), udp(&[VIP], &[A]));
-    assert_eq!(court.looks(), [100, 101]);
+fn sockets_of_a_lost_udp_frontend_are_closed_unless_it_comes_back() {
+    let mut fixture = Fixture::with([udp(&[VIP, NODE], &[A])]);
+    fixture.change(udp(&[VIP, NODE], &[A]), udp(&[VIP], &[A]));
+    assert_eq!(fixture.checks(), [100, 101]);
     assert!(
-        court.goes(Udp, "192.0.2.1:30053", A),
-        "the backend serves, and the client may not come any more"
+        fixture.must_close(Udp, "192.0.2.1:30053", A),
+        "the backend serves, but no longer at this frontend"
     );
-    assert!(!court.goes(Udp, VIP, A));
-    court.change(udp(&[VIP], &[A]), udp(&[VIP, NODE], &[A]));
-    assert!(!court.goes(Udp, "192.0.2.1:30053", A));
+    assert!(!fixture.must_close(Udp, VIP, A));
+    fixture.change(udp(&[VIP], &[A]), udp(&[VIP, NODE], &[A]));
+    assert!(!fixture.must_close(Udp, "192.0.2.1:30053", A));
 }
 
 #[test]
-fn a_tcp_frontend_that_is_given_up_keeps_its_connections() {
-    let mut court = Court::with([port("web", Tcp, AT_ONCE, &[VIP, NODE], &[A])]);
+fn a_lost_tcp_frontend_keeps_its_connections() {
+    let mut fixture = Fixture::with([port("web", Tcp, AT_ONCE, &[VIP, NODE], &[A])]);
     let after = port("web", Tcp, AT_ONCE, &[VIP], &[A]);
-    court.change(port("web", Tcp, AT_ONCE, &[VIP, NODE], &[A]), after);
-    assert_eq!(court.looks(), [0; 0]);
-    assert!(!court.goes(Tcp, "192.0.2.1:30053", A) && !court.goes(Tcp, VIP, A));
+    fixture.change(port("web", Tcp, AT_ONCE, &[VIP, NODE], &[A]), after);
+    assert_eq!(fixture.checks(), [0; 0]);
+    assert!(!fixture.must_close(Tcp, "192.0.2.1:30053", A) && !fixture.must_close(Tcp, VIP, A));
 }
 
 #[test]
-fn only_clients_that_source_ranges_shut_out_lose_their_sockets_f7() {
+fn only_clients_that_source_ranges_exclude_lose_their_sockets_f7() {
     let guarded = |networks: &[&str]| {
         let mut plan = PortPlan::clone(&udp(&[VIP], &[A]).unwrap());
         let networks: Vec<_> = networks.iter().map(|network| network.parse().unwrap()).collect();
         plan.frontends[0].allowed_sources = Some(networks.into());
         Some(Arc::new(plan))
     };
-    let mut court = Court::with([udp(&[VIP], &[A])]);
-    court.change(udp(&[VIP], &[A]), guarded(&["10.1.7.0/24", "192.0.2.1/32"]));
-    assert_eq!(court.looks(), [100, 101]);
-    court.tell(&Delta { node: Some(node("192.0.2.1", &["10.1.9.1", "192.0.2.1"])), ..Delta::default() });
-    let led = |protocol, since| Led { since: since * SECOND, protocol, service: at(VIP), backend: at(A) };
-    assert!(!court.judge.condemns(&led(Udp, 50), court.now * SECOND));
-    let guard = court.judge.guard_of(&led(Udp, 50), court.now * SECOND).unwrap();
+    let mut fixture = Fixture::with([udp(&[VIP], &[A])]);
+    fixture.change(udp(&[VIP], &[A]), guarded(&["10.1.7.0/24", "192.0.2.1/32"]));
+    assert_eq!(fixture.checks(), [100, 101]);
+    fixture.apply(&Delta { node: Some(node("192.0.2.1", &["10.1.9.1", "192.0.2.1"])), ..Delta::default() });
+    let socket = |protocol, since| ConnectedSocket {
+        since: since * SECOND,
+        protocol,
+        service: at(VIP),
+        backend: at(A),
+    };
+    assert!(!fixture.policy.must_close(&socket(Udp, 50), fixture.now * SECOND));
+    let allowed = fixture.policy.allowed_clients_of(&socket(Udp, 50), fixture.now * SECOND).unwrap();
     for (client, stays) in [
         ("10.1.7.7", true),
         ("10.1.8.8", false),
@@ -358,12 +353,15 @@ fn only_clients_that_source_ranges_shut_out_lose_their_sockets_f7() {
         ("10.1.9.1", true),
         ("192.0.2.2", false),
     ] {
-        assert_eq!(guard.lets_in(client.parse().unwrap()), stays, "{client}");
+        assert_eq!(allowed.lets_in(client.parse().unwrap()), stays, "{client}");
     }
-    assert!(court.judge.guard_of(&led(Udp, 101), court.now * SECOND).is_none(), "led by a newer plan");
-    assert!(court.judge.guard_of(&led(Tcp, 50), court.now * SECOND).is_none());
-    court.change(guarded(&["10.1.7.0/24", "192.0.2.1/32"]), udp(&[VIP], &[A]));
-    assert!(court.judge.guard_of(&led(Udp, 50), court.now * SECOND).is_none());
+    assert!(
+        fixture.policy.allowed_clients_of(&socket(Udp, 101), fixture.now * SECOND).is_none(),
+        "connected by a newer plan"
+    );
+    assert!(fixture.policy.allowed_clients_of(&socket(Tcp, 50), fixture.now * SECOND).is_none());
+    fixture.change(guarded(&["10.1.7.0/24", "192.0.2.1/32"]), udp(&[VIP], &[A]));
+    assert!(fixture.policy.allowed_clients_of(&socket(Udp, 50), fixture.now * SECOND).is_none());
 }
 
 /// A node that serves NodePorts at one of its addresses.
@@ -384,44 +382,47 @@ fn node(serving: &str, addresses: &[&str]) -> Arc<NodePlan> {
 
 #[test]
 fn a_tcp_address_that_is_not_this_nodes_is_no_node_port_k3_r1() {
-    let mut court = Court::with([tcp(AT_ONCE, &[B])]);
-    court.tell(&Delta { node: Some(node("192.0.2.1", &["192.0.2.1"])), ..Delta::default() });
-    assert!(court.goes(Tcp, "192.0.2.1:30053", A));
-    assert!(court.goes(Tcp, "127.0.0.1:30053", A));
-    assert!(!court.goes(Tcp, "10.96.0.99:30053", A), "a Service that keeps its connections");
+    let mut fixture = Fixture::with([tcp(AT_ONCE, &[B])]);
+    fixture.apply(&Delta { node: Some(node("192.0.2.1", &["192.0.2.1"])), ..Delta::default() });
+    assert!(fixture.must_close(Tcp, "192.0.2.1:30053", A));
+    assert!(fixture.must_close(Tcp, "127.0.0.1:30053", A));
+    assert!(!fixture.must_close(Tcp, "10.96.0.99:30053", A), "a Service that keeps its connections");
 }
 
 #[test]
-fn a_restart_looks_at_everything_at_once_and_starts_the_time_of_reset_after_anew() {
-    let mut court = Court { judge: Judge::default(), now: 100 };
-    court.complete([udp(&[VIP], &[A]), tcp(LATER, &[A])]);
-    assert_eq!(court.looks(), [100, 101, 130, 131]);
-    assert!(court.goes(Udp, VIP, B));
-    assert!(court.goes(Udp, "10.96.0.99:53", B), "a Service deleted meanwhile");
-    assert!(!court.goes(Tcp, VIP, B) && !court.goes(Tcp, "10.96.0.99:53", B));
-    court.now = 130;
-    assert!(court.goes(Tcp, VIP, B));
-    assert!(!court.goes(Tcp, "10.96.0.99:53", B), "nobody knows what its Service asked for");
+fn a_restart_checks_every_socket_at_once_and_starts_the_time_of_reset_after_again() {
+    let mut fixture = Fixture { policy: ClosePolicy::default(), now: 100 };
+    fixture.complete([udp(&[VIP], &[A]), tcp(LATER, &[A])]);
+    assert_eq!(fixture.checks(), [100, 101, 130, 131]);
+    assert!(fixture.must_close(Udp, VIP, B));
+    assert!(fixture.must_close(Udp, "10.96.0.99:53", B), "a Service deleted meanwhile");
+    assert!(!fixture.must_close(Tcp, VIP, B) && !fixture.must_close(Tcp, "10.96.0.99:53", B));
+    fixture.now = 130;
+    assert!(fixture.must_close(Tcp, VIP, B));
+    assert!(!fixture.must_close(Tcp, "10.96.0.99:53", B), "the annotation of its Service is unknown");
 }
 
 #[test]
-fn a_later_complete_delta_keeps_the_times_and_forgets_what_it_does_not_name() {
-    let mut court = Court::with([tcp(LATER, &[A, B]), udp(&[VIP], &[A])]);
-    court.change(tcp(LATER, &[A, B]), tcp(LATER, &[B]));
-    court.now = 120;
-    court.complete([tcp(LATER, &[B])]);
-    assert_eq!(court.looks(), [120, 121, 130, 131]);
-    court.now = 130;
-    assert!(court.goes(Tcp, VIP, A));
-    assert!(court.goes(Udp, VIP, A));
+fn a_later_complete_delta_keeps_the_times_and_drops_ports_that_it_does_not_have() {
+    let mut fixture = Fixture::with([tcp(LATER, &[A, B]), udp(&[VIP], &[A])]);
+    fixture.change(tcp(LATER, &[A, B]), tcp(LATER, &[B]));
+    fixture.now = 120;
+    fixture.complete([tcp(LATER, &[B])]);
+    assert_eq!(fixture.checks(), [120, 121, 130, 131]);
+    fixture.now = 130;
+    assert!(fixture.must_close(Tcp, VIP, A));
+    assert!(fixture.must_close(Udp, VIP, A));
 }
 
 #[test]
-fn what_has_been_looked_at_twice_is_not_remembered_one_by_one() {
-    let mut court = Court::with([udp(&[VIP], &[A, B])]);
-    court.now = 110;
-    court.change(udp(&[VIP], &[A, B]), udp(&[VIP], &[B]));
-    court.judge.tidy(111 * SECOND);
-    assert!(court.led(105, Udp, VIP, A), "one that was missed is found by the next look");
-    assert!(!court.led(111, Udp, VIP, A));
+fn checked_backends_are_not_kept_one_by_one() {
+    let mut fixture = Fixture::with([udp(&[VIP], &[A, B])]);
+    fixture.now = 110;
+    fixture.change(udp(&[VIP], &[A, B]), udp(&[VIP], &[B]));
+    fixture.policy.tidy(111 * SECOND);
+    assert!(
+        fixture.must_close_since(105, Udp, VIP, A),
+        "the next check finds a socket that one check missed"
+    );
+    assert!(!fixture.must_close_since(111, Udp, VIP, A));
 }

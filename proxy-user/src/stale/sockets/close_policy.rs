@@ -1,11 +1,11 @@
-//! Which sockets have to go, and when to look: the pure half.
+//! Which sockets weir closes, and when it checks them: the pure half.
 //!
-//! In: [`Suspects`] in the order they came into force, and for each socket what it was told. Out: when which sockets
-//! have to be looked at, and for each of them the verdict.
+//! In: [`Suspects`] in the order in which they came into force, and each socket's entry in the maps. Out: when to check which
+//! sockets, and for each socket whether to close it.
 //!
-//! The judge keeps what serves now, not what changed, so a socket that one look missed is found by the next. Times are
-//! nanoseconds of CLOCK_MONOTONIC, the clock the kernel programs write down when they lead a socket to a backend. A
-//! socket that was led there after the backend was lost is never closed: it saw newer plans than the judge has.
+//! The policy keeps which backends serve now, not which changed, so the next sweep finds a socket that one sweep missed.
+//! Times are nanoseconds of CLOCK_MONOTONIC, which the kernel programs store when they connect a socket to a backend. A
+//! socket that connected after the backend was lost is never closed, because it saw a newer state than the policy.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,40 +16,40 @@ use std::{
 
 use rustc_hash::{FxHashMap, FxHashSet};
 
-use super::suspect::{Change, Now, Suspects, serves};
+use super::suspect::{Change, Now, Suspects};
 use crate::{
     model::{Family, Protocol},
     plan::{Backend, Destination, Frontend, FrontendPlan, NodePlan, PortId, PortPlan, Removal},
 };
 
-/// When to look again, because a connect may have been under way while the backends changed.
+/// The delay of a second check, because a connect may have been in progress while the backends changed.
 pub(super) const AGAIN: u64 = 1_000_000_000;
 
-/// What a socket was told.
+/// A socket that a kernel program connected to a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Led {
-    /// When.
+pub(super) struct ConnectedSocket {
+    /// The time of the connect.
     pub(super) since: u64,
     pub(super) protocol: Protocol,
-    /// What it asked for.
+    /// The frontend that the process connected to.
     pub(super) service: SocketAddr,
-    /// What it got.
+    /// The backend that the program picked.
     pub(super) backend: SocketAddr,
 }
 
-/// A service port whose clients' sockets are closed.
+/// A service port whose clients' sockets weir closes.
 #[derive(Debug)]
-struct Watched {
+struct WatchedPort {
     plan: Arc<PortPlan>,
-    /// By when everything was lost that does not serve and is not in `lost`.
+    /// The time by which all backends were lost that neither serve nor are in `lost`.
     since: u64,
-    /// What was lost later, and when. Once its sockets were looked at, `since` says as much.
+    /// Backends that were lost later, and when. Once their sockets are checked, `since` covers them.
     lost: FxHashMap<SocketAddr, u64>,
-    /// When the port itself went. It stays until its sockets were looked at.
+    /// When the port was deleted. It stays here until its sockets are checked.
     gone: Option<u64>,
 }
 
-impl Watched {
+impl WatchedPort {
     fn after(&self) -> u64 {
         match self.plan.on_removal {
             Removal::Reset { after } => nanoseconds(after),
@@ -58,22 +58,22 @@ impl Watched {
     }
 }
 
-/// Everything that is watched.
+/// The watched service ports.
 #[derive(Debug, Default)]
-pub(super) struct Judge {
-    ports: FxHashMap<PortId, Watched>,
-    /// Which port has each frontend. One that a TCP port gave up is still the port's, so its clients stay with what serves.
+pub(super) struct ClosePolicy {
+    ports: FxHashMap<PortId, WatchedPort>,
+    /// The port of each frontend. A frontend that a TCP port lost still has its entry, so clients stay with serving backends.
     frontends: FxHashMap<Frontend, PortId>,
     node: Option<Arc<NodePlan>>,
-    /// Up to when everything that came into force is known here; 0 before everything was told once.
+    /// The policy knows all changes up to this time; 0 before the first complete delta.
     known: u64,
     due: BTreeMap<u64, BTreeSet<Protocol>>,
-    /// Whether a backend of a UDP port serves that did not before: what was moved away from it stays there no more.
+    /// Whether a backend of a UDP port serves again. Sockets that were moved away from it then return to it.
     pub(super) came_back: bool,
 }
 
-impl Judge {
-    /// Takes in what came into force.
+impl ClosePolicy {
+    /// Takes in the changes of a delta that came into force.
     pub(super) fn take_in(&mut self, suspects: Suspects) {
         let Suspects { at, complete, node, ports, .. } = suspects;
         if complete || self.known != 0 {
@@ -90,7 +90,7 @@ impl Judge {
         }
     }
 
-    /// Starts anew with `ports`, keeping what is known of since when things are lost. Every socket is looked at.
+    /// Keeps only `ports`, with the times at which backends were lost, and checks every socket.
     fn reset(&mut self, ports: &[Change], at: u64) {
         self.frontends.clear();
         let named: FxHashSet<&PortId> = ports.iter().map(|change| &change.id).collect();
@@ -125,21 +125,22 @@ impl Judge {
         }
         let released = self.release(&id, &plan);
         let new = self.ports.get(&id).is_none_or(|port| port.gone.is_some());
-        let port = self.ports.entry(id.clone()).or_insert_with(|| Watched {
+        let port = self.ports.entry(id.clone()).or_insert_with(|| WatchedPort {
             plan: Arc::clone(&plan),
             since: at,
             lost: FxHashMap::default(),
             gone: None,
         });
         let served = port.plan.serving.iter().chain(lost);
-        let lost: Vec<_> = served.filter(|backend| !serves(&plan, backend)).map(end).collect();
+        let lost: Vec<_> =
+            served.filter(|backend| !plan.serves(backend.address, backend.port)).map(end).collect();
         let stricter = port.plan.on_removal != plan.on_removal;
         let shuts_out = id.protocol == Protocol::Udp && is_for_others(&port.plan, &plan);
-        self.came_back |=
-            id.protocol == Protocol::Udp && plan.serving.iter().any(|backend| !serves(&port.plan, backend));
+        self.came_back |= id.protocol == Protocol::Udp
+            && plan.serving.iter().any(|backend| !port.plan.serves(backend.address, backend.port));
         let look = new || handed_over || released || stricter || shuts_out || !lost.is_empty();
         port.lost.extend(lost.into_iter().map(|backend| (backend, at)));
-        plan.serving.iter().chain(&plan.cluster).chain(&plan.local).for_each(|backend| {
+        plan.serving.iter().for_each(|backend| {
             port.lost.remove(&end(backend));
         });
         (port.plan, port.gone) = (plan, None);
@@ -149,7 +150,7 @@ impl Judge {
         }
     }
 
-    /// Takes from a UDP port what it gave up, and says whether that was anything.
+    /// Removes frontends that a UDP port lost. Returns whether there were any.
     fn release(&mut self, id: &PortId, plan: &PortPlan) -> bool {
         let Some(port) = self.ports.get(id).filter(|_| id.protocol == Protocol::Udp) else { return false };
         let frontends = port.plan.frontends.iter().map(|planned| planned.frontend);
@@ -174,18 +175,18 @@ impl Judge {
         }
     }
 
-    /// When to look next.
+    /// The time of the next check.
     pub(super) fn next(&self) -> Option<u64> {
         self.due.keys().next().copied()
     }
 
-    /// Of which protocols sockets are to be looked at now; the same is not told again.
+    /// The protocols whose sockets are due now. Removes them from the schedule.
     pub(super) fn take_due(&mut self, now: u64) -> BTreeSet<Protocol> {
         let later = self.due.split_off(&now.saturating_add(1));
         std::mem::replace(&mut self.due, later).into_values().flatten().collect()
     }
 
-    /// Forgets what all sockets have been judged by at `now`.
+    /// Drops lost backends and deleted ports whose sockets have been checked by `now`.
     pub(super) fn tidy(&mut self, now: u64) {
         let mut done = FxHashSet::default();
         for (id, port) in &mut self.ports {
@@ -208,52 +209,50 @@ impl Judge {
         }
     }
 
-    /// Whether the socket has to go now, if it still leads there.
-    pub(super) fn condemns(&self, socket: &Led, now: u64) -> bool {
+    /// Whether the socket must be closed now, if it is still connected to the backend.
+    pub(super) fn must_close(&self, socket: &ConnectedSocket, now: u64) -> bool {
         if !self.knows(socket) {
             return false;
         }
         let Some(port) = self.port_of(socket) else {
-            // Nothing is kept of ports that keep their sockets, and every UDP port closes them: this one is gone.
+            // The policy has no ports that keep their sockets. No UDP port keeps them, so a missing UDP port was deleted.
             return socket.protocol == Protocol::Udp;
         };
-        let (address, number) = (socket.backend.ip(), socket.backend.port());
-        if serves(&port.plan, &Backend { address, port: number, local: false }) {
+        if port.plan.serves(socket.backend.ip(), socket.backend.port()) {
             return false;
         }
         let lost = port.lost.get(&socket.backend).copied().unwrap_or(port.since);
         socket.since <= lost && lost.saturating_add(port.after()) <= now
     }
 
-    /// Whether the Service at this address leads UDP clients to this backend, or lets them stay there.
-    pub(super) fn leads(&self, service: SocketAddr, backend: SocketAddr) -> bool {
-        let led = Led { since: 0, protocol: Protocol::Udp, service, backend };
-        let backend = Backend { address: backend.ip(), port: backend.port(), local: false };
-        self.port_of(&led).is_some_and(|port| serves(&port.plan, &backend))
+    /// Whether UDP flows from this Service address may go to this backend.
+    pub(super) fn serves(&self, service: SocketAddr, backend: SocketAddr) -> bool {
+        let socket = ConnectedSocket { since: 0, protocol: Protocol::Udp, service, backend };
+        self.port_of(&socket).is_some_and(|port| port.plan.serves(backend.ip(), backend.port()))
     }
 
-    /// Whether a UDP port is at this address.
+    /// Whether a UDP port has this address.
     pub(super) fn is_service(&self, service: SocketAddr) -> bool {
-        let led = Led { since: 0, protocol: Protocol::Udp, service, backend: service };
-        self.port_of(&led).is_some_and(|port| port.gone.is_none())
+        let socket = ConnectedSocket { since: 0, protocol: Protocol::Udp, service, backend: service };
+        self.port_of(&socket).is_some_and(|port| port.gone.is_none())
     }
 
-    /// Whether everything is known here that the programs knew when they led the socket.
-    const fn knows(&self, socket: &Led) -> bool {
+    /// Whether the policy has the state that the programs used when they connected the socket.
+    const fn knows(&self, socket: &ConnectedSocket) -> bool {
         socket.since != 0 && socket.since <= self.known
     }
 
-    /// Which clients a UDP socket's frontend is for, where it is not for all (F7): others have to go too. The programs lead no
-    /// socket by such a frontend, so this one was led before.
-    pub(super) fn guard_of(&self, socket: &Led, now: u64) -> Option<Guard> {
-        if socket.protocol != Protocol::Udp || !self.knows(socket) || self.condemns(socket, now) {
+    /// The allowed clients of a UDP socket's frontend, if it has source ranges (F7); sockets of other clients are closed too.
+    /// The programs do not translate such frontends, so the socket connected before the ranges came.
+    pub(super) fn allowed_clients_of(&self, socket: &ConnectedSocket, now: u64) -> Option<AllowedClients> {
+        if socket.protocol != Protocol::Udp || !self.knows(socket) || self.must_close(socket, now) {
             return None;
         }
-        self.guard_at(socket.service)
+        self.allowed_clients(socket.service)
     }
 
-    /// Which clients a UDP Service is for now, where it is not for all.
-    pub(super) fn guard_at(&self, service: SocketAddr) -> Option<Guard> {
+    /// The allowed clients of a UDP frontend, if it has source ranges.
+    pub(super) fn allowed_clients(&self, service: SocketAddr) -> Option<AllowedClients> {
         let destination = Destination::Address(service.ip());
         let asked = Frontend { destination, protocol: Protocol::Udp, port: service.port() };
         let port = self.ports.get(self.frontends.get(&asked)?)?;
@@ -261,14 +260,14 @@ impl Judge {
         planned
             .allowed_sources
             .is_some()
-            .then(|| Guard { frontend: planned.clone(), node: self.node.clone() })
+            .then(|| AllowedClients { frontend: planned.clone(), node: self.node.clone() })
     }
 
-    /// The port that the socket asked for. A NodePort is told by its number alone (K3), unless the address and port are
-    /// a frontend themselves: those come first (R1). Not all TCP frontends are here, so the address has to be this
-    /// node's.
-    fn port_of(&self, socket: &Led) -> Option<&Watched> {
-        let Led { protocol, service, .. } = *socket;
+    /// The service port that the socket used. A NodePort is found by its number (K3), unless the address and port are a
+    /// frontend of their own, which wins (R1). The policy does not have all TCP frontends, so with TCP the address must be
+    /// this node's.
+    fn port_of(&self, socket: &ConnectedSocket) -> Option<&WatchedPort> {
+        let ConnectedSocket { protocol, service, .. } = *socket;
         let find = |destination| {
             let frontend = Frontend { destination, protocol, port: service.port() };
             self.ports.get(self.frontends.get(&frontend)?)
@@ -285,16 +284,16 @@ impl Judge {
     }
 }
 
-/// Lets in the clients that a frontend is for.
+/// The clients that a frontend with source ranges allows.
 #[derive(Debug)]
-pub(super) struct Guard {
+pub(super) struct AllowedClients {
     frontend: FrontendPlan,
     node: Option<Arc<NodePlan>>,
 }
 
-impl Guard {
-    /// Whether a socket with this address of its own may stay. Which address a process of this host comes from depends on
-    /// where its packets go, so it may come from any of the host's.
+impl AllowedClients {
+    /// Whether a socket with this own address may stay. A process of this host may use any of the host's addresses, because
+    /// its source address depends on its destination.
     pub(super) fn lets_in(&self, client: IpAddr) -> bool {
         let host = self.node.as_deref().map(|node| &node.host_addresses[..]).unwrap_or_default();
         self.frontend.lets_in(client)
@@ -302,7 +301,7 @@ impl Guard {
     }
 }
 
-/// Whether a frontend is for other clients than before.
+/// Whether any frontend allows other clients than before.
 fn is_for_others(before: &PortPlan, after: &PortPlan) -> bool {
     let allowed = |plan: &PortPlan| -> Vec<_> {
         let guarded = plan.frontends.iter().filter(|planned| planned.allowed_sources.is_some());

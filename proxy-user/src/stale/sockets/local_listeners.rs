@@ -1,10 +1,11 @@
-//! Pods that had bound a Service's address before weir knew the Service, or ran.
+//! Pods that listen on a Service's address since before weir knew the Service, or ran.
 //!
-//! In: the waiting sockets of every network namespace, the frontends in the kernel. Out: `early_homes`, the places of the
-//! namespaces that have such a socket. The kernel programs see every later bind themselves, so one look after frontends
-//! came is enough.
+//! In: the listening sockets of every network namespace, and the frontends in the kernel. Out: the map `early_homes`, which
+//! has an entry for each namespace with such a socket. The kernel programs see every later bind, so one search after new
+//! frontends is enough.
 //!
-//! A place stays until the next look, also when the sockets are closed: a connect from there costs a search for a socket.
+//! An entry stays until the next search, even after its sockets are closed. Until then a connect in that namespace costs a
+//! search for a listener.
 
 use std::{
     collections::BTreeSet,
@@ -28,37 +29,37 @@ use crate::{
     model::{Family, Protocol},
 };
 
-/// Between two looks, in nanoseconds: pods come and Services come, and each look goes through all pods.
+/// The least time between two searches, in nanoseconds, because each search goes through all pods.
 const PAUSE: u64 = 10_000_000_000;
 
-/// Looks for them.
-pub(super) struct Homes {
-    /// Where `early_homes` is pinned.
+/// Searches for such pods.
+pub(super) struct LocalListeners {
+    /// The directory with `early_homes`.
     sockets: PathBuf,
-    /// Where `frontends` is pinned: another map when it has grown.
+    /// The directory with `frontends`. weir replaces that map when it grows, so each search opens it.
     services: PathBuf,
-    /// Whether frontends have come since the last look.
+    /// Whether there are new frontends since the last search.
     came: bool,
-    /// When the next look may be.
+    /// The earliest time of the next search.
     next: u64,
 }
 
-impl Homes {
+impl LocalListeners {
     pub(super) fn new(sockets: &Path, services: &Path) -> Self {
         Self { sockets: sockets.to_owned(), services: services.to_owned(), came: false, next: 0 }
     }
 
-    /// Frontends may have come.
+    /// Notes new frontends.
     pub(super) fn take_in(&mut self, came: bool) {
         self.came |= came;
     }
 
-    /// When the next look is to be; nothing while no frontend came.
+    /// The time of the next search; `None` without new frontends.
     pub(super) fn next(&self) -> Option<u64> {
         self.came.then_some(self.next)
     }
 
-    /// Goes through all network namespaces.
+    /// Searches all network namespaces.
     pub(super) fn look(&mut self, namespaces: &Namespaces, now: u64) -> Result<Failures, Error> {
         (self.came, self.next) = (false, now.saturating_add(PAUSE));
         let frontends = Frontends::open(&self.services)?;
@@ -66,8 +67,8 @@ impl Homes {
         let mut places = BTreeSet::new();
         let visited = namespaces.each(|| {
             let namespace = cookie()?;
-            // The programs lead the host's processes wherever they are bound.
-            if namespace != own && is_home(&frontends)? {
+            // The programs always translate sockets of the host's own namespace.
+            if namespace != own && has_listener(&frontends)? {
                 places.insert(place_of_home(namespace));
             }
             Ok(())
@@ -94,7 +95,7 @@ impl Homes {
     }
 }
 
-/// What Services have.
+/// The frontends of all Services, in the kernel.
 struct Frontends(HashMap<MapData, FrontendKey, FrontendValue>);
 
 impl Frontends {
@@ -108,8 +109,8 @@ impl Frontends {
     }
 }
 
-/// Whether a socket of the thread's network namespace waits for clients at a Service's address.
-fn is_home(frontends: &Frontends) -> io::Result<bool> {
+/// Whether a socket of the thread's network namespace listens on a Service's address.
+fn has_listener(frontends: &Frontends) -> io::Result<bool> {
     let mut channel = SockDiag::open()?;
     let mut is_any = false;
     for protocol in [Protocol::Tcp, Protocol::Udp] {
@@ -122,7 +123,7 @@ fn is_home(frontends: &Frontends) -> io::Result<bool> {
     Ok(is_any)
 }
 
-/// Of the thread's network namespace.
+/// The cookie of the thread's network namespace.
 fn cookie() -> io::Result<u64> {
     bpf::namespace_cookie(Socket::new(Domain::IPV4, Type::DGRAM, None)?)
 }
