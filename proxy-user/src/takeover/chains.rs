@@ -1,10 +1,10 @@
-//! Which part of a rule set is kube-proxy's, and which part of that has to stay.
+//! Which rules and chains are kube-proxy's, and which of them have to stay.
 //!
-//! In: tables, chains and rules as the kernel lists them. Out: what to delete, and what stays although kube-proxy made it.
+//! In: tables, chains and rules as the kernel lists them. Out: what to delete, and which of kube-proxy's chains stay.
 //!
-//! A chain stays for one of two reasons. A rule of another program leads to it, as portmap's rules lead to
-//! `KUBE-MARK-MASQ`: deleting that rule would break the other program. Or a built-in chain refuses packets further on that
-//! the chain accepts, as `FORWARD` with policy drop does: without the chain these packets would be lost.
+//! A chain stays for one of two reasons. Either a rule of another program jumps to it, as portmap's rules jump to
+//! `KUBE-MARK-MASQ`, and deleting that rule would break the program. Or the built-in chain later refuses packets that the
+//! chain accepts, as `FORWARD` with policy drop does, and without the chain these packets would be lost.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -34,10 +34,10 @@ const CHAINS: [&str; 13] = [
     "KUBE-SOURCE-RANGES-FIREWALL",
 ];
 
-/// How the names of chains for one Service or one endpoint begin.
+/// Prefixes of chains for one Service or one endpoint.
 const PREFIXES: [&str; 6] = ["KUBE-SVC-", "KUBE-SVL-", "KUBE-FW-", "KUBE-EXT-", "KUBE-SEP-", "KUBE-XLB-"];
 
-/// The chains that kube-proxy itself leads to from built-in chains.
+/// The chains to which kube-proxy jumps from built-in chains.
 const ENTRIES: [&str; 9] = [
     "KUBE-EXTERNAL-SERVICES",
     "KUBE-FORWARD",
@@ -50,24 +50,24 @@ const ENTRIES: [&str; 9] = [
     "KUBE-SERVICES",
 ];
 
-/// The chains whose rules name no Service, so that they stay right when Services change.
+/// Chains without rules about a Service, so they stay right when Services change.
 const LASTING: [&str; 3] = ["KUBE-FORWARD", "KUBE-MARK-MASQ", "KUBE-POSTROUTING"];
 
-/// The table with the chains that accept packets: connections to Services that are forwarded, and health checks.
+/// The table of [`ACCEPTING`].
 const FILTER: &str = "filter";
+/// Chains that accept packets: of forwarded connections to Services, and of health checks.
 const ACCEPTING: [&str; 3] = ["KUBE-FORWARD", "KUBE-NODEPORTS", "KUBE-NODE-PORT"];
 
-/// A table and a chain of it.
+/// The names of a table and a chain.
 pub(super) type Name = (String, String);
 
-/// A chain, as far as it matters here.
+/// A chain, with the fields that decide whether it stays.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Chain {
     pub(super) name: Name,
-    /// What happens to a packet that no rule decides about, if the kernel itself sends packets to this chain.
+    /// The policy of a built-in (base) chain; `None` for other chains.
     pub(super) built_in: Option<Policy>,
-    /// How many rules are in the chain and how many rules or elements of maps lead to it, together, where the kernel
-    /// counts that.
+    /// The kernel's use counter: rules in the chain, and rules or map elements that jump to it. `None` in legacy tables.
     pub(super) uses: Option<usize>,
 }
 
@@ -77,7 +77,7 @@ pub(super) enum Policy {
     Drop,
 }
 
-/// A rule. The rules of a chain are in the order in which packets meet them.
+/// A rule. Rules of a chain are in the order of evaluation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Rule {
     pub(super) chain: Name,
@@ -87,36 +87,36 @@ pub(super) struct Rule {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// On to this chain of the same table.
+    /// Jump or goto this chain of the same table.
     Chain(String),
-    /// Dropped, rejected, or left to another program.
+    /// Drop, reject, or queue to another program.
     Refuse,
-    /// Anything else.
+    /// Any other end of the rule.
     Other,
 }
 
-/// The rule set of a family, as far as it matters here.
+/// The rules of a family.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Found {
+pub(super) struct FamilyRules {
     pub(super) tables: Vec<String>,
     pub(super) chains: Vec<Chain>,
     pub(super) rules: Vec<Rule>,
 }
 
-/// What to delete, and what stays of kube-proxy's.
+/// What to delete, and which of kube-proxy's chains stay.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Theirs {
+pub(super) struct Removal {
     pub(super) tables: Vec<String>,
-    /// Rules in chains that stay: the chain and the handle.
+    /// Single rules in chains that stay, by chain and handle.
     pub(super) rules: Vec<(Name, u64)>,
-    /// Chains, with all their rules.
+    /// Chains to delete, with all their rules.
     pub(super) chains: Vec<Name>,
-    /// Chains that stay, and why.
-    pub(super) kept: BTreeMap<Name, Because>,
+    /// Chains that stay.
+    pub(super) kept: BTreeMap<Name, KeepReason>,
 }
 
-impl Theirs {
-    /// Whether nothing is to be deleted.
+impl Removal {
+    /// Whether there is nothing to delete.
     pub(super) fn is_empty(&self) -> bool {
         self.tables.is_empty() && self.rules.is_empty() && self.chains.is_empty()
     }
@@ -124,14 +124,14 @@ impl Theirs {
 
 /// Why a chain of kube-proxy stays.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Because {
-    /// Rules in these chains of other programs lead to it; none of them where only a map's element does.
+pub enum KeepReason {
+    /// Rules in these chains of other programs jump to it. Empty if only a map element does.
     LedTo(BTreeSet<String>),
-    /// This built-in chain refuses packets later on that the chain accepts.
+    /// This built-in chain would later refuse packets that the chain accepts.
     Refused(String),
 }
 
-impl fmt::Display for Because {
+impl fmt::Display for KeepReason {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::LedTo(chains) if chains.is_empty() => {
@@ -148,45 +148,45 @@ impl fmt::Display for Because {
     }
 }
 
-/// Whether a target of iptables ends a packet's way, or leaves that to another program.
+/// Whether an iptables target drops or rejects packets, or queues them to another program.
 pub(super) fn is_refusal(target: &[u8]) -> bool {
     [&b"DROP"[..], b"REJECT", b"NFQUEUE", b"TARPIT"].contains(&target)
 }
 
-/// Whether kube-proxy gives a chain in a table of iptables this name.
+/// Whether a chain with this name in a table of iptables is kube-proxy's.
 fn is_kube_proxys(chain: &str) -> bool {
     CHAINS.contains(&chain) || PREFIXES.iter().any(|start| chain.starts_with(start))
 }
 
-/// kube-proxy's part of what was found.
-pub(super) fn of_kube_proxy(found: &Found) -> Theirs {
+/// kube-proxy's part of a family's rules.
+pub(super) fn of_kube_proxy(found: &FamilyRules) -> Removal {
     let graph = Graph::of(found);
-    let mut theirs = Theirs {
+    let mut removal = Removal {
         tables: found.tables.iter().filter(|table| *table == TABLE).cloned().collect(),
-        ..Theirs::default()
+        ..Removal::default()
     };
-    for chain in found.chains.iter().filter(|chain| graph.theirs.contains(&chain.name)) {
+    for chain in found.chains.iter().filter(|chain| graph.chains.contains(&chain.name)) {
         if let Some(because) = graph.reason_to_keep(chain) {
-            theirs.kept.insert(chain.name.clone(), because);
+            removal.kept.insert(chain.name.clone(), because);
         } else {
-            theirs.chains.push(chain.name.clone());
+            removal.chains.push(chain.name.clone());
         }
     }
-    theirs.chains.sort();
-    let goes = |rule: &&Rule| match theirs.kept.get(&rule.chain) {
-        // The rules of a chain that goes need not be named.
-        None if graph.theirs.contains(&rule.chain) => false,
-        Some(Because::LedTo(_)) if !LASTING.contains(&rule.chain.1.as_str()) => true,
-        _ => graph.leads_nowhere(rule, &theirs.kept),
+    removal.chains.sort();
+    let goes = |rule: &&Rule| match removal.kept.get(&rule.chain) {
+        // Deleting a chain deletes its rules.
+        None if graph.chains.contains(&rule.chain) => false,
+        Some(KeepReason::LedTo(_)) if !LASTING.contains(&rule.chain.1.as_str()) => true,
+        _ => graph.leads_nowhere(rule, &removal.kept),
     };
-    theirs.rules = found.rules.iter().filter(goes).map(|rule| (rule.chain.clone(), rule.handle)).collect();
-    theirs
+    removal.rules = found.rules.iter().filter(goes).map(|rule| (rule.chain.clone(), rule.handle)).collect();
+    removal
 }
 
-/// What leads where.
+/// The jumps between chains.
 struct Graph<'a> {
-    /// The chains that kube-proxy made.
-    theirs: HashSet<&'a Name>,
+    /// kube-proxy's chains.
+    chains: HashSet<&'a Name>,
     /// The built-in chains.
     built_in: HashMap<&'a Name, Policy>,
     rules_in: HashMap<&'a Name, Vec<&'a Rule>>,
@@ -195,13 +195,13 @@ struct Graph<'a> {
 }
 
 impl<'a> Graph<'a> {
-    fn of(found: &'a Found) -> Self {
-        let is_theirs = |chain: &&Chain| {
+    fn of(found: &'a FamilyRules) -> Self {
+        let is_kube_proxys_chain = |chain: &&Chain| {
             let (table, name) = &chain.name;
             chain.built_in.is_none() && IPTABLES.contains(&table.as_str()) && is_kube_proxys(name)
         };
         let mut graph = Self {
-            theirs: found.chains.iter().filter(is_theirs).map(|chain| &chain.name).collect(),
+            chains: found.chains.iter().filter(is_kube_proxys_chain).map(|chain| &chain.name).collect(),
             built_in: found.chains.iter().filter_map(|chain| Some((&chain.name, chain.built_in?))).collect(),
             rules_in: HashMap::new(),
             rules_to: HashMap::new(),
@@ -224,27 +224,27 @@ impl<'a> Graph<'a> {
         in_table.and_then(|to| to.get(chain.as_str())).map_or(&[], Vec::as_slice)
     }
 
-    /// Whether kube-proxy made a rule that leads to a chain of its own.
+    /// Whether a rule is kube-proxy's own jump from a built-in chain.
     fn is_entry(&self, rule: &Rule) -> bool {
         matches!(&rule.verdict, Verdict::Chain(to) if ENTRIES.contains(&to.as_str()))
             && self.built_in.contains_key(&rule.chain)
     }
 
-    fn reason_to_keep(&self, chain: &Chain) -> Option<Because> {
+    fn reason_to_keep(&self, chain: &Chain) -> Option<KeepReason> {
         let (inside, leading) = (self.rules_in(&chain.name), self.rules_to(&chain.name));
         let accepts =
             chain.name.0 == FILTER && ACCEPTING.contains(&chain.name.1.as_str()) && !inside.is_empty();
         if accepts && let Some(entry) = leading.iter().find(|rule| self.refuses_after(rule)) {
-            return Some(Because::Refused(entry.chain.1.clone()));
+            return Some(KeepReason::Refused(entry.chain.1.clone()));
         }
         let foreign =
-            leading.iter().filter(|rule| !self.theirs.contains(&rule.chain) && !self.is_entry(rule));
+            leading.iter().filter(|rule| !self.chains.contains(&rule.chain) && !self.is_entry(rule));
         let foreign: BTreeSet<String> = foreign.map(|rule| rule.chain.1.clone()).collect();
         let in_maps = chain.uses.is_some_and(|uses| uses > inside.len() + leading.len());
-        (in_maps || !foreign.is_empty()).then_some(Because::LedTo(foreign))
+        (in_maps || !foreign.is_empty()).then_some(KeepReason::LedTo(foreign))
     }
 
-    /// Whether a packet that this rule of a built-in chain accepts could be refused behind it.
+    /// Whether a later rule or the policy of the built-in chain could refuse a packet that this rule accepts.
     fn refuses_after(&self, rule: &Rule) -> bool {
         let Some(policy) = self.built_in.get(&rule.chain) else { return false };
         let behind =
@@ -259,7 +259,7 @@ impl<'a> Graph<'a> {
             Verdict::Other => false,
             Verdict::Chain(to) => {
                 let to = (rule.chain.0.clone(), to.clone());
-                // kube-proxy's own chains go, and the kubelet's refuse only what pretends to come from this host.
+                // kube-proxy's own chains go, and the kubelet's chains drop only packets that misuse loopback addresses.
                 !to.1.starts_with("KUBE-")
                     && seen.insert(to.clone())
                     && self.rules_in(&to).iter().any(|rule| self.may_refuse(rule, seen))
@@ -267,17 +267,17 @@ impl<'a> Graph<'a> {
         }
     }
 
-    /// Whether a rule in a chain that stays only leads to chains that go.
-    fn leads_nowhere(&self, rule: &Rule, kept: &BTreeMap<Name, Because>) -> bool {
+    /// Whether a rule in a chain that stays jumps to a chain that goes.
+    fn leads_nowhere(&self, rule: &Rule, kept: &BTreeMap<Name, KeepReason>) -> bool {
         let Verdict::Chain(to) = &rule.verdict else { return false };
         let to = (rule.chain.0.clone(), to.clone());
-        if !self.theirs.contains(&to) {
+        if !self.chains.contains(&to) {
             return false;
         }
         match kept.get(&to) {
             None => true,
-            Some(Because::LedTo(_)) => self.is_entry(rule),
-            Some(Because::Refused(_)) => false,
+            Some(KeepReason::LedTo(_)) => self.is_entry(rule),
+            Some(KeepReason::Refused(_)) => false,
         }
     }
 }
@@ -291,11 +291,11 @@ mod tests {
         (table.to_owned(), chain.to_owned())
     }
 
-    /// A rule set in lines: `table nat`, `nat PREROUTING: accept` (a built-in chain), `nat MINE` (a chain),
-    /// `nat MINE > KUBE-SERVICES` (a rule that leads on) and `nat MINE ! refuse` or `nat MINE ! other` (a rule that does
-    /// not). A rule's handle is the number of its line.
-    fn found(text: &str) -> Found {
-        let mut found = Found::default();
+    /// Parses rules from lines: `table nat`, `nat PREROUTING: accept` (a built-in chain), `nat MINE` (a chain),
+    /// `nat MINE > KUBE-SERVICES` (a rule that jumps), and `nat MINE ! refuse` or `nat MINE ! other` (a rule with another
+    /// verdict). A rule's handle is the number of its line.
+    fn found(text: &str) -> FamilyRules {
+        let mut found = FamilyRules::default();
         for (handle, line) in (1..).zip(text.lines().map(str::trim)).filter(|(_, line)| !line.is_empty()) {
             let mut rule = |chain, verdict| found.rules.push(Rule { chain: name(chain), handle, verdict });
             if let Some(table) = line.strip_prefix("table ") {
@@ -316,22 +316,22 @@ mod tests {
         found
     }
 
-    fn handles(theirs: &Theirs) -> Vec<u64> {
-        theirs.rules.iter().map(|(_, handle)| *handle).collect()
+    fn handles(removal: &Removal) -> Vec<u64> {
+        removal.rules.iter().map(|(_, handle)| *handle).collect()
     }
 
-    fn chains(theirs: &Theirs) -> Vec<String> {
-        theirs.chains.iter().map(|(table, chain)| format!("{table} {chain}")).collect()
+    fn chains(removal: &Removal) -> Vec<String> {
+        removal.chains.iter().map(|(table, chain)| format!("{table} {chain}")).collect()
     }
 
-    fn kept(theirs: &Theirs) -> Vec<String> {
-        let kept = theirs.kept.iter();
+    fn kept(removal: &Removal) -> Vec<String> {
+        let kept = removal.kept.iter();
         kept.map(|((table, chain), because)| format!("{table} {chain}: {because}")).collect()
     }
 
     #[test]
-    fn only_what_kube_proxy_made_is_its() {
-        let theirs = of_kube_proxy(&found(
+    fn only_kube_proxys_own_tables_chains_and_rules_go() {
+        let removal = of_kube_proxy(&found(
             "table nat
             table kube-proxy
             table weir
@@ -353,17 +353,17 @@ mod tests {
             mine PREROUTING > KUBE-SERVICES
             filter FORWARD > KUBE-SERVICES",
         ));
-        assert_eq!(theirs.tables, ["kube-proxy"]);
-        assert_eq!(handles(&theirs), [15]);
+        assert_eq!(removal.tables, ["kube-proxy"]);
+        assert_eq!(handles(&removal), [15]);
         let expected =
             ["filter KUBE-FORWARD", "mangle KUBE-PROXY-CANARY", "nat KUBE-SERVICES", "nat KUBE-SVC-ABC"];
-        assert_eq!(chains(&theirs), expected);
-        assert_eq!(kept(&theirs), [""; 0]);
+        assert_eq!(chains(&removal), expected);
+        assert_eq!(kept(&removal), [""; 0]);
     }
 
     #[test]
-    fn a_chain_that_rules_of_others_lead_to_stays_with_these_rules() {
-        let theirs = of_kube_proxy(&found(
+    fn a_chain_that_foreign_rules_jump_to_stays_with_these_rules() {
+        let removal = of_kube_proxy(&found(
             "nat PREROUTING: accept
             nat OUTPUT: accept
             nat CNI-HOSTPORT-SETMARK
@@ -377,15 +377,15 @@ mod tests {
             nat KUBE-SVC-ABC > KUBE-MARK-MASQ
             nat KUBE-MARK-MASQ ! other",
         ));
-        assert_eq!(handles(&theirs), [9], "only kube-proxy's own rule in a built-in chain");
-        assert_eq!(chains(&theirs), ["nat KUBE-SERVICES", "nat KUBE-SVC-ABC"]);
+        assert_eq!(handles(&removal), [9], "only kube-proxy's own rule in a built-in chain");
+        assert_eq!(chains(&removal), ["nat KUBE-SERVICES", "nat KUBE-SVC-ABC"]);
         let because = "rules of other programs lead to it, in CNI-HOSTPORT-SETMARK, OUTPUT";
-        assert_eq!(kept(&theirs), [format!("nat KUBE-MARK-MASQ: {because}")]);
+        assert_eq!(kept(&removal), [format!("nat KUBE-MARK-MASQ: {because}")]);
     }
 
     #[test]
-    fn a_chain_of_services_that_others_lead_to_stays_empty() {
-        let theirs = of_kube_proxy(&found(
+    fn a_chain_of_services_that_foreign_rules_jump_to_stays_empty() {
+        let removal = of_kube_proxy(&found(
             "nat PREROUTING: accept
             nat MINE
             nat KUBE-SERVICES
@@ -395,13 +395,13 @@ mod tests {
             nat KUBE-SERVICES > KUBE-SVC-ABC
             nat KUBE-SERVICES ! refuse",
         ));
-        assert_eq!(handles(&theirs), [6, 7, 8]);
-        assert_eq!(chains(&theirs), ["nat KUBE-SVC-ABC"]);
-        assert_eq!(kept(&theirs), ["nat KUBE-SERVICES: rules of other programs lead to it, in MINE"]);
+        assert_eq!(handles(&removal), [6, 7, 8]);
+        assert_eq!(chains(&removal), ["nat KUBE-SVC-ABC"]);
+        assert_eq!(kept(&removal), ["nat KUBE-SERVICES: rules of other programs lead to it, in MINE"]);
     }
 
     #[test]
-    fn a_chain_that_a_map_leads_to_stays() {
+    fn a_chain_that_a_map_jumps_to_stays() {
         let mut found = found(
             "nat PREROUTING: accept
             nat KUBE-MARK-MASQ
@@ -413,13 +413,13 @@ mod tests {
         found.chains[2].uses = Some(1);
         assert_eq!(chains(&of_kube_proxy(&found)), ["nat KUBE-MARK-MASQ", "nat KUBE-SVC-ABC"]);
         found.chains[1].uses = Some(3);
-        let theirs = of_kube_proxy(&found);
-        assert_eq!(chains(&theirs), ["nat KUBE-SVC-ABC"]);
-        assert_eq!(kept(&theirs), ["nat KUBE-MARK-MASQ: a map of another program leads to it"]);
+        let removal = of_kube_proxy(&found);
+        assert_eq!(chains(&removal), ["nat KUBE-SVC-ABC"]);
+        assert_eq!(kept(&removal), ["nat KUBE-MARK-MASQ: a map of another program leads to it"]);
     }
 
-    /// The rules of kube-proxy in the filter table, in the order of a node with the kubelet.
-    fn filter(policy: &str, behind: &str) -> Theirs {
+    /// kube-proxy's rules in the filter table of a node with the kubelet, and more rules behind them.
+    fn filter(policy: &str, behind: &str) -> Removal {
         of_kube_proxy(&found(&format!(
             "filter FORWARD: {policy}
             filter INPUT: {policy}
@@ -441,27 +441,27 @@ mod tests {
     }
 
     #[test]
-    fn what_accepts_connections_to_services_stays_where_they_would_be_refused_otherwise() {
-        let theirs = filter("drop", "");
-        assert_eq!(handles(&theirs), [9]);
-        assert_eq!(chains(&theirs), ["filter KUBE-SERVICES"]);
+    fn chains_that_accept_connections_to_services_stay_if_later_rules_would_refuse_them() {
+        let removal = filter("drop", "");
+        assert_eq!(handles(&removal), [9]);
+        assert_eq!(chains(&removal), ["filter KUBE-SERVICES"]);
         let because = "drops or rejects packets that it accepts";
         let expected = ["KUBE-FORWARD: FORWARD", "KUBE-NODEPORTS: INPUT"];
-        assert_eq!(kept(&theirs), expected.map(|what| format!("filter {what} {because}")));
+        assert_eq!(kept(&removal), expected.map(|what| format!("filter {what} {because}")));
 
         for behind in [
             "filter FORWARD ! refuse",
             "filter FORWARD > DOCKER
             filter DOCKER ! refuse",
         ] {
-            let theirs = filter("accept", behind);
-            assert_eq!(kept(&theirs), [format!("filter KUBE-FORWARD: FORWARD {because}")]);
-            assert_eq!(chains(&theirs), ["filter KUBE-NODEPORTS", "filter KUBE-SERVICES"]);
+            let removal = filter("accept", behind);
+            assert_eq!(kept(&removal), [format!("filter KUBE-FORWARD: FORWARD {because}")]);
+            assert_eq!(chains(&removal), ["filter KUBE-NODEPORTS", "filter KUBE-SERVICES"]);
         }
     }
 
     #[test]
-    fn where_nothing_is_refused_otherwise_everything_goes() {
+    fn without_later_refusals_all_chains_go() {
         for behind in [
             "",
             "filter FORWARD ! other",
@@ -469,9 +469,9 @@ mod tests {
             filter DOCKER > DOCKER
             filter DOCKER ! other",
         ] {
-            let theirs = filter("accept", behind);
-            assert_eq!(kept(&theirs), [""; 0]);
-            assert_eq!(handles(&theirs), [8, 9, 10]);
+            let removal = filter("accept", behind);
+            assert_eq!(kept(&removal), [""; 0]);
+            assert_eq!(handles(&removal), [8, 9, 10]);
         }
         let before = of_kube_proxy(&found(
             "filter FORWARD: accept
@@ -480,6 +480,6 @@ mod tests {
             filter FORWARD > KUBE-FORWARD
             filter KUBE-FORWARD ! other",
         ));
-        assert_eq!(chains(&before), ["filter KUBE-FORWARD"], "what is refused before is refused anyway");
+        assert_eq!(chains(&before), ["filter KUBE-FORWARD"], "the earlier rule refuses in any case");
     }
 }

@@ -1,11 +1,11 @@
-//! Tables of iptables' legacy variant, which the kernel gives and takes whole.
+//! Tables of iptables' legacy variant, which programs read and replace as a whole.
 //!
-//! In: a table's bytes, and which chains are to go. Out: the same table without them and without the rules that lead
-//! there; what other rules had counted stays.
+//! In: a table's bytes, and the chains to remove. Out: the table without these chains and without jumps to them. Counters of
+//! other rules stay.
 //!
-//! A table is entries of different lengths, one after the other: first the rules of the built-in chains, then for each
-//! other chain an entry with its name and its rules. A jump says how far from the table's start its target is, so what
-//! moves has to be told to all that lead there (`include/uapi/linux/netfilter/x_tables.h`).
+//! A table is a sequence of entries of different lengths: first the rules of the built-in chains, then for each other chain
+//! an entry with its name, and its rules. A jump contains its target's offset from the table's start, so jumps to moved
+//! entries have to be rewritten (`include/uapi/linux/netfilter/x_tables.h`).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -18,42 +18,42 @@ use crate::{
     sys::xtables::{Counters, REPLACE_LEN, Xtables},
 };
 
-use super::chains::{self, Chain, Found, Policy, Rule, Theirs, Verdict};
+use super::chains::{self, Chain, FamilyRules, Policy, Removal, Rule, Verdict};
 
-/// A table that others change more often than this while it is replaced is left alone.
+/// After this many changes of the table by other programs, weir gives up.
 const ATTEMPTS: usize = 20;
-/// How long a table's name may be, with the byte that ends it.
+/// The size of a table's name, with the zero at its end.
 const NAME_LEN: usize = 32;
-/// How long `struct ipt_getinfo` is.
+/// The size of `struct ipt_getinfo`.
 const INFO_LEN: usize = 84;
 /// The built-in chains, by the number of their hook.
 const HOOKS: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
-/// How a rule says `NF_DROP`.
+/// `NF_DROP` in a rule.
 const DROP: i32 = -1;
-/// How a rule says `NF_QUEUE`.
+/// `NF_QUEUE` in a rule.
 const QUEUE: i32 = -4;
-/// Where `struct ipt_get_entries` has its entries.
+/// The offset of the entries in `struct ipt_get_entries`.
 const ENTRIES: usize = 40;
-/// How long `struct xt_entry_target` is before a target's own data.
+/// The size of `struct xt_entry_target` without the target's own data.
 const TARGET_LEN: usize = 32;
 
-/// The tables of a family that hold anything.
+/// The tables of a family that the kernel has loaded.
 pub(super) fn tables(family: Family) -> Vec<String> {
     let path = match family {
         Family::V4 => "/proc/net/ip_tables_names",
         Family::V6 => "/proc/net/ip6_tables_names",
     };
-    // Where the kernel has no such tables there is no such file.
+    // A kernel without legacy tables does not have the file.
     let names = fs::read_to_string(path).unwrap_or_default();
     names.lines().filter(|name| chains::IPTABLES.contains(name)).map(str::to_owned).collect()
 }
 
-/// Removes kube-proxy's chains from a table, and tells which those were and which stay.
+/// Removes kube-proxy's chains from a table. Returns which were removed and which stay.
 ///
 /// # Errors
 ///
-/// The kernel's; `WouldBlock` when others kept changing the table.
-pub(super) fn remove(family: Family, name: &str) -> io::Result<Theirs> {
+/// The kernel's; `WouldBlock` if other programs keep changing the table.
+pub(super) fn remove(family: Family, name: &str) -> io::Result<Removal> {
     let kernel = Xtables::open(family)?;
     for _ in 0..ATTEMPTS {
         match attempt(&kernel, family, name) {
@@ -64,37 +64,37 @@ pub(super) fn remove(family: Family, name: &str) -> io::Result<Theirs> {
     Err(io::ErrorKind::WouldBlock.into())
 }
 
-fn attempt(kernel: &Xtables, family: Family, name: &str) -> io::Result<Theirs> {
+fn attempt(kernel: &Xtables, family: Family, name: &str) -> io::Result<Removal> {
     let table = Table::read(kernel, family, name)?;
-    let theirs = chains::of_kube_proxy(&table.found(name).ok_or(io::ErrorKind::InvalidData)?);
-    if !theirs.is_empty() {
-        let shrunk = table.without(&theirs).ok_or(io::ErrorKind::InvalidData)?;
+    let removal = chains::of_kube_proxy(&table.found(name).ok_or(io::ErrorKind::InvalidData)?);
+    if !removal.is_empty() {
+        let shrunk = table.without(&removal).ok_or(io::ErrorKind::InvalidData)?;
         let counted = table.replace(kernel, name, &shrunk)?;
         add(kernel, name, shrunk.kept.iter().filter_map(|&index| counted.get(index)))?;
     }
-    Ok(theirs)
+    Ok(removal)
 }
 
-/// A table as the kernel tells it.
+/// A table as the kernel returns it.
 struct Table {
     family: Family,
-    /// A bit for each hook it has chains for.
+    /// One bit for each hook with a chain.
     valid_hooks: u32,
-    /// Where the chain of each hook begins.
+    /// The offset of each hook's chain.
     hooks: [u32; 5],
-    /// Where the policy of each hook's chain is.
+    /// The offset of each hook's policy.
     policies: [u32; 5],
     count: u32,
     entries: Vec<u8>,
 }
 
-/// What is to take a table's place.
+/// The new content of a table.
 #[derive(Debug, PartialEq, Eq)]
 struct Shrunk {
     hooks: [u32; 5],
     policies: [u32; 5],
     entries: Vec<u8>,
-    /// Which entries of the table stay.
+    /// The indexes of the old entries that stay.
     kept: Vec<usize>,
 }
 
@@ -105,22 +105,22 @@ struct Entry<'a> {
 }
 
 enum Target<'a> {
-    /// None: behind it are the rules of the chain of this name.
+    /// The start of the chain with this name.
     Chain(&'a str),
-    /// The entry that is `to` from the table's start. `place` is where it says so.
+    /// A jump to the entry at offset `to`, which is stored at offset `place`.
     Jump { place: usize, to: usize },
-    /// A verdict, or an extension. Whether the packet is dropped, rejected or left to another program.
+    /// A verdict or an extension; `refuses` if it drops, rejects or queues.
     Other { refuses: bool },
 }
 
-/// A part of a table: the entries from one number up to another.
+/// A chain: a range of entries.
 struct Part<'a> {
     name: &'a str,
-    /// The beginning, the rules and the end of a chain; only the rules and the end of a built-in one.
+    /// Start, rules and end of a chain; a built-in chain has no start entry.
     entries: Range<usize>,
-    /// The rules alone.
+    /// Only the rules.
     rules: Range<usize>,
-    /// The place in the table of the first rule.
+    /// The offset of the first rule.
     start: usize,
     built_in: Option<Policy>,
 }
@@ -147,19 +147,19 @@ impl Table {
         Ok(Self { family, valid_hooks, hooks, policies, count, entries: entries.split_off(ENTRIES) })
     }
 
-    /// What is in the table. A rule's handle is its number among the entries. `None` when the bytes make no sense.
-    fn found(&self, table: &str) -> Option<Found> {
+    /// The chains and rules of the table. A rule's handle is the index of its entry. `None` if the bytes are malformed.
+    fn found(&self, table: &str) -> Option<FamilyRules> {
         let all = self.parse()?;
         let parts = self.parts(&all)?;
         let names: BTreeMap<usize, &str> = parts.iter().map(|part| (part.start, part.name)).collect();
-        let mut found = Found::default();
+        let mut found = FamilyRules::default();
         for part in &parts {
             let chain = (table.to_owned(), part.name.to_owned());
             for index in part.rules.clone() {
                 let verdict = match &all.get(index)?.target {
                     Target::Jump { to, .. } => match names.get(to) {
                         Some(name) => Verdict::Chain((*name).to_owned()),
-                        // A rule without a target leads to the next one.
+                        // A rule without a target jumps to the next entry.
                         None => Verdict::Other,
                     },
                     Target::Other { refuses: true } => Verdict::Refuse,
@@ -173,7 +173,7 @@ impl Table {
         Some(found)
     }
 
-    /// The chains, built-in ones first. The last entry of a chain is what happens when no rule decides.
+    /// The chains, built-in ones first. The last entry of a chain is its policy or its return.
     fn parts<'a>(&self, all: &'a [Entry<'a>]) -> Option<Vec<Part<'a>>> {
         let numbers: BTreeMap<usize, usize> =
             all.iter().enumerate().map(|(number, entry)| (entry.range.start, number)).collect();
@@ -194,7 +194,7 @@ impl Table {
         };
         let mut begins = all.iter().enumerate().filter_map(named).peekable();
         while let Some((begin, name)) = begins.next() {
-            // Behind the last chain is one more such entry, which ends the table.
+            // A last such entry ends the table.
             let Some((end, _)) = begins.peek() else { break };
             let rules = begin + 1..end.checked_sub(1)?;
             parts.push(Part {
@@ -208,14 +208,14 @@ impl Table {
         Some(parts)
     }
 
-    /// The table without some rules and chains. `None` when the bytes make no sense.
-    fn without(&self, theirs: &Theirs) -> Option<Shrunk> {
+    /// The table without the rules and chains of `removal`. `None` if the bytes are malformed.
+    fn without(&self, removal: &Removal) -> Option<Shrunk> {
         let all = self.parse()?;
         let mut gone = vec![false; all.len()];
-        for (_, handle) in &theirs.rules {
+        for (_, handle) in &removal.rules {
             *gone.get_mut(usize::try_from(*handle).ok()?)? = true;
         }
-        let chains: BTreeSet<&str> = theirs.chains.iter().map(|(_, chain)| chain.as_str()).collect();
+        let chains: BTreeSet<&str> = removal.chains.iter().map(|(_, chain)| chain.as_str()).collect();
         for part in self.parts(&all)?.iter().filter(|part| chains.contains(part.name)) {
             gone.get_mut(part.entries.clone())?.fill(true);
         }
@@ -248,9 +248,9 @@ impl Table {
         self.valid_hooks & 1 << hook != 0
     }
 
-    /// The entries; none when the bytes make no sense.
+    /// The entries; `None` if the bytes are malformed.
     fn parse(&self) -> Option<Vec<Entry<'_>>> {
-        // Where `struct ipt_entry` and `struct ip6t_entry` say where the target and the next entry are.
+        // The place of `target_offset` and `next_offset` in `struct ipt_entry` and `struct ip6t_entry`.
         let offsets = match self.family {
             Family::V4 => 88,
             Family::V6 => 140,
@@ -268,7 +268,7 @@ impl Table {
             }
             let target = match text(self.entries.get(target + 2..data)?)? {
                 "ERROR" => Target::Chain(text(self.entries.get(data..end)?)?),
-                // A verdict is a negative number in the same place.
+                // A standard target: a jump, or a negative verdict in the same place.
                 "" => {
                     let verdict = u32_at(&self.entries, data)?.cast_signed();
                     match verdict.try_into() {
@@ -284,8 +284,7 @@ impl Table {
         Some(all)
     }
 
-    /// Puts what it has shrunk to in its place, unless it has another number of entries by now. Gives what its entries
-    /// have counted.
+    /// Replaces the table, unless another program has changed its number of entries. Returns the old entries' counters.
     fn replace(&self, kernel: &Xtables, name: &str, shrunk: &Shrunk) -> io::Result<Vec<Counters>> {
         let numbers = [self.valid_hooks, length(shrunk.kept.len())?, length(shrunk.entries.len())?];
         let numbers = numbers.into_iter().chain(shrunk.hooks).chain(shrunk.policies).chain([self.count]);
@@ -299,7 +298,7 @@ impl Table {
     }
 }
 
-/// Adds to what the entries of a table have counted.
+/// Adds counters to the entries of a table.
 fn add<'a>(kernel: &Xtables, name: &str, counted: impl Iterator<Item = &'a Counters>) -> io::Result<()> {
     let numbers: Vec<u64> = counted.flatten().copied().collect();
     let mut counters = padded(name);
@@ -323,7 +322,7 @@ fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
 }
 
-/// What is written before the first zero.
+/// The text before the first zero.
 fn text(bytes: &[u8]) -> Option<&str> {
     std::str::from_utf8(bytes.split(|byte| *byte == 0).next()?).ok()
 }

@@ -1,6 +1,6 @@
-//! What kube-proxy's ipvs mode has outside of rules: virtual servers, and the sets that its rules ask.
+//! The virtual servers of kube-proxy's ipvs mode, and the sets of its rules.
 //!
-//! In: networks whose virtual servers are somebody else's. Out: a kernel without the other virtual servers
+//! In: networks whose virtual servers belong to other programs. Out: a kernel without the other virtual servers
 //! (`linux/ip_vs.h`) and without kube-proxy's sets (`linux/netfilter/ipset/ip_set.h`).
 
 use std::{
@@ -47,10 +47,10 @@ const SETS: [&str; 17] = [
 ];
 const PREFIX: &str = "KUBE-";
 const PREFIX_V6: &str = "KUBE-6-";
-/// What of a set's name the kernel takes.
+/// The longest name of a set; longer names are cut.
 const SET_NAME_LEN: usize = 31;
 
-/// Removes the virtual servers with an address outside of `excluded`, and tells how many those were.
+/// Removes the virtual servers with an address outside of `excluded`, and returns their number.
 ///
 /// # Errors
 ///
@@ -65,8 +65,8 @@ pub(super) fn remove_servers(excluded: &[IpNet]) -> io::Result<usize> {
     let all = exchange(&mut channel, NLM_F_DUMP, message(VirtualServer::GET, Vec::new()))?;
     let mut count = 0;
     for GenlMessage { payload: server, .. } in all {
-        let theirs = server.address().is_some_and(|at| !excluded.iter().any(|net| net.contains(&at)));
-        if theirs {
+        let is_kube_proxys = server.address().is_some_and(|at| !excluded.iter().any(|net| net.contains(&at)));
+        if is_kube_proxys {
             let delete = message(VirtualServer::DELETE, server.name());
             let deleted = existing(exchange(&mut channel, NLM_F_ACK, delete))?;
             count += usize::from(deleted.is_some());
@@ -75,7 +75,7 @@ pub(super) fn remove_servers(excluded: &[IpNet]) -> io::Result<usize> {
     Ok(count)
 }
 
-/// Removes kube-proxy's sets, and tells how many there were and which stay because a rule asks them.
+/// Removes kube-proxy's sets. Returns how many there were, and which stay because a rule uses them.
 ///
 /// # Errors
 ///
@@ -87,7 +87,7 @@ pub(super) fn remove_sets() -> io::Result<(usize, Vec<String>)> {
     const SUBSYSTEM: NetfilterSubsystem = NetfilterSubsystem::Other(6);
     /// `IPSET_CMD_DESTROY`.
     const DESTROY: u8 = 3;
-    /// `IPSET_ATTR_PROTOCOL`, and the version that all kernels in use know.
+    /// `IPSET_ATTR_PROTOCOL`, and the version that all supported kernels accept.
     const PROTOCOL: (u16, u8) = (1, 6);
     /// `IPSET_ATTR_SETNAME`.
     const NAME: u16 = 2;
@@ -109,7 +109,7 @@ pub(super) fn remove_sets() -> io::Result<(usize, Vec<String>)> {
     Ok((count, kept))
 }
 
-/// The number that messages of IPVS have; none where the kernel has no IPVS.
+/// The generic netlink family of IPVS; `None` if the kernel has no IPVS.
 fn family(channel: &mut Channel) -> io::Result<Option<u16>> {
     let name = GenlCtrlAttrs::FamilyName(VirtualServer::family_name().to_owned());
     let question = GenlMessage::from_payload(GenlCtrl { cmd: GenlCtrlCmd::GetFamily, nlas: vec![name] });
@@ -120,7 +120,7 @@ fn family(channel: &mut Channel) -> io::Result<Option<u16>> {
     }))
 }
 
-/// None where what was asked for is not there.
+/// `None` if the kernel does not have the object.
 fn existing<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result.map_err(|error| (error.raw_os_error(), error)) {
         Ok(there) => Ok(Some(there)),
@@ -129,8 +129,7 @@ fn existing<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-/// Sends a request and takes what comes until the kernel says that it is done, which it does with a dump and with
-/// `NLM_F_ACK`.
+/// Sends a request and returns all messages up to the end of a dump, or up to the acknowledgement with `NLM_F_ACK`.
 fn exchange<I>(channel: &mut Channel, flags: u16, request: I) -> io::Result<Vec<I>>
 where
     I: NetlinkSerializable + NetlinkDeserializable,
@@ -156,7 +155,7 @@ where
     }
 }
 
-/// A virtual server, or which one is meant.
+/// A virtual server, or the attributes that identify one.
 #[derive(Clone, Debug)]
 struct VirtualServer {
     command: u8,
@@ -169,20 +168,20 @@ impl VirtualServer {
     const DELETE: u8 = 3;
     /// `IPVS_CMD_GET_SERVICE`.
     const GET: u8 = 4;
-    /// `IPVS_CMD_ATTR_SERVICE`, in which all others are.
+    /// `IPVS_CMD_ATTR_SERVICE`, which contains all other attributes.
     const ATTRIBUTES: u16 = 1;
     /// `IPVS_SVC_ATTR_AF`.
     const FAMILY: u16 = 1;
     /// `IPVS_SVC_ATTR_ADDR`.
     const ADDRESS: u16 = 3;
-    /// `IPVS_SVC_ATTR_FWMARK`, the last that tells one virtual server from another.
+    /// `IPVS_SVC_ATTR_FWMARK`, the last attribute that identifies a virtual server.
     const LAST_OF_NAME: u16 = 5;
 
     fn value(&self, attribute: u16) -> Option<&[u8]> {
         self.attributes.iter().find_map(|(kind, value)| (*kind == attribute).then_some(&**value))
     }
 
-    /// None where a mark takes the place of an address.
+    /// `None` if the virtual server has a mark instead of an address.
     fn address(&self) -> Option<IpAddr> {
         let family = u16::from_ne_bytes(*self.value(Self::FAMILY)?.first_chunk()?);
         let address = self.value(Self::ADDRESS)?;
@@ -196,7 +195,7 @@ impl VirtualServer {
         self.attributes.into_iter().filter(|(kind, _)| *kind <= Self::LAST_OF_NAME).collect()
     }
 
-    /// Its attributes as one; none where no virtual server is named.
+    /// All attributes nested in one; `None` without attributes.
     fn nested(&self) -> Option<DefaultNla> {
         let one = |(kind, value): &(u16, Vec<u8>)| DefaultNla::new(*kind, value.clone());
         let all: Vec<_> = self.attributes.iter().map(one).collect();
@@ -266,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn a_virtual_server_is_read_as_it_is_written_and_named_by_where_it_is() {
+    fn a_virtual_server_survives_encoding_and_is_identified_by_its_address() {
         let (v4, v6) = (Ipv4Addr::new(10, 96, 0, 10), "fd00:10:96::10".parse::<Ipv6Addr>().unwrap());
         for (server, address) in [
             (server(libc::AF_INET, &v4.octets()), IpAddr::from(v4)),
@@ -278,7 +277,7 @@ mod tests {
             let read = VirtualServer::parse_with_param(&bytes, header).unwrap();
             assert_eq!(read.attributes, server.attributes);
             assert_eq!(read.address(), Some(address));
-            assert_eq!(read.name(), server.attributes[..4], "not by its scheduler");
+            assert_eq!(read.name(), server.attributes[..4], "the scheduler does not identify it");
         }
         assert_eq!(VirtualServer { command: 4, attributes: Vec::new() }.address(), None);
     }

@@ -1,13 +1,13 @@
-//! What kube-proxy leaves in the kernel when it ends, and how it is taken out once somebody else serves.
+//! Removes what kube-proxy left in the kernel, once weir serves.
 //!
-//! In: the kernel's state. Out: the same without the tables of kube-proxy's nftables mode, the chains of its iptables
-//! mode, in both variants of iptables, and the virtual servers, sets and device of its ipvs mode.
+//! In: the kernel's state. Out: the kernel without the tables of kube-proxy's nftables mode, the chains of its iptables mode
+//! (in both variants of iptables), and the virtual servers, sets and device of its ipvs mode.
 //!
-//! What other programs need of it stays: chains that their rules lead to, sets that their rules ask, and chains without
-//! which packets to Services would be refused by rules or policies that kube-proxy did not make.
+//! What other programs need stays: chains that their rules jump to, sets that their rules use, and chains without which
+//! rules or policies of other programs would refuse packets to Services.
 //!
-//! New connections are served by whichever table has them first, so there is no moment at which nobody does. For those
-//! that are there connection tracking knows where they go, except where IPVS led them.
+//! Until the removal both proxies have every Service, so a new connection always finds one of them. Established connections
+//! keep their backends by connection tracking, except those of IPVS.
 
 use std::{
     fmt::{self, Write as _},
@@ -29,41 +29,41 @@ mod ipvs;
 mod nftables;
 mod start;
 
-pub use chains::Because;
-use chains::Theirs;
+pub use chains::KeepReason;
+use chains::Removal;
 pub(crate) use start::{start, tell};
 
-/// On it kube-proxy's ipvs mode puts every ClusterIP, so that the host takes packets to them for its own.
+/// The device with every ClusterIP in kube-proxy's ipvs mode, which makes the addresses local to the host.
 const DEVICE: &str = "kube-ipvs0";
-/// Whoever changes legacy tables holds this file locked: they are read, changed and written back whole.
+/// Programs lock this file while they change a legacy table, because they read it, change it and write it back whole.
 const LOCK: &str = "/run/xtables.lock";
 
-/// Why something of kube-proxy's is still there.
+/// Why a part of kube-proxy could not be removed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The rule set of a family could not be read, or kube-proxy's part not be removed.
+    /// Reading or changing the rules of a family failed.
     #[error("cannot {what} of kube-proxy in nf_tables family {family}")]
     RuleSet {
-        /// What was being done.
+        /// The failed step.
         what: &'static str,
-        /// The family, as `nft` calls it.
+        /// nft's name of the family.
         family: &'static str,
-        /// What the kernel answered.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
     /// A table of iptables' legacy variant could not be read or replaced.
     #[error("cannot remove the chains of kube-proxy from the legacy table {table} ({family})")]
     Legacy {
-        /// The table.
+        /// Such as `nat`.
         table: String,
-        /// Of which family.
+        /// IPv4 or IPv6.
         family: Family,
-        /// What the kernel answered.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
-    /// Somebody else is at the legacy tables, and does not end.
+    /// Another program holds the lock of the legacy tables for too long.
     #[error("cannot lock {LOCK}, which programs hold while they change legacy iptables")]
     Lock(#[source] io::Error),
     /// A virtual server could not be removed.
@@ -80,10 +80,10 @@ pub enum Error {
     Socket(#[source] io::Error),
 }
 
-/// How much was removed, and what stays.
+/// What was removed, and what stays.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Removed {
-    /// Tables of its own.
+    /// Tables of the nftables mode.
     pub tables: usize,
     /// Chains in tables of iptables.
     pub chains: usize,
@@ -91,11 +91,11 @@ pub struct Removed {
     pub servers: usize,
     /// Sets of ipset.
     pub sets: usize,
-    /// Devices.
+    /// 1 if `kube-ipvs0` was there.
     pub devices: usize,
-    /// Chains that stay.
+    /// Chains that stay, with the reason.
     pub kept_chains: Vec<KeptChain>,
-    /// Sets that stay because rules ask them.
+    /// Sets that stay because rules use them.
     pub kept_sets: Vec<String>,
 }
 
@@ -106,10 +106,10 @@ impl Removed {
         [self.tables, self.chains, self.servers, self.sets, self.devices].iter().all(|count| *count == 0)
     }
 
-    fn count(&mut self, rule_set: &str, theirs: Theirs) {
-        self.tables += theirs.tables.len();
-        self.chains += theirs.chains.len();
-        let kept = theirs.kept.into_iter().map(|((table, chain), because)| KeptChain {
+    fn count(&mut self, rule_set: &str, removal: Removal) {
+        self.tables += removal.tables.len();
+        self.chains += removal.chains.len();
+        let kept = removal.kept.into_iter().map(|((table, chain), because)| KeptChain {
             rule_set: rule_set.to_owned(),
             table,
             chain,
@@ -124,12 +124,12 @@ impl Removed {
 pub struct KeptChain {
     /// The family in nf_tables, or `legacy` and the family.
     pub rule_set: String,
-    /// The table.
+    /// Such as `filter`.
     pub table: String,
-    /// The chain.
+    /// Such as `KUBE-FORWARD`.
     pub chain: String,
-    /// Why.
-    pub because: Because,
+    /// Shown to users.
+    pub because: KeepReason,
 }
 
 impl fmt::Display for KeptChain {
@@ -139,7 +139,7 @@ impl fmt::Display for KeptChain {
     }
 }
 
-/// Several of them in one line.
+/// Several kept chains as one line.
 pub fn listed<'a>(chains: impl IntoIterator<Item = &'a KeptChain>) -> String {
     let mut text = String::new();
     for chain in chains {
@@ -150,21 +150,20 @@ pub fn listed<'a>(chains: impl IntoIterator<Item = &'a KeptChain>) -> String {
     text
 }
 
-/// Takes out everything of kube-proxy's that no other program needs. Each family's rules in nf_tables go at one instant,
-/// and so do those of each legacy table. `excluded` are the networks whose virtual servers kube-proxy left alone, its
-/// `ipvs.excludeCIDRs`: where its ipvs mode runs, all others are its own. What cannot be removed keeps nothing else from
-/// being removed, and has an error each.
+/// Removes all of kube-proxy that no other program needs. The rules of each family in nf_tables go in one transaction, and
+/// those of each legacy table in one replacement. `excluded` are kube-proxy's `ipvs.excludeCIDRs`: its ipvs mode owns all
+/// virtual servers outside these networks. A failure does not stop the other removals, and each failure has an error.
 pub async fn remove(excluded: &[IpNet]) -> (Removed, Vec<Error>) {
     remove_of(PerFamily { v4: true, v6: true }, Some(excluded)).await
 }
 
-/// The same for the rules of these families only, and for what is of no single family where `excluded` is given.
+/// Like [`remove`] for the rules of `families` only. With `excluded` it also removes the ipvs mode, which has no family.
 pub async fn remove_of(families: PerFamily<bool>, excluded: Option<&[IpNet]>) -> (Removed, Vec<Error>) {
     let (mut removed, mut failed) = (Removed::default(), Vec::new());
     let wanted = Family::ALL.into_iter().zip(nftables::FAMILIES).filter(|(family, _)| *families.get(*family));
     for (_, (family, name)) in wanted {
         match nftables::remove(family, name) {
-            Ok(theirs) => removed.count(name, theirs),
+            Ok(removal) => removed.count(name, removal),
             Err(error) => failed.push(error),
         }
     }
@@ -177,7 +176,7 @@ pub async fn remove_of(families: PerFamily<bool>, excluded: Option<&[IpNet]>) ->
     (removed, failed)
 }
 
-/// Removes what belongs to the ipvs mode, if there is any.
+/// Removes the ipvs mode, if there is any.
 async fn remove_ipvs(excluded: &[IpNet], removed: &mut Removed) -> Result<(), Error> {
     let (connection, handle, _) = rtnetlink::new_connection().map_err(Error::Socket)?;
     let connection = tokio::spawn(connection);
@@ -186,7 +185,8 @@ async fn remove_ipvs(excluded: &[IpNet], removed: &mut Removed) -> Result<(), Er
     done
 }
 
-/// Removes the device, after everything that it shows to be kube-proxy's: nothing else says so.
+/// Removes the virtual servers, the sets and then the device. The device goes last, because only the device shows that the
+/// virtual servers are kube-proxy's.
 async fn remove_device(
     handle: &rtnetlink::Handle,
     excluded: &[IpNet],
@@ -200,7 +200,7 @@ async fn remove_device(
     Ok(())
 }
 
-/// The number of the device, if there is one.
+/// The index of the device, if it exists.
 async fn device(handle: &rtnetlink::Handle) -> Result<Option<u32>, rtnetlink::Error> {
     let named = LinkAttribute::IfName(DEVICE.to_owned());
     let mut links = handle.link().get().execute();
@@ -227,16 +227,16 @@ async fn remove_legacy_chains(families: PerFamily<bool>, removed: &mut Removed, 
     };
     for (family, table) in tables {
         match iptables::remove(family, &table) {
-            Ok(theirs) => removed.count(&format!("legacy {family}"), theirs),
+            Ok(removal) => removed.count(&format!("legacy {family}"), removal),
             Err(source) => failed.push(Error::Legacy { table, family, source }),
         }
     }
 }
 
-/// Keeps others from changing legacy tables for as long as the file lives. Where there can be no such file, nobody else
-/// uses it.
+/// Locks the legacy tables until the file is dropped. `None` if the file can be neither opened nor created; no other program
+/// can use it then either.
 async fn lock() -> Result<Option<File>, Error> {
-    // Reading is enough for a lock, and may be all that is allowed.
+    // A lock needs read access only, and weir may have no more.
     let file = File::open(LOCK).or_else(|_| File::options().create_new(true).write(true).open(LOCK));
     let Ok(file) = file else { return Ok(None) };
     let patience = ConstantBuilder::new().with_delay(Duration::from_millis(100)).with_max_times(100);

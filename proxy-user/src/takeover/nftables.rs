@@ -1,6 +1,6 @@
-//! Reading the whole rule set of a family, and deleting some of it at one instant.
+//! Reads all rules of an nf_tables family, and deletes kube-proxy's part in one transaction.
 //!
-//! In: nf_tables' messages. Out: [`Found`]; and one batch that deletes [`Theirs`].
+//! In: nf_tables' messages. Out: [`FamilyRules`], and one batch that deletes a [`Removal`].
 
 use std::io;
 
@@ -20,37 +20,37 @@ use crate::sys::netlink::{Channel, messages, netfilter, serialize};
 
 use super::{
     Error,
-    chains::{self, Chain, Found, Name, Policy, Rule, Theirs, Verdict},
+    chains::{self, Chain, FamilyRules, Name, Policy, Removal, Rule, Verdict},
 };
 
-/// The families kube-proxy writes to, as `nft` calls them.
+/// The families that kube-proxy writes to, with nft's names.
 pub(super) const FAMILIES: [(NetfilterProtoFamily, &str); 2] =
     [(NetfilterProtoFamily::IPv4, "ip"), (NetfilterProtoFamily::IPv6, "ip6")];
 
-/// The number of nf_tables among netfilter's subsystems, for which a batch is.
+/// The number of nf_tables among netfilter's subsystems.
 const NF_TABLES: u16 = 10;
 /// `NF_ACCEPT`.
 const ACCEPT: u32 = 1;
-/// `NFTA_TARGET_NAME`, of a target of iptables.
+/// `NFTA_TARGET_NAME`, of an iptables target.
 const TARGET_NAME: u16 = 1;
-/// A rule set that changes more often than this while it is read, or before its part is removed, is left alone.
+/// After this many changes of the rules by other programs, weir gives up.
 const ATTEMPTS: usize = 20;
 
-/// Removes kube-proxy's part of a family's rules, and tells what that was and what stays of it.
+/// Removes kube-proxy's part of a family's rules. Returns what was removed and what stays.
 ///
 /// # Errors
 ///
-/// The kernel's, and that other programs keep changing the rules.
-pub(super) fn remove(family: NetfilterProtoFamily, name: &'static str) -> Result<Theirs, Error> {
+/// The kernel's, also if other programs keep changing the rules.
+pub(super) fn remove(family: NetfilterProtoFamily, name: &'static str) -> Result<Removal, Error> {
     let error = |what| move |source| Error::RuleSet { what, family: name, source };
     let mut rules = RuleSet::open().map_err(Error::Socket)?;
     let mut attempts = 0;
     loop {
         attempts += 1;
-        let theirs = chains::of_kube_proxy(&rules.read(family).map_err(error("read the rules"))?);
-        match rules.remove(family, &theirs) {
-            Ok(()) => return Ok(theirs),
-            // Since the rules were read, a rule to one of the chains was added, or something that should go has gone.
+        let removal = chains::of_kube_proxy(&rules.read(family).map_err(error("read the rules"))?);
+        match rules.remove(family, &removal) {
+            Ok(()) => return Ok(removal),
+            // Another program added a rule to one of the chains, or removed one of them, since weir read the rules.
             Err(changed) if attempts < ATTEMPTS && is_change(&changed) => {}
             Err(source) => return Err(error("remove the rules")(source)),
         }
@@ -61,7 +61,7 @@ fn is_change(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EBUSY | libc::ENOENT))
 }
 
-/// The rules, on a netlink socket.
+/// A netlink socket for nf_tables.
 struct RuleSet(Channel);
 
 impl RuleSet {
@@ -69,19 +69,19 @@ impl RuleSet {
         Channel::open(NETLINK_NETFILTER).map(Self)
     }
 
-    /// Everything of a family.
-    fn read(&mut self, family: NetfilterProtoFamily) -> io::Result<Found> {
+    /// Tables, chains and rules of a family.
+    fn read(&mut self, family: NetfilterProtoFamily) -> io::Result<FamilyRules> {
         let tables = NfTablesMessage::GetTable(TableMessage { attributes: Vec::new() });
         let chains = NfTablesMessage::GetChain(ChainMessage { attributes: Vec::new() });
         let rules = NfTablesMessage::GetRule(RuleMessage { attributes: Vec::new() });
-        Ok(Found {
+        Ok(FamilyRules {
             tables: self.dump(family, &tables, table)?,
             chains: self.dump(family, &chains, chain)?,
             rules: self.dump(family, &rules, rule)?,
         })
     }
 
-    /// What `read` makes of each message. Nothing else is kept, because a node can have 100,000 rules.
+    /// Converts each message of a dump with `read`, and keeps nothing else, because a node can have 100,000 rules.
     fn dump<T>(
         &mut self,
         family: NetfilterProtoFamily,
@@ -97,7 +97,7 @@ impl RuleSet {
         Err(io::Error::from_raw_os_error(libc::EINTR))
     }
 
-    /// The answer to a dump; none when the rules changed meanwhile.
+    /// The response to a dump; `None` if the rules changed meanwhile.
     fn answer<T>(&mut self, read: impl Fn(NfTablesMessage) -> Option<T>) -> io::Result<Option<Vec<T>>> {
         let (mut all, mut interrupted) = (Vec::new(), false);
         loop {
@@ -120,9 +120,9 @@ impl RuleSet {
         }
     }
 
-    /// Deletes all of it, or nothing.
-    fn remove(&mut self, family: NetfilterProtoFamily, theirs: &Theirs) -> io::Result<()> {
-        let deletions = deletions(theirs);
+    /// Deletes in one batch, which succeeds or fails as a whole.
+    fn remove(&mut self, family: NetfilterProtoFamily, removal: &Removal) -> io::Result<()> {
+        let deletions = deletions(removal);
         if deletions.is_empty() {
             return Ok(());
         }
@@ -134,12 +134,12 @@ impl RuleSet {
         let batch = serialize(&batch);
         self.0.make_room(batch.len())?;
         self.0.send(&batch)?;
-        self.complaints()
+        self.first_error()
     }
 
-    /// The first error reported. The kernel works on a batch while the sender waits, so all it has to say is there. All
-    /// of it is taken, because the next request is answered on the same socket.
-    fn complaints(&mut self) -> io::Result<()> {
+    /// The first error that the kernel reported. `send` returns after the kernel has processed the batch, so all responses
+    /// are there. Reads all of them, because the next request uses the same socket.
+    fn first_error(&mut self) -> io::Result<()> {
         let mut first = Ok(());
         while let Some(datagram) = self.0.receive_ready()? {
             for message in messages::<NetfilterMessage>(datagram) {
@@ -155,8 +155,8 @@ impl RuleSet {
     }
 }
 
-/// What leads to a chain goes first, then what is in it, then it itself.
-fn deletions(theirs: &Theirs) -> Vec<NfTablesMessage> {
+/// The deletions in order: rules that jump to a chain, rules in it, the chain itself, tables.
+fn deletions(removal: &Removal) -> Vec<NfTablesMessage> {
     let rule = |(table, chain): &Name, handle: Option<u64>| {
         let mut attributes = vec![RuleAttribute::Table(table.clone()), RuleAttribute::Chain(chain.clone())];
         attributes.extend(handle.map(RuleAttribute::Handle));
@@ -170,10 +170,10 @@ fn deletions(theirs: &Theirs) -> Vec<NfTablesMessage> {
         let attributes = vec![TableAttribute::Name(name.clone())];
         NfTablesMessage::DeleteTable(TableMessage { attributes })
     };
-    let single = theirs.rules.iter().map(|(chain, handle)| rule(chain, Some(*handle)));
-    let rules = theirs.chains.iter().map(|chain| rule(chain, None));
-    let chains = theirs.chains.iter().map(chain);
-    single.chain(rules).chain(chains).chain(theirs.tables.iter().map(table)).collect()
+    let single = removal.rules.iter().map(|(chain, handle)| rule(chain, Some(*handle)));
+    let rules = removal.chains.iter().map(|chain| rule(chain, None));
+    let chains = removal.chains.iter().map(chain);
+    single.chain(rules).chain(chains).chain(removal.tables.iter().map(table)).collect()
 }
 
 fn table(message: NfTablesMessage) -> Option<String> {
@@ -217,7 +217,7 @@ fn rule(message: NfTablesMessage) -> Option<Rule> {
     Some(Rule { chain: (table?, chain?), handle: number?, verdict })
 }
 
-/// Where an expression sends the packet, if it is one that ends the rule.
+/// The verdict of an expression, if it ends the rule.
 fn decides(expression: &ListAttribute<ExpressionAttribute>) -> Option<Verdict> {
     let ListAttribute::Element(parts) = expression else { return None };
     parts.iter().find_map(|part| match part {
@@ -252,7 +252,7 @@ fn given(verdict: &[VerdictAttribute]) -> Verdict {
     chain.unwrap_or(if refuses { Verdict::Refuse } else { Verdict::Other })
 }
 
-/// Whether this is the name of a target of iptables that ends a packet's way.
+/// Whether this attribute is the name of an iptables target that drops or rejects.
 fn is_refusal(attribute: &DefaultNla) -> bool {
     let mut name = vec![0; attribute.value_len()];
     attribute.emit_value(&mut name);

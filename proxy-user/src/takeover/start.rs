@@ -7,7 +7,7 @@
 use ipnet::IpNet;
 use tokio::sync::mpsc;
 
-use super::{Because, KeptChain, Removed, listed, remove_of};
+use super::{KeepReason, KeptChain, Removed, listed, remove_of};
 use crate::model::{Family, PerFamily};
 
 /// Waits for the news in a task. Virtual servers of IPVS in the `excluded` networks stay. Of a family that is not `served`
@@ -48,7 +48,7 @@ pub(crate) fn tell(removed: &Removed) {
             "took over from kube-proxy and removed what it had left"
         );
     }
-    let is_refused = |kept: &&KeptChain| matches!(kept.because, Because::Refused(_));
+    let is_refused = |kept: &&KeptChain| matches!(kept.because, KeepReason::Refused(_));
     let (refused, led_to): (Vec<_>, Vec<_>) = kept_chains.iter().partition(is_refused);
     if !refused.is_empty() {
         tracing::warn!(
