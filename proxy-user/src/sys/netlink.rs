@@ -1,6 +1,6 @@
-//! A netlink socket for the rooms that ask the kernel about flows, sockets and other people's rules.
+//! A netlink socket, for requests about flows, sockets and the rules of other programs.
 //!
-//! In: requests. Out: the kernel's datagrams, taken apart into messages.
+//! In: requests. Out: the kernel's datagrams, split into messages.
 
 use std::io;
 
@@ -13,27 +13,27 @@ use netlink_packet_netfilter::{
 use netlink_sys::{Socket, SocketAddr};
 use nix::sys::socket::{setsockopt, sockopt};
 
-/// The kernel sends no larger datagram in a dump.
+/// The largest datagram of a dump, in bytes.
 const DATAGRAM: usize = 64 * 1024;
 
-/// One netlink socket in the network namespace it was opened in; requests on it follow one another.
+/// A netlink socket in the network namespace in which it was opened. It has one request at a time.
 pub(crate) struct Channel {
     socket: Socket,
     buffer: Vec<u8>,
 }
 
 impl Channel {
-    /// Opens one to a part of the kernel, as `NETLINK_NETFILTER`.
+    /// Opens a socket of a netlink protocol such as `NETLINK_NETFILTER`.
     pub(crate) fn open(protocol: isize) -> io::Result<Self> {
         let mut socket = Socket::new(protocol)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
-        // An error then carries the header of the request only; what else is in it is not looked at.
+        // Error messages then contain only the header of the request. weir does not need the rest.
         socket.set_cap_ack(true)?;
         Ok(Self { socket, buffer: Vec::with_capacity(DATAGRAM) })
     }
 
-    /// Makes room for requests of so many bytes that the kernel is to take at once.
+    /// Enlarges the send buffer for a datagram of this size.
     pub(crate) fn make_room(&self, bytes: usize) -> io::Result<()> {
         Ok(setsockopt(&self.socket, sockopt::SndBufForce, &(bytes + DATAGRAM))?)
     }
@@ -48,7 +48,7 @@ impl Channel {
         self.take(0)
     }
 
-    /// The next datagram, if there is one.
+    /// The next datagram, or `None` if none has arrived.
     pub(crate) fn receive_ready(&mut self) -> io::Result<Option<&[u8]>> {
         match self.take(libc::MSG_DONTWAIT) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
@@ -67,7 +67,7 @@ impl Channel {
     }
 }
 
-/// The messages of one datagram, unread.
+/// The messages of one datagram, not parsed.
 pub(crate) fn split(datagram: &[u8]) -> impl Iterator<Item = NetlinkBuffer<&[u8]>> {
     let mut rest = datagram;
     std::iter::from_fn(move || {
@@ -78,7 +78,7 @@ pub(crate) fn split(datagram: &[u8]) -> impl Iterator<Item = NetlinkBuffer<&[u8]
     })
 }
 
-/// The messages of one datagram. One that cannot be understood is left out.
+/// The messages of one datagram, without those that cannot be parsed.
 pub(crate) fn messages<I: NetlinkDeserializable>(datagram: &[u8]) -> impl Iterator<Item = NetlinkMessage<I>> {
     let read = split(datagram).map(|message| NetlinkMessage::deserialize(message.into_inner()));
     read.filter_map(|message| {
@@ -86,7 +86,7 @@ pub(crate) fn messages<I: NetlinkDeserializable>(datagram: &[u8]) -> impl Iterat
     })
 }
 
-/// A request to a subsystem of netfilter; 0 is that of the message itself.
+/// A request to a subsystem of netfilter; with 0 the message names its own subsystem.
 pub(crate) fn netfilter(
     flags: u16,
     family: NetfilterProtoFamily,
@@ -101,7 +101,7 @@ pub(crate) fn netfilter(
     message
 }
 
-/// Requests as the kernel takes them, one behind the other.
+/// The bytes of requests, one after the other, for one datagram.
 pub(crate) fn serialize<I: NetlinkSerializable>(requests: &[NetlinkMessage<I>]) -> Vec<u8> {
     let mut bytes = vec![0; requests.iter().map(NetlinkMessage::buffer_len).sum()];
     let mut start = 0;

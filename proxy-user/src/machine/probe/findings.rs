@@ -1,6 +1,6 @@
-//! Questions that `aya` does not ask: about this process, its directories, links and sockets.
+//! Tests that `aya` does not have: of this process, its directories, links and sockets.
 //!
-//! In: nothing but paths. Out: [`Answer`]s.
+//! In: paths. Out: [`Answer`]s.
 
 use std::{error::Error, fs, io, net::UdpSocket, path::Path};
 
@@ -14,7 +14,7 @@ const CAP_NET_ADMIN: u32 = 12;
 const CAP_SYS_ADMIN: u32 = 21;
 const CAP_BPF: u32 = 39;
 
-/// The running kernel's release, empty if it cannot be read.
+/// The running kernel's release; empty if weir cannot read it.
 pub(super) fn release() -> String {
     fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned()
 }
@@ -45,7 +45,7 @@ fn allows(capabilities: u64) -> Answer {
     }
 }
 
-/// Whether the two directories are on the file systems they have to be on.
+/// Whether the two directories have the right file systems.
 pub(super) fn directories(cgroup_root: &Path, bpf_root: &Path) -> [Finding; 2] {
     let finding = |kind: &str, directory: &Path, purpose, answer| Finding {
         feature: format!("{kind} at {}", directory.display()),
@@ -54,7 +54,7 @@ pub(super) fn directories(cgroup_root: &Path, bpf_root: &Path) -> [Finding; 2] {
         purpose,
         answer,
     };
-    // The directory itself is made when it is needed, so what counts is where it would be.
+    // weir creates the directory when it needs it, so the file system of its existing parent counts.
     let existing = bpf_root.ancestors().find(|directory| directory.exists()).unwrap_or(bpf_root);
     [
         finding(
@@ -83,16 +83,16 @@ fn on(directory: &Path, wanted: FsType) -> Answer {
     }
 }
 
-/// What `/proc/self/cgroup` says of the tree of version 2.
+/// This process's cgroup in the tree of version 2.
 fn own_cgroup() -> String {
-    let told = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    told.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or_default().to_owned()
+    let cgroups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    cgroups.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or_default().to_owned()
 }
 
-/// Whether other processes than those of this container are in the cgroup. In a cgroup namespace of its own, as container
-/// runtimes make one, a container sees its own cgroup as the root of the tree: programs there would serve weir alone. The
-/// tree of a node has cgroups below, and so has that of a node which is a container itself, as kind's are. The root of all
-/// cgroups is a node's in any case; only it has no type.
+/// Whether the cgroup is the node's and not that of weir's own container. Container runtimes give a container a cgroup
+/// namespace, in which its own cgroup appears as the root of the tree, and programs attached there would serve weir alone. The
+/// root of a node's tree has cgroups below it, also if the node is a container itself, as in kind. The real root of all
+/// cgroups belongs to a node in any case; it is the only cgroup without a type.
 fn serves_the_node(cgroup_root: &Path, own: &str, process: u32) -> Answer {
     let is_inside = || {
         let processes = fs::read_to_string(cgroup_root.join("cgroup.procs")).unwrap_or_default();
@@ -111,12 +111,12 @@ fn serves_the_node(cgroup_root: &Path, own: &str, process: u32) -> Answer {
     Answer::Yes
 }
 
-/// Whether programs are attached by links, which outlive the agent when they are pinned.
+/// Whether the kernel has links of cgroups, which outlive the agent when they are pinned.
 pub(super) fn links() -> Answer {
     answer(bpf::knows_links())
 }
 
-/// Whether a socket tells the cookie of its network namespace.
+/// Whether a socket returns the cookie of its network namespace.
 pub(super) fn namespace_cookie() -> Answer {
     let cookie = UdpSocket::bind("127.0.0.1:0").and_then(bpf::namespace_cookie);
     match cookie {
@@ -125,16 +125,16 @@ pub(super) fn namespace_cookie() -> Answer {
     }
 }
 
-/// An answer, or why there is none.
-pub(super) fn answer(asked: io::Result<bool>) -> Answer {
-    match asked {
+/// The answer for the result of a test.
+pub(super) fn answer(result: io::Result<bool>) -> Answer {
+    match result {
         Ok(true) => Answer::Yes,
         Ok(false) => Answer::No(String::new()),
         Err(error) => Answer::Unknown(error.to_string()),
     }
 }
 
-/// An error with its causes.
+/// An error with its causes, separated by colons.
 pub(super) fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -150,7 +150,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn loading_takes_two_capabilities() {
+    fn loading_programs_takes_two_capabilities() {
         let [bpf, net, sys] = [CAP_BPF, CAP_NET_ADMIN, CAP_SYS_ADMIN].map(|bit| 1_u64 << bit);
         let no = |what: &str| Answer::No(format!("this process has no {what}"));
         for (mask, expected) in [
@@ -170,7 +170,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let root = directory.path();
         fs::write(root.join("cgroup.procs"), "1\n4711\n").unwrap();
-        assert_eq!(serves_the_node(root, "/", 4711), Answer::Yes, "the root of all");
+        assert_eq!(serves_the_node(root, "/", 4711), Answer::Yes, "the root of all cgroups");
         fs::write(root.join("cgroup.type"), "domain\n").unwrap();
         let answer = serves_the_node(root, "/", 4711);
         assert!(matches!(&answer, Answer::No(why) if why.contains("own container")), "{answer:?}");

@@ -1,7 +1,7 @@
-//! What this kernel and this machine have of what the eBPF data plane needs.
+//! Which features of the socket plane this kernel and this machine have.
 //!
-//! In: where cgroup v2 and the bpffs should be. Out: a [`Probe`] with one [`Finding`] for each feature. Asking changes
-//! nothing, and a process that may not ask gets told so.
+//! In: the directories of cgroup v2 and of the bpffs. Out: a [`Probe`] with one [`Finding`] for each feature. Probing changes
+//! nothing. Without the necessary privileges a feature is unknown.
 
 use std::{fmt, path::Path};
 
@@ -16,37 +16,37 @@ use crate::{dataplane::Error, stale::sockets};
 
 mod findings;
 
-/// What was found out about one feature.
+/// Whether the machine has a feature.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase", tag = "found", content = "because")]
 pub enum Answer {
-    /// It is there.
+    /// The feature works.
     Yes,
-    /// It is not there; why, or what came instead. Empty where there is nothing more to say.
+    /// The feature is missing, with the reason if there is one.
     No(String),
-    /// It could not be asked for; why.
+    /// The test failed, with the reason.
     Unknown(String),
 }
 
-/// One feature.
+/// The result for one feature.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// What it is called.
+    /// Its name, for users.
     pub feature: String,
-    /// The Linux version that brought it, empty where that is no question of versions.
+    /// The first Linux version with the feature; empty if the version does not matter.
     #[serde(skip_serializing_if = "str::is_empty")]
     pub since: &'static str,
-    /// Whether there is no eBPF plane without it.
+    /// Whether the socket plane cannot run without it.
     pub needed: bool,
-    /// What it is for, and for an optional one what happens without it.
+    /// A sentence for users: its use, or for an optional feature the effect of its absence.
     pub purpose: &'static str,
-    /// Whether it is there.
+    /// Serialized as `found` and `because`.
     #[serde(flatten)]
     pub answer: Answer,
 }
 
 impl Finding {
-    /// Whether the feature can be counted on.
+    /// Whether the feature certainly works.
     #[must_use]
     pub fn is_there(&self) -> bool {
         self.answer == Answer::Yes
@@ -76,27 +76,27 @@ impl fmt::Display for Finding {
     }
 }
 
-/// Everything that was found, in the order of asking, and what a loader has to know of it.
+/// All findings, and the optional features that the loader uses.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Probe {
-    /// The running kernel's release.
+    /// As in `uname -r`.
     pub kernel: String,
-    /// One for each feature.
+    /// In the order of the tests.
     pub findings: Vec<Finding>,
-    /// Whether programs can choose the error that a call ends with (`bpf_set_retval`).
+    /// Whether programs can set the error of a system call (`bpf_set_retval`).
     #[serde(skip)]
     pub set_retval: bool,
-    /// Whether a socket tells the cookie of its network namespace (`SO_NETNS_COOKIE`).
+    /// Whether user space can read the cookie of a network namespace (`SO_NETNS_COOKIE`).
     #[serde(skip)]
     pub namespace_cookie: bool,
-    /// Whether sockets can be closed from outside (`SOCK_DESTROY`).
+    /// Whether weir can close sockets of other processes (`SOCK_DESTROY`).
     #[serde(skip)]
     pub socket_destroy: bool,
 }
 
 impl Probe {
-    /// Asks this kernel, and looks at the directories that the eBPF plane would use.
+    /// Tests this kernel, and the directories that the socket plane uses.
     #[must_use]
     pub fn of(cgroup_root: &Path, bpf_root: &Path) -> Self {
         let permission = findings::permission();
@@ -125,28 +125,28 @@ impl Probe {
         }
     }
 
-    /// What is needed and not there, or not known to be.
+    /// Needed features that are missing or unknown.
     pub fn lacking(&self) -> impl Iterator<Item = &Finding> {
         self.findings.iter().filter(|finding| finding.needed && !finding.is_there())
     }
 
-    /// Whether there can be an eBPF plane.
+    /// Whether the socket plane can run.
     #[must_use]
     pub fn is_usable(&self) -> bool {
         self.lacking().next().is_none()
     }
 
-    /// Why there can be no eBPF plane. What could not be asked for is told only where nothing else explains it.
+    /// Why the socket plane cannot run: the missing features, or the unknown ones if none is missing.
     #[must_use]
     pub fn reasons(&self) -> Vec<String> {
         let (known, unknown): (Vec<_>, Vec<_>) =
             self.lacking().partition(|finding| matches!(finding.answer, Answer::No(_)));
-        let told = if known.is_empty() { unknown } else { known };
-        told.into_iter().map(ToString::to_string).collect()
+        let reasons = if known.is_empty() { unknown } else { known };
+        reasons.into_iter().map(ToString::to_string).collect()
     }
 
-    /// Logs one line if everything is there, else one for each optional feature that is not. What is needed and not
-    /// there is for those to tell who wanted it.
+    /// Logs one line if all features are there, else a warning for each missing optional feature. Missing needed features are
+    /// logged by the caller, because the mode decides what they mean.
     pub fn log(&self) {
         let optional = || self.findings.iter().filter(|finding| !finding.needed && !finding.is_there());
         if !self.is_usable() {
@@ -163,7 +163,7 @@ impl Probe {
         }
     }
 
-    /// A machine of a test that has everything but these.
+    /// The probe of a test machine without these features.
     #[cfg(test)]
     pub(crate) fn fixture(lacking: &[(&str, bool)]) -> Self {
         let finding = |(feature, needed): &(&str, bool)| Finding {
@@ -189,7 +189,7 @@ impl fmt::Display for Probe {
     }
 }
 
-/// What the programs cannot do without.
+/// Features that the programs need.
 fn programs(allowed: bool) -> Vec<Finding> {
     use BpfHelper as Helper;
     let needed = |feature: &str, since, purpose, ask: &dyn Fn() -> Answer| Finding {
@@ -202,20 +202,20 @@ fn programs(allowed: bool) -> Vec<Finding> {
     let address = ProgramType::CgroupSockAddr;
     vec![
         needed("cgroup sock_addr programs", "4.17", "They translate Services to backends.", &|| {
-            told(is_program_supported(address))
+            answer_of(is_program_supported(address))
         }),
         needed(
             "cgroup sock programs",
             "4.17",
             "They detect pods that listen on a Service's own address.",
-            &|| told(is_program_supported(ProgramType::CgroupSock)),
+            &|| answer_of(is_program_supported(ProgramType::CgroupSock)),
         ),
         needed(
             "socket storage maps",
             "5.3",
             "They store the Service that an unconnected socket sends to.",
             &|| {
-                both(told(is_map_supported(MapType::SkStorage)), || {
+                both(answer_of(is_map_supported(MapType::SkStorage)), || {
                     helpers(address, &[Helper::BPF_FUNC_sk_storage_get])
                 })
             },
@@ -256,7 +256,7 @@ fn programs(allowed: bool) -> Vec<Finding> {
     ]
 }
 
-/// What the eBPF plane makes use of where it is there, in the order of the fields of [`Probe`].
+/// Optional features of the socket plane, in the order of the fields of [`Probe`].
 fn optional(allowed: bool) -> [Finding; 3] {
     let set_retval = [BpfHelper::BPF_FUNC_set_retval];
     let optional = |feature: &str, since, purpose, answer| Finding {
@@ -293,7 +293,7 @@ fn optional(allowed: bool) -> [Finding; 3] {
     ]
 }
 
-/// Whether sockets of removed backends can be found and closed.
+/// Whether weir can close sockets of removed backends.
 fn closing() -> Answer {
     match sockets::supported() {
         Ok(()) => Answer::Yes,
@@ -302,19 +302,19 @@ fn closing() -> Answer {
     }
 }
 
-/// Whether programs of a kind can call all of these.
+/// Whether programs of a kind can call all these helpers.
 fn helpers(kind: ProgramType, helpers: &[BpfHelper]) -> Answer {
-    let missing = helpers.iter().map(|helper| told(is_helper_supported(kind, *helper)));
+    let missing = helpers.iter().map(|helper| answer_of(is_helper_supported(kind, *helper)));
     missing.fold(Answer::Yes, |answer, next| both(answer, || next))
 }
 
-/// The first answer that is no yes.
+/// The first answer that is not `Yes`.
 fn both(first: Answer, second: impl FnOnce() -> Answer) -> Answer {
     if first == Answer::Yes { second() } else { first }
 }
 
-fn told(asked: Result<bool, impl Into<ProgramError>>) -> Answer {
-    match asked {
+fn answer_of(result: Result<bool, impl Into<ProgramError>>) -> Answer {
+    match result {
         Ok(true) => Answer::Yes,
         Ok(false) => Answer::No(String::new()),
         Err(error) => Answer::Unknown(findings::chain(&error.into())),
@@ -330,7 +330,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_says_what_is_there_and_what_is_not_and_why_it_matters() {
+    fn a_line_shows_a_feature_its_answer_and_its_purpose() {
         let finding = |since, answer| Finding {
             feature: "bpf_set_retval".to_owned(),
             since,
@@ -359,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_needed_is_a_reason_and_the_unknown_only_without_another() {
+    fn only_needed_features_are_reasons_and_unknown_ones_only_if_none_is_missing() {
         let mut probe = Probe::fixture(&[("a", true), ("b", false), ("c", true)]);
         assert_eq!(probe.lacking().count(), 2);
         probe.findings[2].answer = Answer::Unknown("EPERM".to_owned());
@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn asking_never_fails_whatever_the_directories_are() {
+    fn probing_never_fails_whatever_the_directories_are() {
         for directory in ["/nowhere/at/all", "relative", "", "/proc/self/status", "/proc"] {
             let probe = Probe::of(Path::new(directory), Path::new(directory));
             let directories: Vec<_> = probe.lacking().map(|finding| finding.feature.as_str()).collect();
