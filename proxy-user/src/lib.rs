@@ -22,7 +22,7 @@ pub mod machine;
 pub mod observe;
 pub mod optout;
 pub mod places;
-pub mod relay;
+mod relay;
 pub mod run;
 pub mod source;
 pub mod stale;

@@ -25,32 +25,30 @@ const MOST_ALIASES: usize = 8;
 
 /// The settings of the cluster's zone.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Zone {
+pub(crate) struct Zone {
     /// The cluster's domain, in lower case.
-    pub domain: Name,
+    pub(crate) domain: Name,
     /// The TTL of answers, in seconds.
-    pub ttl: u32,
+    pub(crate) ttl: u32,
     /// Whether pods have names made of their addresses.
-    pub pods: bool,
+    pub(crate) pods: bool,
     /// Whether `trafficDistribution` counts for headless Services.
-    pub topology: bool,
+    pub(crate) topology: bool,
 }
 
 /// The sections of a reply, and its flags.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Answer {
-    /// Of the header.
-    pub code: ResponseCode,
+pub(crate) struct Answer {
+    pub(crate) code: ResponseCode,
     /// AA: the records are the cluster's own.
-    pub authoritative: bool,
+    pub(crate) authoritative: bool,
     /// AD: the upstream has validated the records.
-    pub authentic: bool,
-    /// The answer section.
-    pub answers: Vec<Record>,
+    pub(crate) authentic: bool,
+    pub(crate) answers: Vec<Record>,
     /// The SOA, if there are no answers.
-    pub authorities: Vec<Record>,
+    pub(crate) authorities: Vec<Record>,
     /// Addresses of the targets in the answers.
-    pub additionals: Vec<Record>,
+    pub(crate) additionals: Vec<Record>,
 }
 
 impl Answer {
@@ -69,8 +67,7 @@ impl Answer {
 
 /// The result of a query.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Resolution {
-    /// The complete answer.
+pub(crate) enum Resolution {
     Answer(Answer),
     /// Aliases that lead to a name outside the cluster, which weir has to forward.
     Alias(Vec<Record>, Name),
@@ -92,7 +89,7 @@ enum Lookup {
 
 /// Answers a query, and follows aliases within the cluster.
 #[must_use]
-pub fn answer(names: &Names, zone: &Zone, query: &Query<'_>) -> Resolution {
+pub(crate) fn answer(names: &Names, zone: &Zone, query: &Query<'_>) -> Resolution {
     let mut aliases: Vec<Record> = Vec::new();
     let mut target: Option<Name> = None;
     loop {

@@ -8,7 +8,7 @@ use hickory_proto::op::ResponseCode;
 
 /// What weir did with a query.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// Answered from the cluster's names.
     Answered,
     /// Answered with NXDOMAIN from the cluster's names.
@@ -28,8 +28,7 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    /// Every outcome.
-    pub const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 8] = [
         Self::Answered,
         Self::NoSuchName,
         Self::Forwarded,
@@ -42,7 +41,7 @@ impl Outcome {
 
     /// The outcome for the response code of an own answer.
     #[must_use]
-    pub fn of(code: ResponseCode) -> Self {
+    pub(crate) fn of(code: ResponseCode) -> Self {
         match code {
             ResponseCode::NoError => Self::Answered,
             ResponseCode::NXDomain => Self::NoSuchName,
@@ -52,7 +51,7 @@ impl Outcome {
 
     /// The value of the metric's label.
     #[must_use]
-    pub const fn as_str(self) -> &'static str {
+    pub(crate) const fn as_str(self) -> &'static str {
         match self {
             Self::Answered => "answered",
             Self::NoSuchName => "no-such-name",
@@ -66,19 +65,17 @@ impl Outcome {
     }
 }
 
-/// One count for each outcome.
 #[derive(Debug, Default)]
-pub struct Counters([AtomicU64; Outcome::ALL.len()]);
+pub(crate) struct Counters([AtomicU64; Outcome::ALL.len()]);
 
 impl Counters {
-    /// Counts a query.
-    pub fn count(&self, outcome: Outcome) {
+    pub(crate) fn count(&self, outcome: Outcome) {
         self.0[outcome as usize].fetch_add(1, Ordering::Relaxed);
     }
 
     /// The number of queries with this outcome since the start.
     #[must_use]
-    pub fn of(&self, outcome: Outcome) -> u64 {
+    pub(crate) fn of(&self, outcome: Outcome) -> u64 {
         self.0[outcome as usize].load(Ordering::Relaxed)
     }
 }

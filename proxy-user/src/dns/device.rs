@@ -29,7 +29,7 @@ const LOCAL_TABLE: u32 = 255;
 
 /// Why weir could not claim or release an address.
 #[derive(Debug, thiserror::Error)]
-pub enum DeviceError {
+pub(crate) enum DeviceError {
     /// The kernel did not create the device.
     #[error("cannot create the device `{DEVICE}`")]
     Open(#[source] TunError),

@@ -25,7 +25,7 @@ use super::{
 
 /// Where the addresses of the upstream come from. Servers of one origin give the same answers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Origin {
+pub(crate) enum Origin {
     /// Endpoints of the cluster's DNS Service.
     #[default]
     Service,
@@ -37,7 +37,7 @@ pub enum Origin {
 
 /// Forwards questions to the upstream.
 #[derive(Debug)]
-pub struct Forwarder {
+pub(crate) struct Forwarder {
     domain: Name,
     upstream: RwLock<Upstream>,
     in_flight: InFlight,
@@ -47,7 +47,7 @@ pub struct Forwarder {
 
 /// Counts the questions that the upstream has not answered yet.
 #[derive(Debug)]
-pub struct InFlight {
+pub(crate) struct InFlight {
     most: usize,
     each: usize,
     refused: Counter,
@@ -58,7 +58,7 @@ impl InFlight {
     /// Room for `most` questions, and for `each` of one client, because names that no server answers would otherwise fill the
     /// room of other clients. Further questions get SERVFAIL at once, and `refused` counts them.
     #[must_use]
-    pub fn new(most: usize, each: usize, refused: Counter) -> Self {
+    pub(crate) fn new(most: usize, each: usize, refused: Counter) -> Self {
         Self { most, each, refused, clients: Mutex::default() }
     }
 
@@ -76,7 +76,6 @@ impl InFlight {
     }
 }
 
-/// One question in flight.
 struct Question<'a> {
     in_flight: &'a InFlight,
     client: IpAddr,
@@ -103,13 +102,13 @@ struct Upstream {
 impl Forwarder {
     /// A forwarder without servers. It drops what the upstream sends about names of `domain`.
     #[must_use]
-    pub fn new(domain: Name, in_flight: InFlight) -> Self {
+    pub(crate) fn new(domain: Name, in_flight: InFlight) -> Self {
         Self { domain, upstream: RwLock::default(), in_flight, asked: Mutex::default() }
     }
 
     /// Replaces the servers. The cache stays unless the origin changes, because a Service's endpoints come and go and all
     /// give the same answers.
-    pub fn set_servers(&self, origin: Origin, servers: &[SocketAddr]) {
+    pub(crate) fn set_servers(&self, origin: Origin, servers: &[SocketAddr]) {
         let mut upstream = self.upstream.write().unwrap_or_else(PoisonError::into_inner);
         if upstream.origin == origin
             && upstream.servers.iter().map(|server| server.address).eq(servers.iter().copied())
@@ -126,7 +125,7 @@ impl Forwarder {
     }
 
     /// The upstream's answer to a question of `client`; `None` when there is no server.
-    pub async fn ask(&self, question: &UpstreamQuestion, client: IpAddr) -> Option<Answer> {
+    pub(crate) async fn ask(&self, question: &UpstreamQuestion, client: IpAddr) -> Option<Answer> {
         let upstream = self.upstream.read().unwrap_or_else(PoisonError::into_inner).clone();
         if let Some(answer) = upstream.cache.get(question) {
             return Some(answer);

@@ -23,7 +23,7 @@ const MOST_CLIENTS: usize = 16_384;
 
 /// What to do with a query before it is parsed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Admission {
+pub(crate) enum Admission {
     /// Answer it.
     Answer,
     /// Refuse it, because the client is neither this node nor one of its pods.
@@ -34,18 +34,18 @@ pub enum Admission {
 
 /// The clients that get answers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Clients {
+pub(crate) struct Clients {
     /// The host's own addresses, sorted.
-    pub host: Vec<IpAddr>,
+    pub(crate) host: Vec<IpAddr>,
     /// The networks of pods, and those of `--dns-clients`. `None` if nothing distinguishes pods from other clients; all
     /// clients then get answers.
-    pub networks: Option<NameClients>,
+    pub(crate) networks: Option<NameClients>,
 }
 
 impl Clients {
     /// Whether a client with this address gets answers.
     #[must_use]
-    pub fn contains(&self, address: IpAddr) -> bool {
+    pub(crate) fn contains(&self, address: IpAddr) -> bool {
         let address = address.to_canonical();
         address.is_loopback()
             || self.networks.as_ref().is_none_or(|networks| networks.contains(address))
@@ -53,9 +53,8 @@ impl Clients {
     }
 }
 
-/// The limits in force.
 #[derive(Debug)]
-pub struct Limits {
+pub(crate) struct Limits {
     clients: RwLock<Clients>,
     each: DefaultKeyedRateLimiter<IpAddr>,
     strangers: DefaultDirectRateLimiter,
@@ -71,7 +70,7 @@ pub struct Limits {
 impl Limits {
     /// `rate` queries a second from each address, and as many at once.
     #[must_use]
-    pub fn new(rate: NonZeroU32) -> Self {
+    pub(crate) fn new(rate: NonZeroU32) -> Self {
         Self {
             clients: RwLock::default(),
             each: DefaultKeyedRateLimiter::keyed(Quota::per_second(rate)),
@@ -85,17 +84,17 @@ impl Limits {
 
     /// Exempts this address, from which only the host can send.
     #[must_use]
-    pub fn with_own(self, own: IpAddr) -> Self {
+    pub(crate) fn with_own(self, own: IpAddr) -> Self {
         Self { own: Some(own), ..self }
     }
 
     /// Replaces the clients that get answers.
-    pub fn set_clients(&self, clients: Clients) {
+    pub(crate) fn set_clients(&self, clients: Clients) {
         *self.clients.write().unwrap_or_else(PoisonError::into_inner) = clients;
     }
 
     /// What to do with a query from this address.
-    pub fn admit(&self, from: IpAddr) -> Admission {
+    pub(crate) fn admit(&self, from: IpAddr) -> Admission {
         if self.own == Some(from) {
             return Admission::Answer;
         }
@@ -121,7 +120,7 @@ impl Limits {
     }
 
     /// The first client that was refused since the last call.
-    pub fn take_refused(&self) -> Option<IpAddr> {
+    pub(crate) fn take_refused(&self) -> Option<IpAddr> {
         self.refused.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }

@@ -11,20 +11,18 @@ use std::{
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, UdpSocket};
 
-/// DNS.
 const PORT: u16 = 53;
 /// The receive buffer for datagrams, enough for about ten thousand queries.
 const WAITING_BYTES: usize = 4 << 20;
 /// Connections that may wait to be accepted.
 const WAITING_CONNECTIONS: i32 = 256;
 
-/// Both sockets at one address.
 #[derive(Debug)]
-pub struct Sockets {
+pub(crate) struct Sockets {
     /// With a large receive buffer.
-    pub udp: UdpSocket,
+    pub(crate) udp: UdpSocket,
     /// Already listening.
-    pub tcp: TcpListener,
+    pub(crate) tcp: TcpListener,
 }
 
 impl Sockets {
@@ -33,7 +31,7 @@ impl Sockets {
     /// # Errors
     ///
     /// When another process has the port, at this address or at all.
-    pub fn bind(address: IpAddr) -> io::Result<Self> {
+    pub(crate) fn bind(address: IpAddr) -> io::Result<Self> {
         let udp = socket(address, Type::DGRAM, Protocol::UDP)?;
         // The kernel may allow less, which is enough to serve.
         let _ = udp.set_recv_buffer_size(WAITING_BYTES);

@@ -15,22 +15,21 @@ const MOST_LABELS: usize = 5;
 
 /// A query, with the limits of its answer.
 #[derive(Clone, Copy, Debug)]
-pub struct Query<'a> {
+pub(crate) struct Query<'a> {
     /// The name, in the case in which the client sent it.
-    pub name: &'a Name,
+    pub(crate) name: &'a Name,
     /// The name in lower case.
-    pub lower: &'a Name,
-    /// The record type.
-    pub kind: RecordType,
+    pub(crate) lower: &'a Name,
+    pub(crate) kind: RecordType,
     /// A running number, by which each endpoint is the first in turn.
-    pub rotation: u32,
+    pub(crate) rotation: u32,
     /// The most records that the reply can hold.
-    pub most: usize,
+    pub(crate) most: usize,
 }
 
 /// The object that a name stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Question<'a> {
+pub(crate) enum Question<'a> {
     /// The cluster's domain itself.
     Domain,
     /// `dns-version`, which has the version of the DNS specification.
@@ -43,9 +42,7 @@ pub enum Question<'a> {
     Namespace(&'a str),
     /// A Service, or a part of it.
     Service {
-        /// Of the Service.
         namespace: &'a str,
-        /// Of the Service.
         name: &'a str,
         /// Which records of the Service.
         part: Part<'a>,
@@ -62,16 +59,13 @@ pub enum Question<'a> {
 
 /// The part of a Service that a name stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part<'a> {
-    /// The whole Service.
+pub(crate) enum Part<'a> {
     Whole,
     /// The endpoint with this label.
     Endpoint(&'a str),
     /// The branch with the ports of this protocol, in lower case.
     Protocol(&'a str),
-    /// One port.
     Port {
-        /// As the Service names it.
         name: &'a str,
         /// In lower case.
         protocol: &'a str,
@@ -95,7 +89,7 @@ impl Part<'_> {
 impl<'a> Question<'a> {
     /// Parses a name. `domain` and `name` are in lower case.
     #[must_use]
-    pub fn read(name: &'a Name, domain: &Name) -> Self {
+    pub(crate) fn read(name: &'a Name, domain: &Name) -> Self {
         let Some(below) = below(name, domain) else {
             return reverse(name).map_or(Self::Elsewhere, Self::Reverse);
         };

@@ -32,11 +32,11 @@ use super::{
 const MOST_ADDITIONALS: u16 = 4;
 
 /// The names, written by the engine and read by queries.
-pub type SharedNames = Arc<RwLock<Names>>;
+pub(crate) type SharedNames = Arc<RwLock<Names>>;
 
 /// Answers queries from the names.
 #[derive(Debug)]
-pub struct Replier {
+pub(crate) struct Replier {
     names: SharedNames,
     zone: Zone,
     rotation: AtomicU32,
@@ -44,7 +44,7 @@ pub struct Replier {
 
 /// The result of a query.
 #[derive(Debug)]
-pub enum Reply {
+pub(crate) enum Reply {
     /// A message to send, and its code.
     Now(Vec<u8>, ResponseCode),
     /// The query has to be forwarded first.
@@ -55,24 +55,23 @@ pub enum Reply {
 
 /// A query that waits for the upstream.
 #[derive(Debug)]
-pub struct Pending {
+pub(crate) struct Pending {
     request: Request,
     /// CNAME records of the cluster that led to the question.
     aliases: Vec<Record>,
-    /// For the upstream.
-    pub question: UpstreamQuestion,
+    pub(crate) question: UpstreamQuestion,
 }
 
 impl Replier {
     /// Answers from `names`, with the settings of `zone`.
     #[must_use]
-    pub fn new(names: SharedNames, zone: Zone) -> Self {
+    pub(crate) fn new(names: SharedNames, zone: Zone) -> Self {
         Self { names, zone, rotation: AtomicU32::new(0) }
     }
 
     /// Answers the bytes of a query, or returns it to be forwarded.
     #[must_use]
-    pub fn reply(&self, bytes: &[u8], from: SocketAddr, protocol: Protocol) -> Reply {
+    pub(crate) fn reply(&self, bytes: &[u8], from: SocketAddr, protocol: Protocol) -> Reply {
         let Ok(header) = Header::read(&mut BinDecoder::new(bytes)) else {
             return unreadable(bytes, protocol);
         };
@@ -99,7 +98,7 @@ impl Replier {
 
     /// Refuses a query without parsing its question.
     #[must_use]
-    pub fn refuse(bytes: &[u8]) -> Reply {
+    pub(crate) fn refuse(bytes: &[u8]) -> Reply {
         match Header::read(&mut BinDecoder::new(bytes)) {
             Ok(header) if header.metadata.message_type == MessageType::Query => {
                 bare(&header.metadata, ResponseCode::Refused)
@@ -150,7 +149,7 @@ impl Replier {
 impl Pending {
     /// The reply, with the upstream's answer; `None` means that there is no upstream.
     #[must_use]
-    pub fn reply(mut self, upstream: Option<Answer>) -> Reply {
+    pub(crate) fn reply(mut self, upstream: Option<Answer>) -> Reply {
         let own = !self.aliases.is_empty();
         let mut answer = match upstream {
             Some(answer) => answer,

@@ -50,17 +50,17 @@ const MOST_WAITING: usize = 128;
 
 /// What all sockets share to answer queries.
 #[derive(Debug)]
-pub struct Responder {
+pub(crate) struct Responder {
     /// Answers the cluster's names.
-    pub replier: Replier,
+    pub(crate) replier: Replier,
     /// Answers other names.
-    pub forwarder: Forwarder,
+    pub(crate) forwarder: Forwarder,
     /// Decides which clients get answers.
-    pub limits: Limits,
+    pub(crate) limits: Limits,
     /// Limits the connections at all addresses together.
-    pub places: Places,
+    pub(crate) places: Places,
     /// Counts queries by outcome.
-    pub counters: Counters,
+    pub(crate) counters: Counters,
 }
 
 impl Responder {
@@ -100,7 +100,7 @@ impl Responder {
 }
 
 /// Answers queries of a UDP socket, for ever.
-pub async fn datagrams(responder: Arc<Responder>, socket: UdpSocket) {
+pub(crate) async fn datagrams(responder: Arc<Responder>, socket: UdpSocket) {
     let socket = Arc::new(socket);
     let mut waiting = JoinSet::new();
     let mut buffer = vec![0; LARGEST_QUERY];
@@ -136,7 +136,7 @@ pub async fn datagrams(responder: Arc<Responder>, socket: UdpSocket) {
 }
 
 /// Answers queries on TCP connections, for ever.
-pub async fn connections(responder: Arc<Responder>, listener: TcpListener) {
+pub(crate) async fn connections(responder: Arc<Responder>, listener: TcpListener) {
     let mut open = JoinSet::new();
     loop {
         let (stream, from) = match listener.accept().await {

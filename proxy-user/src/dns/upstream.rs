@@ -38,21 +38,20 @@ const REST: Duration = Duration::from_secs(10);
 
 /// A question about a name outside the cluster. Questions that differ in any field may have different answers.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct UpstreamQuestion {
+pub(crate) struct UpstreamQuestion {
     /// In the client's case of letters.
-    pub name: Name,
-    /// The record type.
-    pub kind: RecordType,
+    pub(crate) name: Name,
+    pub(crate) kind: RecordType,
     /// RD: whether the server should resolve the name recursively.
-    pub recursion: bool,
+    pub(crate) recursion: bool,
     /// AD: whether the client wants to know if the server validated the answer.
-    pub authentic: bool,
+    pub(crate) authentic: bool,
     /// CD: whether the client validates the answer itself.
-    pub unchecked: bool,
+    pub(crate) unchecked: bool,
     /// Whether the query has EDNS, without which there are neither DO nor long answers by UDP.
-    pub edns: bool,
+    pub(crate) edns: bool,
     /// DO: whether the client wants signatures.
-    pub dnssec: bool,
+    pub(crate) dnssec: bool,
 }
 
 impl UpstreamQuestion {
@@ -69,7 +68,6 @@ impl UpstreamQuestion {
     }
 }
 
-/// A server of the upstream.
 #[derive(Debug)]
 pub(super) struct Server {
     pub(super) address: SocketAddr,

@@ -33,16 +33,16 @@ const LONGEST_TRIAL: u32 = 64;
 
 /// The addresses at which weir should answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Wanted {
+pub(crate) struct Wanted {
     /// ClusterIPs with open sockets; empty until all Services and endpoints are known.
-    pub addresses: BTreeSet<IpAddr>,
+    pub(crate) addresses: BTreeSet<IpAddr>,
 }
 
 /// The ClusterIPs at which this node answers now.
-pub type AnsweredAddresses = BTreeSet<IpAddr>;
+pub(crate) type AnsweredAddresses = BTreeSet<IpAddr>;
 
 /// Sends test queries, and owns the device.
-pub struct Watchdog {
+pub(crate) struct Watchdog {
     device: Device,
     own: IpAddr,
     question: Name,
@@ -60,7 +60,7 @@ impl Watchdog {
     /// # Errors
     ///
     /// When weir cannot create the device or claim the address.
-    pub async fn open(own: IpAddr, domain: &Name) -> Result<Self, DeviceError> {
+    pub(crate) async fn open(own: IpAddr, domain: &Name) -> Result<Self, DeviceError> {
         let mut device = Device::open().await?;
         device.claim(own).await?;
         let question = Name::from_ascii("dns-version").and_then(|name| name.append_domain(domain));
@@ -78,7 +78,7 @@ impl Watchdog {
 
     /// Claims and releases addresses until the sender of `wanted` is dropped or the device is gone, and sends the claimed
     /// ones to `answered`.
-    pub async fn run(
+    pub(crate) async fn run(
         mut self,
         mut wanted: watch::Receiver<Wanted>,
         answered: watch::Sender<AnsweredAddresses>,

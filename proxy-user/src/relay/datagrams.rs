@@ -32,7 +32,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 /// A bound UDP socket.
 #[derive(Debug)]
-pub struct Datagrams(Arc<UdpSocket>);
+pub(crate) struct Datagrams(Arc<UdpSocket>);
 
 impl Datagrams {
     /// Binds to `at`. Needs a tokio runtime.
@@ -40,7 +40,7 @@ impl Datagrams {
     /// # Errors
     ///
     /// When another process has the port, or the host does not have the address.
-    pub fn bind(at: SocketAddr) -> io::Result<Self> {
+    pub(crate) fn bind(at: SocketAddr) -> io::Result<Self> {
         let socket = std::net::UdpSocket::bind(at)?;
         socket.set_nonblocking(true)?;
         Ok(Self(Arc::new(UdpSocket::from_std(socket)?)))
@@ -52,7 +52,6 @@ impl Datagrams {
     }
 }
 
-/// One client and its backend.
 struct Flow {
     backend: SocketAddr,
     upstream: Arc<UdpSocket>,
@@ -72,7 +71,7 @@ struct Flows {
 }
 
 /// Forwards datagrams until the future is dropped, and all flows with it.
-pub async fn relay_datagrams(
+pub(crate) async fn relay_datagrams(
     datagrams: Datagrams,
     port: LoopbackPort,
     picker: Arc<Picker>,

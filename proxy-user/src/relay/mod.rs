@@ -20,8 +20,8 @@ mod streams;
 #[cfg(test)]
 mod tests;
 
-pub use datagrams::{Datagrams, relay_datagrams};
-pub use node_ports::{Backends, LoopbackPort, NodePortChanges, NodePorts};
-pub use picker::Picker;
+pub(crate) use datagrams::{Datagrams, relay_datagrams};
+pub(crate) use node_ports::{LoopbackPort, NodePortChanges, NodePorts};
+pub(crate) use picker::Picker;
 pub(crate) use start::{relayed, start};
-pub use streams::{Streams, relay_streams};
+pub(crate) use streams::{Streams, relay_streams};

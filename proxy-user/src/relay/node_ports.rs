@@ -16,19 +16,16 @@ use crate::{
 
 /// A NodePort on the loopback address of a family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct LoopbackPort {
-    /// Of the loopback address.
-    pub family: Family,
+pub(crate) struct LoopbackPort {
+    pub(crate) family: Family,
     /// TCP or UDP.
-    pub protocol: Protocol,
-    /// The NodePort itself.
-    pub number: u16,
+    pub(crate) protocol: Protocol,
+    pub(crate) number: u16,
 }
 
 impl LoopbackPort {
-    /// The address to listen on.
     #[must_use]
-    pub fn address(self) -> SocketAddr {
+    pub(crate) fn address(self) -> SocketAddr {
         let loopback: IpAddr = match self.family {
             Family::V4 => Ipv4Addr::LOCALHOST.into(),
             Family::V6 => Ipv6Addr::LOCALHOST.into(),
@@ -45,13 +42,12 @@ impl LoopbackPort {
     }
 }
 
-/// The backends of a NodePort.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Backends {
+pub(crate) struct Backends {
     /// Never empty.
-    pub addresses: Arc<[SocketAddr]>,
+    pub(crate) addresses: Arc<[SocketAddr]>,
     /// How long a client stays with its backend.
-    pub affinity: Option<Duration>,
+    pub(crate) affinity: Option<Duration>,
 }
 
 impl Backends {
@@ -74,7 +70,7 @@ impl Backends {
 
 /// Changes of NodePorts that came into force.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct NodePortChanges {
+pub(crate) struct NodePortChanges {
     /// Families of which `ports` has all NodePorts.
     everything_of: Vec<Family>,
     /// NodePorts that changed. Removed ones come first, because another Service may have the number now.
@@ -83,7 +79,7 @@ pub struct NodePortChanges {
 
 impl NodePortChanges {
     /// The changes for relayed families. `everything_of` names the families of which all service ports are in `changes`.
-    pub fn of<'a>(
+    pub(crate) fn of<'a>(
         changes: impl IntoIterator<Item = &'a PortDelta>,
         everything_of: &[Family],
         relayed: PerFamily<bool>,
@@ -105,18 +101,18 @@ impl NodePortChanges {
 
     /// Whether no NodePort changes.
     #[must_use]
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.everything_of.is_empty() && self.ports.is_empty()
     }
 }
 
 /// All NodePorts that have backends.
 #[derive(Debug, Default)]
-pub struct NodePorts(BTreeMap<LoopbackPort, Backends>);
+pub(crate) struct NodePorts(BTreeMap<LoopbackPort, Backends>);
 
 impl NodePorts {
     /// Applies changes that came into force.
-    pub fn apply(&mut self, changes: NodePortChanges) {
+    pub(crate) fn apply(&mut self, changes: NodePortChanges) {
         let NodePortChanges { everything_of, ports } = changes;
         self.0.retain(|port, _| !everything_of.contains(&port.family));
         for (port, backends) in ports {
@@ -127,14 +123,12 @@ impl NodePorts {
         }
     }
 
-    /// The backends of a NodePort.
     #[must_use]
-    pub fn get(&self, port: LoopbackPort) -> Option<&Backends> {
+    pub(crate) fn get(&self, port: LoopbackPort) -> Option<&Backends> {
         self.0.get(&port)
     }
 
-    /// All NodePorts with their backends.
-    pub fn iter(&self) -> impl Iterator<Item = (LoopbackPort, &Backends)> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (LoopbackPort, &Backends)> {
         self.0.iter().map(|(port, backends)| (*port, backends))
     }
 }

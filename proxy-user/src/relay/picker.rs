@@ -13,7 +13,7 @@ use super::node_ports::Backends;
 
 /// Picks backends for one NodePort.
 #[derive(Debug)]
-pub struct Picker(Mutex<State>);
+pub(crate) struct Picker(Mutex<State>);
 
 #[derive(Debug)]
 struct State {
@@ -23,9 +23,8 @@ struct State {
 }
 
 impl Picker {
-    /// Picks from these backends.
     #[must_use]
-    pub const fn new(backends: Backends) -> Self {
+    pub(crate) const fn new(backends: Backends) -> Self {
         Self(Mutex::new(State { backends, last: None }))
     }
 
@@ -33,8 +32,7 @@ impl Picker {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Replaces the backends.
-    pub fn set(&self, backends: &Backends) {
+    pub(crate) fn set(&self, backends: &Backends) {
         let mut state = self.state();
         if state.backends == *backends {
             return;
@@ -45,7 +43,7 @@ impl Picker {
     }
 
     /// The backend for a client that connects now; `None` if there is no backend.
-    pub fn pick(&self, now: Instant) -> Option<SocketAddr> {
+    pub(crate) fn pick(&self, now: Instant) -> Option<SocketAddr> {
         let mut state = self.state();
         let State { backends: Backends { addresses, affinity }, last } = &mut *state;
         let sticky = affinity.and_then(|timeout| {
@@ -58,7 +56,7 @@ impl Picker {
     }
 
     /// Whether the backend still serves.
-    pub fn includes(&self, backend: SocketAddr) -> bool {
+    pub(crate) fn includes(&self, backend: SocketAddr) -> bool {
         self.state().backends.addresses.contains(&backend)
     }
 }

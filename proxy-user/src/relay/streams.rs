@@ -39,7 +39,7 @@ const BEAT: Duration = Duration::from_secs(1);
 
 /// A listening TCP socket.
 #[derive(Debug)]
-pub struct Streams(TcpListener);
+pub(crate) struct Streams(TcpListener);
 
 impl Streams {
     /// Listens on `at`. Needs a tokio runtime.
@@ -47,7 +47,7 @@ impl Streams {
     /// # Errors
     ///
     /// When another process has the port, or the host does not have the address.
-    pub fn bind(at: SocketAddr) -> io::Result<Self> {
+    pub(crate) fn bind(at: SocketAddr) -> io::Result<Self> {
         let socket = Socket::new(Domain::for_address(at), Type::STREAM, Some(Protocol::TCP))?;
         socket.set_reuse_address(true)?;
         socket.set_nonblocking(true)?;
@@ -63,7 +63,7 @@ impl Streams {
 }
 
 /// Accepts connections until the future is dropped. Accepted connections go on.
-pub async fn relay_streams(
+pub(crate) async fn relay_streams(
     streams: Streams,
     port: LoopbackPort,
     picker: Arc<Picker>,

@@ -14,7 +14,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::*;
+use super::{node_ports::Backends, *};
 use crate::{
     model::{Family, Protocol},
     places::Places,

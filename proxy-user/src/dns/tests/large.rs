@@ -14,7 +14,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::{
-    super::{Replier, Reply},
+    super::{Replier, reply::Reply},
     *,
 };
 use crate::{

@@ -12,8 +12,12 @@ use hickory_proto::{
     rr::{Name, Record, RecordType},
 };
 
-use super::names::Names;
-use super::{Answer, Query, Resolution, Zone, answer};
+use super::{
+    Zone,
+    answer::{Answer, Resolution, answer},
+    names::Names,
+    question::Query,
+};
 use crate::model::Change;
 
 /// The zone of the tests.

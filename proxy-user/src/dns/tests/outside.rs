@@ -23,7 +23,7 @@ use tokio::{
 };
 
 use super::{
-    super::{Forwarder, InFlight, Origin, Replier, Reply},
+    super::{Forwarder, InFlight, Origin, Replier, reply::Reply},
     *,
 };
 use crate::model::Kind;
