@@ -1,7 +1,7 @@
 //! A cache of the upstream's answers.
 //!
-//! In: questions with their answers. Out: the answers, for their TTL. An answer is stored as the bytes of a message, so the
-//! cache knows and limits its size, however long the answers are that a pod asks for.
+//! In: questions with their answers. Out: the answers, for their TTL. An answer is stored as the bytes of a message,
+//! so the cache knows and limits its size, however long the answers are that a pod asks for.
 
 use std::{
     fmt,

@@ -1,9 +1,9 @@
 //! The device that makes addresses local to this node for as long as this process lives.
 //!
-//! In: addresses to claim and to release. Out: local routes to them. The device is a TUN device without persistence. When
-//! the process ends or is killed, the kernel closes its descriptors and removes the device with all routes through it. So a
-//! packet rule that checks whether such an address is local always knows whether this process lives. No packet ever goes
-//! through the device, because the kernel delivers packets for a local address to sockets.
+//! In: addresses to claim and to release. Out: local routes to them. The device is a TUN device without persistence.
+//! When the process ends or is killed, the kernel closes its descriptors and removes the device with all routes
+//! through it. So a packet rule that checks whether such an address is local always knows whether this process lives.
+//! No packet ever goes through the device, because the kernel delivers packets for a local address to sockets.
 
 use std::{
     collections::BTreeSet,
@@ -33,7 +33,7 @@ pub(crate) enum DeviceError {
     /// The kernel did not create the device.
     #[error("cannot create the device `{DEVICE}`")]
     Open(#[source] TunError),
-    /// No netlink socket.
+    /// The kernel gave no netlink socket.
     #[error("cannot open rtnetlink")]
     Netlink(#[source] io::Error),
     /// The kernel refused a change.
@@ -66,9 +66,9 @@ impl Device {
         let index = tun.index().map_err(unopened)?;
         let (connection, handle, _) = new_connection().map_err(DeviceError::Netlink)?;
         let connection = tokio::spawn(connection);
-        // Without this the device gets an IPv6 link-local address, which would serve NodePorts. /proc/sys is no alternative,
-        // because it is often read-only in containers and systemd units. The request fails on kernels without IPv6, where
-        // there is no such address.
+        // Without this the device gets an IPv6 link-local address, which would serve NodePorts. /proc/sys is no
+        // alternative, because it is often read-only in containers and systemd units. The request fails on kernels
+        // without IPv6, where there is no such address.
         let without = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
         let bare = LinkUnspec::new_with_index(index);
         let bare = bare.append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![without])).build();
@@ -80,8 +80,8 @@ impl Device {
         Ok(device)
     }
 
-    /// Whether the kernel still has the device, which another program may have deleted. Other errors of the check, such as
-    /// no free descriptor, do not mean that the device is gone.
+    /// Whether the kernel still has the device, which another program may have deleted. Other errors of the check,
+    /// such as no free descriptor, do not mean that the device is gone.
     #[must_use]
     pub(super) fn is_there(&self) -> bool {
         match self.tun.index() {
@@ -96,7 +96,7 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// Of the last address that the kernel refused.
+    /// The error of the last address that the kernel refused.
     pub(super) async fn restore(&mut self) -> (Vec<IpAddr>, Result<(), DeviceError>) {
         let (mut restored, mut result) = (Vec::new(), Ok(()));
         for address in self.claimed.clone() {
@@ -112,8 +112,8 @@ impl Device {
         (restored, result)
     }
 
-    /// Adds the route of an address; false if it exists. The request is exclusive, so it does not change an existing route,
-    /// and the kernel notifies no listener.
+    /// Adds the route of an address; false if it exists. The request is exclusive, so it does not change an existing
+    /// route, and the kernel notifies no listener.
     async fn add(&self, address: IpAddr) -> Result<bool, DeviceError> {
         let add = || self.handle.route().add(self.route(address, source_towards(address))).execute();
         let mut added = add().await;

@@ -1,9 +1,9 @@
 //! The bytes of a reply.
 //!
-//! In: the request, the reply's header and its records. Out: a message that is no longer than the request allows. hickory
-//! writes names, headers and data. This file chooses which records stay out, and writes a pointer for a record's name if an
-//! earlier record has the same name. hickory compresses only the first names of a message, so it would repeat the full name
-//! in each of a large Service's thousands of records.
+//! In: the request, the reply's header and its records. Out: a message that is no longer than the request allows.
+//! hickory writes names, headers and data. This file chooses which records stay out, and writes a pointer for a
+//! record's name if an earlier record has the same name. hickory compresses only the first names of a message, so it
+//! would repeat the full name in each of a large Service's thousands of records.
 
 use hickory_net::xfer::Protocol;
 use hickory_proto::{

@@ -1,7 +1,7 @@
 //! Which endpoints of a Service are in an answer, and in which order.
 //!
-//! In: the endpoints of a Service, and a query. Out: endpoints with the ports of their slice, each address once. Each query
-//! starts with another endpoint, and gets no more than its reply has room for.
+//! In: the endpoints of a Service, and a query. Out: endpoints with the ports of their slice, each address once. Each
+//! query starts with another endpoint, and gets no more than its reply has room for.
 
 use hickory_proto::rr::RecordType;
 
@@ -69,8 +69,8 @@ fn keep_near(names: &Names, nearness: Nearness, chosen: &mut Vec<Chosen<'_>>) {
     }
 }
 
-/// Rotates the endpoints and drops those that the reply has no room for. Keeps one endpoint of the other family if there is
-/// none of the query's family, because the name exists.
+/// Rotates the endpoints and drops those that the reply has no room for. Keeps one endpoint of the other family if
+/// there is none of the query's family, because the name exists.
 fn rotate(chosen: &mut Vec<Chosen<'_>>, query: &Query<'_>) {
     let family = match query.kind {
         RecordType::A => Some(Family::V4),

@@ -1,7 +1,8 @@
 //! Forwards names outside the cluster to the upstream, and caches the answers.
 //!
-//! In: a client's question, and the servers that are the upstream now. Out: an [`Answer`] with all records that belong to the
-//! question. The cache and the questions in flight have limits. weir drops records that do not belong to the question.
+//! In: a client's question, and the servers that are the upstream now. Out: an [`Answer`] with all records that
+//! belong to the question. The cache and the questions in flight have limits. weir drops records that do not belong
+//! to the question.
 
 use std::{
     collections::HashMap,
@@ -55,8 +56,8 @@ pub(crate) struct InFlight {
 }
 
 impl InFlight {
-    /// Room for `most` questions, and for `each` of one client, because names that no server answers would otherwise fill the
-    /// room of other clients. Further questions get SERVFAIL at once, and `refused` counts them.
+    /// Room for `most` questions, and for `each` of one client, because names that no server answers would otherwise
+    /// fill the room of other clients. Further questions get SERVFAIL at once, and `refused` counts them.
     #[must_use]
     pub(crate) fn new(most: usize, each: usize, refused: Counter) -> Self {
         Self { most, each, refused, clients: Mutex::default() }
@@ -106,8 +107,8 @@ impl Forwarder {
         Self { domain, upstream: RwLock::default(), in_flight, asked: Mutex::default() }
     }
 
-    /// Replaces the servers. The cache stays unless the origin changes, because a Service's endpoints come and go and all
-    /// give the same answers.
+    /// Replaces the servers. The cache stays unless the origin changes, because a Service's endpoints come and go and
+    /// all give the same answers.
     pub(crate) fn set_servers(&self, origin: Origin, servers: &[SocketAddr]) {
         let mut upstream = self.upstream.write().unwrap_or_else(PoisonError::into_inner);
         if upstream.origin == origin

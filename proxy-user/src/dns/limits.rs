@@ -1,7 +1,7 @@
 //! Which clients get answers, and how many per second.
 //!
-//! In: the address of a client. Out: whether to answer. Each client has a rate limit. The memory for clients is limited,
-//! because weir drops clients that have been quiet.
+//! In: the address of a client. Out: whether to answer. Each client has a rate limit. The memory for clients is
+//! limited, because weir drops clients that have been quiet.
 
 use std::{
     net::IpAddr,

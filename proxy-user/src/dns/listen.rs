@@ -1,7 +1,7 @@
 //! Sockets bound to an address, before and while it is local to this host.
 //!
-//! In: an address. Out: a bound UDP socket and a TCP listener. weir binds them before it claims the address, so packets to a
-//! claimed address always find a socket.
+//! In: an address. Out: a bound UDP socket and a TCP listener. weir binds them before it claims the address, so
+//! packets to a claimed address always find a socket.
 
 use std::{
     io,

@@ -1,6 +1,7 @@
 //! Which object of the cluster a name stands for.
 //!
-//! In: a name in lower case and the cluster's domain. Out: a [`Question`]. Pure: it parses the name and looks nothing up.
+//! In: a name in lower case and the cluster's domain. Out: a [`Question`]. Pure: it parses the name and looks nothing
+//! up.
 
 use std::net::IpAddr;
 

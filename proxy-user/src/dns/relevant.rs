@@ -1,7 +1,7 @@
 //! Keeps those records of an upstream's response that answer the question.
 //!
-//! In: the question and the response. Out: an [`Answer`] with the records of the name and of its aliases' targets, their
-//! signatures, and the SOA and denials. Records about the cluster's own names are dropped.
+//! In: the question and the response. Out: an [`Answer`] with the records of the name and of its aliases' targets,
+//! their signatures, and the SOA and denials. Records about the cluster's own names are dropped.
 
 use hickory_proto::{
     op::{Message, ResponseCode},

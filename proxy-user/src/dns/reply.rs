@@ -1,8 +1,8 @@
 //! From the bytes of a query to the bytes of its reply.
 //!
-//! In: untrusted bytes. Out: a reply, silence, or a [`Pending`] query that has to be forwarded first. Pure except for the
-//! names, which are read under their lock. hickory parses and writes messages; this file chooses the response code of
-//! queries that weir does not answer.
+//! In: untrusted bytes. Out: a reply, silence, or a [`Pending`] query that has to be forwarded first. Pure except for
+//! the names, which are read under their lock. hickory parses and writes messages; this file chooses the response
+//! code of queries that weir does not answer.
 
 use std::{
     net::SocketAddr,

@@ -1,10 +1,11 @@
 //! The sockets: queries by UDP and TCP, each answered as soon as possible.
 //!
-//! In: bound sockets. Out: replies. Cluster names are answered at once; a question to the upstream waits in a task of its
-//! own and delays no other query. The number of connections is limited, per client and in total, and so is their idle time.
+//! In: bound sockets. Out: replies. Cluster names are answered at once; a question to the upstream waits in a task of
+//! its own and delays no other query. The number of connections is limited, per client and in total, and so is their
+//! idle time.
 //!
-//! This file reads the sockets instead of hickory's server, because that server spawns a task for every datagram, without a
-//! limit, and writes two log lines for each.
+//! This file reads the sockets instead of hickory's server, because that server spawns a task for every datagram,
+//! without a limit, and writes two log lines for each.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -43,12 +44,12 @@ const IN_A_ROW: usize = 64;
 const IDLE: Duration = Duration::from_secs(10);
 /// How long the client may take to close its side after weir has closed its own.
 const ENDING: Duration = Duration::from_secs(2);
-/// Questions of one connection that may wait for the upstream. With more, weir stops reading this connection, which delays
-/// only its client (RFC 7766, 6.2.1.1). The limit is above the number of questions that one client may have in flight, so
-/// slow questions never delay cluster names.
+/// Questions of one connection that may wait for the upstream. With more, weir stops reading this connection, which
+/// delays only its client (RFC 7766, 6.2.1.1). The limit is above the number of questions that one client may have in
+/// flight, so slow questions never delay cluster names.
 const MOST_WAITING: usize = 128;
 
-/// What all sockets share to answer queries.
+/// The state that all sockets share.
 #[derive(Debug)]
 pub(crate) struct Responder {
     /// Answers the cluster's names.
@@ -171,8 +172,8 @@ impl<'a> Connection<'a> {
         Self { responder, from, place, queries, replies }
     }
 
-    /// Answers until the client closes its side or sends bytes that cannot be answered. Sends each reply as soon as it is
-    /// ready (RFC 7766, 6.2.1.1).
+    /// Answers until the client closes its side or sends bytes that cannot be answered. Sends each reply as soon as
+    /// it is ready (RFC 7766, 6.2.1.1).
     async fn serve(mut self) {
         let mut waiting = FuturesUnordered::new();
         loop {
@@ -219,8 +220,8 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Closes the connection after the last reply. It first reads what the client still sends, because the kernel resets a
-    /// connection that is closed with unread data, and the client would lose replies.
+    /// Closes the connection after the last reply. It first reads what the client still sends, because the kernel
+    /// resets a connection that is closed with unread data, and the client would lose replies.
     async fn close(mut self) {
         if self.replies.shutdown().await.is_err() {
             return;

@@ -55,7 +55,7 @@ impl TunError {
 ///
 /// # Errors
 ///
-/// With the remedy.
+/// The error names the remedy.
 pub fn openable() -> Result<(), TunError> {
     OpenOptions::new().read(true).write(true).open(TUN).map(drop).map_err(TunError::opening)
 }

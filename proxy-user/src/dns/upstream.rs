@@ -1,7 +1,7 @@
 //! Sends one question to the upstream's servers.
 //!
-//! In: a question with the bits that a client set in its query, and servers. Out: the whole response of one server. Each
-//! question has a socket of its own, because an attacker then has to guess its port.
+//! In: a question with the bits that a client set in its query, and servers. Out: the whole response of one server.
+//! Each question has a socket of its own, because an attacker then has to guess its port.
 
 use std::{
     io,
@@ -25,11 +25,11 @@ use tokio::{
 
 use super::encode::MOST_UDP;
 
-/// The time limit for an answer. The resolvers of libc and of most runtimes give up after 5 s (`timeout` in resolv.conf). A
-/// client that gets SERVFAIL earlier asks its next server; an answer after 5 s would be lost.
+/// The time limit for an answer. The resolvers of libc and of most runtimes give up after 5 s (`timeout` in
+/// resolv.conf). A client that gets SERVFAIL earlier asks its next server; an answer after 5 s would be lost.
 const PATIENCE: Duration = Duration::from_millis(4500);
-/// After this time weir asks another server too. The first server may still answer, because it may wait for a slow server
-/// itself.
+/// After this time weir asks another server too. The first server may still answer, because it may wait for a slow
+/// server itself.
 const NEXT: Duration = Duration::from_millis(1500);
 /// The least number of attempts before weir gives up.
 const ATTEMPTS: usize = 3;

@@ -1,8 +1,9 @@
 //! Checks that weir answers DNS queries, and claims or releases the DNS Service's addresses accordingly.
 //!
-//! In: the addresses at which weir should answer. Out: a [`Device`] that has them as long as test queries are answered. The
-//! watchdog runs on a thread of its own and sends queries to each address by UDP and TCP, as a new client would, so a hang
-//! of the responder does not stop it. It also restores routes to the device that another program has removed.
+//! In: the addresses at which weir should answer. Out: a [`Device`] that has them as long as test queries are
+//! answered. The watchdog runs on a thread of its own and sends queries to each address by UDP and TCP, as a new
+//! client would, so a hang of the responder does not stop it. It also restores routes to the device that another
+//! program has removed.
 
 use std::{
     collections::BTreeSet,
@@ -25,10 +26,11 @@ use super::device::{DEVICE, Device, DeviceError};
 const BEAT: Duration = Duration::from_millis(500);
 /// The time limit for an answer, which comes from the same machine.
 const PATIENCE: Duration = Duration::from_millis(400);
-/// So many rounds in a row without an answer release the addresses.
+/// The number of failed rounds in a row after which the addresses are released.
 const MISSES: u32 = 2;
-/// The most successful rounds that are needed before the addresses are claimed again. The number doubles with each release,
-/// because a responder that fails at one address must not take queries of the other addresses again and again.
+/// The most successful rounds that are needed before the addresses are claimed again. The number doubles with each
+/// release, because a responder that fails at one address must not take queries of the other addresses again and
+/// again.
 const LONGEST_TRIAL: u32 = 64;
 
 /// The addresses at which weir should answer.
@@ -76,8 +78,8 @@ impl Watchdog {
         })
     }
 
-    /// Claims and releases addresses until the sender of `wanted` is dropped or the device is gone, and sends the claimed
-    /// ones to `answered`.
+    /// Claims and releases addresses until the sender of `wanted` is dropped or the device is gone, and sends the
+    /// claimed ones to `answered`.
     pub(crate) async fn run(
         mut self,
         mut wanted: watch::Receiver<Wanted>,

@@ -23,7 +23,7 @@ const NOSNIFF: (HeaderName, &str) = (header::X_CONTENT_TYPE_OPTIONS, "nosniff");
 
 const PATHS: &str = "/configz /flagz /healthz /metrics /metrics/slis /proxyMode /statusz";
 
-/// What the agent shows about itself.
+/// Facts about this agent that the pages show.
 #[derive(Clone, Debug)]
 pub struct About {
     /// The name of the data plane that serves now.

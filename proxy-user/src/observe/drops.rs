@@ -19,17 +19,17 @@ use crate::model::Family;
 /// How many packets of a family were dropped or rejected for one reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DropCount {
-    /// Of the packets' addresses.
+    /// The IP family of the packets.
     pub family: Family,
     /// The label's value, such as `no-endpoints`.
     pub reason: &'static str,
-    /// Since the table was created.
+    /// The number since the table was created.
     pub packets: u64,
 }
 
 type Read = Box<dyn Fn() -> Vec<DropCount> + Send + Sync>;
 
-/// Reads the counters, once a plane that counts is open.
+/// The function that reads the counters; set once a plane that counts is open.
 #[derive(Clone, Default)]
 pub(super) struct Drops(Arc<OnceLock<Read>>);
 

@@ -2,9 +2,9 @@
 //!
 //! In: [`Trouble`]s. Out: event objects at the API server.
 //!
-//! Thousands of nodes can see the same trouble with a Service. An event's name is therefore made of the Service and the
-//! reason, each node waits for a random time before it writes, and only the first node creates the event. Notes of troubles
-//! that wait together are joined. Budgets limit the events of one object and of one agent.
+//! Thousands of nodes can see the same trouble with a Service. An event's name is therefore made of the Service and
+//! the reason, each node waits for a random time before it writes, and only the first node creates the event. Notes
+//! of troubles that wait together are joined. Budgets limit the events of one object and of one agent.
 
 use std::{
     collections::HashMap,
@@ -139,7 +139,7 @@ pub(super) struct EventWriter {
     budgets: Budgets,
     /// When an event with this key and note was sent last.
     sent: HashMap<(Key, String), Instant>,
-    /// By namespace and name.
+    /// Events of this agent, by namespace and name.
     written: HashMap<(String, String), Written>,
     /// False once the API server has refused to get an event.
     may_get: bool,

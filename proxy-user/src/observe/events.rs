@@ -1,7 +1,7 @@
 //! Kubernetes events about Services and this Node, which `kubectl describe` shows.
 //!
-//! In: [`Trouble`]s, from callers that never wait. Out: the same on a channel to the task that writes events; without an
-//! API server only log lines.
+//! In: [`Trouble`]s, from callers that never wait. Out: the same on a channel to the task that writes events; without
+//! an API server only log lines.
 
 use std::time::Duration;
 
@@ -34,8 +34,8 @@ impl Events {
         (Self(Some((sender, metrics))), receiver)
     }
 
-    /// Starts a task that writes events for the agent on `node`, until the last clone is dropped. Trouble that every node
-    /// sees waits for a minute at most.
+    /// Starts a task that writes events for the agent on `node`, until the last clone is dropped. Trouble that every
+    /// node sees waits for a minute at most.
     #[must_use]
     pub fn start(client: Client, node: &str, metrics: Metrics) -> Self {
         Self::start_within(client, node, metrics, SPREAD)

@@ -25,9 +25,9 @@ use crate::model::Family;
 /// A point in time, on the monotonic clock and on the wall clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Moment {
-    /// For durations, because it never jumps.
+    /// The monotonic clock, for durations.
     pub steady: Instant,
-    /// For the JSON body.
+    /// The wall clock, for the JSON body.
     pub wall: Timestamp,
 }
 
@@ -44,7 +44,7 @@ impl Moment {
 pub struct Answer {
     /// Code 200 if true, else 503.
     pub ok: bool,
-    /// As JSON.
+    /// JSON text.
     pub body: String,
 }
 
@@ -89,8 +89,8 @@ fn as_text<S: serde::Serializer>(time: &Timestamp, serializer: S) -> Result<S::O
 const NEVER: i64 = -62_135_596_800;
 
 impl ProxyHealth {
-    /// Healthy, because no change waits, and not eligible, because the Node is unknown. A change that waits for twice the
-    /// configured `sync_period` is late (P2).
+    /// Healthy, because no change waits, and not eligible, because the Node is unknown. A change that waits for twice
+    /// the configured `sync_period` is late (P2).
     #[must_use]
     pub fn new(sync_period: Duration) -> Self {
         Self {

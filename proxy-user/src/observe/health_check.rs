@@ -1,7 +1,7 @@
 //! The healthCheckNodePort servers (H1 to H6), which tell load balancers whether this node has endpoints of a Service.
 //!
-//! In: for each Service with such a port, how many local endpoints are in force. Out: HTTP servers, which open, close and
-//! move as Services change.
+//! In: for each Service with such a port, how many local endpoints are in force. Out: HTTP servers, which open, close
+//! and move as Services change.
 
 use std::{
     collections::HashMap,
@@ -45,9 +45,9 @@ pub struct HealthCheckState {
 pub struct HealthChecks(mpsc::UnboundedSender<(ObjectName, Option<HealthCheckState>)>);
 
 impl HealthChecks {
-    /// Starts the task, without servers. Each server answers 200 only while `health` is healthy (H4), and all servers end
-    /// with `stopping`. A server that cannot listen reports to `events` (H6). The servers share `places`, because clients
-    /// from outside reach all of them.
+    /// Starts the task, without servers. Each server answers 200 only while `health` is healthy (H4), and all servers
+    /// end with `stopping`. A server that cannot listen reports to `events` (H6). The servers share `places`, because
+    /// clients from outside reach all of them.
     #[must_use]
     pub fn start(health: Health, events: Events, places: Places, stopping: watch::Receiver<bool>) -> Self {
         let (sender, mut receiver) = mpsc::unbounded_channel();

@@ -1,4 +1,4 @@
-//! What users see of the agent: logs, metrics, health and events.
+//! Logs, metrics, health and events: all that users see of the agent.
 //!
 //! In: calls of `run` on the handles [`Metrics`], [`Health`] and [`Events`]. Out: log lines, kube-proxy's HTTP
 //! endpoints, and event objects. This room knows Services by name only, and does not know the kernel.

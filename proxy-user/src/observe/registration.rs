@@ -1,4 +1,4 @@
-//! What all files of metrics share: registering a metric, and the label of a family.
+//! Registers a metric and builds the label of a family, for all files of metrics.
 //!
 //! In: a registry, names and help texts. Out: handles that count.
 

@@ -1,7 +1,7 @@
 //! HTTP servers, which try again to listen as kube-proxy does (P8).
 //!
-//! In: an address and a router. Out: responses, until a stop signal. Any client that reaches the node reaches some of these
-//! servers, so a client has little time to send its request, and a limited share of the connections.
+//! In: an address and a router. Out: responses, until a stop signal. Any client that reaches the node reaches some of
+//! these servers, so a client has little time to send its request, and a limited share of the connections.
 
 use std::{
     convert::Infallible,
@@ -57,8 +57,8 @@ pub struct Server {
     pub hard_fail: bool,
     /// The pause before the next attempt to listen.
     pub retry: Duration,
-    /// `0.0.0.0` and `[::]` mean the addresses of their own family only, so another server can have the same port of the
-    /// other family. Otherwise both mean every address, as in kube-proxy.
+    /// `0.0.0.0` and `[::]` mean the addresses of their own family only, so another server can have the same port of
+    /// the other family. Otherwise both mean every address, as in kube-proxy.
     pub one_family: bool,
     /// How long a client may take to send its request, on a new connection and on one that it keeps.
     pub patience: Duration,
@@ -127,8 +127,8 @@ impl Server {
         }
     }
 
-    /// Serves `router` until the future is dropped. The caller expects that another process has the address for a while, so
-    /// failures to listen are not logged.
+    /// Serves `router` until the future is dropped. The caller expects that another process has the address for a
+    /// while, so failures to listen are not logged.
     pub async fn run_quietly(self, router: Router) -> Infallible {
         // The sender lives as long as this future.
         let (_never, stop) = watch::channel(false);

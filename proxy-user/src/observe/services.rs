@@ -36,7 +36,7 @@ pub struct PortCount {
 type Counts = (u64, u64);
 type Read = Box<dyn Fn() -> Vec<PortCount> + Send + Sync>;
 
-/// Reads the counters, once a plane that counts is open.
+/// The function that reads the counters; set once a plane that counts is open.
 #[derive(Clone, Default)]
 pub(super) struct Services(Arc<OnceLock<Read>>);
 

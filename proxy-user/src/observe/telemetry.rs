@@ -42,9 +42,9 @@ pub enum TelemetryError {
     Reload(#[from] reload::Error),
 }
 
-/// The filter for kube-proxy's `-v`: info messages up to 3, debug messages at 4, traces from 5 on. Libraries log one level
-/// less, because they log every request. `kube_client` logs two levels less, because it warns of each watch that breaks
-/// off, and weir reports those itself.
+/// The filter for kube-proxy's `-v`: info messages up to 3, debug messages at 4, traces from 5 on. Libraries log one
+/// level less, because they log every request. `kube_client` logs two levels less, because it warns of each watch
+/// that breaks off, and weir reports those itself.
 pub(super) const fn directives(verbosity: u32) -> &'static str {
     match verbosity {
         0..=3 => "warn,weir=info,kube_client=error",

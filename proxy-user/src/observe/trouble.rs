@@ -1,19 +1,19 @@
-//! What an event reports: its subject, its reason and its note.
+//! The content of an event: its subject, its reason and its note.
 //!
-//! In: calls of any room that meets an error. Out: [`Trouble`]s, as the events API names their fields.
+//! In: an error in any room. Out: a [`Trouble`], with the field names of the events API.
 
 use crate::model::{ObjectName, Uid};
 
-/// What an event is about.
+/// The object that an event is about.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Subject {
     /// A Service.
     Service(ObjectName),
-    /// The Node this agent runs on.
+    /// The Node of this agent.
     Node,
 }
 
-/// What an operator should know, with the field names of the events API.
+/// A message for operators, with the field names of the events API.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trouble {
     /// The object that the event is about.

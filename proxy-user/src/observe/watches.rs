@@ -18,7 +18,7 @@ use prometheus_client::{
 /// Each kind's silence, without the kinds of which nothing ever arrived.
 type Read = Box<dyn Fn() -> Vec<(&'static str, Duration)> + Send + Sync>;
 
-/// Reads the silences, of several sources.
+/// The functions that read silences, one for each source.
 #[derive(Clone, Default)]
 pub(super) struct Watches(Arc<Mutex<Vec<Read>>>);
 
@@ -29,7 +29,7 @@ impl fmt::Debug for Watches {
 }
 
 impl Watches {
-    /// Adds a function that reads.
+    /// Adds the function of a source.
     pub(super) fn read_with(&self, read: Read) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(read);
     }

@@ -1,8 +1,8 @@
 //! Datagrams: read on a loopback address, and forwarded from a socket of each client.
 //!
-//! In: a bound socket and the [`Picker`] of its NodePort. Out: each client's datagrams to one backend, and the backend's
-//! answers to the client, from the address that the client sent to. As in connection tracking, a client stays with its
-//! backend while the backend serves and the flow is not idle for [`REST`].
+//! In: a bound socket and the [`Picker`] of its NodePort. Out: each client's datagrams to one backend, and the
+//! backend's answers to the client, from the address that the client sent to. As in connection tracking, a client
+//! stays with its backend while the backend serves and the flow is not idle for [`REST`].
 
 use std::{
     collections::HashMap,
@@ -118,8 +118,9 @@ impl Flows {
             },
         };
         flow.used.notify_one();
-        // Sent past the runtime, which does not know yet that a new socket is writable. A datagram without room in the send
-        // buffer is lost. The kernel returns an error of an earlier datagram once, so the second attempt sends this one.
+        // Sent past the runtime, which does not know yet that a new socket is writable. A datagram without room in
+        // the send buffer is lost. The kernel returns an error of an earlier datagram once, so the second attempt
+        // sends this one.
         let upstream = SockRef::from(&*flow.upstream);
         if upstream.send(datagram).is_err_and(|error| error.kind() != io::ErrorKind::WouldBlock) {
             let _ = upstream.send(datagram);

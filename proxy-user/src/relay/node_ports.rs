@@ -51,8 +51,8 @@ pub(crate) struct Backends {
 }
 
 impl Backends {
-    /// The backends of a service port for processes of this node. `None` if there are none; weir then does not listen, so
-    /// that the kernel refuses connections.
+    /// The backends of a service port for processes of this node. `None` if there are none; weir then does not
+    /// listen, so that the kernel refuses connections.
     fn of(plan: &PortPlan) -> Option<Self> {
         let node_port = |destination| matches!(destination, Destination::NodePort(_));
         let planned = plan.frontends.iter().find(|planned| node_port(planned.frontend.destination))?;
@@ -78,7 +78,8 @@ pub(crate) struct NodePortChanges {
 }
 
 impl NodePortChanges {
-    /// The changes for relayed families. `everything_of` names the families of which all service ports are in `changes`.
+    /// The changes for relayed families. `everything_of` names the families of which all service ports are in
+    /// `changes`.
     pub(crate) fn of<'a>(
         changes: impl IntoIterator<Item = &'a PortDelta>,
         everything_of: &[Family],

@@ -1,8 +1,8 @@
 //! Connections: accepted on a loopback address, and forwarded to a backend.
 //!
-//! In: a listener and the [`Picker`] of its NodePort. Out: the same bytes on both sides. Each direction ends separately. An
-//! error on one side becomes a reset on the other, as on a direct connection. An idle connection has no buffer; a slow reader
-//! costs one of [`CHUNK`].
+//! In: a listener and the [`Picker`] of its NodePort. Out: the same bytes on both sides. Each direction ends
+//! separately. An error on one side becomes a reset on the other, as on a direct connection. An idle connection has
+//! no buffer; a slow reader costs one of [`CHUNK`].
 
 use std::{
     convert::Infallible,

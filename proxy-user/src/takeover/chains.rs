@@ -3,8 +3,8 @@
 //! In: tables, chains and rules as the kernel lists them. Out: what to delete, and which of kube-proxy's chains stay.
 //!
 //! A chain stays for one of two reasons. Either a rule of another program jumps to it, as portmap's rules jump to
-//! `KUBE-MARK-MASQ`, and deleting that rule would break the program. Or the built-in chain later refuses packets that the
-//! chain accepts, as `FORWARD` with policy drop does, and without the chain these packets would be lost.
+//! `KUBE-MARK-MASQ`, and deleting that rule would break the program. Or the built-in chain later refuses packets that
+//! the chain accepts, as `FORWARD` with policy drop does, and without the chain these packets would be lost.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -67,7 +67,8 @@ pub(super) struct Chain {
     pub(super) name: Name,
     /// The policy of a built-in (base) chain; `None` for other chains.
     pub(super) built_in: Option<Policy>,
-    /// The kernel's use counter: rules in the chain, and rules or map elements that jump to it. `None` in legacy tables.
+    /// The kernel's use counter: rules in the chain, and rules or map elements that jump to it. `None` in legacy
+    /// tables.
     pub(super) uses: Option<usize>,
 }
 
@@ -103,7 +104,7 @@ pub(super) struct FamilyRules {
     pub(super) rules: Vec<Rule>,
 }
 
-/// What to delete, and which of kube-proxy's chains stay.
+/// The tables, rules and chains to delete, and kube-proxy's chains that stay.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Removal {
     pub(super) tables: Vec<String>,
@@ -259,7 +260,8 @@ impl<'a> Graph<'a> {
             Verdict::Other => false,
             Verdict::Chain(to) => {
                 let to = (rule.chain.0.clone(), to.clone());
-                // kube-proxy's own chains go, and the kubelet's chains drop only packets that misuse loopback addresses.
+                // kube-proxy's own chains go, and the kubelet's chains drop only packets that misuse loopback
+                // addresses.
                 !to.1.starts_with("KUBE-")
                     && seen.insert(to.clone())
                     && self.rules_in(&to).iter().any(|rule| self.may_refuse(rule, seen))
@@ -291,8 +293,8 @@ mod tests {
         (table.to_owned(), chain.to_owned())
     }
 
-    /// Parses rules from lines: `table nat`, `nat PREROUTING: accept` (a built-in chain), `nat MINE` (a chain),
-    /// `nat MINE > KUBE-SERVICES` (a rule that jumps), and `nat MINE ! refuse` or `nat MINE ! other` (a rule with another
+    /// Parses rules from lines: `table nat`, `nat PREROUTING: accept` (a built-in chain), `nat MINE` (a chain), `nat
+    /// MINE > KUBE-SERVICES` (a rule that jumps), and `nat MINE ! refuse` or `nat MINE ! other` (a rule with another
     /// verdict). A rule's handle is the number of its line.
     fn found(text: &str) -> FamilyRules {
         let mut found = FamilyRules::default();

@@ -1,11 +1,11 @@
 //! Tables of iptables' legacy variant, which programs read and replace as a whole.
 //!
-//! In: a table's bytes, and the chains to remove. Out: the table without these chains and without jumps to them. Counters of
-//! other rules stay.
+//! In: a table's bytes, and the chains to remove. Out: the table without these chains and without jumps to them.
+//! Counters of other rules stay.
 //!
-//! A table is a sequence of entries of different lengths: first the rules of the built-in chains, then for each other chain
-//! an entry with its name, and its rules. A jump contains its target's offset from the table's start, so jumps to moved
-//! entries have to be rewritten (`include/uapi/linux/netfilter/x_tables.h`).
+//! A table is a sequence of entries of different lengths: first the rules of the built-in chains, then for each other
+//! chain an entry with its name, and its rules. A jump contains its target's offset from the table's start, so jumps
+//! to moved entries have to be rewritten (`include/uapi/linux/netfilter/x_tables.h`).
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -1,13 +1,13 @@
 //! Removes what kube-proxy left in the kernel, once weir serves.
 //!
-//! In: the kernel's state. Out: the kernel without the tables of kube-proxy's nftables mode, the chains of its iptables mode
-//! (in both variants of iptables), and the virtual servers, sets and device of its ipvs mode.
+//! In: the kernel's state. Out: the kernel without the tables of kube-proxy's nftables mode, the chains of its
+//! iptables mode (in both variants of iptables), and the virtual servers, sets and device of its ipvs mode.
 //!
-//! What other programs need stays: chains that their rules jump to, sets that their rules use, and chains without which
-//! rules or policies of other programs would refuse packets to Services.
+//! Objects that other programs need stay: chains that their rules jump to, sets that their rules use, and chains
+//! without which rules or policies of other programs would refuse packets to Services.
 //!
-//! Until the removal both proxies have every Service, so a new connection always finds one of them. Established connections
-//! keep their backends by connection tracking, except those of IPVS.
+//! Until the removal both proxies have every Service, so a new connection always finds one of them. Established
+//! connections keep their backends by connection tracking, except those of IPVS.
 
 use std::{
     fmt::{self, Write as _},
@@ -80,7 +80,7 @@ pub enum Error {
     Socket(#[source] io::Error),
 }
 
-/// What was removed, and what stays.
+/// Counts of the removed objects, and the objects that stay.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Removed {
     /// Tables of the nftables mode.
@@ -150,14 +150,16 @@ pub fn listed<'a>(chains: impl IntoIterator<Item = &'a KeptChain>) -> String {
     text
 }
 
-/// Removes all of kube-proxy that no other program needs. The rules of each family in nf_tables go in one transaction, and
-/// those of each legacy table in one replacement. `excluded` are kube-proxy's `ipvs.excludeCIDRs`: its ipvs mode owns all
-/// virtual servers outside these networks. A failure does not stop the other removals, and each failure has an error.
+/// Removes all of kube-proxy that no other program needs. The rules of each family in nf_tables go in one
+/// transaction, and those of each legacy table in one replacement. `excluded` are kube-proxy's `ipvs.excludeCIDRs`:
+/// its ipvs mode owns all virtual servers outside these networks. A failure does not stop the other removals, and
+/// each failure has an error.
 pub async fn remove(excluded: &[IpNet]) -> (Removed, Vec<Error>) {
     remove_of(PerFamily { v4: true, v6: true }, Some(excluded)).await
 }
 
-/// Like [`remove`] for the rules of `families` only. With `excluded` it also removes the ipvs mode, which has no family.
+/// Like [`remove`] for the rules of `families` only. With `excluded` it also removes the ipvs mode, which has no
+/// family.
 pub async fn remove_of(families: PerFamily<bool>, excluded: Option<&[IpNet]>) -> (Removed, Vec<Error>) {
     let (mut removed, mut failed) = (Removed::default(), Vec::new());
     let wanted = Family::ALL.into_iter().zip(nftables::FAMILIES).filter(|(family, _)| *families.get(*family));
@@ -185,8 +187,8 @@ async fn remove_ipvs(excluded: &[IpNet], removed: &mut Removed) -> Result<(), Er
     done
 }
 
-/// Removes the virtual servers, the sets and then the device. The device goes last, because only the device shows that the
-/// virtual servers are kube-proxy's.
+/// Removes the virtual servers, the sets and then the device. The device goes last, because only the device shows
+/// that the virtual servers are kube-proxy's.
 async fn remove_device(
     handle: &rtnetlink::Handle,
     excluded: &[IpNet],
@@ -233,8 +235,8 @@ async fn remove_legacy_chains(families: PerFamily<bool>, removed: &mut Removed, 
     }
 }
 
-/// Locks the legacy tables until the file is dropped. `None` if the file can be neither opened nor created; no other program
-/// can use it then either.
+/// Locks the legacy tables until the file is dropped. `None` if the file can be neither opened nor created; no other
+/// program can use it then either.
 async fn lock() -> Result<Option<File>, Error> {
     // A lock needs read access only, and weir may have no more.
     let file = File::open(LOCK).or_else(|_| File::options().create_new(true).write(true).open(LOCK));

@@ -137,8 +137,8 @@ impl RuleSet {
         self.first_error()
     }
 
-    /// The first error that the kernel reported. `send` returns after the kernel has processed the batch, so all responses
-    /// are there. Reads all of them, because the next request uses the same socket.
+    /// The first error that the kernel reported. `send` returns after the kernel has processed the batch, so all
+    /// responses are there. Reads all of them, because the next request uses the same socket.
     fn first_error(&mut self) -> io::Result<()> {
         let mut first = Ok(());
         while let Some(datagram) = self.0.receive_ready()? {

@@ -1,7 +1,7 @@
 //! Every Service and endpoint by name, for DNS answers.
 //!
-//! In: the model's [`Change`]s, including headless Services, ExternalNames and Services of other proxies. Out: look-ups by
-//! name and by address. Used with `--dns` only; planning does not need it.
+//! In: the model's [`Change`]s, including headless Services, ExternalNames and Services of other proxies. Out:
+//! look-ups by name and by address. Used with `--dns` only; planning does not need it.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -287,7 +287,8 @@ fn addresses<'a>(slices: impl Iterator<Item = &'a NamedSlice>) -> Vec<IpAddr> {
     slices.flat_map(|slice| &slice.endpoints).map(|endpoint| endpoint.address).collect()
 }
 
-/// The number of a zone, added if it is new. A cluster has few zones; beyond 65,535 an endpoint counts as without a zone.
+/// The number of a zone, added if it is new. A cluster has few zones; beyond 65,535 an endpoint counts as without a
+/// zone.
 fn number(zones: &mut Vec<Box<str>>, zone: Option<&str>) -> u16 {
     let Some(zone) = zone.filter(|zone| !zone.is_empty()) else { return NO_ZONE };
     let known = zones.iter().position(|known| **known == *zone).or_else(|| {

@@ -1,7 +1,8 @@
 //! Reads the fields of Services and EndpointSlices that DNS answers need.
 //!
-//! In: the API's objects. Out: [`NamedService`] and [`NamedSlice`], compact and without the fields that only planning needs.
-//! Fields that cannot be read are skipped without a log line, because the model already reports those that concern a proxy.
+//! In: the API's objects. Out: [`NamedService`] and [`NamedSlice`], compact and without the fields that only planning
+//! needs. Fields that cannot be read are skipped without a log line, because the model already reports those that
+//! concern a proxy.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -37,7 +38,7 @@ pub enum Nearness {
 pub struct NamedService {
     /// ClusterIPs, endpoints or an alias.
     pub kind: NamedKind,
-    /// With names, and without NodePorts.
+    /// The ports with their names, without NodePorts.
     pub ports: Box<[ServicePort]>,
     /// `publishNotReadyAddresses`: endpoints that are not ready count too.
     pub publish_not_ready: bool,
@@ -145,7 +146,7 @@ impl NamedEndpoint {
 /// An EndpointSlice, with the fields for DNS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedSlice {
-    /// Of all its endpoints.
+    /// The ports of all its endpoints.
     pub ports: Box<[NamedPort]>,
     /// Only those with an address of the slice's family.
     pub endpoints: Box<[NamedEndpoint]>,

@@ -89,10 +89,10 @@ fn own_cgroup() -> String {
     cgroups.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or_default().to_owned()
 }
 
-/// Whether the cgroup is the node's and not that of weir's own container. Container runtimes give a container a cgroup
-/// namespace, in which its own cgroup appears as the root of the tree, and programs attached there would serve weir alone. The
-/// root of a node's tree has cgroups below it, also if the node is a container itself, as in kind. The real root of all
-/// cgroups belongs to a node in any case; it is the only cgroup without a type.
+/// Whether the cgroup is the node's and not that of weir's own container. Container runtimes give a container a
+/// cgroup namespace, in which its own cgroup appears as the root of the tree, and programs attached there would serve
+/// weir alone. The root of a node's tree has cgroups below it, also if the node is a container itself, as in kind.
+/// The real root of all cgroups belongs to a node in any case; it is the only cgroup without a type.
 fn serves_the_node(cgroup_root: &Path, own: &str, process: u32) -> Answer {
     let is_inside = || {
         let processes = fs::read_to_string(cgroup_root.join("cgroup.procs")).unwrap_or_default();

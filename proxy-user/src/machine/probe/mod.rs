@@ -1,7 +1,7 @@
 //! Which features of the socket plane this kernel and this machine have.
 //!
-//! In: the directories of cgroup v2 and of the bpffs. Out: a [`Probe`] with one [`Finding`] for each feature. Probing changes
-//! nothing. Without the necessary privileges a feature is unknown.
+//! In: the directories of cgroup v2 and of the bpffs. Out: a [`Probe`] with one [`Finding`] for each feature. Probing
+//! changes nothing. Without the necessary privileges a feature is unknown.
 
 use std::{fmt, path::Path};
 
@@ -145,8 +145,8 @@ impl Probe {
         reasons.into_iter().map(ToString::to_string).collect()
     }
 
-    /// Logs one line if all features are there, else a warning for each missing optional feature. Missing needed features are
-    /// logged by the caller, because the mode decides what they mean.
+    /// Logs one line if all features are there, else a warning for each missing optional feature. Missing needed
+    /// features are logged by the caller, because the mode decides what they mean.
     pub fn log(&self) {
         let optional = || self.findings.iter().filter(|finding| !finding.needed && !finding.is_there());
         if !self.is_usable() {

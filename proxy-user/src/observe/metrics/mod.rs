@@ -142,15 +142,15 @@ impl Metrics {
         self.0.kube_proxy.sync_failures.get_or_create(&family_label(family)).inc();
     }
 
-    /// Sets how often weir failed to remove rules and maps of a family that it no longer needs. Planes that remove nothing
-    /// pass 0.
+    /// Sets how often weir failed to remove rules and maps of a family that it no longer needs. Planes that remove
+    /// nothing pass 0.
     pub fn removals_failed(&self, family: Family, times: u64) {
         let counted = self.0.kube_proxy.cleanup_failures.get_or_create(&family_label(family));
         counted.inc_by(times.saturating_sub(counted.get()));
     }
 
-    /// Observes the time from an object's change until the kernel has it. Call it only for changes that happened after the
-    /// agent started.
+    /// Observes the time from an object's change until the kernel has it. Call it only for changes that happened
+    /// after the agent started.
     pub fn network_programmed(&self, family: Family, since_change: Duration) {
         let of = &self.0.kube_proxy.network_programming;
         of.get_or_create(&family_label(family)).observe(since_change.as_secs_f64());
@@ -267,7 +267,8 @@ impl Metrics {
         self.0.sockets.count_closed(protocol, more);
     }
 
-    /// Counts connected UDP sockets whose datagrams go through their Service again, because their backend no longer serves.
+    /// Counts connected UDP sockets whose datagrams go through their Service again, because their backend no longer
+    /// serves.
     pub fn count_moved(&self, more: u64) {
         self.0.sockets.count_moved(more);
     }

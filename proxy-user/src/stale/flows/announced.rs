@@ -2,8 +2,8 @@
 //!
 //! In: deltas, each before it is applied. Out: whether an announced port serves a flow that suspects call stale.
 //!
-//! A sweep may take long, and the kernel gets new changes meanwhile. A Service that comes back, or an endpoint that joins,
-//! gets flows that the sweep finds, and that must stay.
+//! A sweep may take long, and the kernel gets new changes meanwhile. A Service that comes back, or an endpoint that
+//! joins, gets flows that the sweep finds, and that must stay.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

@@ -1,4 +1,5 @@
-//! The requests of ctnetlink that weir uses: walk the UDP flows of a [`Scope`], find a flow by its tuple, and delete flows.
+//! The requests of ctnetlink that weir uses: walk the UDP flows of a [`Scope`], find a flow by its tuple, and delete
+//! flows.
 //!
 //! In: scopes and [`Entry`]s. Out: entries, one at a time, as the kernel sends them.
 
@@ -95,7 +96,8 @@ impl Requests {
                         if !scope.holds(entry.as_ref()) {
                             walked = Walked::Unfiltered;
                         }
-                        // weir reads the rest of the dump after an error too, because the next request uses the same socket.
+                        // weir reads the rest of the dump after an error too, because the next request uses the same
+                        // socket.
                         if let (Some(entry), None) = (entry, &failed) {
                             failed = visit(entry).err();
                         }
@@ -198,8 +200,8 @@ impl Scope {
     }
 }
 
-/// The address for the kernel's filter. Never an IPv6 address, because kernels up to 6.18 at least invert that comparison and
-/// send the flows to all *other* addresses. The filter then has the port only.
+/// The address for the kernel's filter. Never an IPv6 address, because kernels up to 6.18 at least invert that
+/// comparison and send the flows to all *other* addresses. The filter then has the port only.
 fn filtered_address(frontend: &Frontend) -> Option<IpAddr> {
     match frontend.destination {
         Destination::Address(address) if address.is_ipv4() => Some(address),

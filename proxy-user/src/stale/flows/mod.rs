@@ -2,8 +2,8 @@
 //!
 //! In: the [`Suspects`] of a delta that is in the kernel. Out: their stale flows are deleted, and no others.
 //!
-//! For a few frontends weir asks the kernel for exactly their flows. For many it reads all UDP flows once and looks each up
-//! in a hash table. In both cases it checks flows as they arrive and never collects them.
+//! For a few frontends weir asks the kernel for exactly their flows. For many it reads all UDP flows once and looks
+//! each up in a hash table. In both cases it checks flows as they arrive and never collects them.
 
 use std::{io, net::SocketAddr};
 
@@ -22,8 +22,8 @@ pub use announced::AnnouncedPorts;
 pub(crate) use start::start;
 pub use suspect::{Flow, Suspects};
 
-/// Up to this many frontends, weir asks for the flows of each. Each request costs the kernel a walk over its table; a request
-/// for all UDP flows costs the copy of all of them.
+/// Up to this many frontends, weir asks for the flows of each. Each request costs the kernel a walk over its table; a
+/// request for all UDP flows costs the copy of all of them.
 const ONE_BY_ONE: usize = 8;
 
 /// Flows that are deleted with one system call.
@@ -75,8 +75,8 @@ impl Conntrack {
         walked.map(drop).map_err(failed("loading connection tracking"))
     }
 
-    /// Deletes the stale flows of `suspects` and returns their number. Call it when their delta is in the kernel, because
-    /// the kernel would otherwise create the same flows again.
+    /// Deletes the stale flows of `suspects` and returns their number. Call it when their delta is in the kernel,
+    /// because the kernel would otherwise create the same flows again.
     ///
     /// # Errors
     ///
@@ -91,8 +91,8 @@ impl Conntrack {
         cleaned
     }
 
-    /// Deletes the UDP flow from `client` to `destination`, unless `is_right` accepts the source of its answers. The next
-    /// datagram of the client starts a new flow.
+    /// Deletes the UDP flow from `client` to `destination`, unless `is_right` accepts the source of its answers. The
+    /// next datagram of the client starts a new flow.
     ///
     /// # Errors
     ///

@@ -1,10 +1,10 @@
 //! Which UDP flows a change may have made stale: the pure half.
 //!
-//! In: changes of service ports, from `plan`. Out: [`Suspects`]: the frontends to check, and for each flow whether it is
-//! stale.
+//! In: changes of service ports, from `plan`. Out: [`Suspects`]: the frontends to check, and for each flow whether it
+//! is stale.
 //!
-//! Connection tracking sends a flow to the backend that its first packet got. TCP clients notice a dead backend and connect
-//! again. The flow of a UDP client that keeps sending never expires, so weir has to delete it.
+//! Connection tracking sends a flow to the backend that its first packet got. TCP clients notice a dead backend and
+//! connect again. The flow of a UDP client that keeps sending never expires, so weir has to delete it.
 
 use std::{
     collections::BTreeSet,
@@ -66,9 +66,9 @@ struct Present {
 impl Suspects {
     /// The suspects among changed `ports`, which must be in the kernel by now:
     ///
-    /// - all frontends of a port that is new, lost a serving endpoint, or got its first endpoint, even if no endpoint serves
-    ///   any more (K7);
-    /// - of other ports, frontends that did not lead to a backend before, because the kernel may have tracked packets to them
+    /// - all frontends of a port that is new, lost a serving endpoint, or got its first endpoint, even if no endpoint
+    ///   serves any more (K7);
+    /// - of other ports, frontends that had no backend before, because the kernel may have tracked packets to them
     ///   untranslated, and frontends with other source ranges than before (F7);
     /// - frontends that a port lost, and those of a deleted port (K6).
     ///
@@ -82,8 +82,8 @@ impl Suspects {
         suspects
     }
 
-    /// The frontends that ports lost, whether or not the change is in the kernel yet. A later change may write it without
-    /// mentioning these frontends.
+    /// The frontends that ports lost, whether or not the change is in the kernel yet. A later change may write it
+    /// without mentioning these frontends.
     pub fn given_up<'a>(ports: impl IntoIterator<Item = &'a PortDelta>) -> Self {
         let mut suspects = Self::default();
         ports.into_iter().filter(|delta| is_udp(delta)).for_each(|delta| suspects.suspect_former(delta));
@@ -97,8 +97,8 @@ impl Suspects {
         Self { frontends, ..Self::default() }
     }
 
-    /// With the node whose addresses serve NodePorts. A frontend with one of these addresses and the number of a NodePort
-    /// wins over the NodePort (R1).
+    /// With the node whose addresses serve NodePorts. A frontend with one of these addresses and the number of a
+    /// NodePort wins over the NodePort (R1).
     #[must_use]
     pub fn on(mut self, node: Option<&Arc<NodePlan>>, is_frontend: impl Fn(&Frontend) -> bool) -> Self {
         let Some(node) = node else { return self };
@@ -116,7 +116,8 @@ impl Suspects {
         self
     }
 
-    /// With the announced ports: a flow that one of them serves is not stale. Call it before the next delta is announced.
+    /// With the announced ports: a flow that one of them serves is not stale. Call it before the next delta is
+    /// announced.
     #[must_use]
     pub fn with_announced(self, announced: &AnnouncedPorts) -> Self {
         Self { announced: Some((announced.clone(), announced.deltas())), ..self }
@@ -204,9 +205,10 @@ impl Suspects {
         self.frontends.keys().map(|frontend| frontend.destination.family()).collect()
     }
 
-    /// Whether `flow` goes to a suspect, and its answers come from an address that does not serve (K2), or source ranges now
-    /// exclude its client. Untranslated flows count too. A NodePort's flows have an address of this node (K3), unless the
-    /// address and port are a frontend of their own (R1). A flow that an announced port serves is not stale.
+    /// Whether `flow` goes to a suspect, and its answers come from an address that does not serve (K2), or source
+    /// ranges now exclude its client. Untranslated flows count too. A NodePort's flows have an address of this node
+    /// (K3), unless the address and port are a frontend of their own (R1). A flow that an announced port serves is
+    /// not stale.
     #[must_use]
     pub fn is_stale(&self, flow: Flow) -> bool {
         self.suspects(flow) && !self.announced.as_ref().is_some_and(|(announced, _)| announced.serves(flow))
@@ -226,8 +228,8 @@ impl Suspects {
             .is_some_and(|suspect| suspect.has_stale(flow, self.is_node_port(flow)))
     }
 
-    /// Whether the flow certainly goes to a NodePort, if there is one with its number. Another machine may have a port of that
-    /// number too, and so may a process of this node at an address that serves no NodePorts.
+    /// Whether the flow certainly goes to a NodePort, if there is one with its number. Another machine may have a
+    /// port of that number too, and so may a process of this node at an address that serves no NodePorts.
     fn is_node_port(&self, flow: Flow) -> bool {
         let address = flow.destination.ip();
         // Plans do not contain these addresses. Only this node translates packets to them.
@@ -242,9 +244,9 @@ impl Suspects {
 }
 
 impl Suspect {
-    /// Whether a flow with the frontend's port is stale. If it is not certain that the flow belongs to the frontend, or if no
-    /// port has the frontend any more, only translated flows to backends of former ports are stale, because a process of
-    /// this host, another machine or another program may have the address and port.
+    /// Whether a flow with the frontend's port is stale. If it is not certain that the flow belongs to the frontend,
+    /// or if no port has the frontend any more, only translated flows to backends of former ports are stale, because
+    /// a process of this host, another machine or another program may have the address and port.
     fn has_stale(&self, flow: Flow, is_certain: bool) -> bool {
         match &self.now {
             Some(now) if flow.is_served_by(&now.port) => !now.frontend.lets_in(flow.client),

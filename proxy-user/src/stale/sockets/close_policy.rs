@@ -1,11 +1,12 @@
 //! Which sockets weir closes, and when it checks them: the pure half.
 //!
-//! In: [`Suspects`] in the order in which they came into force, and each socket's entry in the maps. Out: when to check which
-//! sockets, and for each socket whether to close it.
+//! In: [`Suspects`] in the order in which they came into force, and each socket's entry in the maps. Out: when to
+//! check which sockets, and for each socket whether to close it.
 //!
-//! The policy keeps which backends serve now, not which changed, so the next sweep finds a socket that one sweep missed.
-//! Times are nanoseconds of CLOCK_MONOTONIC, which the kernel programs store when they connect a socket to a backend. A
-//! socket that connected after the backend was lost is never closed, because it saw a newer state than the policy.
+//! The policy keeps which backends serve now, not which changed, so the next sweep finds a socket that one sweep
+//! missed. Times are nanoseconds of CLOCK_MONOTONIC, which the kernel programs store when they connect a socket to a
+//! backend. A socket that connected after the backend was lost is never closed, because it saw a newer state than the
+//! policy.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -62,7 +63,8 @@ impl WatchedPort {
 #[derive(Debug, Default)]
 pub(super) struct ClosePolicy {
     ports: FxHashMap<PortId, WatchedPort>,
-    /// The port of each frontend. A frontend that a TCP port lost still has its entry, so clients stay with serving backends.
+    /// The port of each frontend. A frontend that a TCP port lost still has its entry, so clients stay with serving
+    /// backends.
     frontends: FxHashMap<Frontend, PortId>,
     node: Option<Arc<NodePlan>>,
     /// The policy knows all changes up to this time; 0 before the first complete delta.
@@ -215,7 +217,8 @@ impl ClosePolicy {
             return false;
         }
         let Some(port) = self.port_of(socket) else {
-            // The policy has no ports that keep their sockets. No UDP port keeps them, so a missing UDP port was deleted.
+            // The policy has no ports that keep their sockets. No UDP port keeps them, so a missing UDP port was
+            // deleted.
             return socket.protocol == Protocol::Udp;
         };
         if port.plan.serves(socket.backend.ip(), socket.backend.port()) {
@@ -242,8 +245,8 @@ impl ClosePolicy {
         socket.since != 0 && socket.since <= self.known
     }
 
-    /// The allowed clients of a UDP socket's frontend, if it has source ranges (F7); sockets of other clients are closed too.
-    /// The programs do not translate such frontends, so the socket connected before the ranges came.
+    /// The allowed clients of a UDP socket's frontend, if it has source ranges (F7); sockets of other clients are
+    /// closed too. The programs do not translate such frontends, so the socket connected before the ranges came.
     pub(super) fn allowed_clients_of(&self, socket: &ConnectedSocket, now: u64) -> Option<AllowedClients> {
         if socket.protocol != Protocol::Udp || !self.knows(socket) || self.must_close(socket, now) {
             return None;
@@ -263,9 +266,9 @@ impl ClosePolicy {
             .then(|| AllowedClients { frontend: planned.clone(), node: self.node.clone() })
     }
 
-    /// The service port that the socket used. A NodePort is found by its number (K3), unless the address and port are a
-    /// frontend of their own, which wins (R1). The policy does not have all TCP frontends, so with TCP the address must be
-    /// this node's.
+    /// The service port that the socket used. A NodePort is found by its number (K3), unless the address and port are
+    /// a frontend of their own, which wins (R1). The policy does not have all TCP frontends, so with TCP the address
+    /// must be this node's.
     fn port_of(&self, socket: &ConnectedSocket) -> Option<&WatchedPort> {
         let ConnectedSocket { protocol, service, .. } = *socket;
         let find = |destination| {
@@ -292,8 +295,8 @@ pub(super) struct AllowedClients {
 }
 
 impl AllowedClients {
-    /// Whether a socket with this own address may stay. A process of this host may use any of the host's addresses, because
-    /// its source address depends on its destination.
+    /// Whether a socket with this own address may stay. A process of this host may use any of the host's addresses,
+    /// because its source address depends on its destination.
     pub(super) fn lets_in(&self, client: IpAddr) -> bool {
         let host = self.node.as_deref().map(|node| &node.host_addresses[..]).unwrap_or_default();
         self.frontend.lets_in(client)

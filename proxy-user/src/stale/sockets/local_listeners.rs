@@ -1,11 +1,11 @@
 //! Pods that listen on a Service's address since before weir knew the Service, or ran.
 //!
-//! In: the listening sockets of every network namespace, and the frontends in the kernel. Out: the map `early_homes`, which
-//! has an entry for each namespace with such a socket. The kernel programs see every later bind, so one search after new
-//! frontends is enough.
+//! In: the listening sockets of every network namespace, and the frontends in the kernel. Out: the map `early_homes`,
+//! which has an entry for each namespace with such a socket. The kernel programs see every later bind, so one search
+//! after new frontends is enough.
 //!
-//! An entry stays until the next search, even after its sockets are closed. Until then a connect in that namespace costs a
-//! search for a listener.
+//! An entry stays until the next search, even after its sockets are closed. Until then a connect in that namespace
+//! costs a search for a listener.
 
 use std::{
     collections::BTreeSet,

@@ -1,10 +1,10 @@
 //! Closes or moves sockets of backends that no longer serve, if a kernel program connected the sockets to them.
 //!
-//! In: [`Suspects`] of deltas that are in force. Out: datagrams of UDP sockets that are connected to such a backend go
-//! through their Service again at once. TCP sockets are closed as their Service's annotation says
-//! ([`Removal`](crate::plan::Removal)), and a process that waits in one gets ECONNABORTED. UDP sockets are closed if source
-//! ranges now exclude their client, or if they use a NodePort at a loopback address, where packets cannot be translated.
-//! weir never closes a socket that no program translated.
+//! In: [`Suspects`] of deltas that are in force. Out: datagrams of UDP sockets that are connected to such a backend
+//! go through their Service again at once. TCP sockets are closed as their Service's annotation says
+//! ([`Removal`](crate::plan::Removal)), and a process that waits in one gets ECONNABORTED. UDP sockets are closed if
+//! source ranges now exclude their client, or if they use a NodePort at a loopback address, where packets cannot be
+//! translated. weir never closes a socket that no program translated.
 //!
 //! ```text
 //! Suspects ──▶ ClosePolicy: which backends serve, and since when others do not
@@ -14,11 +14,11 @@
 //!                                                                                          └─▶ moved: translate them
 //! ```
 //!
-//! This room also finds pods that listen on a Service's address themselves (`local_listeners`), because it goes through all
-//! network namespaces. It does so when `Suspects` report new frontends.
+//! This room also finds pods that listen on a Service's address themselves (`local_listeners`), because it goes
+//! through all network namespaces. It does so when `Suspects` report new frontends.
 //!
-//! After a restart the first, complete delta makes the sweep check every socket, so no socket is missed. Only the time of
-//! `reset-after` starts again, and TCP connections through a Service that was deleted meanwhile stay.
+//! After a restart the first, complete delta makes the sweep check every socket, so no socket is missed. Only the
+//! time of `reset-after` starts again, and TCP connections through a Service that was deleted meanwhile stay.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -59,7 +59,8 @@ mod tests;
 pub(crate) use start::start;
 pub use suspect::Suspects;
 
-/// After a sweep the thread sleeps this many times the sweep's duration, so it never takes more than a quarter of a CPU.
+/// After a sweep the thread sleeps this many times the sweep's duration, so it never takes more than a quarter of a
+/// CPU.
 const REST: u32 = 3;
 
 /// The time between two checks of moved sockets, in nanoseconds. A check drops closed sockets, and restores tables that
@@ -92,12 +93,13 @@ pub struct Sockets {
 }
 
 impl Sockets {
-    /// Opens the socket maps that are pinned in `maps`. The maps in `services` are opened when they are needed. `names` are
-    /// directories with named network namespaces; weir finds those of visible processes in /proc.
+    /// Opens the socket maps that are pinned in `maps`. The maps in `services` are opened when they are needed.
+    /// `names` are directories with named network namespaces; weir finds those of visible processes in /proc.
     ///
     /// # Errors
     ///
-    /// When a map is missing, or when this kernel or weir's privileges do not allow to close sockets (see [`supported`]).
+    /// When a map is missing, or when this kernel or weir's privileges do not allow to close sockets (see
+    /// [`supported`]).
     pub fn open(maps: &Path, services: &Path, names: &[&Path]) -> Result<Self, Error> {
         let open = |name: &str| {
             let path = maps.join(name);
@@ -131,8 +133,8 @@ impl Sockets {
         })
     }
 
-    /// Sweeps when `suspects` arrive and when sockets are due, until the sender is dropped. `report` gets the result of each
-    /// sweep that changed anything. Needs a thread of its own, because it enters other network namespaces.
+    /// Sweeps when `suspects` arrive and when sockets are due, until the sender is dropped. `report` gets the result
+    /// of each sweep that changed anything. Needs a thread of its own, because it enters other network namespaces.
     pub fn run(mut self, suspects: &Receiver<Suspects>, mut report: impl FnMut(Swept)) {
         loop {
             match suspects.recv_timeout(self.wait().unwrap_or(Duration::MAX)) {

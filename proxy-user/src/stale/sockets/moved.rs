@@ -1,11 +1,11 @@
 //! Connected UDP sockets whose backend is gone: their datagrams go through their Service again.
 //!
-//! In: the sockets, and which backends their Services have. Out: nftables tables that translate the first datagram of each
-//! flow, and no flows of these sockets to other backends in connection tracking.
+//! In: the sockets, and which backends their Services have. Out: nftables tables that translate the first datagram of
+//! each flow, and no flows of these sockets to other backends in connection tracking.
 //!
-//! No process can connect another process's socket. Closing it would end a client that only sends, because such a client may
-//! never read the error and would not connect again. Translating all connected UDP sockets from the start would cost every
-//! datagram.
+//! No process can connect another process's socket. Closing it would end a client that only sends, because such a
+//! client may never read the error and would not connect again. Translating all connected UDP sockets from the start
+//! would cost every datagram.
 
 use std::net::SocketAddr;
 
@@ -65,8 +65,8 @@ impl MovedSockets {
         self.known.get(&cookie)
     }
 
-    /// Writes tables for exactly these sockets, and deletes their flows, and those of earlier ones, to backends that `serves`
-    /// rejects. Writes everything each time, because other programs may remove tables.
+    /// Writes tables for exactly these sockets, and deletes their flows, and those of earlier ones, to backends that
+    /// `serves` rejects. Writes everything each time, because other programs may remove tables.
     ///
     /// # Errors
     ///

@@ -23,8 +23,8 @@ pub(super) struct Namespaces {
 }
 
 impl Namespaces {
-    /// Runs `visit` in the caller's own namespace, then in every other one, and returns to the own one. Counts namespaces with
-    /// errors, except those that vanished meanwhile.
+    /// Runs `visit` in the caller's own namespace, then in every other one, and returns to the own one. Counts
+    /// namespaces with errors, except those that vanished meanwhile.
     ///
     /// # Errors
     ///

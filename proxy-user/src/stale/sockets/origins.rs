@@ -1,10 +1,10 @@
 //! Every socket on the machine that the kernel programs connected to a backend.
 //!
-//! In: the maps `seats` and `origins`. `origins` has the sockets whose entry in the array `seats` was taken. Out: sockets
-//! with their cookies. The maps cover all network namespaces.
+//! In: the maps `seats` and `origins`. `origins` has the sockets whose entry in the array `seats` was taken. Out:
+//! sockets with their cookies. The maps cover all network namespaces.
 //!
-//! A program removes the entry of a socket when a process closes it, and sockets of the kernel itself have no entry. So all
-//! entries belong to open sockets, and this file never removes one.
+//! A program removes the entry of a socket when a process closes it, and sockets of the kernel itself have no entry.
+//! So all entries belong to open sockets, and this file never removes one.
 
 use std::{io, net::SocketAddr};
 

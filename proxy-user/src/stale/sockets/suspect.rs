@@ -41,9 +41,9 @@ pub(super) enum Now {
 }
 
 impl Suspects {
-    /// The changes of `delta`, which must be in force by now, because sockets that connect later are not checked against it.
-    /// For a port that could not be programmed they have the plan. That is harmless, because sockets are closed only if
-    /// their backend does not serve.
+    /// The changes of `delta`, which must be in force by now, because sockets that connect later are not checked
+    /// against it. For a port that could not be programmed they have the plan. That is harmless, because sockets are
+    /// closed only if their backend does not serve.
     #[must_use]
     pub fn of(delta: &Delta) -> Self {
         Self {
