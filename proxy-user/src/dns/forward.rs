@@ -43,7 +43,7 @@ pub(crate) struct Forwarder {
     upstream: RwLock<Upstream>,
     in_flight: InFlight,
     /// Questions that wait for an answer, so that weir forwards the same question of several clients once.
-    asked: Mutex<HashMap<UpstreamQuestion, Shared<BoxFuture<'static, Arc<Answer>>>>>,
+    waiting: Mutex<HashMap<UpstreamQuestion, Shared<BoxFuture<'static, Arc<Answer>>>>>,
 }
 
 /// Counts the questions that the upstream has not answered yet.
@@ -104,7 +104,7 @@ impl Forwarder {
     /// A forwarder without servers. It drops what the upstream sends about names of `domain`.
     #[must_use]
     pub(crate) fn new(domain: Name, in_flight: InFlight) -> Self {
-        Self { domain, upstream: RwLock::default(), in_flight, asked: Mutex::default() }
+        Self { domain, upstream: RwLock::default(), in_flight, waiting: Mutex::default() }
     }
 
     /// Replaces the servers. The cache stays unless the origin changes, because a Service's endpoints come and go and
@@ -147,17 +147,17 @@ impl Forwarder {
         question: &UpstreamQuestion,
         upstream: Upstream,
     ) -> (Shared<BoxFuture<'static, Arc<Answer>>>, Option<Asking<'_>>) {
-        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(answer) = asked.get(question) {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(answer) = waiting.get(question) {
             return (answer.clone(), None);
         }
         let answer = ask(question.clone(), upstream, self.domain.clone()).boxed().shared();
-        asked.insert(question.clone(), answer.clone());
+        waiting.insert(question.clone(), answer.clone());
         (answer, Some(Asking { forwarder: self, question: question.clone() }))
     }
 }
 
-/// Removes a question from [`Forwarder::asked`] when it is dropped.
+/// Removes a question from [`Forwarder::waiting`] when it is dropped.
 struct Asking<'a> {
     forwarder: &'a Forwarder,
     question: UpstreamQuestion,
@@ -165,7 +165,7 @@ struct Asking<'a> {
 
 impl Drop for Asking<'_> {
     fn drop(&mut self) {
-        self.forwarder.asked.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.question);
+        self.forwarder.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.question);
     }
 }
 

@@ -34,7 +34,7 @@ pub struct About {
     pub words: Vec<String>,
 }
 
-/// Answers the paths of [`PATHS`], whatever the method.
+/// Answers the paths of this page, whatever the method.
 pub fn admin_router(metrics: &Metrics, about: About) -> Router {
     let About { proxy_mode, configuration, words } = about;
     let metrics = metrics.clone();
