@@ -295,7 +295,7 @@ fn reverse(names: &Names, zone: &Zone, query: &Query<'_>, address: IpAddr) -> Lo
     }
 }
 
-/// The names of an address by one Service.
+/// The names that one Service gives to an address.
 fn pointers(names: &Names, zone: &Zone, owner: &ObjectName, address: IpAddr) -> Vec<Name> {
     let Some((named, service)) =
         names.get(&owner.to_string()).and_then(|named| Some((named, named.service()?)))

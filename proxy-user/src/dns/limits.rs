@@ -16,7 +16,7 @@ use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota};
 
 use crate::model::NameClients;
 
-/// weir drops quiet clients once in so many queries.
+/// weir drops quiet clients after this many queries.
 const BETWEEN_LOOKS: u32 = 8192;
 /// With more clients than a node can have, all share one rate.
 const MOST_CLIENTS: usize = 16_384;

@@ -92,7 +92,7 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// When it cannot listen on the address, with `hard_fail` only.
+    /// With `hard_fail`, when it cannot listen on the address. Without, never.
     pub async fn run(self, router: Router, stop: watch::Receiver<bool>) -> Result<(), ServerError> {
         self.run_and_report(router, stop, |_| {}).await
     }

@@ -65,7 +65,7 @@ pub(super) enum Walked {
     Unfiltered,
 }
 
-/// The requests, on a netlink socket.
+/// Sends requests on a netlink socket.
 pub(super) struct Requests(Channel);
 
 impl Requests {

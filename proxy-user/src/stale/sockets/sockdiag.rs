@@ -79,7 +79,7 @@ impl Name {
     }
 }
 
-/// The requests, on a netlink socket in the network namespace it was opened in.
+/// Sends requests on a netlink socket of the network namespace in which it was opened.
 pub(super) struct SockDiag(Channel);
 
 impl SockDiag {
