@@ -1,4 +1,7 @@
-//! Answers to names: a path of its own, so that programming the kernel waits for no query and no query for the kernel.
+//! Starts the DNS responder on threads of its own, so that the engine waits for no query and no query waits for the
+//! kernel.
+//!
+//! In: the configuration, and the names that the engine fills. Out: sockets, a watchdog, and metrics.
 //!
 //! ```text
 //! engine ──Names──▶ supervise (own runtime: sockets, upstream, clients) ──Wanted──▶ watchdog (own thread: device)
@@ -16,8 +19,8 @@ use hickory_proto::rr::Name;
 use tokio::{sync::watch, task::JoinSet};
 
 use super::{
-    Clients, Counters, Forwarder, Limits, Origin, Outcome, Replier, Responder, SharedNames, Sockets,
-    AnsweredAddresses, InFlight, Wanted, Watchdog, Zone, connections, datagrams, names::Names,
+    AnsweredAddresses, Clients, Counters, Forwarder, InFlight, Limits, Origin, Outcome, Replier, Responder,
+    SharedNames, Sockets, Wanted, Watchdog, Zone, connections, datagrams, names::Names,
 };
 use crate::{
     config::{Config, DetectLocal, DnsConfig},
@@ -28,11 +31,11 @@ use crate::{
     source::host::Addresses,
 };
 
-/// How often is looked at what nobody tells of: the resolver's configuration, ports that become free, counts.
+/// How often weir checks what it gets no notification of: resolv.conf, ports that become free, counts.
 const BEAT: Duration = Duration::from_secs(1);
-/// How often the kernel is asked which flows were passed on.
+/// How often weir reads the kernel's counter of flows that were passed on.
 const STRANGERS_BEAT: Duration = Duration::from_secs(5);
-/// How long to wait before a device is asked for again.
+/// The pause before the next attempt to create the device.
 const PAUSE: Duration = Duration::from_secs(5);
 
 /// How much clients may have at a time.
@@ -43,12 +46,12 @@ pub(crate) struct Room {
     pub(crate) lookups: InFlight,
 }
 
-/// Starts to answer names from what the engine puts into the names it is given back, and to say so in `metrics`. Goes on
-/// until the process ends.
+/// Starts the threads, which run until the process ends. Returns the names, which the engine fills, and the channel by
+/// which it reports changes.
 ///
 /// # Errors
 ///
-/// When a thread does not start, or the domain is none.
+/// When a thread does not start, or the domain is invalid.
 pub(crate) fn start(
     config: &Config,
     dns: &DnsConfig,
@@ -103,7 +106,7 @@ pub(crate) fn start(
     Ok((names, seen))
 }
 
-/// Runs a watchdog, and a new one where there can be none or its device was taken away.
+/// Runs a watchdog, and starts a new one when it fails or its device is deleted.
 async fn watch_over(
     own: IpAddr,
     domain: Name,
@@ -124,7 +127,7 @@ async fn watch_over(
             Err(error) => {
                 let text = format!("{:#}", anyhow::Error::from(error));
                 if text != complained {
-                    tracing::error!(error = text, "names are left to the cluster's DNS Service");
+                    tracing::error!(error = text, "DNS queries go to the cluster's DNS Service");
                     complained = text;
                 }
             }
@@ -140,18 +143,18 @@ struct Supervisor {
     detect_local: DetectLocal,
     wanted: watch::Sender<Wanted>,
     metrics: Metrics,
-    /// How often each outcome was told to the metrics.
+    /// The last count of each outcome in the metrics.
     counted: BTreeMap<&'static str, u64>,
     /// The tasks at each address.
     open: BTreeMap<IpAddr, JoinSet<()>>,
-    /// Addresses that could not be listened at, and were told of.
+    /// Addresses that weir could not listen on and has warned of.
     complained: BTreeSet<IpAddr>,
-    /// Addresses of the Service that are somebody else's here.
+    /// Addresses of the Service that another program has on this host.
     taken: BTreeSet<IpAddr>,
     warnings: Warnings,
 }
 
-/// What the names say of the cluster's DNS Service and of pods.
+/// The state of the names that matters here: the cluster's DNS Service and the pods' networks.
 struct Known {
     synced: bool,
     /// The DNS Service, if it exists.
@@ -161,7 +164,7 @@ struct Known {
     pod_networks: Vec<ipnet::IpNet>,
 }
 
-/// What was warned of, so that it is once.
+/// The warnings that were logged, so that each is logged once.
 #[derive(Default)]
 struct Warnings {
     all_answered: bool,
@@ -173,8 +176,8 @@ impl Warnings {
     fn all_are_answered(&mut self) {
         if !std::mem::replace(&mut self.all_answered, true) {
             tracing::warn!(
-                "nothing tells pods from others, so names are answered to every client that reaches this node's addresses; \
-                 set --cluster-cidr, or --detect-local-mode NodeCIDR"
+                "weir cannot distinguish pods from other clients, so it answers DNS queries of every client that reaches this \
+                 node's addresses; set --cluster-cidr, or --detect-local-mode NodeCIDR"
             );
         }
     }
@@ -192,7 +195,7 @@ impl Warnings {
         }
     }
 
-    /// Says which Service is the cluster's DNS.
+    /// Logs which Service is the cluster's DNS Service.
     fn service(&mut self, known: &Known, config: &DnsConfig) {
         if !known.synced || self.service.as_ref() == Some(&known.service) {
             return;
@@ -209,8 +212,8 @@ impl Warnings {
     }
 }
 
-/// Counts flows to the DNS Service that packet rules pass on to its endpoints because of where they come from, and says
-/// once from where. Goes on until the process ends.
+/// Counts flows to the DNS Service that the rules pass on to its endpoints because of their source, and warns once with
+/// one such source. Runs until the process ends.
 pub(crate) async fn tell_of_strangers(dropped: Arc<Drops>, detect: DetectLocal, metrics: Metrics) {
     let mut beat = tokio::time::interval(STRANGERS_BEAT);
     let (mut warned, mut counted) = (false, None);
@@ -222,7 +225,7 @@ pub(crate) async fn tell_of_strangers(dropped: Arc<Drops>, detect: DetectLocal, 
         else {
             continue;
         };
-        // The rules have counted for longer than this process lives, and anew where the tables are.
+        // The counter is older than this process, and starts again when the tables are new.
         let before = counted.replace(flows).unwrap_or(flows);
         metrics.count_queries("passed-on", flows.saturating_sub(before));
         if let Some(address) = addresses.first()
@@ -238,7 +241,7 @@ pub(crate) async fn tell_of_strangers(dropped: Arc<Drops>, detect: DetectLocal, 
     }
 }
 
-/// Where pods' networks are set.
+/// The setting that has the pods' networks.
 fn field(detect: &DetectLocal) -> &'static str {
     match detect {
         DetectLocal::NodeCidr => "spec.podCIDRs of this Node (and --dns-clients)",
@@ -260,7 +263,7 @@ impl Supervisor {
                 Ok(()) = addresses.changed() => {}
                 Ok(()) = standing.changed() => {}
                 _ = beat.tick() => {
-                    self.tell_counts();
+                    self.update_counts();
                     let refused = self.responder.limits.take_refused();
                     self.warnings.refused(refused, &self.detect_local, self.config.address);
                 }
@@ -271,8 +274,8 @@ impl Supervisor {
             self.metrics.set_answered_addresses(standing.borrow_and_update().len());
             self.warnings.service(&known, &self.config);
             let free = self.leave_alone(&known, &host);
-            self.say_who_is_answered(&known, host);
-            self.say_who_is_upstream(&known);
+            self.set_clients(&known, host);
+            self.set_servers(&known);
             self.listen(&free, known.synced);
         }
     }
@@ -289,8 +292,8 @@ impl Supervisor {
         }
     }
 
-    /// The addresses answered at are the host's own as well: with nowhere else to send, it sends from them.
-    fn say_who_is_answered(&mut self, known: &Known, mut host: Vec<IpAddr>) {
+    /// Adds the answered addresses to the host's own, because without another route the host sends from them.
+    fn set_clients(&mut self, known: &Known, mut host: Vec<IpAddr>) {
         host.extend(known.addresses.iter().copied().chain([self.config.address]));
         host.sort_unstable();
         let networks = NameClients::new(&self.detect_local, &known.pod_networks, &self.config.clients);
@@ -300,15 +303,16 @@ impl Supervisor {
         self.responder.limits.set_clients(Clients { host, networks });
     }
 
-    /// Never the Service itself, which would be us.
-    fn say_who_is_upstream(&self, known: &Known) {
+    /// Sets the upstream's servers, without the addresses at which weir itself answers.
+    fn set_servers(&self, known: &Known) {
         let ours = |server: &SocketAddr| {
             known.addresses.contains(&server.ip()) || server.ip() == self.config.address
         };
         let (origin, mut servers) = if !self.config.upstream.is_empty() {
             (Origin::Given, self.config.upstream.clone())
         } else if known.service.is_some() || !known.synced {
-            // The cluster's DNS may know names that the node's own servers deny, so these are no stand-in while it is down.
+            // The cluster's DNS may have names that the node's own servers deny, so those cannot replace it while it
+            // is down.
             (Origin::Service, known.endpoints.clone())
         } else {
             (Origin::Node, resolv_conf())
@@ -317,23 +321,22 @@ impl Supervisor {
         self.responder.forwarder.set_servers(origin, &servers);
     }
 
-    /// The Service's addresses, but those that this host has by other means: a cache on the node, as NodeLocal DNSCache is,
-    /// answers there.
+    /// The Service's addresses without those that another program has on this host, such as NodeLocal DNSCache.
     fn leave_alone(&mut self, known: &Known, host: &[IpAddr]) -> BTreeSet<IpAddr> {
         if host.is_empty() {
-            // Nobody has told yet.
+            // The host's addresses are not known yet.
             return BTreeSet::new();
         }
         let (taken, free): (BTreeSet<_>, BTreeSet<_>) =
             known.addresses.iter().copied().partition(|address| host.contains(address));
         for address in taken.difference(&self.taken) {
-            tracing::warn!(%address, "the DNS Service's address is one of this host's own; it is left to whoever answers there");
+            tracing::warn!(%address, "the DNS Service's address is already an address of this host; weir leaves it to the program that answers there");
         }
         self.taken = taken;
         free
     }
 
-    /// Has sockets at every address that names are to be answered at, and says at which there are.
+    /// Opens sockets at every wanted address, and sends the addresses with sockets to the watchdog.
     fn listen(&mut self, wanted: &BTreeSet<IpAddr>, synced: bool) {
         let all: BTreeSet<IpAddr> = wanted.iter().copied().chain([self.config.address]).collect();
         for address in &all {
@@ -361,18 +364,18 @@ impl Supervisor {
                 self.complained.remove(&address);
             }
             Err(error) if self.complained.insert(address) => {
-                tracing::warn!(%address, %error, "cannot listen there, so names are left to the cluster's DNS Service");
+                tracing::warn!(%address, %error, "cannot listen on this address, so DNS queries go to the cluster's DNS Service");
             }
             Err(_) => {}
         }
     }
 
-    fn tell_counts(&mut self) {
+    fn update_counts(&mut self) {
         for outcome in Outcome::ALL {
             let now = self.responder.counters.of(outcome);
-            let told = self.counted.entry(outcome.as_str()).or_default();
-            self.metrics.count_queries(outcome.as_str(), now - *told);
-            *told = now;
+            let counted = self.counted.entry(outcome.as_str()).or_default();
+            self.metrics.count_queries(outcome.as_str(), now - *counted);
+            *counted = now;
         }
     }
 }

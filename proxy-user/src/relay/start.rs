@@ -1,10 +1,10 @@
-//! NodePorts on loopback addresses where nothing but the packets' plane serves: a path of its own, on a thread of its own.
+//! Runs the relay on a thread of its own, while only the nftables plane serves.
 //!
 //! ```text
-//! engine ──NodePortChanges──▶ supervise ──▶ sockets on 127.0.0.1 and ::1 ──▶ backends
-//! planes ──name of what serves──▶    └─▶ metrics
+//! engine ──NodePortChanges──────▶ supervisor ──▶ sockets on 127.0.0.1 and ::1 ──▶ backends
+//! planes ──name of the plane that serves──▶ └─▶ metrics
 //! ```
-//! A port that cannot be listened on, because a process has it, keeps none of the others waiting; it is tried again.
+//! If another process has a port, weir tries again later to listen on it. Other ports do not wait.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,10 +28,10 @@ use crate::{
     places::Places,
 };
 
-/// How often a port that could not be listened on is tried again.
+/// The pause before the next attempt to listen.
 const AGAIN: Duration = Duration::from_secs(5);
 
-/// The families whose NodePorts are to answer on loopback addresses whatever plane serves.
+/// The families whose NodePorts answer on loopback addresses whichever plane serves.
 pub(crate) fn relayed(settings: &Settings) -> PerFamily<bool> {
     let is = |family: Family| {
         *settings.families.get(family)
@@ -40,13 +40,13 @@ pub(crate) fn relayed(settings: &Settings) -> PerFamily<bool> {
     PerFamily { v4: is(Family::V4), v6: is(Family::V6) }
 }
 
-/// Relays what `news` tells of, for as long as `mode` is not that of the sockets' plane. The thread ends with the process.
+/// Relays the NodePorts of `changes` while `mode` is not the socket plane. The thread ends with the process.
 ///
 /// # Errors
 ///
 /// When the thread does not start.
 pub(crate) fn start(
-    news: mpsc::UnboundedReceiver<NodePortChanges>,
+    changes: mpsc::UnboundedReceiver<NodePortChanges>,
     mode: watch::Receiver<&'static str>,
     places: Places<LoopbackPort>,
     metrics: &Metrics,
@@ -60,14 +60,14 @@ pub(crate) fn start(
     };
     std::thread::Builder::new().name("relay".to_owned()).spawn(move || {
         match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-            Ok(runtime) => runtime.block_on(supervisor.run(news, mode)),
+            Ok(runtime) => runtime.block_on(supervisor.run(changes, mode)),
             Err(error) => tracing::error!(%error, "NodePorts are not relayed on loopback addresses"),
         }
     })?;
     Ok(())
 }
 
-/// A NodePort that is listened on, for as long as this lives.
+/// A NodePort with a listening task, which ends when this is dropped.
 struct Open {
     picker: Arc<Picker>,
     task: JoinHandle<()>,
@@ -82,7 +82,7 @@ impl Drop for Open {
 struct Supervisor {
     node_ports: NodePorts,
     open: BTreeMap<LoopbackPort, Open>,
-    /// Those that cannot be listened on.
+    /// NodePorts that weir cannot listen on.
     taken: BTreeSet<LoopbackPort>,
     places: Places<LoopbackPort>,
     metrics: Metrics,
@@ -91,19 +91,19 @@ struct Supervisor {
 impl Supervisor {
     async fn run(
         mut self,
-        mut news: mpsc::UnboundedReceiver<NodePortChanges>,
+        mut changes: mpsc::UnboundedReceiver<NodePortChanges>,
         mut mode: watch::Receiver<&'static str>,
     ) {
         loop {
             tokio::select! {
-                some = news.recv() => match some {
+                some = changes.recv() => match some {
                     Some(some) => self.node_ports.apply(some),
                     None => return,
                 },
                 changed = mode.changed() => if changed.is_err() { return },
                 () = tokio::time::sleep(AGAIN), if !self.taken.is_empty() => {}
             }
-            while let Ok(more) = news.try_recv() {
+            while let Ok(more) = changes.try_recv() {
                 self.node_ports.apply(more);
             }
             let serves = *mode.borrow_and_update() != ebpf::MODE;
@@ -111,7 +111,7 @@ impl Supervisor {
         }
     }
 
-    /// Listens on what leads somewhere, if this is to serve at all, and on nothing else.
+    /// Listens on exactly the NodePorts that have backends, or on none if the socket plane serves.
     fn follow(&mut self, serves: bool) {
         self.open.retain(|port, _| serves && self.node_ports.get(*port).is_some());
         self.taken.retain(|port| serves && self.node_ports.get(*port).is_some());
@@ -130,7 +130,7 @@ impl Supervisor {
                     self.metrics.localhost_listener_failed(port.family);
                     if self.taken.insert(port) {
                         let (address, protocol) = (port.address(), port.protocol);
-                        tracing::warn!(%address, %protocol, %error, "a NodePort is not served here; it is tried again");
+                        tracing::warn!(%address, %protocol, %error, "cannot listen for a NodePort on this address; weir will try again");
                     }
                 }
             }

@@ -90,7 +90,7 @@ pub fn cleanup_kube_proxy(excluded: &[IpNet], log: &LogArgs) -> anyhow::Result<(
     Telemetry::init(log.config())?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (removed, failed) = runtime.block_on(takeover::remove(excluded));
-    takeover::tell(&removed);
+    takeover::log_removed(&removed);
     let failed: Vec<String> =
         failed.into_iter().map(|error| format!("{:#}", anyhow::Error::from(error))).collect();
     if failed.is_empty() { Ok(()) } else { bail!("{}", failed.join("\n")) }

@@ -8,7 +8,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use prometheus_client::metrics::counter::Counter;
 
 use crate::{
-    dns::{Room, InFlight},
+    dns::{InFlight, Room},
     observe::Metrics,
     places::Places,
     relay::LoopbackPort,

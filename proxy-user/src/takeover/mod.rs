@@ -31,7 +31,7 @@ mod start;
 
 pub use chains::KeepReason;
 use chains::Removal;
-pub(crate) use start::{start, tell};
+pub(crate) use start::{log_removed, start};
 
 /// The device with every ClusterIP in kube-proxy's ipvs mode, which makes the addresses local to the host.
 const DEVICE: &str = "kube-ipvs0";

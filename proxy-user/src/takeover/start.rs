@@ -1,8 +1,8 @@
-//! Taking over from kube-proxy: what it left in the kernel goes once everything of ours is in force.
+//! Takes over from kube-proxy: removes what it left in the kernel, once weir's rules are in force.
 //!
-//! In: the news that a family is in force. Out: a kernel without kube-proxy's rules of that family, or a line that says why
-//! they are still there; what is of no single family goes with the last one. It is done once for each start, so that a
-//! kube-proxy that still runs and puts its rules back is not fought.
+//! In: a message for each family that is in force. Out: a kernel without kube-proxy's rules of that family, or a log
+//! line that says why they are still there. The ipvs mode, which has no family, goes with the last family. weir does
+//! this once per start, so that it does not fight a kube-proxy that still runs and restores its rules.
 
 use ipnet::IpNet;
 use tokio::sync::mpsc;
@@ -10,8 +10,8 @@ use tokio::sync::mpsc;
 use super::{KeepReason, KeptChain, Removed, listed, remove_of};
 use crate::model::{Family, PerFamily};
 
-/// Waits for the news in a task. Virtual servers of IPVS in the `excluded` networks stay. Of a family that is not `served`
-/// the rules go with the first one that is.
+/// Starts a task that waits for families. Virtual servers of IPVS in the `excluded` networks stay. The rules of a
+/// family that is not `served` go with the first family that is.
 pub(crate) fn start(excluded: Vec<IpNet>, served: PerFamily<bool>) -> mpsc::UnboundedSender<Family> {
     let (sender, mut in_force) = mpsc::unbounded_channel();
     tokio::spawn(async move {
@@ -22,10 +22,10 @@ pub(crate) fn start(excluded: Vec<IpNet>, served: PerFamily<bool>) -> mpsc::Unbo
             *waiting.get_mut(family) = false;
             let last = (!waiting.v4 && !waiting.v6).then_some(&*excluded);
             let (removed, failed) = remove_of(std::mem::take(&mut going), last).await;
-            tell(&removed);
+            log_removed(&removed);
             for error in failed {
                 let cause = std::error::Error::source(&error).map(ToString::to_string);
-                tracing::warn!(%error, cause, "kube-proxy's rules may still lead new connections; `weir cleanup --kube-proxy` tries again");
+                tracing::warn!(%error, cause, "kube-proxy's rules may still translate new connections; `weir cleanup --kube-proxy` tries again");
             }
             if last.is_some() {
                 return;
@@ -35,8 +35,8 @@ pub(crate) fn start(excluded: Vec<IpNet>, served: PerFamily<bool>) -> mpsc::Unbo
     sender
 }
 
-/// Says what was removed, and what stays.
-pub(crate) fn tell(removed: &Removed) {
+/// Logs what was removed, and what stays.
+pub(crate) fn log_removed(removed: &Removed) {
     let Removed { tables, chains, servers, sets, devices, kept_chains, kept_sets } = removed;
     if !removed.is_empty() {
         tracing::info!(
@@ -45,7 +45,7 @@ pub(crate) fn tell(removed: &Removed) {
             servers,
             sets,
             devices,
-            "took over from kube-proxy and removed what it had left"
+            "took over from kube-proxy and removed its rules"
         );
     }
     let is_refused = |kept: &&KeptChain| matches!(kept.because, KeepReason::Refused(_));
@@ -53,13 +53,13 @@ pub(crate) fn tell(removed: &Removed) {
     if !refused.is_empty() {
         tracing::warn!(
             chains = listed(refused),
-            "chains of kube-proxy stay, because packets to Services would be refused without them; they are not kept up, so accept these packets by rules of your own"
+            "chains of kube-proxy stay, because packets to Services would be refused without them; weir does not update them, so accept these packets by rules of your own"
         );
     }
     if !led_to.is_empty() {
         tracing::warn!(
             chains = listed(led_to),
-            "chains of kube-proxy stay, because other programs use them; those that held Services are empty"
+            "chains of kube-proxy stay, because other programs use them; weir has emptied those with Services"
         );
     }
     if !kept_sets.is_empty() {

@@ -7,16 +7,15 @@ use std::{path::Path, sync::mpsc};
 use super::{Sockets, Suspects};
 use crate::{dataplane::ebpf::Place, observe::Metrics};
 
-/// Where network namespaces of pods have names, if their runtime gives them some: CNI's runtimes, and Docker.
+/// The directories in which container runtimes name the network namespaces of pods: CNI's runtimes, and Docker.
 const NAMESPACES: [&str; 2] = ["/run/netns", "/run/docker/netns"];
 
-/// Closes sockets whose backend serves no longer, behind the engine's back. Where that is not possible, one warning says
-/// so and nothing is closed.
+/// Starts the thread. If weir cannot close sockets here, it logs one warning and starts no thread.
 pub(crate) fn start(place: &Place, metrics: &Metrics) -> anyhow::Result<Option<mpsc::Sender<Suspects>>> {
     let sockets = match Sockets::open(&place.sockets(), &place.services(), &NAMESPACES.map(Path::new)) {
         Ok(sockets) => sockets,
         Err(error) => {
-            tracing::warn!(%error, "sockets whose backend is gone are not closed");
+            tracing::warn!(%error, "weir does not close sockets of removed backends");
             return Ok(None);
         }
     };
