@@ -132,7 +132,7 @@ impl BackendSet {
     pub const ALL: [Self; 2] = [Self::Cluster, Self::Local];
 }
 
-/// The treatment of flows from one class of sources.
+/// What one class of sources gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct Treatment {
     /// The backends, or the refusal.
@@ -235,11 +235,13 @@ pub struct PortPlan {
 }
 
 impl PortPlan {
-    /// Whether UDP flows and sockets of this port may stay with an endpoint (K2).
+    /// The backends of one set, in the order of their slots.
     #[must_use]
-    pub fn serves(&self, address: IpAddr, port: u16) -> bool {
-        let key = |backend: &Backend| (backend.address, backend.port);
-        self.serving.binary_search_by_key(&(address, port), key).is_ok()
+    pub fn backends(&self, set: BackendSet) -> &[Backend] {
+        match set {
+            BackendSet::Cluster => &self.cluster,
+            BackendSet::Local => &self.local,
+        }
     }
 
     /// What the port does with a frontend, if it has it.
