@@ -1,48 +1,49 @@
-//! What groups of processes have of what all of them share.
+//! Shares of groups of processes in the room that all of them have.
 //!
-//! In: how much a group has, and how much all have. Out: whether it may have one more, and where that stands.
+//! In: how many entries a group has, and how many all groups have. Out: whether the group may have one more,
+//! and the indices of both counts in `accounts`.
 //!
-//! An element of `accounts` is how many a group has of one thing. A group is a cgroup, and those whose numbers lead to the
-//! same place are one. One more element of each thing says how many all groups have.
+//! An entry of `accounts` counts the entries of one kind that a group has. A group is a cgroup; cgroups whose
+//! ids have the same index share one. One more entry of each kind counts the entries of all groups.
 
-/// How many groups are told apart: a power of two.
+/// The number of groups, a power of two.
 pub const GROUPS: u32 = 1 << 12;
-/// How many elements `accounts` has.
+/// The size of `accounts`.
 pub const COUNT: u32 = 4 * (GROUPS + 1);
 
-/// Elements of `affinities`.
+/// Kind: entries of `affinities`.
 pub const CLIENTS: u32 = 0;
-/// Elements of `origins`.
+/// Kind: entries of `origins`.
 pub const ORIGINS: u32 = 1;
-/// Unconnected sockets in `flows`.
+/// Kind: sockets with a value in `flows`.
 pub const FLOWS: u32 = 2;
-/// Unconnected sockets in `crowds`.
+/// Kind: sockets with a value in `crowds`.
 pub const CROWDS: u32 = 3;
 
-/// Room in `origins`: as many connections as connection tracking has room for by default, which all of these would be in
-/// without us.
+/// Room in `origins`: as much as connection tracking has by default, which would hold all of these
+/// connections without weir.
 pub const MOST_ORIGINS: u32 = 1 << 18;
-/// Room in `flows`, which has none of its own: about 450 bytes each.
+/// Room in `flows`, which has no size of its own: about 450 bytes for each socket.
 pub const MOST_FLOWS: u32 = 1 << 15;
-/// Room in `crowds`, which has none of its own: 4 KiB each.
+/// Room in `crowds`, which has no size of its own: 4 KiB for each socket.
 pub const MOST_CROWDS: u32 = 1 << 10;
 
-/// Where it stands how many of one thing a group has.
+/// The index of the count of one kind and group.
 #[must_use]
 #[inline(always)]
-pub const fn of(thing: u32, group: u32) -> u32 {
-    thing * (GROUPS + 1) + (group & (GROUPS - 1))
+pub const fn of(kind: u32, group: u32) -> u32 {
+    kind * (GROUPS + 1) + (group & (GROUPS - 1))
 }
 
-/// Where it stands how many of one thing all groups have.
+/// The index of the count of one kind and all groups.
 #[must_use]
 #[inline(always)]
-pub const fn of_all(thing: u32) -> u32 {
-    thing * (GROUPS + 1) + GROUPS
+pub const fn of_all(kind: u32) -> u32 {
+    kind * (GROUPS + 1) + GROUPS
 }
 
-/// Whether a group may have one more: it may have an eighth of what the others leave. The first that is greedy gets a
-/// ninth of the room, and after twenty of them a tenth of it is still left.
+/// Whether a group may have one more entry: it may have at most an eighth of what all groups leave free. The
+/// first greedy group gets a ninth of the room, and after twenty of them a tenth of it is still free.
 #[must_use]
 #[inline(always)]
 pub const fn may_take(has: u64, all_have: u64, room: u32) -> bool {
@@ -76,10 +77,10 @@ mod tests {
 
     #[test]
     fn accounts_do_not_overlap() {
-        let things = [CLIENTS, ORIGINS, FLOWS, CROWDS];
-        let all = things
+        let kinds = [CLIENTS, ORIGINS, FLOWS, CROWDS];
+        let all = kinds
             .into_iter()
-            .flat_map(|thing| (0..GROUPS).map(move |group| of(thing, group)).chain([of_all(thing)]));
+            .flat_map(|kind| (0..GROUPS).map(move |group| of(kind, group)).chain([of_all(kind)]));
         assert!(all.eq(0..COUNT));
         assert_eq!(of(FLOWS, GROUPS + 1), of(FLOWS, 1));
     }

@@ -1,17 +1,17 @@
-//! The kernel programs. Built for the host too, as an empty program, so that the whole workspace builds, lints and
-//! tests with one command; `proxy-user/build.rs` builds it for the kernel.
+//! The kernel programs. For the host this builds an empty program, so that one command builds, lints and
+//! tests the whole workspace; `proxy-user/build.rs` builds it for the kernel.
 //!
 //! ```text
-//! connect4/6      ─┐           ┌─▶ frontends ─▶ ports ─▶ records ─▶ (affinities, members) ─▶ slots
-//! sendmsg4/6      ─┴─ resolve ─┤    before: bypassed, homes, made; after: tallies
-//!                              └─▶ seats, origins (connected sockets), flows, crowds (unconnected ones)
-//! recvmsg4/6      ─┬─ told ◀───────┘
+//! connect4/6      ─┐               ┌─▶ frontends ─▶ ports ─▶ records ─▶ (affinities, members) ─▶ slots
+//! sendmsg4/6      ─┴─ translate ───┤    before: bypassed, homes, made; after: tallies
+//!                                  └─▶ seats, origins (connected sockets), flows, crowds (unconnected sockets)
+//! recvmsg4/6      ─┬─ reverse ◀────────┘
 //! getpeername4/6  ─┘
 //! post_bind4/6    ──▶ frontends, homes, bound
 //! sock_create     ──▶ made: a process made this socket, so the kernel will run sock_release for it
-//! sock_release    ──▶ forgets the socket in seats, origins, accounts, homes; flows, crowds and bound go with the socket
+//! sock_release    ──▶ removes the socket from seats, origins, accounts, homes; the kernel frees flows, crowds and bound
 //!
-//! settings holds what the programs have to know of the node; accounts counts what takes memory, and troubles what failed
+//! every program reads settings; accounts counts entries that take memory, and troubles counts failures
 //! ```
 
 #![cfg_attr(target_arch = "bpf", no_std)]

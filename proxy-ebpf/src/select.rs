@@ -1,11 +1,11 @@
-//! Which slot serves.
+//! The choice of a random slot.
 //!
-//! In: a random number. Out: a slot, each as likely as the other.
+//! In: a random number. Out: a slot; all slots have the same probability.
 
-/// Which of `count` slots serves a draw of `random`; `None` when there is nothing to choose from.
+/// Selects one of `count` slots by a random number; `None` if there are none.
 ///
-/// The draw is scaled instead of reduced by remainder: one multiplication, and no slot is favoured by more than
-/// `count / 2^32`.
+/// The number is scaled instead of reduced by remainder: that is one multiplication, and no slot is favoured
+/// by more than `count / 2^32`.
 #[inline(always)]
 pub const fn select(random: u32, count: u32) -> Option<u32> {
     if count == 0 {

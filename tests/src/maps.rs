@@ -92,7 +92,7 @@ impl Maps {
                 maps.addresses.insert(key, value.flags());
                 continue;
             }
-            let record = u32::try_from(ports.get(&value.number(), 0)?)?;
+            let record = u32::try_from(ports.get(&value.port(), 0)?)?;
             let lead = Lead::of(value, record, &records.get(&record, 0)?);
             for Choice { slots: Slots { first, count }, .. } in lead.choices {
                 for slot in first..first + count {
@@ -149,7 +149,7 @@ impl Lead {
             }
         };
         let choices = [column.pod, column.host].map(choice);
-        Self { port: value.number(), record: number, flags: record.flags, affinity: record.affinity, choices }
+        Self { port: value.port(), record: number, flags: record.flags, affinity: record.affinity, choices }
     }
 }
 

@@ -1,8 +1,10 @@
-//! A pod that binds a Service's own address answers there itself, to the processes that ask in the same pod.
+//! Sockets that a pod binds to a Service's address. Such a pod serves that address itself for the clients in
+//! it.
 //!
-//! In: a socket that has just been bound. Out: one more in `homes`, if its address and port are a Service's. No bind is
-//! refused: a process of the host may have the number of a NodePort, as beside kube-proxy, because the kernel hands such
-//! numbers out to clients too, and a server in the host's network may have the same number as its own NodePort.
+//! In: a socket that a process has bound. Out: one more in `homes`, if its address and port are a Service's.
+//! The program never refuses a bind. A process of the host may bind the number of a NodePort, as it may
+//! beside kube-proxy: the kernel assigns such numbers to clients too, and a server in the host's network may
+//! listen on the number of its own NodePort.
 
 use aya_ebpf::{EbpfContext as _, helpers::generated::bpf_get_netns_cookie, programs::SockContext};
 use proxy_ebpf::Settings;
@@ -12,11 +14,11 @@ use super::{
     socket::{self, Family, TCP, UDP},
 };
 
-/// A socket was bound to an address and a port.
+/// The hooks `post_bind4` and `post_bind6`.
 #[inline(always)]
 pub(super) fn bound(context: &SockContext, family: Family) -> i32 {
     let Some(settings) = maps::SETTINGS.get(Settings::PLANE) else { return ALLOW };
-    // SAFETY: the kernel hands every program of this kind a valid context; the verifier checks each access.
+    // SAFETY: the kernel gives every program of this type a valid context; the verifier checks each access.
     let bound = unsafe { &*context.sock };
     let protocol = bound.protocol;
     if protocol != TCP && protocol != UDP {
@@ -26,10 +28,10 @@ pub(super) fn bound(context: &SockContext, family: Family) -> i32 {
     let namespace = unsafe { bpf_get_netns_cookie(context.as_ptr()) };
     // SAFETY: as above.
     let address = unsafe { socket::own_address(family, &raw const bound.src_ip4, &raw const bound.src_ip6) };
-    // A port in the host's order, unlike everywhere else.
+    // This field is in the host's byte order, unlike all others.
     let port = (bound.src_port as u16).to_be();
     if namespace != socket::host(settings.host) && resolve::is_frontend(&address, port, protocol) {
-        home::note(context, namespace);
+        home::count(context, namespace);
     }
     ALLOW
 }

@@ -1,9 +1,9 @@
-//! Where unconnected sockets remember the Services they speak to.
+//! `flows` and `crowds`: the Services that an unconnected socket sends to.
 //!
-//! In: a socket and a Service's address. Out: the place of that flow.
+//! In: a socket and a Service's address. Out: the entry of that flow.
 //!
-//! What the kernel allocates for this counts as the agent's memory, so it is little: room for a few flows, once a backend was
-//! picked, and for many only while a socket has them. And each group of processes has its share.
+//! The kernel charges this memory to the agent, so there is little of it: room for a few flows from the first
+//! translation on, and room for many only while a socket has more. Each group of processes has its share.
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -19,40 +19,41 @@ use super::{
     socket::{self, Client, UDP},
 };
 
-/// A flow that rested this long may go to another backend: what connection tracking grants a UDP stream.
-pub(super) const REST: u64 = 120_000_000_000;
+/// An idle flow may get another backend after this many nanoseconds: connection tracking keeps a UDP stream
+/// as long.
+pub(super) const IDLE: u64 = 120_000_000_000;
 
-/// When a socket last sent there; 0 where it never did.
+/// When the socket last sent there; 0 if the entry is free.
 #[inline(always)]
 pub(super) fn since(flow: &Flow) -> u64 {
     u64::from(flow.since[1]) << 32 | u64::from(flow.since[0])
 }
 
-/// In the low half of `since`, which is a nanosecond less precise for it: the socket has asked the backend itself since.
+/// A bit in the low half of `since`, which loses a nanosecond of precision for it: the socket has sent to the
+/// backend's own address since.
 const SET_ASIDE: u32 = 1;
 
-/// A socket sends there now.
+/// Stores the time, and clears [`SET_ASIDE`].
 #[inline(always)]
 pub(super) fn touch(flow: &mut Flow, now: u64) {
     flow.since = [now as u32 & !SET_ASIDE, (now >> 32) as u32];
 }
 
-/// Whether an answer from this backend belongs to the flow.
+/// Whether an answer from this backend is shown as the flow's Service.
 #[inline(always)]
 fn is_from(flow: &Flow, from: &Endpoint) -> bool {
     flow.since[0] & SET_ASIDE == 0 && socket::same(&backend(flow), from)
 }
 
-/// Where it gets.
 #[inline(always)]
 pub(super) fn backend(flow: &Flow) -> Endpoint {
     Endpoint { address: flow.backend, port: flow.backend_port, zero: 0 }
 }
 
-/// Begins a flow.
+/// Overwrites the entry with a new flow.
 #[inline(always)]
 pub(super) fn begin(flow: &mut Flow, service: &Endpoint, backend: &Endpoint, now: u64) {
-    // Word by word: the compiler would call a function for arrays.
+    // Word by word, because the compiler would emit a function call for an array.
     for word in 0..4 {
         flow.service[word] = service.address[word];
         flow.backend[word] = backend.address[word];
@@ -67,70 +68,71 @@ fn is_to(flow: &Flow, service: &Endpoint) -> bool {
     flow.service_port == service.port && socket::same_address(&flow.service, &service.address)
 }
 
-/// The flow to a Service that a socket has.
+/// Finds the flow to a Service's address.
 #[inline(always)]
 pub(super) fn find(context: &SockAddrContext, to: &Endpoint) -> Option<&'static mut Flow> {
     let flows = of(context)?;
-    for place in 0..FEW {
-        if is_to(&flows.flows[place], to) {
-            return Some(&mut flows.flows[place]);
+    for index in 0..FEW {
+        if is_to(&flows.flows[index], to) {
+            return Some(&mut flows.flows[index]);
         }
     }
     let crowd = crowd_of(context, flows)?;
     let mut search = Search::new(crowd);
-    for place in 0..MANY {
-        let flow = search.flow(place);
+    for index in 0..MANY {
+        let flow = search.flow(index);
         if since(flow) == 0 {
             break;
         }
         if is_to(flow, to) {
-            search.take(place);
+            search.take(index);
             break;
         }
     }
-    if search.is_over() { Some(search.found()) } else { None }
+    if search.has_found() { Some(search.found()) } else { None }
 }
 
-/// What an answer from this backend is shown as: the Service among those with this backend that the socket sent to last.
+/// The source to show for an answer from this backend: of the Services that have this backend, the one that
+/// the socket sent to last.
 #[inline(always)]
 pub(super) fn service_of(context: &SockAddrContext, from: &Endpoint) -> Option<Endpoint> {
     let flows = of(context)?;
     let (mut latest, mut found) = (0, None);
-    for place in 0..FEW {
-        let flow = &flows.flows[place];
+    for index in 0..FEW {
+        let flow = &flows.flows[index];
         if since(flow) > latest && is_from(flow, from) {
-            (latest, found) = (since(flow), Some(place));
+            (latest, found) = (since(flow), Some(index));
         }
     }
     if let Some(crowd) = crowd_of(context, flows) {
         let mut search = Search::after(crowd, latest);
-        for place in 0..MANY {
-            let flow = search.flow(place);
+        for index in 0..MANY {
+            let flow = search.flow(index);
             if since(flow) == 0 {
                 break;
             }
             if since(flow) > search.since() && is_from(flow, from) {
-                search.take(place);
+                search.take(index);
             }
         }
-        if search.is_over() {
+        if search.has_found() {
             return Some(service(search.found()));
         }
     }
-    found.map(|place| service(&flows.flows[place % FEW]))
+    found.map(|index| service(&flows.flows[index % FEW]))
 }
 
-/// A socket sends to an address that is no Service's. If that is a backend it knows, it means the backend itself from now
-/// on: what comes from there is shown as what it is.
+/// Handles a datagram to an address that is no Service's. If it is the backend of a flow, the process means
+/// the backend itself from now on, and [`service_of`] shows answers from there unchanged.
 #[inline(always)]
-pub(super) fn ask_backend(context: &SockAddrContext, to: &Endpoint) {
+pub(super) fn note_backend_address(context: &SockAddrContext, to: &Endpoint) {
     let Some(flows) = of(context) else { return };
-    for place in 0..FEW {
-        set_aside(&mut flows.flows[place], to);
+    for index in 0..FEW {
+        set_aside(&mut flows.flows[index], to);
     }
     let Some(crowd) = crowd_of(context, flows) else { return };
-    for place in 0..MANY {
-        set_aside(&mut crowd.flows[place], to);
+    for index in 0..MANY {
+        set_aside(&mut crowd.flows[index], to);
     }
 }
 
@@ -147,44 +149,45 @@ fn service(flow: &Flow) -> Endpoint {
     Endpoint { address: [a, b, c, d], port: flow.service_port, zero: 0 }
 }
 
-/// A place for a flow the socket does not have: a free one, or that of one that rests; else the one that rested longest.
-/// `None` where nothing more can be remembered for this socket.
+/// The entry for a new flow: a free or an idle one, or else the one that has been idle longest. `None` if
+/// there is no room for this socket.
 #[inline(always)]
-pub(super) fn place(context: &SockAddrContext, client: Client, now: u64) -> Option<&'static mut Flow> {
+pub(super) fn entry_for(context: &SockAddrContext, client: Client, now: u64) -> Option<&'static mut Flow> {
     let flows = of_or_new(context, client)?;
     let mut oldest = 0;
     let mut oldest_since = u64::MAX;
-    for place in 0..FEW {
-        let since = since(&flows.flows[place]);
-        if since == 0 || now.wrapping_sub(since) > REST {
-            return Some(&mut flows.flows[place]);
+    for index in 0..FEW {
+        let since = since(&flows.flows[index]);
+        if since == 0 || now.wrapping_sub(since) > IDLE {
+            return Some(&mut flows.flows[index]);
         }
         if since < oldest_since {
-            (oldest, oldest_since) = (place, since);
+            (oldest, oldest_since) = (index, since);
         }
     }
     let Some(crowd) = crowd_or_new(context, flows) else {
-        maps::count(trouble::FLOWS);
+        maps::count_trouble(trouble::FLOWS);
         return Some(&mut flows.flows[oldest % FEW]);
     };
     let mut search = Search::new(crowd);
-    for place in 0..MANY {
-        let flow = search.flow(place);
-        if since(flow) == 0 || now.wrapping_sub(since(flow)) > REST {
-            search.take(place);
+    for index in 0..MANY {
+        let flow = search.flow(index);
+        if since(flow) == 0 || now.wrapping_sub(since(flow)) > IDLE {
+            search.take(index);
             return Some(search.found());
         }
         if since(flow) < search.since() {
-            search.take(place);
+            search.take(index);
         }
     }
-    maps::count(trouble::FLOWS);
+    maps::count_trouble(trouble::FLOWS);
     Some(search.found())
 }
 
 #[inline(always)]
 fn of(context: &SockAddrContext) -> Option<&'static mut Flows> {
-    // SAFETY: the socket is the hook's own, which holds its lock: what is not null is written here alone.
+    // SAFETY: the socket is the hook's own, and the hook holds its lock: nothing else writes a value that
+    // exists.
     unsafe { FLOWS.get_ptr_mut(context).as_mut() }
 }
 
@@ -228,15 +231,15 @@ fn crowd_or_new(context: &SockAddrContext, flows: &mut Flows) -> Option<&'static
     Some(crowd)
 }
 
-/// Gives back what a socket that is closed counted for. Its memory the kernel frees.
+/// Subtracts a closed socket from `accounts`. The kernel frees its memory.
 #[inline(always)]
-pub(super) fn forget(context: &SockContext) {
-    // SAFETY: the kernel hands every program of this kind a valid context; the verifier checks each access.
+pub(super) fn release(context: &SockContext) {
+    // SAFETY: the kernel gives every program of this type a valid context; the verifier checks each access.
     if unsafe { (*context.sock).protocol } != UDP {
         return;
     }
     let map = (&raw const FLOWS).cast_mut().cast();
-    // SAFETY: the context of this hook is the socket; what is found is of the map's type.
+    // SAFETY: the context of this hook is the socket, and a value of this map has this type.
     let found = unsafe {
         bpf_sk_storage_get(map, context.as_ptr(), core::ptr::null_mut(), 0).cast::<Flows>().as_ref()
     };

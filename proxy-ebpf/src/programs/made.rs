@@ -1,11 +1,11 @@
-//! Which sockets processes made.
+//! `made`: the sockets that processes made.
 //!
-//! In: a socket that is made. Out: whether a socket is one of those, for as long as no other has its place.
+//! In: a new socket. Out: whether a process made a socket, as long as no other socket has taken its entry.
 //!
-//! The kernel makes sockets for itself too, in the midst of what a process asks for: the TCP connections below an MPTCP or
-//! SMC socket, those of CIFS and NVMe. It connects them past the hook of their making, and closes them past the hook of
-//! their release. What such a socket was told would be kept for as long as the machine runs, so it is told nothing: its
-//! packets are led.
+//! The kernel also makes sockets for itself while it handles a call of a process: the TCP connections below
+//! an MPTCP or SMC socket, those of CIFS and NVMe. For these it runs the connect hook, but neither
+//! `sock_create` nor `sock_release`. An entry for such a socket would stay until the machine restarts, so the
+//! programs leave it untranslated, and nftables translates its packets.
 
 use aya_ebpf::programs::SockContext;
 use proxy_ebpf::MADE as MOST;
@@ -15,25 +15,25 @@ use super::{
     socket::{self, TCP, UDP},
 };
 
-/// A process made a socket.
+/// The hook `sock_create`.
 #[inline(always)]
-pub(super) fn note(context: &SockContext) {
-    // SAFETY: the kernel hands every program of this kind a valid context; the verifier checks each access.
+pub(super) fn record(context: &SockContext) {
+    // SAFETY: the kernel gives every program of this type a valid context; the verifier checks each access.
     let protocol = unsafe { (*context.sock).protocol };
     if protocol != TCP && protocol != UDP {
         return;
     }
     let cookie = socket::cookie(context);
-    if let Some(place) = MADE.get_ptr_mut(cookie as u32 & (MOST - 1)) {
+    if let Some(entry) = MADE.get_ptr_mut(cookie as u32 & (MOST - 1)) {
         // SAFETY: an aligned word of the map.
-        unsafe { place.write_volatile(cookie) };
+        unsafe { entry.write_volatile(cookie) };
     }
 }
 
-/// Whether a process made the socket, so that there is a release to forget it at. Of one that [`MOST`] others came after
-/// nothing is known.
+/// Whether a process made the socket, so that `sock_release` will run for it. False for a socket after which
+/// [`MOST`] others were made.
 #[inline(always)]
 pub(super) fn is_known(cookie: u64) -> bool {
-    // SAFETY: an aligned word of the map. Volatile, because others change it.
-    MADE.get_ptr(cookie as u32 & (MOST - 1)).is_some_and(|place| unsafe { place.read_volatile() } == cookie)
+    // SAFETY: an aligned word of the map. Volatile, because other CPUs change it.
+    MADE.get_ptr(cookie as u32 & (MOST - 1)).is_some_and(|entry| unsafe { entry.read_volatile() } == cookie)
 }

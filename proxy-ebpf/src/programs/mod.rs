@@ -1,7 +1,8 @@
-//! The hooks and what they have in common.
+//! The hooks.
 //!
-//! In: what a socket is about to do, in the kernel's form of it. Out: the same with a Service's address exchanged for a
-//! backend's, or the other way round, or a refusal. One function for each hook of each family; what they do is the same.
+//! In: a call of a process, as the kernel describes it to the hook. Out: the same call with a backend's
+//! address in the place of a Service's, or the reverse, or a refusal. Each hook has one function for each
+//! family; both do the same.
 
 use aya_ebpf::{
     macros::{cgroup_sock, cgroup_sock_addr},
@@ -15,16 +16,16 @@ mod home;
 mod made;
 mod maps;
 mod resolve;
+mod reverse;
 mod search;
 mod seats;
 mod socket;
-mod tell;
-mod told;
+mod trace;
 mod translate;
 
 use socket::Family;
 
-/// What a hook answers: go on.
+/// The return value of a hook that lets the call continue.
 const ALLOW: i32 = 1;
 
 macro_rules! hooks {
@@ -44,10 +45,10 @@ hooks! {
     connect6, connect6, V6, translate::connect;
     sendmsg4, sendmsg4, V4, translate::send;
     sendmsg6, sendmsg6, V6, translate::send;
-    recvmsg4, recvmsg4, V4, told::receive;
-    recvmsg6, recvmsg6, V6, told::receive;
-    getpeername4, getpeername4, V4, told::peer;
-    getpeername6, getpeername6, V6, told::peer;
+    recvmsg4, recvmsg4, V4, reverse::receive;
+    recvmsg6, recvmsg6, V6, reverse::receive;
+    getpeername4, getpeername4, V4, reverse::peer;
+    getpeername6, getpeername6, V6, reverse::peer;
 }
 
 /// The hook `post_bind4`.
@@ -65,16 +66,16 @@ fn post_bind6(context: SockContext) -> i32 {
 /// The hook `sock_create`.
 #[cgroup_sock(sock_create)]
 fn sock_create(context: SockContext) -> i32 {
-    made::note(&context);
+    made::record(&context);
     ALLOW
 }
 
 /// The hook `sock_release`.
 #[cgroup_sock(sock_release)]
 fn sock_release(context: SockContext) -> i32 {
-    seats::forget(&context);
-    flows::forget(&context);
-    home::forget(&context);
+    seats::remove(&context);
+    flows::release(&context);
+    home::uncount(&context);
     ALLOW
 }
 
@@ -83,7 +84,7 @@ fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }
 
-/// The kernel offers some helpers only to programs under a GPL-compatible licence.
+/// The kernel offers some helpers only to programs with a GPL-compatible licence.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,10 +1,11 @@
-//! From what a client asks for to the backend it gets.
+//! From a destination to a backend.
 //!
-//! In: an address, a port, a protocol and who asks. Out: the frontend, and one of its backends: the one the client is
-//! to stay with, or one by chance.
+//! In: an address, a port, a protocol and the client. Out: the frontend, and one of its backends: the
+//! client's own by session affinity, or a random one.
 //!
-//! An element of a hash may be another's by the time it is read, so its value says which key it belongs to. Numbers of ports, records
-//! and slots are given to others only when no program runs any more that could have read them.
+//! The kernel may reuse an entry of a hash map before a program has read it, so each value contains a check
+//! or a copy of its key. The agent reuses indices of ports, records and slots only after all programs that
+//! could have read them have ended.
 
 use aya_ebpf::{
     bindings::{BPF_EXIST, BPF_NOEXIST},
@@ -22,14 +23,14 @@ use super::{
 };
 
 const SECOND: u64 = 1_000_000_000;
-/// How often an element is looked for that was another's when it was read.
+/// How often a program looks an entry up when it reads another key's value there.
 const TRIES: u32 = 2;
 
-/// What an address and port is to a client.
-pub(super) enum Found {
-    /// No Service's.
-    Nothing,
-    /// A port the Service of this ClusterIP does not have (F4).
+/// The result of a lookup for one client.
+pub(super) enum Lookup {
+    /// The address and port belong to no Service.
+    NoService,
+    /// A ClusterIP, whose Service does not have this port (F4).
     UnknownPort,
     /// A frontend.
     Frontend(Frontend),
@@ -40,95 +41,93 @@ pub(super) enum Found {
 pub(super) struct Frontend {
     value: FrontendValue,
     record: &'static Record,
-    /// The time before it was looked up, in nanoseconds of CLOCK_MONOTONIC. A socket that is led by it must not count as one that
-    /// was led later than a change that it does not know.
+    /// The time before the record was looked up, in nanoseconds of CLOCK_MONOTONIC. A socket that is
+    /// translated by this record must not count as newer than a change that the record does not contain.
     pub(super) at: u64,
 }
 
-/// What a frontend does for a client.
+/// The outcome of a frontend for one class of clients.
 #[derive(Clone, Copy)]
 pub(super) struct Choice {
     verdict: u8,
     slots: Slots,
-    /// The set's number in `members`.
+    /// A [`set::number`].
     set: u32,
 }
 
-/// An element of `frontends`.
-enum Element {
+/// The result of reading an entry of `frontends`.
+enum Entry {
     Absent,
-    /// It was there, and was removed or replaced again and again while it was read.
-    Fleeting,
-    There(FrontendValue),
+    /// Each time it was found, the kernel reused it before it was read.
+    Reused,
+    Present(FrontendValue),
 }
 
-/// Looks a destination up: exactly (R1), then as a port of its address, then as a NodePort (R13).
+/// Looks a destination up: address and port (R1), then the address alone, then the port as a NodePort (R13).
 #[inline(always)]
-pub(super) fn find(to: &Endpoint, protocol: u32, client: Client) -> Found {
+pub(super) fn find(to: &Endpoint, protocol: u32, client: Client) -> Lookup {
     let exact =
         FrontendKey { address: to.address, port: to.port, protocol: protocol as u8, kind: kind::FRONTEND };
     match get(&exact) {
-        Element::There(value) => return frontend(value),
-        // Left to the packets, which decide by what is there when they come.
-        Element::Fleeting => return Found::Nothing,
-        Element::Absent => {}
+        Entry::Present(value) => return frontend(value),
+        // Left to nftables, which decides by its own state.
+        Entry::Reused => return Lookup::NoService,
+        Entry::Absent => {}
     }
-    let whole = FrontendKey { port: 0, protocol: 0, kind: kind::ADDRESS, ..exact };
-    let Element::There(whole) = get(&whole) else { return Found::Nothing };
-    if whole.flags() & flag::CLUSTER_IP != 0 {
-        return Found::UnknownPort;
+    let address = FrontendKey { port: 0, protocol: 0, kind: kind::ADDRESS, ..exact };
+    let Entry::Present(address) = get(&address) else { return Lookup::NoService };
+    if address.flags() & flag::CLUSTER_IP != 0 {
+        return Lookup::UnknownPort;
     }
-    if whole.flags() & flag::LOOPBACK != 0 && !client.host {
-        return Found::Nothing;
+    if address.flags() & flag::LOOPBACK != 0 && !client.host {
+        return Lookup::NoService;
     }
     match get(&node_port(is_v4(&to.address), to.port, protocol)) {
-        Element::There(value) => frontend(value),
-        _ => Found::Nothing,
+        Entry::Present(value) => frontend(value),
+        _ => Lookup::NoService,
     }
 }
 
-/// The key of a NodePort of a family.
 #[inline(always)]
 fn node_port(v4: bool, port: u16, protocol: u32) -> FrontendKey {
     let address = if v4 { [0, 0, MAPPED, 0] } else { [0; 4] };
     FrontendKey { address, port, protocol: protocol as u8, kind: kind::NODE_PORT }
 }
 
-/// Whether there is a frontend at an address and a port.
 #[inline(always)]
 pub(super) fn is_frontend(address: &Address, port: u16, protocol: u32) -> bool {
     let key = FrontendKey { address: *address, port, protocol: protocol as u8, kind: kind::FRONTEND };
-    matches!(get(&key), Element::There(_))
+    matches!(get(&key), Entry::Present(_))
 }
 
-/// An element of `frontends`.
+/// Reads an entry of `frontends`.
 #[inline(always)]
-fn get(key: &FrontendKey) -> Element {
+fn get(key: &FrontendKey) -> Entry {
     for _ in 0..TRIES {
-        let Some(value) = FRONTENDS.get_ptr(key) else { return Element::Absent };
-        // SAFETY: an aligned word of the map. Volatile, because it is to be read once.
+        let Some(value) = FRONTENDS.get_ptr(key) else { return Entry::Absent };
+        // SAFETY: an aligned word of the map. Volatile, so that it is read once.
         let value = unsafe { value.read_volatile() };
         if value.is_of(key) {
-            return Element::There(value);
+            return Entry::Present(value);
         }
     }
-    Element::Fleeting
+    Entry::Reused
 }
 
-/// What a frontend leads to now.
+/// Reads the record that the port refers to now.
 #[inline(always)]
-fn frontend(value: FrontendValue) -> Found {
+fn frontend(value: FrontendValue) -> Lookup {
     let at = now();
-    let Some(port) = PORTS.get_ptr(value.number()) else { return Found::Nothing };
-    // SAFETY: an aligned word of the map. Volatile, because it is to be read once.
+    let Some(port) = PORTS.get_ptr(value.port()) else { return Lookup::NoService };
+    // SAFETY: an aligned word of the map. Volatile, so that it is read once.
     let record = unsafe { port.read_volatile() };
     match RECORDS.get(record as u32) {
-        Some(record) => Found::Frontend(Frontend { value, record, at }),
-        None => Found::Nothing,
+        Some(record) => Lookup::Frontend(Frontend { value, record, at }),
+        None => Lookup::NoService,
     }
 }
 
-/// What a frontend does for a client.
+/// Selects the outcome for the client's class.
 #[inline(always)]
 pub(super) fn choice(frontend: Frontend, client: Client) -> Choice {
     let column = &frontend.record.columns[frontend.value.column() as usize];
@@ -139,12 +138,12 @@ pub(super) fn choice(frontend: Frontend, client: Client) -> Choice {
     Choice {
         verdict,
         slots: frontend.record.sets[kind as usize],
-        set: set::number(frontend.value.number(), kind),
+        set: set::number(frontend.value.port(), kind),
     }
 }
 
 impl Choice {
-    /// Whether packets decide about this client.
+    /// Whether the socket is left to nftables.
     #[inline(always)]
     pub(super) fn is_for_packets(self) -> bool {
         self.verdict == verdict::PASS || self.verdict == verdict::DROP
@@ -153,7 +152,7 @@ impl Choice {
 
 #[inline(always)]
 fn now() -> u64 {
-    // SAFETY: takes nothing and touches nothing.
+    // SAFETY: the helper takes no arguments and writes no memory.
     unsafe { bpf_ktime_get_ns() }
 }
 
@@ -163,7 +162,7 @@ pub(super) fn is_member(set: u32, backend: &Endpoint, chosen: u64) -> bool {
     let key = MemberKey { set, backend: *backend };
     for _ in 0..TRIES {
         let Some(member) = MEMBERS.get_ptr(key) else { return false };
-        // SAFETY: an aligned word of the map. Volatile, because it is to be read once.
+        // SAFETY: an aligned word of the map. Volatile, so that it is read once.
         let member: Member = unsafe { member.read_volatile() };
         if member.is_of(&key) {
             return member.joined_before(chosen);
@@ -177,28 +176,36 @@ pub(super) fn is_member(set: u32, backend: &Endpoint, chosen: u64) -> bool {
 pub(super) fn pick(frontend: Frontend, choice: Choice, client: Client) -> Option<Endpoint> {
     let now = frontend.at;
     if frontend.record.affinity == 0 {
-        return draw(choice);
+        return pick_random(choice);
     }
-    let key = AffinityKey { client: namespace(client.namespace), port: frontend.value.number() };
+    let key = AffinityKey { client: namespace(client.namespace), port: frontend.value.port() };
     let life = u64::from(frontend.record.affinity) * SECOND;
-    let Some(known) = remembered(&key) else { return meet(key, choice, client, [now, life]) };
+    let Some(known) = known_client(&key) else {
+        return pick_for_new_client(key, choice, client, [now, life]);
+    };
     let stays = now <= known.until && is_member(choice.set, &known.backend, known.chosen);
-    // To write it down costs as much as the rest, so a client that comes all the time has it done now and then.
+    // An insert costs as much as the rest of the lookup, so the entry of a busy client is updated only now
+    // and then.
     if stays && now.wrapping_sub(known.chosen) < (life >> 8).min(SECOND) {
         return Some(known.backend);
     }
-    let backend = if stays { known.backend } else { draw(choice)? };
+    let backend = if stays { known.backend } else { pick_random(choice)? };
     let affinity =
         Affinity { key, backend, chosen: now, until: now.wrapping_add(life), group: known.group, zero: 0 };
-    // A client whose time was over may have been removed meanwhile: then the next connection is its first.
+    // The agent may have removed an expired client meanwhile. Then its next connection is a new client's.
     let _ = AFFINITIES.insert(key, affinity, BPF_EXIST.into());
     Some(backend)
 }
 
-/// The backend of a client that is not known yet.
+/// Picks a backend and stores it.
 #[inline(always)]
-fn meet(key: AffinityKey, choice: Choice, client: Client, [now, life]: [u64; 2]) -> Option<Endpoint> {
-    let backend = draw(choice)?;
+fn pick_for_new_client(
+    key: AffinityKey,
+    choice: Choice,
+    client: Client,
+    [now, life]: [u64; 2],
+) -> Option<Endpoint> {
+    let backend = pick_random(choice)?;
     let group = accounts::group(client.namespace);
     if accounts::may_take(account::CLIENTS, group, maps::room_for_clients()) {
         let affinity = Affinity { key, backend, chosen: now, until: now.wrapping_add(life), group, zero: 0 };
@@ -206,28 +213,28 @@ fn meet(key: AffinityKey, choice: Choice, client: Client, [now, life]: [u64; 2])
             accounts::add(account::CLIENTS, group, 1);
             return Some(backend);
         }
-        // Another socket of the client was faster: both stay with its backend.
-        if let Some(known) = remembered(&key)
+        // Another socket of the client was faster; both get its backend.
+        if let Some(known) = known_client(&key)
             && is_member(choice.set, &known.backend, known.chosen)
         {
             return Some(known.backend);
         }
     }
-    maps::count(trouble::AFFINITY_FULL);
+    maps::count_trouble(trouble::AFFINITY_FULL);
     Some(backend)
 }
 
-/// What is remembered for a client. The element may be another client's by the time it is read, so the key in it is read
-/// last.
+/// Reads a client's entry. The kernel may reuse the entry for another client meanwhile, so the copy of the
+/// key is read last.
 #[inline(always)]
-fn remembered(key: &AffinityKey) -> Option<Affinity> {
+fn known_client(key: &AffinityKey) -> Option<Affinity> {
     let found = AFFINITIES.get_ptr(key)?;
-    // SAFETY: an element of the map, whose memory stays what it is for as long as a program runs. Volatile, so that it is
-    // done in this order.
+    // SAFETY: an entry of the map, whose memory is not freed while a program runs. Volatile, to keep this
+    // order.
     unsafe {
         let known = Affinity {
             key: *key,
-            backend: socket::read(&raw const (*found).backend),
+            backend: socket::read_endpoint(&raw const (*found).backend),
             chosen: (&raw const (*found).chosen).read_volatile(),
             until: (&raw const (*found).until).read_volatile(),
             group: (&raw const (*found).group).read_volatile(),
@@ -243,55 +250,55 @@ fn remembered(key: &AffinityKey) -> Option<Affinity> {
     }
 }
 
-/// One of the backends, each as likely as the other (R4).
+/// A random backend, each with the same probability (R4).
 #[inline(always)]
-fn draw(choice: Choice) -> Option<Endpoint> {
-    // SAFETY: takes nothing and touches nothing but the generator.
+fn pick_random(choice: Choice) -> Option<Endpoint> {
+    // SAFETY: the helper takes no arguments and writes only the generator's state.
     let random = unsafe { bpf_get_prandom_u32() };
     let slot = select(random, choice.slots.count);
     let slot = slot.and_then(|slot| SLOTS.get(choice.slots.first.wrapping_add(slot)));
     match slot {
-        // SAFETY: an element of the map.
-        Some(backend) if backend.port != 0 => Some(unsafe { socket::read(backend) }),
+        // SAFETY: an entry of the map.
+        Some(backend) if backend.port != 0 => Some(unsafe { socket::read_endpoint(backend) }),
         _ => {
-            maps::count(trouble::SLOT);
+            maps::count_trouble(trouble::SLOT);
             None
         }
     }
 }
 
-/// Counts a flow that was led to a backend.
+/// Counts a flow that gets a backend.
 #[inline(always)]
-pub(super) fn served(frontend: Frontend) {
-    if let Some(tally) = TALLIES.get_ptr_mut(frontend.value.number()) {
-        // SAFETY: an aligned word of the map, which programs change by this addition only.
+pub(super) fn count_served(frontend: Frontend) {
+    if let Some(tally) = TALLIES.get_ptr_mut(frontend.value.port()) {
+        // SAFETY: an aligned word of the map, which programs change only by this addition.
         unsafe { maps::add(&raw mut (*tally).served, 1) };
     }
 }
 
-/// Counts a flow that was refused for want of endpoints.
+/// Counts a flow that is refused because there are no endpoints.
 #[inline(always)]
-pub(super) fn refused(frontend: Frontend) {
-    if let Some(tally) = TALLIES.get_ptr_mut(frontend.value.number()) {
-        // SAFETY: as in `served`.
+pub(super) fn count_refused(frontend: Frontend) {
+    if let Some(tally) = TALLIES.get_ptr_mut(frontend.value.port()) {
+        // SAFETY: as in `count_served`.
         unsafe { maps::add(&raw mut (*tally).refused, 1) };
     }
 }
 
-/// Whether a frontend leads somewhere.
+/// Whether a client of this class gets a backend.
 #[inline(always)]
-pub(super) fn serves(choice: Choice) -> bool {
+pub(super) fn has_backend(choice: Choice) -> bool {
     verdict::set(choice.verdict).is_some()
 }
 
-/// Whether a backend still serves what it began, in the set of those that do.
+/// Whether a backend still serves a flow that it has had since `since` (K2).
 #[inline(always)]
 pub(super) fn still_serves(frontend: Frontend, backend: &Endpoint, since: u64) -> bool {
-    serving(frontend).is_some_and(|serving| is_member(serving, backend, since))
+    serving_set(frontend).is_some_and(|serving_set| is_member(serving_set, backend, since))
 }
 
-/// The set of those that serve, where its members are known.
+/// The number of the set of backends that serve their flows; `None` if the port has no members.
 #[inline(always)]
-pub(super) fn serving(frontend: Frontend) -> Option<u32> {
-    (frontend.record.flags & flag::MEMBERS != 0).then(|| set::number(frontend.value.number(), set::SERVING))
+pub(super) fn serving_set(frontend: Frontend) -> Option<u32> {
+    (frontend.record.flags & flag::MEMBERS != 0).then(|| set::number(frontend.value.port(), set::SERVING))
 }

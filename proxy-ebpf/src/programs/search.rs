@@ -1,29 +1,28 @@
-//! Looking for one of a socket's many flows.
+//! A search through the 64 flows of a `Crowd`.
 //!
-//! In: the crowd of an unconnected socket. Out: the place of one.
+//! In: the `Crowd` of an unconnected socket. Out: one of its entries.
 //!
-//! What the search knows is kept beside the flows and not in variables. The verifier tells states of a program apart by
-//! the values of variables, so with the place found so far in one it follows each of 64 iterations with each of the
-//! places before, and gives up after a million instructions (seen on 6.18, with `place` and `since` in registers). What
-//! memory of a map holds it does not follow.
+//! The state of the search is in the map's value and not in variables. The verifier distinguishes states of a
+//! program by the values of its variables. With the best index so far in a variable it follows each of 64
+//! iterations with each of the indices before, and gives up after a million instructions (seen on 6.18, with
+//! `place` and `since` in registers). It does not follow the content of a map's memory.
 
 use proxy_ebpf::{Crowd, Flow, MANY};
 
 use super::flows;
 
-/// A search under way.
 pub(super) struct Search {
     crowd: &'static mut Crowd,
 }
 
 impl Search {
-    /// Nothing is found yet; any time is earlier than what [`Search::since`] says.
+    /// Starts with a [`Search::since`] that is later than every time.
     #[inline(always)]
     pub(super) fn new(crowd: &'static mut Crowd) -> Self {
         Self::after(crowd, u64::MAX)
     }
 
-    /// Nothing is found yet, and [`Search::since`] says this.
+    /// Starts with this [`Search::since`].
     #[inline(always)]
     pub(super) fn after(crowd: &'static mut Crowd, since: u64) -> Self {
         // SAFETY: words of the value, which is borrowed mutably.
@@ -39,7 +38,7 @@ impl Search {
         &self.crowd.flows[place % MANY]
     }
 
-    /// Remembers a place, and since when its flow rests.
+    /// Stores an entry as the best so far.
     #[inline(always)]
     pub(super) fn take(&mut self, place: usize) {
         // SAFETY: words of the value, which is borrowed mutably.
@@ -49,21 +48,21 @@ impl Search {
         }
     }
 
-    /// Since when the flow found rests.
+    /// When the socket last sent to the best entry so far.
     #[inline(always)]
     pub(super) fn since(&self) -> u64 {
         // SAFETY: a word of the value.
         unsafe { (&raw const self.crowd.since).read_volatile() }
     }
 
-    /// Whether a place was found.
+    /// Whether there is a best entry.
     #[inline(always)]
-    pub(super) fn is_over(&self) -> bool {
+    pub(super) fn has_found(&self) -> bool {
         // SAFETY: a word of the value.
         unsafe { (&raw const self.crowd.place).read_volatile() < MANY as u32 }
     }
 
-    /// The flow found, or any if none was.
+    /// Returns the best entry, or any entry if there is none.
     #[inline(always)]
     pub(super) fn found(self) -> &'static mut Flow {
         // SAFETY: a word of the value.

@@ -1,9 +1,10 @@
-//! Where connected sockets are remembered.
+//! `seats` and `origins`: the Services that connected sockets asked for.
 //!
-//! In: a socket and what it was told. Out: the same when somebody asks for it, until the socket is closed.
+//! In: a socket and its translation. Out: the translation, until the socket is closed.
 //!
-//! To allocate an element of a hash, and to free it, costs more than all the rest of a connect, so most sockets sit in an
-//! array, at the place their cookie leads to. Who finds that taken, by a socket that lives long, is in the hash.
+//! To allocate and free an entry of a hash map costs more than all the rest of a connect. So most sockets
+//! have an entry of `seats`, an array indexed by socket cookie. If another long-lived socket occupies that
+//! entry, the new socket has one in the hash map `origins`.
 
 use aya_ebpf::{
     EbpfContext,
@@ -17,30 +18,31 @@ use super::{
     socket::{self, Client},
 };
 
-/// Whether what this socket is told will be forgotten when it is closed: a process made it, or it is remembered already.
+/// Whether the entry of this socket will be removed when the socket is closed: a process made it, or it has
+/// an entry already.
 #[inline(always)]
-pub(super) fn is_forgotten_in_time(cookie: u64) -> bool {
+pub(super) fn will_be_released(cookie: u64) -> bool {
     if made::is_known(cookie) {
         return true;
     }
     let Some(seat) = seat(cookie) else { return false };
-    // SAFETY: an element of the map. Whether it is this socket's does not change while the socket connects.
-    unsafe { (*seat).cookie == cookie || (has_others(seat) && element(cookie).is_some()) }
+    // SAFETY: an entry of the map. It does not become or cease to be this socket's while the socket connects.
+    unsafe { (*seat).cookie == cookie || (has_others(seat) && find_in_hash(cookie).is_some()) }
 }
 
-/// Remembers what a socket is told now. False where there is no room.
+/// Stores a translation. False if there is no room.
 #[inline(always)]
-pub(super) fn remember(origin: &mut Origin, client: Client) -> bool {
+pub(super) fn store(origin: &mut Origin, client: Client) -> bool {
     let cookie = origin.cookie;
     let Some(seat) = seat(cookie) else { return false };
-    if take(seat, cookie) {
-        // One that connects again may have found its seat taken before.
-        forget_element(seat, cookie);
+    if try_claim(seat, cookie) {
+        // A socket that connects again may have an entry in the hash map from before.
+        remove_from_hash(seat, cookie);
         write(seat, cookie, origin);
         return true;
     }
-    let kept = if let Some(known) = element(cookie) {
-        // It connects again.
+    let kept = if let Some(known) = find_in_hash(cookie) {
+        // The socket connects again.
         origin.group = known.group;
         let origin: &Origin = origin;
         ORIGINS.insert(cookie, origin, BPF_EXIST.into()).is_ok()
@@ -51,91 +53,92 @@ pub(super) fn remember(origin: &mut Origin, client: Client) -> bool {
             && ORIGINS.insert(cookie, origin, BPF_NOEXIST.into()).is_ok();
         if is_new {
             accounts::add(account::ORIGINS, origin.group, 1);
-            // SAFETY: an element of the map, whose `claims` changes by additions only.
+            // SAFETY: an entry of the map, whose `claims` changes by additions only.
             unsafe { maps::add(&raw mut (*seat).claims, Seat::OTHER) };
         }
         is_new
     };
     if !kept {
-        maps::count(trouble::ORIGINS);
+        maps::count_trouble(trouble::ORIGINS);
     }
     kept
 }
 
-/// What a socket was told.
-pub(super) struct Told {
-    /// The backend that it got.
+/// The translation of a connected socket.
+pub(super) struct Translation {
+    /// Its peer.
     pub(super) backend: Endpoint,
-    /// What it asked for.
+    /// The address and port that the process gave to `connect`.
     pub(super) service: Endpoint,
-    /// When, in nanoseconds of CLOCK_MONOTONIC.
+    /// When the Service was looked up, in nanoseconds of CLOCK_MONOTONIC.
     pub(super) since: u64,
 }
 
-/// What a socket was told, if it was.
+/// Reads the translation of a socket.
 #[inline(always)]
-pub(super) fn recall(context: &impl EbpfContext) -> Option<Told> {
+pub(super) fn find(context: &impl EbpfContext) -> Option<Translation> {
     let cookie = socket::cookie(context);
-    // SAFETY: an element of the map. Whether it is this socket's does not change while the socket is not closed.
+    // SAFETY: an entry of the map. It does not become or cease to be this socket's while the socket is open.
     let seat = unsafe { &*seat(cookie)? };
     if seat.cookie == cookie {
         let service = Endpoint { address: seat.address, port: seat.port, zero: 0 };
-        return Some(Told { backend: seat.backend, service, since: seat.since });
+        return Some(Translation { backend: seat.backend, service, since: seat.since });
     }
-    let Origin { backend, service, since, .. } = element(cookie)?;
-    Some(Told { backend, service, since })
+    let Origin { backend, service, since, .. } = find_in_hash(cookie)?;
+    Some(Translation { backend, service, since })
 }
 
-/// Forgets a socket that is closed, or is connected elsewhere. Most were told nothing.
+/// Removes a socket that is closed, or is connected to another address. Most sockets have no entry.
 #[inline(always)]
-pub(super) fn forget(context: &impl EbpfContext) {
+pub(super) fn remove(context: &impl EbpfContext) {
     let cookie = socket::cookie(context);
     let Some(seat) = seat(cookie) else { return };
-    // SAFETY: as in `recall`. Volatile, so that the seat is this socket's until its claim goes, and not after.
+    // SAFETY: as in `find`. Volatile, so that the entry is this socket's until its claim is gone, and not
+    // after.
     unsafe {
         if (*seat).cookie == cookie {
             (&raw mut (*seat).since).write_volatile(0);
             (&raw mut (*seat).cookie).write_volatile(0);
             maps::add(&raw mut (*seat).claims, -Seat::CLAIM);
         } else {
-            forget_element(seat, cookie);
+            remove_from_hash(seat, cookie);
         }
     }
 }
 
 #[inline(always)]
-fn forget_element(seat: *mut Seat, cookie: u64) {
+fn remove_from_hash(seat: *mut Seat, cookie: u64) {
     if !has_others(seat) {
         return;
     }
-    let Some(known) = element(cookie) else { return };
+    let Some(known) = find_in_hash(cookie) else { return };
     if ORIGINS.remove(cookie).is_ok() {
         accounts::add(account::ORIGINS, known.group, -1);
-        // SAFETY: an element of the map, whose `claims` changes by additions only.
+        // SAFETY: an entry of the map, whose `claims` changes by additions only.
         unsafe { maps::add(&raw mut (*seat).claims, -Seat::OTHER) };
     }
 }
 
-/// Whether sockets that have their place here are in the hash.
+/// Whether sockets with this index are in the hash map.
 #[inline(always)]
 fn has_others(seat: *const Seat) -> bool {
-    // SAFETY: an element of the map.
+    // SAFETY: an entry of the map.
     unsafe { claims(seat) >= Seat::OTHER as u64 }
 }
 
-/// What the hash has for a socket. The element may be another socket's by the time it is read, so the cookie in it is read
-/// last.
+/// Reads a socket's entry of the hash map. The kernel may reuse the entry for another socket meanwhile, so
+/// the copy of the cookie is read last.
 #[inline(always)]
-fn element(cookie: u64) -> Option<Origin> {
+fn find_in_hash(cookie: u64) -> Option<Origin> {
     let found = ORIGINS.get_ptr(cookie)?;
-    // SAFETY: an element of the map, whose memory stays what it is for as long as a program runs. Volatile, so that it is
-    // done in this order.
+    // SAFETY: an entry of the map, whose memory is not freed while a program runs. Volatile, to keep this
+    // order.
     unsafe {
         let known = Origin {
             cookie,
             since: (&raw const (*found).since).read_volatile(),
-            service: socket::read(&raw const (*found).service),
-            backend: socket::read(&raw const (*found).backend),
+            service: socket::read_endpoint(&raw const (*found).service),
+            backend: socket::read_endpoint(&raw const (*found).backend),
             protocol: 0,
             group: (&raw const (*found).group).read_volatile(),
         };
@@ -150,21 +153,22 @@ fn seat(cookie: u64) -> Option<*mut Seat> {
 
 /// # Safety
 ///
-/// The seat is an element of the map.
+/// The seat must be an entry of the map.
 #[inline(always)]
 unsafe fn claims(seat: *const Seat) -> u64 {
-    // SAFETY: the caller's. Volatile, because others change it.
+    // SAFETY: the caller's promise. Volatile, because other CPUs change it.
     unsafe { (&raw const (*seat).claims).read_volatile() }
 }
 
-/// Whether a socket sits here from now on. Of several that try at the same time none may succeed, but never two: one that
-/// reads its own claim alone, after it has added it, was alone, and while it stays everybody reads more. There is no
-/// instruction that would add and tell the result before Linux 5.12.
+/// Tries to occupy an entry, without a lock. Of several sockets that try at the same time none may succeed,
+/// but never two: a program that adds its claim and then reads a count of one was alone, and as long as its
+/// claim stays every other program reads more. Before Linux 5.12 there is no instruction that adds and
+/// returns the result.
 #[inline(always)]
-fn take(seat: *mut Seat, cookie: u64) -> bool {
-    // SAFETY: an element of the map, whose `claims` changes by additions only.
+fn try_claim(seat: *mut Seat, cookie: u64) -> bool {
+    // SAFETY: an entry of the map, whose `claims` changes by additions only.
     unsafe {
-        // A socket that connects again sits here already.
+        // A socket that connects again occupies the entry already.
         if (*seat).cookie == cookie {
             return true;
         }
@@ -180,10 +184,10 @@ fn take(seat: *mut Seat, cookie: u64) -> bool {
     }
 }
 
-/// Writes what a socket is told. The agent, which reads while this is under way, finds no time there.
+/// Writes a translation. The agent may read the entry meanwhile, and ignores it while `since` is 0.
 #[inline(always)]
 fn write(seat: *mut Seat, cookie: u64, origin: &Origin) {
-    // SAFETY: an element of the map, which belongs to this socket. Volatile, so that it is done in this order.
+    // SAFETY: an entry of the map that belongs to this socket. Volatile, to keep this order.
     unsafe {
         (&raw mut (*seat).since).write_volatile(0);
         (&raw mut (*seat).cookie).write_volatile(cookie);

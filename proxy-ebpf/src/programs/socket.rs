@@ -1,6 +1,6 @@
-//! Sockets as the hooks get them.
+//! Access to a hook's context: the socket, its addresses and its client.
 //!
-//! In: a hook's context. Out: addresses in the form the maps have, and who the client is.
+//! In: a hook's context. Out: addresses in the form of the maps, and the client.
 
 use aya_ebpf::{
     EbpfContext,
@@ -24,7 +24,7 @@ use super::{
 pub(super) const TCP: u32 = 6;
 pub(super) const UDP: u32 = 17;
 
-/// Where IPv4-mapped addresses begin, the third word of four.
+/// The third of four words of every IPv4-mapped address.
 pub(super) const MAPPED: u32 = 0xffff_u32.to_be();
 
 /// The last word of `127.0.0.1`.
@@ -32,27 +32,27 @@ const LOOPBACK_V4: u32 = 0x7f00_0001_u32.to_be();
 /// The last word of `::1`.
 const LOOPBACK: u32 = 1_u32.to_be();
 
-/// The family a hook is for.
+/// Which of its two hooks runs.
 #[derive(Clone, Copy)]
 pub(super) enum Family {
     V4,
     V6,
 }
 
-/// Whether an address is IPv4.
 #[inline(always)]
 pub(super) fn is_v4(address: &Address) -> bool {
     address[0] == 0 && address[1] == 0 && address[2] == MAPPED
 }
 
-/// A copy of an endpoint in a map, word by word. Written as one assignment it becomes a call of `memmove`, whose loop
-/// over bytes makes the verifier of every kernel give up (`BPF program is too large`) once several follow each other.
+/// Copies an endpoint from a map, word by word. As one assignment it becomes a call of `memmove`, whose loop
+/// over bytes makes the verifier of every kernel give up (`BPF program is too large`) when several calls
+/// follow each other.
 ///
 /// # Safety
 ///
-/// The endpoint can be read.
+/// The endpoint must be readable.
 #[inline(always)]
-pub(super) unsafe fn read(from: *const Endpoint) -> Endpoint {
+pub(super) unsafe fn read_endpoint(from: *const Endpoint) -> Endpoint {
     // SAFETY: the caller's.
     unsafe {
         Endpoint {
@@ -68,7 +68,7 @@ pub(super) unsafe fn read(from: *const Endpoint) -> Endpoint {
     }
 }
 
-/// Whether two endpoints are the same, word by word: the compiler would call a function for arrays.
+/// Compares word by word, because the compiler would emit a function call for arrays.
 #[inline(always)]
 pub(super) fn same(a: &Endpoint, b: &Endpoint) -> bool {
     a.port == b.port && same_address(&a.address, &b.address)
@@ -79,11 +79,12 @@ pub(super) fn same_address(a: &Address, b: &Address) -> bool {
     a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3]
 }
 
-/// The address the hook is about: a destination, or a source to show. A client that asks for no address in particular means
-/// itself, as the kernel has it (`0.0.0.0`, `::` and the IPv4-mapped form of the one), so it asks for the loopback address.
+/// The address that the hook handles: a destination, or a source to show. The unspecified address (`0.0.0.0`,
+/// `::`, and the IPv4-mapped form of the first) means the client itself, as it does to the kernel, so this
+/// returns the loopback address for it.
 #[inline(always)]
 pub(super) fn address(context: &SockAddrContext, family: Family) -> Endpoint {
-    // SAFETY: the kernel hands every program of this kind a valid context; the verifier checks each access.
+    // SAFETY: the kernel gives every program of this type a valid context; the verifier checks each access.
     let user = unsafe { &*context.sock_addr };
     let mut address = match family {
         Family::V4 => [0, 0, MAPPED, user.user_ip4],
@@ -99,12 +100,12 @@ pub(super) fn address(context: &SockAddrContext, family: Family) -> Endpoint {
     Endpoint { address, port: user.user_port as u16, zero: 0 }
 }
 
-/// Whether a datagram goes where it comes from: its socket is bound to the very address it sends to.
+/// Whether a datagram's socket is bound to the address that it sends to.
 #[inline(always)]
 pub(super) fn sends_to_itself(context: &SockAddrContext, family: Family) -> bool {
     let user: *const bpf_sock_addr = context.sock_addr;
-    // SAFETY: as in `address`, for hooks of sending, which alone have a source. Volatile, because the verifier wants each
-    // word read for itself.
+    // SAFETY: as in `address`; the hooks of sendmsg, which call this, have a source. Volatile, because the
+    // verifier accepts only single words.
     unsafe {
         let is = |from: *const u32, to: *const u32| from.read_volatile() == to.read_volatile();
         match family {
@@ -119,7 +120,7 @@ pub(super) fn sends_to_itself(context: &SockAddrContext, family: Family) -> bool
     }
 }
 
-/// Whether an address is the loopback address, or one of those of IPv4.
+/// All of 127.0.0.0/8 counts.
 #[inline(always)]
 fn is_loopback(address: &Address) -> bool {
     const NETWORK: u32 = 0xff00_0000_u32.to_be();
@@ -130,16 +131,16 @@ fn is_loopback(address: &Address) -> bool {
     (address[0] | address[1] | address[2]) == 0 && address[3] == LOOPBACK
 }
 
-/// An address of a socket or of a hook's context, of which only the part of its family is read. Volatile, because the verifier accepts
-/// single words only and the compiler would join them.
+/// Reads an address of a socket or of a hook's context, of which only the part of its family may be read.
+/// Volatile, because the verifier accepts only single words and the compiler would join them.
 ///
 /// # Safety
 ///
-/// That part can be read.
+/// The part of this family must be readable.
 #[inline(always)]
 pub(super) unsafe fn own_address(family: Family, v4: *const u32, v6: *const [u32; 4]) -> Address {
     let words: *const u32 = v6.cast();
-    // SAFETY: the caller's; four words follow each other.
+    // SAFETY: the caller's promise; four words follow each other.
     unsafe {
         match family {
             Family::V4 => [0, 0, MAPPED, v4.read_volatile()],
@@ -153,8 +154,8 @@ pub(super) unsafe fn own_address(family: Family, v4: *const u32, v6: *const [u32
     }
 }
 
-/// Whether the socket is bound to a loopback address and the backend is elsewhere: the kernel sends nothing out with such a source, so
-/// the process hears what it would hear without weir.
+/// Whether the socket is bound to a loopback address and the backend is elsewhere. The kernel sends nothing
+/// out with such a source, so the process gets the same error as without weir.
 #[inline(always)]
 pub(super) fn cannot_reach(context: &SockAddrContext, family: Family, backend: &Endpoint) -> bool {
     // SAFETY: as in `is_connected`.
@@ -168,7 +169,7 @@ pub(super) fn cannot_reach(context: &SockAddrContext, family: Family, backend: &
     is_loopback(&own) && !is_loopback(&backend.address)
 }
 
-/// Whether a datagram has a loopback address for its source and the backend is elsewhere.
+/// The same for a datagram, by its source.
 #[inline(always)]
 pub(super) fn cannot_send(context: &SockAddrContext, family: Family, backend: &Endpoint) -> bool {
     let user: *const bpf_sock_addr = context.sock_addr;
@@ -177,11 +178,11 @@ pub(super) fn cannot_send(context: &SockAddrContext, family: Family, backend: &E
     is_loopback(&own) && !is_loopback(&backend.address)
 }
 
-/// Puts another address in its place.
+/// Replaces the address that the hook handles.
 #[inline(always)]
 pub(super) fn set_address(context: &SockAddrContext, family: Family, to: &Endpoint) {
-    // SAFETY: as in `address`; no other reference to the context exists while this one does. Volatile, because the
-    // verifier wants each word written for itself and the compiler would join them.
+    // SAFETY: as in `address`; no other reference to the context exists while this one does. Volatile,
+    // because the verifier accepts only single words and the compiler would join them.
     unsafe {
         let user: *mut bpf_sock_addr = context.sock_addr;
         match family {
@@ -197,25 +198,24 @@ pub(super) fn set_address(context: &SockAddrContext, family: Family, to: &Endpoi
     }
 }
 
-/// The number a socket has for as long as the machine runs.
+/// The kernel's number of a socket, which no other socket gets until the machine restarts.
 #[inline(always)]
 pub(super) fn cookie(context: &impl EbpfContext) -> u64 {
     // SAFETY: the context is valid, and the helper only reads it.
     unsafe { bpf_get_socket_cookie(context.as_ptr()) }
 }
 
-/// Whether the socket has a peer.
 #[inline(always)]
 pub(super) fn is_connected(context: &SockAddrContext) -> bool {
     const ESTABLISHED: u32 = 1;
-    // SAFETY: the kernel hands every program of this kind a valid context with a socket in it.
+    // SAFETY: the kernel gives every program of this type a valid context with a socket in it.
     unsafe {
         let socket = (*context.sock_addr).__bindgen_anon_1.sk;
         !socket.is_null() && (&raw const (*socket).state).read_volatile() == ESTABLISHED
     }
 }
 
-/// Whether the socket has a port: it is bound, or a UDP socket that has sent or was connected before.
+/// True for a bound socket, and for a UDP socket that has sent or was connected before.
 #[inline(always)]
 pub(super) fn has_port(context: &SockAddrContext) -> bool {
     // SAFETY: as in `is_connected`.
@@ -225,23 +225,23 @@ pub(super) fn has_port(context: &SockAddrContext) -> bool {
     }
 }
 
-/// The protocol of the socket.
+/// The IP protocol number.
 #[inline(always)]
 pub(super) fn protocol(context: &SockAddrContext) -> u32 {
     // SAFETY: as in `address`.
     unsafe { (*context.sock_addr).protocol }
 }
 
-/// Who asks.
+/// The client that a socket belongs to.
 #[derive(Clone, Copy)]
 pub(super) struct Client {
-    /// The cookie of its network namespace.
+    /// The cookie of the network namespace.
     pub(super) namespace: u64,
-    /// Whether that is the host's.
+    /// Whether this is the host's network namespace.
     pub(super) host: bool,
 }
 
-/// Who asks; `None` for those whose sockets are not to be touched.
+/// Reads the client; `None` if weir leaves its pod's sockets alone.
 #[inline(always)]
 pub(super) fn client(context: &SockAddrContext) -> Option<Client> {
     if SETTINGS.get(Settings::PODS)?.bypassed != 0 && is_bypassed() {
@@ -253,25 +253,25 @@ pub(super) fn client(context: &SockAddrContext) -> Option<Client> {
     Some(Client { namespace, host: namespace == host(settings.host) })
 }
 
-/// The host's network namespace; where its cookie could not be asked for, the initial one.
+/// The cookie of the host's network namespace: the one in `settings`, or else the initial namespace's.
 #[inline(always)]
 pub(super) fn host(cookie: u64) -> u64 {
     if cookie != 0 {
         return cookie;
     }
-    // SAFETY: without a context the helper answers for the initial namespace.
+    // SAFETY: without a context the helper returns the initial namespace's cookie.
     unsafe { bpf_get_netns_cookie(core::ptr::null_mut()) }
 }
 
-/// Most levels between the root and a container's cgroup that are looked at: kubelet's own have four, inside a container
-/// that plays a node some more.
+/// The most levels of cgroups to look at, from the root: the kubelet's own containers are at level four, and
+/// below a container that acts as a node there are some more.
 const LEVELS: i32 = 16;
 
-/// Whether the process is in a cgroup, or below one, that is not to be touched.
+/// Whether the process is in a cgroup of `bypassed`, or below one.
 #[inline(always)]
 fn is_bypassed() -> bool {
     for level in 1..LEVELS {
-        // SAFETY: the helper takes any level, and answers 0 beyond the last.
+        // SAFETY: the helper takes any level, and returns 0 beyond the last one.
         let id = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
         if id == 0 {
             return false;
@@ -283,16 +283,22 @@ fn is_bypassed() -> bool {
     false
 }
 
-/// Whether some socket in the client's own network namespace, a pod's, is bound to exactly this address. A packet to it
-/// would not leave that namespace, so no proxy on the node would see it. Only asked where somebody in the namespace has
-/// bound a Service's address, because to look for a socket costs as much as all the rest.
+/// Whether a socket in the client's own network namespace, a pod's, is bound to exactly this address. A
+/// packet to it would not leave that namespace, so no proxy on the node would see it. A socket lookup costs
+/// as much as all the rest, so it is done only if the namespace may have a socket that is bound to a
+/// Service's address.
 #[inline(always)]
-pub(super) fn is_at_home(context: &SockAddrContext, client: Client, protocol: u32, to: &Endpoint) -> bool {
-    if client.host || !home::is_any(client.namespace) {
+pub(super) fn pod_listens_on(
+    context: &SockAddrContext,
+    client: Client,
+    protocol: u32,
+    to: &Endpoint,
+) -> bool {
+    if client.host || !home::may_have_any(client.namespace) {
         return false;
     }
-    // Nothing is zeroed, because that becomes a call of `memset`, byte by byte. The source is nobody's: no socket is
-    // connected to port 0, and listening ones are found without it.
+    // Nothing is zeroed, because that becomes a call of `memset`, byte by byte. The source is one that no
+    // client has: no socket is connected to port 0, and the kernel finds listening sockets without it.
     let (v4, v6);
     let (tuple, size): (*const u32, usize) = if is_v4(&to.address) {
         v4 = Ipv4Tuple { saddr: 0, daddr: to.address[3], sport: 0, dport: to.port };
@@ -303,7 +309,8 @@ pub(super) fn is_at_home(context: &SockAddrContext, client: Client, protocol: u3
     };
     const OWN_NAMESPACE: u64 = u64::MAX;
     let (context, tuple, size) = (context.as_ptr(), tuple.cast_mut().cast::<bpf_sock_tuple>(), size as u32);
-    // SAFETY: the context is the hook's, the tuple is as long as is said, and a socket that is found is given back below.
+    // SAFETY: the context is the hook's, the tuple has the given size, and a socket that is found is released
+    // below.
     unsafe {
         let found = match protocol {
             TCP => bpf_sk_lookup_tcp(context, tuple, size, OWN_NAMESPACE, 0),
@@ -312,7 +319,7 @@ pub(super) fn is_at_home(context: &SockAddrContext, client: Client, protocol: u3
         if found.is_null() {
             return false;
         }
-        // Volatile, because the verifier accepts single words of a socket's address only.
+        // Volatile, because the verifier accepts only single words of a socket's address.
         let bound = if is_v4(&to.address) {
             (&raw const (*found).src_ip4).read_volatile() == to.address[3]
         } else {

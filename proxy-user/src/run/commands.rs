@@ -15,7 +15,7 @@ use crate::{
     config::{KernelArgs, Loaded, LogArgs},
     dataplane::{
         Dataplane as _, Memory, Stack, State,
-        ebpf::{Place, Retired},
+        ebpf::{Place, LeftoverPlane},
         nftables::Nftables,
     },
     machine,
@@ -109,7 +109,7 @@ pub fn cleanup(kernel: &KernelArgs, log: &LogArgs, stay: bool) -> anyhow::Result
     }
     let place = Place { bpf_root: kernel.bpf_root.clone(), cgroup_root: PathBuf::new() };
     let packets = Nftables::open(PerFamily { v4: true, v6: true })?;
-    Stack::new(packets, Retired::new(place)).remove()?;
+    Stack::new(packets, LeftoverPlane::new(place)).remove()?;
     tracing::info!(
         bpf_root = %kernel.bpf_root.display(),
         "removed weir's tables of both families, and the kernel programs with their maps"

@@ -12,7 +12,7 @@ use crate::{
     config::{Config, ProxyMode},
     dataplane::{
         Dataplane, Stack,
-        ebpf::{self, Counted, Ebpf, Links, Place, Retired, no_rivals},
+        ebpf::{self, Counters, Ebpf, Links, Place, LeftoverPlane, check_conflicts},
         nftables::{Dropped, Drops, News, Nftables, Seen, Watch},
     },
     machine::probe::Probe,
@@ -29,7 +29,7 @@ pub(super) struct Planes {
     /// Counters of the nftables plane.
     pub(super) dropped: Drops,
     /// Counters of the socket plane.
-    pub(super) counted: Option<Counted>,
+    pub(super) counted: Option<Counters>,
     /// Links of the socket plane's programs.
     pub(super) links: Option<Links>,
 }
@@ -43,11 +43,11 @@ impl Planes {
         let place = Place { bpf_root: config.bpf_root.clone(), cgroup_root: config.cgroup_root.clone() };
         let probe = || Probe::of(&place.cgroup_root, &place.bpf_root);
         let open = |probe: &Probe| {
-            no_rivals(&place.cgroup_root)?;
+            check_conflicts(&place.cgroup_root)?;
             anyhow::Ok(Ebpf::open(place.clone(), probe.set_retval)?)
         };
         let sockets = choose(config.mode, probe, open)?;
-        let counted = sockets.as_ref().map(Ebpf::counted);
+        let counted = sockets.as_ref().map(Ebpf::counters);
         let links = sockets.as_ref().map(Ebpf::links);
         let (plane, sockets): (Box<dyn Dataplane>, _) = match sockets {
             Some(sockets) => {
@@ -57,7 +57,7 @@ impl Planes {
             }
             None => {
                 packets.remove_moved()?;
-                let stack = Stack::new(packets, Retired::new(place)).with_retry(config.sync_period);
+                let stack = Stack::new(packets, LeftoverPlane::new(place)).with_retry(config.sync_period);
                 (Box::new(stack), None)
             }
         };
@@ -96,7 +96,7 @@ pub(super) fn possible(config: &Config) -> anyhow::Result<()> {
     // The other modes fall back to nftables.
     if config.mode == ProxyMode::Ebpf {
         let probe = || Probe::of(&config.cgroup_root, &config.bpf_root);
-        choose(config.mode, probe, |_| no_rivals(&config.cgroup_root))?;
+        choose(config.mode, probe, |_| check_conflicts(&config.cgroup_root))?;
     }
     Ok(())
 }

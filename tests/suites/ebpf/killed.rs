@@ -17,7 +17,7 @@ use proxy_ebpf::Endpoint;
 use weir::{
     dataplane::{
         Dataplane as _,
-        ebpf::{Ebpf, Place, name_again},
+        ebpf::{Ebpf, Place, repin},
     },
     machine::probe::Probe,
     model::{Family, Protocol},
@@ -158,7 +158,7 @@ fn a_map_without_a_name_gets_it_again_and_no_service_reaches_another() -> Result
         ensure!(whole.len() == 19, "{whole:?}");
         for (pin, _) in &whole {
             fs::remove_file(pin)?;
-            assert_eq!(name_again(&fixture.place)?.len(), 1, "{} while an agent runs", pin.display());
+            assert_eq!(repin(&fixture.place)?.len(), 1, "{} while an agent runs", pin.display());
             assert_eq!(maps(&fixture.place)?, whole);
             fs::remove_file(pin)?;
             drop(plane);

@@ -138,7 +138,7 @@ fn the_programs_serve_the_sockets_of_their_cgroup_and_no_others() -> Result<()> 
             );
             // A process may have the number of a NodePort, as one has that serves it in the host's network.
             TcpListener::bind((loopback(family), 30080))?;
-            let tallies = plane.counted().read()?;
+            let tallies = plane.counters().read()?;
             let counted = |protocol| {
                 let mut ports =
                     tallies.iter().filter(|(id, _)| (id.family, id.protocol) == (family, protocol));

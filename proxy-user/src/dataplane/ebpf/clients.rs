@@ -1,12 +1,12 @@
-//! Which sticky clients are forgotten.
+//! Evicts sticky clients.
 //!
-//! In: what `affinities` holds. Out: the same without clients whose time is over, and without the oldest of groups of
-//! processes that take more than their share; then `accounts` counts what is left.
+//! In: the entries of `affinities`. Out: the map without expired clients, and without the oldest clients of
+//! groups of processes that exceed their share; `accounts` with the numbers of clients that are left.
 //!
 //! ```text
-//! time is over                            ──▶ goes
-//! group has all it may have               ──▶ a quarter of it goes, the oldest first: its next clients are remembered
-//! three quarters of the room are taken    ──▶ half of it stays: of the groups with most clients the oldest go
+//! entry expired                           ──▶ evicted
+//! group has used up its share             ──▶ a quarter of its clients is evicted, the oldest first, to make room for new ones
+//! three quarters of the room are in use   ──▶ half of them stay: of the groups with most clients the oldest are evicted
 //! ```
 
 use std::{collections::BTreeMap, path::PathBuf};
@@ -21,17 +21,18 @@ use super::{
     problem::Problem,
 };
 
-/// A client, when it was last seen, and the group it counts for.
+/// A client, the time of its last choice, and the group that is charged for it.
 type Known = (AffinityKey, u64, u32);
 
-/// Removes clients from the map of this place, which may be another one than the last time. Returns how many. The
-/// programs do not wait for this: to them such a client is a new one.
+/// Evicts clients from the current map of a place, which may have grown since the last call. Returns how
+/// many. To the programs an expired client is a new one anyway.
 ///
-/// A client that comes at this very moment may be forgotten with them: its backend was chosen by chance, and is once more.
+/// A client that a program updates at the same instant may be evicted too: its backend was random, and is
+/// random again.
 ///
 /// # Errors
 ///
-/// When a map is not there, or cannot be read.
+/// When a map does not exist, or cannot be read.
 pub fn forget_clients(place: &Place) -> Result<usize, Problem> {
     let open = |directory: PathBuf, name| {
         MapData::from_pin(directory.join(name)).map_err(|error| Problem::map(name, error))
@@ -58,7 +59,8 @@ pub fn forget_clients(place: &Place) -> Result<usize, Problem> {
     Ok(gone.len())
 }
 
-/// Adds to `gone` the clients that take more than their group's share of the room. Says how many are left of each group.
+/// Adds to `gone` the clients above their group's share of the room. Returns how many clients each group
+/// keeps.
 fn too_many(known: Vec<Known>, room: u32, gone: &mut Vec<AffinityKey>) -> BTreeMap<u32, u64> {
     let all = known.len();
     let is_full = all > room as usize / 4 * 3;
@@ -71,13 +73,13 @@ fn too_many(known: Vec<Known>, room: u32, gone: &mut Vec<AffinityKey>) -> BTreeM
     let mut left_over: Vec<Known> = Vec::new();
     for clients in groups.values_mut() {
         clients.sort_unstable_by_key(|(_, chosen, _)| *chosen);
-        let has_all = !account::may_take(clients.len() as u64, all as u64, room);
-        let stay = if has_all { clients.len() - clients.len() / 4 } else { clients.len() };
+        let is_at_limit = !account::may_take(clients.len() as u64, all as u64, room);
+        let stay = if is_at_limit { clients.len() - clients.len() / 4 } else { clients.len() };
         let quarter = clients.drain(..clients.len() - stay);
         gone.extend(quarter.map(|(key, ..)| key));
         left_over.extend(clients.drain(..clients.len().saturating_sub(share)));
     }
-    // Where there are more groups than places, the oldest of all go.
+    // If there are more groups than entries, the oldest clients of all groups go.
     left_over.sort_unstable_by_key(|(_, chosen, _)| *chosen);
     let left = left_over.len() + groups.values().map(Vec::len).sum::<usize>();
     let stay = left_over.split_off(left.saturating_sub(half).min(left_over.len()));
@@ -90,7 +92,8 @@ fn too_many(known: Vec<Known>, room: u32, gone: &mut Vec<AffinityKey>) -> BTreeM
     counts
 }
 
-/// The most that each may have so that all have no more than `most`: what small ones leave, the others share.
+/// The most clients for each group so that all groups together have at most `most`. Groups with more share
+/// what groups with less leave.
 fn share(mut counts: Vec<usize>, mut most: usize) -> usize {
     counts.sort_unstable();
     let groups = counts.len();
@@ -104,7 +107,7 @@ fn share(mut counts: Vec<usize>, mut most: usize) -> usize {
     usize::MAX
 }
 
-/// Writes down how many clients each group has. What comes meanwhile is counted the next time.
+/// Stores the number of clients of each group. Clients that come meanwhile are counted the next time.
 fn count(accounts: &mut Array<MapData, u64>, counts: &BTreeMap<u32, u64>) -> Result<(), Problem> {
     let mut known = Vec::new();
     let read = bpf::read_first(accounts.map(), account::COUNT as usize, |place: u32, count: u64| {
@@ -132,7 +135,7 @@ mod tests {
 
     const ROOM: u32 = 1 << 10;
 
-    /// Clients of a group, each seen later than the one before.
+    /// Clients of a group, each chosen later than the one before.
     fn clients(group: u32, seen: std::ops::Range<u64>) -> Vec<Known> {
         seen.map(|chosen| {
             let client = proxy_ebpf::namespace(u64::from(group) << 32 | chosen);
@@ -155,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn a_group_that_has_all_it_may_have_loses_its_oldest_clients_and_the_others_none() {
+    fn a_group_that_has_used_up_its_share_loses_its_oldest_clients_and_the_others_none() {
         let (gone, counts) = gone_of([clients(1, 1000..1120), clients(2, 0..20), clients(3, 0..1)].concat());
         assert_eq!(gone, clients(1, 1000..1030));
         assert_eq!(counts, [(1, 90), (2, 20), (3, 1)].into());

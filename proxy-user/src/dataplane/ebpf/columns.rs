@@ -1,22 +1,23 @@
-//! Which frontends of a service port share a column of its record.
+//! Assigns a column of the record to each frontend of a service port.
 //!
-//! In: how each frontend is treated, and the column it has in the maps. Out: columns. A frontend keeps its column for as
-//! long as its neighbours there are treated as it is, so that a change of the port changes no frontend.
+//! In: the route of each frontend, and the column that it has in the maps. Out: columns. A frontend keeps its
+//! column as long as the others of the column have the same route, so that a change of the port changes no
+//! frontend.
 
 use proxy_ebpf::{Column, Record, verdict};
 
 use crate::plan::{Route, Target, Treatment};
 
-/// The columns of a record, and which frontend has which.
+/// The columns of a record, and the column of each frontend.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Columns {
     pub(super) columns: [Column; Record::COLUMNS],
-    /// Of each frontend, in the order they came in. Without one it is left to the packets.
+    /// In the order of the frontends. A frontend without a column is left to nftables.
     pub(super) of: Vec<Option<u32>>,
 }
 
 impl Columns {
-    /// Gives each frontend a column: `frontends` are their routes and the columns they have.
+    /// Assigns columns. `frontends` are the routes and the present columns.
     pub(super) fn assign(frontends: &[(Route, Option<u32>)]) -> Self {
         let mut taken: [Option<Column>; Record::COLUMNS] = [None; Record::COLUMNS];
         let mut of = vec![None; frontends.len()];
@@ -62,7 +63,7 @@ mod tests {
     }
 
     #[test]
-    fn frontends_that_are_treated_alike_share_a_column() {
+    fn frontends_with_the_same_route_share_a_column() {
         let [cluster, local] = [Target::Cluster, Target::Local].map(route);
         let columns = Columns::assign(&[(cluster, None), (local, None), (cluster, None)]);
         assert_eq!(columns.of, [Some(0), Some(1), Some(0)]);
@@ -71,21 +72,21 @@ mod tests {
     }
 
     #[test]
-    fn a_frontend_keeps_its_column_whatever_becomes_of_the_route() {
+    fn a_frontend_keeps_its_column_when_the_route_changes() {
         let refuse = route(Target::Reject);
         let columns = Columns::assign(&[(refuse, Some(1)), (refuse, Some(3)), (refuse, None)]);
         assert_eq!(columns.of, [Some(1), Some(3), Some(1)]);
     }
 
     #[test]
-    fn of_two_in_a_column_that_part_the_first_keeps_it() {
+    fn of_two_frontends_whose_routes_become_different_the_first_keeps_the_column() {
         let [cluster, local] = [Target::Cluster, Target::Local].map(route);
         let columns = Columns::assign(&[(cluster, Some(2)), (local, Some(2))]);
         assert_eq!(columns.of, [Some(2), Some(0)]);
     }
 
     #[test]
-    fn one_too_many_is_left_to_the_packets() {
+    fn a_fifth_route_is_left_to_nftables() {
         let treatments = [Target::Cluster, Target::Local, Target::Reject, Target::Drop];
         let mut frontends: Vec<_> = treatments.map(|target| (route(target), None)).to_vec();
         let masqueraded = Treatment { target: Target::Cluster, masquerade: true };

@@ -1,20 +1,20 @@
-//! Reads back what the maps say.
+//! Reads the maps back.
 //!
-//! In: the maps. Out: a [`State`] as far as sockets go; see [`State::for_sockets`].
+//! In: the maps. Out: a [`State`], reduced as in [`State::for_sockets`].
 
 use proxy_ebpf::{FrontendKey, Record, Slots, flag, kind, verdict};
 
-use super::{element::Set, found, maps::Maps, problem::Problem};
+use super::{element, kernel_state, maps::Maps, problem::Problem};
 use crate::{
     dataplane::{Installed, InstalledFrontend, Outcome, State},
     model::{Family, Protocol},
-    plan::{Backend, Destination, Frontend},
+    plan::{Backend, BackendSet, Destination, Frontend},
 };
 
 pub(super) fn read(maps: &Maps) -> Result<State, Problem> {
     let mut state = State::default();
     let frontends = maps.frontends()?;
-    let ports = maps.ports(found::numbers(&frontends))?;
+    let records = maps.records_of(kernel_state::port_indices(&frontends))?;
     for (key, value) in frontends.into_iter().filter(|(key, value)| value.is_of(key)) {
         if key.kind == kind::ADDRESS {
             if value.flags() & flag::CLUSTER_IP != 0 {
@@ -23,7 +23,7 @@ pub(super) fn read(maps: &Maps) -> Result<State, Problem> {
             continue;
         }
         let Some(frontend) = frontend(&key) else { continue };
-        let Some((_, record)) = ports.get(&value.number()) else { continue };
+        let Some((_, record)) = records.get(&value.port()) else { continue };
         let column = record.columns[value.column() as usize];
         let of = |verdict| {
             let outcome = if value.is_for_packets() { verdict::PASS } else { verdict };
@@ -49,12 +49,12 @@ fn frontend(key: &FrontendKey) -> Option<Frontend> {
 
 fn outcome_of(maps: &Maps, record: &Record, verdict: u8) -> Result<Outcome, Problem> {
     let set = match verdict & !verdict::MASQUERADE {
-        verdict::CLUSTER => Set::Cluster,
-        verdict::LOCAL => Set::Local,
+        verdict::CLUSTER => BackendSet::Cluster,
+        verdict::LOCAL => BackendSet::Local,
         verdict::REFUSE => return Ok(Outcome::Reject),
         _ => return Ok(Outcome::Packets),
     };
-    let Slots { first, count } = record.sets[set.index()];
+    let Slots { first, count } = record.sets[element::set_index(set)];
     let mut backends = Vec::new();
     for slot in first..first.saturating_add(count) {
         let slot = maps.slot(slot)?;

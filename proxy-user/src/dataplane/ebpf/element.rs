@@ -1,77 +1,45 @@
-//! What stands in the maps for a service port.
+//! The keys and values of a service port.
 //!
-//! In: a [`PortPlan`], and where its backends are. Out: keys and values.
+//! In: a [`PortPlan`] and its placement. Out: keys and values.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use proxy_ebpf::{Column, Endpoint, FrontendKey, MemberKey, Record, Slots, flag, set};
 
-use super::slots::Range;
+use super::ranges::Range;
 use crate::{
     model::{Family, Protocol},
-    plan::{Backend, Destination, Frontend, FrontendPlan, PortPlan},
+    plan::{Backend, BackendSet, Destination, Frontend, FrontendPlan, PortPlan},
 };
 
-/// The two backend sets of a service port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Set {
-    Cluster,
-    Local,
-}
-
-impl Set {
-    pub(super) const ALL: [Self; 2] = [Self::Cluster, Self::Local];
-
-    pub(super) fn of(self, plan: &PortPlan) -> &[Backend] {
-        match self {
-            Self::Cluster => &plan.cluster,
-            Self::Local => &plan.local,
-        }
-    }
-
-    /// The set's number, unique among all ports.
-    pub(super) const fn number(self, port: u32) -> u32 {
-        match self {
-            Self::Cluster => set::number(port, set::CLUSTER),
-            Self::Local => set::number(port, set::LOCAL),
-        }
-    }
-
-    pub(super) const fn index(self) -> usize {
-        match self {
-            Self::Cluster => 0,
-            Self::Local => 1,
-        }
-    }
-}
-
-/// Where a service port is in the maps.
+/// The indices of a service port in the maps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Site {
-    /// Its number.
+pub(super) struct Placement {
+    /// In `ports` and `tallies`.
     pub(super) port: u32,
-    /// Its record; [`Record::NOTHING`] before there is one.
+    /// In `records`; [`Record::NOTHING`] as long as the port has no record.
     pub(super) record: u32,
     ranges: [Range; 2],
-    /// Whether it has session affinity, which is counted.
+    /// Whether the port has session affinity, because the size of `affinities` depends on the number of such
+    /// ports.
     pub(super) sticky: bool,
 }
 
-impl Site {
+impl Placement {
     pub(super) fn new(port: u32, sticky: bool) -> Self {
         Self { port, record: Record::NOTHING, ranges: [Range::default(); 2], sticky }
     }
 
-    pub(super) fn range(&self, set: Set) -> Range {
-        self.ranges[set.index()]
+    pub(super) fn range(&self, set: BackendSet) -> Range {
+        self.ranges[set_index(set)]
     }
 
-    pub(super) fn set_range(&mut self, set: Set, range: Range) {
-        self.ranges[set.index()] = range;
+    pub(super) fn set_range(&mut self, set: BackendSet, range: Range) {
+        self.ranges[set_index(set)] = range;
     }
 }
 
-/// Whether sockets are served: the hooks see no SCTP.
+/// The kernel runs none of the hooks for SCTP sockets, so nftables serves SCTP.
 pub(super) fn is_for_sockets(protocol: Protocol) -> bool {
     match protocol {
         Protocol::Tcp | Protocol::Udp => true,
@@ -79,15 +47,31 @@ pub(super) fn is_for_sockets(protocol: Protocol) -> bool {
     }
 }
 
-/// Whether somebody remembers backends of this port: sticky clients, and sockets that send without a connection.
+/// The index of a backend set in [`Record::sets`].
+pub(super) const fn set_index(set: BackendSet) -> usize {
+    match set {
+        BackendSet::Cluster => 0,
+        BackendSet::Local => 1,
+    }
+}
+
+/// The number of a backend set in `members`, unique among all ports.
+const fn set_number(set: BackendSet, port: u32) -> u32 {
+    match set {
+        BackendSet::Cluster => set::number(port, set::CLUSTER),
+        BackendSet::Local => set::number(port, set::LOCAL),
+    }
+}
+
+/// Whether sticky clients, or sockets that send without a connection, stay with backends of this port.
 pub(super) fn has_members(plan: &PortPlan) -> bool {
     plan.affinity.is_some() || plan.id.protocol == Protocol::Udp
 }
 
-/// Every backend that is to be in `members`: of the sets sticky clients stay in, and those that flows without a
-/// connection stay with.
+/// The backends of the sets that sticky clients stay in, and of the set that flows without a connection stay
+/// in.
 pub(super) fn members(plan: &PortPlan, port: u32) -> impl Iterator<Item = MemberKey> + '_ {
-    let chosen = Set::ALL.map(|set| (set.number(port), set.of(plan)));
+    let chosen = BackendSet::ALL.map(|set| (set_number(set, port), plan.backends(set)));
     let chosen = chosen.into_iter().filter(|_| plan.affinity.is_some());
     let serving =
         (plan.id.protocol == Protocol::Udp).then(|| (set::number(port, set::SERVING), &*plan.serving));
@@ -100,7 +84,6 @@ pub(super) fn endpoint(backend: &Backend) -> Endpoint {
     Endpoint::new(backend.address, backend.port)
 }
 
-/// The key of a frontend.
 pub(super) fn key(frontend: &Frontend) -> FrontendKey {
     let protocol = frontend.protocol.number();
     match frontend.destination {
@@ -109,7 +92,6 @@ pub(super) fn key(frontend: &Frontend) -> FrontendKey {
     }
 }
 
-/// An address of a family.
 fn any(family: Family) -> IpAddr {
     match family {
         Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
@@ -117,16 +99,16 @@ fn any(family: Family) -> IpAddr {
     }
 }
 
-/// Whether only packets can decide about a frontend: sources that are not let in (F7), because a socket that connects may
-/// not have its address yet, and what is answered here for as long as a frontend does.
+/// Whether the socket plane leaves a frontend to nftables: a frontend with source ranges (F7), because a
+/// socket that connects may not have its address yet, and one that this node may answer itself.
 pub(super) fn is_for_packets(planned: &FrontendPlan) -> bool {
     planned.allowed_sources.is_some() || planned.answered_here
 }
 
-/// The record of a port whose frontends have these columns.
-pub(super) fn record(plan: &PortPlan, site: &Site, columns: [Column; Record::COLUMNS]) -> Record {
-    let slots = |set: Set| {
-        let Range { first, count } = site.range(set);
+/// The record of a port, with the columns of its frontends.
+pub(super) fn record(plan: &PortPlan, placement: &Placement, columns: [Column; Record::COLUMNS]) -> Record {
+    let slots = |set: BackendSet| {
+        let Range { first, count } = placement.range(set);
         Slots { first: if count == 0 { 0 } else { first }, count }
     };
     Record {
@@ -134,7 +116,7 @@ pub(super) fn record(plan: &PortPlan, site: &Site, columns: [Column; Record::COL
         affinity: plan.affinity.unwrap_or(0),
         sources: 0,
         zero: 0,
-        sets: Set::ALL.map(slots),
+        sets: BackendSet::ALL.map(slots),
         columns,
     }
 }
@@ -147,15 +129,15 @@ mod tests {
         plan::Target,
     };
 
-    fn site() -> Site {
-        let mut site = Site::new(3, false);
-        site.set_range(Set::Cluster, Range { first: 10, count: 2 });
-        site.set_range(Set::Local, Range { first: 20, count: 1 });
-        site
+    fn placement() -> Placement {
+        let mut placement = Placement::new(3, false);
+        placement.set_range(BackendSet::Cluster, Range { first: 10, count: 2 });
+        placement.set_range(BackendSet::Local, Range { first: 20, count: 1 });
+        placement
     }
 
     fn record_of(plan: &PortPlan) -> Record {
-        record(plan, &site(), [Column::default(); Record::COLUMNS])
+        record(plan, &placement(), [Column::default(); Record::COLUMNS])
     }
 
     #[test]
@@ -165,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn what_only_packets_can_decide_is_left_to_them() {
+    fn frontends_that_a_socket_cannot_decide_about_are_left_to_nftables() {
         let plan = port("web", &["10.244.0.1"]).at(address("198.51.100.1"), 80, [Target::Cluster; 2]);
         assert!(!is_for_packets(&plan.frontends[0]));
         let mut answered = plan.frontends[0].clone();
@@ -175,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_remembered_has_members() {
+    fn only_udp_and_sticky_ports_have_members() {
         let mut plan = port("web", &["10.244.0.1", "10.244.0.2"]).at_ip("10.96.0.1");
         plan.local = vec![backend("10.244.0.2")];
         plan.serving = vec![backend("10.244.0.3")];

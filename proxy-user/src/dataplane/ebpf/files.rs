@@ -1,7 +1,7 @@
-//! What is done to names in the BPF file system, one operation at a time.
+//! Operations on names in the BPF file system.
 //!
-//! In: paths. Out: names that are there, or are not. An agent may be killed between any two of these, and the agent that opens the
-//! place next has to find its way; tests stop here.
+//! In: paths. Out: created, renamed or removed names. An agent may be killed between any two operations, and
+//! the next agent has to continue from there; tests stop at each operation.
 
 use std::{
     fs, io,
@@ -13,10 +13,10 @@ use aya::maps::Map;
 
 use super::problem::Problem;
 
-/// Is told of each operation on a name before it is done, for tests: one that does not return is a kill.
+/// Called before each operation on a name, for tests: one that does not return acts as a kill.
 pub type Interrupt = Box<dyn FnMut(&Path) + Send>;
 
-/// What does it: each operation by itself.
+/// The operations. `None` outside of tests.
 #[derive(Default)]
 pub(super) struct Files(Option<Interrupt>);
 
@@ -25,28 +25,27 @@ impl Files {
         Self(Some(interrupt))
     }
 
-    /// Says that something is about to be done to a name.
+    /// Calls the interrupt before an operation on a name.
     pub(super) fn touch(&mut self, path: &Path) {
         if let Some(interrupt) = &mut self.0 {
             interrupt(path);
         }
     }
 
-    /// Makes a directory, with those above it, for our eyes alone, if it is not there.
+    /// Makes a directory and its parents, readable by the owner only, if it does not exist.
     pub(super) fn make_directory(&mut self, path: &Path) -> Result<(), Problem> {
         self.touch(path);
         let made = fs::DirBuilder::new().mode(0o700).recursive(true).create(path);
         made.map_err(|error| Problem::file("making the directory", path, error))
     }
 
-    /// Pins a map.
     pub(super) fn pin(&mut self, map: &Map, path: &Path) -> Result<(), Problem> {
         self.touch(path);
         map.pin(path).map_err(|error| Problem::file("pinning", path, io::Error::other(error)))
     }
 
-    /// Has a symbolic link lead elsewhere at one instant: to `target`, which is beside it.
-    pub(super) fn lead(&mut self, link: &Path, target: &str) -> Result<(), Problem> {
+    /// Replaces a symbolic link atomically; `target` is in the same directory.
+    pub(super) fn replace_link(&mut self, link: &Path, target: &str) -> Result<(), Problem> {
         let next = link.with_file_name("next");
         self.discard(&next)?;
         self.touch(&next);
@@ -55,7 +54,7 @@ impl Files {
         fs::rename(&next, link).map_err(|error| Problem::file("renaming", &next, error))
     }
 
-    /// Removes a name that may not be there.
+    /// Removes a name if it exists.
     pub(super) fn discard(&mut self, path: &Path) -> Result<(), Problem> {
         self.touch(path);
         match fs::remove_file(path) {
@@ -66,7 +65,7 @@ impl Files {
         }
     }
 
-    /// Removes a directory with the maps that are pinned there. One that has anything else in it stays.
+    /// Removes a directory and the maps that are pinned there. A directory with anything else in it stays.
     pub(super) fn remove_directory(&mut self, path: &Path) -> io::Result<()> {
         for entry in fs::read_dir(path)? {
             let entry = entry?;
@@ -78,7 +77,7 @@ impl Files {
         self.touch(path);
         match fs::remove_dir(path) {
             Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
-                tracing::warn!(directory = %path.display(), "something else is in there; the directory stays");
+                tracing::warn!(directory = %path.display(), "directory not removed, because it is not empty");
                 Ok(())
             }
             removed => removed,

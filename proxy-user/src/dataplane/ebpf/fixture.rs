@@ -1,4 +1,4 @@
-//! Service ports for tests, in as few words as they need.
+//! Service ports for tests.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use crate::{
     },
 };
 
-/// A TCP port of the Service `ns/name` with these backends for clients everywhere.
+/// A TCP port of the Service `ns/name` with these backends, and no frontend.
 pub(super) fn port(name: &str, backends: &[&str]) -> PortPlan {
     PortPlan {
         id: PortId {
@@ -31,13 +31,13 @@ pub(super) fn port(name: &str, backends: &[&str]) -> PortPlan {
 
 /// Adds frontends to a service port.
 pub(super) trait WithFrontends {
-    /// The same with one more frontend: pods get the first target and the host the second.
+    /// Adds a frontend: pods get the first target and the host the second.
     fn at(self, destination: Destination, port: u16, targets: [Target; 2]) -> Self;
 
-    /// The same with a ClusterIP that all clients may use.
+    /// Adds a ClusterIP that serves pods and the host from the cluster set.
     fn at_ip(self, ip: &str) -> Self;
 
-    /// The same with this source range on every frontend.
+    /// Adds this source range to every frontend.
     fn guarded(self, source: &str) -> Self;
 }
 

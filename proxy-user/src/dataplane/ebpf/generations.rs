@@ -1,11 +1,12 @@
-//! The generations of the maps of Services, and which of them serves.
+//! The generations of the maps of Services.
 //!
-//! In: a directory, and what the attached programs use. Out: the generation to go on with.
+//! In: a directory, and the maps that the attached programs use. Out: the generation to continue with.
 //!
-//! Maps grow by a new generation: a directory of its own, in which those that stay are pinned too. It serves when programs
-//! that use it are attached, and `current` leads to it from then on. An agent that is killed on the way leaves programs of
-//! both, or a name that leads to the wrong one, so the next agent goes by what programs use: their links are switched
-//! when the generation is filled, not before.
+//! Maps grow by a new generation: a directory of its own, in which maps that did not grow are pinned too.
+//! When programs that use it are attached, the link `current` is switched to it. If an agent is killed
+//! meanwhile, attached programs use both generations, or `current` refers to the wrong one. So the next agent
+//! decides by the maps that the programs use: their links are switched after the new generation is filled,
+//! not before.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,23 +16,22 @@ use std::{
 
 use super::{
     files::Files,
-    named::{pinned_in, used_by_programs},
-    place::{Place, numbered},
+    place::{Place, number_after},
     problem::Problem,
+    repin::{pinned_in, used_by_programs},
     sizes::SERVICES,
 };
 
 /// The directory of all generations.
 pub(super) struct Generations(PathBuf);
 
-/// Which generation serves.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Serving {
-    /// The newest that an attached program uses, or else the one that is published.
+    /// The newest generation that an attached program uses, or else the one of `current`.
     pub(super) generation: Option<u32>,
     /// Whether attached programs use maps of some generation.
     pub(super) attached: bool,
-    /// Whether one of them does not use this generation, or not it alone.
+    /// Whether an attached program uses other maps than this generation's.
     pub(super) mixed: bool,
 }
 
@@ -44,14 +44,13 @@ impl Generations {
         self.0.join(format!("g{generation}"))
     }
 
-    /// Those that are there.
     pub(super) fn all(&self) -> Result<BTreeSet<u32>, Problem> {
         let read = || -> io::Result<BTreeSet<u32>> {
             let mut all = BTreeSet::new();
             for entry in fs::read_dir(&self.0)? {
                 let entry = entry?;
                 if entry.file_type()?.is_dir() {
-                    all.extend(entry.file_name().to_str().and_then(|name| numbered(name, "g")));
+                    all.extend(entry.file_name().to_str().and_then(|name| number_after(name, "g")));
                 }
             }
             Ok(all)
@@ -59,19 +58,18 @@ impl Generations {
         read().map_err(|error| Problem::file("reading the directory", &self.0, error))
     }
 
-    /// The one that `current` leads to, if that is there.
+    /// The target of `current`, if it exists.
     pub(super) fn current(&self) -> Option<u32> {
         let target = fs::read_link(self.0.join("current")).ok()?;
-        let generation = numbered(target.to_str()?, "g")?;
+        let generation = number_after(target.to_str()?, "g")?;
         self.path(generation).is_dir().then_some(generation)
     }
 
-    /// Has `current` lead to a generation.
+    /// Switches `current` to a generation.
     pub(super) fn publish(&self, files: &mut Files, generation: u32) -> Result<(), Problem> {
-        files.lead(&self.0.join("current"), &format!("g{generation}"))
+        files.replace_link(&self.0.join("current"), &format!("g{generation}"))
     }
 
-    /// Removes all but one.
     pub(super) fn keep(&self, files: &mut Files, generation: u32) -> Result<(), Problem> {
         for other in self.all()?.into_iter().filter(|other| *other != generation) {
             self.remove(files, other)?;
@@ -79,13 +77,12 @@ impl Generations {
         Ok(())
     }
 
-    /// Removes one.
     pub(super) fn remove(&self, files: &mut Files, generation: u32) -> Result<(), Problem> {
         let path = self.path(generation);
         files.remove_directory(&path).map_err(|error| Problem::file("removing", &path, error))
     }
 
-    /// Which generation to go on with: the one that the attached programs use, or else the one that `current` leads to.
+    /// The generation to continue with.
     pub(super) fn serving(&self, place: &Place) -> Result<Serving, Problem> {
         let mut generations = BTreeMap::new();
         for generation in self.all()? {
@@ -102,8 +99,8 @@ impl Generations {
 }
 
 impl Serving {
-    /// `generations` are the maps of each, and `programs` the maps of Services that each program uses. Maps that did not
-    /// grow belong to several generations.
+    /// `generations` has the maps of each generation, and `programs` the maps of Services that each program
+    /// uses. Maps that did not grow belong to several generations.
     fn of(
         generations: &BTreeMap<u32, BTreeSet<u32>>,
         programs: &[BTreeSet<u32>],
@@ -126,7 +123,8 @@ impl Serving {
 mod tests {
     use super::*;
 
-    /// Generation 1 with maps 1 and 2, generation 2 with 3 in the place of 1; `current` leads to 2.
+    /// Generation 1 has maps 1 and 2; generation 2 has map 3 in the place of 1, and is the target of
+    /// `current`.
     fn serving(programs: &[&[u32]]) -> Serving {
         let set = |maps: &[u32]| maps.iter().copied().collect::<BTreeSet<u32>>();
         let generations = BTreeMap::from([(1, set(&[1, 2])), (2, set(&[2, 3]))]);
@@ -139,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn what_programs_use_says_which_generation_serves() {
+    fn the_generation_that_programs_use_serves() {
         assert_eq!(serving(&[]), goes_on(2, false, false), "nothing is attached");
         assert_eq!(serving(&[&[9], &[]]), goes_on(2, false, false), "programs of another layout");
         assert_eq!(serving(&[&[1, 2], &[]]), goes_on(1, true, false), "no link was switched yet");
@@ -148,13 +146,13 @@ mod tests {
     }
 
     #[test]
-    fn a_program_with_a_map_that_has_no_name_is_to_be_switched() {
+    fn a_program_with_an_unpinned_map_is_switched() {
         assert_eq!(serving(&[&[1, 2, 9]]), goes_on(2, true, true), "alone");
         assert_eq!(serving(&[&[1, 2], &[2, 9]]), goes_on(1, true, true), "beside one that uses a generation");
     }
 
     #[test]
-    fn a_map_that_did_not_grow_does_not_tell() {
+    fn a_map_that_did_not_grow_does_not_decide() {
         assert_eq!(serving(&[&[1], &[2]]), goes_on(1, true, false));
         assert_eq!(serving(&[&[2], &[3]]), goes_on(2, true, false));
         assert_eq!(serving(&[&[2]]), goes_on(1, true, false));

@@ -1,8 +1,8 @@
-//! Whether the programs are still attached, and attaching them anew.
+//! Keeps the programs attached.
 //!
-//! In: the programs and their links as they were attached. Out: the same links again after others removed a pin, detached
-//! a link, or made the cgroup anew. It is asked every few seconds by a thread beside the plane, because the kernel tells of
-//! none of that; one look takes a few system calls for each program.
+//! In: the programs and their links as the plane attached them. Out: the same links again, after another
+//! program removed a pin, detached a link, or made the cgroup anew. The kernel reports none of these, so a
+//! thread beside the plane checks every few seconds; a check takes a few system calls for each program.
 
 use std::{
     fs::{self, File},
@@ -16,15 +16,15 @@ use crate::sys::bpf::{self, CgroupLink};
 
 use super::problem::Problem;
 
-/// The links of the plane, shared with what keeps them up.
+/// The attached programs, shared by the plane and the thread.
 #[derive(Clone, Debug, Default)]
 pub struct Links(Arc<Mutex<Attached>>);
 
-/// The programs as they were attached; none before that.
+/// The programs as the plane attached them; empty before that.
 #[derive(Debug, Default)]
 pub(super) struct Attached {
     cgroup_root: PathBuf,
-    /// In the order of attaching.
+    /// In the order of attachment.
     programs: Vec<AttachedProgram>,
 }
 
@@ -33,30 +33,30 @@ struct AttachedProgram {
     pin: PathBuf,
     program: OwnedFd,
     as_attached: CgroupLink,
-    /// Whether the last look found no pin. `weir cleanup` removes the links before the maps; a look in between must not
-    /// bring back what it removes.
+    /// Whether the last check found no pin. `weir cleanup` removes the links before the maps, and a check in
+    /// between must not attach the programs again.
     was_missing: bool,
 }
 
-/// What a look finds instead of a link as it was attached.
-enum Trouble {
+/// How a link differs from its state at attachment.
+enum Difference {
     Missing,
     Detached,
     OtherProgram(OwnedFd),
 }
 
 impl Links {
-    /// Keeps looks away while the plane attaches its programs.
+    /// Locks the links while the plane attaches its programs, so that no check runs meanwhile.
     pub(super) fn while_attaching(&self) -> MutexGuard<'_, Attached> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Attaches anew what is no longer as it was attached, and tells which pins that were. `in_use` says whether there
-    /// is still something to attach for.
+    /// Repairs links that are not as they were attached. Returns their pins. `in_use` tells whether the maps
+    /// still exist.
     ///
     /// # Errors
     ///
-    /// When a link cannot be looked at or made. All other links have been.
+    /// When a link cannot be checked or repaired. All other links have been.
     pub fn repair(&self, in_use: impl Fn() -> bool) -> Result<Vec<PathBuf>, Problem> {
         let mut attached = self.while_attaching();
         let Attached { cgroup_root, programs } = &mut *attached;
@@ -84,8 +84,8 @@ impl Links {
 }
 
 impl Attached {
-    /// Remembers what was attached.
-    pub(super) fn are(
+    /// Stores the attached programs.
+    pub(super) fn set(
         &mut self,
         cgroup_root: &Path,
         programs: impl IntoIterator<Item = (PathBuf, OwnedFd)>,
@@ -99,41 +99,41 @@ impl Attached {
         Ok(())
     }
 
-    /// Forgets them: they are to go.
+    /// Removes all programs, which are about to be detached.
     pub(super) fn clear(&mut self) {
         self.programs.clear();
     }
 }
 
 impl AttachedProgram {
-    fn look(&self, cgroup: u64) -> io::Result<Option<Trouble>> {
+    fn compare(&self, cgroup: u64) -> io::Result<Option<Difference>> {
         let link = match bpf::open_pinned(&self.pin) {
             Ok(link) => link,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Some(Trouble::Missing)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Some(Difference::Missing)),
             Err(error) => return Err(error),
         };
         let found = bpf::cgroup_link(&link)?;
         Ok(if found.cgroup != cgroup {
-            Some(Trouble::Detached)
+            Some(Difference::Detached)
         } else if found.program != self.as_attached.program {
-            Some(Trouble::OtherProgram(link))
+            Some(Difference::OtherProgram(link))
         } else {
             None
         })
     }
 
     fn repair(&mut self, number: u64, cgroup: &File, in_use: impl Fn() -> bool) -> io::Result<bool> {
-        let Some(trouble) = self.look(number)? else {
+        let Some(difference) = self.compare(number)? else {
             self.was_missing = false;
             return Ok(false);
         };
-        match trouble {
-            Trouble::OtherProgram(link) => bpf::update_link(link, &self.program)?,
-            Trouble::Missing if !self.was_missing || !in_use() => {
+        match difference {
+            Difference::OtherProgram(link) => bpf::update_link(link, &self.program)?,
+            Difference::Missing if !self.was_missing || !in_use() => {
                 self.was_missing = true;
                 return Ok(false);
             }
-            Trouble::Missing | Trouble::Detached => {
+            Difference::Missing | Difference::Detached => {
                 let fresh = bpf::link_to_cgroup(&self.program, cgroup, self.as_attached.attach_type)?;
                 match fs::remove_file(&self.pin) {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

@@ -1,6 +1,7 @@
-//! Handles of the maps: every read and write of them.
+//! The handles of the maps: every read and write.
 //!
-//! In: keys and values. Out: the kernel's answers, as [`Problem`]s that name the map. A map that is full says so here.
+//! In: keys and values. Out: the kernel's results, with [`Problem`]s that name the map. A write to a full map
+//! fails here.
 
 use std::{hash::Hash, io};
 
@@ -37,9 +38,9 @@ pub(super) struct Maps {
 }
 
 impl Maps {
-    /// Takes the maps out of a loaded object.
+    /// Takes the maps out of the loaded programs.
     pub(super) fn of(ebpf: &mut Ebpf) -> Result<Self, Problem> {
-        let mut take = |name: &'static str| ebpf.take_map(name).ok_or(Problem::Object(name));
+        let mut take = |name: &'static str| ebpf.take_map(name).ok_or(Problem::MissingMap(name));
         let ports: Array<MapData, u64> = typed("ports", take("ports")?)?;
         Ok(Self {
             frontends: typed("frontends", take("frontends")?)?,
@@ -55,12 +56,12 @@ impl Maps {
         })
     }
 
-    /// Lets writes fail when `fault` says so.
+    /// Makes writes fail when `fault` returns true.
     pub(super) fn fail(&mut self, fault: Option<Fault>) {
         self.fault = fault;
     }
 
-    /// Takes over what is not in the kernel.
+    /// Moves the state that is not in the kernel from another handle.
     pub(super) fn inherit(&mut self, from: &mut Self) {
         self.fault = from.fault.take();
     }
@@ -88,48 +89,48 @@ impl Maps {
         self.write("frontends", |maps| maps.frontends.insert(key, value, ANY))
     }
 
-    /// Removes a frontend; false when there was none.
+    /// False if there was none.
     pub(super) fn remove_frontend(&mut self, key: &FrontendKey) -> Result<bool, Problem> {
         removed("frontends", self.frontends.remove(key))
     }
 
-    /// The record that each of these ports leads to, and what it says.
-    pub(super) fn ports(
+    /// The record of each of these ports: its index and its content.
+    pub(super) fn records_of(
         &self,
-        numbers: impl IntoIterator<Item = u32>,
+        ports: impl IntoIterator<Item = u32>,
     ) -> Result<FxHashMap<u32, (u32, Record)>, Problem> {
-        let led = numbers.into_iter().filter_map(|number| Some((number, self.ports.get(number)? as u32)));
-        let led: Vec<(u32, u32)> = led.collect();
-        let end = led.iter().map(|(_, record)| record.saturating_add(1)).max().unwrap_or(0);
+        let indices = ports.into_iter().filter_map(|port| Some((port, self.ports.get(port)? as u32)));
+        let indices: Vec<(u32, u32)> = indices.collect();
+        let end = indices.iter().map(|(_, record)| record.saturating_add(1)).max().unwrap_or(0);
         let mut records = Vec::new();
         let read = bpf::read_first(self.records.map(), end as usize, |_: u32, record| records.push(record));
         read.map_err(|error| Problem::map("records", error.into()))?;
-        let found = |(number, record): (u32, u32)| {
-            records.get(record as usize).map(|content: &Record| (number, (record, *content)))
+        let with_content = |(port, record): (u32, u32)| {
+            records.get(record as usize).map(|content: &Record| (port, (record, *content)))
         };
-        Ok(led.into_iter().filter_map(found).collect())
+        Ok(indices.into_iter().filter_map(with_content).collect())
     }
 
-    /// Has a port lead to a record, and with it all its frontends.
-    pub(super) fn set_port(&mut self, number: u32, record: u32) -> Result<(), Problem> {
-        self.write("ports", |maps| Ok(maps.ports.set(number, record.into())?))
+    /// Switches a port, with all its frontends, to a record.
+    pub(super) fn set_port(&mut self, port: u32, record: u32) -> Result<(), Problem> {
+        self.write("ports", |maps| Ok(maps.ports.set(port, record.into())?))
     }
 
-    /// Leaves a port to the packets; it may not have been there.
-    pub(super) fn clear_port(&mut self, number: u32) {
-        // Beyond the end there is nothing to clear.
-        let _ = self.ports.set(number, Record::NOTHING.into());
+    /// Leaves a port to nftables. The port may not be in the map.
+    pub(super) fn clear_port(&mut self, port: u32) {
+        // An index beyond the end has nothing to clear.
+        let _ = self.ports.set(port, Record::NOTHING.into());
     }
 
-    pub(super) fn record(&self, number: u32) -> Result<Record, Problem> {
-        self.records.get(&number, ANY).map_err(|error| Problem::map("records", error))
+    pub(super) fn record(&self, index: u32) -> Result<Record, Problem> {
+        self.records.get(&index, ANY).map_err(|error| Problem::map("records", error))
     }
 
-    pub(super) fn set_record(&mut self, number: u32, record: &Record) -> Result<(), Problem> {
-        self.write("records", |maps| maps.records.set(number, record, ANY))
+    pub(super) fn set_record(&mut self, index: u32, record: &Record) -> Result<(), Problem> {
+        self.write("records", |maps| maps.records.set(index, record, ANY))
     }
 
-    /// Every member, but for elements that are not their key's.
+    /// Every member, without entries that have another key's value.
     pub(super) fn members(&self) -> Result<FxHashSet<MemberKey>, Problem> {
         let members: FxHashMap<MemberKey, Member> = all("members", self.members.map())?;
         let right = members.into_iter().filter(|(key, member)| member.is_of(key));
@@ -140,12 +141,12 @@ impl Maps {
         self.write("members", |maps| maps.members.insert(key, Member::new(key, joined), ANY))
     }
 
-    /// Removes a member; false when there was none.
+    /// False if there was none.
     pub(super) fn remove_member(&mut self, member: &MemberKey) -> Result<bool, Problem> {
         removed("members", self.members.remove(member))
     }
 
-    /// The slots before `end`, or all where there are fewer.
+    /// The slots before `end`, or all slots if there are fewer.
     pub(super) fn slots(&self, end: u32) -> Result<Vec<Endpoint>, Problem> {
         self.read_slots(end).map_err(|error| Problem::map("slots", error.into()))
     }
@@ -160,7 +161,7 @@ impl Maps {
         self.slots.get(&slot, ANY).map_err(|error| Problem::map("slots", error))
     }
 
-    /// Writes slots that follow each other.
+    /// Writes consecutive slots.
     pub(super) fn set_slots(&mut self, first: u32, backends: &[Endpoint]) -> Result<(), Problem> {
         if backends.is_empty() {
             return Ok(());
@@ -186,7 +187,7 @@ impl Maps {
         Ok(counts.iter().sum())
     }
 
-    /// Copies what the map of a name holds in `old`, of slots those in use.
+    /// Copies the map of this name from `old`; of `slots` only those in use.
     pub(super) fn copy(&mut self, name: &'static str, old: &Self, slots_in_use: u32) -> Result<(), Problem> {
         self.write(name, |new| match name {
             "frontends" => copy(&old.frontends, &mut new.frontends),
@@ -207,7 +208,7 @@ impl Maps {
         })
     }
 
-    /// Adds clients that `old` remembers and this does not.
+    /// Adds the clients of `old` that this map lacks.
     pub(super) fn add_affinities(&mut self, old: &Self) -> Result<(), Problem> {
         for entry in old.affinities.iter() {
             let (client, affinity) = entry.map_err(|error| Problem::map("affinities", error))?;
@@ -222,7 +223,7 @@ impl Maps {
     }
 }
 
-/// Now, in nanoseconds of the clock that programs read.
+/// The time in nanoseconds of CLOCK_MONOTONIC, which the programs read.
 pub(super) fn monotonic() -> u64 {
     clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |now| {
         let (seconds, nanoseconds) = (now.tv_sec().unsigned_abs(), now.tv_nsec().unsigned_abs());
@@ -265,7 +266,7 @@ fn copy<K: aya::Pod, V: aya::Pod>(
     })
 }
 
-/// The system's number for what went wrong.
+/// The errno of an error.
 fn code(error: &MapError) -> Option<i32> {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(error) = cause {
@@ -277,7 +278,7 @@ fn code(error: &MapError) -> Option<i32> {
     None
 }
 
-/// Whether the error says that there is no such thing.
+/// Whether an error means that the entry or the file does not exist.
 pub(super) fn is_missing(error: &MapError) -> bool {
     matches!(error, MapError::KeyNotFound | MapError::ElementNotFound) || code(error) == Some(libc::ENOENT)
 }

@@ -1,13 +1,13 @@
-//! The names of our programs and maps in the BPF file system.
+//! The names of programs and maps in the BPF file system.
 //!
 //! ```text
 //! <bpf-root>/services-5/current → g2   the maps of Services: the next agent finds them as they are
 //! <bpf-root>/services-5/g2/frontends, …
-//! <bpf-root>/sockets-5/origins, …      what sockets were told, and what else has nothing to do with Services
+//! <bpf-root>/sockets-5/origins, …      the Services that sockets asked for, and all else that does not depend on Services
 //! <bpf-root>/link-connect4, …          the links: programs stay attached while no agent runs
 //! ```
-//! Each group of maps has a version of its own, so that sockets are remembered when the maps of Services are laid out anew.
-//! Only names of this form are ever removed, and only where a BPF file system is.
+//! Each of the two groups has its own version, so the agent keeps the entries of sockets when the layout of the maps of
+//! Services changes. weir removes only names of this form, and only in a BPF file system.
 
 use std::{
     fs, io,
@@ -24,7 +24,7 @@ use tracing::debug;
 
 use super::{files::Files, problem::Problem};
 
-/// Every hook that a program of ours is attached to.
+/// Every hook that weir attaches a program to.
 pub(super) const HOOKS: [&str; 12] = [
     "connect4",
     "connect6",
@@ -40,7 +40,7 @@ pub(super) const HOOKS: [&str; 12] = [
     "sock_release",
 ];
 
-/// The maps of layouts that had one directory for all of them, `v1` to `v5`.
+/// The maps of layouts `v1` to `v5`, which had one directory for all maps.
 const FORMER_MAPS: [&str; 18] = [
     "frontends",
     "ports",
@@ -62,23 +62,23 @@ const FORMER_MAPS: [&str; 18] = [
     "accounts",
 ];
 
-/// Where things are.
+/// The two directories that the socket plane uses.
 #[derive(Clone, Debug)]
 pub struct Place {
-    /// A directory of ours in a BPF file system.
+    /// A directory in a BPF file system, for weir alone.
     pub bpf_root: PathBuf,
-    /// The cgroup, of version 2, whose processes' sockets are served.
+    /// A cgroup v2 directory. The programs see the sockets of the processes below it.
     pub cgroup_root: PathBuf,
 }
 
 impl Place {
-    /// The directory of the maps of Services, as they are now: another one when they have grown.
+    /// The directory of the current maps of Services. It changes when the maps grow.
     #[must_use]
     pub fn services(&self) -> PathBuf {
         self.generations().join("current")
     }
 
-    /// The directory of all generations of those.
+    /// The directory of all generations of the maps of Services.
     pub(super) fn generations(&self) -> PathBuf {
         self.bpf_root.join(format!("services-{SERVICES_VERSION}"))
     }
@@ -89,24 +89,23 @@ impl Place {
         self.bpf_root.join(format!("sockets-{SOCKETS_VERSION}"))
     }
 
-    /// The link of a program.
     pub(super) fn link(&self, program: &str) -> PathBuf {
         self.bpf_root.join(format!("link-{program}"))
     }
 
-    /// Whether there are maps of this layout. Links that are missing are made anew.
+    /// Whether there are maps of this layout. If so, missing links are made again.
     #[must_use]
     pub fn is_in_use(&self) -> bool {
         self.services().join("frontends").exists()
     }
 
-    /// Whether neither maps nor links are there, as after `weir cleanup`.
+    /// Whether there are neither maps nor links, as after `weir cleanup`.
     #[must_use]
     pub fn is_gone(&self) -> bool {
         !self.is_in_use() && !HOOKS.iter().any(|hook| self.link(hook).exists())
     }
 
-    /// Makes the directories, and sees that no other user can write there.
+    /// Makes the directories, and checks that no other user can write there.
     pub(super) fn make(&self, files: &mut Files) -> Result<(), Problem> {
         files.make_directory(&self.bpf_root)?;
         self.check().map_err(|error| Problem::file("using", &self.bpf_root, error))?;
@@ -114,28 +113,28 @@ impl Place {
         files.make_directory(&self.sockets())
     }
 
-    /// Fails where names may not be touched, because they cannot be ours: outside of a BPF file system, or in a directory that
-    /// others may write.
+    /// Fails outside of a BPF file system, and in a directory that other users may write: names there cannot
+    /// be weir's, and are not removed.
     fn check(&self) -> io::Result<()> {
         let refuse = |why: String| Err(io::Error::other(why));
         if statfs(&self.bpf_root)?.filesystem_type() != BPF_FS_MAGIC {
-            return refuse("it is not in a BPF file system; nothing there was touched".to_owned());
+            return refuse("it is not in a BPF file system; nothing was changed there".to_owned());
         }
         let directory = fs::metadata(&self.bpf_root)?;
         if directory.uid() != 0 && directory.uid() != geteuid().as_raw() {
-            return refuse(format!("it belongs to user {}; nothing there was touched", directory.uid()));
+            return refuse(format!("it belongs to user {}; nothing was changed there", directory.uid()));
         }
         if directory.mode() & 0o022 != 0 {
-            return refuse("others may write there; nothing there was touched".to_owned());
+            return refuse("other users may write there; nothing was changed there".to_owned());
         }
         Ok(())
     }
 
-    /// Whether the directory is there and programs or maps can be in it.
+    /// Whether the directory exists in a BPF file system, so that programs or maps can be there.
     ///
     /// # Errors
     ///
-    /// When it cannot be looked at.
+    /// When the kernel does not return its file system.
     pub fn is_on_bpffs(&self) -> io::Result<bool> {
         match statfs(&self.bpf_root) {
             Ok(found) => Ok(found.filesystem_type() == BPF_FS_MAGIC),
@@ -144,19 +143,20 @@ impl Place {
         }
     }
 
-    /// Takes the programs away, then the maps. Nothing there is fine.
+    /// Removes the programs, then the maps, if there are any.
     ///
     /// # Errors
     ///
-    /// When something of ours cannot be removed, or when what is there cannot be ours.
+    /// When a name cannot be removed, or when the directory cannot be weir's.
     pub fn clear(&self) -> io::Result<()> {
         if !self.bpf_root.try_exists()? {
             return Ok(());
         }
         self.check()?;
         let mut files = Files::default();
-        let (leading, others): (Vec<_>, Vec<_>) = HOOKS.into_iter().partition(|hook| leads(hook));
-        for link in leading.iter().chain(&others).map(|hook| self.link(hook)) {
+        let (translating, others): (Vec<_>, Vec<_>) =
+            HOOKS.into_iter().partition(|hook| translates_to_backends(hook));
+        for link in translating.iter().chain(&others).map(|hook| self.link(hook)) {
             match fs::remove_file(&link) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
@@ -164,14 +164,14 @@ impl Place {
         }
         self.clear_layouts(&mut files, |_| false)?;
         match fs::remove_dir(&self.bpf_root) {
-            // It is a mount point, or another program keeps something there.
-            Err(error) if error.kind() != io::ErrorKind::NotFound => debug!(%error, "the directory stays"),
+            // It is a mount point, or another program has something there.
+            Err(error) if error.kind() != io::ErrorKind::NotFound => debug!(%error, "directory not removed"),
             _ => {}
         }
         Ok(())
     }
 
-    /// Removes the maps of other layouts, once nothing uses them.
+    /// Removes the maps of other layouts, which no program uses any more.
     pub(super) fn clear_other_layouts(&self, files: &mut Files) -> io::Result<()> {
         let ours = [self.generations(), self.sockets()];
         self.clear_layouts(files, |path| ours.iter().any(|ours| ours == path))
@@ -191,15 +191,15 @@ impl Place {
     }
 }
 
-/// Whether a program leads sockets to backends. Such are attached last and detached first, so that there is always one to
-/// say what a socket asked for, and one to forget it.
-pub(super) fn leads(program: &str) -> bool {
+/// Whether a program translates sockets to backends. Such programs are attached last and detached first, so
+/// that for each translated socket there is a program that translates back, and one that removes its entry.
+pub(super) fn translates_to_backends(program: &str) -> bool {
     program.starts_with("connect") || program.starts_with("sendmsg")
 }
 
-/// What a directory of ours holds, of whatever version.
+/// The content of one of weir's directories, of any version.
 enum Layout {
-    /// All maps, before there were groups.
+    /// All maps: of versions before there were two groups.
     Former,
     /// Generations of the maps of Services.
     Services,
@@ -212,13 +212,12 @@ impl Layout {
         let name = path.file_name()?.to_str()?;
         [("v", Self::Former), ("services-", Self::Services), ("sockets-", Self::Sockets)]
             .into_iter()
-            .find(|(prefix, _)| numbered(name, prefix).is_some())
+            .find(|(prefix, _)| number_after(name, prefix).is_some())
             .map(|(_, layout)| layout)
     }
 }
 
-/// The number behind a prefix.
-pub(super) fn numbered(name: &str, prefix: &str) -> Option<u32> {
+pub(super) fn number_after(name: &str, prefix: &str) -> Option<u32> {
     name.strip_prefix(prefix)?.parse().ok()
 }
 
@@ -233,7 +232,7 @@ fn remove_former(files: &mut Files, path: &Path) -> io::Result<()> {
     }
     files.touch(path);
     if let Err(error) = fs::remove_dir(path) {
-        debug!(%error, directory = %path.display(), "something else is in there; the directory stays");
+        debug!(%error, directory = %path.display(), "directory not removed, because it is not empty");
     }
     Ok(())
 }
@@ -241,11 +240,11 @@ fn remove_former(files: &mut Files, path: &Path) -> io::Result<()> {
 fn remove_generations(files: &mut Files, path: &Path) -> io::Result<()> {
     for entry in fs::read_dir(path)? {
         let entry = entry?;
-        let is_generation = entry.file_name().to_str().is_some_and(|name| numbered(name, "g").is_some());
+        let is_generation = entry.file_name().to_str().is_some_and(|name| number_after(name, "g").is_some());
         if is_generation && entry.file_type()?.is_dir() {
             files.remove_directory(&entry.path())?;
         }
     }
-    // What is left are the names that lead to one of them.
+    // The link `current` remains, and possibly `next`.
     files.remove_directory(path)
 }

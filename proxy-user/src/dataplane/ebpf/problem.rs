@@ -1,4 +1,6 @@
-//! What can go wrong between us and the kernel.
+//! Errors of the socket plane.
+//!
+//! In: errors of `aya` and of system calls. Out: the text that logs, events and `weir probe` show.
 
 use std::{
     io,
@@ -9,21 +11,21 @@ use aya::{EbpfError, maps::MapError, programs::ProgramError};
 
 use crate::{causes::causes, dataplane::Error};
 
-/// Why programs or maps are not as they should be.
+/// Why programs or maps cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Problem {
-    /// The object inside this agent is not what the agent expects.
+    /// The programs inside this agent lack a map that the agent uses.
     #[error("the kernel programs have no map `{0}`: this agent was built wrongly")]
-    Object(&'static str),
-    /// The kernel does not take the object.
+    MissingMap(&'static str),
+    /// The kernel refuses the object with all programs and maps.
     #[error("loading the kernel programs: {}", causes(.0))]
     Load(Box<EbpfError>),
-    /// The kernel refuses a program; the text has the verifier's own words.
+    /// The kernel refuses a program.
     #[error("the kernel refuses the program `{name}`: {text}")]
     Program {
-        /// The program's name, which is its hook's.
+        /// The same as the name of its hook.
         name: String,
-        /// Why.
+        /// The errno, and the verifier's log.
         text: String,
     },
     /// A map cannot be read or written.
@@ -31,30 +33,30 @@ pub enum Problem {
     Map {
         /// The map's name.
         name: String,
-        /// Why.
+        /// The error with its causes.
         text: String,
     },
-    /// A pinned map is of another layout.
+    /// A pinned map has keys or values of another size.
     #[error(
-        "the map pinned at {} is of another layout: keys and values of {found:?} bytes, not {expected:?}; `weir cleanup` removes it",
+        "the map pinned at {} has another layout: keys and values of {found:?} bytes, not {expected:?}; `weir cleanup` removes it",
         .path.display()
     )]
     Layout {
-        /// The pin.
+        /// Where the map is pinned.
         path: PathBuf,
-        /// Bytes of its keys and values.
+        /// The sizes of its keys and values in bytes.
         found: [u32; 2],
-        /// What they should be.
+        /// The sizes in this version.
         expected: [u32; 2],
     },
-    /// A file cannot be used.
+    /// An operation on a file failed.
     #[error("{doing} {}: {error}", .path.display())]
     File {
-        /// What was being done.
+        /// The operation, as a verb.
         doing: &'static str,
-        /// To which file.
+        /// Its file.
         path: PathBuf,
-        /// What the system answered.
+        /// The error of the system call.
         error: io::Error,
     },
 }

@@ -1,18 +1,18 @@
-//! The maps: their names, how large they are, and what they hold.
+//! The maps: their names, their sizes, and the sizes of their keys and values.
 //!
-//! In: how many elements there have to be. Out: sizes, and the bytes of keys and values by which maps of another layout are
-//! known.
+//! In: the number of entries needed. Out: sizes of maps, and the sizes of keys and values by which weir
+//! recognizes maps of another layout.
 
 use proxy_ebpf::{
     Affinity, AffinityKey, Crowd, Endpoint, Flows, FrontendKey, FrontendValue, Member, MemberKey, Origin,
     Record, Seat, Settings, Tally,
 };
 
-/// The maps that grow, and how many elements each has room for.
+/// The number of entries that each map has room for, of the maps that grow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Sizes {
     pub(super) frontends: u32,
-    /// Of `ports`, and of `tallies`.
+    /// Of `ports` and `tallies`.
     pub(super) ports: u32,
     pub(super) records: u32,
     pub(super) slots: u32,
@@ -21,11 +21,11 @@ pub(super) struct Sizes {
 }
 
 impl Sizes {
-    /// What a node without Services starts with.
-    pub(super) const LEAST: Self =
+    /// The sizes on a node without Services.
+    pub(super) const MIN: Self =
         Self { frontends: 1024, ports: 512, records: 2048, slots: 1024, members: 256, affinities: 64 };
 
-    /// By the names of the maps of Services.
+    /// The sizes by the names of the maps.
     pub(super) fn named(&self) -> [(&'static str, u32); 7] {
         [
             ("frontends", self.frontends),
@@ -38,9 +38,9 @@ impl Sizes {
         ]
     }
 
-    /// As large as maps are that are there.
+    /// The sizes of existing maps; the minimum for those that do not exist.
     pub(super) fn found<E>(room: impl Fn(&'static str) -> Result<Option<u32>, E>) -> Result<Self, E> {
-        let mut sizes = Self::LEAST;
+        let mut sizes = Self::MIN;
         for (name, size) in [
             ("frontends", &mut sizes.frontends),
             ("ports", &mut sizes.ports),
@@ -56,7 +56,7 @@ impl Sizes {
         Ok(sizes)
     }
 
-    /// Room for `needed` and as much again where these sizes are too small; the same where they are not.
+    /// At least twice `needed` for each map that is too small; the same size for the others.
     pub(super) fn grown_to(&self, needed: &Self) -> Self {
         let grow = |have: u32, need: u32| {
             if need <= have {
@@ -76,10 +76,9 @@ impl Sizes {
     }
 }
 
-/// A map's name, and the bytes of its keys and values.
+/// A map's name, and the sizes of its keys and values in bytes.
 pub(super) type Shape = (&'static str, usize, usize);
 
-/// The maps of Services.
 pub(super) const SERVICES: [Shape; 7] = [
     ("frontends", size_of::<FrontendKey>(), size_of::<FrontendValue>()),
     ("ports", size_of::<u32>(), size_of::<u64>()),
@@ -90,7 +89,7 @@ pub(super) const SERVICES: [Shape; 7] = [
     ("affinities", size_of::<AffinityKey>(), size_of::<Affinity>()),
 ];
 
-/// The maps of sockets, which never grow.
+/// They never grow.
 pub(super) const SOCKETS: [Shape; 12] = [
     ("settings", size_of::<u32>(), size_of::<Settings>()),
     ("troubles", size_of::<u32>(), size_of::<u64>()),

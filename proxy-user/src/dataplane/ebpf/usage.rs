@@ -1,7 +1,7 @@
-//! What the maps hold and what they cost, for metrics.
+//! The number of entries of the maps and their memory, for metrics.
 //!
-//! In: the maps, by their names. Out: elements, where the maps tell or `accounts` counts them, and bytes, where the kernel
-//! tells.
+//! In: the maps, by their names. Out: numbers of entries, where the kernel or `accounts` counts them, and
+//! bytes, where the kernel reports them.
 
 use std::{fs, io, os::fd::AsRawFd as _, path::Path};
 
@@ -16,32 +16,32 @@ use super::{
     sizes::{SERVICES, SOCKETS},
 };
 
-/// What the kernel has for each socket beside the values of its storages.
+/// Bytes that the kernel needs for each socket with storage, beside the values.
 const STORAGE: u64 = 192;
-/// What the kernel has beside each value of a storage.
+/// Bytes that the kernel needs for each value of a storage, beside the value.
 const VALUE: u64 = 72;
 
-/// What a map holds and costs.
+/// The usage of one map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Usage {
-    /// The map's name.
+    /// The name of the map.
     pub map: &'static str,
-    /// Elements in it, and how many there is room for.
+    /// The number of entries, and of entries that there is room for.
     pub elements: Option<(u32, u32)>,
     /// Bytes of kernel memory.
     pub bytes: Option<u64>,
 }
 
-/// What the maps of a place hold and cost. The elements of those that Services are in the plane knows.
+/// The usage of all maps of a place. The plane itself counts the entries of the maps of Services.
 ///
 /// # Errors
 ///
-/// When a map that is there cannot be read.
+/// When an existing map cannot be read.
 pub fn usage(place: &Place) -> Result<Vec<Usage>, Problem> {
     let accounts: Array<_, u64> = typed("accounts", Map::Array(open(&place.sockets(), "accounts")?))?;
-    let counted = |thing: u32| -> Result<u32, Problem> {
+    let count_of = |kind: u32| -> Result<u32, Problem> {
         let count =
-            accounts.get(&account::of_all(thing), 0).map_err(|error| Problem::map("accounts", error))?;
+            accounts.get(&account::of_all(kind), 0).map_err(|error| Problem::map("accounts", error))?;
         Ok(u32::try_from(count).unwrap_or(u32::MAX))
     };
     let mut all = Vec::new();
@@ -55,19 +55,19 @@ pub fn usage(place: &Place) -> Result<Vec<Usage>, Problem> {
         };
         let room = data.info().map_err(|error| Problem::map(map, error))?.max_entries();
         let elements = match map {
-            "affinities" => Some((counted(account::CLIENTS)?, room)),
-            "origins" => Some((counted(account::ORIGINS)?, room)),
-            "flows" => Some((counted(account::FLOWS)?, account::MOST_FLOWS)),
-            "crowds" => Some((counted(account::CROWDS)?, account::MOST_CROWDS)),
-            "seats" => Some((seated(&data)?, SEATS)),
+            "affinities" => Some((count_of(account::CLIENTS)?, room)),
+            "origins" => Some((count_of(account::ORIGINS)?, room)),
+            "flows" => Some((count_of(account::FLOWS)?, account::MOST_FLOWS)),
+            "crowds" => Some((count_of(account::CROWDS)?, account::MOST_CROWDS)),
+            "seats" => Some((count_seats(&data)?, SEATS)),
             _ => None,
         };
-        let of_sockets = match (map, elements) {
+        let in_sockets = match (map, elements) {
             ("flows", Some((count, _))) => u64::from(count) * (STORAGE + allocated::<Flows>()),
             ("crowds", Some((count, _))) => u64::from(count) * allocated::<Crowd>(),
             _ => 0,
         };
-        let bytes = memory(&data).map(|bytes| bytes + of_sockets);
+        let bytes = memory(&data).map(|bytes| bytes + in_sockets);
         all.push(Usage { map, elements, bytes });
     }
     Ok(all)
@@ -77,21 +77,21 @@ fn open(maps: &Path, name: &'static str) -> Result<MapData, Problem> {
     MapData::from_pin(maps.join(name)).map_err(|error| Problem::map(name, error))
 }
 
-fn seated(seats: &MapData) -> Result<u32, Problem> {
+fn count_seats(seats: &MapData) -> Result<u32, Problem> {
     let mut taken = 0;
     let read = bpf::read_all(seats, |_: u32, seat: Seat| taken += u32::from(Seat::is_taken(seat.claims)));
     read.map_err(|error: io::Error| Problem::map("seats", error.into()))?;
     Ok(taken)
 }
 
-/// What the kernel allocates for a value of a socket's storage, which it does not tell.
+/// The bytes that the kernel allocates for a value in a socket's storage, which it does not report.
 fn allocated<T>() -> u64 {
     (size_of::<T>() as u64 + VALUE).next_power_of_two()
 }
 
-/// What a map takes by the kernel's own account.
+/// The memory of a map, as the kernel reports it.
 fn memory(map: &MapData) -> Option<u64> {
     use std::os::fd::AsFd as _;
-    let told = fs::read_to_string(format!("/proc/self/fdinfo/{}", map.fd().as_fd().as_raw_fd())).ok()?;
-    told.lines().find_map(|line| line.strip_prefix("memlock:")?.trim().parse().ok())
+    let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", map.fd().as_fd().as_raw_fd())).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("memlock:")?.trim().parse().ok())
 }

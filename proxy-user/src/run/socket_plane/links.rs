@@ -5,7 +5,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use crate::{
-    dataplane::ebpf::{Links, Place, Problem, name_again},
+    dataplane::ebpf::{Links, Place, Problem, repin},
     observe::Metrics,
 };
 
@@ -30,7 +30,7 @@ pub(in crate::run) fn keep_attached(links: Links, place: Place, metrics: &Metric
                 );
                 metrics.count_attached_anew(repaired.len() as u64);
             }
-            let named = new_failure(name_again(&place), &mut last_name, |error| {
+            let named = new_failure(repin(&place), &mut last_name, |error| {
                 tracing::warn!(error, "weir's maps are not pinned; the next agent will start with empty maps");
             });
             if !named.is_empty() {

@@ -10,7 +10,7 @@
 use std::time::Duration;
 
 use crate::{
-    dataplane::ebpf::{Counted, Place},
+    dataplane::ebpf::{Counters, Place},
     observe::PortCount,
     plan::PortId,
 };
@@ -29,7 +29,7 @@ pub(super) use usage::watch_usage;
 const LOOK: Duration = Duration::from_secs(5);
 
 /// Connections of each service port; empty if the counters cannot be read.
-pub(super) fn counts(counted: &Counted) -> Vec<PortCount> {
+pub(super) fn counts(counted: &Counters) -> Vec<PortCount> {
     let tallies = counted.read().unwrap_or_else(|error| {
         tracing::debug!(%error, "cannot read the counters of the programs");
         Default::default()

@@ -16,7 +16,7 @@ use std::{
 
 use crate::sys::bpf;
 use aya::maps::{Array, HashMap, IterableMap as _, Map, MapData, MapError};
-use proxy_ebpf::{FrontendKey, FrontendValue, place_of_home};
+use proxy_ebpf::{FrontendKey, FrontendValue, home_index};
 use socket2::{Domain, Socket, Type};
 
 use super::{
@@ -67,9 +67,9 @@ impl LocalListeners {
         let mut places = BTreeSet::new();
         let visited = namespaces.each(|| {
             let namespace = cookie()?;
-            // The programs always translate sockets of the host's own namespace.
-            if namespace != own && has_listener(&frontends)? {
-                places.insert(place_of_home(namespace));
+            // The programs lead the host's processes wherever they are bound.
+            if namespace != own && is_home(&frontends)? {
+                places.insert(home_index(namespace));
             }
             Ok(())
         });

@@ -1,8 +1,9 @@
-//! Maps that attached programs use, and the names that those maps have lost.
+//! Pins maps again that attached programs use and that have lost their names.
 //!
-//! In: the programs behind the pinned links, and the names in the BPF file system. Out: a name again for each map that has
-//! none. An agent that found a map missing and made another one would write what the attached programs do not read, and
-//! they would read the rest of it: a record of the one with slots of the other leads a socket to another Service.
+//! In: the programs behind the pinned links, and the names in the BPF file system. Out: a name again for each
+//! map that has none. If an agent created another map under a missing name, it would write entries that the
+//! attached programs do not read, and the programs would combine a record of one map with slots of another: a
+//! socket would reach another Service.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -27,39 +28,39 @@ use super::{
     sizes::{SERVICES, SOCKETS, Shape},
 };
 
-/// Maps by their names, with the numbers that the kernel has for them.
+/// The kernel's ids of maps, by name.
 pub(super) type Maps = BTreeMap<String, u32>;
 
-/// Gives the maps of attached programs their names again where others removed them. Answers which names those are.
+/// Pins the maps of attached programs again where another program removed the pins. Returns the new pins.
 ///
 /// # Errors
 ///
-/// When names or programs cannot be read, or a name cannot be given.
-pub fn name_again(place: &Place) -> Result<Vec<PathBuf>, Problem> {
+/// When names or programs cannot be read, or a map cannot be pinned.
+pub fn repin(place: &Place) -> Result<Vec<PathBuf>, Problem> {
     if !place.sockets().exists() {
         return Ok(Vec::new());
     }
-    name_with(&mut Files::default(), place)
+    repin_with(&mut Files::default(), place)
 }
 
-/// The same, done by `files`.
-pub(super) fn name_with(files: &mut Files, place: &Place) -> Result<Vec<PathBuf>, Problem> {
+/// The same through `files`.
+pub(super) fn repin_with(files: &mut Files, place: &Place) -> Result<Vec<PathBuf>, Problem> {
     let generations = Generations::of(place);
     let mut directories = vec![Directory::read(place.sockets(), &SOCKETS)?];
     for generation in generations.all()? {
         directories.push(Directory::read(generations.path(generation), &SERVICES)?);
     }
-    let mut given = Vec::new();
-    if directories.iter().all(Directory::is_whole) {
-        return Ok(given);
+    let mut pinned = Vec::new();
+    if directories.iter().all(Directory::is_complete) {
+        return Ok(pinned);
     }
-    // Links are read after names: what takes everything away removes the links first.
+    // Links are read after names, because a removal of everything begins with the links.
     for program in used_by_programs(place)? {
         for (name, &id) in &program {
             if directories.iter().any(|directory| directory.maps.values().any(|known| *known == id)) {
                 continue;
             }
-            // The newest, where a map belongs to several.
+            // The newest generation, if the map belongs to several.
             let Some(directory) =
                 directories.iter_mut().rev().find(|directory| directory.lacks(name, &program))
             else {
@@ -70,18 +71,18 @@ pub(super) fn name_with(files: &mut Files, place: &Place) -> Result<Vec<PathBuf>
             let map = MapData::from_id(id).map_err(|error| Problem::map(name, error))?;
             map.pin(&path).map_err(|error| Problem::file("pinning", &path, io::Error::other(error)))?;
             directory.maps.insert(name.clone(), id);
-            given.push(path);
+            pinned.push(path);
         }
     }
-    Ok(given)
+    Ok(pinned)
 }
 
-/// A directory of ours.
+/// A directory of one group or generation.
 struct Directory {
     path: PathBuf,
     /// The maps that belong there.
     shapes: &'static [Shape],
-    /// Those that are pinned there.
+    /// The maps that are pinned there.
     maps: Maps,
 }
 
@@ -90,11 +91,11 @@ impl Directory {
         Ok(Self { maps: pinned_in(&path)?, path, shapes })
     }
 
-    fn is_whole(&self) -> bool {
+    fn is_complete(&self) -> bool {
         self.shapes.iter().all(|(name, ..)| self.maps.contains_key(*name))
     }
 
-    /// Whether a map of this name belongs here and is not here, though everything else of the program is.
+    /// Whether a map of this name belongs here and is missing, while every other map here is the program's.
     fn lacks(&self, name: &str, program: &Maps) -> bool {
         let belongs = self.shapes.iter().any(|(shape, ..)| *shape == name);
         let both = || self.maps.iter().filter_map(|(name, id)| Some((id, program.get(name)?)));
@@ -105,7 +106,6 @@ impl Directory {
     }
 }
 
-/// The maps that are pinned in a directory.
 pub(super) fn pinned_in(path: &Path) -> Result<Maps, Problem> {
     let failed = |path: &Path, error: io::Error| Problem::file("opening the map pinned at", path, error);
     let mut maps = Maps::new();
@@ -132,7 +132,7 @@ pub(super) fn used_by_programs(place: &Place) -> Result<Vec<Maps>, Problem> {
         return Ok(Vec::new());
     }
     let (mut used, mut names) = (Vec::new(), BTreeMap::new());
-    // A program of others may go while they are read.
+    // Another program may end while this reads them.
     for program in loaded_programs().filter_map(Result::ok).filter(|program| programs.contains(&program.id()))
     {
         let ids = program.map_ids().map_err(|error| Problem::program("of a pinned link", error))?;

@@ -1,9 +1,10 @@
-//! The programs and maps in the kernel, and their names in the BPF file system.
+//! Loads, pins and attaches the programs and their maps.
 //!
-//! In: how large the maps have to be. Out: maps to write, and programs that read them, attached to a cgroup.
+//! In: the sizes of the maps. Out: maps to write, and programs that read them, attached to a cgroup.
 //!
-//! To make a map larger is the same as to upgrade: a new generation of the maps is filled, new programs that use it are
-//! loaded, and each link is switched from the old program to the new one at one instant. Neither costs a connection.
+//! Maps grow in the same way as an upgrade replaces them: the agent fills a new generation of the maps, loads
+//! new programs that use it, and switches each link from the old program to the new one atomically. Neither
+//! costs a connection.
 
 use std::{
     fs::File,
@@ -28,40 +29,41 @@ use super::{
     generations::Generations,
     links::Links,
     maps::{Maps, is_missing},
-    named::name_with,
-    place::{HOOKS, Place, leads},
+    place::{HOOKS, Place, translates_to_backends},
     problem::Problem,
-    said::{self, Listener},
+    repin::repin_with,
     sizes::{SERVICES, SOCKETS, Shape, Sizes},
+    trace_log::{self, Listener},
 };
 
-/// Everything of ours in the kernel.
-pub(super) struct Object {
+/// weir's programs, maps and links in the kernel.
+pub(super) struct Loader {
     place: Place,
     files: Files,
     ebpf: Ebpf,
     pub(super) maps: Maps,
     pub(super) sizes: Sizes,
-    /// Which generation of the maps of Services this is.
+    /// The generation of the maps of Services.
     generation: u32,
-    /// Whether programs that are attached use it.
+    /// Whether attached programs use this generation.
     serves: bool,
     set_retval: bool,
     attached: bool,
     links: Links,
-    /// Logs what the programs say, where the log level asks for it.
+    /// Logs trace messages, if the log level includes them.
     listener: Option<Listener>,
 }
 
-impl Object {
-    /// Loads the programs, with the maps that are there or with new ones. Nothing is attached yet, but what an agent began
-    /// that was killed is brought to an end: all programs that are attached use the same maps as these.
+impl Loader {
+    /// Loads the programs, with the pinned maps or with new ones, and attaches nothing. If an earlier agent
+    /// was killed while it switched programs, this completes the switch: all attached programs use the same
+    /// maps as these.
     pub(super) fn open(place: Place, set_retval: bool, mut files: Files) -> Result<Self, Problem> {
         place.make(&mut files)?;
         let generations = Generations::of(&place);
-        let named = name_with(&mut files, &place)?;
-        if !named.is_empty() {
-            tracing::warn!(maps = ?named, "another program removed the names of our maps; they have them again");
+        let repinned = repin_with(&mut files, &place)?;
+        if !repinned.is_empty() {
+            tracing::warn!(maps = ?repinned, "another program removed pins of weir's maps; pinned them again");
         }
         let serving = generations.serving(&place)?;
         let current = generations.current();
@@ -79,7 +81,7 @@ impl Object {
         pin(&mut files, &loaded, &place, &directory)?;
         let maps = Maps::of(&mut loaded.ebpf)?;
         let Loaded { ebpf, listener } = loaded;
-        let mut object = Self {
+        let mut loader = Self {
             place,
             files,
             ebpf,
@@ -93,26 +95,25 @@ impl Object {
             listener,
         };
         if serving.mixed {
-            object.switch_links()?;
+            loader.switch_links()?;
         }
         if current != Some(generation) {
-            generations.publish(&mut object.files, generation)?;
+            generations.publish(&mut loader.files, generation)?;
         }
-        generations.keep(&mut object.files, generation)?;
-        Ok(object)
+        generations.keep(&mut loader.files, generation)?;
+        Ok(loader)
     }
 
-    /// The links, for what keeps them up.
+    /// The links, for the thread that repairs them.
     pub(super) fn links(&self) -> Links {
         self.links.clone()
     }
 
-    /// Where it all is.
     pub(super) fn place(&self) -> &Place {
         &self.place
     }
 
-    /// Makes maps larger, keeping what they hold.
+    /// Makes maps larger and keeps their entries.
     pub(super) fn grow(&mut self, sizes: Sizes, slots_in_use: u32) -> Result<(), Problem> {
         let both = self.sizes.named().into_iter().zip(sizes.named());
         let larger: Vec<&'static str> =
@@ -124,17 +125,18 @@ impl Object {
         let next = generations.all()?.last().map_or(1, |last| last + 1);
         if let Err(problem) = self.grow_into(next, &sizes, &larger, slots_in_use) {
             if let Err(error) = generations.keep(&mut self.files, self.generation) {
-                tracing::warn!(%error, "maps that are not used stay in memory");
+                tracing::warn!(%error, "cannot remove unused maps, which take memory");
             }
             return Err(problem);
         }
         generations.publish(&mut self.files, next)?;
         generations.keep(&mut self.files, next)?;
-        tracing::info!(maps = larger.join(", "), "made maps larger, because more Services need room");
+        tracing::info!(maps = larger.join(", "), "made maps larger for more Services");
         Ok(())
     }
 
-    /// Fills a generation and has the attached programs use it; after an error they use the one that there was.
+    /// Fills a generation and switches the attached programs to it. After an error the programs use the old
+    /// generation.
     fn grow_into(
         &mut self,
         next: u32,
@@ -162,20 +164,20 @@ impl Object {
             return Err(problem);
         }
         if larger.contains(&"affinities") {
-            // Clients that came while the programs were switched.
+            // Clients that the old programs stored during the switch.
             self.maps.add_affinities(&old)?;
         }
         (self.sizes, self.generation, self.listener) = (*sizes, next, loaded.listener);
         Ok(())
     }
 
-    /// Whether the programs are attached by us.
+    /// Whether this agent has attached the programs.
     pub(super) fn is_attached(&self) -> bool {
         self.attached
     }
 
-    /// Has the sockets meet these programs, if they meet some: all of them where we have attached them, and otherwise those
-    /// that have a link.
+    /// Attaches these programs in the place of attached ones: all programs if this agent has attached them
+    /// before, and otherwise those that have a link.
     fn take_over(&mut self) -> Result<(), Problem> {
         match (self.attached, self.serves) {
             (true, _) => self.attach(),
@@ -184,10 +186,10 @@ impl Object {
         }
     }
 
-    /// Puts these programs in the place of those that are attached, wherever there is a link.
+    /// Switches every existing link to these programs.
     fn switch_links(&mut self) -> Result<(), Problem> {
         let mut programs: Vec<_> = self.ebpf.programs().collect();
-        programs.sort_by_key(|(name, _)| (leads(name), *name));
+        programs.sort_by_key(|(name, _)| (translates_to_backends(name), *name));
         for (name, program) in programs {
             let link = self.place.link(name);
             self.files.touch(&link);
@@ -196,7 +198,7 @@ impl Object {
         Ok(())
     }
 
-    /// Attaches every program, in the place of the one that is attached already where there is one.
+    /// Attaches every program. An existing link is switched to it.
     pub(super) fn attach(&mut self) -> Result<(), Problem> {
         let links = self.links.clone();
         let mut attached = links.while_attaching();
@@ -207,7 +209,7 @@ impl Object {
         let mut settings = self.settings()?;
         let moved = settings.cgroup != number;
         let mut programs: Vec<_> = self.ebpf.programs_mut().collect();
-        programs.sort_by_key(|(name, _)| (leads(name), *name));
+        programs.sort_by_key(|(name, _)| (translates_to_backends(name), *name));
         for (name, program) in &mut programs {
             let link = self.place.link(name);
             self.files.touch(&link);
@@ -230,8 +232,8 @@ impl Object {
         });
         let pinned = pinned.collect::<Result<Vec<_>, Problem>>()?;
         attached
-            .are(root, pinned)
-            .map_err(|error| Problem::file("looking at the links in", &self.place.bpf_root, error))?;
+            .set(root, pinned)
+            .map_err(|error| Problem::file("reading the links in", &self.place.bpf_root, error))?;
         settings.cgroup = number;
         settings.layout = SERVICES_VERSION;
         self.maps.set_settings(settings)?;
@@ -241,16 +243,17 @@ impl Object {
         })
     }
 
-    /// Detaches the programs that lead sockets to backends. Those that translate back and forget stay for the sockets that
-    /// were led, and so do the maps.
+    /// Detaches the programs that translate to backends. The others stay for sockets that were translated,
+    /// and so do the maps.
     pub(super) fn step_aside(&mut self) -> Result<(), Problem> {
         self.attached = false;
         let links = self.links.clone();
         let mut attached = links.while_attaching();
-        // They are not to be brought back.
+        // The thread must not attach them again.
         attached.clear();
-        let leading = HOOKS.iter().filter(|hook| leads(hook)).map(|hook| self.place.link(hook));
-        leading.collect::<Vec<_>>().iter().try_for_each(|link| self.files.discard(link))
+        let translating =
+            HOOKS.iter().filter(|hook| translates_to_backends(hook)).map(|hook| self.place.link(hook));
+        translating.collect::<Vec<_>>().iter().try_for_each(|link| self.files.discard(link))
     }
 
     pub(super) fn settings(&self) -> Result<Settings, Problem> {
@@ -261,7 +264,7 @@ impl Object {
         self.maps.set_settings(settings)
     }
 
-    /// Takes programs and maps away.
+    /// Removes programs and maps.
     pub(super) fn clear(&mut self) -> io::Result<()> {
         (self.attached, self.serves) = (false, false);
         self.links.while_attaching().clear();
@@ -269,12 +272,12 @@ impl Object {
     }
 }
 
-/// The maps that are there, by name.
+/// The pinned maps, by name.
 struct Pins(Vec<(&'static str, PathBuf)>);
 
 impl Pins {
-    /// Finds the maps of Services in a directory, and those of sockets. Refuses maps that are not as this layout has them:
-    /// another program's, or those of a version that forgot to say that its layout is another.
+    /// Finds the maps of Services in a directory, and the maps of sockets. Refuses maps with another layout:
+    /// another program's, or those of a version whose layout changed without a new version number.
     fn find(place: &Place, services: &Path) -> Result<Self, Problem> {
         let mut pins = Vec::new();
         for (name, key, value, path) in paths(place, services) {
@@ -290,7 +293,7 @@ impl Pins {
     }
 }
 
-/// Every map, with the bytes of its keys and values and where it is pinned.
+/// Every map, with the sizes of its keys and values and the path of its pin.
 fn paths(place: &Place, services: &Path) -> impl Iterator<Item = (&'static str, usize, usize, PathBuf)> {
     let at = |shapes: &'static [Shape], directory: PathBuf| {
         shapes.iter().map(move |(name, key, value)| (*name, *key, *value, directory.join(name)))
@@ -298,22 +301,22 @@ fn paths(place: &Place, services: &Path) -> impl Iterator<Item = (&'static str, 
     at(&SERVICES, services.to_owned()).chain(at(&SOCKETS, place.sockets()))
 }
 
-/// The programs, with maps.
+/// The loaded programs, with their maps.
 struct Loaded {
     ebpf: Ebpf,
     listener: Option<Listener>,
 }
 
-/// Loads the object with these pinned maps; all others are made anew.
+/// Loads the programs with these pinned maps; all others are created.
 fn load(pins: &Pins, sizes: &Sizes, set_retval: bool) -> Result<Loaded, Problem> {
     let set_retval = u32::from(set_retval);
     let clients = sizes.affinities;
     let mut loader = EbpfLoader::new();
-    // The programs look into no structures of the kernel's own, so its types, megabytes of them, need not be read.
+    // The programs access no structures of the kernel, so its types, which are megabytes, need not be read.
     loader.btf(None).override_global("SET_RETVAL", &set_retval, true);
     loader.override_global("CLIENTS_ROOM", &clients, true);
-    let level = if said::is_wanted() { aya_log::Level::Trace as u8 } else { 0 };
-    loader.override_global(said::LEVEL, &level, true);
+    let level = if trace_log::is_wanted() { aya_log::Level::Trace as u8 } else { 0 };
+    loader.override_global(trace_log::LEVEL, &level, true);
     for (name, size) in sizes.named() {
         loader.map_max_entries(name, size);
     }
@@ -333,10 +336,10 @@ fn load(pins: &Pins, sizes: &Sizes, set_retval: bool) -> Result<Loaded, Problem>
     Ok(Loaded { ebpf, listener })
 }
 
-/// Pins the maps of loaded programs that are not pinned where they should be.
+/// Pins those maps of loaded programs that have no pin.
 fn pin(files: &mut Files, loaded: &Loaded, place: &Place, services: &Path) -> Result<(), Problem> {
     for (name, _, _, path) in paths(place, services).filter(|(.., path)| !path.exists()) {
-        files.pin(loaded.ebpf.map(name).ok_or(Problem::Object(name))?, &path)?;
+        files.pin(loaded.ebpf.map(name).ok_or(Problem::MissingMap(name))?, &path)?;
     }
     Ok(())
 }
@@ -350,8 +353,7 @@ fn pinned(path: &Path) -> Result<Option<MapInfo>, Problem> {
     }
 }
 
-/// Puts a program in the place of another behind a pinned link. False when there is no such link, or when its cgroup is
-/// gone and the link leads nowhere.
+/// Switches a pinned link to another program. False if there is no such link, or if its cgroup is gone.
 fn switch(link: &Path, program: &ProgramFd) -> Result<bool, Problem> {
     let fail = |error| Problem::file("switching the program behind", link, error);
     let pinned = match bpf::open_pinned(link) {
@@ -366,8 +368,8 @@ fn switch(link: &Path, program: &ProgramFd) -> Result<bool, Problem> {
     }
 }
 
-/// Attaches a program beside those that are attached already. Of links there may be several whatever is asked for, and
-/// creating one refuses the flag that would ask for it.
+/// Attaches a program beside those that are attached already. `Single` means no flags: several links are
+/// always allowed, and the kernel refuses `BPF_F_ALLOW_MULTI` for links.
 fn attach(program: &mut Program, cgroup: &File) -> Result<FdLink, ProgramError> {
     Ok(match program {
         Program::CgroupSockAddr(program) => {

@@ -1,7 +1,7 @@
-//! What the programs say about each socket they lead or refuse, in the agent's log at the level trace (`-v 5`).
+//! The programs' trace messages, in the agent's log at the level trace (`-v 5`).
 //!
-//! In: the ring buffer of loaded programs. Out: log lines. At any other level the programs are loaded without their
-//! messages, and nothing of this runs.
+//! In: the ring buffer of loaded programs. Out: log lines. At any other level the agent loads the programs
+//! without their messages, and starts no thread.
 
 use std::{
     os::fd::AsFd as _,
@@ -15,32 +15,32 @@ use tracing::{Level, dispatcher};
 
 use super::problem::Problem;
 
-/// The name of the programs' level, which the loader sets.
+/// The global variable of the programs that has their log level.
 pub(super) const LEVEL: &str = "AYA_LOG_LEVEL";
 
-/// The target of their messages.
+/// The log target of the messages.
 const TARGET: &str = "weir::programs";
 
-/// How long nobody notices that the programs were replaced, in milliseconds.
-const PATIENCE: u16 = 1000;
+/// The longest time, in milliseconds, until the thread notices that the programs were replaced.
+const POLL_TIMEOUT: u16 = 1000;
 
-/// Whether somebody wants to know.
-pub(super) fn is_wanted() -> bool {
+/// Whether the agent's log level includes the messages.
+pub(super) fn is_enabled() -> bool {
     tracing::enabled!(target: TARGET, Level::TRACE)
 }
 
-/// Forwards what programs say until it is dropped.
+/// Copies messages to the log until it is dropped.
 #[derive(Debug)]
 pub(super) struct Listener {
     _alive: Arc<()>,
 }
 
 impl Listener {
-    /// Listens to loaded programs.
+    /// Starts the thread.
     pub(super) fn to(ebpf: &mut Ebpf) -> Result<Self, Problem> {
         let failed = |error: &dyn std::fmt::Display| Problem::Map {
             name: "AYA_LOGS".to_owned(),
-            text: format!("listening to the programs: {error}"),
+            text: format!("reading messages of the programs: {error}"),
         };
         let logger = EbpfLogger::init_with_logger(ebpf, Forward).map_err(|error| failed(&error))?;
         let alive = Arc::new(());
@@ -56,15 +56,15 @@ impl Listener {
 
 fn listen(mut logger: EbpfLogger<Forward>, alive: &Weak<()>) {
     while alive.strong_count() > 0 {
-        let mut there = [PollFd::new(logger.as_fd(), PollFlags::POLLIN)];
-        if let Err(error) = poll(&mut there, PATIENCE) {
-            tracing::debug!(%error, "waiting for what programs say");
+        let mut ready = [PollFd::new(logger.as_fd(), PollFlags::POLLIN)];
+        if let Err(error) = poll(&mut ready, POLL_TIMEOUT) {
+            tracing::debug!(%error, "cannot wait for messages of the programs");
         }
         logger.flush();
     }
 }
 
-/// From the `log` of `aya-log` to `tracing`.
+/// Passes records of the crate `log`, which `aya-log` uses, to `tracing`.
 struct Forward;
 
 impl log::Log for Forward {

@@ -1,7 +1,7 @@
-//! The sockets' plane of an agent that runs without one.
+//! The socket plane that an earlier agent left, for an agent that runs without one.
 //!
-//! In: deltas. Out: nothing is left of a plane that was here before, from the moment when the packets' plane serves alone:
-//! programs nobody keeps up would lead to backends that are gone.
+//! In: deltas. Out: no programs and maps of an earlier agent, once the nftables plane has a complete delta.
+//! Without an agent that updates them, the programs would translate to backends that are gone.
 
 use std::{fs, io};
 
@@ -11,35 +11,35 @@ use crate::{
     plan::Delta,
 };
 
-/// Takes away what another agent's sockets' plane left, once.
-pub struct Retired {
+/// Removes the programs and maps of an earlier agent, once.
+pub struct LeftoverPlane {
     place: Place,
     done: bool,
 }
 
-impl Retired {
-    /// Of a place where there may be something.
+impl LeftoverPlane {
+    /// `place` may have programs and maps, or nothing.
     #[must_use]
     pub fn new(place: Place) -> Self {
         Self { place, done: false }
     }
 
-    /// Whether this process has no right to look at the place. An agent without the rights of root has none where the
-    /// kernel's bpffs is root's alone, and that is no reason not to serve.
-    fn is_out_of_sight(&self) -> bool {
+    /// Whether this process may not read the directory. An agent without root's rights may not where only
+    /// root may read the kernel's bpffs. That is no reason not to serve.
+    fn is_unreadable(&self) -> bool {
         fs::read_dir(&self.place.bpf_root).is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
     }
 }
 
-impl Dataplane for Retired {
+impl Dataplane for LeftoverPlane {
     fn apply(&mut self, delta: &Delta) -> Result<(), Error> {
         if delta.complete && !self.done {
             if !self.place.is_on_bpffs().unwrap_or(true) {
-                tracing::debug!(directory = %self.place.bpf_root.display(), "no kernel programs can be there");
-            } else if self.is_out_of_sight() {
+                tracing::debug!(directory = %self.place.bpf_root.display(), "not a BPF file system: no earlier agent's kernel programs to remove");
+            } else if self.is_unreadable() {
                 tracing::warn!(
                     directory = %self.place.bpf_root.display(),
-                    "this agent may not look for kernel programs of an earlier agent; if there are any, they lead to backends that are gone, and `weir cleanup` as root removes them"
+                    "no permission to look for kernel programs of an earlier agent; if there are any, they translate to backends that are gone: run `weir cleanup` as root"
                 );
             } else {
                 self.remove()?;

@@ -1,68 +1,70 @@
-//! Which port has which elements of an array: slots, records and the numbers of ports.
+//! An allocator of ranges of an array: slots, records, and indices of ports.
 //!
-//! In: sets of backends that want a range of slots, ports that want a number and a record, and what is led to no more.
-//! Out: ranges. One that was given back rests for a while: a program that read what led to it may still be about to read
-//! it. Nothing else keeps it from reading another port's there.
+//! In: requests for ranges, and ranges that nothing refers to any more. Out: ranges. A freed range rests for
+//! a while, because a program that has read a reference to it may be about to read it. Only the rest keeps
+//! that program from reading another port's values there.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     time::{Duration, Instant},
 };
 
-/// How long a range rests before the programs are waited for and somebody else gets it: so that they are not waited for
-/// with every change. While a Service of 10,000 endpoints changes a hundred times a second, a million slots rest.
+/// How long a range rests before the agent waits for running programs and reuses it. So the agent does not
+/// wait at every change. While a Service of 10,000 endpoints changes a hundred times a second, a million
+/// slots rest.
 pub(super) const REST: Duration = Duration::from_secs(1);
-/// How long where programs cannot be waited for. One runs for less than a microsecond, unless it is interrupted.
+/// How long a range rests where the agent cannot wait for programs. A program runs for less than a
+/// microsecond, unless it is interrupted.
 const LONG_REST: Duration = Duration::from_secs(10);
-/// Most slots that rest while there are others; then the programs are waited for.
-const MOST_RESTING: u32 = 4096;
-/// Most records that do: one for each change of a port.
-pub(super) const MOST_RESTING_RECORDS: u32 = 1024;
-/// Most numbers that do: one for each port that goes.
-pub(super) const MOST_RESTING_NUMBERS: u32 = 256;
+/// The most slots that rest; when there are more, the agent waits for programs.
+const MAX_RESTING: u32 = 4096;
+/// The same for records: a change of a port frees one.
+pub(super) const MAX_RESTING_RECORDS: u32 = 1024;
+/// The same for indices of ports: a deleted port frees one.
+pub(super) const MAX_RESTING_PORTS: u32 = 256;
 
-/// Some slots in a row. An empty one has no place.
+/// Consecutive entries of an array. An empty range has no position.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Range {
     pub(super) first: u32,
     pub(super) count: u32,
 }
 
-/// Hands out ranges, the smallest that fits first.
+/// Allocates the smallest free range that fits.
 #[derive(Debug)]
-pub(super) struct Slots {
-    most_resting: u32,
-    /// Everything from here on was never given out.
+pub(super) struct RangeAllocator {
+    max_resting: u32,
+    /// The first entry that was never allocated.
     end: u32,
-    /// Free ranges by where they begin; no two touch.
+    /// Free ranges: the length by the first entry. No two are adjacent.
     free: BTreeMap<u32, u32>,
-    /// The same by length.
+    /// The same as pairs of length and first entry.
     by_length: BTreeSet<(u32, u32)>,
     resting: VecDeque<(Instant, Range)>,
-    resting_slots: u32,
+    resting_count: u32,
 }
 
-impl Default for Slots {
+impl Default for RangeAllocator {
     fn default() -> Self {
-        Self::new(MOST_RESTING)
+        Self::new(MAX_RESTING)
     }
 }
 
-impl Slots {
-    /// None taken yet, of which so many may rest.
-    pub(super) fn new(most_resting: u32) -> Self {
+impl RangeAllocator {
+    /// Nothing is allocated yet. At most `max_resting` entries rest.
+    pub(super) fn new(max_resting: u32) -> Self {
         Self {
-            most_resting,
+            max_resting,
             end: 0,
             free: BTreeMap::new(),
             by_length: BTreeSet::new(),
             resting: VecDeque::new(),
-            resting_slots: 0,
+            resting_count: 0,
         }
     }
 
-    /// The same of which these ranges are taken. The others have to rest first when programs may still run that were led
-    /// there.
+    /// Marks ranges as allocated. The gaps between them rest first, unless all programs that may read them
+    /// have ended (`rested`).
     pub(super) fn with_taken(mut self, mut taken: Vec<Range>, now: Instant, rested: bool) -> Self {
         taken.sort_unstable_by_key(|range| range.first);
         for range in taken.into_iter().filter(|range| range.count > 0) {
@@ -75,28 +77,28 @@ impl Slots {
         self
     }
 
-    /// One of them. `settled` as in [`Slots::take`].
-    pub(super) fn take_one(&mut self, now: Instant, settled: impl FnOnce() -> bool) -> u32 {
-        self.take(1, now, settled).first
+    /// Allocates one entry. `wait` as in [`RangeAllocator::take`].
+    pub(super) fn take_one(&mut self, now: Instant, wait: impl FnOnce() -> bool) -> u32 {
+        self.take(1, now, wait).first
     }
 
-    /// Takes one back.
-    pub(super) fn give_one_back(&mut self, place: u32, now: Instant) {
-        self.give_back(Range { first: place, count: 1 }, now);
+    /// Frees one entry.
+    pub(super) fn give_one_back(&mut self, index: u32, now: Instant) {
+        self.give_back(Range { first: index, count: 1 }, now);
     }
 
-    /// How many slots there have to be.
+    /// The size that the array must have.
     pub(super) fn end(&self) -> u32 {
         self.end
     }
 
-    /// A range of this many. `settled` waits for the programs that run, or says that it cannot, and is called at most
-    /// once.
-    pub(super) fn take(&mut self, count: u32, now: Instant, settled: impl FnOnce() -> bool) -> Range {
+    /// Allocates a range of `count` entries. `wait` waits for running programs and returns whether it could;
+    /// it is called at most once.
+    pub(super) fn take(&mut self, count: u32, now: Instant, wait: impl FnOnce() -> bool) -> Range {
         if count == 0 {
             return Range::default();
         }
-        self.wake(now, settled);
+        self.end_rest(now, wait);
         let fit = self.by_length.range((count, 0)..).next().copied();
         let Some((length, first)) = fit else {
             let first = self.end;
@@ -108,31 +110,31 @@ impl Slots {
         Range { first, count }
     }
 
-    /// Takes back a range that nothing leads to any more.
+    /// Frees a range that nothing refers to any more.
     pub(super) fn give_back(&mut self, range: Range, now: Instant) {
         if range.count > 0 {
-            self.resting_slots += range.count;
+            self.resting_count += range.count;
             self.resting.push_back((now, range));
         }
     }
 
-    /// Frees what rested long enough, when it is worth the waiting.
-    fn wake(&mut self, now: Instant, settled: impl FnOnce() -> bool) {
-        if self.resting_slots < self.most_resting.max(self.end / 4) {
+    /// Ends the rest of ranges that rested long enough, if enough of them rest to be worth the wait.
+    fn end_rest(&mut self, now: Instant, wait: impl FnOnce() -> bool) {
+        if self.resting_count < self.max_resting.max(self.end / 4) {
             return;
         }
         let rested = |since: &Instant, rest| now.duration_since(*since) >= rest;
         if !self.resting.front().is_some_and(|(since, _)| rested(since, REST)) {
             return;
         }
-        let rest = if settled() { REST } else { LONG_REST };
+        let rest = if wait() { REST } else { LONG_REST };
         while let Some((_, range)) = self.resting.pop_front_if(|(since, _)| rested(since, rest)) {
-            self.resting_slots -= range.count;
+            self.resting_count -= range.count;
             self.insert(range);
         }
     }
 
-    /// Makes a range free, joined with its neighbours.
+    /// Adds a free range and joins it with its neighbours.
     fn insert(&mut self, mut range: Range) {
         if range.count == 0 {
             return;
@@ -165,48 +167,48 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_range_rests_before_another_gets_it() {
-        let mut slots = Slots::default();
+    fn a_range_rests_before_it_is_allocated_again() {
+        let mut slots = RangeAllocator::default();
         let start = Instant::now();
-        let first = slots.take(MOST_RESTING, start, || panic!("nothing rests"));
+        let first = slots.take(MAX_RESTING, start, || panic!("nothing rests"));
         slots.give_back(first, start);
-        let soon = slots.take(MOST_RESTING, start + REST / 2, || panic!("it still rests"));
+        let soon = slots.take(MAX_RESTING, start + REST / 2, || panic!("it still rests"));
         assert_ne!(soon, first);
         let mut waited = false;
-        let not_yet = slots.take(MOST_RESTING, start + REST, || false);
-        assert_ne!(not_yet, first, "nobody knows whether programs still run that know the old owner");
-        let settled = || {
+        let not_yet = slots.take(MAX_RESTING, start + REST, || false);
+        assert_ne!(not_yet, first, "programs that read the old range may still run");
+        let wait = || {
             waited = true;
             true
         };
-        let later = slots.take(MOST_RESTING, start + REST, settled);
+        let later = slots.take(MAX_RESTING, start + REST, wait);
         assert_eq!(later, first);
-        assert!(waited, "programs may still run that know the old owner");
+        assert!(waited, "programs that read the old range may still run");
     }
 
     #[test]
-    fn what_lies_between_taken_ranges_is_free() {
+    fn the_gaps_between_allocated_ranges_are_free() {
         let taken = vec![Range { first: 6, count: 2 }, Range { first: 0, count: 2 }];
         let now = Instant::now();
-        let mut slots = Slots::default().with_taken(taken, now, true);
+        let mut slots = RangeAllocator::default().with_taken(taken, now, true);
         assert_eq!(slots.take(4, now, || true), Range { first: 2, count: 4 });
         assert_eq!(slots.take(1, now, || true), Range { first: 8, count: 1 });
     }
 
     #[test]
-    fn what_may_still_be_read_rests_at_a_start_too() {
+    fn a_gap_that_programs_may_still_read_rests_at_a_start_too() {
         let (taken, now) = (vec![Range { first: 1, count: 1 }], Instant::now());
-        let mut slots = Slots::new(1).with_taken(taken, now, false);
+        let mut slots = RangeAllocator::new(1).with_taken(taken, now, false);
         assert_eq!(slots.take_one(now, || panic!("it still rests")), 2);
         assert_eq!(slots.take_one(now + REST, || true), 0);
     }
 
     proptest! {
         #[test]
-        fn no_slot_has_two_owners_and_space_is_used_again(
+        fn no_entry_has_two_owners_and_free_space_is_used_again(
             steps in proptest::collection::vec((1_u32..40, any::<bool>(), any::<prop::sample::Index>()), 1..400)
         ) {
-            let mut slots = Slots::default();
+            let mut slots = RangeAllocator::default();
             let mut now = Instant::now();
             let mut held: Vec<Range> = Vec::new();
             for (count, give_back, which) in steps {
@@ -226,7 +228,7 @@ mod tests {
                 }
                 let free: u32 = slots.free.values().sum();
                 let taken: u32 = held.iter().map(|range| range.count).sum();
-                prop_assert_eq!(free + taken + slots.resting_slots, slots.end);
+                prop_assert_eq!(free + taken + slots.resting_count, slots.end);
                 prop_assert_eq!(slots.free.len(), slots.by_length.len());
             }
         }

@@ -1,8 +1,8 @@
-//! Programs of others that keep ours from being attached.
+//! Programs of other agents that prevent weir from attaching its own.
 //!
-//! In: the cgroup that ours are to be attached to. Out: an error that names each program in the way. The kernel lets
-//! programs stand beside each other only where all of them were attached so that they may (`BPF_F_ALLOW_MULTI`); old
-//! agents attached theirs alone, and such a program stays when its agent is gone.
+//! In: the cgroup that weir attaches to. Out: an error that names each program in the way. The kernel allows
+//! several programs at a hook only if all of them were attached with `BPF_F_ALLOW_MULTI`. Old agents attached
+//! theirs without it, and such a program stays when its agent is gone.
 
 use std::{
     fs::File,
@@ -13,7 +13,7 @@ use std::{
 use crate::sys::bpf::{Attached, attached};
 use aya::programs::loaded_programs;
 
-/// The hooks of our programs, with the number that the kernel has for each.
+/// The hooks that weir uses, with the kernel's numbers of their attach types.
 const HOOKS: [(&str, u32); 12] = [
     ("sock_create", 2),
     ("connect4", 10),
@@ -34,34 +34,34 @@ const ALLOW_MULTI: u32 = 2;
 
 /// Why programs cannot be attached.
 #[derive(Debug, thiserror::Error)]
-pub enum Rivalry {
-    /// Others are in the way.
+pub enum Conflict {
+    /// Other programs are attached exclusively.
     #[error(
-        "other programs are attached so that none may stand beside them, and have to be detached first: {}",
+        "other programs are attached exclusively and must be detached first: {}",
         .0.join(", ")
     )]
-    InTheWay(Vec<String>),
-    /// The cgroup cannot be asked.
+    Exclusive(Vec<String>),
+    /// The cgroup cannot be opened.
     #[error("cannot open the cgroup {}", .path.display())]
     Cgroup {
-        /// The cgroup.
+        /// Its directory.
         path: PathBuf,
-        /// What the system answered.
+        /// The error of the system call.
         #[source]
         source: io::Error,
     },
 }
 
-/// Looks for programs that stand alone at our hooks of a cgroup.
+/// Looks for programs that are attached exclusively at weir's hooks of a cgroup.
 ///
 /// # Errors
 ///
-/// When there are some, or the cgroup cannot be opened.
-pub fn no_rivals(cgroup: &Path) -> Result<(), Rivalry> {
-    let own = File::open(cgroup).map_err(|source| Rivalry::Cgroup { path: cgroup.to_owned(), source })?;
+/// When there are such programs, or the cgroup cannot be opened.
+pub fn check_conflicts(cgroup: &Path) -> Result<(), Conflict> {
+    let own = File::open(cgroup).map_err(|source| Conflict::Cgroup { path: cgroup.to_owned(), source })?;
     let mut found = Vec::new();
     for (hook, number) in HOOKS {
-        // A hook that this kernel does not know is none to be in the way of.
+        // A kernel without the hook has no program there.
         let at = |cgroup: &File| attached(cgroup, number).unwrap_or_default();
         let here = at(&own);
         if here.flags & ALLOW_MULTI == 0 {
@@ -69,13 +69,13 @@ pub fn no_rivals(cgroup: &Path) -> Result<(), Rivalry> {
         }
         found.extend(above(cgroup, at).iter().map(|(id, path)| named(hook, *id, path)));
     }
-    if found.is_empty() { Ok(()) } else { Err(Rivalry::InTheWay(found)) }
+    if found.is_empty() { Ok(()) } else { Err(Conflict::Exclusive(found)) }
 }
 
-/// The program of the nearest cgroup above that has one and lets none be attached below.
+/// The program of the nearest ancestor that has one, if it allows none below.
 fn above(cgroup: &Path, at: impl Fn(&File) -> Attached) -> Option<(u32, PathBuf)> {
     for path in cgroup.ancestors().skip(1) {
-        // Beyond the root of the hierarchy there are no cgroups.
+        // Above the root of the hierarchy there are no cgroups.
         if !path.join("cgroup.procs").exists() {
             return None;
         }
