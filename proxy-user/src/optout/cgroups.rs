@@ -1,7 +1,7 @@
-//! Where the kubelet has put the cgroups of pods.
+//! Finds the cgroups of pods.
 //!
-//! In: the root of the cgroup v2 tree. Out: the ids of pods' cgroups, and the directories in which the next ones will
-//! appear.
+//! In: the root of the cgroup v2 tree. Out: the ids of the pods' cgroups, and the directories in which the
+//! kubelet will create the next ones.
 //!
 //! ```text
 //! driver     below --cgroup-root, at any depth         directly in it, or one level down (QoS class)
@@ -18,28 +18,29 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// So deep below the root `kubepods` is looked for. Clusters in containers have it at 4 to 7.
+/// How deep below the root the search for `kubepods` goes. Clusters in containers have it at depths of 4 to
+/// 7.
 const DEPTH: u32 = 8;
 
-/// So deep below a pod's cgroup another `kubepods` is looked for. A container's kubelet has it at 2, one in a container in a pod at 4
-/// or 5.
+/// How deep below a pod's cgroup the search for another `kubepods` goes. A kubelet in a container has it at a
+/// depth of 2, one in a container in a pod at 4 or 5.
 const DEPTH_IN_POD: u32 = 8;
 
-/// The pods' part of a cgroup tree.
+/// The part of a cgroup tree that has the pods.
 pub(super) struct Cgroups {
     root: PathBuf,
-    /// The `kubepods` directories found; on a host that is several nodes there are several.
+    /// The `kubepods` directories found; a host that is several nodes has several.
     kubepods: BTreeSet<PathBuf>,
 }
 
-/// What one look at the tree showed.
+/// The result of one search.
 #[derive(Debug, Default)]
 pub(super) struct Look {
-    /// The id of each pod's cgroup, by UID.
+    /// The id of each pod's cgroup, by the pod's UID.
     pub ids: BTreeMap<String, u64>,
-    /// Where each of them is, by UID.
+    /// The path of each pod's cgroup, by the pod's UID.
     paths: BTreeMap<String, PathBuf>,
-    /// Directories in which pods' cgroups appear, each with its inode number.
+    /// The directories in which pods' cgroups appear, with their inode numbers.
     pub levels: BTreeMap<PathBuf, u64>,
 }
 
@@ -48,16 +49,16 @@ impl Cgroups {
         Self { root: root.to_owned(), kubepods: BTreeSet::new() }
     }
 
-    /// The root of the tree.
     pub(super) fn root(&self) -> &Path {
         &self.root
     }
 
-    /// Looks at the pods' part of the tree; for where that is only when told to, or as long as it is not known.
+    /// Reads the part with the pods. The whole tree is searched for that part only if `thorough`, or as long
+    /// as it was not found.
     ///
     /// # Errors
     ///
-    /// When something cannot be read. That something went while it was being read is no error.
+    /// When a directory cannot be read. A directory that is removed meanwhile is no error.
     pub(super) fn look(&mut self, thorough: bool) -> io::Result<Look> {
         if thorough || self.kubepods.is_empty() {
             self.kubepods.clear();
@@ -74,11 +75,12 @@ impl Cgroups {
 }
 
 impl Look {
-    /// The UIDs of pods in which a kubelet has made a place for pods of its own, as in clusters for tests that run in a pod.
+    /// The UIDs of pods in which another kubelet has a directory for pods, as in test clusters that run in a
+    /// pod.
     ///
     /// # Errors
     ///
-    /// When something cannot be read.
+    /// When a directory cannot be read.
     pub(super) fn with_clusters(&self) -> io::Result<BTreeSet<&str>> {
         let mut found = BTreeSet::new();
         for (uid, path) in &self.paths {
@@ -89,7 +91,7 @@ impl Look {
         Ok(found)
     }
 
-    /// Takes in the pods and QoS classes in one directory. Answers whether it is there.
+    /// Adds the pods and QoS classes of one directory. Returns whether the directory exists.
     fn level(&mut self, directory: &Path) -> io::Result<bool> {
         let Some(metadata) = present(fs::metadata(directory))? else { return Ok(false) };
         let Some(children) = children(directory)? else { return Ok(false) };
@@ -106,7 +108,7 @@ impl Look {
     }
 }
 
-/// Adds the `kubepods` directories in `directory` and below. What is inside of them belongs to pods.
+/// Adds the `kubepods` directories in `directory` and below. Directories inside of them belong to pods.
 fn find(directory: &Path, depth: u32, found: &mut BTreeSet<PathBuf>) -> io::Result<()> {
     for (name, _) in children(directory)?.into_iter().flatten() {
         let child = directory.join(&name);
@@ -119,7 +121,8 @@ fn find(directory: &Path, depth: u32, found: &mut BTreeSet<PathBuf>) -> io::Resu
     Ok(())
 }
 
-/// Whether there is a `kubepods` directory below. Most cgroups have none below, and the number of their links says so.
+/// Whether there is a `kubepods` directory below. The number of links of a directory shows that most cgroups
+/// have none below.
 fn has_kubepods(directory: &Path, depth: u32) -> io::Result<bool> {
     const LINKS_OF_A_LEAF: u64 = 2;
     let Some(metadata) = present(fs::metadata(directory))? else { return Ok(false) };
@@ -134,7 +137,8 @@ fn has_kubepods(directory: &Path, depth: u32) -> io::Result<bool> {
     Ok(false)
 }
 
-/// The directories in a directory with their inode numbers, which of a cgroup is its id. `None` if it is not there.
+/// The directories in a directory with their inode numbers, which are the ids of cgroups. `None` if it does
+/// not exist.
 fn children(directory: &Path) -> io::Result<Option<Vec<(String, u64)>>> {
     let Some(entries) = present(fs::read_dir(directory))? else { return Ok(None) };
     let mut children = Vec::new();
@@ -149,7 +153,7 @@ fn children(directory: &Path) -> io::Result<Option<Vec<(String, u64)>>> {
     Ok(Some(children))
 }
 
-/// Cgroups come and go while they are looked at; reading one that is being removed says ENODEV.
+/// Cgroups are created and removed during a search; a read of one that is being removed returns ENODEV.
 fn present<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Ok(it) => Ok(Some(it)),
@@ -167,13 +171,14 @@ fn is_qos_class(name: &str) -> bool {
     ["burstable", "besteffort"].contains(&last_part(name).unwrap_or(name))
 }
 
-/// The UID of the pod whose cgroup has this name. systemd takes `-` for a separator, so the kubelet writes `_` to it.
+/// The UID of the pod whose cgroup has this name. systemd treats `-` as a separator, so the kubelet replaces
+/// it with `_`.
 fn pod_uid(name: &str) -> Option<Cow<'_, str>> {
     let uid = last_part(name).unwrap_or(name).strip_prefix("pod").filter(|uid| !uid.is_empty())?;
     Some(if name.ends_with(".slice") { uid.replace('_', "-").into() } else { uid.into() })
 }
 
-/// What a slice's name adds to the name of the slice it is in.
+/// The part of a slice's name behind the name of its parent.
 fn last_part(name: &str) -> Option<&str> {
     name.strip_suffix(".slice")?.rsplit('-').next()
 }
@@ -185,7 +190,7 @@ mod tests {
     const UID: &str = "0f5e1c6a-5d0e-4b1f-9a6e-3a3f7e0d2b11";
     const STATIC: &str = "d41d8cd98f00b204e9800998ecf8427e";
 
-    /// Which of `directories` are taken for pods' cgroups, as `uid`s.
+    /// The pods found in `directories`, by UID.
     fn seen(directories: &[&str]) -> Vec<(String, bool)> {
         let root = tempfile::tempdir().unwrap();
         let path = |directory: &str| root.path().join(directory);
@@ -235,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn containers_and_other_people_s_cgroups_are_no_pods() {
+    fn cgroups_of_containers_and_other_services_are_no_pods() {
         let directories = [
             "kubepods/burstable/podA/podB".to_owned(),
             "kubepods/burstable/podA/cri-containerd-1.scope".to_owned(),

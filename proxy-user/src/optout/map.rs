@@ -1,21 +1,22 @@
-//! The pods whose sockets the programs leave alone.
+//! Writes the pods whose sockets the programs leave alone.
 //!
-//! In: [`Bypassed`], by pod UID. Out: the ids of their cgroups in the pinned map `bypassed`, and how many these are in
-//! `settings`. The programs look at all ancestors of the calling process's cgroup, so a pod's own cgroup stands for its
-//! containers.
+//! In: [`Bypassed`], by pod UID. Out: the ids of their cgroups in the pinned map `bypassed`, and the number
+//! of entries in `settings`. The programs look up all ancestors of the calling process's cgroup, so the entry
+//! of a pod's cgroup covers its containers.
 //!
 //! ```text
-//! Bypassed ──────────────▶ settle ──▶ bypassed (cgroup id), settings.bypassed
-//! notices (inotify) ─────▶   ▲
-//! cgroups (UID → id) ────────┘
+//! Bypassed ──────────▶ update_map ──▶ bypassed (cgroup id), settings.bypassed
+//! notices (inotify) ──▶    ▲
+//! cgroups (UID → id) ──────┘
 //! ```
 //!
-//! The kubelet makes a pod's cgroup after it has heard of the pod, and so at about the time when the agent does. inotify
-//! on the few directories in which such cgroups appear tells of a new one at once, long before a container's first
-//! process is in it: a runtime makes the pod's sandbox and network first. A timer with growing pauses stands behind it
-//! for as long as something is missing, for events that were lost and for directories that are not there yet.
+//! The kubelet creates a pod's cgroup after it has received the pod, so at about the same time as the agent.
+//! inotify on the few directories where such cgroups appear reports a new one at once, long before a
+//! container's first process is in it: a runtime first creates the pod's sandbox and network. For lost events
+//! and for directories that do not exist yet, a timer with growing pauses runs as long as a cgroup is
+//! missing.
 //!
-//! Nothing is wiped at a start: what the map holds stays in force until everything about pods is known.
+//! At a start nothing is removed: the entries of the map stay until the agent has the state of all pods.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -39,90 +40,91 @@ use crate::model::ObjectName;
 
 /// The first pause of the timer, doubled up to [`LONGEST`].
 const SHORTEST: Duration = Duration::from_millis(100);
-/// The longest pause while something is missing.
+/// The longest pause while a cgroup is missing.
 const LONGEST: Duration = Duration::from_secs(5);
-/// How often pods are looked at for clusters in them. Nothing tells of those, and a cluster takes longer to come up.
+/// How often pods are searched for clusters in them. No event reports those, and a cluster takes longer to
+/// start.
 const CLUSTERS: Duration = Duration::from_secs(10);
-/// Where nothing tells of new cgroups, the pause whether or not something is missing.
-const BLIND: Duration = Duration::from_secs(1);
+/// The pause if inotify does not work, whether or not a cgroup is missing.
+const WITHOUT_NOTICES: Duration = Duration::from_secs(1);
 
-/// Why the maps cannot be used.
+/// Why sockets of some pods are not left alone.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A map is not pinned where it should be, or is of another kind.
+    /// A map is not pinned at its path, or is of another type.
     #[error("cannot open the pinned map `{path}`")]
     Open {
-        /// Where it should be.
+        /// The path.
         path: String,
-        /// What the kernel answered.
+        /// The kernel's error.
         #[source]
         source: MapError,
     },
-    /// A pod's cgroup could not be written to the map.
+    /// The cgroup of a pod could not be added to the map.
     #[error("cannot add pod {pod} to the map `bypassed`")]
     Pod {
-        /// The pod.
+        /// Its name.
         pod: ObjectName,
-        /// What the kernel answered; `E2BIG` says that the map is full.
+        /// The kernel's error; `E2BIG` means that the map is full.
         #[source]
         source: MapError,
     },
-    /// The tree of cgroups could not be read.
+    /// The cgroup tree could not be read.
     #[error("cannot read the cgroups below `{root}`")]
     Cgroups {
-        /// Its root.
+        /// The root of the tree.
         root: String,
-        /// What the kernel answered.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
-    /// There is no place for pods in the tree of cgroups.
-    #[error("no directory of the kubelet's (`kubepods`) below `{root}`; is that the cgroup v2 tree?")]
+    /// The cgroup tree has no directory for pods.
+    #[error("the kubelet has no directory `kubepods` below `{root}`; is that the cgroup v2 tree?")]
     NoPods {
-        /// Its root.
+        /// The root of the tree.
         root: String,
     },
-    /// What a map holds could not be read or written.
+    /// An entry of a map could not be read or written.
     #[error("cannot use the map `{map}`")]
     Map {
-        /// Its name.
+        /// The name of the map.
         map: &'static str,
-        /// What the kernel answered.
+        /// The kernel's error.
         #[source]
         source: MapError,
     },
 }
 
-/// How many pods are left alone.
+/// The numbers of pods that opted out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Census {
-    /// Those in force, by [`crate::optout::Reason::as_str`].
+    /// Pods whose sockets are left alone, by [`crate::optout::Reason::as_str`].
     pub pods: BTreeMap<&'static str, usize>,
-    /// Those whose cgroup is not there, or could not be written to the map.
+    /// Pods whose cgroup does not exist, or could not be added to the map.
     pub waiting: usize,
 }
 
-/// Keeps the map `bypassed` at what is to be in it.
+/// Keeps the map `bypassed` up to date.
 pub struct Bypass {
     map: HashMap<MapData, u64, u32>,
     settings: Array<MapData, Settings>,
     cgroups: Cgroups,
     notices: Notices,
-    /// What the map holds. Those that this run has given a pod have its name.
+    /// The entries of the map. Those that this process has assigned to a pod have its name.
     ids: BTreeMap<u64, Option<ObjectName>>,
-    /// Pods with clusters in them, as last seen.
+    /// Pods with clusters in them, as of the last search.
     clusters: Vec<ObjectName>,
     census: watch::Sender<Census>,
     complaint: String,
 }
 
 impl Bypass {
-    /// Opens the maps `bypassed` and `settings` pinned in the directory `maps`. Pods' cgroups are those below `cgroup_root`, a
-    /// cgroup v2 tree.
+    /// Opens the maps `bypassed` and `settings` that are pinned in the directory `maps`. The pods' cgroups
+    /// are below `cgroup_root`, a cgroup v2 tree.
     ///
     /// # Errors
     ///
-    /// When a map is not there, or cannot be read.
+    /// When a map does not exist, or cannot be read.
     pub fn open(maps: &Path, cgroup_root: &Path) -> Result<Self, Error> {
         let pinned = |name: &str| {
             let path = maps.join(name);
@@ -136,7 +138,7 @@ impl Bypass {
         Self::with_maps(map, settings, cgroup_root)
     }
 
-    /// The same with maps that are open already.
+    /// The same with open maps.
     ///
     /// # Errors
     ///
@@ -157,27 +159,27 @@ impl Bypass {
             census: watch::Sender::default(),
             complaint: String::new(),
         };
-        // Whoever made the maps, or was killed between two writes, may have left another count.
+        // An agent that was killed between two writes may have left another number.
         bypass.set_count(bypass.ids.len())?;
         Ok(bypass)
     }
 
-    /// How many pods are left alone, kept up to date.
+    /// The numbers of pods, kept up to date.
     #[must_use]
     pub fn census(&self) -> watch::Receiver<Census> {
         self.census.subscribe()
     }
 
-    /// Follows `wanted` until its sender is gone. What is in the maps then stays. Reads directories and writes maps,
-    /// which takes milliseconds, on the thread that polls it.
+    /// Follows `wanted` until its sender is dropped. The entries of the maps then stay. This reads
+    /// directories and writes maps, which takes milliseconds, on the thread that polls it.
     pub async fn run(mut self, mut wanted: watch::Receiver<Arc<Bypassed>>) {
         let (mut pause, mut thorough) = (SHORTEST, true);
         loop {
             let target = Arc::clone(&wanted.borrow_and_update());
-            let done = self.settle(&target, thorough);
-            let blind = !self.notices.working();
-            let wait = match (blind, done) {
-                (true, _) => BLIND,
+            let done = self.update_map(&target, thorough);
+            let without_notices = !self.notices.working();
+            let wait = match (without_notices, done) {
+                (true, _) => WITHOUT_NOTICES,
                 (false, true) => CLUSTERS,
                 (false, false) => pause,
             };
@@ -190,15 +192,15 @@ impl Bypass {
                 }
                 () = self.notices.next() => (pause, thorough) = (SHORTEST, false),
                 () = tokio::time::sleep(wait) => {
-                    (pause, thorough) = ((pause * 2).min(LONGEST), blind || !done);
+                    (pause, thorough) = ((pause * 2).min(LONGEST), without_notices || !done);
                 }
             }
         }
     }
 
-    /// Makes the maps what `wanted` says. Answers whether nothing is missing.
-    fn settle(&mut self, wanted: &Bypassed, thorough: bool) -> bool {
-        let result = self.try_settle(wanted, thorough);
+    /// Updates the maps to `wanted`. Returns whether no cgroup is missing.
+    fn update_map(&mut self, wanted: &Bypassed, thorough: bool) -> bool {
+        let result = self.try_update_map(wanted, thorough);
         self.count(wanted);
         let text = result
             .as_ref()
@@ -208,16 +210,16 @@ impl Bypass {
                 error.source().map_or_else(|| error.to_string(), |source| format!("{error}: {source}"))
             });
         if !text.is_empty() && text != self.complaint {
-            warn!(error = text, "sockets of some pods are not left alone as they should be; trying again");
+            warn!(error = text, "some pods opted out, but their sockets are not left alone; trying again");
         }
         self.complaint = text;
         result.unwrap_or(false)
     }
 
-    fn try_settle(&mut self, wanted: &Bypassed, thorough: bool) -> Result<bool, Error> {
+    fn try_update_map(&mut self, wanted: &Bypassed, thorough: bool) -> Result<bool, Error> {
         let look = self.look(thorough)?;
         if look.levels.is_empty() {
-            // The kubelet may not have started yet. Nothing is known, so nothing is removed.
+            // The kubelet may not have started yet, so nothing is removed.
             let root = self.cgroups.root().display().to_string();
             return if wanted.pods.is_empty() { Ok(true) } else { Err(Error::NoPods { root }) };
         }
@@ -231,7 +233,7 @@ impl Bypass {
         let all = pods.chain(clusters.iter().map(|(uid, pod)| (*uid, pod)));
         let target: BTreeMap<u64, &BypassedPod> =
             all.filter_map(|(uid, pod)| Some((*look.ids.get(uid)?, pod))).collect();
-        // What goes makes room, and neither waits for the other.
+        // A removal makes room for additions. A failure of one does not prevent the other.
         let removed = self.remove(|id| target.contains_key(&id), wanted.complete, &look);
         self.add(&target)?;
         removed?;
@@ -240,7 +242,7 @@ impl Bypass {
         Ok(!missing)
     }
 
-    /// Looks until every directory was watched before it was read.
+    /// Reads the tree until every directory was watched before it was read.
     fn look(&mut self, thorough: bool) -> Result<Look, Error> {
         loop {
             let look = self.cgroups.look(thorough).map_err(|source| self.unreadable(source))?;
@@ -254,7 +256,8 @@ impl Bypass {
         Error::Cgroups { root: self.cgroups.root().display().to_string(), source }
     }
 
-    /// Ids come before they count. One that cannot be added does not keep others out.
+    /// Adds ids first and then raises the number of entries. An id that cannot be added does not prevent
+    /// others.
     fn add(&mut self, target: &BTreeMap<u64, &BypassedPod>) -> Result<(), Error> {
         let mut result = Ok(());
         for (&id, pod) in target {
@@ -274,7 +277,8 @@ impl Bypass {
         result
     }
 
-    /// Ids cease to count before they go. As long as not all is known, only what this run has seen in use goes.
+    /// Lowers the number of entries first and then removes ids. As long as the state of all pods is not
+    /// complete, this removes only entries that this process has assigned to a pod.
     fn remove(&mut self, stays: impl Fn(u64) -> bool, complete: bool, look: &Look) -> Result<(), Error> {
         let all = self.ids.iter();
         let gone = all.filter(|(id, owner)| !stays(**id) && (complete || owner.is_some()));
@@ -287,9 +291,9 @@ impl Bypass {
                 _ => {
                     let pod = self.ids.remove(&id).flatten().map(tracing::field::display);
                     if look.ids.values().any(|there| *there == id) {
-                        info!(pod, cgroup = id, "leading this pod's new sockets to backends again");
+                        info!(pod, cgroup = id, "translating this pod's new sockets again");
                     } else {
-                        debug!(pod, cgroup = id, "a pod whose sockets were left alone is gone");
+                        debug!(pod, cgroup = id, "removed a pod whose sockets were left alone");
                     }
                 }
             }
@@ -330,7 +334,7 @@ impl Bypass {
     }
 }
 
-/// What is to go has gone.
+/// Whether an entry to remove does not exist.
 fn is_absent(error: &MapError) -> bool {
     match error {
         MapError::KeyNotFound => true,

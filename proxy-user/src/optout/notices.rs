@@ -1,6 +1,7 @@
-//! When to look at the pods' cgroups again.
+//! Reports changes of the pods' cgroups.
 //!
-//! In: inotify events of the directories in which they appear. Out: a word that something came or went there.
+//! In: inotify events of the directories in which they appear. Out: a notification that an entry was created
+//! or removed there.
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
@@ -8,11 +9,11 @@ use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher as _};
 use tokio::sync::Notify;
 use tracing::{debug, warn};
 
-/// The watch on some directories.
+/// The watched directories.
 pub(super) struct Notices {
     watcher: Option<RecommendedWatcher>,
     news: Arc<Notify>,
-    /// Each with its inode number: one that was made anew is another.
+    /// By path, with the inode number: a directory that was removed and created again has another.
     attached: BTreeMap<PathBuf, u64>,
     working: bool,
 }
@@ -22,7 +23,7 @@ impl Notices {
         let news = Arc::new(Notify::new());
         let sender = Arc::clone(&news);
         let watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
-            // An error, or an event of no kind, is lost events: anything may have happened.
+            // An error, or an event of no kind, means lost events, so any entry may have changed.
             let matters = event.map_or(true, |event| {
                 event.need_rescan()
                     || matches!(event.kind, EventKind::Create(_) | EventKind::Remove(_) | EventKind::Any)
@@ -32,24 +33,26 @@ impl Notices {
             }
         });
         let watcher = watcher
-            .inspect_err(|error| warn!(%error, "cannot watch for new cgroups; looking every second instead"))
+            .inspect_err(
+                |error| warn!(%error, "cannot watch for new cgroups; searching every second instead"),
+            )
             .ok();
         Self { working: watcher.is_some(), watcher, news, attached: BTreeMap::new() }
     }
 
-    /// Whether what comes into the directories last attached is noticed by itself.
+    /// Whether all directories of the last call of [`Notices::attach`] are watched.
     pub(super) fn working(&self) -> bool {
         self.working
     }
 
-    /// Watches these directories and no others. Answers whether one of them is new, so that what happened in it before
-    /// may have gone unnoticed.
+    /// Watches these directories and no others. Returns whether one of them is new, so that earlier events in
+    /// it may be lost.
     pub(super) fn attach(&mut self, directories: &BTreeMap<PathBuf, u64>) -> bool {
         let Some(watcher) = &mut self.watcher else { return false };
         self.attached.retain(|path, inode| {
             let stays = directories.get(path) == Some(inode);
             if !stays {
-                // Fails where the directory has gone and the watch with it.
+                // Fails if the directory was removed, and with it the watch.
                 let _ = watcher.unwatch(path);
             }
             stays
@@ -70,7 +73,7 @@ impl Notices {
         self.attached.len() > before
     }
 
-    /// Waits until something has come or gone since this was last asked.
+    /// Waits for an event since the last call.
     pub(super) async fn next(&self) {
         self.news.notified().await;
     }

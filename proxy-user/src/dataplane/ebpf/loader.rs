@@ -63,7 +63,7 @@ impl Loader {
         let generations = Generations::of(&place);
         let repinned = repin_with(&mut files, &place)?;
         if !repinned.is_empty() {
-            tracing::warn!(maps = ?repinned, "another program removed pins of weir's maps; pinned them again");
+            tracing::warn!(maps = ?repinned, "another program removed pins of weir's maps; weir pinned them again");
         }
         let serving = generations.serving(&place)?;
         let current = generations.current();

@@ -35,7 +35,7 @@ pub(in crate::run) fn keep_attached(links: Links, place: Place, metrics: &Metric
             });
             if !named.is_empty() {
                 let maps = file_names(&named);
-                tracing::warn!(maps, "another program removed the pins of weir's maps; weir pinned them again");
+                tracing::warn!(maps, "another program removed pins of weir's maps; weir pinned them again");
             }
         }
     })?;
