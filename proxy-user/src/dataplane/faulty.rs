@@ -1,6 +1,7 @@
-//! A data plane that fails on purpose, in front of one that works.
+//! A wrapper that makes a data plane fail on purpose, for tests.
 //!
-//! In: [`Delta`]s, and [`Faults`]. Out: what the data plane behind it holds, less what failed: of that it keeps what it had.
+//! In: [`Delta`]s, and [`Faults`]. Out: the state of the wrapped data plane, which keeps the old state of
+//! what failed.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,12 +14,12 @@ use crate::{
     plan::{ClusterIpDelta, Delta, Frontend, PortDelta, PortId, PortPlan},
 };
 
-/// What fails each time, to be changed while the data plane is in use.
+/// Permanent faults, which a test changes while the data plane is in use.
 #[derive(Clone, Debug, Default)]
-pub struct Faults(Arc<Mutex<Always>>);
+pub struct Faults(Arc<Mutex<Permanent>>);
 
 #[derive(Debug, Default)]
-struct Always {
+struct Permanent {
     services: BTreeSet<ObjectName>,
     families: BTreeSet<Family>,
     calls: bool,
@@ -26,9 +27,9 @@ struct Always {
 }
 
 impl Faults {
-    /// Whether each port of a Service is refused.
+    /// Sets whether each port of a Service is refused.
     pub fn refuse(&self, service: ObjectName, refused: bool) {
-        let services = &mut self.always().services;
+        let services = &mut self.permanent().services;
         if refused {
             services.insert(service)
         } else {
@@ -36,9 +37,9 @@ impl Faults {
         };
     }
 
-    /// Whether a family cannot be written.
+    /// Sets whether a family cannot be written.
     pub fn break_family(&self, family: Family, broken: bool) {
-        let families = &mut self.always().families;
+        let families = &mut self.permanent().families;
         if broken {
             families.insert(family)
         } else {
@@ -46,22 +47,22 @@ impl Faults {
         };
     }
 
-    /// Whether each call fails whole, before it does anything.
+    /// Sets whether each call fails before it does anything.
     pub fn fail_calls(&self, fail: bool) {
-        self.always().calls = fail;
+        self.permanent().calls = fail;
     }
 
-    /// How often something of a family could not be removed until now.
+    /// Sets how often an object of a family could not be removed until now.
     pub fn fail_removals(&self, times: PerFamily<u64>) {
-        self.always().removals = times;
+        self.permanent().removals = times;
     }
 
-    fn always(&self) -> MutexGuard<'_, Always> {
+    fn permanent(&self) -> MutexGuard<'_, Permanent> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Fails some calls of another data plane, always the same ones for the same seed, and what [`Faults`] say.
+/// Fails some calls of another data plane, the same ones for the same seed, and those of [`Faults`].
 #[derive(Clone, Debug)]
 pub struct Faulty<D> {
     inner: D,
@@ -69,47 +70,47 @@ pub struct Faulty<D> {
     ports: u8,
     calls: u8,
     faults: Faults,
-    /// What the data plane has.
+    /// The plans that the data plane has.
     known: BTreeMap<PortId, Arc<PortPlan>>,
     standing: PerFamily<Standing>,
 }
 
-/// Where a family stands.
+/// The state of a family.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Standing {
-    /// Everything or nothing is there, and the next delta is a complete one.
+    /// The next delta is a complete one.
     #[default]
     Reread,
-    /// Every change is in place.
+    /// It has every change.
     Current,
-    /// It failed.
+    /// It has failed and was not read back.
     Failed,
 }
 
 impl<D> Faulty<D> {
-    /// Lets `ports` per cent of service ports fail by themselves, and `calls` per cent of calls as a whole: half of
-    /// those before they do anything, half after they did everything.
+    /// Makes `ports` per cent of service ports fail individually, and `calls` per cent of calls as a whole:
+    /// half of those before they do anything, half after they did everything.
     #[must_use]
     pub fn new(inner: D, seed: u64, ports: u8, calls: u8) -> Self {
-        // A generator of this kind never leaves zero.
+        // A xorshift generator stays at zero.
         let random = seed.max(1);
         let (faults, known, standing) = (Faults::default(), BTreeMap::new(), PerFamily::default());
         Self { inner, random, ports, calls, faults, known, standing }
     }
 
-    /// Fails what `faults` say and nothing else.
+    /// Fails only by `faults`.
     #[must_use]
     pub fn with(inner: D, faults: Faults) -> Self {
         Self { faults, ..Self::new(inner, 1, 0, 0) }
     }
 
-    /// The same with what it holds, as another agent finds it, and other faults.
+    /// The same data plane with its state, as a restarted agent finds it, and with other faults.
     #[must_use]
     pub fn restarted(self, faults: Faults) -> Self {
         Self { faults, standing: PerFamily::default(), ..self }
     }
 
-    /// The data plane that sometimes works.
+    /// The wrapped data plane.
     pub fn inner(&mut self) -> &mut D {
         &mut self.inner
     }
@@ -123,15 +124,20 @@ impl<D> Faulty<D> {
     }
 
     fn is_refused(&mut self, id: &PortId) -> bool {
-        self.happens(self.ports) || self.faults.always().services.contains(&id.service)
+        self.happens(self.ports) || self.faults.permanent().services.contains(&id.service)
     }
 
-    /// The delta as the data plane behind gets it: without what fails, and without families that do not take part.
-    fn passed(&mut self, delta: &Delta, part: PerFamily<bool>, refused: &mut Vec<(PortId, String)>) -> Delta {
+    /// The delta without the ports that fail and without families that do not take part.
+    fn reduced(
+        &mut self,
+        delta: &Delta,
+        part: PerFamily<bool>,
+        refused: &mut Vec<(PortId, String)>,
+    ) -> Delta {
         let takes_part = |family: Family| *part.get(family);
-        let mut passed = Delta { ports: Vec::new(), ..delta.clone() };
+        let mut reduced = Delta { ports: Vec::new(), ..delta.clone() };
         if !delta.complete {
-            passed.cluster_ips.retain(|change| {
+            reduced.cluster_ips.retain(|change| {
                 let (ClusterIpDelta::Add(ip) | ClusterIpDelta::Remove(ip)) = change;
                 takes_part(Family::of(*ip))
             });
@@ -142,9 +148,9 @@ impl<D> Faulty<D> {
             let refuses = takes_part(id.family) && self.is_refused(id);
             let known = self.known.get(id);
             if takes_part(id.family) && !refuses {
-                // What was kept of a port refused before is replaced.
+                // A port that was refused before is replaced.
                 let before = if delta.complete { None } else { port.before.as_ref().or(known) };
-                passed.ports.push(PortDelta { before: before.cloned(), after: port.after.clone() });
+                reduced.ports.push(PortDelta { before: before.cloned(), after: port.after.clone() });
                 continue;
             }
             kept.extend(known.filter(|_| delta.complete).cloned());
@@ -152,12 +158,12 @@ impl<D> Faulty<D> {
                 refused.push((id.clone(), injected().to_string()));
             }
         }
-        passed.ports.extend(without_frontends_of(&passed.ports, kept));
-        passed
+        reduced.ports.extend(without_frontends_of(&reduced.ports, kept));
+        reduced
     }
 
-    /// Remembers what the data plane has now.
-    fn remember(&mut self, delta: Delta, refused: &[(PortId, String)]) {
+    /// Stores the plans that the data plane has now.
+    fn store_plans(&mut self, delta: Delta, refused: &[(PortId, String)]) {
         for PortDelta { before, after } in delta.ports {
             let Some(id) = after.as_ref().or(before.as_ref()).map(|plan| plan.id.clone()) else { continue };
             if refused.iter().any(|(refused, _)| *refused == id) {
@@ -170,9 +176,9 @@ impl<D> Faulty<D> {
         }
     }
 
-    /// Which plane takes a delta in, and which ports fail at that.
+    /// Decides which families apply a delta, and which of them fail.
     fn parties(&mut self, delta: &Delta, failed: &mut Vec<(Family, Error)>) -> PerFamily<bool> {
-        let broken = self.faults.always().families.clone();
+        let broken = self.faults.permanent().families.clone();
         let mut part = PerFamily::default();
         for family in Family::ALL {
             let wanted = if delta.complete { Standing::Reread } else { Standing::Current };
@@ -191,7 +197,7 @@ impl<D> Faulty<D> {
     }
 }
 
-/// Ports as they are kept, without what other ports have taken from them.
+/// The kept ports, without frontends that other ports have taken.
 fn without_frontends_of(ports: &[PortDelta], kept: Vec<Arc<PortPlan>>) -> Vec<PortDelta> {
     let plans = ports.iter().filter_map(|port| port.after.as_ref());
     let taken: BTreeSet<Frontend> =
@@ -211,9 +217,9 @@ fn injected() -> Error {
 
 impl<D: Dataplane> Dataplane for Faulty<D> {
     fn apply(&mut self, delta: &Delta) -> Result<(), Error> {
-        let always = self.faults.always().calls;
+        let permanent = self.faults.permanent().calls;
         let fails = self.happens(self.calls);
-        if always || fails && self.happens(50) {
+        if permanent || fails && self.happens(50) {
             self.standing = PerFamily { v4: Standing::Failed, v6: Standing::Failed };
             return Err(injected());
         }
@@ -222,16 +228,16 @@ impl<D: Dataplane> Dataplane for Faulty<D> {
         if Family::ALL.iter().all(|family| !part.get(*family)) {
             return short.into_result();
         }
-        let passed = self.passed(delta, part, &mut short.refused);
-        let result = self.inner.apply(&passed);
+        let reduced = self.reduced(delta, part, &mut short.refused);
+        let result = self.inner.apply(&reduced);
         if delta.complete {
             let named: BTreeSet<&PortId> = delta.ports.iter().filter_map(PortDelta::id).collect();
             self.known.retain(|id, _| named.contains(id));
         }
         match result {
-            Ok(()) => self.remember(passed, &[]),
+            Ok(()) => self.store_plans(reduced, &[]),
             Err(Error::Partly(more)) => {
-                self.remember(passed, &more.refused);
+                self.store_plans(reduced, &more.refused);
                 short.refused.extend(more.refused);
                 short.failed.extend(more.failed);
             }
@@ -258,7 +264,7 @@ impl<D: Dataplane> Dataplane for Faulty<D> {
     }
 
     fn standing(&self) -> Vec<super::Standing> {
-        let failed_removals = self.faults.always().removals;
+        let failed_removals = self.faults.permanent().removals;
         vec![super::Standing { plane: "faulty", active: true, failures: 0, failed_removals }]
     }
 

@@ -1,7 +1,7 @@
-//! A data plane that keeps everything in memory.
+//! A data plane in memory.
 //!
-//! In: [`Delta`]s. Out: a [`State`] made from what they said and nothing else. `weir plan` shows it and tests compare
-//! it with what a kernel holds.
+//! In: [`Delta`]s. Out: a [`State`] computed from nothing but these. `weir plan` prints it, and tests compare
+//! it with the state of a kernel.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,24 +15,24 @@ use crate::plan::{
     Treatment,
 };
 
-/// Holds what deltas say.
+/// The state after all applied deltas.
 #[derive(Clone, Debug, Default)]
 pub struct Memory {
     node: Option<Arc<NodePlan>>,
     cluster_ips: BTreeSet<IpAddr>,
     ports: BTreeMap<PortId, Arc<PortPlan>>,
-    /// Which port each frontend leads to.
+    /// The port of each frontend.
     frontends: BTreeMap<Frontend, PortId>,
 }
 
 impl Memory {
-    /// The node-wide plan last applied.
+    /// The last node plan.
     #[must_use]
     pub fn node(&self) -> Option<&NodePlan> {
         self.node.as_deref()
     }
 
-    /// The service ports held, sorted by id.
+    /// The service ports, sorted by id.
     pub fn ports(&self) -> impl Iterator<Item = &Arc<PortPlan>> {
         self.ports.values()
     }
@@ -40,9 +40,9 @@ impl Memory {
     fn apply_port(&mut self, delta: &PortDelta, complete: bool) -> Result<(), Error> {
         let Some(id) = delta.id() else { return Ok(()) };
         if !complete && self.ports.get(id) != delta.before.as_ref() {
-            return Err(Error::Kernel(format!("{id} is not what the delta takes it for")));
+            return Err(Error::Kernel(format!("{id} is not as the delta has it in `before`")));
         }
-        self.forget(id);
+        self.remove_port(id);
         if let Some(after) = &delta.after {
             let keys = after.frontends.iter().map(|planned| (planned.frontend, id.clone()));
             self.frontends.extend(keys);
@@ -51,8 +51,8 @@ impl Memory {
         Ok(())
     }
 
-    /// Takes a port out, and those of its frontends that no other port has taken.
-    fn forget(&mut self, id: &PortId) {
+    /// Removes a port, and its frontends that no other port has taken.
+    fn remove_port(&mut self, id: &PortId) {
         let Some(before) = self.ports.remove(id) else { return };
         for planned in &before.frontends {
             if self.frontends.get(&planned.frontend) == Some(id) {
@@ -71,7 +71,7 @@ impl Dataplane for Memory {
             self.cluster_ips.clear();
             let named: BTreeSet<&PortId> = delta.ports.iter().filter_map(PortDelta::id).collect();
             let gone: Vec<PortId> = self.ports.keys().filter(|id| !named.contains(id)).cloned().collect();
-            gone.iter().for_each(|id| self.forget(id));
+            gone.iter().for_each(|id| self.remove_port(id));
         }
         for change in &delta.cluster_ips {
             match change {
@@ -93,7 +93,7 @@ impl Dataplane for Memory {
             let planned =
                 plan.and_then(|plan| plan.frontends.iter().find(|known| known.frontend == *frontend));
             let (Some(plan), Some(planned)) = (plan, planned) else {
-                return Err(Error::Kernel(format!("{frontend} leads to {id}, which does not have it")));
+                return Err(Error::Kernel(format!("{frontend} belongs to {id}, which does not have it")));
             };
             state.frontends.insert(*frontend, InstalledFrontend::of(plan, planned));
         }
@@ -107,7 +107,7 @@ impl Dataplane for Memory {
 }
 
 impl InstalledFrontend {
-    /// What a data plane should hold for one frontend of a port.
+    /// The expected content of a data plane for one frontend of a port.
     #[must_use]
     pub fn of(plan: &PortPlan, planned: &FrontendPlan) -> Self {
         let installed = |treatment: Treatment| Installed {
@@ -120,13 +120,14 @@ impl InstalledFrontend {
             masquerade: treatment.masquerade,
         };
         let Route { pod, host, outside } = planned.route;
-        // Where no flow is translated there is nothing to remember.
-        let leads = |treatment: &Treatment| matches!(treatment.target, Target::Cluster | Target::Local);
+        // Without backends there is no session affinity.
+        let has_backends =
+            |treatment: &Treatment| matches!(treatment.target, Target::Cluster | Target::Local);
         Self {
             pod: installed(pod),
             host: installed(host),
             outside: installed(outside),
-            affinity: plan.affinity.filter(|_| [pod, host, outside].iter().any(leads)),
+            affinity: plan.affinity.filter(|_| [pod, host, outside].iter().any(has_backends)),
             allowed_sources: planned.allowed_sources.as_deref().map(<[_]>::to_vec),
             answered_here: planned.answered_here,
         }

@@ -1,7 +1,7 @@
-//! Makes plans true in the kernel.
+//! Writes plans into the kernel.
 //!
-//! In: [`Delta`]s. Out: the same state in nftables, in eBPF maps or in memory, and a [`State`] that tells what is
-//! really there, in one form for all of them.
+//! In: [`Delta`]s. Out: the same state in nftables, in eBPF maps or in memory, and a [`State`] read back from
+//! there, which has one form for all planes.
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, time::Instant};
 
@@ -23,42 +23,42 @@ pub use stack::Stack;
 
 /// One data plane.
 ///
-/// Calls block and are made from one thread. A data plane remembers nothing about Services beyond what it needs to
-/// write the next delta: the caller keeps the plans.
+/// Calls block, and come from one thread. A data plane stores only as much about Services as it needs to
+/// write the next delta: the caller has the plans.
 ///
-/// What cannot be done costs nothing else anything, in three sizes:
+/// A failure never affects more than one of these:
 ///
-/// - A **service port** that is refused. Every other port of the delta is in place, at a start too. Of the refused port
-///   the plane keeps what it has: what the delta calls `before` or, when the delta was a complete one, what was found
-///   in the kernel. The caller tells the port again later, with the same `before`; after a complete delta that is `None`,
-///   and the plane replaces what it kept.
-///   A plane in front of another lets go of the port instead, and says that it has left it: then it has nothing of it.
+/// - A **service port** that the kernel refuses. Every other port of the delta is in place, at a start too. The plane keeps
+///   the port as it was: as `before` in the delta or, after a complete delta, as it was found in the kernel. The caller
+///   repeats the port later with the same `before`. After a complete delta that is `None`, and the plane replaces what it
+///   kept. A plane in front of another removes the port instead, and reports that the other plane serves it.
 /// - A **family** whose table cannot be written. The other family's part of the delta is in place. From then on the plane
-///   leaves this family alone, until [`Dataplane::reread_family`] and a complete delta put it right.
-/// - A **plane** of several that fails ([`Stack`]). The others serve, and say with [`Dataplane::wants_everything`] when
-///   the failed one is to be given a complete delta.
+///   does not write this family, until [`Dataplane::reread_family`] and a complete delta.
+/// - One **plane** of two ([`Stack`]). The other one serves, and [`Dataplane::wants_everything`] returns when the failed one
+///   needs a complete delta.
 ///
-/// A complete delta always names everything of both families. It is taken in by that of which nothing is known: at the
-/// start, and after it was reread. All else must have been told every change before and leaves it alone.
+/// A complete delta names every service port of both families. Parts of unknown state apply it: all parts at the start, and
+/// later those that were read back. All other parts have every earlier change, and ignore it.
 pub trait Dataplane: Send {
-    /// Makes `delta` true. Each service port switches atomically: a new flow sees it as it was or as it is to be.
+    /// Applies `delta`. Each service port switches atomically: a new flow sees its old or its new state, and
+    /// never a mixture.
     ///
     /// # Errors
     ///
-    /// [`Error::Partly`] names what could not be done; all else of the delta is in place. After any other error nothing
-    /// is known of either family: call [`Dataplane::reread`], then apply a complete delta.
+    /// [`Error::Partly`] has what failed; all else of the delta is in place. After any other error the state
+    /// of both families is unknown: call [`Dataplane::reread`], then apply a complete delta.
     fn apply(&mut self, delta: &Delta) -> Result<(), Error>;
 
-    /// Reads back what the kernel holds. The next delta must be a complete one; what is already there and right is
-    /// left alone, so that running traffic does not notice.
+    /// Reads the state of the kernel back. The next delta must be a complete one. Entries that are already
+    /// right are not written again, so running traffic is not affected.
     ///
     /// # Errors
     ///
     /// When the kernel's state cannot be read.
     fn reread(&mut self) -> Result<(), Error>;
 
-    /// Reads back what the kernel holds of one family, where families are kept apart. Until the next complete delta,
-    /// deltas of changes leave this family alone.
+    /// Reads the state of one family back, if the plane separates families. Until the next complete delta,
+    /// deltas of changes do not write this family.
     ///
     /// # Errors
     ///
@@ -68,101 +68,103 @@ pub trait Dataplane: Send {
         self.reread()
     }
 
-    /// Whether a family's table was read back when the rule set had this generation, or a later one: news of it is old.
+    /// Whether the plane has read a family's table back at this generation of the rule set or a later one, so
+    /// that news of this generation is old.
     fn has_read(&self, family: Family, generation: u32) -> bool {
         let _ = (family, generation);
         false
     }
 
-    /// Whether a quick look finds a family's objects as this plane left them. It may miss a change, and reports none that
-    /// did not happen.
+    /// Whether a quick check finds a family's objects as this plane wrote them. It may miss a change, but
+    /// never reports one that did not happen.
     fn looks_intact(&mut self, family: Family) -> bool {
         let _ = family;
         true
     }
 
-    /// The UDP frontends that were found in the kernel and that no complete delta named, since this was last asked: they are
-    /// gone by now.
+    /// The UDP frontends that were found in the kernel and that no complete delta named, since the last call.
+    /// They have been removed.
     fn take_left_over(&mut self) -> Vec<Frontend> {
         Vec::new()
     }
 
-    /// From when on a part that no family depends on is to be given a complete delta, if one is.
+    /// When a part that is independent of families needs a complete delta, if one does.
     fn wants_everything(&self) -> Option<Instant> {
         None
     }
 
-    /// Lets nothing of this plane serve, so that the next one does, and keeps what is needed to serve again after a
-    /// complete delta.
+    /// Takes this plane out of service, so that the next one serves. Keeps what it needs to serve again after
+    /// a complete delta.
     ///
     /// # Errors
     ///
-    /// When something could not be taken out of the way.
+    /// When a part of it still serves.
     fn step_aside(&mut self) -> Result<(), Error> {
         self.remove()
     }
 
-    /// How each of the planes stands that serve or should, the front one first.
+    /// The state of each plane that serves or should, the front one first.
     fn standing(&self) -> Vec<Standing> {
         Vec::new()
     }
 
-    /// What is installed, read from the kernel.
+    /// Reads the installed state from the kernel.
     ///
     /// # Errors
     ///
     /// When the kernel's state cannot be read.
     fn dump(&mut self) -> Result<State, Error>;
 
-    /// Takes everything of ours out of the kernel.
+    /// Removes all of weir's objects from the kernel.
     ///
     /// # Errors
     ///
-    /// When something of ours could not be removed.
+    /// When an object could not be removed.
     fn remove(&mut self) -> Result<(), Error>;
 
-    /// How full everything is that has a size; empty where nothing has.
+    /// The usage of every kernel map with a fixed size; empty if the plane has none.
     fn fill(&self) -> Vec<Fill> {
         Vec::new()
     }
 }
 
-/// How a plane stands.
+/// The state of a plane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Standing {
-    /// Its name, as `/proxyMode` tells it.
+    /// Its name in `/proxyMode`.
     pub plane: &'static str,
-    /// Whether it serves.
+    /// False after it has stepped aside.
     pub active: bool,
-    /// How often it has failed as a whole.
+    /// How often the whole plane has failed.
     pub failures: u64,
-    /// How often something of a family that has no use any more could not be removed. It is tried again later.
+    /// How often an object of a family that is no longer used could not be removed. Each is tried again
+    /// later.
     pub failed_removals: PerFamily<u64>,
 }
 
-/// What of a delta could not be done.
+/// The parts of a delta that failed.
 #[derive(Debug, Default)]
 pub struct Shortfall {
-    /// Service ports that are not as they should be, and why.
+    /// Service ports that do not have their new state, with the reason.
     pub refused: Vec<(PortId, String)>,
-    /// Service ports that are served, though not by the plane that should serve them, and why.
+    /// Service ports that another plane serves than the one that should, with the reason.
     pub left: Vec<(PortId, String)>,
-    /// Families of which nothing is known now, and why.
+    /// Families whose state is unknown now, with the reason.
     pub failed: Vec<(Family, Error)>,
 }
 
 impl Shortfall {
-    /// Of ports alone.
+    /// Only ports failed.
     #[must_use]
     pub fn of_ports(refused: Vec<(PortId, String)>) -> Self {
         Self { refused, ..Self::default() }
     }
 
-    /// The result of a delta of which this was not done.
+    /// The result of the delta.
     ///
     /// # Errors
     ///
-    /// Unless everything was done.
+    /// Unless all parts are empty.
     pub fn into_result(self) -> Result<(), Error> {
         let Self { refused, left, failed } = &self;
         if refused.is_empty() && left.is_empty() && failed.is_empty() {
@@ -176,7 +178,7 @@ impl fmt::Display for Shortfall {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { refused, left, failed } = self;
         let mut parts = Vec::new();
-        for (ports, what) in [(refused, "could not be programmed"), (left, "were left to the packets")] {
+        for (ports, what) in [(refused, "could not be programmed"), (left, "are left to nftables")] {
             if let Some((port, problem)) = ports.first() {
                 parts.push(format!("{} service ports {what}, first `{port}`: {problem}", ports.len()));
             }
@@ -186,85 +188,86 @@ impl fmt::Display for Shortfall {
     }
 }
 
-/// How full a kernel map is.
+/// The usage of a kernel map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fill {
-    /// The map's name.
+    /// The name of the map.
     pub map: &'static str,
-    /// Elements in it.
+    /// Entries in it.
     pub elements: u32,
-    /// Elements it has room for before it has to grow.
+    /// Entries that it has room for before it has to grow.
     pub room: u32,
 }
 
-/// Where new flows of one source class go.
+/// The outcome for new flows of one class of sources.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
-    /// To one of these, each as likely as the other; sorted.
+    /// To one of these, sorted; each has the same probability.
     Backends(Vec<Backend>),
     /// Refused.
     Reject,
     /// Dropped.
     Drop,
-    /// Left as it is by the sockets, for the packets to decide.
+    /// The socket plane leaves the socket as it is, and nftables decides about its packets.
     Packets,
 }
 
-/// What one source class gets.
+/// The outcome for one class of sources, with masquerading.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Installed {
-    /// Where new flows go.
+    /// For new flows only.
     pub outcome: Outcome,
-    /// Whether the source is masqueraded.
+    /// Whether the backend sees an address of this node as the source.
     pub masquerade: bool,
 }
 
-/// One frontend as a data plane holds it.
+/// One frontend in a data plane.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct InstalledFrontend {
-    /// What pods get.
+    /// For pods.
     pub pod: Installed,
-    /// What this host gets.
+    /// For this host.
     pub host: Installed,
-    /// What everybody else gets.
+    /// For all other sources.
     pub outside: Installed,
-    /// Session affinity in seconds; `None` also where nobody gets to a backend.
+    /// Session affinity in seconds; `None` also if no class of sources gets a backend.
     pub affinity: Option<u32>,
-    /// The only sources let in, sorted; `None` lets everybody in.
+    /// The only sources that may connect, sorted; `None` if all may.
     pub allowed_sources: Option<Vec<ipnet::IpNet>>,
-    /// Whether it is left alone while its address is this host's own.
+    /// Whether the plane does not translate it while its address is this host's own.
     pub answered_here: bool,
 }
 
-/// What a data plane holds, in a form that is the same for all of them. `local` of backends is as the hairpin table
-/// has it.
+/// The content of a data plane, in one form for all planes. Backends are `local` if the hairpin table has
+/// them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct State {
-    /// Every frontend.
+    /// The frontends of both families.
     pub frontends: BTreeMap<Frontend, InstalledFrontend>,
-    /// The known ClusterIPs, sorted.
+    /// Sorted.
     pub cluster_ips: Vec<IpAddr>,
 }
 
 impl State {
-    /// What of this the sockets' plane holds: TCP and UDP, for pods and this host. Sockets do not know who is local,
-    /// masquerade nobody and leave to the packets what is dropped, lets in some sources only or is answered here.
+    /// The part of this state that the socket plane has: TCP and UDP, for pods and this host. It never
+    /// masquerades and ignores whether a backend is local. It leaves frontends that are dropped, have source
+    /// ranges or are answered here to nftables.
     #[must_use]
     pub fn for_sockets(&self) -> Self {
-        let sockets = |installed: &Installed, guarded: bool| match &installed.outcome {
-            Outcome::Backends(backends) if !guarded => {
-                let apart = |backend: &Backend| Backend { local: false, ..*backend };
-                Outcome::Backends(backends.iter().map(apart).collect())
+        let sockets = |installed: &Installed, restricted: bool| match &installed.outcome {
+            Outcome::Backends(backends) if !restricted => {
+                let without_locality = |backend: &Backend| Backend { local: false, ..*backend };
+                Outcome::Backends(backends.iter().map(without_locality).collect())
             }
-            Outcome::Reject if !guarded => Outcome::Reject,
+            Outcome::Reject if !restricted => Outcome::Reject,
             _ => Outcome::Packets,
         };
         let frontends = self.frontends.iter();
         let frontends = frontends.filter(|(frontend, _)| frontend.protocol != Protocol::Sctp);
         let project = |(frontend, installed): (&Frontend, &InstalledFrontend)| {
-            let guarded = installed.allowed_sources.is_some() || installed.answered_here;
-            let of = |installed| Installed { outcome: sockets(installed, guarded), masquerade: false };
+            let restricted = installed.allowed_sources.is_some() || installed.answered_here;
+            let of = |installed| Installed { outcome: sockets(installed, restricted), masquerade: false };
             let (pod, host) = (of(&installed.pod), of(&installed.host));
             let affinity = installed.affinity.unwrap_or(0);
             (*frontend, InstalledFrontend::for_sockets(pod, host, affinity))
@@ -274,30 +277,30 @@ impl State {
 }
 
 impl InstalledFrontend {
-    /// A frontend as sockets have it: nobody comes from outside.
+    /// A frontend in the socket plane, where no client is outside.
     fn for_sockets(pod: Installed, host: Installed, affinity: u32) -> Self {
-        let leads = |installed: &Installed| matches!(installed.outcome, Outcome::Backends(_));
-        let affinity = (affinity != 0 && (leads(&pod) || leads(&host))).then_some(affinity);
+        let has_backends = |installed: &Installed| matches!(installed.outcome, Outcome::Backends(_));
+        let affinity = (affinity != 0 && (has_backends(&pod) || has_backends(&host))).then_some(affinity);
         let outside = Installed { outcome: Outcome::Packets, masquerade: false };
         Self { pod, host, outside, affinity, allowed_sources: None, answered_here: false }
     }
 }
 
-/// Why a data plane could not do what it was asked to.
+/// Why a data plane could not apply a delta.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Some of a delta could not be done; the rest is in place.
+    /// Parts of a delta failed; the rest is in place.
     #[error("{0}")]
     Partly(Shortfall),
-    /// The kernel refused something that belongs to no single Service.
+    /// The kernel refused an object that belongs to no single Service, or its state is inconsistent.
     #[error("{0}")]
     Kernel(String),
-    /// The system call failed.
+    /// A system call failed.
     #[error("{context}")]
     Io {
-        /// What was being done.
+        /// The operation.
         context: String,
-        /// What the kernel answered.
+        /// The error of the system call.
         #[source]
         source: std::io::Error,
     },
