@@ -86,7 +86,6 @@ pub(super) static ACCOUNTS: Array<u64> = Array::with_max_entries(account::COUNT,
 #[unsafe(no_mangle)]
 static CLIENTS_ROOM: u32 = 0;
 
-/// The size of `affinities`.
 #[inline(always)]
 pub(super) fn room_for_clients() -> u32 {
     // SAFETY: as in `can_refuse`.

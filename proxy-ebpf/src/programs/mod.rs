@@ -51,26 +51,22 @@ hooks! {
     getpeername6, getpeername6, V6, reverse::peer;
 }
 
-/// The hook `post_bind4`.
 #[cgroup_sock(post_bind4)]
 fn post_bind4(context: SockContext) -> i32 {
     bind::bound(&context, Family::V4)
 }
 
-/// The hook `post_bind6`.
 #[cgroup_sock(post_bind6)]
 fn post_bind6(context: SockContext) -> i32 {
     bind::bound(&context, Family::V6)
 }
 
-/// The hook `sock_create`.
 #[cgroup_sock(sock_create)]
 fn sock_create(context: SockContext) -> i32 {
     made::record(&context);
     ALLOW
 }
 
-/// The hook `sock_release`.
 #[cgroup_sock(sock_release)]
 fn sock_release(context: SockContext) -> i32 {
     seats::remove(&context);

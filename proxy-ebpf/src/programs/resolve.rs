@@ -32,7 +32,6 @@ pub(super) enum Lookup {
     NoService,
     /// A ClusterIP, whose Service does not have this port (F4).
     UnknownPort,
-    /// A frontend.
     Frontend(Frontend),
 }
 

@@ -225,7 +225,6 @@ pub(super) fn has_port(context: &SockAddrContext) -> bool {
     }
 }
 
-/// The IP protocol number.
 #[inline(always)]
 pub(super) fn protocol(context: &SockAddrContext) -> u32 {
     // SAFETY: as in `address`.

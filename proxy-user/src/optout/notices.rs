@@ -9,7 +9,6 @@ use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher as _};
 use tokio::sync::Notify;
 use tracing::{debug, warn};
 
-/// The watched directories.
 pub(super) struct Notices {
     watcher: Option<RecommendedWatcher>,
     news: Arc<Notify>,

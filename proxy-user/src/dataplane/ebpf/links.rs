@@ -84,7 +84,6 @@ impl Links {
 }
 
 impl Attached {
-    /// Stores the attached programs.
     pub(super) fn set(
         &mut self,
         cgroup_root: &Path,

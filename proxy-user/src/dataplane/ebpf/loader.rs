@@ -264,7 +264,6 @@ impl Loader {
         self.maps.set_settings(settings)
     }
 
-    /// Removes programs and maps.
     pub(super) fn clear(&mut self) -> io::Result<()> {
         (self.attached, self.serves) = (false, false);
         self.links.while_attaching().clear();

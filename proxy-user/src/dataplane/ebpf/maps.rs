@@ -161,7 +161,6 @@ impl Maps {
         self.slots.get(&slot, ANY).map_err(|error| Problem::map("slots", error))
     }
 
-    /// Writes consecutive slots.
     pub(super) fn set_slots(&mut self, first: u32, backends: &[Endpoint]) -> Result<(), Problem> {
         if backends.is_empty() {
             return Ok(());

@@ -82,7 +82,6 @@ impl RangeAllocator {
         self.take(1, now, wait).first
     }
 
-    /// Frees one entry.
     pub(super) fn give_one_back(&mut self, index: u32, now: Instant) {
         self.give_back(Range { first: index, count: 1 }, now);
     }

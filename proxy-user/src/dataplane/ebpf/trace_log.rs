@@ -36,7 +36,6 @@ pub(super) struct Listener {
 }
 
 impl Listener {
-    /// Starts the thread.
     pub(super) fn to(ebpf: &mut Ebpf) -> Result<Self, Problem> {
         let failed = |error: &dyn std::fmt::Display| Problem::Map {
             name: "AYA_LOGS".to_owned(),
