@@ -53,7 +53,7 @@ pub(super) fn is_v4(address: &Address) -> bool {
 /// The endpoint must be readable.
 #[inline(always)]
 pub(super) unsafe fn read_endpoint(from: *const Endpoint) -> Endpoint {
-    // SAFETY: the caller's.
+    // SAFETY: the caller's promise.
     unsafe {
         Endpoint {
             address: [
@@ -262,8 +262,8 @@ pub(super) fn host(cookie: u64) -> u64 {
     unsafe { bpf_get_netns_cookie(core::ptr::null_mut()) }
 }
 
-/// The most levels of cgroups to look at, from the root: the kubelet's own containers are at level four, and
-/// below a container that acts as a node there are some more.
+/// The most levels of cgroups to look at, from the root: a container of a pod is at level four, and below a
+/// container that acts as a node there are some more.
 const LEVELS: i32 = 16;
 
 /// Whether the process is in a cgroup of `bypassed`, or below one.
