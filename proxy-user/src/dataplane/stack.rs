@@ -1,7 +1,7 @@
-//! Two planes for one plan: the socket plane in front, the nftables plane resync_at.
+//! Two planes for one plan: the socket plane in front, the nftables plane behind.
 //!
-//! In: [`Delta`]s. Out: the same delta, first to the nftables plane, then to the socket plane. A complete
-//! delta accepted each plane its time, so both get it at once if the socket plane serves.
+//! In: [`Delta`]s. Out: the same delta, first to the nftables plane, then to the socket plane. Each plane
+//! needs a while for a complete delta, so both get it at once if the socket plane serves.
 //!
 //! The nftables plane has every frontend for every source. The socket plane has the frontends that a program
 //! can translate at a socket: TCP and UDP, for pods and this host, without source ranges. A socket that it

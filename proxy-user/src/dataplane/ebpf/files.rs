@@ -16,7 +16,7 @@ use super::problem::Problem;
 /// Called before each operation on a name, for tests: one that does not return acts as a kill.
 pub type Interrupt = Box<dyn FnMut(&Path) + Send>;
 
-/// The operations. `None` outside of tests.
+/// Runs the operations. The interrupt is `None` outside of tests.
 #[derive(Default)]
 pub(super) struct Files(Option<Interrupt>);
 

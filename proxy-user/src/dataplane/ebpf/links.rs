@@ -51,8 +51,8 @@ impl Links {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Repairs links that are not as they were attached. Returns their pins. `in_use` tells whether the maps
-    /// still exist.
+    /// Repairs links that are not as they were attached. Returns their pins. `in_use` returns whether the
+    /// maps still exist.
     ///
     /// # Errors
     ///

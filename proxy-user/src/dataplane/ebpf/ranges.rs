@@ -51,7 +51,8 @@ impl Default for RangeAllocator {
 }
 
 impl RangeAllocator {
-    /// Nothing is allocated yet. At most `max_resting` entries rest.
+    /// Nothing is allocated yet. When more than `max_resting` entries, and more than a quarter of all, rest,
+    /// the allocator waits for programs.
     pub(super) fn new(max_resting: u32) -> Self {
         Self {
             max_resting,
