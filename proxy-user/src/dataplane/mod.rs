@@ -264,7 +264,7 @@ impl State {
             _ => Outcome::Packets,
         };
         let frontends = self.frontends.iter();
-        let frontends = frontends.filter(|(frontend, _)| frontend.protocol != Protocol::Sctp);
+        let frontends = frontends.filter(|(frontend, _)| is_for_sockets(frontend.protocol));
         let project = |(frontend, installed): (&Frontend, &InstalledFrontend)| {
             let restricted = installed.allowed_sources.is_some() || installed.answered_here;
             let of = |installed| Installed { outcome: sockets(installed, restricted), masquerade: false };
@@ -273,6 +273,14 @@ impl State {
             (*frontend, InstalledFrontend::for_sockets(pod, host, affinity))
         };
         Self { frontends: frontends.map(project).collect(), cluster_ips: self.cluster_ips.clone() }
+    }
+}
+
+/// Whether the socket plane serves a protocol. The kernel runs none of the hooks for SCTP sockets.
+const fn is_for_sockets(protocol: Protocol) -> bool {
+    match protocol {
+        Protocol::Tcp | Protocol::Udp => true,
+        Protocol::Sctp => false,
     }
 }
 

@@ -39,14 +39,6 @@ impl Placement {
     }
 }
 
-/// The kernel runs none of the hooks for SCTP sockets, so nftables serves SCTP.
-pub(super) fn is_for_sockets(protocol: Protocol) -> bool {
-    match protocol {
-        Protocol::Tcp | Protocol::Udp => true,
-        Protocol::Sctp => false,
-    }
-}
-
 /// The index of a backend set in [`Record::sets`].
 pub(super) const fn set_index(set: BackendSet) -> usize {
     match set {
@@ -190,6 +182,5 @@ mod tests {
             assert_eq!(found, FrontendKey::node_port(unspecified, 30080, 17));
             assert_ne!(found, FrontendKey::new(unspecified, 30080, 17));
         }
-        assert!(!is_for_sockets(Protocol::Sctp));
     }
 }

@@ -18,7 +18,7 @@ use std::{net::UdpSocket, sync::Arc, time::Instant};
 
 use proxy_ebpf::{SERVICES_VERSION, Settings};
 
-use super::{Dataplane, Error, Fill, Shortfall, State};
+use super::{Dataplane, Error, Fill, Shortfall, State, is_for_sockets};
 use crate::{
     plan::{Delta, NodePlan},
     sys::bpf,
@@ -174,7 +174,7 @@ impl Dataplane for Ebpf {
         let mut updates: Vec<allocate::PortUpdate> = delta
             .ports
             .iter()
-            .filter(|port| port.id().is_some_and(|id| element::is_for_sockets(id.protocol)))
+            .filter(|port| port.id().is_some_and(|id| is_for_sockets(id.protocol)))
             .filter_map(|port| allocations.allocate(port, now))
             .collect();
         self.add_values(&mut updates, now)?;
