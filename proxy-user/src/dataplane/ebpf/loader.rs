@@ -314,7 +314,7 @@ fn load(pins: &Pins, sizes: &Sizes, set_retval: bool) -> Result<Loaded, Problem>
     // The programs access no structures of the kernel, so its types, which are megabytes, need not be read.
     loader.btf(None).override_global("SET_RETVAL", &set_retval, true);
     loader.override_global("CLIENTS_ROOM", &clients, true);
-    let level = if trace_log::is_wanted() { aya_log::Level::Trace as u8 } else { 0 };
+    let level = if trace_log::is_enabled() { aya_log::Level::Trace as u8 } else { 0 };
     loader.override_global(trace_log::LEVEL, &level, true);
     for (name, size) in sizes.named() {
         loader.map_max_entries(name, size);
