@@ -24,6 +24,8 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
+use crate::mounted::Mounted;
+
 /// What the group of a process is called, before its id.
 const PREFIX: &str = "weir-test-";
 /// How long threads that have ended may still count as inside.
@@ -193,19 +195,31 @@ impl Own {
     }
 }
 
-/// Where cgroup v2 is mounted: not in the same place on hybrid and on unified systems.
+/// Where cgroup v2 is mounted and can be written to: not in the same place on hybrid and on unified systems. Where it is
+/// not, as in a container, this process mounts it once for itself.
 ///
 /// # Errors
 ///
-/// When it is mounted nowhere.
+/// When it cannot be mounted.
 pub fn root() -> Result<PathBuf> {
-    let mounts = fs::read_to_string("/proc/mounts")?;
-    let root = mounts.lines().find_map(|mount| {
+    static OURS: Mutex<Option<Mounted>> = Mutex::new(None);
+    if let Some(root) = mounted(&fs::read_to_string("/proc/mounts")?) {
+        return Ok(root);
+    }
+    let mut ours = OURS.lock().unwrap_or_else(PoisonError::into_inner);
+    if ours.is_none() {
+        *ours = Some(Mounted::new("cgroup2")?);
+    }
+    ours.as_ref().map(Mounted::path).context("cgroup v2 was mounted")
+}
+
+/// The first writable cgroup v2 among these mounts.
+fn mounted(mounts: &str) -> Option<PathBuf> {
+    mounts.lines().find_map(|mount| {
         let mut fields = mount.split(' ').skip(1);
-        let path = fields.next()?;
-        (fields.next()? == "cgroup2").then(|| PathBuf::from(path))
-    });
-    root.context("no cgroup v2 hierarchy is mounted; these tests need one")
+        let (path, kind, options) = (fields.next()?, fields.next()?, fields.next()?);
+        (kind == "cgroup2" && options.split(',').any(|option| option == "rw")).then(|| PathBuf::from(path))
+    })
 }
 
 /// Takes away what processes left behind that were killed.

@@ -18,6 +18,7 @@ pub mod control_plane;
 pub mod demo;
 pub mod logged;
 pub mod maps;
+pub mod mounted;
 pub mod names;
 pub mod netns;
 pub mod node;

@@ -150,6 +150,17 @@ impl Drop for Pause {
     }
 }
 
+/// A directory that no machine has, for agents that get none.
+const NOWHERE: &str = "/nonexistent";
+
+fn child(parent: Option<&Cgroup>, label: &str) -> Result<Option<Cgroup>> {
+    parent.map(|parent| parent.child(label)).transpose()
+}
+
+fn within(cgroup: Option<&Cgroup>, label: &str) -> Result<Namespace> {
+    cgroup.map_or_else(|| Namespace::new(label), |cgroup| Namespace::within(cgroup, label))
+}
+
 /// The namespaces, wired up.
 #[derive(Debug)]
 pub struct Topology {
@@ -163,8 +174,8 @@ pub struct Topology {
     /// The client outside the cluster.
     pub outside: Namespace,
     /// The control groups of the two nodes: their pods' are below.
-    cgroups: [Cgroup; 2],
-    bpffs: BpfFs,
+    cgroups: [Option<Cgroup>; 2],
+    bpffs: Option<BpfFs>,
 }
 
 impl Topology {
@@ -174,22 +185,33 @@ impl Topology {
     ///
     /// Without the privilege to make network namespaces, or without `ip` (iproute2).
     pub fn new() -> Result<Self> {
-        let all = Cgroup::new("topology")?;
-        let alone = |label: &str| Namespace::within(&all.child(label)?, label);
-        let cgroups = [all.child("node-1")?, all.child("node-2")?];
-        let [first, second] = &cgroups;
-        let pod = |node: &Cgroup, label: &str| Namespace::within(&node.child(label)?, label);
+        Self::wired(Some(&Cgroup::new("topology")?), Some(BpfFs::new()?))
+    }
+
+    /// [`Topology::new`] without control groups and without a BPF file system: there is no socket plane here.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn without_sockets() -> Result<Self> {
+        Self::wired(None, None)
+    }
+
+    fn wired(all: Option<&Cgroup>, bpffs: Option<BpfFs>) -> Result<Self> {
+        let cgroups = [child(all, "node-1")?, child(all, "node-2")?];
+        let [first, second] = [cgroups[0].as_ref(), cgroups[1].as_ref()];
+        let in_own_group = |parent, label| within(child(parent, label)?.as_ref(), label);
         let mut topology = Self {
             pauses: Vec::new(),
-            router: alone("router")?,
-            nodes: [Namespace::within(first, "node-1")?, Namespace::within(second, "node-2")?],
+            router: in_own_group(all, "router")?,
+            nodes: [within(first, "node-1")?, within(second, "node-2")?],
             pods: [
-                [pod(first, "pod-1-1")?, pod(first, "pod-1-2")?],
-                [pod(second, "pod-2-1")?, pod(second, "pod-2-2")?],
+                [in_own_group(first, "pod-1-1")?, in_own_group(first, "pod-1-2")?],
+                [in_own_group(second, "pod-2-1")?, in_own_group(second, "pod-2-2")?],
             ],
-            outside: alone("outside")?,
+            outside: in_own_group(all, "outside")?,
             cgroups,
-            bpffs: BpfFs::new()?,
+            bpffs,
         };
         topology.wire_router()?;
         for node in [1, 2] {
@@ -218,7 +240,7 @@ impl Topology {
     /// The control group of a node, its pods included: weir's `--cgroup-root` there.
     #[must_use]
     pub fn cgroup_root(&self, node: u8) -> &Path {
-        self.cgroups[usize::from(node) - 1].path()
+        self.cgroups[usize::from(node) - 1].as_ref().map_or(Path::new(NOWHERE), Cgroup::path)
     }
 
     /// A node's directory of a BPF file system: weir's `--bpf-root` there.
@@ -227,7 +249,7 @@ impl Topology {
     ///
     /// When it cannot be made.
     pub fn bpf_root(&self, node: u8) -> Result<PathBuf> {
-        self.bpffs.directory(&node_name(node))
+        self.bpffs.as_ref().map_or(Ok(NOWHERE.into()), |bpffs| bpffs.directory(&node_name(node)))
     }
 
     /// Names every namespace `PREFIX-…` for `ip netns exec`.

@@ -26,6 +26,7 @@ mod generate;
 mod image;
 mod kind;
 mod machine;
+mod picture;
 mod process;
 mod rules;
 mod setup;
@@ -48,11 +49,7 @@ enum Task {
         level: setup::Level,
     },
     /// Show weir at work on two nodes made of network namespaces (needs root, or sudo)
-    Demo {
-        /// Options of the demo itself; `--help` lists them
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        args: Vec<std::ffi::OsString>,
-    },
+    Demo(demo::Options),
     /// Run every test (needs root, or sudo; `--quick` does not)
     Test(suites::Options),
     /// Check formatting, lints, documentation, licences, unit tests and cited rules
@@ -93,7 +90,7 @@ fn perform(machine: &Machine, task: Task) -> Result<()> {
             }
             Ok(())
         }
-        Task::Demo { args } => demo::run(machine, &args),
+        Task::Demo(options) => demo::run(machine, &options),
         Task::Test(options) => suites::run(machine, &options),
         Task::Check => check::run(machine),
         Task::Bench { args } => bench::run(machine, &args),

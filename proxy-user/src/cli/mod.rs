@@ -133,8 +133,9 @@ impl Cli {
     }
 }
 
-/// Rows below a header, in kubectl's form: columns three spaces apart, without rules, nothing truncated.
-fn columns(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
+/// Rows below a header, in kubectl's form: columns three spaces apart, no rules, nothing cut.
+#[must_use]
+pub fn columns(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
     const BETWEEN: u16 = 3;
     let mut table = comfy_table::Table::new();
     table.load_style(comfy_table::presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);

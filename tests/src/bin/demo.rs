@@ -1,24 +1,33 @@
 //! The demo's command line; `cargo xtask demo` builds and runs it.
 
-use anyhow::Result;
-use clap::Parser;
-use weir_tests::{
-    demo::{self, Options},
-    subject::Plane,
-};
+use std::process::ExitCode;
 
-/// Shows Services being balanced: two nodes, four pods and a client outside, all of network namespaces.
+use clap::Parser;
+use weir_tests::demo::{self, Options, interrupt};
+
+/// Makes two nodes, four pods and a client outside of network namespaces, and connects to their Services through weir.
 #[derive(Parser)]
 struct Args {
-    /// weir's data plane
-    #[arg(long, value_enum, default_value_t = Plane::Nftables)]
-    proxy_mode: Plane,
-    /// Leave everything up afterwards, to play with, until interrupted
+    /// --proxy-mode of the agents
+    #[arg(long, value_name = "MODE", default_value = "auto", value_parser = ["auto", "ebpf", "nftables"])]
+    proxy_mode: String,
+    /// Leave the cluster up until Ctrl-C
     #[arg(long)]
     keep: bool,
 }
 
-fn main() -> Result<()> {
+#[expect(clippy::print_stderr, reason = "the reason of a failure is for a person")]
+fn main() -> ExitCode {
     let Args { proxy_mode, keep } = Args::parse();
-    demo::run(&Options { plane: proxy_mode, keep })
+    match demo::run(&Options { mode: proxy_mode, keep }) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) if interrupt::came() => {
+            eprintln!("stopped; nothing is left on this machine");
+            interrupt::EXIT_CODE.into()
+        }
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }
