@@ -1,4 +1,4 @@
-//! What images are made for, by the names that compilers, Debian and image formats have for it.
+//! Processor architectures, by the names that compilers, Debian and image formats have for them.
 
 use std::{env::consts::ARCH, fmt};
 
@@ -19,7 +19,7 @@ impl Architecture {
     ///
     /// # Errors
     ///
-    /// When it is another one.
+    /// When weir is not shipped for it.
     pub(crate) fn own() -> Result<Self> {
         match ARCH {
             "x86_64" => Ok(Self::Amd64),
@@ -30,7 +30,7 @@ impl Architecture {
         }
     }
 
-    /// As Debian names directories and cross compilers name themselves.
+    /// The name in Debian's directories and in the names of cross compilers.
     pub(crate) fn triple(self) -> &'static str {
         match self {
             Self::Amd64 => "x86_64-linux-gnu",
@@ -38,7 +38,7 @@ impl Architecture {
         }
     }
 
-    /// As rustc names it.
+    /// rustc's name.
     pub(crate) fn target(self) -> &'static str {
         match self {
             Self::Amd64 => "x86_64-unknown-linux-gnu",
@@ -48,7 +48,7 @@ impl Architecture {
 }
 
 impl fmt::Display for Architecture {
-    /// As images and Debian name it.
+    /// The name in images and in Debian's packages.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Amd64 => "amd64",

@@ -1,9 +1,9 @@
-//! Checks that imports between the rooms of the agent point one way, as [`ARROWS`] has them.
+//! Checks that imports between the rooms of the agent are in the table [`ARROWS`], so that they point one way.
 //!
-//! In: the source files of the crates in `proxy-user`. Out: each import that is no arrow of the table, with its file.
+//! In: the source files of the crates in `proxy-user`. Out: each import that the table lacks, with its file.
 //!
-//! A room is a module at the top, or one of the modules in `dataplane`. Tests may import what they like. Paths inside macros and in
-//! comments are not looked at.
+//! A room is a module at the top, or a module in `dataplane`. Tests may import every room. Paths inside macros and in
+//! comments are not read.
 
 use std::{
     collections::BTreeSet,
@@ -56,7 +56,7 @@ const WIRING: &str = "run";
 ///
 /// # Errors
 ///
-/// When a file cannot be read or parsed, or naming every import that is no arrow.
+/// When a file cannot be read or parsed, or with every import that the table lacks.
 pub(crate) fn check(workspace: &Path) -> Result<()> {
     let mut wrong = BTreeSet::new();
     let mut files = 0;
@@ -75,7 +75,7 @@ pub(crate) fn check(workspace: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The source files below a directory that are not tests.
+/// The source files below a directory, without tests.
 fn sources(directory: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     let entries = fs::read_dir(directory).with_context(|| format!("reading {}", directory.display()))?;
@@ -92,7 +92,7 @@ fn sources(directory: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// What a file imports against the table.
+/// The imports of a file that the table lacks.
 fn strays(file: &Path, content: &File) -> BTreeSet<String> {
     let module = module(file);
     let Some(from) = room(&module) else { return BTreeSet::new() };
@@ -106,7 +106,7 @@ fn strays(file: &Path, content: &File) -> BTreeSet<String> {
     rooms.iter().filter(is_stray).map(|to| format!("{from} must not import {to}")).collect()
 }
 
-/// The module that a file is, as its path in the crate; the files at the top are none.
+/// The path in the crate of the module in a file; empty for `lib.rs` and `main.rs`.
 fn module(file: &Path) -> Vec<String> {
     let mut names: Vec<String> =
         file.with_extension("").iter().map(|name| name.to_string_lossy().into_owned()).collect();
@@ -114,7 +114,7 @@ fn module(file: &Path) -> Vec<String> {
     names
 }
 
-/// The room that a path in the crate is in.
+/// The room of a path in the crate.
 fn room(path: &[String]) -> Option<String> {
     match path {
         [wing, inner, ..] if wing == WING => {
@@ -134,7 +134,7 @@ struct Paths {
 }
 
 impl Paths {
-    /// Takes in a path as it is written.
+    /// Resolves a path as it is written, and keeps it.
     fn take_in(&mut self, written: &[String]) {
         let mut base = self.module.clone();
         let rest = match written.first().map(String::as_str) {
@@ -191,7 +191,7 @@ impl<'ast> Visit<'ast> for Paths {
         }
     }
 
-    /// A module in the file is one level further down.
+    /// An inline module adds a segment to the path.
     fn visit_item_mod(&mut self, item: &'ast ItemMod) {
         self.module.push(item.ident.to_string());
         visit::visit_item_mod(self, item);
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn imports_that_are_no_arrow_are_named_however_they_are_written() {
+    fn imports_that_the_table_lacks_are_found_in_every_form() {
         let to_dataplane = ["plan must not import dataplane"];
         for text in [
             "use crate::dataplane::Error;",
@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn arrows_tests_and_the_wiring_are_left_alone() {
+    fn arrows_tests_and_the_wiring_are_allowed() {
         for (file, text) in [
             ("plan/node.rs", "use crate::model::Family; use super::Delta; use std::fmt;"),
             ("plan/node.rs", "#[cfg(test)] mod tests { use crate::dataplane::Memory; }"),

@@ -18,7 +18,6 @@ const PICTURE: &str = "docs/demo.svg";
 /// The exit code of a demo that Ctrl-C ended.
 const INTERRUPTED: i32 = 130;
 
-/// What `cargo xtask demo` can be told.
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// --proxy-mode of the agents

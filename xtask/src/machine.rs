@@ -1,5 +1,4 @@
-//! This machine as the tasks need it: where the workspace is, where what takes long to make is kept, whether we are
-//! root and how to become it.
+//! This machine as the tasks need it: the workspace, the cache, programs, and the way to become root.
 
 use std::{
     env,
@@ -11,19 +10,18 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-/// Where things are.
+/// Directories of this machine.
 #[derive(Debug)]
 pub(crate) struct Machine {
-    /// The workspace's root.
     pub(crate) workspace: PathBuf,
-    /// What setup makes and the next run finds: `$XDG_CACHE_HOME/weir`, else `~/.cache/weir`.
+    /// Where setup keeps what it makes: `$XDG_CACHE_HOME/weir`, else `~/.cache/weir`.
     pub(crate) cache: PathBuf,
-    /// Where programs are searched. Includes the administrator's directories, which a user's `PATH` lacks on Debian.
+    /// Where programs are searched: `PATH`, and the administrator's directories, which a user's `PATH` lacks on Debian.
     pub(crate) path: OsString,
 }
 
 impl Machine {
-    /// Looks at the environment.
+    /// Reads the environment.
     pub(crate) fn discover() -> Result<Self> {
         let workspace = Path::new(env!("CARGO_MANIFEST_DIR"))
             .parent()
@@ -38,7 +36,7 @@ impl Machine {
         Ok(Self { workspace, cache, path })
     }
 
-    /// Where `program` is, if it can be found.
+    /// Where `program` is, or `None`.
     pub(crate) fn find(&self, program: &str) -> Option<PathBuf> {
         env::split_paths(&self.path)
             .filter(|directory| directory.is_absolute())
@@ -46,24 +44,23 @@ impl Machine {
             .find(|file| is_executable(file))
     }
 
-    /// `program`, to be run in the workspace.
+    /// A command that runs `program` in the workspace.
     pub(crate) fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(program);
         command.current_dir(&self.workspace).env("PATH", &self.path);
         command
     }
 
-    /// The cargo that runs us.
+    /// The cargo that runs this task.
     pub(crate) fn cargo(&self) -> Command {
         self.command(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
     }
 
-    /// The words to put before a command that needs root: none for root, otherwise sudo with our environment and
-    /// `path`.
+    /// The words before a command that needs root: none for root, otherwise sudo with this environment and `path`.
     ///
     /// # Errors
     ///
-    /// When this is not root and there is no sudo, naming `what` needs it.
+    /// Without root and without sudo; the text names `what` needs it.
     pub(crate) fn as_root(&self, path: &OsStr, what: &str) -> Result<Vec<OsString>> {
         if nix::unistd::geteuid().is_root() {
             return Ok(Vec::new());
@@ -73,7 +70,7 @@ impl Machine {
         };
         let mut assignment = OsString::from("PATH=");
         assignment.push(path);
-        // sudo replaces PATH whatever it is told to preserve; env puts it back.
+        // sudo replaces PATH even with -E; env sets it again.
         Ok(vec![sudo.into(), "-E".into(), "env".into(), assignment])
     }
 }
@@ -91,14 +88,13 @@ pub(crate) fn prefixed(machine: &Machine, prefix: &[OsString], program: impl AsR
 }
 
 fn cache_root(xdg: Option<OsString>, home: Option<OsString>) -> Result<PathBuf> {
-    // The XDG specification tells to ignore a path that is not absolute.
+    // The XDG specification ignores a path that is not absolute.
     xdg.map(PathBuf::from)
         .filter(|path| path.is_absolute())
         .or_else(|| Some(PathBuf::from(home?).join(".cache")))
-        .context("neither XDG_CACHE_HOME nor HOME says where to keep what setup builds")
+        .context("neither XDG_CACHE_HOME nor HOME is set, so there is no directory for what setup builds")
 }
 
-/// Whether `file` is a program.
 pub(crate) fn is_executable(file: &Path) -> bool {
     file.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
 }

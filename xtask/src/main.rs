@@ -1,14 +1,10 @@
 //! The one entry point for working on weir: `cargo xtask setup`, `demo`, `test`, `check`, `bench`, `image`, `kind`, `generate`.
 //!
-//! It compiles without anything `setup` installs, so it is the first command on a fresh machine; weir itself and its
+//! It compiles without anything that `setup` installs, because it is the first command on a fresh machine. weir and its
 //! tests run as child processes.
 
 #![deny(unsafe_code)]
-#![expect(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "telling the developer what happens is its purpose"
-)]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a developer reads what it prints")]
 
 use std::process::ExitCode;
 
@@ -31,6 +27,7 @@ mod process;
 mod rules;
 mod setup;
 mod suites;
+mod table;
 
 /// Sets up, shows, tests, checks and measures weir.
 #[derive(Parser)]
@@ -44,11 +41,11 @@ struct Cli {
 enum Task {
     /// Install what is missing on this machine; every other task does this for itself
     Setup {
-        /// What to be ready for; each level includes those before it
+        /// What the machine is made ready for; each level includes those before it
         #[arg(value_enum, default_value_t = setup::Level::Test)]
         level: setup::Level,
     },
-    /// Show weir at work on two nodes made of network namespaces (needs root, or sudo)
+    /// Show both data planes at work on two nodes made of network namespaces (needs root, or sudo)
     Demo(demo::Options),
     /// Run every test (needs root, or sudo; `--quick` does not)
     Test(suites::Options),
@@ -64,9 +61,9 @@ enum Task {
     Image(image::Options),
     /// Try weir in a real cluster that kind makes (needs Docker, kind and kubectl)
     Kind(kind::Options),
-    /// Write what is generated: the command line reference, the chart's README
+    /// Write the generated files: the command line reference and the chart's README
     Generate {
-        /// Write nothing; fail when a file is not what it should be
+        /// Write nothing; fail when a file is out of date
         #[arg(long)]
         check: bool,
     },

@@ -1,4 +1,4 @@
-//! Running other programs: what they said is shown when it is wanted, and always when they fail.
+//! Runs other programs. Their output is shown where a caller wants it, and always when they fail.
 
 use std::{
     io::{BufRead as _, BufReader},
@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-/// Runs `command` with our own input and output.
+/// Runs `command` with this process's input and output.
 ///
 /// # Errors
 ///
@@ -20,8 +20,8 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs `command` and returns what it wrote to standard output. What it wrote to standard error is part of the error
-/// when it fails and is dropped when it does not.
+/// Runs `command` and returns its standard output. Its standard error is part of the error when it fails, and dropped
+/// otherwise.
 ///
 /// # Errors
 ///
@@ -30,18 +30,18 @@ pub(crate) fn read(command: &mut Command) -> Result<String> {
     let output =
         command.stdin(Stdio::null()).output().with_context(|| format!("starting {}", describe(command)))?;
     if !output.status.success() {
-        let said = [output.stdout, output.stderr].concat();
+        let text = [output.stdout, output.stderr].concat();
         bail!(
             "{} failed: {}\n{}",
             describe(command),
             output.status,
-            String::from_utf8_lossy(&said).trim_end()
+            String::from_utf8_lossy(&text).trim_end()
         );
     }
-    String::from_utf8(output.stdout).with_context(|| format!("reading what {} wrote", describe(command)))
+    String::from_utf8(output.stdout).with_context(|| format!("reading the output of {}", describe(command)))
 }
 
-/// Runs `command` and hands every line of its standard output to `line` as it comes. Returns whether it succeeded.
+/// Runs `command` and passes each line of its standard output to `line` as it comes. Returns whether it succeeded.
 ///
 /// # Errors
 ///
@@ -52,7 +52,7 @@ pub(crate) fn follow(command: &mut Command, mut line: impl FnMut(&str)) -> Resul
     if let Some(stdout) = child.stdout.take() {
         let mut stdout = BufReader::new(stdout);
         let mut bytes = Vec::new();
-        // Bytes, because a test may print anything, and that must not end the run.
+        // Bytes, because a test that prints no UTF-8 must not end the run.
         while stdout.read_until(b'\n', &mut bytes)? > 0 {
             line(String::from_utf8_lossy(&bytes).trim_end_matches('\n'));
             bytes.clear();
@@ -61,7 +61,7 @@ pub(crate) fn follow(command: &mut Command, mut line: impl FnMut(&str)) -> Resul
     Ok(child.wait()?.success())
 }
 
-/// The command as one would type it.
+/// The command as it is typed in a shell.
 pub(crate) fn describe(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     let words = words.map(|word| word.to_string_lossy()).collect::<Vec<_>>();
@@ -79,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_tells_the_command_and_what_it_said() {
+    fn an_error_has_the_command_and_its_output() {
         let error = read(&mut shell("echo out; echo err >&2; exit 3")).unwrap_err().to_string();
         assert!(error.contains("`sh -c") && error.contains("3") && error.contains("out\nerr"), "{error}");
         assert_eq!(read(&mut shell("echo out; echo err >&2")).unwrap(), "out\n");

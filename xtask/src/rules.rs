@@ -1,10 +1,11 @@
-//! Checks that every rule the repository cites by its id is defined in `docs/behaviour.md`, and that every test the page names
-//! exists.
+//! Checks that `docs/behaviour.md` defines every rule that the repository cites by its id, and that every test that the
+//! page names exists.
 //!
 //! In: the text files of the workspace. Out: each wrong citation, with its file and line.
 //!
-//! A citation is a word that is one of [`LETTERS`] and a number from 1 to 99, as in "R6"; a small letter behind it names a part of
-//! the rule. In Rust it is also such a part of the name of a function, in small letters. Words do not end at underscores.
+//! A citation is a word of one of [`LETTERS`] and a number from 1 to 99, as in "R6"; a small letter behind it names a
+//! part of the rule. In Rust, a part of a function's name can be one too, in small letters. Words do not end at
+//! underscores.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,14 +24,14 @@ const LETTERS: &str = "AEFHKPRW";
 /// Words of the same form that are types.
 const TYPES: [&str; 2] = ["F32", "F64"];
 
-/// How files end that may cite rules. Others are lock files, samples of measurements and drawings, where numbers follow letters by
+/// Endings of files that may cite rules. In other files, such as lock files and drawings, letters and numbers meet by
 /// chance.
 const ENDINGS: [&str; 9] = ["conf", "go", "md", "rs", "service", "toml", "tpl", "txt", "yaml"];
 
-/// Where the packet cases are, which have names of several words.
+/// The packet cases, whose names have several words.
 const CASES: &str = "tests/src/cases/";
 
-/// Where the scenarios are, which the page names by file.
+/// The scenarios, which the page names by file.
 const SCENARIOS: &str = "tests/scenarios/";
 
 /// The texts of the workspace, by their paths below its root.
@@ -45,11 +46,11 @@ struct Row<'a> {
     tests: &'a str,
 }
 
-/// Compares the workspace with its page of rules.
+/// Compares the workspace with the page.
 ///
 /// # Errors
 ///
-/// When a file cannot be read, or naming everything that does not fit.
+/// When a file cannot be read, or with every mistake.
 pub(crate) fn check(workspace: &Path) -> Result<()> {
     let texts = texts(workspace)?;
     let page = texts.get(PAGE).with_context(|| format!("{PAGE} does not exist"))?;
@@ -59,7 +60,7 @@ pub(crate) fn check(workspace: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Reads the texts below a directory; what is built there and what is hidden is none of them.
+/// Reads the texts below a directory, without `target` and hidden files.
 fn texts(root: &Path) -> Result<Texts> {
     let mut texts = Texts::new();
     let mut directories = vec![root.to_owned()];
@@ -82,26 +83,26 @@ fn texts(root: &Path) -> Result<Texts> {
     Ok(texts)
 }
 
-/// Says what does not fit, one line each.
+/// The mistakes, one line each.
 fn wrong(page: &str, texts: &Texts) -> Vec<String> {
     let mut wrong = Vec::new();
     let mut defined = BTreeSet::new();
     let functions: BTreeSet<&str> = texts.values().flat_map(|text| functions(text)).collect();
     for (number, line) in lines(page) {
         let Some(row) = row(line) else { continue };
-        let mut tell = |what: &str| wrong.push(format!("{PAGE}:{number}: {}: {what}", row.id));
+        let mut add = |what: &str| wrong.push(format!("{PAGE}:{number}: {}: {what}", row.id));
         if id(row.id) != Some(row.id) {
-            tell(&format!("no id of a rule, which is one of the letters {LETTERS} and a number"));
+            add(&format!("no id of a rule, which is one of the letters {LETTERS} and a number"));
         }
         if row.anchor != row.id.to_ascii_lowercase() {
-            tell(&format!("has the anchor {}", row.anchor));
+            add(&format!("has the anchor {}", row.anchor));
         }
         if !defined.insert(row.id) {
-            tell("is defined twice");
+            add("is defined twice");
         }
         for test in row.tests.split('`').skip(1).step_by(2) {
             if !exists(test, texts, &functions) {
-                tell(&format!("there is no test, case or scenario `{test}`"));
+                add(&format!("there is no test, case or scenario `{test}`"));
             }
         }
     }
@@ -154,7 +155,7 @@ fn is_of_word(character: char) -> bool {
     character.is_ascii_alphanumeric() || character == '_'
 }
 
-/// The id that a word is, without the letter that names a part of the rule.
+/// The word as an id, without the letter that names a part of the rule; `None` for other words.
 fn id(word: &str) -> Option<&str> {
     let id = word.strip_suffix(|last: char| last.is_ascii_lowercase()).unwrap_or(word);
     let number = id.strip_prefix(|first| LETTERS.contains(first))?;

@@ -1,19 +1,19 @@
-//! Where the chart's values turn up in what it makes.
+//! Places of the chart's values in the objects that it makes.
 //!
-//! In: the chart, with a few values set. Out: a complaint that names the values and the place where they are not.
+//! In: the chart, with a few values set. Out: an error with the values and the place that lacks them.
 
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
-use super::{named, rendered};
+use super::rendered::{named, rendered};
 use crate::machine::Machine;
 
-/// Values, and where Kubernetes or weir looks for them.
+/// Values, and where Kubernetes or weir reads them.
 struct Case {
     settings: Vec<&'static str>,
     kind: &'static str,
     place: String,
-    /// What is there, or among what is listed there.
+    /// The value at the place, or an element of the list there.
     expected: Value,
 }
 
@@ -41,7 +41,7 @@ impl Case {
 
 /// # Errors
 ///
-/// Naming values that do not get where they are looked for.
+/// With the values that are not in their place.
 pub(super) fn check(machine: &Machine) -> Result<()> {
     for Case { settings, kind, place, expected } in cases() {
         let objects = rendered(machine, "kube-system", &settings)?;
@@ -52,7 +52,7 @@ pub(super) fn check(machine: &Machine) -> Result<()> {
     }
     networks_of_pods_are_configured(machine)?;
     another_name_is_that_of_all_objects(machine)?;
-    println!("values: reach their places");
+    println!("values: are in their places");
     Ok(())
 }
 
@@ -107,7 +107,7 @@ fn security() -> Vec<Case> {
         Case::agent(&[], "/securityContext/seLinuxOptions", unconfined.clone()),
         Case::pod(&["cleanup=true"], "/initContainers/0/securityContext/seLinuxOptions", unconfined),
         Case::agent(&["securityContext.runAsUser=0"], "/securityContext/runAsUser", json!(0)),
-        // The API server refuses a privileged container that may not gain privileges, and runtimes give it all the rest.
+        // The API server refuses a privileged container with allowPrivilegeEscalation: false.
         Case::agent(
             &["securityContext.privileged=true"],
             "/securityContext",
@@ -144,7 +144,7 @@ fn networks_of_pods_are_configured(machine: &Machine) -> Result<()> {
     Ok(())
 }
 
-/// Objects that keep the release's name would meet those of another release.
+/// An object that keeps the release's name would clash with that of another release.
 fn another_name_is_that_of_all_objects(machine: &Machine) -> Result<()> {
     let all = [
         "fullnameOverride=proxy",

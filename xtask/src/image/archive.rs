@@ -1,8 +1,8 @@
-//! Files packed as image archives are: a layout of the Open Container Initiative that also has the one file which
-//! `docker load` of older Docker versions asks for.
+//! Packs files as an image archive: the layout of the Open Container Initiative, and `manifest.json`, which older Docker
+//! versions read.
 //!
-//! In: a [`Root`] for each architecture, the image's name and the revision it is made of. Out: the bytes of the archive.
-//! Nothing else in it depends on when, where or by whom it is made.
+//! In: a [`Root`] for each architecture, the image's name and its revision. Out: the bytes of the archive, which depend
+//! on nothing else.
 
 use std::{collections::HashMap, io::Write as _};
 
@@ -28,7 +28,7 @@ pub(super) struct Image {
     manifest: Blob,
 }
 
-/// Bytes that are stored under their digest.
+/// Bytes stored under their digest.
 struct Blob {
     digest: String,
     content: Vec<u8>,
@@ -54,7 +54,7 @@ impl Blob {
 }
 
 impl Image {
-    /// The image with `root` as its only layer, made of `revision`, if that is known.
+    /// The image of `revision` with `root` as its only layer.
     ///
     /// # Errors
     ///
@@ -95,7 +95,7 @@ impl Image {
     }
 }
 
-/// The archive of `images`, called `tag`.
+/// The archive of `images` with the name `tag`.
 ///
 /// # Errors
 ///
@@ -108,14 +108,14 @@ pub(super) fn pack(tag: &str, images: &[Image]) -> Result<Vec<u8>> {
     };
     let all = images.iter().map(Image::descriptor).collect::<Result<Vec<_>>>()?;
     let platforms = Blob::json(&index(all)?)?;
-    // One name needs one descriptor: the manifest itself, or an index of those for each architecture.
+    // A name has one descriptor: the manifest, or an index of the manifests of all architectures.
     let mut named = match images {
         [one] => one.descriptor()?,
         _ => platforms.descriptor(MediaType::ImageIndex)?,
     };
     named.set_annotations(Some(names(tag)));
     let layout = OciLayoutBuilder::default().image_layout_version("1.0.0".to_owned()).build()?;
-    // Docker before version 25 knows this file only, and one architecture.
+    // Docker before version 25 reads this file only, which has one architecture.
     let docker = json!([{
         "Config": first.configuration.path(), "RepoTags": [tag], "Layers": [first.layer.path()],
     }]);
@@ -170,7 +170,7 @@ fn append(tar: &mut tar::Builder<Vec<u8>>, path: &str, entry: &Entry) -> Result<
 }
 
 fn gzip(bytes: &[u8]) -> Result<Vec<u8>> {
-    // Without name and time of the file, which would make every archive another one.
+    // Without the name and the time of the file, so that the same files give the same bytes.
     let mut encoder = GzBuilder::new().mtime(0).write(Vec::new(), Compression::best());
     encoder.write_all(bytes)?;
     Ok(encoder.finish()?)
@@ -181,7 +181,7 @@ fn digest(bytes: &[u8]) -> String {
     format!("sha256:{hex}")
 }
 
-/// `value` as JSON with sorted keys: the specification's maps come in another order each time.
+/// `value` as JSON with sorted keys, because the order of the crate's maps changes from run to run.
 fn json_bytes(value: &impl Serialize) -> Result<Vec<u8>> {
     Ok(serde_json::to_vec(&serde_json::to_value(value)?)?)
 }

@@ -1,6 +1,6 @@
 //! Builds weir as it is shipped, for this machine's architecture or another one.
 //!
-//! In: architectures. Out: for each the program and where the libraries are that it was linked with.
+//! In: architectures. Out: for each the program, and the directory of the libraries that it is linked with.
 
 use std::{
     path::{Path, PathBuf},
@@ -19,7 +19,7 @@ use crate::{
 /// A built weir.
 pub(super) struct Built {
     pub(super) binary: PathBuf,
-    /// Where its libraries are, below it as below `/`.
+    /// The directory that has its libraries, as `/` has those of this machine.
     pub(super) sysroot: PathBuf,
 }
 
@@ -29,11 +29,11 @@ impl Built {
     }
 }
 
-/// Release builds for `architectures`, or for this machine's when none is named.
+/// Release builds for `architectures`; none means this machine's.
 ///
 /// # Errors
 ///
-/// When something that building needs cannot be installed, or weir cannot be built.
+/// When a package for the build cannot be installed, or weir cannot be built.
 pub(super) fn release(machine: &Machine, architectures: &[Architecture]) -> Result<Vec<Built>> {
     let own = Architecture::own();
     match architectures {
@@ -74,13 +74,13 @@ fn foreign(machine: &Machine, architecture: Architecture) -> Result<Built> {
     cargo.env(format!("{linking}_LINKER"), format!("{triple}-gcc"));
     cargo.env(format!("{linking}_RUSTFLAGS"), format!("-Clink-arg={within}"));
     cargo.env(format!("CFLAGS_{variable}"), within);
-    // The linker finds them below the sysroot; named, they are not looked for among this machine's. Not by the directory
-    // they are in: build scripts would be linked with the C library there.
+    // With these variables, build scripts do not search this machine for the libraries. A search directory would make
+    // build scripts link with the C library in it.
     for library in ["LIBMNL_LIB_DIR", "LIBNFTNL_LIB_DIR"] {
         cargo.env(library, sysroot.join("usr/lib"));
     }
     if standard_library {
-        // As for the kernel programs, an unstable feature of cargo is opened to the stable compiler.
+        // RUSTC_BOOTSTRAP lets the stable compiler build the standard library, as for the kernel programs.
         cargo.args(["-Z", "build-std=std,panic_unwind"]).env("RUSTC_BOOTSTRAP", "1");
     }
     process::run(&mut cargo)?;

@@ -1,6 +1,6 @@
-//! What a program says about itself: its architecture, its loader, the libraries it is linked with.
+//! The architecture, the loader and the libraries of a program, read from its ELF headers.
 //!
-//! In: the bytes of an ELF file, also of another architecture than ours, which `ldd` cannot read. Out: a [`Program`].
+//! In: the bytes of an ELF file, also of another architecture, which `ldd` cannot read. Out: a [`Program`].
 
 use anyhow::{Context as _, Result, bail};
 use object::{
@@ -11,13 +11,13 @@ use object::{
 
 use crate::architecture::Architecture;
 
-/// What a program or a library needs to run.
+/// The needs of a program or a library.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Program {
     pub(super) architecture: Architecture,
     /// The absolute path of the loader; a library has none.
     pub(super) loader: Option<String>,
-    /// Names of libraries, without directory.
+    /// Names without directory.
     pub(super) libraries: Vec<String>,
 }
 
@@ -26,7 +26,7 @@ impl Program {
     ///
     /// # Errors
     ///
-    /// When they are no ELF file, or one of an architecture that there are no images for.
+    /// When they are no ELF file of an architecture that weir is shipped for.
     pub(super) fn read(bytes: &[u8]) -> Result<Self> {
         let file = ElfFile64::<object::Endianness>::parse(bytes).context("no 64-bit program of Linux")?;
         let architecture = match file.architecture() {
@@ -53,7 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn this_program_names_its_loader_and_the_c_library() {
+    fn this_program_has_a_loader_and_the_c_library() {
         let own = std::fs::read("/proc/self/exe").unwrap();
         let program = Program::read(&own).unwrap();
         assert!(program.loader.as_ref().is_some_and(|path| path.starts_with('/')), "{program:?}");
@@ -61,7 +61,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_program_is_refused() {
+    fn a_file_that_is_no_program_is_refused() {
         let error = Program::read(b"#!/bin/sh\n").unwrap_err().to_string();
         assert_eq!(error, "no 64-bit program of Linux");
     }

@@ -21,13 +21,12 @@ mod elf;
 mod root;
 mod sbom;
 
-/// What `cargo xtask image` can be told.
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// Architecture to build for; several for one image of all of them [default: this machine's]
     #[arg(long = "arch", value_name = "ARCH", value_delimiter = ',', conflicts_with = "binaries")]
     architectures: Vec<Architecture>,
-    /// A weir that is built already; several times for several architectures
+    /// A weir binary to use; several times for several architectures
     #[arg(long = "binary", value_name = "FILE")]
     binaries: Vec<PathBuf>,
     /// Name and tag of the image [default: weir:VERSION]
@@ -48,7 +47,7 @@ pub(crate) struct Options {
 ///
 /// # Errors
 ///
-/// When weir cannot be built, a program is none that Linux runs, a library is missing, or nothing can be written.
+/// When weir cannot be built, a file is no program of Linux, a library is missing, or the output cannot be written.
 pub(crate) fn run(machine: &Machine, options: &Options) -> Result<()> {
     let Options { architectures, binaries, tag, output, sysroot, root } = options;
     let built = match &**binaries {
@@ -57,7 +56,9 @@ pub(crate) fn run(machine: &Machine, options: &Options) -> Result<()> {
     };
     let roots = roots(machine, &built)?;
     if let Some(directory) = root {
-        let [(_, root)] = &*roots else { bail!("--root takes one program, because it is one root") };
+        let [(_, root)] = &*roots else {
+            bail!("--root takes one program, because a directory has the files of one architecture")
+        };
         root.write(directory)?;
         println!("wrote {}: {:.1} MB", directory.display(), megabytes(root.size()));
         return Ok(());
@@ -114,7 +115,7 @@ fn write_archive(
     Ok(())
 }
 
-/// The commit of the sources, with `-dirty` where they differ from it; nothing where git knows none.
+/// The commit of the sources, with `-dirty` where they differ from it; `None` outside a git repository.
 fn revision(machine: &Machine) -> Option<String> {
     let mut git = machine.command("git");
     git.args(["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]);
@@ -122,7 +123,7 @@ fn revision(machine: &Machine) -> Option<String> {
     (!revision.is_empty()).then_some(revision)
 }
 
-#[expect(clippy::cast_precision_loss, reason = "for people to read, with one digit")]
+#[expect(clippy::cast_precision_loss, reason = "printed with one digit")]
 fn megabytes(bytes: usize) -> f64 {
     bytes as f64 / 1e6
 }

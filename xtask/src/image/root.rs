@@ -18,35 +18,35 @@ use super::{
 use crate::{machine::Machine, process, setup};
 
 const WEIR: &str = "usr/local/bin/weir";
-/// What DaemonSets of kubeadm and kind call; weir then takes kube-proxy's arguments.
+/// The program that DaemonSets of kubeadm and kind start. Under this name weir takes kube-proxy's arguments.
 const KUBE_PROXY: &str = "usr/local/bin/kube-proxy";
 
-/// What all of it is made of.
+/// The bill of materials.
 const BILL: &str = "usr/share/doc/weir/sbom.cdx.json";
 
-/// One thing at a path.
+/// A directory, a file or a link.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Entry {
     Directory,
     File {
-        /// Permissions.
+        /// Permission bits.
         mode: u32,
         content: Vec<u8>,
     },
-    /// What a symbolic link points to.
+    /// A symbolic link with this target.
     Link(String),
 }
 
-/// The files of an image by their path below `/`. Everything belongs to root.
+/// The files of an image by their path below `/`. All have the owner root.
 #[derive(Debug, Default)]
 pub(super) struct Root(BTreeMap<String, Entry>);
 
 impl Root {
-    /// Collects `program`, which lies at `binary`, and all that it needs from below `sysroot`.
+    /// Collects `program` at `binary`, and its loader and libraries below `sysroot`.
     ///
     /// # Errors
     ///
-    /// When it cannot be stripped, or naming the library that is not there.
+    /// When the program cannot be stripped, or with the name of a missing library.
     pub(super) fn assemble(
         machine: &Machine,
         binary: &Path,
@@ -56,7 +56,7 @@ impl Root {
         let mut root = Self::default();
         root.file(WEIR, 0o755, stripped(machine, binary, program)?);
         root.put(KUBE_PROXY, Entry::Link("weir".to_owned()));
-        // Without it, the C library asks DNS before /etc/hosts.
+        // Without this file, the C library queries DNS before it reads /etc/hosts.
         root.file("etc/nsswitch.conf", 0o644, b"hosts: files dns\n".to_vec());
         for licence in ["LICENSE-APACHE", "LICENSE-MIT"] {
             let text = fs::read(machine.workspace.join(licence)).with_context(|| licence.to_owned())?;
@@ -96,8 +96,7 @@ impl Root {
         Ok(linked)
     }
 
-    /// Adds what Debian says about the licence of the package that `library`, below `sysroot`, is from, where the
-    /// packages there are Debian's.
+    /// Adds Debian's copyright file of the package of `library`, where the packages below `sysroot` are Debian's.
     fn copyright(&mut self, sysroot: &Path, library: &Path) {
         let Some(package) = owner(sysroot, library) else { return };
         let path = format!("usr/share/doc/{package}/copyright");
@@ -117,7 +116,7 @@ impl Root {
         self.0.insert(path.to_owned(), entry);
     }
 
-    /// Paths and what is there, directories before what is in them.
+    /// Paths and entries; a directory comes before its files.
     pub(super) fn entries(&self) -> impl Iterator<Item = (&str, &Entry)> {
         self.0.iter().map(|(path, entry)| (&**path, entry))
     }
@@ -132,7 +131,7 @@ impl Root {
     ///
     /// # Errors
     ///
-    /// When something cannot be written, as where it is there already.
+    /// When an entry cannot be written, also because it exists.
     pub(super) fn write(&self, directory: &Path) -> Result<()> {
         fs::create_dir_all(directory).with_context(|| format!("making {}", directory.display()))?;
         for (path, entry) in self.entries() {
@@ -149,9 +148,9 @@ impl Root {
     }
 }
 
-/// The bytes of the program at `binary` without what only a debugger reads; function names stay, for backtraces.
+/// The bytes of the program at `binary` without debug information; function names stay, because backtraces show them.
 fn stripped(machine: &Machine, binary: &Path, program: &Program) -> Result<Vec<u8>> {
-    // A strip of the architecture where there is one: the plain one may know its own only.
+    // The plain strip may know this machine's architecture only.
     let cross = format!("{}-strip", program.architecture.triple());
     let strip = if machine.find(&cross).is_some() { &*cross } else { "strip" };
     let draft = tempfile::tempdir()?;
@@ -174,7 +173,7 @@ fn owner(sysroot: &Path, file: &Path) -> Option<String> {
     })
 }
 
-/// The package that `file` below `sysroot` is from, with its version if the status of packages is there.
+/// The package of `file` below `sysroot`, and its version where dpkg's status file is there.
 fn package(sysroot: &Path, file: &Path) -> Option<(String, Option<String>)> {
     let package = owner(sysroot, file)?;
     let status = fs::read_to_string(sysroot.join("var/lib/dpkg/status")).unwrap_or_default();
@@ -186,7 +185,7 @@ fn package(sysroot: &Path, file: &Path) -> Option<(String, Option<String>)> {
     Some((package, version))
 }
 
-/// Where the library `name` is: in one of the directories that loaders search without being told.
+/// Where the library `name` is: in one of the directories that loaders search by default.
 fn library(sysroot: &Path, program: &Program, name: &str) -> Result<PathBuf> {
     let triple = program.architecture.triple();
     let places = [
@@ -219,12 +218,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_assembled_runs_with_nothing_else() {
+    fn an_assembled_root_has_all_libraries_of_its_program() {
         let (machine, binary, program) = own();
         let root = Root::assemble(&machine, &binary, &program, Path::new("/")).unwrap();
         let directory = tempfile::tempdir().unwrap();
         root.write(directory.path()).unwrap();
-        // The loader is told where libraries are and that there are no others: what is missing would be named.
+        // The loader searches the root only, and prints each library that is missing.
         let loader = directory.path().join(program.loader.as_ref().unwrap().trim_start_matches('/'));
         let libraries = directory.path().join("lib").join(program.architecture.triple());
         let mut command = machine.command(loader);
@@ -237,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_library_that_is_missing_is_named() {
+    fn an_error_names_the_missing_library() {
         let (machine, binary, program) = own();
         let empty = tempfile::tempdir().unwrap();
         let error = Root::assemble(&machine, &binary, &program, empty.path()).unwrap_err();
@@ -264,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn directories_come_before_what_is_in_them() {
+    fn directories_come_before_their_files() {
         let mut root = Root::default();
         root.file("a/b/c", 0o644, vec![0; 3]);
         root.put("a/b-link", Entry::Link("b".to_owned()));

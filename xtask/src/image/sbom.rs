@@ -1,7 +1,7 @@
-//! What the image is made of, as a bill of materials in the form of CycloneDX.
+//! The image's bill of materials, in the form of CycloneDX.
 //!
-//! In: what cargo says of weir's crates, and the libraries beside the program. Out: JSON that depends on nothing else, so that
-//! the same image has the same bill. Crates that only take part in compiling (macros, build scripts) are not in the program.
+//! In: the output of `cargo metadata`, and the libraries beside the program. Out: JSON that depends on nothing else, so
+//! that the same image has the same bill. It lacks macros and build scripts, because they are not in the program.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,13 +12,13 @@ use sha2::{Digest as _, Sha256};
 
 use crate::{architecture::Architecture, machine::Machine, process};
 
-/// The package that the program is built from.
+/// The program's package.
 const PROGRAM: &str = "proxy-user";
 
 /// A library in the image.
 pub(super) struct Library {
     pub(super) path: String,
-    /// The package of the distribution that it is from, and its version, where that is known.
+    /// The package of the distribution, and its version where that is known.
     pub(super) package: Option<(String, Option<String>)>,
     pub(super) digest: String,
 }
@@ -30,7 +30,7 @@ impl Library {
     }
 }
 
-/// What `cargo metadata` says, as far as it matters.
+/// Fields of `cargo metadata`.
 #[derive(Deserialize)]
 struct Metadata {
     packages: Vec<Package>,
@@ -48,7 +48,7 @@ struct Package {
 }
 
 impl Package {
-    /// Whether the compiler loads it, instead of linking it in.
+    /// Whether the compiler loads the package, instead of linking it into the program.
     fn is_macro(&self) -> bool {
         self.targets.iter().any(|target| target.kind.iter().any(|kind| kind == "proc-macro"))
     }
@@ -82,7 +82,7 @@ struct Dependency {
 
 #[derive(Deserialize)]
 struct DependencyKind {
-    /// `build` or `dev`; an ordinary dependency has none.
+    /// `build` or `dev`; `None` for an ordinary dependency.
     kind: Option<String>,
 }
 
@@ -90,11 +90,12 @@ struct DependencyKind {
 ///
 /// # Errors
 ///
-/// When cargo cannot say what the program is made of.
+/// When cargo cannot list the program's packages.
 pub(super) fn bill(machine: &Machine, architecture: Architecture, libraries: &[Library]) -> Result<Vec<u8>> {
     let mut cargo = machine.cargo();
     cargo.args(["metadata", "--format-version=1", "--locked", "--filter-platform", architecture.target()]);
-    let metadata = serde_json::from_str(&process::read(&mut cargo)?).context("reading what cargo wrote")?;
+    let metadata =
+        serde_json::from_str(&process::read(&mut cargo)?).context("reading the output of cargo")?;
     let lock = std::fs::read_to_string(machine.workspace.join("Cargo.lock")).context("Cargo.lock")?;
     let mut bytes = serde_json::to_vec_pretty(&document(&metadata, &checksums(&lock), libraries)?)?;
     bytes.push(b'\n');
@@ -142,7 +143,7 @@ fn document(
     }))
 }
 
-/// What is linked into the program, by package id, each with what it uses itself.
+/// The packages that are linked into the program, by id, each with its own dependencies.
 fn linked<'a>(
     program: &'a Package,
     packages: &BTreeMap<&'a str, &'a Package>,
@@ -205,7 +206,7 @@ fn shared_library(library: &Library) -> Value {
     component
 }
 
-/// The checksum of each crate, by name and version, as Cargo.lock has it.
+/// Cargo.lock's checksum of each crate, by name and version.
 fn checksums(lock: &str) -> BTreeMap<(String, String), String> {
     let of = |block: &str| {
         let field = |name: &str| {
@@ -232,11 +233,11 @@ mod tests {
     }
 
     #[test]
-    fn the_bill_names_what_is_in_the_image_and_nothing_else() {
+    fn the_bill_has_what_is_in_the_image_and_nothing_else() {
         let bill = document();
         let components = bill["components"].as_array().unwrap();
         let named = |name: &str| components.iter().find(|component| component["name"] == name);
-        let tokio = named("tokio").expect("what is linked in is named");
+        let tokio = named("tokio").expect("a linked crate is in the bill");
         assert_eq!(tokio["hashes"][0]["content"].as_str().map(str::len), Some(64));
         assert_eq!(tokio["licenses"][0]["expression"], "MIT");
         assert!(tokio["purl"].as_str().unwrap().starts_with("pkg:cargo/tokio@1."));
@@ -248,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn every_dependency_leads_to_what_is_in_the_bill() {
+    fn every_dependency_is_in_the_bill() {
         let bill = document();
         let refs = |list: &Value| -> BTreeSet<String> {
             list.as_array().unwrap().iter().map(|it| it["bom-ref"].as_str().unwrap().to_owned()).collect()

@@ -1,6 +1,6 @@
-//! Services of every type, asked for by real pods and by the nodes.
+//! Services of every type, called by pods and by the nodes.
 //!
-//! In: a cluster with the workload. Out: one line for each thing asked, or the first that is not as it should be.
+//! In: a cluster with the workload. Out: a line for each client, or the first wrong answer.
 
 use std::{
     collections::BTreeSet,
@@ -14,10 +14,10 @@ use super::cluster::{Cluster, array, url};
 pub(super) const NAMESPACE: &str = "weir-test";
 const EXTERNAL_IP: &str = "198.51.100.7";
 const BALANCER_IP: &str = "198.51.100.8";
-/// For what has just been changed to be so everywhere.
+/// How long a change may take to reach every node.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Enough that each of four servers answers: missing one has a chance of 1 in 10,000.
-const ASKED: usize = 32;
+/// Enough that each of four servers answers: the chance that one is missed is 1 in 10,000.
+const CALLS: usize = 32;
 
 /// Starts the workload and waits for it.
 ///
@@ -28,14 +28,13 @@ pub(super) fn deploy(cluster: &Cluster<'_>, image: &str) -> Result<()> {
     cluster.kubectl_file("apply", &include_str!("workload.yaml").replace("IMAGE", image))?;
     cluster.rolled_out(NAMESPACE, "deployment/server")?;
     cluster.rolled_out(NAMESPACE, "ds/client")?;
-    // What a load balancer's controller would do.
+    // A cloud's controller would set the address; kind has none.
     let status = format!(r#"{{"status":{{"loadBalancer":{{"ingress":[{{"ip":"{BALANCER_IP}"}}]}}}}}}"#);
     let patch = ["patch", "service", "load-balancer", "--subresource=status", "--type=merge", "-p", &status];
     cluster.kubectl(&[&["-n", NAMESPACE], &patch[..]].concat())?;
     Ok(())
 }
 
-/// Takes the workload away.
 pub(super) fn remove(cluster: &Cluster<'_>) -> Result<()> {
     cluster.kubectl(&["delete", "namespace", NAMESPACE, "--ignore-not-found"]).map(drop)
 }
@@ -57,44 +56,44 @@ pub(super) fn pods(cluster: &Cluster<'_>, app: &str) -> Result<Vec<[String; 3]>>
         .collect()
 }
 
-/// Where somebody asks from.
-enum Asker<'a> {
+/// Where calls come from.
+enum Client<'a> {
     Pod(&'a str),
     Node(&'a str),
 }
 
-/// The cluster, and what is in it.
-struct Scene<'a> {
+/// The cluster and its workload.
+struct Workload<'a> {
     cluster: &'a Cluster<'a>,
     clients: Vec<[String; 3]>,
     servers: BTreeSet<String>,
 }
 
-/// Asks for Services of every type.
+/// Calls Services of every type.
 ///
 /// # Errors
 ///
-/// Naming the first that was not served as it should be.
+/// With the first wrong answer.
 pub(super) fn run(cluster: &Cluster<'_>) -> Result<()> {
     let servers = pods(cluster, "server")?.into_iter().map(|[name, ..]| name).collect();
-    let scene = Scene { cluster, clients: pods(cluster, "client")?, servers };
-    ensure!(!scene.clients.is_empty(), "there are no clients");
+    let workload = Workload { cluster, clients: pods(cluster, "client")?, servers };
+    ensure!(!workload.clients.is_empty(), "there are no clients");
     let addresses = cluster.addresses()?;
-    for [client, node, _] in &scene.clients {
-        for (asker, who) in [(Asker::Pod(client), "a pod"), (Asker::Node(node), "the node")] {
-            scene.served_by_all(&asker, &scene.cluster_ip("cluster-ip")?)?;
-            scene.served_by_all(&asker, &url("http", EXTERNAL_IP, 80))?;
-            scene.served_by_all(&asker, &url("http", BALANCER_IP, 80))?;
+    for [pod, node, _] in &workload.clients {
+        for (client, name) in [(Client::Pod(pod), "a pod"), (Client::Node(node), "the node")] {
+            workload.served_by_all(&client, &workload.cluster_ip("cluster-ip")?)?;
+            workload.served_by_all(&client, &url("http", EXTERNAL_IP, 80))?;
+            workload.served_by_all(&client, &url("http", BALANCER_IP, 80))?;
             for address in &addresses {
-                scene.served_by_all(&asker, &url("http", address, 31080))?;
-                scene.served_by_all(&asker, &url("http", address, 31081))?;
+                workload.served_by_all(&client, &url("http", address, 31080))?;
+                workload.served_by_all(&client, &url("http", address, 31081))?;
             }
-            scene.refused(&asker, &scene.cluster_ip("nobody")?)?;
+            workload.refused(&client, &workload.cluster_ip("no-endpoints")?)?;
             println!(
-                "  {node}, {who}: ClusterIP, NodePort, LoadBalancer, externalIP, and none without endpoints"
+                "  {node}, {name}: ClusterIP, NodePort, LoadBalancer, externalIP; refused without endpoints"
             );
         }
-        scene.pod_only(client)?;
+        workload.pod_only(pod)?;
         println!(
             "  {node}, a pod: names, headless, ExternalName, affinity, own node only, itself, UDP, the API server"
         );
@@ -102,13 +101,13 @@ pub(super) fn run(cluster: &Cluster<'_>) -> Result<()> {
     Ok(())
 }
 
-impl Scene<'_> {
-    fn ask(&self, asker: &Asker<'_>, script: &str) -> Result<String> {
-        match asker {
-            Asker::Pod(pod) => {
+impl Workload<'_> {
+    fn shell(&self, client: &Client<'_>, script: &str) -> Result<String> {
+        match client {
+            Client::Pod(pod) => {
                 self.cluster.kubectl(&["-n", NAMESPACE, "exec", pod, "--", "sh", "-c", script])
             }
-            Asker::Node(node) => self.cluster.on_node(node, &["sh", "-c", script]),
+            Client::Node(node) => self.cluster.on_node(node, &["sh", "-c", script]),
         }
     }
 
@@ -117,78 +116,78 @@ impl Scene<'_> {
         Ok(url("http", service["spec"]["clusterIP"].as_str().context("no ClusterIP")?, 80))
     }
 
-    /// The names that answer when `address` is asked `times` times.
-    fn answers(&self, asker: &Asker<'_>, address: &str, times: usize) -> Result<BTreeSet<String>> {
+    /// The names of the servers that answer `times` calls to `address`.
+    fn answers(&self, client: &Client<'_>, address: &str, times: usize) -> Result<BTreeSet<String>> {
         let script = format!(
             "i=0; while [ $i -lt {times} ]; do curl -sS --max-time 5 {address}/hostname && echo || exit 1; i=$((i+1)); done"
         );
-        Ok(self.ask(asker, &script)?.lines().map(|line| line.trim().to_owned()).collect())
+        Ok(self.shell(client, &script)?.lines().map(|line| line.trim().to_owned()).collect())
     }
 
-    fn served_by_all(&self, asker: &Asker<'_>, address: &str) -> Result<()> {
+    fn served_by_all(&self, client: &Client<'_>, address: &str) -> Result<()> {
         eventually(address, || {
-            let answers = self.answers(asker, address, ASKED)?;
-            ensure!(answers == self.servers, "{address} was answered by {answers:?}, not {:?}", self.servers);
+            let answers = self.answers(client, address, CALLS)?;
+            ensure!(answers == self.servers, "{answers:?} answered at {address}, not {:?}", self.servers);
             Ok(())
         })
     }
 
-    /// Whoever has no endpoints is refused at once, not left waiting.
-    fn refused(&self, asker: &Asker<'_>, address: &str) -> Result<()> {
+    /// A call to a Service without endpoints fails at once, with curl's code 7.
+    fn refused(&self, client: &Client<'_>, address: &str) -> Result<()> {
         eventually(address, || {
             let script = format!("curl -sS --max-time 5 {address}/hostname 2>&1; echo code $?");
-            let said = self.ask(asker, &script)?;
-            ensure!(said.trim_end().ends_with("code 7"), "{address} was to be refused: {said}");
+            let output = self.shell(client, &script)?;
+            ensure!(output.trim_end().ends_with("code 7"), "{address} did not refuse: {output}");
             Ok(())
         })
     }
 
-    /// What only a pod can ask: it has the cluster's DNS and a Service that it is behind itself.
-    fn pod_only(&self, client: &str) -> Result<()> {
-        let asker = Asker::Pod(client);
+    /// Calls that need a pod: it has the cluster's DNS, and is a backend of a Service itself.
+    fn pod_only(&self, pod: &str) -> Result<()> {
+        let client = Client::Pod(pod);
         for name in ["cluster-ip", "external-name"] {
-            self.served_by_all(&asker, &format!("http://{name}"))?;
+            self.served_by_all(&client, &format!("http://{name}"))?;
         }
         let one = |address: &str, times| {
             eventually(address, || {
-                let answers = self.answers(&asker, address, times)?;
-                ensure!(answers.len() == 1, "{address} was answered by {answers:?}, not by one");
+                let answers = self.answers(&client, address, times)?;
+                ensure!(answers.len() == 1, "{answers:?} answered at {address}, not a single server");
                 Ok(answers)
             })
         };
-        // Which of a headless Service's addresses is taken is for the client to say.
+        // The client chooses among a headless Service's addresses.
         eventually("http://headless:8080", || {
-            let answers = self.answers(&asker, "http://headless:8080", 8)?;
+            let answers = self.answers(&client, "http://headless:8080", 8)?;
             ensure!(
                 !answers.is_empty() && answers.is_subset(&self.servers),
-                "headless was answered by {answers:?}"
+                "{answers:?} answered at headless"
             );
             Ok(())
         })?;
-        one("http://sticky", ASKED)?;
-        // The only endpoint on this node is the pod that asks, so this is also the way back to oneself.
+        one("http://sticky", CALLS)?;
+        // The only endpoint on this node is the calling pod, so this is also a hairpin.
         let itself = one("http://own-node", 8)?;
-        ensure!(itself.contains(client), "own-node was answered by {itself:?}, not by {client} itself");
+        ensure!(itself.contains(pod), "{itself:?} answered at own-node, not {pod} itself");
         let udp =
             "for i in 1 2 3 4 5 6 7 8; do echo hostname | timeout 3 nc -u -w 1 cluster-ip 90; echo; done";
         eventually("udp://cluster-ip:90", || {
-            let said = self.ask(&asker, udp)?;
+            let output = self.shell(&client, udp)?;
             let answers =
-                said.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<BTreeSet<_>>();
-            ensure!(answers.len() > 1, "UDP was answered by {answers:?}, not by several");
-            ensure!(answers.iter().all(|it| self.servers.contains(*it)), "UDP was answered by {answers:?}");
+                output.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<BTreeSet<_>>();
+            ensure!(answers.len() > 1, "{answers:?} answered by UDP, not several servers");
+            ensure!(answers.iter().all(|it| self.servers.contains(*it)), "{answers:?} answered by UDP");
             Ok(())
         })?;
         let api = "curl -sSk --max-time 5 https://kubernetes.default/version";
         eventually("the API server", || {
-            let said = self.ask(&asker, api)?;
-            ensure!(said.contains("gitVersion"), "the API server answered {said}");
+            let output = self.shell(&client, api)?;
+            ensure!(output.contains("gitVersion"), "the API server answered {output}");
             Ok(())
         })
     }
 }
 
-/// Repeats `attempt` until it succeeds, or fails with what it said last.
+/// Repeats `attempt` until it succeeds, or fails with its last error.
 pub(super) fn eventually<T>(what: &str, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     let start = Instant::now();
     loop {

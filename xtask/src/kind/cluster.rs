@@ -1,6 +1,6 @@
-//! The programs a kind cluster is handled with, and what they say.
+//! Docker, kind, kubectl and helm, run for a kind cluster.
 //!
-//! In: the name of a cluster and arguments for docker, kind, kubectl and helm. Out: their output, or their complaint.
+//! In: the name of a cluster and arguments for these programs. Out: their output, or their error.
 
 use std::{
     ffi::OsStr,
@@ -21,16 +21,16 @@ pub(super) struct Cluster<'a> {
 }
 
 impl<'a> Cluster<'a> {
-    /// A cluster called `name`, as kind calls it.
+    /// The cluster that kind calls `name`.
     ///
     /// # Errors
     ///
-    /// When a program that this cannot do without is not there.
+    /// When docker, kind or kubectl is missing.
     pub(super) fn new(machine: &'a Machine, name: &'a str) -> Result<Self> {
         for program in ["docker", "kind", "kubectl"] {
             ensure!(
                 machine.find(program).is_some(),
-                "{program} is not there; docs/kind.md says what has to be installed"
+                "{program} is missing; docs/kind.md lists what has to be installed"
             );
         }
         Ok(Self { machine, name })
@@ -45,7 +45,7 @@ impl<'a> Cluster<'a> {
         Ok(names.lines().any(|name| name == self.name))
     }
 
-    /// kind, told which cluster.
+    /// kind with arguments, for this cluster.
     pub(super) fn kind(&self, words: &[&str]) -> Command {
         let mut command = self.machine.command("kind");
         command.args(words).args(["--name", self.name]);
@@ -58,12 +58,12 @@ impl<'a> Cluster<'a> {
         command
     }
 
-    /// What kubectl prints.
+    /// Runs kubectl and returns its output.
     pub(super) fn kubectl(&self, words: &[&str]) -> Result<String> {
         process::read(self.kubectl_command().args(words))
     }
 
-    /// What kubectl prints, as JSON.
+    /// [`Cluster::kubectl`] with `-o json`.
     pub(super) fn kubectl_json(&self, words: &[&str]) -> Result<Value> {
         serde_json::from_str(&self.kubectl(&[words, &["-o", "json"]].concat())?)
             .context("reading JSON of kubectl")
@@ -79,7 +79,7 @@ impl<'a> Cluster<'a> {
         Ok(())
     }
 
-    /// helm, told which cluster.
+    /// Runs helm for this cluster.
     pub(super) fn helm(&self, helm: &Path, words: &[&str]) -> Result<()> {
         let mut command = self.machine.command(helm);
         process::read(command.args(words).args(["--kube-context", &format!("kind-{}", self.name)]))?;
@@ -94,12 +94,12 @@ impl<'a> Cluster<'a> {
         Ok(names)
     }
 
-    /// A program run on a node.
+    /// Runs a program on a node and returns its output.
     pub(super) fn on_node(&self, node: &str, words: &[&str]) -> Result<String> {
         process::read(self.machine.command("docker").args(["exec", node]).args(words))
     }
 
-    /// Puts an image archive into every node.
+    /// Loads an image archive into every node.
     pub(super) fn load(&self, archive: &Path) -> Result<()> {
         process::read(self.kind(&["load", "image-archive"]).arg(archive)).map(drop)
     }
@@ -119,7 +119,7 @@ impl<'a> Cluster<'a> {
         Ok(found.into_iter().map(|(_, address)| address).collect())
     }
 
-    /// Waits until every pod of a workload such as `ds/weir` is what it should be.
+    /// Waits until the rollout of a workload such as `ds/weir` is complete.
     pub(super) fn rolled_out(&self, namespace: &str, workload: &str) -> Result<()> {
         self.kubectl(&["-n", namespace, "rollout", "status", workload, "--timeout=240s"]).map(drop)
     }
@@ -130,7 +130,7 @@ pub(super) fn array(value: &Value) -> &[Value] {
     value.as_array().map_or(&[], Vec::as_slice)
 }
 
-/// The program for charts: one that is installed, else the one that setup builds.
+/// The helm that is installed, else the one that setup builds.
 pub(super) fn helm(machine: &Machine) -> Result<PathBuf> {
     if let Some(helm) = machine.find("helm") {
         return Ok(helm);

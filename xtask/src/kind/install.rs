@@ -1,21 +1,30 @@
-//! Putting weir in kube-proxy's place, replacing its agents, and putting kube-proxy back.
+//! Puts weir in kube-proxy's place, replaces its agents, and puts kube-proxy back.
 //!
 //! In: a cluster whose nodes have the image. Out: a cluster served by weir, or by kube-proxy again.
 
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
+use clap::ValueEnum;
 use serde_json::{Value, json};
 
 use super::{
-    Mode,
     checks::NAMESPACE,
     cluster::{Cluster, array, helm, text, url},
     load::Load,
 };
 use crate::machine::Machine;
 
-/// The same image under two names, to upgrade from one to the other.
+/// How weir takes kube-proxy's place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Mode {
+    /// Another image in kube-proxy's DaemonSet
+    ImageSwap,
+    /// The chart, with kube-proxy's DaemonSet on no node
+    Chart,
+}
+
+/// Two names of the same image, for an upgrade from the first to the second.
 pub(super) const TAGS: [&str; 2] = ["weir.local/weir:one", "weir.local/weir:two"];
 const SYSTEM: &str = "kube-system";
 const KUBE_PROXY: &str = "ds/kube-proxy";
@@ -26,7 +35,7 @@ const EVERYWHERE: &str = r#"{"spec":{"template":{"spec":{"nodeSelector":{"weir.d
 /// Bit of linux/capability.h.
 const CAP_BPF: u32 = 39;
 
-/// How weir was installed, if it was.
+/// How weir is installed, or `None`.
 pub(super) fn installed(cluster: &Cluster<'_>) -> Result<Option<Mode>> {
     if !cluster.kubectl(&["-n", SYSTEM, "get", WEIR, "--ignore-not-found", "-o", "name"])?.is_empty() {
         return Ok(Some(Mode::Chart));
@@ -67,7 +76,7 @@ pub(super) fn swap(cluster: &Cluster<'_>, proxy_mode: &str) -> Result<()> {
     if before.is_some() { restart(cluster, KUBE_PROXY) } else { Ok(()) }
 }
 
-/// Adds what eBPF needs and kubeadm's DaemonSet has not: the file that docs/migration.md tells users to apply.
+/// Adds what eBPF needs and kubeadm's DaemonSet lacks, from the file of docs/migration.md.
 fn merge_ebpf(changed: &mut Value, container: &Value) -> Result<()> {
     let text = include_str!("../../../packaging/kubeadm/ebpf.json").replace("WEIR_IMAGE", TAGS[0]);
     let more: Value = serde_json::from_str(&text).context("packaging/kubeadm/ebpf.json")?;
@@ -92,7 +101,7 @@ pub(super) fn chart(machine: &Machine, cluster: &Cluster<'_>, proxy_mode: &str) 
     );
     let helm = helm(machine)?;
     let settings = settings(cluster, proxy_mode)?;
-    // Its rules stay and serve until weir's do.
+    // kube-proxy's rules stay, and serve until weir's replace them.
     println!("taking kube-proxy off the nodes");
     patch(cluster, "merge", NOWHERE)?;
     cluster.rolled_out(SYSTEM, KUBE_PROXY)?;
@@ -102,23 +111,24 @@ pub(super) fn chart(machine: &Machine, cluster: &Cluster<'_>, proxy_mode: &str) 
     if before.is_some() { restart(cluster, WEIR) } else { Ok(()) }
 }
 
-/// Starts every pod anew, for an image that has changed under its name.
+/// Restarts every pod, because an image changed under the same name.
 fn restart(cluster: &Cluster<'_>, set: &str) -> Result<()> {
     cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", set])?;
     cluster.rolled_out(SYSTEM, set)
 }
 
-/// The data plane that each node says it has.
-pub(super) fn data_planes(cluster: &Cluster<'_>) -> Result<Vec<(String, String)>> {
-    let ask = ["curl", "-sS", "--max-time", "5", "http://127.0.0.1:10249/proxyMode"];
-    cluster.nodes()?.into_iter().map(|node| cluster.on_node(&node, &ask).map(|mode| (node, mode))).collect()
+/// Each node, and the mode that its agent reports.
+pub(super) fn data_planes(cluster: &Cluster<'_>) -> Result<Vec<Vec<String>>> {
+    let curl = ["curl", "-sS", "--max-time", "5", "http://127.0.0.1:10249/proxyMode"];
+    let row = |node: String| cluster.on_node(&node, &curl).map(|mode| vec![node, mode.trim().to_owned()]);
+    cluster.nodes()?.into_iter().map(row).collect()
 }
 
-/// That nothing of weir's is left on any node.
+/// Checks that no node has anything of weir left.
 ///
 /// # Errors
 ///
-/// Naming what is left where.
+/// With the node and what is left there.
 pub(super) fn nothing_left(cluster: &Cluster<'_>) -> Result<()> {
     for node in cluster.nodes()? {
         let tables = cluster.on_node(&node, &["nft", "list", "tables"])?;
@@ -140,21 +150,21 @@ fn settings(cluster: &Cluster<'_>, proxy_mode: &str) -> Result<Vec<String>> {
         format!("image.repository={repository}"),
         format!("image.tag={tag}"),
     ];
-    // What kube-proxy was told about the cluster's pods holds for weir too.
+    // weir needs the pod networks that kube-proxy is configured with.
     let config = cluster.kubectl_json(&["-n", SYSTEM, "get", "configmap", "kube-proxy"])?;
     let config = config["data"]["config.conf"].as_str().unwrap_or_default();
     if let Some(cidr) = config.lines().find_map(|line| line.trim().strip_prefix("clusterCIDR: ")) {
-        // helm takes a comma for the end of a value.
+        // helm ends a value at a comma.
         settings.push(format!("config.clusterCIDR={}", cidr.trim_matches('"').replace(',', "\\,")));
     }
     if proxy_mode != "nftables" && !nodes_know_bpf(cluster)? {
-        println!("the nodes' container runtime knows no CAP_BPF: SYS_ADMIN has to do");
+        println!("the nodes' container runtime does not know CAP_BPF, so the agent gets SYS_ADMIN");
         settings.push("capabilities={NET_ADMIN,SYS_ADMIN}".to_owned());
     }
     Ok(settings)
 }
 
-/// Whether nodes, being containers themselves, were given the capabilities of eBPF. Docker before version 23 does not.
+/// Whether the nodes, which are containers, have the capabilities for eBPF. Docker before version 23 does not give them.
 fn nodes_know_bpf(cluster: &Cluster<'_>) -> Result<bool> {
     let nodes = cluster.nodes()?;
     let node = nodes.first().context("there are no nodes")?;
@@ -173,19 +183,19 @@ fn release(cluster: &Cluster<'_>, helm: &Path, machine: &Machine, settings: &[St
     cluster.rolled_out(SYSTEM, WEIR)
 }
 
-/// The settings with a value changed.
+/// The settings with one value replaced.
 fn with(settings: &[String], key: &str, value: &str) -> Vec<String> {
     let others = settings.iter().filter(|it| !it.starts_with(&format!("{key}="))).cloned();
     others.chain([format!("{key}={value}")]).collect()
 }
 
-/// Replaces the servers themselves, so that a rule somebody left behind would show.
+/// Replaces the servers, because stale rules show only once backends change.
 fn renew_servers(cluster: &Cluster<'_>) -> Result<()> {
     cluster.kubectl(&["-n", NAMESPACE, "rollout", "restart", "deployment/server"])?;
     cluster.rolled_out(NAMESPACE, "deployment/server")
 }
 
-/// What may happen to agents in kube-proxy's DaemonSet, and the way back.
+/// Upgrades and rolls back agents in kube-proxy's DaemonSet, then puts kube-proxy back.
 ///
 /// # Errors
 ///
@@ -229,7 +239,7 @@ fn original(cluster: &Cluster<'_>) -> Result<i64> {
         .context("no revision has kube-proxy's image")
 }
 
-/// What may happen to agents from the chart, and the way back.
+/// Upgrades and rolls back agents of the chart, then puts kube-proxy back.
 ///
 /// # Errors
 ///
@@ -253,7 +263,7 @@ pub(super) fn exercise_chart(machine: &Machine, cluster: &Cluster<'_>, load: &mu
         cluster.helm(&helm, &["rollback", "weir", "-n", SYSTEM])?;
         cluster.rolled_out(SYSTEM, WEIR)
     })?;
-    load.during("helm uninstall, with nobody in its place", || {
+    load.during("helm uninstall, with no other proxy", || {
         cluster.helm(&helm, &["uninstall", "weir", "-n", SYSTEM, "--wait"])
     })?;
     load.during("helm install", || release(cluster, &helm, machine, &settings))?;

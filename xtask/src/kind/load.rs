@@ -1,6 +1,6 @@
-//! New connections without pause from a pod on every node, while something is being replaced.
+//! Pods on every node that make new connections without pause, while agents or servers are replaced.
 //!
-//! In: a cluster with the workload. Out: how many connections were made meanwhile, and every one that failed.
+//! In: a cluster with the workload. Out: how many connections each step saw, and every failure.
 
 use std::collections::BTreeSet;
 
@@ -11,19 +11,19 @@ use super::{
     cluster::{Cluster, url},
 };
 
-/// Connections that tell whether something works.
-const CONVINCING: usize = 200;
+/// How many connections after a step show its effect.
+const ENOUGH: usize = 200;
 
-/// Connects to every address in turn, for ever, and counts. A line says what failed, and now and then how many were made.
+/// Connects to every address in turn, for ever. Each failure is a line, and each round a line with the count so far.
 const SCRIPT: &str = r#"
 made=0
 while :; do
   for address in $ADDRESSES; do
-    # A connection is made at once or after the first SYN sent again; five seconds is lost.
-    said=$(curl -sS -o /dev/null --connect-timeout 5 --max-time 10 "$address/hostname" 2>&1) || echo "failed $(date +%T) $address $said"
+    # A connection is made at once or after the first SYN sent again; after five seconds it counts as lost.
+    error=$(curl -sS -o /dev/null --connect-timeout 5 --max-time 10 "$address/hostname" 2>&1) || echo "failed $(date +%T) $address $error"
     made=$((made+1))
   done
-  said=$(dig +short +tries=1 +time=5 cluster-ip.weir-test.svc.cluster.local 2>&1) || echo "failed $(date +%T) DNS $said"
+  error=$(dig +short +tries=1 +time=5 cluster-ip.weir-test.svc.cluster.local 2>&1) || echo "failed $(date +%T) DNS $error"
   made=$((made+1))
   echo "made $made"
 done
@@ -46,9 +46,9 @@ spec:
           env: [{name: ADDRESSES, value: "TARGETS"}]
 "#;
 
-/// What the pods have said so far.
+/// What the pods' logs report so far.
 #[derive(Default)]
-struct Seen {
+struct Count {
     made: usize,
     failures: BTreeSet<String>,
 }
@@ -56,8 +56,10 @@ struct Seen {
 /// Pods that make connections until this is dropped.
 pub(super) struct Load<'a> {
     cluster: &'a Cluster<'a>,
-    /// What was known when somebody last looked.
-    before: Seen,
+    /// The count at the end of the step before.
+    before: Count,
+    /// A row for each step.
+    steps: Vec<Vec<String>>,
 }
 
 impl<'a> Load<'a> {
@@ -75,46 +77,52 @@ impl<'a> Load<'a> {
             POD.replace("IMAGE", image).replace("SCRIPT", &script).replace("TARGETS", &targets.join(" "));
         cluster.kubectl_file("apply", &pods)?;
         cluster.rolled_out(NAMESPACE, "ds/load")?;
-        let mut load = Self { cluster, before: Seen::default() };
-        load.during("nothing", || Ok(()))?;
+        let mut load = Self { cluster, before: Count::default(), steps: Vec::new() };
+        load.during("no change", || Ok(()))?;
         Ok(load)
     }
 
-    fn read(&self) -> Result<Seen> {
-        let mut seen = Seen::default();
+    /// Ends the load; returns a row for each step: name, connections, failures.
+    pub(super) fn end(mut self) -> Vec<Vec<String>> {
+        std::mem::take(&mut self.steps)
+    }
+
+    fn read(&self) -> Result<Count> {
+        let mut count = Count::default();
         for [pod, node, _] in checks::pods(self.cluster, "load")? {
             let log = self.cluster.kubectl(&["-n", NAMESPACE, "logs", &pod])?;
             let failures = log.lines().filter_map(|line| line.strip_prefix("failed "));
-            seen.failures.extend(failures.map(|line| format!("{node} {line}")));
+            count.failures.extend(failures.map(|line| format!("{node} {line}")));
             let last = log.lines().rev().find_map(|line| line.strip_prefix("made "));
-            seen.made += last.map_or(Ok(0), str::parse::<usize>).context("what a pod says it made")?;
+            count.made += last.map_or(Ok(0), str::parse::<usize>).context("the count in a pod's log")?;
         }
-        Ok(seen)
+        Ok(count)
     }
 
-    /// Waits until some more connections are made, so that what came before has had its effect.
+    /// Waits for more connections, because a step may show its effect late.
     fn goes_on(&self) -> Result<()> {
         let before = self.read()?.made;
         eventually("new connections", || {
             let more = self.read()?.made.saturating_sub(before);
-            ensure!(more >= CONVINCING, "only {more} were made");
+            ensure!(more >= ENOUGH, "only {more} were made");
             Ok(())
         })
     }
 
-    /// Does `what` and says how many connections were made meanwhile.
+    /// Does a step, and prints how many connections were made during it.
     ///
     /// # Errors
     ///
-    /// When it fails, or when a single connection does.
+    /// When the step or a connection fails.
     pub(super) fn during(&mut self, what: &str, act: impl FnOnce() -> Result<()>) -> Result<()> {
         println!("{what}, under load");
         act().with_context(|| what.to_owned())?;
         self.goes_on()?;
-        let seen = self.read()?;
-        let failures = seen.failures.difference(&self.before.failures).cloned().collect::<Vec<_>>();
-        let (made, failed) = (seen.made - self.before.made, failures.len());
-        self.before = seen;
+        let count = self.read()?;
+        let failures = count.failures.difference(&self.before.failures).cloned().collect::<Vec<_>>();
+        let (made, failed) = (count.made - self.before.made, failures.len());
+        self.before = count;
+        self.steps.push(vec![what.to_owned(), made.to_string(), failed.to_string()]);
         println!("  {made} new connections, {failed} failed");
         ensure!(failed == 0, "{what}: {failed} of {made} new connections failed:\n{}", failures.join("\n"));
         Ok(())
@@ -123,7 +131,7 @@ impl<'a> Load<'a> {
 
 impl Drop for Load<'_> {
     fn drop(&mut self) {
-        // A pod that stays is no harm: the namespace it is in goes with the test.
+        // A pod that stays does no harm: the test deletes its namespace.
         let _ = self.cluster.kubectl(&["-n", NAMESPACE, "delete", "ds", "load", "--wait=false"]);
     }
 }

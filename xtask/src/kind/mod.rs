@@ -1,22 +1,24 @@
 //! `cargo xtask kind`: weir in a real cluster of three nodes that kind makes, in kube-proxy's place.
 //!
-//! In: Docker, kind and kubectl. Out: a cluster that weir serves (`up`), what it came to when Services of every type were
-//! asked for and the agents replaced under load (`test`), and nothing left of it (`down`). docs/kind.md walks through it.
+//! In: Docker, kind and kubectl. Out: a cluster that weir serves (`up`), the results of calls to Services of every type
+//! and of agents replaced under load (`test`), and nothing left of it (`down`). docs/kind.md describes each step.
 
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use clap::{Subcommand, ValueEnum};
+use clap::Subcommand;
 
-use self::cluster::{Cluster, text};
-use crate::{image, machine::Machine, process};
+use self::{
+    cluster::{Cluster, text},
+    install::Mode,
+};
+use crate::{image, machine::Machine, process, table};
 
 mod checks;
 mod cluster;
 mod install;
 mod load;
 
-/// What `cargo xtask kind` can be told.
 #[derive(clap::Args)]
 pub(crate) struct Options {
     #[command(subcommand)]
@@ -30,7 +32,7 @@ pub(crate) struct Options {
 enum Action {
     /// Create a cluster, unless one of this name is there, and let weir take kube-proxy's place
     Up(Up),
-    /// Ask for Services of every type; upgrade, roll back and swap back under load
+    /// Call Services of every type; upgrade, roll back and swap back under load
     Test {
         /// Image of the servers and clients, with `netexec`, a shell, curl, dig and nc
         #[arg(long, default_value = "registry.k8s.io/e2e-test-images/agnhost:2.63.0")]
@@ -54,18 +56,9 @@ struct Up {
     /// Configuration of the cluster for kind, instead of one control plane and two workers
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// A weir that is built already [default: a release build]
+    /// A weir binary to use [default: a release build]
     #[arg(long, value_name = "FILE")]
     binary: Option<PathBuf>,
-}
-
-/// How weir takes kube-proxy's place.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Mode {
-    /// Another image in kube-proxy's DaemonSet
-    ImageSwap,
-    /// The chart, with kube-proxy's DaemonSet on no node
-    Chart,
 }
 
 const CONFIG: &str = "
@@ -74,7 +67,7 @@ apiVersion: kind.x-k8s.io/v1alpha4
 nodes: [{role: control-plane}, {role: worker}, {role: worker}]
 ";
 
-/// Does what was asked.
+/// Runs the action.
 ///
 /// # Errors
 ///
@@ -95,7 +88,7 @@ fn start(machine: &Machine, cluster: &Cluster<'_>, up: &Up) -> Result<()> {
     let again = work.path().join("again.tar");
     image::archive(machine, up.binary.as_deref(), install::TAGS[1], &again)?;
     if cluster.exists()? {
-        println!("the cluster {} is there already", cluster.name());
+        println!("using the existing cluster {}", cluster.name());
     } else {
         let config = work.path().join("kind.yaml");
         std::fs::write(&config, CONFIG)?;
@@ -114,7 +107,7 @@ fn start(machine: &Machine, cluster: &Cluster<'_>, up: &Up) -> Result<()> {
         Mode::Chart => install::chart(machine, cluster, &up.proxy_mode)?,
     }
     println!(
-        "weir serves. `kubectl --context kind-{0} -n kube-system logs ds/{1}` tells how; `cargo xtask kind test --name {0}` tries it",
+        "weir serves. `kubectl --context kind-{0} -n kube-system logs ds/{1}` shows its log; `cargo xtask kind test --name {0}` tests it",
         cluster.name(),
         if up.mode == Mode::Chart { "weir" } else { "kube-proxy" },
     );
@@ -125,9 +118,7 @@ fn test(machine: &Machine, cluster: &Cluster<'_>, image: &str) -> Result<()> {
     let Some(mode) = install::installed(cluster)? else {
         bail!("weir serves no node of {}: run `cargo xtask kind up` first", cluster.name());
     };
-    for (node, plane) in install::data_planes(cluster)? {
-        println!("{node} is served by {plane}");
-    }
+    println!("\n{}", table::columns(&["NODE", "PROXY-MODE"], &install::data_planes(cluster)?));
     println!("starting servers and clients");
     checks::deploy(cluster, image)?;
     println!("Services of every type");
@@ -137,11 +128,12 @@ fn test(machine: &Machine, cluster: &Cluster<'_>, image: &str) -> Result<()> {
         Mode::ImageSwap => install::exercise_swap(cluster, &mut load)?,
         Mode::Chart => install::exercise_chart(machine, cluster, &mut load)?,
     }
-    drop(load);
+    let steps = load.end();
     install::nothing_left(cluster)?;
     println!("Services of every type, by kube-proxy again");
     checks::run(cluster)?;
     checks::remove(cluster)?;
-    println!("all is well, and kube-proxy is back; `cargo xtask kind up` swaps again");
+    println!("\n{}", table::columns(&["STEP UNDER LOAD", "CONNECTIONS", "FAILED"], &steps));
+    println!("all passed, and kube-proxy is back; `cargo xtask kind up` puts weir in its place again");
     Ok(())
 }

@@ -1,7 +1,7 @@
-//! Packages of a given Debian release, downloaded and unpacked without installing them.
+//! Packages of a Debian release, downloaded and unpacked without installing them.
 //!
-//! apt is given a source list, package lists and a status file of its own, so neither the system's configuration nor
-//! its packages are touched, no root is needed, no daemon is started, and any release serves on any other.
+//! apt gets a source list, package lists and a status file of its own. So the system's configuration and packages stay as
+//! they are, no root is needed, no daemon starts, and packages of one release can be unpacked on another.
 
 use std::{
     fs,
@@ -14,14 +14,14 @@ use anyhow::{Context as _, Result, bail};
 use super::system::DEBIAN_KEYRING;
 use crate::{architecture::Architecture, machine::Machine, process};
 
-/// Where below a root the lists of packages' files are, one file `PACKAGE.list` or `PACKAGE:ARCHITECTURE.list` each.
+/// The directory below a root with a list of files for each package, `PACKAGE.list` or `PACKAGE:ARCHITECTURE.list`.
 pub(crate) const FILE_LISTS: &str = "var/lib/dpkg/info";
 
-/// One suite of the Debian archive, such as `trixie-backports`.
+/// A suite of the Debian archive, such as `trixie-backports`.
 pub(super) struct Suite<'a> {
     machine: &'a Machine,
     name: &'a str,
-    /// Whose packages, when not this machine's.
+    /// `None` for this machine's.
     architecture: Option<Architecture>,
     state: tempfile::TempDir,
 }
@@ -32,14 +32,14 @@ impl<'a> Suite<'a> {
         Self::of(machine, name, None)
     }
 
-    /// Fetches the lists of the packages for another architecture.
+    /// Fetches the suite's package lists for another architecture.
     pub(super) fn open_for(machine: &'a Machine, name: &'a str, architecture: Architecture) -> Result<Self> {
         Self::of(machine, name, Some(architecture))
     }
 
     fn of(machine: &'a Machine, name: &'a str, architecture: Option<Architecture>) -> Result<Self> {
         if machine.find("apt-get").is_none() || machine.find("dpkg").is_none() {
-            bail!("this takes packages of Debian {name} and needs apt-get and dpkg to do so");
+            bail!("apt-get and dpkg are missing, which download and unpack packages of Debian {name}");
         }
         if !Path::new(DEBIAN_KEYRING).exists() {
             bail!("{DEBIAN_KEYRING} is missing; install the package debian-archive-keyring");
@@ -112,14 +112,14 @@ impl<'a> Suite<'a> {
         Ok(())
     }
 
-    /// Unpacks `file`, and keeps the list of its files where dpkg keeps those of the packages it installs.
+    /// Unpacks `file`, and writes the list of its files where dpkg writes those of installed packages.
     fn unpack_one(&self, file: &Path, target: &Path) -> Result<()> {
-        let said = process::read(self.machine.command("dpkg").arg("--vextract").arg(file).arg(target))?;
+        let output = process::read(self.machine.command("dpkg").arg("--vextract").arg(file).arg(target))?;
         let name = file.file_name().and_then(|name| name.to_str()).context("a package has a name")?;
         let lists = target.join(FILE_LISTS);
         fs::create_dir_all(&lists)?;
         let list =
-            said.lines().map(|line| line.trim_start_matches('.').to_owned() + "\n").collect::<String>();
+            output.lines().map(|line| line.trim_start_matches('.').to_owned() + "\n").collect::<String>();
         let package = name.split('_').next().unwrap_or(name);
         fs::write(lists.join(format!("{package}.list")), list)?;
         Ok(())
@@ -131,10 +131,10 @@ fn files(directory: &Path) -> Result<Vec<PathBuf>> {
     entries.collect::<Result<Vec<_>>>()
 }
 
-/// The variable that names a Debian mirror on a machine whose own packages are not Debian's.
+/// The variable that names a Debian mirror where the machine's own packages are not Debian's.
 const MIRROR: &str = "WEIR_DEBIAN_MIRROR";
 
-/// Where Debian's packages are: where the variable says, else where this machine takes its own from.
+/// The address of Debian's packages: the variable's, else that of this machine's own packages.
 fn mirror(machine: &Machine) -> Result<String> {
     if let Some(named) = std::env::var(MIRROR).ok().filter(|named| !named.is_empty()) {
         return Ok(named);
@@ -164,7 +164,7 @@ fn first_version(madison: &str, prefix: &str) -> Option<String> {
         .map(str::to_owned)
 }
 
-/// Fills `target` through `fill`, all or nothing: it appears when it is complete.
+/// Has `fill` write a directory, which becomes `target` only when it is complete.
 pub(super) fn whole(target: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let parent = target.parent().context("a directory to fill has a parent")?;
     fs::create_dir_all(parent).with_context(|| format!("making {}", parent.display()))?;
@@ -174,7 +174,7 @@ pub(super) fn whole(target: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Re
         fs::remove_dir_all(target)?;
     }
     fs::rename(draft.path(), target).with_context(|| format!("moving into {}", target.display()))?;
-    // A temporary directory is private; what it has become need not be.
+    // A temporary directory is private, and other users read this one.
     fs::set_permissions(target, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     Ok(())
 }

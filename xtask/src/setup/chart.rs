@@ -1,8 +1,8 @@
-//! What the chart is checked with: helm, kubeconform, and the schemas of the objects it makes.
+//! Programs and schemas that check the chart: helm, kubeconform, and the schemas of the objects that the chart makes.
 //!
-//! The programs are built from the Go module `tests/chart`, which pins their versions. The schemas come out of the modules
-//! that define the objects, Kubernetes itself and the Prometheus operator: the sites where kubeconform looks by itself may
-//! be out of reach, and have the schemas of some other version.
+//! The programs are built from the Go module `tests/chart`, which pins their versions. The schemas come from the modules
+//! that define the objects, Kubernetes and the Prometheus operator, because kubeconform's default sites may be out of
+//! reach, and have the schemas of another version.
 
 use std::{
     collections::BTreeMap,
@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use serde_json::{Map, Value, json};
 
-use super::{Level, archive, kubernetes};
+use super::{archive, go, kubernetes, level::Level};
 use crate::machine::{Machine, is_executable};
 
 const MODULE: &str = "tests/chart";
@@ -42,7 +42,7 @@ pub(super) const KUBECONFORM: Program = Program {
     takes: "half a minute",
 };
 
-/// The sources of definitions: the module that pins their version, the module they are in, and the file.
+/// Sources of definitions: the module that pins the version, the module with the file, and the file.
 const KUBERNETES: [&str; 3] = ["tests/kubernetes", "k8s.io/kubernetes", "api/openapi-spec/swagger.json"];
 const MONITORS: [[&str; 3]; 2] = [
     operator("example/prometheus-operator-crd/monitoring.coreos.com_podmonitors.yaml"),
@@ -64,35 +64,35 @@ pub(crate) fn tools(machine: &Machine) -> [PathBuf; 2] {
     [HELM.file(machine), KUBECONFORM.file(machine)]
 }
 
-/// The directory of the schemas, named so that those of another version of Kubernetes, or fewer, are never taken for these.
+/// The directory of the schemas. Its name has the version and the set, so that no other schemas are used by mistake.
 pub(crate) fn schemas(machine: &Machine) -> PathBuf {
     machine.cache.join(format!("schemas-v{}-monitors", kubernetes::KUBERNETES))
 }
 
-/// Whether something has to be built.
+/// Whether a program or the schemas have to be made.
 pub(super) fn lacks_any(machine: &Machine) -> bool {
     tools(machine).iter().any(|tool| !is_executable(tool)) || !schemas(machine).exists()
 }
 
 pub(super) fn missing_program(machine: &Machine, program: &Program) -> Option<String> {
     let Program { name, version, takes, .. } = program;
-    let there = is_executable(&program.file(machine));
-    (!there).then(|| format!("{name} {version} (built from source, {takes} the first time)"))
+    let exists = is_executable(&program.file(machine));
+    (!exists).then(|| format!("{name} {version} (built from source, {takes} the first time)"))
 }
 
 pub(super) fn build_program(machine: &Machine, program: &Program) -> Result<()> {
     let flags = format!("-s -w -X {}/internal/version.version=v{}", program.module, program.version);
-    kubernetes::build(machine, MODULE, program.package, &program.file(machine), &flags)
+    go::build(machine, MODULE, program.package, &program.file(machine), &flags)
 }
 
 pub(super) fn missing_schemas(machine: &Machine, _: Level) -> Result<Option<String>> {
-    let there = schemas(machine).exists();
-    Ok((!there).then(|| format!("schemas of Kubernetes {} (from its sources)", kubernetes::KUBERNETES)))
+    let exists = schemas(machine).exists();
+    Ok((!exists).then(|| format!("schemas of Kubernetes {} (from its sources)", kubernetes::KUBERNETES)))
 }
 
 pub(super) fn install_schemas(machine: &Machine, _: Level) -> Result<()> {
     let file = |[pinned_by, module, file]: [&str; 3]| -> Result<String> {
-        let file = kubernetes::sources(machine, pinned_by, module)?.join(file);
+        let file = go::sources(machine, pinned_by, module)?.join(file);
         fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))
     };
     let mut all = kubernetes_schemas(serde_json::from_str(&file(KUBERNETES)?)?)?;
@@ -109,14 +109,14 @@ fn write(directory: &Path, all: &BTreeMap<String, Value>) -> Result<()> {
     Ok(())
 }
 
-/// The schema of every kind in Kubernetes' own description, by the file name under which kubeconform looks for it, and
-/// the file they all refer to.
+/// The schema of every kind in Kubernetes' OpenAPI description, by the file name that kubeconform reads, and the file of
+/// definitions that all of them refer to.
 fn kubernetes_schemas(mut description: Value) -> Result<BTreeMap<String, Value>> {
     let Value::Object(mut definitions) = description["definitions"].take() else {
         anyhow::bail!("Kubernetes' description has no definitions");
     };
     definitions.values_mut().for_each(strict);
-    // Described as text, but numbers are as good.
+    // The description has strings here, and the API server takes numbers too.
     for (name, also) in [
         ("io.k8s.apimachinery.pkg.util.intstr.IntOrString", "integer"),
         ("io.k8s.apimachinery.pkg.api.resource.Quantity", "number"),
@@ -153,14 +153,14 @@ fn custom_schemas(definition: &Value) -> Result<BTreeMap<String, Value>> {
     Ok(versions.iter().map(schema).collect())
 }
 
-/// Where kubeconform is told to look: the kind, the first word of the group, the version.
+/// The file name that kubeconform reads: kind, first word of the group, version.
 fn file_name(group: &str, version: &str, kind: &str) -> String {
     let group = group.split('.').next().filter(|word| !word.is_empty());
     let suffix = group.map_or(version.to_owned(), |group| format!("{group}-{version}"));
     format!("{kind}-{suffix}.json").to_lowercase()
 }
 
-/// Makes `schema` and what is in it refuse fields that it does not name, as `--strict` promises.
+/// Makes `schema` and its parts refuse unknown fields, which kubeconform's `--strict` needs.
 fn strict(schema: &mut Value) {
     match schema {
         Value::Object(fields) => {
@@ -175,7 +175,7 @@ fn strict(schema: &mut Value) {
 fn close(fields: &mut Map<String, Value>) {
     let open = fields.contains_key("additionalProperties")
         || fields.get("x-kubernetes-preserve-unknown-fields") == Some(&Value::Bool(true));
-    // `properties` is also what a field may be called; a list of fields has objects in it, a field has a type.
+    // A field may have the name `properties` too; a list of fields is an object, and its schema has the type object.
     if !open
         && fields.get("type") == Some(&json!("object"))
         && fields.get("properties").is_some_and(Value::is_object)

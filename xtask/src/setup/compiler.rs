@@ -1,4 +1,4 @@
-//! What building the kernel programs needs beside the compiler, and cargo-deny for the checks.
+//! Sources and the linker that build the kernel programs, and cargo-deny for the checks.
 
 use std::{
     fs,
@@ -8,10 +8,10 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::{Level, archive};
+use super::{archive, level::Level};
 use crate::{machine::Machine, process};
 
-/// The newest that links with the LLVM inside rustc 1.95 (22); 0.11 wants one installed on the system.
+/// The newest version that links with the LLVM inside rustc 1.95 (22); 0.11 needs one installed on the system.
 const BPF_LINKER: &str = "0.10.3";
 const CARGO_DENY: &str = "0.20.2";
 
@@ -20,7 +20,7 @@ fn rustlib(machine: &Machine) -> Result<PathBuf> {
     Ok(PathBuf::from(sysroot.trim_end()).join("lib/rustlib"))
 }
 
-/// Where the sources of the standard library are.
+/// The directory for the sources of the standard library.
 fn sources(machine: &Machine) -> Result<PathBuf> {
     Ok(rustlib(machine)?.join("src/rust"))
 }
@@ -30,7 +30,7 @@ pub(super) fn has_standard_library(machine: &Machine, target: &str) -> Result<bo
     Ok(rustlib(machine)?.join(target).join("lib").exists())
 }
 
-/// Has rustup bring a standard library for `target`.
+/// Installs a standard library for `target` by rustup.
 pub(super) fn install_standard_library(machine: &Machine, target: &str) -> Result<()> {
     process::read(machine.command("rustup").args(["target", "add", target]))?;
     Ok(())
@@ -39,7 +39,7 @@ pub(super) fn install_standard_library(machine: &Machine, target: &str) -> Resul
 fn rustc_version(machine: &Machine) -> Result<String> {
     let version = process::read(machine.command("rustc").arg("--version"))?;
     let release = version.split_whitespace().nth(1);
-    Ok(release.with_context(|| format!("rustc calls itself `{}`", version.trim_end()))?.to_owned())
+    Ok(release.with_context(|| format!("`rustc --version` printed `{}`", version.trim_end()))?.to_owned())
 }
 
 pub(super) fn missing_rust_src(machine: &Machine, _: Level) -> Result<Option<String>> {
@@ -49,14 +49,14 @@ pub(super) fn missing_rust_src(machine: &Machine, _: Level) -> Result<Option<Str
     Ok(Some(format!("rust-src {}", rustc_version(machine)?)))
 }
 
-/// rustup's component, or Debian's package of exactly the compiler's version where rustup has no way to its server.
+/// Installs rustup's component, or Debian's package of the compiler's version where rustup cannot reach its server.
 pub(super) fn install_rust_src(machine: &Machine, _: Level) -> Result<()> {
     let Err(rustup) = process::read(machine.command("rustup").args(["component", "add", "rust-src"])) else {
         return Ok(());
     };
     let source = sources(machine)?;
     rust_src_from_debian(machine, &rustc_version(machine)?, &source).with_context(|| {
-        format!("rustup cannot install it ({rustup:#}), and neither can it be taken from Debian")
+        format!("rustup cannot install it ({rustup:#}), and Debian's package cannot be used")
     })
 }
 
@@ -67,27 +67,27 @@ fn rust_src_from_debian(machine: &Machine, version: &str, target: &Path) -> Resu
     suite.unpack(&[&package], unpacked.path())?;
     fs::create_dir_all(target)?;
     let library = unpacked.path().join("usr/src").join(format!("rustc-{version}")).join("library");
-    // The copy keeps links as they are; a half-done one is not taken for complete, core is looked for by its root file.
+    // `cp -a` keeps links. [`missing_rust_src`] finds out a copy that was interrupted, because it looks for a file of core.
     process::read(machine.command("cp").arg("-a").arg(library).arg(target))?;
     Ok(())
 }
 
-/// Whether `program --version` names `version`.
+/// Whether `program --version` prints `version`.
 fn has_version(mut program: Command, version: &str) -> bool {
     process::read(program.arg("--version"))
-        .is_ok_and(|said| said.split_whitespace().any(|word| word == version))
+        .is_ok_and(|output| output.split_whitespace().any(|word| word == version))
 }
 
 fn cargo_install(machine: &Machine, name: &str, version: &str) -> Result<()> {
-    // --force, because another version may be there and cargo would refuse to replace it.
+    // Without --force, cargo refuses to replace another version.
     let mut cargo = machine.cargo();
     process::read(cargo.args(["install", name, "--version", version, "--locked", "--force"]))?;
     Ok(())
 }
 
 pub(super) fn missing_bpf_linker(machine: &Machine, _: Level) -> Result<Option<String>> {
-    let there = has_version(machine.command("bpf-linker"), BPF_LINKER);
-    Ok((!there).then(|| format!("bpf-linker {BPF_LINKER} (about a minute)")))
+    let exists = has_version(machine.command("bpf-linker"), BPF_LINKER);
+    Ok((!exists).then(|| format!("bpf-linker {BPF_LINKER} (about a minute)")))
 }
 
 pub(super) fn install_bpf_linker(machine: &Machine, _: Level) -> Result<()> {
@@ -95,8 +95,8 @@ pub(super) fn install_bpf_linker(machine: &Machine, _: Level) -> Result<()> {
 }
 
 pub(super) fn missing_cargo_deny(machine: &Machine, _: Level) -> Result<Option<String>> {
-    let there = has_version(machine.command("cargo-deny"), CARGO_DENY);
-    Ok((!there).then(|| format!("cargo-deny {CARGO_DENY} (about four minutes)")))
+    let exists = has_version(machine.command("cargo-deny"), CARGO_DENY);
+    Ok((!exists).then(|| format!("cargo-deny {CARGO_DENY} (about four minutes)")))
 }
 
 pub(super) fn install_cargo_deny(machine: &Machine, _: Level) -> Result<()> {
@@ -109,9 +109,9 @@ mod tests {
 
     #[test]
     fn only_the_pinned_version_counts() {
-        let program = |says: &str| {
+        let program = |prints: &str| {
             let mut command = Command::new("sh");
-            command.args(["-c", &format!("echo {says}")]);
+            command.args(["-c", &format!("echo {prints}")]);
             command
         };
         assert!(has_version(program("bpf-linker 0.10.3"), "0.10.3"));

@@ -1,23 +1,27 @@
-//! What building weir for another architecture than this machine's needs: a C compiler, the libraries weir is linked
-//! with, the standard library of Rust.
+//! A C compiler, libraries and Rust's standard library, to build weir for another architecture than this machine's.
 //!
-//! The compiler is installed as any package. The libraries are unpacked into the cache: they come from the Debian
-//! release that the Dockerfile builds in, so that the result runs with the same C library wherever it was linked.
+//! The compiler is installed as a package. The libraries are unpacked into the cache. They are of the Debian release of
+//! the Dockerfile, so that the program needs the same C library wherever it is linked.
 
 use std::path::PathBuf;
 
 use anyhow::Result;
 
-use super::{Level, archive, compiler, install, run, system};
+use super::{
+    archive, compiler,
+    level::Level,
+    steps::{install, run},
+    system,
+};
 use crate::{architecture::Architecture, machine::Machine};
 
 const RELEASE: &str = "bookworm";
 
-/// What [`cross`] made ready.
+/// What [`cross`] installed.
 pub(crate) struct Cross {
-    /// Where the libraries are, below it as below `/`.
+    /// The directory that has the libraries, as `/` has those of this machine.
     pub(crate) sysroot: PathBuf,
-    /// Whether the standard library has to be built too, because rustup has no way to its server.
+    /// Whether the standard library has to be built too, because rustup cannot reach its server.
     pub(crate) standard_library: bool,
 }
 
@@ -25,12 +29,11 @@ pub(crate) struct Cross {
 ///
 /// # Errors
 ///
-/// When something is missing and cannot be installed.
+/// When a part is missing and cannot be installed.
 pub(crate) fn cross(machine: &Machine, architecture: Architecture) -> Result<Cross> {
     run(machine, Level::Build)?;
     packages(machine, architecture)?;
     let sysroot = machine.cache.join(format!("sysroot-{RELEASE}-{architecture}"));
-    // Appears when it is complete.
     if !sysroot.exists() {
         install(&format!("libraries of Debian {RELEASE} for {architecture}"), || {
             archive::whole(&sysroot, |draft| {
@@ -57,14 +60,14 @@ fn packages(machine: &Machine, architecture: Architecture) -> Result<()> {
     install(&names.join(", "), || system::install_named(machine, &names))
 }
 
-/// Whether there is a standard library for `target`, after rustup was asked for it.
+/// Whether there is a standard library for `target`, after rustup tried to install it.
 fn standard_library(machine: &Machine, target: &str) -> Result<bool> {
     if compiler::has_standard_library(machine, target)? {
         return Ok(true);
     }
     let what = format!("Rust's standard library for {target}");
     if let Err(error) = install(&what, || compiler::install_standard_library(machine, target)) {
-        println!("{error:#}\nit is built from its source instead");
+        println!("{error:#}\nso cargo builds it from its source");
     }
     compiler::has_standard_library(machine, target)
 }

@@ -1,7 +1,7 @@
-//! The `nft` programs that our tables must list cleanly in, whatever this machine has itself.
+//! Versions of `nft` that must be able to list weir's tables, whatever version this machine has.
 //!
-//! Each lies in the cache with the libraries it was built for, and a script `nft` beside it runs it through its own
-//! dynamic loader.
+//! The cache has each with the libraries that it was built for, and a script `nft` that runs it by its own dynamic
+//! loader.
 
 use std::{
     fs,
@@ -11,10 +11,10 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::{Level, archive};
+use super::{archive, level::Level};
 use crate::machine::{Machine, is_executable};
 
-/// Directory in the cache, and the Debian release the program is from.
+/// Directory in the cache, and the Debian release of the program.
 const READERS: [(&str, &str); 2] = [("nft-1.0", "bookworm"), ("nft-1.1", "trixie")];
 
 /// The wrapper scripts, oldest nft first.
@@ -47,16 +47,16 @@ pub(super) fn install(machine: &Machine, _: Level) -> Result<()> {
     Ok(())
 }
 
-/// A script that runs the `nft` below `root`, its own directory's subdirectory `root`, by the loader found there.
+/// A script that runs the `nft` below `root`, a subdirectory of the script's directory, by the loader there.
 fn wrapper(root: &Path) -> Result<String> {
-    // Releases differ in which of these they use, depending on how far the merge of /lib into /usr/lib had come.
+    // Releases differ in these directories, because Debian merged /lib into /usr/lib in steps.
     let places = ["lib", "lib64", "usr/lib", "usr/lib64"];
     let loader = places
         .iter()
         .find_map(|place| {
             Some(format!("{place}/{}", entry(&root.join(place), |name| name.starts_with("ld-linux"))?))
         })
-        .context("the C library's package holds no loader")?;
+        .context("the C library's package has no loader")?;
     let libraries = ["lib", "usr/lib"]
         .iter()
         .filter_map(|place| {

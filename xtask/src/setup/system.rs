@@ -1,13 +1,13 @@
 //! Programs and libraries that every distribution has, by the names of their Debian and Ubuntu packages.
 //!
-//! What is looked for is the program or library itself, not the package: a machine of another distribution is ready
-//! when it has them, however they came there.
+//! Setup looks for the program or library, not for the package, so a machine of another distribution is ready when it has
+//! them.
 
 use std::{collections::BTreeSet, path::Path};
 
 use anyhow::{Result, bail};
 
-use super::Level;
+use super::level::Level;
 use crate::{
     machine::{Machine, prefixed},
     process,
@@ -29,7 +29,7 @@ const fn package(name: &'static str, level: Level, probe: Probe) -> Package {
     Package { name, level, probe }
 }
 
-/// Signs everything [`super::archive`] takes from Debian, also on Ubuntu.
+/// The keys for all packages that [`super::archive`] downloads, also on Ubuntu.
 pub(super) const DEBIAN_KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 const PACKAGES: &[Package] = &[
@@ -39,16 +39,16 @@ const PACKAGES: &[Package] = &[
     package("libmnl-dev", Level::Build, Probe::Library("libmnl")),
     package("iproute2", Level::Demo, Probe::Program("ip")),
     package("procps", Level::Demo, Probe::Program("sysctl")),
-    // The real kube-proxy, our oracle, runs these.
+    // kube-proxy, which the tests compare weir with, runs these.
     package("iptables", Level::Test, Probe::Program("iptables-nft")),
     package("nftables", Level::Test, Probe::Program("nft")),
     package("conntrack", Level::Test, Probe::Program("conntrack")),
-    // The benchmark's load that is not our own.
+    // A load of the benchmark.
     package("iperf3", Level::Test, Probe::Program("iperf3")),
     package("debian-archive-keyring", Level::Test, Probe::File(DEBIAN_KEYRING)),
 ];
 
-/// The package of [`DEBIAN_KEYRING`], where it is missing.
+/// The package of [`DEBIAN_KEYRING`], where the file is missing.
 pub(super) fn keyring() -> Option<&'static str> {
     (!Path::new(DEBIAN_KEYRING).exists()).then_some("debian-archive-keyring")
 }
@@ -63,7 +63,7 @@ fn is_there(machine: &Machine, probe: &Probe) -> bool {
     }
 }
 
-/// The packages of `level` that `is_there` denies, each once.
+/// The packages of `level` for which `is_there` is false.
 fn lacking(level: Level, is_there: impl Fn(&Probe) -> bool) -> BTreeSet<&'static str> {
     PACKAGES
         .iter()
@@ -82,14 +82,13 @@ pub(super) fn install(machine: &Machine, level: Level) -> Result<()> {
     install_named(machine, &names.into_iter().collect::<Vec<_>>())
 }
 
-/// Installs the packages called `names`.
 pub(super) fn install_named(machine: &Machine, names: &[&str]) -> Result<()> {
     let by_hand = names.join(" ");
     if machine.find("apt-get").is_none() {
-        bail!("install what your distribution calls the Debian packages {by_hand}, then run this again");
+        bail!("install your distribution's packages for Debian's {by_hand}, then run this again");
     }
     let Ok(root) = machine.as_root(&machine.path, "installing packages") else {
-        bail!("not root, and there is no sudo; let an administrator run: apt-get install {by_hand}");
+        bail!("this needs root or sudo; as root, run: apt-get install {by_hand}");
     };
     let apt = |arguments: &[&str]| {
         let mut command = prefixed(machine, &root, "apt-get");
@@ -97,7 +96,8 @@ pub(super) fn install_named(machine: &Machine, names: &[&str]) -> Result<()> {
         command
     };
     let arguments = [&["install", "--no-install-recommends"], names].concat();
-    // A container starts without package lists, and lists grow old: only then is it worth the wait to fetch them.
+    // A container has no package lists, and old lists name versions that are gone. Fetching them takes time, so that is
+    // done only after a failure.
     if process::read(&mut apt(&arguments)).is_err() {
         process::read(&mut apt(&["update"]))?;
         process::read(&mut apt(&arguments))?;
@@ -110,7 +110,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_level_asks_for_its_own_packages_and_those_before_it() {
+    fn a_level_needs_its_own_packages_and_those_before_it() {
         let all = |level| lacking(level, |_| false);
         assert!(all(Level::Build).contains("libnftnl-dev") && !all(Level::Build).contains("iproute2"));
         assert!(all(Level::Demo).is_superset(&all(Level::Build)) && all(Level::Demo).contains("iproute2"));
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_there_is_not_asked_for() {
+    fn packages_whose_programs_exist_are_not_needed() {
         let names = lacking(Level::Test, |probe| !matches!(probe, Probe::Library("libmnl")));
         assert_eq!(names.into_iter().collect::<Vec<_>>(), ["libmnl-dev"]);
         assert_eq!(lacking(Level::Check, |_| true).len(), 0);

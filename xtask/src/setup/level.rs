@@ -1,0 +1,16 @@
+//! How far a machine is made ready.
+
+use clap::ValueEnum;
+
+/// What the machine is ready for; each level includes those before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub(crate) enum Level {
+    /// `cargo build`
+    Build,
+    /// `cargo xtask demo`
+    Demo,
+    /// `cargo xtask test`
+    Test,
+    /// `cargo xtask check`
+    Check,
+}
