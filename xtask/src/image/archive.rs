@@ -193,7 +193,7 @@ fn goarch(architecture: Architecture) -> Arch {
     }
 }
 
-/// What registries and scanners show. The Dockerfile has the same, but for the revision.
+/// Labels that registries and scanners show. The Dockerfile has the same, without the revision.
 fn labels(revision: Option<&str>) -> HashMap<String, String> {
     let known = [
         (ANNOTATION_TITLE, "weir"),
@@ -208,7 +208,7 @@ fn labels(revision: Option<&str>) -> HashMap<String, String> {
     known.into_iter().chain(revision).map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
 }
 
-/// What the image is called: its tag for everybody, and the whole name for containerd, which does not put it together.
+/// The names of the image: its tag, and the full name, which containerd does not derive from the tag.
 fn names(tag: &str) -> HashMap<String, String> {
     let version = tag.rsplit_once(':').map_or("latest", |(_, version)| version);
     HashMap::from([
@@ -217,7 +217,7 @@ fn names(tag: &str) -> HashMap<String, String> {
     ])
 }
 
-/// `tag` with the registry and the directory that are meant when none is named.
+/// `tag` with the default registry and directory, where it has none.
 fn full_name(tag: &str) -> String {
     match tag.split_once('/') {
         None => format!("docker.io/library/{tag}"),

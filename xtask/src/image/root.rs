@@ -159,11 +159,11 @@ fn stripped(machine: &Machine, binary: &Path, program: &Program) -> Result<Vec<u
     Ok(fs::read(&file)?)
 }
 
-/// The package that `file` below `sysroot` is from. dpkg itself is not asked: it knows only what it installed.
+/// The package of `file` below `sysroot`, from the lists of files: `dpkg -S` finds installed packages only.
 fn owner(sysroot: &Path, file: &Path) -> Option<String> {
     let path = Path::new("/").join(file.strip_prefix(sysroot).ok()?);
     let path = path.to_str()?;
-    // What packages have in /lib may have been merged into /usr/lib, and the other way round.
+    // Debian merged /lib into /usr/lib, so a package's list may have either path.
     let other = path.strip_prefix("/usr").map_or_else(|| format!("/usr{path}"), str::to_owned);
     fs::read_dir(sysroot.join(setup::FILE_LISTS)).ok()?.flatten().find_map(|list| {
         let name = list.file_name().into_string().ok()?;

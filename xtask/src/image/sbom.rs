@@ -109,7 +109,7 @@ fn document(
 ) -> Result<Value> {
     let packages: BTreeMap<&str, &Package> = metadata.packages.iter().map(|it| (&*it.id, it)).collect();
     let program = metadata.packages.iter().find(|package| package.name == PROGRAM);
-    let program = program.with_context(|| format!("cargo knows no package {PROGRAM}"))?;
+    let program = program.with_context(|| format!("cargo lists no package {PROGRAM}"))?;
     let linked = linked(program, &packages, &metadata.resolve);
     let mut crates: Vec<&Package> =
         linked.keys().filter(|id| **id != program.id).filter_map(|id| packages.get(id).copied()).collect();
