@@ -264,3 +264,15 @@ fn remove(group: &Path, members: &str, back: &[PathBuf]) -> io::Result<()> {
 fn complain(group: &Path, removed: &io::Result<()>) {
     assert!(removed.is_ok() || thread::panicking(), "{} is left behind: {removed:?}", group.display());
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_writable_cgroup_v2_is_used_and_a_read_only_one_is_not() {
+        let mounts = "cgroup2 /sys/fs/cgroup cgroup2 ro,nosuid 0 0\ncgroup /c cgroup rw 0 0\ncgroup2 /v2 cgroup2 rw,nosuid 0 0\n";
+        assert_eq!(mounted(mounts), Some("/v2".into()));
+        assert_eq!(mounted("cgroup2 /sys/fs/cgroup cgroup2 ro,nosuid,rwish 0 0\n"), None);
+    }
+}
