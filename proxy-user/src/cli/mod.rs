@@ -133,7 +133,7 @@ impl Cli {
     }
 }
 
-/// Rows below a header, in kubectl's form: columns three spaces apart, no rules, nothing cut.
+/// Rows below a header, in kubectl's form: columns three spaces apart, without rules, nothing truncated.
 #[must_use]
 pub fn columns(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
     const BETWEEN: u16 = 3;

@@ -15,7 +15,7 @@ use crate::{
     config::{KernelArgs, Loaded, LogArgs},
     dataplane::{
         Dataplane as _, Memory, Stack, State,
-        ebpf::{Place, LeftoverPlane},
+        ebpf::{LeftoverPlane, Place},
         nftables::Nftables,
     },
     machine,

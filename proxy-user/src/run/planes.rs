@@ -12,7 +12,7 @@ use crate::{
     config::{Config, ProxyMode},
     dataplane::{
         Dataplane, Stack,
-        ebpf::{self, Counters, Ebpf, Links, Place, LeftoverPlane, check_conflicts},
+        ebpf::{self, Counters, Ebpf, LeftoverPlane, Links, Place, check_conflicts},
         nftables::{Dropped, Drops, News, Nftables, Seen, Watch},
     },
     machine::probe::Probe,

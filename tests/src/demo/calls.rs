@@ -62,7 +62,7 @@ const POD: Location = Location::Pod(1, 2);
 impl Caller<'_, '_> {
     /// The rows of the table, in its order.
     pub(super) fn rows(&self, serving: &Serving) -> Result<Vec<Row>> {
-        let cluster = |service: Addresses| move |family| SocketAddr::new(lot.cluster_ip(family), PORT);
+        let cluster = |service: Addresses| move |family| SocketAddr::new(service.cluster_ip(family), PORT);
         let node_port = |family| SocketAddr::new(node_address(family, 1), WEB.node_port(PORT));
         let external = |family| SocketAddr::new(WEB.external_ip(family), PORT);
         let mut rows = Vec::new();
@@ -77,7 +77,7 @@ impl Caller<'_, '_> {
         publish_web(self.subject, true)?;
         rows.push(match &serving.without_names {
             None => self.headless()?,
-            Some(reason) => row("headless", POD, &full_name(), NONE, format!("no DNS: {reason}")),
+            Some(reason) => row("headless name", POD, &full_name(), NONE, format!("no DNS: {reason}")),
         });
         Ok(rows)
     }
@@ -169,7 +169,7 @@ impl Caller<'_, '_> {
         for address in wanted {
             answers.extend(self.call(Via::Nftables, POD, SocketAddr::new(address, TARGET))?.into_keys());
         }
-        Ok(row("headless", POD, &name, NONE, answers.join(", ")))
+        Ok(row("headless name", POD, &name, NONE, answers.join(", ")))
     }
 }
 

@@ -100,13 +100,13 @@ fn show(options: &Options, topology: &Topology, obstacle: Option<&str>) -> Resul
 fn introduction(options: &Options, serving: &Serving) -> String {
     let mut text = format!(
         "Two nodes with two pods each, and a client outside: network namespaces of this machine.\n\
-         weir runs on both nodes with --proxy-mode={}. {}\n\n\
-         Each row is {CALLS} TCP connections, and the pods that answered them.\n",
+         weir runs on both nodes with --proxy-mode={}.\n{}\n\n\
+         A row is {CALLS} TCP connections, and the pods that answered them.\n",
         options.mode, serving.reason
     );
     if serving.planes.contains(&Via::Socket) {
-        text += "A pod or node has a second row: there its sockets are outside the cgroups with weir's hooks,\n\
-                 so nftables translates their packets.\n";
+        text += "For the second row of a pod or node, its sockets are outside the cgroups with eBPF hooks, so that\n\
+                 nftables translates the same connections.\n";
     }
     text
 }

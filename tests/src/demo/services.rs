@@ -42,7 +42,7 @@ pub(super) fn publish_web(subject: &Subject<'_>, two: bool) -> Result<()> {
 }
 
 fn publish(subject: &Subject<'_>, service: Addresses, shape: &Shape) -> Result<()> {
-    subject.publish(&lot.name(), shape.objects(lot))
+    subject.publish(&service.name(), shape.objects(service))
 }
 
 fn headless() -> Vec<Object> {

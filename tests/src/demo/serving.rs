@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use weir::{dataplane::probe::Probe, dns};
+use weir::{dns, machine::probe::Probe};
 
 use crate::{
     node::{Location, Topology},
@@ -61,11 +61,12 @@ impl Serving {
         let reason = if planes.contains(&Via::Socket) {
             let needed = probe.findings.iter().filter(|finding| finding.needed).count();
             format!(
-                "The socket plane (eBPF) serves, and\nnftables what it leaves: Linux {} has the {needed} features that it needs.",
+                "The socket plane (eBPF) serves, because Linux {} has all {needed} features that it needs.\n\
+                 nftables serves the rest: clients outside, and sockets that eBPF hooks do not see.",
                 probe.kernel
             )
         } else {
-            format!("nftables serves alone,\nbecause {}", obstacles(mode, obstacle, &probe, log))
+            format!("nftables serves alone, because {}", obstacles(mode, obstacle, &probe, log))
         };
         let without_names = names.err().map(|error| format!("{:#}", anyhow::Error::from(error)));
         Ok(Self { planes, reason, without_names })

@@ -245,7 +245,9 @@ fn weir_answers_as_coredns_does_and_goes_on_without_an_api_server() -> Result<()
     };
     await_that(&format!("CoreDNS has read everything\n{}", coredns.log()), || reads(theirs));
     await_that(&format!("weir has read everything\n{}", fixture.say_log()), || reads(ours));
-    await_that("weir answers at the Service", || fixture.logged("this node answers DNS queries to this address"));
+    await_that("weir answers at the Service", || {
+        fixture.logged("this node answers DNS queries to this address")
+    });
 
     compare(client, ours, theirs)?;
     // A change shows without anybody being asked again.

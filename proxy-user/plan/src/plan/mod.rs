@@ -132,7 +132,7 @@ impl BackendSet {
     pub const ALL: [Self; 2] = [Self::Cluster, Self::Local];
 }
 
-/// What one class of sources gets.
+/// The treatment of flows from one class of sources.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct Treatment {
     /// The backends, or the refusal.
@@ -235,6 +235,13 @@ pub struct PortPlan {
 }
 
 impl PortPlan {
+    /// Whether UDP flows and sockets of this port may stay with an endpoint (K2).
+    #[must_use]
+    pub fn serves(&self, address: IpAddr, port: u16) -> bool {
+        let key = |backend: &Backend| (backend.address, backend.port);
+        self.serving.binary_search_by_key(&(address, port), key).is_ok()
+    }
+
     /// The backends of one set, in the order of their slots.
     #[must_use]
     pub fn backends(&self, set: BackendSet) -> &[Backend] {
@@ -244,7 +251,7 @@ impl PortPlan {
         }
     }
 
-    /// What the port does with a frontend, if it has it.
+    /// The plan of a frontend, if the port has it.
     #[must_use]
     pub fn frontend(&self, frontend: Frontend) -> Option<&FrontendPlan> {
         let index = self.frontends.binary_search_by_key(&frontend, |planned| planned.frontend).ok()?;

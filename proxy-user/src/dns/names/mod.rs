@@ -50,7 +50,7 @@ impl Named {
     }
 }
 
-/// All Services and endpoints by name.
+/// Every Service and endpoint by name.
 #[derive(Debug, Default)]
 pub struct Names {
     node_name: String,
@@ -157,7 +157,7 @@ impl Names {
         self.dns_services.chosen()
     }
 
-    /// The ClusterIPs of the cluster's DNS Service; `None` if it does not exist.
+    /// The ClusterIPs of the cluster's DNS Service; `None` when it does not exist.
     #[must_use]
     pub fn dns_addresses(&self) -> Option<&[IpAddr]> {
         let service = self.services.get(self.dns_service()?)?.service()?;

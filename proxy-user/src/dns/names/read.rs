@@ -101,7 +101,7 @@ fn read_port(port: &core::ServicePort) -> Option<ServicePort> {
     })
 }
 
-/// A port of a slice.
+/// One port of a slice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedPort {
     /// Empty for an unnamed port.
@@ -112,7 +112,7 @@ pub struct NamedPort {
     pub port: u16,
 }
 
-/// An endpoint of a slice.
+/// One endpoint of a slice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedEndpoint {
     /// The first of its addresses (W8).
@@ -136,7 +136,7 @@ impl NamedEndpoint {
             (None, IpAddr::V4(address)) => address.to_string().replace('.', "-"),
             (None, IpAddr::V6(address)) => {
                 let label = address.to_string().replace(':', "-");
-                // A DNS label must not end with a dash.
+                // A label may not end with a dash.
                 if label.ends_with('-') { label + "0" } else { label }
             }
         }

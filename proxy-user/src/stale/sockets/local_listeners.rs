@@ -67,8 +67,8 @@ impl LocalListeners {
         let mut places = BTreeSet::new();
         let visited = namespaces.each(|| {
             let namespace = cookie()?;
-            // The programs lead the host's processes wherever they are bound.
-            if namespace != own && is_home(&frontends)? {
+            // The programs always translate sockets of the host's own namespace.
+            if namespace != own && has_listener(&frontends)? {
                 places.insert(home_index(namespace));
             }
             Ok(())
