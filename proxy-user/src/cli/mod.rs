@@ -37,7 +37,7 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Print what weir would program, without touching the kernel
     Plan(Box<PlanArgs>),
-    /// Show which kernel features the socket plane (eBPF) needs and whether this machine has them
+    /// Show whether this machine has the kernel features of the socket plane (eBPF)
     Probe(ProbeArgs),
     /// Remove everything that weir installed in the kernel
     Cleanup(CleanupArgs),

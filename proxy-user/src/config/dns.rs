@@ -16,7 +16,7 @@ use crate::model::{DnsService, ObjectName, parse_address, parse_network};
 
 /// Flags that have an effect only with `--dns`. A configuration file has no fields for them.
 #[derive(Args, Clone, Debug)]
-#[command(next_help_heading = "Names")]
+#[command(next_help_heading = "DNS")]
 pub struct DnsArgs {
     /// Answer DNS queries for the cluster's names on this node, in front of the cluster's DNS Service
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
