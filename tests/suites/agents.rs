@@ -209,7 +209,7 @@ fn a_second_agent_waits(plane: Plane) -> Result<()> {
     // Only the first does anything.
     node.publish("more", 11)?;
     await_that("the first agent follows", || node.has(11));
-    ensure!(first.logged("changed our tables") == 0, "{}", first.log());
+    ensure!(first.logged("another program changed weir's table") == 0, "{}", first.log());
 
     first.signal(Signal::SIGKILL)?;
     await_that("the second agent serves", || node.health(&second) == Some(200));
@@ -371,6 +371,6 @@ fn without_a_look_at_the_bpffs_nftables_serves() -> Result<()> {
     ];
     let agent = node.start_by(&rights, &copy, "agent.log", "nftables", 20256, &closed.join("weir"))?;
     await_that(&format!("the agent serves\n{}", agent.log()), || node.health(&agent) == Some(200));
-    ensure!(agent.logged("may not look for kernel programs") == 1, "{}", agent.log());
+    ensure!(agent.logged("no permission to look for kernel programs") == 1, "{}", agent.log());
     Ok(())
 }

@@ -226,7 +226,11 @@ fn a_weir_that_does_not_answer_gives_the_queries_back() -> Result<()> {
                 add rule ip deaf in ip daddr 169.254.20.53 udp dport 53 drop";
     node.stdout("nft", &[deaf])?;
     all_answered_by(&fixture, &askers, Resolver::CoreDns);
-    assert!(fixture.logged("the cluster's DNS Service has its address back"), "{}", fixture.say_log());
+    assert!(
+        fixture.logged("this node no longer answers DNS queries to this address"),
+        "{}",
+        fixture.say_log()
+    );
     node.stdout("nft", &["delete table ip deaf"])?;
     fixture.await_answers_of(Resolver::Weir);
     back_at_weir(&fixture, &askers);

@@ -396,7 +396,7 @@ fn a_map_of_another_layout_under_our_name_is_refused_by_name() -> Result<()> {
     HashMap::<_, u32, u32>::create(1, 0)?.pin(fixture.place.sockets().join("origins"))?;
     let Err(problem) = open(&fixture.place) else { bail!("it was opened") };
     let text = problem.to_string();
-    assert!(text.contains("sockets-5/origins is of another layout"), "{text}");
+    assert!(text.contains("sockets-5/origins has another layout"), "{text}");
     Ok(())
 }
 
