@@ -1,9 +1,9 @@
 //! Rules that keep a client with its backend (A1 to A5).
 //!
-//! In: a sticky port, its number of slots and its timeout. Out: the rules of its two chains, and the chain that all sticky
-//! ports share. The kernel remembers a backend by a number that no other backend ever had. The packet's priority carries
-//! the number from one look-up to the next, because `nft` prints and reads back no other way to store the result of a
-//! look-up.
+//! In: a sticky port, its number of slots and its timeout. Out: the rules of its two chains, and the chain that all
+//! sticky ports share. The kernel remembers a backend by a number that no other backend ever had. The packet's priority
+//! carries the number from one look-up to the next, because `nft` prints and reads back no other way to store the
+//! result of a look-up.
 
 use super::{
     expr,
@@ -64,9 +64,9 @@ fn draw_one(slots: &str, count: u32) -> Vec<Expr> {
     ]
 }
 
-/// The rules that look a client's number up. No backend has the number of one that left, so the next rule deletes such an
-/// element, because an update would not change its number. These rules are written once, because the kernel walks a map
-/// when a rule first uses it, and this map may have all clients.
+/// The rules that look a client's number up. If its backend left, the second rule deletes the element, because an
+/// update would not change the number. weir writes these rules once, because the kernel walks a map when a rule first
+/// uses it, and this map may have all clients.
 pub(super) fn choice(family: Family, sticky: &Sticky, set: BackendSet, seconds: u32) -> Vec<Vec<Expr>> {
     let clients = SharedObject::Clients { sticky: sticky.clone(), set }.name();
     let draw = SharedObject::Draw { sticky: sticky.clone(), set }.name();
@@ -106,8 +106,8 @@ pub(super) fn draw(
     let mut rules = vec![
         draw_one(&slots, count),
         serve_unremembered(family),
-        // A6: if the map is full, the next rule serves the client. If another program removed the slots, the packet has no
-        // number, and must not be remembered, because an update would not change the element later.
+        // A6: if the map is full, the next rule serves the client. If another program removed the slots, the packet has
+        // no number, and must not be remembered, because an update would not change the element later.
         [has_number(), remember(family, &clients, seconds)].concat(),
         vec![expr::jump(TO_NUMBERED)],
         // The backend left between two look-ups. The first slot exists as long as any slot.
@@ -118,8 +118,8 @@ pub(super) fn draw(
     rules
 }
 
-/// Serves new clients of an IPv6 network beyond a limit without remembering them, because one site has 2^80 addresses and
-/// could fill the map alone, so that other clients would not be remembered. No client has that many IPv4 addresses.
+/// Serves new clients of an IPv6 network beyond a limit without remembering them, because one site has 2^80 addresses
+/// and could fill the map alone, so that other clients would not be remembered. No client has that many IPv4 addresses.
 fn serve_unremembered(family: Family) -> Vec<Expr> {
     const SITE: [u8; 16] = [255, 255, 255, 255, 255, 255, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     const BURST: u32 = 4096;

@@ -1,9 +1,9 @@
 //! The numbers of sticky ports' backends.
 //!
-//! In: service ports before and after, and the numbers in the kernel. Out: numbers for new backends, and the elements that
-//! differ. A client remembers a number, and a backend that leaves takes its number with it. So weir never reads or deletes
-//! remembered clients here, however many there are. weir never gives a number twice, also not after a restart: the kernel
-//! stores the highest number that may have been given.
+//! In: service ports before and after, and the numbers in the kernel. Out: numbers for new backends, and the elements
+//! that differ. The kernel remembers a number for each client, and weir removes the number of a backend that leaves. So
+//! weir never reads or deletes remembered clients, however many there are. weir never gives a number twice, also not
+//! after a restart: the kernel stores the highest number that may have been given.
 
 use std::collections::BTreeMap;
 

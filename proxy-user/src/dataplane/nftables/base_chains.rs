@@ -1,5 +1,5 @@
-//! The chains that every node has, and those that exist while the node or some Service needs them. README.md beside this
-//! file draws a packet's way through them.
+//! The chains that every node has, and those that exist while the node or some Service needs them. README.md beside
+//! this file draws a packet's way through them.
 //!
 //! In: the family, the [`NodePlan`] and [`Needs`]. Out: chains with their rules.
 
@@ -128,8 +128,8 @@ fn only_new_flows() -> Vec<Expr> {
     [expr::no_new_flow().to_vec(), vec![expr::accept()]].concat()
 }
 
-/// Accepts flows that have a backend, because none of the refusals is about them and their destination is no Service's any
-/// more. This also accepts a flow that another program's rules sent on to a Service's address.
+/// Accepts flows that have a backend, because none of the refusals is about them and their destination is no Service's
+/// any more. This also accepts a flow that another program's rules sent on to a Service's address.
 fn translated() -> Vec<Expr> {
     [expr::translated().to_vec(), vec![expr::accept()]].concat()
 }

@@ -1,9 +1,10 @@
 //! Elements that are deleted one change later: slots that no frontend's number of endpoints reaches any more, and local
 //! backends that no port has any more.
 //!
-//! In: elements that a transaction leaves behind. Out: the elements to delete. A packet looks its frontend up first and the
-//! slot last. If a transaction comes into force in between, the packet has the old number of endpoints and must still find
-//! that slot, or it would go on untranslated. A pod that got itself as backend must still be masqueraded (R9).
+//! In: elements that a transaction leaves behind. Out: the elements to delete. A packet looks its frontend up first and
+//! the slot last. If a transaction comes into force in between, the packet has the old number of endpoints and must
+//! still find that slot, or it would go on untranslated. A pod that got itself as backend must still be masqueraded
+//! (R9).
 
 use rustc_hash::FxHashSet;
 

@@ -44,9 +44,9 @@ fn to_clients(family: Family, node: &NodePlan, coming_in: bool, chain: &str) -> 
     node.answers_names.then(|| [to_answered(family), to_this_host(coming_in), vec![end]].concat())
 }
 
-/// Matches packets that the kernel delivers on this node. The address is this host's while the process that answers runs,
-/// because the kernel removes the address with the process's device, however the process ends. A packet that this host
-/// sends has its route already, which may be an older one.
+/// Matches packets that the kernel delivers on this node. The address is this host's while the process that answers
+/// runs, because the kernel removes the address with the process's device, however the process ends. A packet that this
+/// host sends has its route already, which may be an older one.
 fn to_this_host(coming_in: bool) -> Vec<Expr> {
     if coming_in { expr::destination_is_local().to_vec() } else { expr::through_loopback().to_vec() }
 }
@@ -83,8 +83,8 @@ pub(super) fn client_chains(family: Family, node: &NodePlan) -> Vec<RuledChain> 
     ]
 }
 
-/// Does not track datagrams that a process of this node answers, nor the answers, so that the kernel decides anew for each
-/// datagram of a socket. TCP is tracked, because a connection belongs to the process that accepted it.
+/// Does not track datagrams that a process of this node answers, nor the answers, so that the kernel decides anew for
+/// each datagram of a socket. TCP is tracked, because a connection belongs to the process that accepted it.
 pub(super) fn untracked_rules(family: Family, node: &NodePlan, coming_in: bool) -> Vec<Vec<Expr>> {
     let udp =
         || vec![expr::protocol(expr::word(0)), expr::compare(expr::word(0), true, &[Protocol::Udp.number()])];

@@ -1,8 +1,8 @@
 //! The reasons for which the table drops or refuses packets.
 //!
-//! In: nothing. Out: a named counter for each reason, and the expressions and chains that end a packet's way. The counters
-//! are in rules that drop or refuse only, because counting would cost traffic that is served. They belong to the table,
-//! so they continue when rules are written anew.
+//! In: nothing. Out: a named counter for each reason, and the expressions and chains that end a packet's way. The
+//! counters are in rules that drop or refuse only, because counting would cost traffic that is served. They belong to
+//! the table, so they continue when rules are written anew.
 
 use super::{expr, netlink::Expr, schema::RuledChain};
 use crate::model::Family;

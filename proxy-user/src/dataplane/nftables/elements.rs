@@ -66,9 +66,9 @@ struct Side {
     masquerade: Masquerade,
 }
 
-/// Splits a route into the treatment of pods and this host, and that of outside sources if it differs. A plan that was made
-/// while the node had no way to detect pods treats them as outside sources, and so do the chains then. If a fork separates
-/// sources, only this host is left of those that are no pods, so no rule has to look its addresses up again.
+/// Splits a route into the treatment of pods and this host, and that of outside sources if it differs. A plan that was
+/// made while the node had no way to detect pods treats them as outside sources, and so do the chains then. The inside
+/// of a fork gets only packets of pods and this host, so no rule there has to look this host's addresses up again.
 fn sides(route: &Route) -> Result<(Side, Option<Side>), Unsupported> {
     use Masquerade::{Always, Foreign, Host, Never};
     let Route { pod, host, outside } = *route;
@@ -192,8 +192,8 @@ fn picker(
     })
 }
 
-/// The backend sets of a sticky port for which the kernel remembers clients. An empty set is among them, because its map has
-/// no number that leads to a backend then.
+/// The backend sets of a sticky port for which the kernel remembers clients. An empty set is among them, because its
+/// map has no number that leads to a backend then.
 pub(super) fn remembered_sets(port: &PortPlan) -> impl Iterator<Item = BackendSet> {
     let is_local = |treatment: Treatment| matches!(treatment.target, Target::Local | Target::Drop);
     let routes = || port.frontends.iter().map(|plan| plan.route);

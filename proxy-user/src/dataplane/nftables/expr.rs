@@ -209,7 +209,6 @@ pub(super) fn map(sreg: u32, map: &str, dreg: u32) -> Expr {
     lookup
 }
 
-/// Loads a constant.
 pub(super) fn constant(dreg: u32, data: &[u8]) -> Expr {
     Expr {
         kind: c"immediate",
@@ -417,8 +416,8 @@ fn write_from_packet(map: &str, operation: i32, key: u32, data: u32) -> Expr {
     }
 }
 
-/// `update @MAP { key timeout SECONDS : data }`. An existing element gets the timeout and keeps its data. A full map ends the
-/// rule.
+/// `update @MAP { key timeout SECONDS : data }`. An existing element gets the timeout and keeps its data. A full map
+/// ends the rule.
 pub(super) fn remember(map: &str, key: u32, data: u32, seconds: u32) -> Expr {
     let mut update = write_from_packet(map, libc::NFT_DYNSET_OP_UPDATE, key, data);
     update.attributes.push((sys::NFTNL_EXPR_DYNSET_TIMEOUT, U64(u64::from(seconds) * 1000)));
@@ -444,8 +443,8 @@ pub(super) fn forget(map: &str, key: u32, data: u32) -> Expr {
     write_from_packet(map, NFT_DYNSET_OP_DELETE, key, data)
 }
 
-/// `update @SET { key timeout SECONDS limit rate over RATE/second burst BURST packets }`, which matches keys above that rate.
-/// A full set ends the rule.
+/// `update @SET { key timeout SECONDS limit rate over RATE/second burst BURST packets }`, which matches keys above that
+/// rate. A full set ends the rule.
 pub(super) fn too_often(set: &str, key: u32, seconds: u32, rate: u64, burst: u32) -> Expr {
     const NFT_LIMIT_F_INV: u32 = 1;
     const ONE_SECOND: u64 = 1;

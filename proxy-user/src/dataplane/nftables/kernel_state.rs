@@ -1,10 +1,12 @@
-//! The content of a table in the kernel that this agent has not written: read at a start, after a failure and for `dump`.
+//! The content of a table in the kernel that this agent has not written: read at a start, after a failure and for
+//! `dump`.
 //!
-//! In: dumps. Out: a filter, which takes out of each transaction what the kernel has already; at the end what is left over.
+//! In: dumps. Out: a filter, which takes out of each transaction what the kernel has already; at the end what is left
+//! over.
 //!
-//! weir does not dump the maps of slots, which have an element for each endpoint of each frontend: the kernel begins each
-//! message of a dump at the set's first element (`nf_tables_dump_set`), so reading 250,000 elements takes it ten seconds.
-//! weir derives slots from the frontends, which lead to chains with the number of endpoints in their names.
+//! weir does not dump the maps of slots, which have an element for each endpoint of each frontend: the kernel begins
+//! each message of a dump at the set's first element (`nf_tables_dump_set`), so reading 250,000 elements takes it ten
+//! seconds. weir derives slots from the frontends, which lead to chains with the number of endpoints in their names.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -31,11 +33,9 @@ pub(super) type Elements = FxHashMap<Bytes, Value>;
 
 pub(super) struct KernelState {
     family: Family,
-    /// Names of sets and maps.
+    /// Names of sets and maps, counters and chains.
     pub(super) sets: HashSet<String>,
-    /// Names of counters.
     pub(super) counters: HashSet<String>,
-    /// Names of chains.
     pub(super) chains: HashSet<String>,
     /// Name of a chain → its bucket.
     buckets: HashMap<String, u32>,
@@ -115,8 +115,8 @@ impl KernelState {
         Ok(())
     }
 
-    /// Takes out of a transaction what the kernel has already, and replaces elements that have another value. Returns the
-    /// elements of the transaction that it found.
+    /// Takes out of a transaction what the kernel has already, and replaces elements that have another value. Returns
+    /// the elements of the transaction that it found.
     pub(super) fn reduce(&self, transaction: &mut Transaction) -> Vec<ElementKey> {
         let Transaction { objects, gone, come, .. } = transaction;
         for new in objects {
@@ -143,8 +143,8 @@ impl KernelState {
         found
     }
 
-    /// Takes over a transaction that is in force: the elements that [`KernelState::reduce`] found are no leftovers, and the
-    /// slots that their frontends leave are.
+    /// Takes over a transaction that is in force: the elements that [`KernelState::reduce`] found are no leftovers, and
+    /// the slots that their frontends leave are.
     pub(super) fn claim(&mut self, changes: &PortChanges<'_>, found: Vec<ElementKey>) {
         for (map, elements) in &changes.come {
             for (element, object) in elements {

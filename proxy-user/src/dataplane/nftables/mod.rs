@@ -1,11 +1,11 @@
 //! The nftables plane: tables `ip weir` and `ip6 weir`, which weir changes element by element over netlink.
 //!
-//! In: [`Delta`]s. Out: netlink transactions. README.md beside this file draws the chains and lists the names on which other
-//! programs may rely.
+//! In: [`Delta`]s. Out: netlink transactions. README.md beside this file draws the chains and lists the names on which
+//! other programs may rely.
 //!
 //! ```text
-//! Delta ─▶ elements (PortPlan → elements) ─▶ transaction ─▶ kernel_state (less what exists) ─▶ netlink ─▶ socket ─▶ kernel
-//!                 schema, shared_chains ──▶ table ◀── base_chains                kernel_state, dump ◀── queries ◀──┘
+//! Delta ─▶ elements (of a PortPlan) ─▶ transaction ─▶ kernel_state (less what exists) ─▶ netlink ─▶ socket ─▶ kernel
+//!             schema, shared_chains ─▶ table ◀─ base_chains           kernel_state, dump ◀─ queries ◀──────┘
 //! ```
 
 use std::{collections::HashSet, io};
@@ -67,7 +67,8 @@ impl Nftables {
         Ok(plane)
     }
 
-    /// The same, and listens for changes of other programs to weir's tables, from before it reads them, so that none is missed.
+    /// The same, and listens for changes of other programs to weir's tables, from before it reads them, so that none is
+    /// missed.
     ///
     /// # Errors
     ///
@@ -161,8 +162,8 @@ fn rebuild(
     Ok(refused)
 }
 
-/// Writes `delta` into one table. A ClusterIP refuses unknown ports (F4), so weir adds it after its ports and removes it
-/// before them.
+/// Writes `delta` into one table. A ClusterIP refuses unknown ports (F4), so weir adds it after its ports and removes
+/// it before them.
 fn write(
     netlink: &mut socket::Netlink,
     table: &mut Table,

@@ -13,10 +13,11 @@
 //! }
 //! ```
 //!
-//! One priority before the table `weir`, the rule writes the Service's address into the first datagram of a flow, in place of
-//! the backend's, and the table `weir` picks a backend as for any other flow. Connection tracking stores the flow with the
-//! addresses before both changes. So it translates later datagrams and answers between the socket and the new backend, and
-//! the socket receives answers from the address to which it is connected. Only first datagrams of flows reach the rule.
+//! One priority before the table `weir`, the rule writes the Service's address into the first datagram of a flow, in
+//! place of the backend's, and the table `weir` picks a backend as for any other flow. Connection tracking stores the
+//! flow with the addresses before both changes. So it translates later datagrams and answers between the socket and the
+//! new backend, and the socket receives answers from the address to which it is connected. Only first datagrams of
+//! flows reach the rule.
 
 use std::{io, net::SocketAddr};
 
@@ -50,8 +51,8 @@ pub struct Moved {
     pub backend: SocketAddr,
     /// The Service for which it asked, of the same family.
     pub service: SocketAddr,
-    /// Whether that Service exists now. Otherwise weir drops the datagrams, because the kernel would send all but the first to
-    /// the backend.
+    /// Whether that Service exists now. Otherwise weir drops the datagrams, because the kernel would send all but the
+    /// first to the backend.
     pub exists: bool,
 }
 
@@ -132,8 +133,8 @@ fn element(moved: &Moved, value: Value) -> Element {
     Element { key: key.into(), key_end: None, value }
 }
 
-/// Matches UDP packets and loads the key. All packets here begin a flow. The match on it makes the kernel track flows, without
-/// which it runs no chain of type nat.
+/// Matches UDP packets and loads the key. All packets here begin a flow. The match on it makes the kernel track flows,
+/// without which it runs no chain of type nat.
 fn load(family: Family) -> Vec<Expr> {
     let words = expr::address_words(family);
     let load = [

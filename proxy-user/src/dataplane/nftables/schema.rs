@@ -1,7 +1,7 @@
 //! The layout of a table: its maps and sets, and the keys and values of their elements.
 //!
-//! In: a family; frontends, backends and slots. Out: specifications, keys and values as the kernel holds them. Every part
-//! of a key fills whole words of 4 bytes.
+//! In: a family; frontends, backends and slots. Out: specifications, keys and values as the kernel holds them. Every
+//! part of a key fills whole words of 4 bytes.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 

@@ -1,8 +1,8 @@
 //! Chains, maps and sets that exist while some service port uses them: chains that pick a backend, session affinity's
 //! chains and maps, and source ranges.
 //!
-//! In: the needs of a service port. Out: names and rules. A name has everything about an object, so a dump is read back by
-//! names alone: `service-cluster-3-masquerade`, `sticky-local-10800/default/web/http/tcp`.
+//! In: the needs of a service port. Out: names and rules. A name has everything about an object, so a dump is read back
+//! by names alone: `service-cluster-3-masquerade`, `sticky-local-10800/default/web/http/tcp`.
 
 use std::ops::Range;
 
@@ -339,8 +339,8 @@ fn number_and_masquerade(text: &str) -> Option<(u32, Masquerade)> {
 }
 
 impl Masquerade {
-    /// The rules of a picker, with `pick` at the end of the last. They clear the priority, which held the bucket. No case
-    /// has a rule that it does not need, because each rule costs a new flow about 20 ns.
+    /// The rules of a picker, with `pick` at the end of the last. They clear the priority, which held the bucket. No
+    /// case has a rule that it does not need, because each rule costs a new flow about 20 ns.
     fn before(self, family: Family, node: &NodePlan, pick: Vec<Expr>) -> Vec<Vec<Expr>> {
         let mark = mark(node.masquerade_mark);
         let (first, every) = match self {

@@ -23,7 +23,6 @@ const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const NLM_F_DUMP_INTR: u16 = 0x10;
 
-/// A request socket.
 pub(super) struct Netlink {
     socket: OwnSocket,
     buffer: Vec<u8>,
@@ -39,7 +38,8 @@ pub(super) enum CommitError {
     /// Something is missing that was there when the batch was made, because another program removed it.
     #[error(transparent)]
     Missing(io::Error),
-    /// The error is about nothing in the batch: memory, rights or a lost report. Whether the batch is in force is unknown.
+    /// The error is about nothing in the batch: memory, rights or a lost report. Whether the batch is in force is
+    /// unknown.
     #[error(transparent)]
     Unknown(io::Error),
 }
@@ -242,7 +242,8 @@ pub(super) fn close_on_exec(socket: &Socket) -> io::Result<()> {
     Ok(())
 }
 
-/// Enlarges the send buffer for a batch, because the kernel takes it only whole, and the receive buffer for its reports.
+/// Enlarges the send buffer for a batch, because the kernel takes it only whole, and the receive buffer for its
+/// reports.
 fn grow(socket: &Socket, batch: usize, reports: usize) -> io::Result<()> {
     use nix::sys::socket::{getsockopt, setsockopt, sockopt};
     let socket = descriptor::borrow(socket);

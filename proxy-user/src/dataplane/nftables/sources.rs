@@ -60,8 +60,8 @@ impl Sources {
     }
 }
 
-/// An address and a port, of which the set allows every one, because the kernel's only set of ranges that packets look up
-/// without a lock is for concatenations.
+/// An address and a port, of which the set allows every one, because the kernel's only set of ranges that packets look
+/// up without a lock is for concatenations.
 fn key(address: &[u8], port: u16) -> Bytes {
     let mut key = Bytes::from_slice(address);
     key.extend_from_slice(&port.to_be_bytes());

@@ -1,7 +1,8 @@
 //! A service port with session affinity, as it appears in names of chains and maps.
 //!
 //! In: a [`PortId`], whose parts users choose. Out: a text of bounded length that identifies this service port, and a
-//! comment with the part that the text leaves out. A name with two pickers and this text stays below the kernel's 255 bytes.
+//! comment with the part that the text leaves out. A name with two pickers and this text stays below the kernel's 255
+//! bytes.
 
 use std::{
     cmp::Ordering,

@@ -1,7 +1,8 @@
 //! One transaction: the changes of several service ports, and what of them is sent to the kernel.
 //!
-//! In: port changes. Out: elements that come and go, and how many uses of shared objects these are. Nothing here depends on
-//! the kernel's state: `table` adds buckets and objects, and `kernel_state` takes out what the kernel has already.
+//! In: port changes. Out: elements that come and go, and how many uses of shared objects these are. Nothing here
+//! depends on the kernel's state: `table` adds buckets and objects, and `kernel_state` takes out what the kernel has
+//! already.
 
 use std::collections::BTreeMap;
 

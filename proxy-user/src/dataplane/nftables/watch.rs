@@ -19,8 +19,8 @@ use crate::{
     sys::descriptor::{OwnSocket, borrow, ignore_sender},
 };
 
-/// The socket's buffer, in bytes: room for the notices of a commit that replaces 100,000 rules at once, as iptables does. The
-/// kernel drops notices beyond it, and then weir must compare everything. Only waiting notices take memory.
+/// The socket's buffer, in bytes: room for the notices of a commit that replaces 100,000 rules at once, as iptables
+/// does. The kernel drops notices beyond it, and then weir must compare everything. Only waiting notices take memory.
 const ROOM: usize = 64 << 20;
 
 /// A change that a [`Watch`] reports.

@@ -1,6 +1,7 @@
 //! One batch of changes to a table, in the form that the kernel takes.
 //!
-//! In: sets, chains, rules and elements. Out: a buffer for one `send`, and for a trial also the subject of each message.
+//! In: sets, chains, rules and elements. Out: a buffer for one `send`, and for a trial also the subject of each
+//! message.
 
 use nftnl::{Chain, MsgType, NlMsg, Policy, Rule, Table, nftnl_sys::libc};
 

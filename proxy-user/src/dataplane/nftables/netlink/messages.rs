@@ -34,8 +34,8 @@ impl Expr {
         let raw = expr.as_ptr();
         for (attribute, value) in &self.attributes {
             let attribute = *attribute as u16;
-            // SAFETY: `raw` was just allocated. libnftnl copies each value before it returns, except an expression, which is
-            // allocated here and which libnftnl owns and frees from then on.
+            // SAFETY: `raw` was just allocated. libnftnl copies each value before it returns, except an expression,
+            // which is allocated here and which libnftnl owns and frees from then on.
             unsafe {
                 match value {
                     Attribute::U8(value) => sys::nftnl_expr_set_u8(raw, attribute, *value),
@@ -317,7 +317,8 @@ unsafe impl NlMsg for ChainMessage<'_> {
     unsafe fn write(&self, buffer: *mut c_void, seq: u32, _: MsgType) {
         let ChainSpec { name, userdata, .. } = self.spec;
         let (family, name) = (self.table.get_family(), c_string(name));
-        // SAFETY: `buffer` is as large as the trait promises; the chain is allocated, filled with copies, and freed here.
+        // SAFETY: `buffer` is as large as the trait promises; the chain is allocated, filled with copies, and freed
+        // here.
         unsafe {
             let chain = allocated(sys::nftnl_chain_alloc()).as_ptr();
             sys::nftnl_chain_set_str(chain, sys::NFTNL_CHAIN_TABLE as u16, self.table.get_name().as_ptr());

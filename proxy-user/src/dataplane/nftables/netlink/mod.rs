@@ -1,7 +1,7 @@
 //! Messages of nf_tables: built from plain Rust values, and read back into them.
 //!
-//! In: tables, sets, chains, rules and elements (`objects`). Out: one netlink batch in a buffer (`batch`, of `messages`),
-//! requests and parsed answers (`read`).
+//! In: tables, sets, chains, rules and elements (`objects`). Out: one netlink batch in a buffer (`batch`, of
+//! `messages`), requests and parsed answers (`read`).
 
 #![expect(unsafe_code, reason = "a C library and system calls; every block states why it is sound")]
 

@@ -50,7 +50,6 @@ impl SetSpec {
     }
 }
 
-/// A set or map.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct SetSpec {
     pub(crate) name: String,

@@ -1,6 +1,7 @@
 //! Switches service ports, many in one transaction.
 //!
-//! In: port changes. Out: transactions, less what the kernel has already, and the names of ports that the kernel refuses.
+//! In: port changes. Out: transactions, less what the kernel has already, and the names of ports that the kernel
+//! refuses.
 
 use std::{collections::BTreeMap, io};
 
@@ -154,8 +155,8 @@ impl Table {
         Needs { guards: guarded || self.kernel.needs_guards() }
     }
 
-    /// The objects that `changes` are the first to use, sorted: maps before the chains that name them, and chains before
-    /// those that lead to them.
+    /// The objects that `changes` are the first to use, sorted: maps before the chains that name them, and chains
+    /// before those that lead to them.
     fn new_objects(&self, changes: &PortChanges<'_>) -> Vec<NewObject> {
         let mut wanted: Vec<_> = changes.uses.iter().filter(|(_, change)| **change > 0).collect();
         wanted.sort_unstable();
@@ -195,7 +196,8 @@ impl Table {
         }
     }
 
-    /// Adds the elements that come, with their buckets. A slot that is vacated or holds something else is deleted first.
+    /// Adds the elements that come, with their buckets. A slot that is vacated or holds something else is deleted
+    /// first.
     fn add_elements(&self, transaction: &mut Transaction, changes: &PortChanges<'_>, foreign: &Slots) {
         let made = transaction.objects.iter().map(|new| (&new.object, new.bucket));
         let made: FxHashMap<&SharedObject, u32> = made.collect();
@@ -224,8 +226,8 @@ impl Table {
         self.vacated.holds(map, key) || changes.vacated.holds(map, key)
     }
 
-    /// The slots that `changes` fill and that hold something of which this agent does not know: endpoints changed while no
-    /// agent ran, an agent ended before it deleted vacated slots, or another program wrote them.
+    /// The slots that `changes` fill and that hold something of which this agent does not know: endpoints changed while
+    /// no agent ran, an agent ended before it deleted vacated slots, or another program wrote them.
     pub(super) fn foreign_slots(
         &self,
         netlink: &mut Netlink,

@@ -19,8 +19,8 @@ use crate::{
 };
 
 impl Table {
-    /// Removes what the kernel has beyond a complete delta. The elements of service ports that the kernel `refused` to change
-    /// stay until it takes a change of them.
+    /// Removes what the kernel has beyond a complete delta. The elements of service ports that the kernel `refused` to
+    /// change stay until it takes a change of them.
     ///
     /// # Errors
     ///
@@ -56,7 +56,7 @@ impl Table {
         Ok(())
     }
 
-    /// Leaves over only buckets that lead to chains without a use.
+    /// Takes buckets that lead to used chains out of the leftovers.
     fn keep_used_buckets(&self, leftovers: &mut KernelState) {
         let is_used = |name: &str| {
             name == NO_LOCAL_ENDPOINTS
@@ -102,8 +102,8 @@ impl Table {
         }
     }
 
-    /// Removes chains and sets that this version never writes, but another version or program did. One that cannot be removed
-    /// stays, and does no harm.
+    /// Removes chains and sets that this version never writes, but another version or program did. One that cannot be
+    /// removed stays, and does no harm.
     fn remove_unknown(&self, netlink: &mut Netlink, leftovers: &KernelState) {
         let is_ours = |name: &str| base_chains::is_base_chain(name) || SharedObject::parse(name).is_some();
         let chains: Vec<String> = leftovers.chains.iter().filter(|name| !is_ours(name)).cloned().collect();

@@ -40,8 +40,8 @@ mod usage;
 /// Slots by map and key.
 type Slots = FxHashSet<ElementKey>;
 
-/// The most elements in one transaction, because the kernel holds the lock of all nf_tables in the namespace while it works
-/// on one, and other programs that change rules wait.
+/// The most elements in one transaction, because the kernel holds the lock of all nf_tables in the namespace while it
+/// works on one, and other programs that change rules wait.
 const ELEMENTS_A_TRANSACTION: usize = 8192;
 
 /// A shared object in the kernel.

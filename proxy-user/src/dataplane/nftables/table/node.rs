@@ -31,8 +31,8 @@ fn remove_chains(batch: &mut Batch<'_>, names: &[&str]) {
     }
 }
 
-/// Creates missing chains, replaces the rules of all, and removes the chains `left`, to which these rules may have led. A
-/// chain comes before the chains that it leads to.
+/// Creates missing chains, replaces the rules of all, and removes the chains `left`, to which these rules may have led.
+/// A chain comes before the chains that it leads to.
 fn write_chains(batch: &mut Batch<'_>, chains: &[&RuledChain], left: &[&str]) {
     for chain in chains {
         batch.add_chain(&chain.spec);
@@ -63,7 +63,8 @@ fn rules_of(node: &NodePlan) -> NodePlan {
 }
 
 impl Table {
-    /// Writes the base chains, and the rules of all chains that depend on the node. After the first time only what differs.
+    /// Writes the base chains, and the rules of all chains that depend on the node. After the first time only what
+    /// differs.
     ///
     /// # Errors
     ///
@@ -180,7 +181,8 @@ impl Table {
         }
     }
 
-    /// Creates a missing table, and wakes a dormant one, which the kernel does only in a batch without changes of chains.
+    /// Creates a missing table, and wakes a dormant one, which the kernel does only in a batch without changes of
+    /// chains.
     fn wake(&self, netlink: &mut Netlink) -> Result<(), CommitError> {
         let mut batch = Batch::new(&self.raw);
         batch.add_table();

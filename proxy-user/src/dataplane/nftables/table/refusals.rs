@@ -1,8 +1,8 @@
-//! The service ports to which a refused transaction is due.
+//! Finds the service ports that made the kernel refuse a transaction.
 //!
-//! In: the ports of the transaction and the kernel's error. Out: all other ports are in force, and these are named; or the
-//! error, if it is due to no port. A refused transaction costs 13 ms, because the kernel waits until no packet uses what it
-//! takes back. So weir asks once about everything in a transaction, and not port by port.
+//! In: the ports of the transaction and the kernel's error. Out: the names of those ports, and all others in force; or
+//! the error, if no port caused it. A refused transaction costs 13 ms, because the kernel waits until no packet uses
+//! what it takes back. So weir asks once about everything in a transaction, and not port by port.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -53,7 +53,7 @@ impl Table {
     ///
     /// # Errors
     ///
-    /// When an error is due to no port. Then nothing of these ports is in force.
+    /// When no port caused an error. Then nothing of these ports is in force.
     pub(super) fn sort_out<'a>(
         &mut self,
         netlink: &mut Netlink,
@@ -134,7 +134,7 @@ impl Table {
     }
 }
 
-/// The error, if a port may be the reason for it.
+/// The error, if a port may have caused it.
 ///
 /// # Errors
 ///
@@ -143,7 +143,7 @@ fn refusal(error: CommitError) -> Result<CommitError, CommitError> {
     if matches!(error, CommitError::Refused(_)) { Ok(error) } else { Err(error) }
 }
 
-/// The ports to which the kernel's problems are due. Of two ports that ask for the same element it is the later one.
+/// The ports that caused the kernel's problems. Of two ports that ask for the same element it is the later one.
 fn blame(ports: &[&PortDelta], mut problems: HashMap<Subject, String>) -> HashMap<usize, String> {
     let mut blamed = HashMap::new();
     for (index, port) in ports.iter().enumerate().rev() {

@@ -13,8 +13,8 @@ use crate::dataplane::nftables::{
     transaction::{NewObject, PortChanges},
 };
 
-/// The most reusable chains that stay though no service port uses them, because a Service that is scaled up and down has
-/// the same numbers of endpoints again.
+/// The most reusable chains that stay though no service port uses them, because a Service that is scaled up and down
+/// has the same numbers of endpoints again.
 const MOST_IDLE: usize = 16;
 
 impl Table {
@@ -73,13 +73,13 @@ impl Table {
         self.unused.extend(self.idle.drain(..too_many));
     }
 
-    /// Removes unused objects. Kernels before 6.2 count a chain as used for a while after the last element that led to it is
-    /// gone, so weir tries again after the next change.
+    /// Removes unused objects. Kernels before 6.2 count a chain as used for a while after the last element that led to
+    /// it is gone, so weir tries again after the next change.
     pub(super) fn remove_unused(&mut self, netlink: &mut Netlink) {
         let mut unused: BTreeSet<SharedObject> = std::mem::take(&mut self.unused).into_iter().collect();
         let mut left = Vec::new();
-        // In the reverse order of creation: a chain goes before the maps and chains that it names, which may become unused
-        // by that.
+        // In the reverse order of creation: a chain goes before the maps and chains that it names, which may become
+        // unused by that.
         while let Some(object) = unused.pop_last() {
             if !self.objects.get(&object).is_some_and(Usage::is_unused) {
                 continue;
