@@ -54,7 +54,7 @@ pub(super) fn loopback_node_ports(
         let is_held = if own.is_empty() { !setting.primary } else { own.iter().any(holds) };
         match own.iter().any(|network| network.prefix_len() > 0 && holds(network)) {
             true if may_be_asked => LoopbackNodePorts::Always,
-            false if is_held && for_iptables => LoopbackNodePorts::BySockets,
+            false if is_held && for_iptables => LoopbackNodePorts::SocketPlaneOnly,
             _ => LoopbackNodePorts::Never,
         }
     };

@@ -52,7 +52,7 @@ pub enum LoopbackNodePorts {
     Never,
     /// Only with the socket plane, as in kube-proxy's iptables mode: the operator did not ask for it, and the
     /// socket plane treats a loopback address like any other.
-    BySockets,
+    SocketPlaneOnly,
     /// With any plane, because the operator asked for it.
     Always,
 }

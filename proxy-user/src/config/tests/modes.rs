@@ -47,25 +47,25 @@ fn r15_without_a_file_the_flag_decides_which_mode_is_imitated() {
 
 #[test]
 fn r13_r18_loopback_node_ports_depend_on_addresses_and_switches() {
-    use LoopbackNodePorts::{Always, BySockets, Never};
+    use LoopbackNodePorts::{Always, Never, SocketPlaneOnly};
     for (line, v4, v6) in [
-        ("", BySockets, BySockets),
-        ("--proxy-mode ebpf", BySockets, BySockets),
+        ("", SocketPlaneOnly, SocketPlaneOnly),
+        ("--proxy-mode ebpf", SocketPlaneOnly, SocketPlaneOnly),
         ("--proxy-mode nftables", Never, Never),
         ("--nodeport-addresses primary", Never, Never),
-        ("--nodeport-addresses all", BySockets, BySockets),
+        ("--nodeport-addresses all", SocketPlaneOnly, SocketPlaneOnly),
         ("--nodeport-addresses localhost", Always, Always),
         ("--proxy-mode nftables --nodeport-addresses localhost", Always, Always),
         ("--proxy-mode nftables --nodeport-addresses primary,localhost", Always, Always),
         ("--proxy-mode nftables --nodeport-addresses all,localhost", Always, Always),
-        ("--nodeport-addresses 192.0.2.0/24", Never, BySockets),
+        ("--nodeport-addresses 192.0.2.0/24", Never, SocketPlaneOnly),
         ("--nodeport-addresses 192.0.2.0/24,2001:db8::/32", Never, Never),
-        ("--nodeport-addresses 0.0.0.0/0,2001:db8::/32", BySockets, Never),
-        ("--nodeport-addresses 192.0.2.0/24,127.0.0.0/8,::/0", Always, BySockets),
-        ("--nodeport-addresses ::1/128", BySockets, Always),
+        ("--nodeport-addresses 0.0.0.0/0,2001:db8::/32", SocketPlaneOnly, Never),
+        ("--nodeport-addresses 192.0.2.0/24,127.0.0.0/8,::/0", Always, SocketPlaneOnly),
+        ("--nodeport-addresses ::1/128", SocketPlaneOnly, Always),
         // This network does not contain 127.0.0.1.
-        ("--nodeport-addresses 127.0.1.0/24", Never, BySockets),
-        ("--iptables-localhost-nodeports", BySockets, BySockets),
+        ("--nodeport-addresses 127.0.1.0/24", Never, SocketPlaneOnly),
+        ("--iptables-localhost-nodeports", SocketPlaneOnly, SocketPlaneOnly),
         ("--iptables-localhost-nodeports=false", Never, Never),
         ("--iptables-localhost-nodeports=false --nodeport-addresses 127.0.0.0/8", Never, Never),
         (
@@ -83,8 +83,8 @@ fn r13_r18_loopback_node_ports_depend_on_addresses_and_switches() {
         assert_eq!(flags(line).unwrap().config.model.loopback_node_ports, expected, "{line}");
     }
     for (fields, on) in [
-        ("iptables: {localhostNodePorts: null}", BySockets),
-        ("iptables: {localhostNodePorts: true}", BySockets),
+        ("iptables: {localhostNodePorts: null}", SocketPlaneOnly),
+        ("iptables: {localhostNodePorts: true}", SocketPlaneOnly),
         ("iptables: {localhostNodePorts: false}", Never),
         ("mode: nftables", Never),
         ("mode: nftables\nnodePortAddresses: [localhost]", Always),

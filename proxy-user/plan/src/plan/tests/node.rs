@@ -86,16 +86,16 @@ fn r14_until_the_interfaces_are_known_only_networks_of_one_address_count() {
 
 #[test]
 fn r13_loopback_node_ports_follow_the_setting_in_served_families() {
-    use LoopbackNodePorts::{Always, BySockets, Never};
+    use LoopbackNodePorts::{Always, Never, SocketPlaneOnly};
     let both = PerFamily { v4: true, v6: true };
     let plan = |v4, v6, families| {
         let loopback_node_ports = PerFamily { v4, v6 };
         model(Settings { loopback_node_ports, families, ..settings() }, []).node_plan().loopback_node_ports
     };
-    assert_eq!(plan(Always, BySockets, both), both);
+    assert_eq!(plan(Always, SocketPlaneOnly, both), both);
     let v4 = PerFamily { v4: true, v6: false };
     assert_eq!(plan(Always, Always, v4), v4);
-    assert_eq!(plan(BySockets, Never, both), v4);
+    assert_eq!(plan(SocketPlaneOnly, Never, both), v4);
 }
 
 #[test]
