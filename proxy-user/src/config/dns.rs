@@ -106,7 +106,7 @@ impl DnsArgs {
             reject("--dns-domain", format!("`{dns_domain}` is not a domain such as cluster.local"));
         }
         let service = match dns_service.as_deref() {
-            None => Some(DnsService::Found),
+            None => Some(DnsService::Detected),
             Some(text) => {
                 let named = named_service(text);
                 if named.is_none() {
@@ -210,7 +210,7 @@ mod tests {
             config.unwrap(),
             DnsConfig {
                 domain: "cluster.local".to_owned(),
-                service: DnsService::Found,
+                service: DnsService::Detected,
                 address: "169.254.20.53".parse().unwrap(),
                 upstream: vec![],
                 clients: vec![],

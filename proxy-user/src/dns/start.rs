@@ -201,7 +201,9 @@ impl Warnings {
             return;
         }
         match (&known.service, &config.service) {
-            (Some(service), DnsService::Found) => tracing::info!(%service, "found the cluster's DNS Service"),
+            (Some(service), DnsService::Detected) => {
+                tracing::info!(%service, "found the cluster's DNS Service")
+            }
             (Some(_), DnsService::Named(_)) => {}
             (None, wanted) => tracing::warn!(
                 "there is no DNS Service {wanted}, so names are answered at {} only; --dns-service names another one",

@@ -19,7 +19,7 @@ pub const DNS_PORT: u16 = 53;
 pub enum DnsService {
     /// weir finds it by name or label.
     #[default]
-    Found,
+    Detected,
     /// The operator named it. It may not exist yet.
     Named(ObjectName),
 }
@@ -27,7 +27,7 @@ pub enum DnsService {
 impl fmt::Display for DnsService {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Found => f.write_str("kube-system/kube-dns, openshift-dns/dns-default or one of kube-system with the label k8s-app=kube-dns"),
+            Self::Detected => f.write_str("kube-system/kube-dns, openshift-dns/dns-default or one of kube-system with the label k8s-app=kube-dns"),
             Self::Named(name) => name.fmt(f),
         }
     }
@@ -107,7 +107,7 @@ impl DnsServices {
     pub fn chosen(&self) -> Option<&ObjectName> {
         match &self.setting {
             DnsService::Named(name) => Some(name),
-            DnsService::Found => {
+            DnsService::Detected => {
                 let best = self
                     .candidates
                     .iter()
@@ -215,7 +215,7 @@ mod tests {
         ];
         for (services, wanted) in cases {
             let services: Vec<_> = services.into_iter().chain(&no_dns).cloned().collect();
-            assert_eq!(chosen(DnsService::Found, &services).as_deref(), wanted);
+            assert_eq!(chosen(DnsService::Detected, &services).as_deref(), wanted);
             let named = DnsService::Named(ObjectName::new("dns", "own"));
             assert_eq!(chosen(named, &services).as_deref(), Some("dns/own"), "the operator's choice counts");
         }
@@ -225,7 +225,7 @@ mod tests {
     fn the_next_candidate_follows_a_deleted_or_changed_dns_service() {
         let (usual, object) = service("kube-system", "kube-dns", "2026-03-01T00:00:00Z", json!({}));
         let (other, its) = service("kube-system", "coredns", "2026-03-01T00:00:00Z", json!({}));
-        let mut known = DnsServices::new(DnsService::Found);
+        let mut known = DnsServices::new(DnsService::Detected);
         known.set(&other, &its);
         known.set(&usual, &object);
         known.remove(&usual);

@@ -28,7 +28,7 @@ fn answered(model: &Model, name: &ObjectName) -> Vec<u16> {
 
 #[test]
 fn weir_answers_for_the_dns_service_that_it_finds() {
-    let settings = Settings { dns_service: Some(DnsService::Found), ..settings() };
+    let settings = Settings { dns_service: Some(DnsService::Detected), ..settings() };
     let (usual, rke2) = (
         ObjectName::new("kube-system", "kube-dns"),
         ObjectName::new("kube-system", "rke2-coredns-rke2-coredns"),
@@ -54,7 +54,7 @@ fn weir_answers_for_the_dns_service_that_it_finds() {
 fn the_plan_and_the_dns_server_have_the_same_clients() {
     let of = |settings: Settings| model(settings, []).node_plan();
     let with = |detect_local| Settings {
-        dns_service: Some(DnsService::Found),
+        dns_service: Some(DnsService::Detected),
         dns_clients: vec!["192.0.2.0/24".parse().unwrap()],
         detect_local,
         ..settings()
