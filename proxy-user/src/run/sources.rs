@@ -86,7 +86,7 @@ pub(super) fn manifest_source(config: &Config) -> anyhow::Result<ManifestSource>
         source.service_ranges.clone_from(service_ranges);
     }
     source.status_file.clone_from(status_file);
-    source.last_good = Some(ManifestSource::place_until_reboot(dir));
+    source.last_good = Some(ManifestSource::last_good_until_reboot(dir));
     source.names = config.dns.is_some();
     Ok(source)
 }

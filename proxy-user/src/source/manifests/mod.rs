@@ -77,7 +77,7 @@ impl ManifestSource {
     /// The default directory for the last valid content of the files in this directory. It is lost at a
     /// reboot.
     #[must_use]
-    pub fn place_until_reboot(directory: &Path) -> PathBuf {
+    pub fn last_good_until_reboot(directory: &Path) -> PathBuf {
         let absolute = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
         Path::new(LAST_GOOD).join(format!("{:016x}", allocate::hash(&absolute.to_string_lossy())))
     }
