@@ -13,7 +13,7 @@ use crate::{
     observe::{Events, Metrics},
     source::{
         SourceStatus,
-        kube::{self, Asked, Connection, Credentials, KubeSource, Manner},
+        kube::{self, Connection, ConnectionOptions, Credentials, KubeSource, RequestReport},
         manifests::{self, ManifestSource, ManifestStatus},
     },
 };
@@ -42,7 +42,7 @@ pub(super) async fn start(
             let servers = servers.collect::<anyhow::Result<_>>()?;
             let (node, versions) = (config.model.node_name.clone(), Some(VERSIONS.into()));
             let source = KubeSource { credentials, servers, node, versions };
-            let connection = Connection::open_with(source, manner(config, metrics)).await?;
+            let connection = Connection::open_with(source, options(config, metrics)).await?;
             tracing::info!(node = config.model.node_name, server = %connection.server(), "watching the API server");
             show_silences(metrics, &status);
             let events = Events::start(connection.client(), &config.model.node_name, metrics.clone());
@@ -68,13 +68,13 @@ pub(super) fn show_silences(metrics: &Metrics, status: &Arc<SourceStatus>) {
 }
 
 /// Limits and counts requests to the API server.
-fn manner(config: &Config, metrics: &Metrics) -> Manner {
+fn options(config: &Config, metrics: &Metrics) -> ConnectionOptions {
     let limit = config.request_limit.map(|RequestLimit { requests, window }| (requests, window));
     let metrics = metrics.clone();
-    let tell = move |asked: &Asked<'_>| {
+    let observer = move |request: &RequestReport<'_>| {
         metrics.count_request(asked.method.as_str(), asked.host, asked.code, asked.took);
     };
-    Manner { limit, tell: Some(Arc::new(tell)) }
+    ConnectionOptions { limit, observer: Some(Arc::new(observer)) }
 }
 
 pub(super) fn manifest_source(config: &Config) -> anyhow::Result<ManifestSource> {

@@ -76,20 +76,20 @@ type Secured = <HttpsConnector<HttpConnector> as Service<Uri>>::Response;
 pub struct Connection(Arc<Shared>);
 
 /// Called after each request.
-pub type Tell = Arc<dyn Fn(&Asked<'_>) + Send + Sync>;
+pub type RequestObserver = Arc<dyn Fn(&RequestReport<'_>) + Send + Sync>;
 
 /// Options of a connection.
 #[derive(Clone, Default)]
-pub struct Manner {
+pub struct ConnectionOptions {
     /// The most requests in each interval of this length.
     pub limit: Option<(u64, Duration)>,
     /// Called after each request, when the response header has arrived or the request has failed.
-    pub tell: Option<Tell>,
+    pub observer: Option<RequestObserver>,
 }
 
 /// A finished request.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Asked<'a> {
+pub struct RequestReport<'a> {
     /// The HTTP method.
     pub method: &'a Method,
     /// Host and port of the API server.
@@ -97,12 +97,12 @@ pub struct Asked<'a> {
     /// The status code of the response; `None` if there was none.
     pub code: Option<u16>,
     /// The time until the response header or the failure.
-    pub took: Duration,
+    pub duration: Duration,
 }
 
 struct Shared {
     settings: KubeSource,
-    manner: Manner,
+    options: ConnectionOptions,
     versions: Arc<Versions>,
     route: RwLock<Arc<Route>>,
     /// Locked while a route is made, so that many failing watches make only one.
@@ -139,7 +139,7 @@ impl Connection {
     ///
     /// When the credentials cannot be read or are malformed.
     pub async fn open(settings: KubeSource) -> Result<Self, ConnectError> {
-        Self::open_with(settings, Manner::default()).await
+        Self::open_with(settings, ConnectionOptions::default()).await
     }
 
     /// Opens a connection with options.
@@ -147,16 +147,16 @@ impl Connection {
     /// # Errors
     ///
     /// When the credentials cannot be read or are malformed.
-    pub async fn open_with(settings: KubeSource, manner: Manner) -> Result<Self, ConnectError> {
+    pub async fn open_with(settings: KubeSource, options: ConnectionOptions) -> Result<Self, ConnectError> {
         if rustls::crypto::CryptoProvider::get_default().is_none() {
             // This fails only if another thread installed a provider meanwhile, which is as good.
             let _ = rustls::crypto::ring::default_provider().install_default();
         }
-        let route = Route::make(&settings, &manner, 0).await?;
+        let route = Route::make(&settings, &options, 0).await?;
         let versions = Arc::new(versions(&settings).await?);
         Ok(Self(Arc::new(Shared {
             settings,
-            manner,
+            options,
             versions,
             route: RwLock::new(Arc::new(route)),
             making: tokio::sync::Mutex::default(),
@@ -226,10 +226,10 @@ impl Shared {
         request.headers_mut().insert(header::USER_AGENT, USER_AGENT);
         let (method, asked) = (request.method().clone(), Instant::now());
         let answer = tokio::time::timeout(ANSWER_TIMEOUT, route.client.send(request)).await;
-        if let Some(tell) = &self.manner.tell {
+        if let Some(observer) = &self.options.observer {
             let code = answer.as_ref().ok().and_then(|answer| Some(answer.as_ref().ok()?.status().as_u16()));
             let host = route.server.authority().map_or("", http::uri::Authority::as_str);
-            tell(&Asked { method: &method, host, code, took: asked.elapsed() });
+            observer(&RequestReport { method: &method, host, code, duration: asked.elapsed() });
         }
         match answer {
             Ok(Ok(answer)) => {
@@ -304,7 +304,7 @@ impl Shared {
             return route;
         }
         let unreachable = !route.rejected.load(Relaxed);
-        match Route::make(&self.settings, &self.manner, route.index + usize::from(unreachable)).await {
+        match Route::make(&self.settings, &self.options, route.index + usize::from(unreachable)).await {
             Ok(next) => {
                 if next.server != route.server {
                     info!(from = %route.server, to = %next.server, "trying another API server");
@@ -329,14 +329,18 @@ impl Shared {
 }
 
 impl Route {
-    async fn make(settings: &KubeSource, manner: &Manner, index: usize) -> Result<Self, ConnectError> {
+    async fn make(
+        settings: &KubeSource,
+        options: &ConnectionOptions,
+        index: usize,
+    ) -> Result<Self, ConnectError> {
         let mut config = settings.credentials.load().await?;
         let index = index.checked_rem(settings.servers.len()).unwrap_or(0);
         if let Some(server) = settings.servers.get(index) {
             config.cluster_url = server.clone();
         }
         let from = settings.credentials.origin();
-        let client = client(&config, manner).map_err(|source| ConnectError::Client { from, source })?;
+        let client = client(&config, options).map_err(|source| ConnectError::Client { from, source })?;
         let server = config.cluster_url;
         Ok(Self { client, index, server, failures: AtomicU32::new(0), rejected: AtomicBool::new(false) })
     }
@@ -365,7 +369,7 @@ async fn versions(settings: &KubeSource) -> Result<Versions, ConnectError> {
 /// A client without retries. Its connections detect a dead peer within a minute. Watches share one HTTP/2
 /// connection if the server supports it. Other requests have connections of their own, which are closed after
 /// a short idle time.
-fn client(config: &kube::Config, manner: &Manner) -> Result<Client, BoxError> {
+fn client(config: &kube::Config, options: &ConnectionOptions) -> Result<Client, BoxError> {
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
     tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
@@ -397,7 +401,7 @@ fn client(config: &kube::Config, manner: &Manner) -> Result<Client, BoxError> {
         }
         request
     };
-    let limit = manner.limit.map(|(requests, window)| RateLimitLayer::new(requests, window));
+    let limit = options.limit.map(|(requests, window)| RateLimitLayer::new(requests, window));
     let service = ServiceBuilder::new()
         .option_layer(limit)
         .layer(config.base_uri_layer())

@@ -34,7 +34,7 @@ mod token;
 mod versions;
 mod watch;
 
-pub use connection::{Asked, Connection, Manner, Tell};
+pub use connection::{Connection, ConnectionOptions, RequestObserver, RequestReport};
 pub use credentials::{ConnectError, Credentials};
 
 /// An API server to watch, the credentials for it, and this node.
