@@ -93,9 +93,9 @@ impl<D: Dataplane> Agent<D> {
             Err(_) => (&none, false),
         };
         let refused: Vec<_> = short.refused.iter().map(|(id, _)| id.clone()).collect();
-        self.planner.left(short.left.iter().map(|(id, _)| id.clone()));
-        let entangled = self.planner.settled(&delta, &refused);
-        let stray = self.planner.take_stray();
+        self.planner.record_left(short.left.iter().map(|(id, _)| id.clone()));
+        let entangled = self.planner.record_applied(&delta, &refused);
+        let stray = self.planner.take_orphaned();
         if !repairable || [entangled, stray].iter().any(|families| families.v4 || families.v6) {
             self.reread()?;
         }

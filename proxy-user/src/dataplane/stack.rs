@@ -425,7 +425,7 @@ mod tests {
         let left: Vec<PortId> = short.left.into_iter().map(|(id, _)| id).collect();
         assert_eq!((left.len(), fixture.nftables(), fixture.standing()), (1, 2, (true, 0)));
         fixture.faults.refuse(named("web"), false);
-        fixture.planner.left(left);
+        fixture.planner.record_left(left);
         fixture.planner.retry();
         fixture.apply().unwrap();
         assert_eq!(fixture.stack.socket_plane().dump().unwrap(), fixture.stack.nftables().dump().unwrap());
@@ -450,10 +450,10 @@ mod tests {
         let Err(Error::Partly(short)) = stack.apply(&everything) else { panic!("it is not reported") };
         assert_eq!(short.refused.len(), 1);
         assert_eq!(stack.socket_plane().dump().unwrap().frontends.len(), 2);
-        planner.settled(&everything, &[short.refused[0].0.clone()]);
+        planner.record_applied(&everything, &[short.refused[0].0.clone()]);
         planner.update(&named("web"), crate::plan::ServicePlan::default());
         stack.apply(&planner.take_delta()).unwrap();
-        assert!(planner.take_stray().v4, "only a comparison finds the remains");
+        assert!(planner.take_orphaned().v4, "only a comparison finds the remains");
         stack.reread_family(Family::V4).unwrap();
         stack.apply(&planner.complete()).unwrap();
         assert_eq!(stack.socket_plane().dump().unwrap().frontends.len(), 1);

@@ -58,7 +58,7 @@ pub struct Planner {
     /// Those of `left` that go into the next delta.
     repeated: FxHashSet<PortId>,
     /// The families with state from before the start that belongs to no port any more.
-    stray: PerFamily<bool>,
+    orphaned: PerFamily<bool>,
 }
 
 impl Planner {
@@ -124,7 +124,7 @@ impl Planner {
                 continue;
             };
             if before.is_none() && after.is_none() && self.refused_in_complete.remove(&id) {
-                *self.stray.get_mut(id.family) = true;
+                *self.orphaned.get_mut(id.family) = true;
             }
             // A port that the socket plane left to nftables is sent again even if it is unchanged.
             if before != after || (after.is_some() && repeated.contains(&id)) {
@@ -148,7 +148,7 @@ impl Planner {
         self.refused_in_complete.retain(|id| other(id.family));
         self.pending_ips.retain(|ip, _| other(Family::of(*ip)));
         for family in Family::ALL {
-            *self.stray.get_mut(family) &= other(family);
+            *self.orphaned.get_mut(family) &= other(family);
         }
         self.node_pending = false;
         let mut services: Vec<(&ObjectName, &StoredPlan)> = self.services.iter().collect();
@@ -167,7 +167,7 @@ impl Planner {
     /// Records that `delta` is applied except for these ports, which wait for [`Planner::retry`]. Returns the
     /// families in which a retry is not enough, because a refused port takes a frontend from another port, or
     /// releases one to it. There the data plane must be read again and given a complete delta.
-    pub fn settled(&mut self, delta: &Delta, refused: &[PortId]) -> PerFamily<bool> {
+    pub fn record_applied(&mut self, delta: &Delta, refused: &[PortId]) -> PerFamily<bool> {
         let mut entangled = PerFamily::default();
         if refused.is_empty() && self.refused_in_complete.is_empty() {
             return entangled;
@@ -191,7 +191,7 @@ impl Planner {
     }
 
     /// Records that the socket plane left these ports to nftables. They wait for [`Planner::retry`] too.
-    pub fn left(&mut self, ids: impl IntoIterator<Item = PortId>) {
+    pub fn record_left(&mut self, ids: impl IntoIterator<Item = PortId>) {
         self.left.extend(ids);
     }
 
@@ -223,8 +223,8 @@ impl Planner {
 
     /// The families in which the data plane still has state from before the start of a refused port that is
     /// gone. A complete delta removes it.
-    pub fn take_stray(&mut self) -> PerFamily<bool> {
-        std::mem::take(&mut self.stray)
+    pub fn take_orphaned(&mut self) -> PerFamily<bool> {
+        std::mem::take(&mut self.orphaned)
     }
 
     /// The plan of one Service, without the frontends that other Services own.

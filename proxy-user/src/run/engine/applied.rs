@@ -59,7 +59,7 @@ impl Engine {
     /// Schedules the retry of refused ports.
     fn try_again(&mut self, delta: &Delta, refused: &BTreeSet<&PortId>) {
         let refused: Vec<PortId> = refused.iter().copied().cloned().collect();
-        let entangled = self.planner.settled(delta, &refused);
+        let entangled = self.planner.record_applied(delta, &refused);
         let now = Instant::now();
         for family in self.families.iter().filter(|family| *entangled.get(**family)) {
             self.recoveries.get_mut(*family).by("refusal", now + FIRST_RETRY);
@@ -96,7 +96,7 @@ impl Engine {
             }
         }
         if !ports.is_empty() {
-            self.planner.left(ports.iter().map(|(port, _)| port.clone()));
+            self.planner.record_left(ports.iter().map(|(port, _)| port.clone()));
             self.retries.refused(fresh, Instant::now(), self.longest_retry);
         }
         self.left.retain(|id, _| self.planner.is_left(id));

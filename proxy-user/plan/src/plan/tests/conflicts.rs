@@ -251,5 +251,5 @@ fn r12_a_refused_release_requires_a_reread_of_the_data_plane() {
     fixture.planner.update(&named("a"), fixture.model.plan(&named("a")));
     let delta = fixture.planner.take_delta();
     let ids: Vec<_> = delta.ports.iter().filter_map(|port| port.id()).cloned().collect();
-    assert_eq!(fixture.planner.settled(&delta, &ids[..1]), PerFamily { v4: true, v6: false });
+    assert_eq!(fixture.planner.record_applied(&delta, &ids[..1]), PerFamily { v4: true, v6: false });
 }

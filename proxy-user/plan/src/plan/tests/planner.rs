@@ -139,7 +139,7 @@ fn a_retried_port_has_the_plan_before_the_refusal() {
     let first = fixture.step([web(json!([a, b]))]);
     let failing: Vec<PortId> = first.ports[1].id().cloned().into_iter().collect();
     let fine = PerFamily::default();
-    assert_eq!(fixture.planner.settled(&first, &failing), fine);
+    assert_eq!(fixture.planner.record_applied(&first, &failing), fine);
     assert!(
         fixture.planner.take_delta().is_empty() && fixture.planner.has_waiting(),
         "the next delta does not have it"
@@ -150,7 +150,7 @@ fn a_retried_port_has_the_plan_before_the_refusal() {
     // It changes before the retry: `before` is still the plan from before the refusal.
     let second = fixture.step([web(json!([a, { "name": "b", "port": 82 }]))]);
     fixture.step([web(json!([a, { "name": "b", "port": 83 }]))]);
-    assert_eq!(fixture.planner.settled(&second, &failing), fine);
+    assert_eq!(fixture.planner.record_applied(&second, &failing), fine);
     fixture.planner.retry();
     let third = fixture.planner.take_delta();
     let numbers = |plan: &Option<Arc<PortPlan>>| plan.as_ref().map(|plan| plan.frontends[0].frontend.port);
@@ -158,7 +158,7 @@ fn a_retried_port_has_the_plan_before_the_refusal() {
 
     // A refused removal is retried too.
     let gone = fixture.step([web(json!([a]))]);
-    assert_eq!(fixture.planner.settled(&gone, &failing), fine);
+    assert_eq!(fixture.planner.record_applied(&gone, &failing), fine);
     fixture.planner.retry();
     assert_eq!(changes_of(&fixture.planner.take_delta()), ["ns/web:b/TCP (IPv4) gone"]);
     assert!(fixture.planner.take_delta().is_empty());
@@ -169,7 +169,7 @@ fn a_refused_port_that_changes_is_in_the_next_delta() {
     let mut fixture = Fixture::new();
     let first = fixture.step([web(json!([{ "port": 80 }]))]);
     let ids: Vec<PortId> = first.ports.iter().filter_map(PortDelta::id).cloned().collect();
-    fixture.planner.settled(&first, &ids);
+    fixture.planner.record_applied(&first, &ids);
     let second = fixture.step([web(json!([{ "port": 81 }]))]);
     assert_eq!(changes_of(&second), ["ns/web/TCP (IPv4) new"], "the data plane never had it");
     assert!(!fixture.planner.has_waiting());
@@ -181,28 +181,28 @@ fn a_port_refused_in_a_complete_delta_keeps_the_state_from_before_the_start() {
     fixture.step([web(json!([{ "port": 80 }]))]);
     let complete = fixture.planner.complete();
     let ids: Vec<PortId> = complete.ports.iter().filter_map(PortDelta::id).cloned().collect();
-    assert_eq!(fixture.planner.settled(&complete, &ids), PerFamily::default());
+    assert_eq!(fixture.planner.record_applied(&complete, &ids), PerFamily::default());
     fixture.planner.retry();
     let again = fixture.planner.take_delta();
     assert_eq!(changes_of(&again), ["ns/web/TCP (IPv4) new"]);
-    fixture.planner.settled(&again, &ids);
+    fixture.planner.record_applied(&again, &ids);
     // No port names the state from before the start any more, so only a complete delta removes it.
     assert!(fixture.step([Change::Delete(Kind::Service, named("web"))]).ports.is_empty());
-    assert_eq!(fixture.planner.take_stray(), PerFamily { v4: true, v6: false });
-    assert_eq!(fixture.planner.take_stray(), PerFamily::default(), "it was taken");
+    assert_eq!(fixture.planner.take_orphaned(), PerFamily { v4: true, v6: false });
+    assert_eq!(fixture.planner.take_orphaned(), PerFamily::default(), "it was taken");
 
     // Once it is applied, it is a port like any other.
     fixture.step([web(json!([{ "port": 80 }]))]);
     let complete = fixture.planner.complete();
-    fixture.planner.settled(&complete, &ids);
+    fixture.planner.record_applied(&complete, &ids);
     fixture.planner.retry();
     let again = fixture.planner.take_delta();
-    fixture.planner.settled(&again, &[]);
+    fixture.planner.record_applied(&again, &[]);
     assert_eq!(
         changes_of(&fixture.step([Change::Delete(Kind::Service, named("web"))])),
         ["ns/web/TCP (IPv4) gone"]
     );
-    assert_eq!(fixture.planner.take_stray(), PerFamily::default());
+    assert_eq!(fixture.planner.take_orphaned(), PerFamily::default());
 }
 
 #[test]
@@ -215,7 +215,7 @@ fn a_complete_delta_of_one_family_keeps_the_refused_ports_of_the_other() {
     let delta = fixture.step([service("web", both)]);
     let ids: Vec<PortId> = delta.ports.iter().filter_map(PortDelta::id).cloned().collect();
     assert_eq!(ids.len(), 2);
-    fixture.planner.settled(&delta, &ids);
+    fixture.planner.record_applied(&delta, &ids);
     let everything = fixture.planner.complete_for(PerFamily { v4: false, v6: true });
     assert_eq!(everything.ports.len(), 2, "both ports are in it");
     fixture.planner.retry();
@@ -227,7 +227,7 @@ fn a_port_left_to_another_plane_is_sent_again_unchanged() {
     let mut fixture = Fixture::new();
     let delta = fixture.step([web(json!([{ "port": 80 }]))]);
     let ids: Vec<PortId> = delta.ports.iter().filter_map(PortDelta::id).cloned().collect();
-    fixture.planner.left(ids.clone());
+    fixture.planner.record_left(ids.clone());
     assert!(fixture.planner.take_delta().is_empty());
     fixture.planner.retry();
     let again = fixture.planner.take_delta();
@@ -235,7 +235,7 @@ fn a_port_left_to_another_plane_is_sent_again_unchanged() {
         again.ports,
         [PortDelta { before: delta.ports[0].after.clone(), after: delta.ports[0].after.clone() }]
     );
-    fixture.planner.left(ids);
+    fixture.planner.record_left(ids);
     fixture.step([Change::Delete(Kind::Service, named("web"))]);
     fixture.planner.retry();
     assert!(fixture.planner.take_delta().is_empty(), "it is gone");
