@@ -19,7 +19,7 @@ pub(super) fn tell(model: &mut Model, planner: &mut Planner, events: &Events) {
     for (service, (uid, note)) in model.take_ignored() {
         events.report(Trouble::of_service(service, "ValueIgnored", "Program", note).with_uid(uid));
     }
-    for (service, beyond) in planner.take_beyond() {
+    for (service, beyond) in planner.take_over_limit() {
         tracing::warn!(%service, beyond, most = MOST_FRONTENDS, "a Service has too many frontends: some are not served");
         let note = format!(
             "{beyond} frontends (an address and a port each) are not served, because one Service can have {MOST_FRONTENDS}"

@@ -48,7 +48,7 @@ pub fn plan_service(service: &Service, endpoints: &Endpoints, node: &NodeView) -
         health_check,
         created: service.created,
         load_balancer_ips: service.load_balancer_ips.clone(),
-        beyond: part.beyond,
+        unserved: part.unserved,
     }
 }
 
@@ -61,7 +61,7 @@ struct ServedPart<'a> {
     /// Without the load balancer's addresses, because those have source ranges (F7).
     external_ips: Vec<IpAddr>,
     /// The number of frontends that are left out.
-    beyond: usize,
+    unserved: usize,
 }
 
 impl<'a> ServedPart<'a> {
@@ -73,7 +73,7 @@ impl<'a> ServedPart<'a> {
         let load_balancer_ips = served(&service.load_balancer_ips);
         let mut external_ips = served(&service.external_ips);
         external_ips.retain(|ip| load_balancer_ips.binary_search(ip).is_err());
-        let mut part = Self { ports: &service.ports, load_balancer_ips, external_ips, beyond: 0 };
+        let mut part = Self { ports: &service.ports, load_balancer_ips, external_ips, unserved: 0 };
         let wanted = part.fixed(families) + part.ports.len() * part.addresses();
         if wanted > MOST_FRONTENDS {
             // Each port has a ClusterIP and a NodePort in each family.
@@ -81,7 +81,7 @@ impl<'a> ServedPart<'a> {
             let addresses = (MOST_FRONTENDS - part.fixed(families)) / part.ports.len().max(1);
             part.load_balancer_ips.truncate(addresses);
             part.external_ips.truncate(addresses - part.load_balancer_ips.len());
-            part.beyond = wanted - part.fixed(families) - part.ports.len() * part.addresses();
+            part.unserved = wanted - part.fixed(families) - part.ports.len() * part.addresses();
         }
         part
     }

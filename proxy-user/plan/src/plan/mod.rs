@@ -285,7 +285,7 @@ pub struct ServicePlan {
     pub load_balancer_ips: Box<[IpAddr]>,
     /// The number of frontends beyond [`MOST_FRONTENDS`], which are not served.
     #[serde(skip)]
-    pub beyond: usize,
+    pub unserved: usize,
 }
 
 /// The addresses of this node that serve NodePorts (R13, R14).

@@ -37,9 +37,9 @@ pub struct NoLocalEndpoints {
 pub struct Planner {
     services: FxHashMap<ObjectName, StoredPlan>,
     claims: Claims,
-    /// Services with too many frontends since the last call of [`Planner::take_beyond`], each with the number
+    /// Services with too many frontends since the last call of [`Planner::take_over_limit`], each with the number
     /// of those left out.
-    beyond: BTreeMap<ObjectName, usize>,
+    unserved: BTreeMap<ObjectName, usize>,
     /// How many Services have each ClusterIP.
     cluster_ips: FxHashMap<IpAddr, usize>,
     node: Option<Arc<NodePlan>>,
@@ -68,8 +68,8 @@ impl Planner {
         let before = self.services.get(name).map(claimed).unwrap_or_default();
         let now = ServiceClaims::of(&plan, plan.ports.iter().flat_map(|port| frontends(port)));
         let affected = self.claims.replace(name, &before, &now);
-        if plan.beyond != self.service(name).map_or(0, |before| before.beyond) {
-            self.beyond.insert(name.clone(), plan.beyond);
+        if plan.unserved != self.service(name).map_or(0, |before| before.unserved) {
+            self.unserved.insert(name.clone(), plan.unserved);
         }
         self.install(name, plan);
         for other in affected {
@@ -263,8 +263,8 @@ impl Planner {
 
     /// The Services that exceeded the limit of frontends since the last call, each with the number of
     /// frontends that are not served.
-    pub fn take_beyond(&mut self) -> impl Iterator<Item = (ObjectName, usize)> + use<> {
-        std::mem::take(&mut self.beyond).into_iter().filter(|(_, beyond)| *beyond > 0)
+    pub fn take_over_limit(&mut self) -> impl Iterator<Item = (ObjectName, usize)> + use<> {
+        std::mem::take(&mut self.unserved).into_iter().filter(|(_, unserved)| *unserved > 0)
     }
 
     /// The answers of all healthCheckNodePorts (H1, H2), in no particular order.

@@ -334,12 +334,12 @@ fn sorts(plan: &ServicePlan) -> [usize; 4] {
 #[test]
 fn the_number_of_frontends_is_limited_and_the_first_ones_are_served() {
     let small = plan([large(20, 100, 2)]);
-    assert_eq!((sorts(&small), small.beyond), ([20, 20, 40, 2000], 0));
+    assert_eq!((sorts(&small), small.unserved), ([20, 20, 40, 2000], 0));
 
     let many = plan([large(20, 8000, 2)]);
     let addresses = (MOST_FRONTENDS - 40) / 20;
     assert_eq!(sorts(&many), [20, 20, 40, 20 * (addresses - 2)]);
-    assert_eq!(many.beyond, 20 * (8000 + 2) - 20 * addresses);
+    assert_eq!(many.unserved, 20 * (8000 + 2) - 20 * addresses);
     let first = "33.0.0.0:1/TCP".to_owned();
     assert!(frontends(&many).contains(&first), "the smallest addresses are served");
 
@@ -348,7 +348,7 @@ fn the_number_of_frontends_is_limited_and_the_first_ones_are_served() {
 
     let ports = plan([large(20_000, 2, 2)]);
     assert_eq!(sorts(&ports), [MOST_FRONTENDS / 2, MOST_FRONTENDS / 2, 0, 0]);
-    assert_eq!(ports.beyond, 20_000 * 6 - MOST_FRONTENDS);
+    assert_eq!(ports.unserved, 20_000 * 6 - MOST_FRONTENDS);
 }
 
 #[test]
@@ -360,10 +360,10 @@ fn a_service_that_exceeds_the_limit_of_frontends_is_reported_once() {
         for name in model.take_dirty() {
             planner.update(&name, model.plan(&name));
         }
-        planner.take_beyond().collect::<Vec<_>>()
+        planner.take_over_limit().collect::<Vec<_>>()
     };
-    let beyond = model.plan(&named("web")).beyond;
-    assert_eq!(reported(&mut model), [(named("web"), beyond)]);
+    let unserved = model.plan(&named("web")).unserved;
+    assert_eq!(reported(&mut model), [(named("web"), unserved)]);
     model.apply(slice(
         "web-1",
         "web",
@@ -374,5 +374,5 @@ fn a_service_that_exceeds_the_limit_of_frontends_is_reported_once() {
     model.apply(large(20, 10, 0));
     assert_eq!(reported(&mut model), []);
     model.apply(large(20, 8000, 0));
-    assert_eq!(reported(&mut model), [(named("web"), beyond)]);
+    assert_eq!(reported(&mut model), [(named("web"), unserved)]);
 }
