@@ -16,12 +16,12 @@
 mod causes;
 pub mod cli;
 pub mod config;
+pub mod connection_limit;
 pub mod dataplane;
 pub mod dns;
 pub mod machine;
 pub mod observe;
 pub mod optout;
-pub mod places;
 mod relay;
 pub mod run;
 pub mod source;

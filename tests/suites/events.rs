@@ -15,9 +15,9 @@ use kube::{Api, Client, ResourceExt as _, api::ListParams};
 use serde_json::{Value, json};
 use tokio::{sync::watch, time::timeout};
 use weir::{
+    connection_limit::ConnectionLimit,
     model::{ObjectName, Uid},
     observe::{Events, Health, HealthCheckState, HealthChecks, Metrics, Trouble},
-    places::Places,
     source::kube::{Connection, Credentials, KubeSource},
 };
 use weir_tests::apiserver::ApiServer;
@@ -242,8 +242,8 @@ async fn h6_a_health_check_port_that_is_taken_becomes_an_event() {
     let cart = objects.service("cart").await;
     let events = agent(&server, NODE).await;
     let (_stop, stopping) = watch::channel(false);
-    let places = Places::new(16, 16, Metrics::new().refused("health-connections"));
-    let checks = HealthChecks::start(Health::new(PATIENCE), events, places, stopping);
+    let limit = ConnectionLimit::new(16, 16, Metrics::new().refused("health-connections"));
+    let checks = HealthChecks::start(Health::new(PATIENCE), events, limit, stopping);
     let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let address = taken.local_addr().unwrap();
     let addresses = vec![address.ip()];

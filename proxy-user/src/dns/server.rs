@@ -34,7 +34,7 @@ use super::{
     limits::{Admission, Limits},
     reply::{Pending, Replier, Reply},
 };
-use crate::places::{Place, Places};
+use crate::connection_limit::{ConnectionLimit, Permit};
 
 /// The largest datagram that weir reads. The kernel cuts off the rest, so a longer query is malformed.
 const LARGEST_QUERY: usize = 4096;
@@ -59,7 +59,7 @@ pub(crate) struct Responder {
     /// Decides which clients get answers.
     pub(crate) limits: Limits,
     /// Limits the connections at all addresses together.
-    pub(crate) places: Places,
+    pub(crate) limit: ConnectionLimit,
     /// Counts queries by outcome.
     pub(crate) counters: Counters,
 }
@@ -150,9 +150,9 @@ pub(crate) async fn connections(responder: Arc<Responder>, listener: TcpListener
             }
         };
         while open.try_join_next().is_some() {}
-        let place = responder.places.take(from.ip());
+        let permit = responder.limit.admit(from.ip());
         let responder = Arc::clone(&responder);
-        open.spawn(async move { Connection::new(&responder, stream, from, place).serve().await });
+        open.spawn(async move { Connection::new(&responder, stream, from, permit).serve().await });
     }
 }
 
@@ -160,16 +160,16 @@ pub(crate) async fn connections(responder: Arc<Responder>, listener: TcpListener
 struct Connection<'a> {
     responder: &'a Responder,
     from: SocketAddr,
-    place: Place,
+    permit: Permit,
     queries: FramedRead<OwnedReadHalf, LengthDelimitedCodec>,
     replies: OwnedWriteHalf,
 }
 
 impl<'a> Connection<'a> {
-    fn new(responder: &'a Responder, stream: TcpStream, from: SocketAddr, place: Place) -> Self {
+    fn new(responder: &'a Responder, stream: TcpStream, from: SocketAddr, permit: Permit) -> Self {
         let (reading, replies) = stream.into_split();
         let queries = LengthDelimitedCodec::builder().length_field_length(2).new_read(reading);
-        Self { responder, from, place, queries, replies }
+        Self { responder, from, permit, queries, replies }
     }
 
     /// Answers until the client closes its side or sends bytes that cannot be answered. Sends each reply as soon as
@@ -181,7 +181,7 @@ impl<'a> Connection<'a> {
                 Some(bytes) = waiting.next() => bytes,
                 query = timeout(IDLE, self.queries.next()), if waiting.len() < MOST_WAITING => {
                     let Ok(Some(Ok(query))) = query else { break };
-                    self.place.used();
+                    self.permit.touch();
                     match self.responder.reply(&query, self.from, Protocol::Tcp) {
                         Reply::Silence => break,
                         Reply::Now(bytes, _) => Some(bytes),
@@ -191,7 +191,7 @@ impl<'a> Connection<'a> {
                         }
                     }
                 }
-                () = self.place.lost() => return,
+                () = self.permit.revoked() => return,
             };
             if let Some(bytes) = bytes
                 && !self.send(&bytes).await
@@ -216,7 +216,7 @@ impl<'a> Connection<'a> {
         let framed = [&len.to_be_bytes()[..], bytes].concat();
         tokio::select! {
             sent = timeout(IDLE, self.replies.write_all(&framed)) => matches!(sent, Ok(Ok(()))),
-            () = self.place.lost() => false,
+            () = self.permit.revoked() => false,
         }
     }
 
@@ -231,7 +231,7 @@ impl<'a> Connection<'a> {
         let client_ends = async { while matches!(reading.read(&mut unread).await, Ok(1..)) {} };
         tokio::select! {
             _ = timeout(ENDING, client_ends) => {}
-            () = self.place.lost() => {}
+            () = self.permit.revoked() => {}
         }
     }
 }

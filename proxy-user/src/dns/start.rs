@@ -24,10 +24,10 @@ use super::{
 };
 use crate::{
     config::{Config, DetectLocal, DnsConfig},
+    connection_limit::ConnectionLimit,
     dataplane::nftables::{Drops, Strangers},
     model::{DnsService, NameClients, ObjectName},
     observe::Metrics,
-    places::Places,
     source::host::Addresses,
 };
 
@@ -41,7 +41,7 @@ const PAUSE: Duration = Duration::from_secs(5);
 /// How much clients may have at a time.
 pub(crate) struct Room {
     /// TCP connections.
-    pub(crate) connections: Places,
+    pub(crate) connections: ConnectionLimit,
     /// Questions to the upstream servers.
     pub(crate) lookups: InFlight,
 }
@@ -68,7 +68,7 @@ pub(crate) fn start(
     let responder = Arc::new(Responder {
         replier: Replier::new(Arc::clone(&names), zone),
         forwarder: Forwarder::new(domain.clone(), room.lookups),
-        places: room.connections,
+        limit: room.connections,
         limits: Limits::new(dns.rate).with_own(dns.address),
         counters: Counters::default(),
     });

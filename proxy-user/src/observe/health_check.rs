@@ -23,8 +23,8 @@ use tokio::sync::{mpsc, watch};
 
 use super::{Events, Health, Server, Trouble};
 use crate::{
+    connection_limit::ConnectionLimit,
     model::{Family, ObjectName, Uid},
-    places::Places,
 };
 
 /// The health check of one Service, as it is in force.
@@ -46,15 +46,20 @@ pub struct HealthChecks(mpsc::UnboundedSender<(ObjectName, Option<HealthCheckSta
 
 impl HealthChecks {
     /// Starts the task, without servers. Each server answers 200 only while `health` is healthy (H4), and all servers
-    /// end with `stopping`. A server that cannot listen reports to `events` (H6). The servers share `places`, because
+    /// end with `stopping`. A server that cannot listen reports to `events` (H6). The servers share `limit`, because
     /// clients from outside reach all of them.
     #[must_use]
-    pub fn start(health: Health, events: Events, places: Places, stopping: watch::Receiver<bool>) -> Self {
+    pub fn start(
+        health: Health,
+        events: Events,
+        limit: ConnectionLimit,
+        stopping: watch::Receiver<bool>,
+    ) -> Self {
         let (sender, mut receiver) = mpsc::unbounded_channel();
         tokio::spawn(async move {
             let mut open: HashMap<ObjectName, Open> = HashMap::new();
             while let Some((service, state)) = receiver.recv().await {
-                change(&mut open, service, state, &health, &events, &places, &stopping);
+                change(&mut open, service, state, &health, &events, &limit, &stopping);
             }
         });
         Self(sender)
@@ -98,7 +103,7 @@ fn change(
     state: Option<HealthCheckState>,
     health: &Health,
     events: &Events,
-    places: &Places,
+    limit: &ConnectionLimit,
     stopping: &watch::Receiver<bool>,
 ) {
     let Some(HealthCheckState { port, local_endpoints, addresses, uid }) = state else {
@@ -123,7 +128,7 @@ fn change(
     };
     for address in &addresses {
         let address = SocketAddr::new(*address, port);
-        let server = Server::new("healthCheckNodePort", address, false, places.clone())
+        let server = Server::new("healthCheckNodePort", address, false, limit.clone())
             .of_one_family()
             .without_keep_alive();
         let report = unable_to_listen(events.clone(), service.clone(), uid, server.address);
@@ -211,8 +216,8 @@ mod tests {
 
     const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
-    fn places() -> Places {
-        Places::new(16, 16, prometheus_client::metrics::counter::Counter::default())
+    fn limit() -> ConnectionLimit {
+        ConnectionLimit::new(16, 16, prometheus_client::metrics::counter::Counter::default())
     }
 
     /// A port that no process listens on, unless one takes it in between.
@@ -248,7 +253,7 @@ mod tests {
     async fn h3_h4_h5_h6_the_answer_follows_what_is_in_force() {
         let (_stop, stopping) = watch::channel(false);
         let checks =
-            HealthChecks::start(Health::new(Duration::from_secs(30)), Events::logged(), places(), stopping);
+            HealthChecks::start(Health::new(Duration::from_secs(30)), Events::logged(), limit(), stopping);
         let service = ObjectName::new("shop", "cart");
         let first = free_port().await;
 
@@ -286,7 +291,7 @@ mod tests {
     async fn h6_a_taken_port_makes_an_event_about_the_service() {
         let (_stop, stopping) = watch::channel(false);
         let (events, mut troubles) = Events::channel(Metrics::new());
-        let checks = HealthChecks::start(Health::new(Duration::from_secs(30)), events, places(), stopping);
+        let checks = HealthChecks::start(Health::new(Duration::from_secs(30)), events, limit(), stopping);
         let taken = TcpListener::bind((LOCALHOST, 0)).await.unwrap();
         let port = taken.local_addr().unwrap().port();
         checks.set(ObjectName::new("shop", "cart"), state(port, 1));

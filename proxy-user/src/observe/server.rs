@@ -24,7 +24,7 @@ use tokio::{
 };
 use tracing::{debug, error, info};
 
-use crate::places::Places;
+use crate::connection_limit::ConnectionLimit;
 
 /// How long open requests may take after the stop signal.
 const GRACE: Duration = Duration::from_secs(5);
@@ -65,15 +65,20 @@ pub struct Server {
     /// Allows several requests on one connection.
     pub keep_alive: bool,
     /// Limits its connections.
-    pub places: Places,
+    pub limit: ConnectionLimit,
 }
 
 impl Server {
     /// A server that tries to listen every 5 seconds, unless `hard_fail`, and waits 10 seconds for a request.
     #[must_use]
-    pub const fn new(name: &'static str, address: SocketAddr, hard_fail: bool, places: Places) -> Self {
+    pub const fn new(
+        name: &'static str,
+        address: SocketAddr,
+        hard_fail: bool,
+        limit: ConnectionLimit,
+    ) -> Self {
         let (retry, patience) = (Duration::from_secs(5), Duration::from_secs(10));
-        Self { name, address, hard_fail, retry, one_family: false, patience, keep_alive: true, places }
+        Self { name, address, hard_fail, retry, one_family: false, patience, keep_alive: true, limit }
     }
 
     /// Leaves the other family's addresses to another server.
@@ -186,7 +191,7 @@ impl Server {
 
     /// Answers on one connection until the client ends it or its place is given away.
     fn answer(&self, stream: TcpStream, from: SocketAddr, router: Router, under_way: &GracefulShutdown) {
-        let mut place = self.places.take(from.ip());
+        let mut permit = self.limit.admit(from.ip());
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(self.patience)
@@ -200,7 +205,7 @@ impl Server {
                 ended = connection => if let Err(error) = ended {
                     debug!(server, %from, %error, "connection ended with an error");
                 },
-                () = place.lost() => debug!(server, %from, "connection closed to make room for another"),
+                () = permit.revoked() => debug!(server, %from, "connection closed to make room for another"),
             }
         });
     }
@@ -260,12 +265,12 @@ mod tests {
         }
     }
 
-    fn places(most: usize) -> Places {
-        Places::new(most, most, Counter::default())
+    fn limit(most: usize) -> ConnectionLimit {
+        ConnectionLimit::new(most, most, Counter::default())
     }
 
     async fn start(router: Router) -> Running {
-        start_server(Server::new("test", LOCAL, true, places(16)), router).await
+        start_server(Server::new("test", LOCAL, true, limit(16)), router).await
     }
 
     async fn start_server(server: Server, router: Router) -> Running {
@@ -374,7 +379,7 @@ mod tests {
 
     #[tokio::test]
     async fn connections_with_unfinished_requests_make_room_for_other_clients() {
-        let server = Server::new("test", LOCAL, true, places(4));
+        let server = Server::new("test", LOCAL, true, limit(4));
         let running = start_server(server, admin_router(&Metrics::new(), about())).await;
         let mut lazy = half_open(running.address, 20).await;
         for _ in 0..10 {
@@ -389,7 +394,7 @@ mod tests {
     #[tokio::test]
     async fn an_idle_connection_is_closed() {
         let patience = Duration::from_millis(20);
-        let server = Server { patience, ..Server::new("test", LOCAL, true, places(4)) };
+        let server = Server { patience, ..Server::new("test", LOCAL, true, limit(4)) };
         let running = start_server(server, admin_router(&Metrics::new(), about())).await;
         for stream in &mut half_open(running.address, 2).await {
             closed(stream).await;
@@ -399,7 +404,7 @@ mod tests {
 
     #[tokio::test]
     async fn without_keep_alive_a_connection_has_one_response() {
-        let server = Server::new("test", LOCAL, true, places(4)).without_keep_alive();
+        let server = Server::new("test", LOCAL, true, limit(4)).without_keep_alive();
         let running = start_server(server, admin_router(&Metrics::new(), about())).await;
         let mut stream = TcpStream::connect(running.address).await.unwrap();
         stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
@@ -414,7 +419,7 @@ mod tests {
         let address = taken.local_addr().unwrap();
         let (stop, stopping) = watch::channel(false);
         let retry = Duration::from_millis(5);
-        let server = Server { retry, ..Server::new("healthz", address, false, places(16)) };
+        let server = Server { retry, ..Server::new("healthz", address, false, limit(16)) };
         let task = tokio::spawn(server.run(admin_router(&Metrics::new(), about()), stopping));
         // There is one thread, so the server makes its first attempt now, and fails.
         tokio::task::yield_now().await;
@@ -435,7 +440,7 @@ mod tests {
     #[tokio::test]
     async fn h3_two_families_have_a_server_each_on_one_port() {
         let of = |address: IpAddr, port| {
-            Server::new("test", (address, port).into(), true, places(1)).of_one_family()
+            Server::new("test", (address, port).into(), true, limit(1)).of_one_family()
         };
         let (v4, v6) = (IpAddr::from(Ipv4Addr::UNSPECIFIED), IpAddr::from(Ipv6Addr::UNSPECIFIED));
         let first = of(v6, 0).listen().await.unwrap();
@@ -449,7 +454,7 @@ mod tests {
     #[tokio::test]
     async fn an_unspecified_address_of_either_family_is_every_address() {
         for wildcard in [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
-            let server = Server::new("test", (wildcard, 0).into(), true, places(16));
+            let server = Server::new("test", (wildcard, 0).into(), true, limit(16));
             let running = start_server(server, admin_router(&Metrics::new(), about())).await;
             let port = running.address.port();
             for client in [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()] {
@@ -468,7 +473,7 @@ mod tests {
             ("[::]:0", "127.0.0.1"),
             ("[::1]:0", "127.0.0.1"),
         ] {
-            let server = Server::new("test", address.parse().unwrap(), true, places(16)).of_one_family();
+            let server = Server::new("test", address.parse().unwrap(), true, limit(16)).of_one_family();
             let port = server.listen().await.unwrap().local_addr().unwrap().port();
             assert!(get(format!("{other}:{port}").parse().unwrap(), "/").await.is_err(), "{address}");
         }
@@ -480,7 +485,7 @@ mod tests {
         let address = taken.local_addr().unwrap();
         let (_stop, stopping) = watch::channel(false);
         let error =
-            Server::new("metrics", address, true, places(1)).run(Router::new(), stopping).await.unwrap_err();
+            Server::new("metrics", address, true, limit(1)).run(Router::new(), stopping).await.unwrap_err();
         assert_eq!(error.to_string(), format!("the metrics server cannot serve on {address}"));
         assert_eq!(error.source.kind(), io::ErrorKind::AddrInUse);
     }

@@ -21,7 +21,7 @@ use tokio::{
 };
 
 use super::{node_ports::LoopbackPort, picker::Picker};
-use crate::places::{Place, Places};
+use crate::connection_limit::{ConnectionLimit, Permit};
 
 /// How long a flow may be idle: the kernel's timeout for answered UDP flows.
 const REST: Duration = Duration::from_secs(120);
@@ -65,7 +65,7 @@ struct Flows {
     port: LoopbackPort,
     socket: Arc<UdpSocket>,
     picker: Arc<Picker>,
-    places: Places<LoopbackPort>,
+    limit: ConnectionLimit<LoopbackPort>,
     of: HashMap<SocketAddr, Flow>,
     tasks: JoinSet<SocketAddr>,
 }
@@ -75,17 +75,11 @@ pub(crate) async fn relay_datagrams(
     datagrams: Datagrams,
     port: LoopbackPort,
     picker: Arc<Picker>,
-    places: Places<LoopbackPort>,
+    limit: ConnectionLimit<LoopbackPort>,
 ) -> Infallible {
     let socket = datagrams.0;
-    let mut flows = Flows {
-        port,
-        socket: Arc::clone(&socket),
-        picker,
-        places,
-        of: HashMap::new(),
-        tasks: JoinSet::new(),
-    };
+    let mut flows =
+        Flows { port, socket: Arc::clone(&socket), picker, limit, of: HashMap::new(), tasks: JoinSet::new() };
     let mut buffer = vec![0; LARGEST];
     loop {
         tokio::select! {
@@ -140,9 +134,9 @@ impl Flows {
         upstream.set_nonblocking(true)?;
         let upstream = Arc::new(UdpSocket::from_std(upstream)?);
         let used = Arc::new(Notify::new());
-        let place = self.places.take_for(self.port);
+        let permit = self.limit.admit_for(self.port);
         let answers =
-            answers(Arc::clone(&upstream), Arc::clone(&self.socket), client, Arc::clone(&used), place);
+            answers(Arc::clone(&upstream), Arc::clone(&self.socket), client, Arc::clone(&used), permit);
         let task = self.tasks.spawn(answers);
         Ok(Flow { backend, upstream, used, task })
     }
@@ -161,18 +155,18 @@ async fn answers(
     socket: Arc<UdpSocket>,
     client: SocketAddr,
     used: Arc<Notify>,
-    mut place: Place<LoopbackPort>,
+    mut permit: Permit<LoopbackPort>,
 ) -> SocketAddr {
     loop {
         tokio::select! {
-            () = place.lost() => return client,
+            () = permit.revoked() => return client,
             () = tokio::time::sleep(REST) => return client,
-            () = used.notified() => place.used(),
+            () = used.notified() => permit.touch(),
             ready = upstream.readable() => {
                 let mut datagram = Vec::with_capacity(LARGEST);
                 match ready.and_then(|()| upstream.try_recv_buf(&mut datagram)) {
                     Ok(_) => {
-                        place.used();
+                        permit.touch();
                         let _ = SockRef::from(&*socket).send_to(&datagram, &client.into());
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}

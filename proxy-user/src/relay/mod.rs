@@ -5,7 +5,7 @@
 //! the agent itself listens on 127.0.0.1 and ::1 and connects to the backend, as kube-proxy does.
 //!
 //! In: [`NodePortChanges`] that are in force. Out: bound sockets, and bytes between clients and backends.
-//! [`Places`](crate::places::Places) limits the connections, with a share for each NodePort, so a NodePort with many
+//! [`ConnectionLimit`](crate::connection_limit::ConnectionLimit) limits the connections, with a share for each NodePort, so a NodePort with many
 //! clients takes nothing from other NodePorts.
 //!
 //! ```text

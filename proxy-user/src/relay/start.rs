@@ -22,10 +22,10 @@ use super::{
     Datagrams, LoopbackPort, NodePortChanges, NodePorts, Picker, Streams, relay_datagrams, relay_streams,
 };
 use crate::{
+    connection_limit::ConnectionLimit,
     dataplane::ebpf,
     model::{Family, LoopbackNodePorts, PerFamily, Protocol, Settings},
     observe::Metrics,
-    places::Places,
 };
 
 /// The pause before the next attempt to listen.
@@ -48,14 +48,14 @@ pub(crate) fn relayed(settings: &Settings) -> PerFamily<bool> {
 pub(crate) fn start(
     changes: mpsc::UnboundedReceiver<NodePortChanges>,
     mode: watch::Receiver<&'static str>,
-    places: Places<LoopbackPort>,
+    limit: ConnectionLimit<LoopbackPort>,
     metrics: &Metrics,
 ) -> anyhow::Result<()> {
     let supervisor = Supervisor {
         node_ports: NodePorts::default(),
         open: BTreeMap::new(),
         taken: BTreeSet::new(),
-        places,
+        limit,
         metrics: metrics.clone(),
     };
     std::thread::Builder::new().name("relay".to_owned()).spawn(move || {
@@ -84,7 +84,7 @@ struct Supervisor {
     open: BTreeMap<LoopbackPort, Open>,
     /// NodePorts that weir cannot listen on.
     taken: BTreeSet<LoopbackPort>,
-    places: Places<LoopbackPort>,
+    limit: ConnectionLimit<LoopbackPort>,
     metrics: Metrics,
 }
 
@@ -121,7 +121,7 @@ impl Supervisor {
                 continue;
             }
             let picker = Arc::new(Picker::new(backends.clone()));
-            match listen(port, Arc::clone(&picker), self.places.clone()) {
+            match listen(port, Arc::clone(&picker), self.limit.clone()) {
                 Ok(task) => {
                     self.taken.remove(&port);
                     self.open.insert(port, Open { picker, task });
@@ -145,17 +145,17 @@ impl Supervisor {
 fn listen(
     port: LoopbackPort,
     picker: Arc<Picker>,
-    places: Places<LoopbackPort>,
+    limit: ConnectionLimit<LoopbackPort>,
 ) -> io::Result<JoinHandle<()>> {
     let at = port.address();
     Ok(match port.protocol {
         Protocol::Udp => {
             let datagrams = Datagrams::bind(at)?;
-            tokio::spawn(async move { match relay_datagrams(datagrams, port, picker, places).await {} })
+            tokio::spawn(async move { match relay_datagrams(datagrams, port, picker, limit).await {} })
         }
         Protocol::Tcp | Protocol::Sctp => {
             let streams = Streams::bind(at)?;
-            tokio::spawn(async move { match relay_streams(streams, port, picker, places).await {} })
+            tokio::spawn(async move { match relay_streams(streams, port, picker, limit).await {} })
         }
     })
 }

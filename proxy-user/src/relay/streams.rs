@@ -24,7 +24,7 @@ use tokio::{
 };
 
 use super::{node_ports::LoopbackPort, picker::Picker};
-use crate::places::{Place, Places};
+use crate::connection_limit::{ConnectionLimit, Permit};
 
 /// The time limit for connecting to a backend, which is kube-proxy's.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -67,12 +67,12 @@ pub(crate) async fn relay_streams(
     streams: Streams,
     port: LoopbackPort,
     picker: Arc<Picker>,
-    places: Places<LoopbackPort>,
+    limit: ConnectionLimit<LoopbackPort>,
 ) -> Infallible {
     loop {
         match streams.0.accept().await {
             Ok((client, _)) => {
-                tokio::spawn(connection(client, Arc::clone(&picker), places.take_for(port)));
+                tokio::spawn(connection(client, Arc::clone(&picker), limit.admit_for(port)));
             }
             Err(error) => {
                 tracing::debug!(%error, ?port, "cannot accept a connection");
@@ -82,11 +82,11 @@ pub(crate) async fn relay_streams(
     }
 }
 
-async fn connection(mut client: TcpStream, picker: Arc<Picker>, mut place: Place<LoopbackPort>) {
+async fn connection(mut client: TcpStream, picker: Arc<Picker>, mut permit: Permit<LoopbackPort>) {
     let Some(backend) = picker.pick(Instant::now()) else { return reset(&client) };
     let connected = tokio::select! {
         connected = tokio::time::timeout(PATIENCE, TcpStream::connect(backend)) => connected,
-        () = place.lost() => return reset(&client),
+        () = permit.revoked() => return reset(&client),
     };
     let mut server = match connected {
         Ok(Ok(server)) => server,
@@ -104,14 +104,14 @@ async fn connection(mut client: TcpStream, picker: Arc<Picker>, mut place: Place
         let _ = side.set_nodelay(true);
         let _ = SockRef::from(side).set_keepalive(true);
     }
-    if !exchange(&mut client, &mut server, &mut place).await {
+    if !exchange(&mut client, &mut server, &mut permit).await {
         reset(&client);
         reset(&server);
     }
 }
 
 /// Forwards bytes until both sides have ended or the connection loses its place; `false` if bytes were lost.
-async fn exchange(client: &mut TcpStream, server: &mut TcpStream, place: &mut Place<LoopbackPort>) -> bool {
+async fn exchange(client: &mut TcpStream, server: &mut TcpStream, permit: &mut Permit<LoopbackPort>) -> bool {
     let (from_client, to_client) = client.split();
     let (from_server, to_server) = server.split();
     let used = Notify::new();
@@ -121,8 +121,8 @@ async fn exchange(client: &mut TcpStream, server: &mut TcpStream, place: &mut Pl
     loop {
         tokio::select! {
             passed = &mut both => return passed.is_ok(),
-            () = place.lost() => return false,
-            () = used.notified() => place.used(),
+            () = permit.revoked() => return false,
+            () = used.notified() => permit.touch(),
         }
     }
 }

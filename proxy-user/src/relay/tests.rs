@@ -16,8 +16,8 @@ use tokio::{
 
 use super::{node_ports::Backends, *};
 use crate::{
+    connection_limit::ConnectionLimit,
     model::{Family, Protocol},
-    places::Places,
 };
 
 const LOOPBACK: [&str; 2] = ["127.0.0.1", "::1"];
@@ -40,17 +40,17 @@ fn streams(
     address: &str,
     backends: Backends,
     key: LoopbackPort,
-    places: &Places<LoopbackPort>,
+    limit: &ConnectionLimit<LoopbackPort>,
 ) -> (SocketAddr, JoinHandle<()>) {
     let streams = Streams::bind(any(address)).unwrap();
     let at = streams.address().unwrap();
-    let (picker, places) = (Arc::new(Picker::new(backends)), places.clone());
-    (at, tokio::spawn(async move { match relay_streams(streams, key, picker, places).await {} }))
+    let (picker, limit) = (Arc::new(Picker::new(backends)), limit.clone());
+    (at, tokio::spawn(async move { match relay_streams(streams, key, picker, limit).await {} }))
 }
 
-fn room(most: usize, each: usize) -> (Places<LoopbackPort>, Counter) {
+fn room(most: usize, each: usize) -> (ConnectionLimit<LoopbackPort>, Counter) {
     let refused = Counter::default();
-    (Places::new(most, each, refused.clone()), refused)
+    (ConnectionLimit::new(most, each, refused.clone()), refused)
 }
 
 #[tokio::test]
@@ -94,9 +94,9 @@ async fn a_failure_at_the_backend_is_a_reset_to_the_client() {
 async fn a_node_port_with_many_clients_takes_nothing_from_other_node_ports() {
     let backend = TcpListener::bind(any("127.0.0.1")).await.unwrap();
     let to = backends(&[backend.local_addr().unwrap()]);
-    let (places, refused) = room(16, 4);
-    let (modest, _first) = streams("127.0.0.1", to.clone(), port(1), &places);
-    let (crowded, _second) = streams("127.0.0.1", to, port(2), &places);
+    let (limit, refused) = room(16, 4);
+    let (modest, _first) = streams("127.0.0.1", to.clone(), port(1), &limit);
+    let (crowded, _second) = streams("127.0.0.1", to, port(2), &limit);
     let mut served = Vec::new();
     let mut connect = async |at| {
         let client = TcpStream::connect(at).await.unwrap();
@@ -144,8 +144,8 @@ async fn a_datagram_client_stays_with_its_backend_until_it_leaves() {
         let servers = [named(address, "first").await, named(address, "second").await];
         let datagrams = Datagrams::bind(any(address)).unwrap();
         let at = datagrams.address().unwrap();
-        let (picker, places) = (Arc::new(Picker::new(backends(&servers))), room(64, 64).0);
-        let relay = tokio::spawn(relay_datagrams(datagrams, port(1), Arc::clone(&picker), places));
+        let (picker, limit) = (Arc::new(Picker::new(backends(&servers))), room(64, 64).0);
+        let relay = tokio::spawn(relay_datagrams(datagrams, port(1), Arc::clone(&picker), limit));
         let client = UdpSocket::bind(any(address)).await.unwrap();
         // A connected socket receives only from its peer.
         client.connect(at).await.unwrap();
@@ -167,9 +167,9 @@ async fn datagram_clients_beyond_the_limit_replace_the_client_that_was_idle_long
     let backend = named("127.0.0.1", "it").await;
     let datagrams = Datagrams::bind(any("127.0.0.1")).unwrap();
     let at = datagrams.address().unwrap();
-    let (places, refused) = room(4, 4);
+    let (limit, refused) = room(4, 4);
     let picker = Arc::new(Picker::new(backends(&[backend])));
-    let _relay = tokio::spawn(relay_datagrams(datagrams, port(1), picker, places));
+    let _relay = tokio::spawn(relay_datagrams(datagrams, port(1), picker, limit));
     for _ in 0..32 {
         let client = UdpSocket::bind(any("127.0.0.1")).await.unwrap();
         client.connect(at).await.unwrap();

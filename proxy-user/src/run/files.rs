@@ -8,9 +8,9 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use prometheus_client::metrics::counter::Counter;
 
 use crate::{
+    connection_limit::ConnectionLimit,
     dns::{InFlight, Room},
     observe::Metrics,
-    places::Places,
     relay::LoopbackPort,
 };
 
@@ -43,26 +43,26 @@ impl Files {
     }
 
     /// For `/healthz` and the healthCheckNodePorts, whose clients are load balancers from anywhere.
-    pub(super) fn health(self, metrics: &Metrics) -> Places {
-        self.places(256, 64, metrics.refused("health-connections"))
+    pub(super) fn health(self, metrics: &Metrics) -> ConnectionLimit {
+        self.limit(256, 64, metrics.refused("health-connections"))
     }
 
-    pub(super) fn metrics(self, metrics: &Metrics) -> Places {
-        self.places(64, 32, metrics.refused("metrics-connections"))
+    pub(super) fn metrics(self, metrics: &Metrics) -> ConnectionLimit {
+        self.limit(64, 32, metrics.refused("metrics-connections"))
     }
 
     pub(super) fn names(self, metrics: &Metrics) -> Room {
         let (most, each) = self.lookups();
         Room {
-            connections: self.places(512, 32, metrics.refused("dns-connections")),
+            connections: self.limit(512, 32, metrics.refused("dns-connections")),
             lookups: InFlight::new(most, each, metrics.refused("dns-lookups")),
         }
     }
 
     /// For the relay, with a share for each NodePort. A connection takes two files.
-    pub(super) fn relayed(self, metrics: &Metrics) -> Places<LoopbackPort> {
+    pub(super) fn relayed(self, metrics: &Metrics) -> ConnectionLimit<LoopbackPort> {
         let refused = metrics.refused("localhost-node-port-flows");
-        Places::new(self.share(4096) / 2, self.share(1024) / 2, refused)
+        ConnectionLimit::new(self.share(4096) / 2, self.share(1024) / 2, refused)
     }
 
     /// Concurrent upstream queries: of all clients, and of one.
@@ -70,8 +70,8 @@ impl Files {
         (self.share(1000), self.share(100))
     }
 
-    fn places(self, most: u64, each: u64, refused: Counter) -> Places {
-        Places::new(self.share(most), self.share(each), refused)
+    fn limit(self, most: u64, each: u64, refused: Counter) -> ConnectionLimit {
+        ConnectionLimit::new(self.share(most), self.share(each), refused)
     }
 }
 

@@ -6,8 +6,8 @@ use tokio::sync::watch;
 
 use crate::{
     config::Config,
+    connection_limit::ConnectionLimit,
     observe::{About, Events, Health, Metrics, Server, Trouble, admin_router, health_router},
-    places::Places,
 };
 
 pub(super) async fn serve(
@@ -15,11 +15,11 @@ pub(super) async fn serve(
     health: Health,
     metrics: Metrics,
     about: About,
-    [health_places, metrics_places]: [Places; 2],
+    [health_limit, metrics_limit]: [ConnectionLimit; 2],
     events: Events,
     stopping: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
-    let server = |name, reason, address, places, router| {
+    let server = |name, reason, address, limit, router| {
         let (stopping, events) = (stopping.clone(), events.clone());
         async move {
             match address {
@@ -28,7 +28,7 @@ pub(super) async fn serve(
                         let note = format!("{name} cannot be served at {address}: {error}");
                         events.report(Trouble::of_node(reason, "StartKubeProxy", note));
                     };
-                    let server = Server::new(name, address, config.bind_hard_fail, places);
+                    let server = Server::new(name, address, config.bind_hard_fail, limit);
                     server.run_and_report(router, stopping, tell).await
                 }
                 None => {
@@ -45,14 +45,14 @@ pub(super) async fn serve(
             "healthz",
             "FailedToStartProxierHealthcheck",
             config.healthz,
-            health_places,
+            health_limit,
             health_router(&health, &metrics)
         ),
         server(
             "metrics",
             "FailedToStartMetricServer",
             config.metrics,
-            metrics_places,
+            metrics_limit,
             admin_router(&metrics, about)
         ),
     )?;

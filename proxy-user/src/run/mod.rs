@@ -144,9 +144,9 @@ async fn serve(
         None => None,
     };
 
-    let health_places = files.health(&metrics);
+    let health_limit = files.health(&metrics);
     let health_checks =
-        HealthChecks::start(health.clone(), events.clone(), health_places.clone(), stopping.clone());
+        HealthChecks::start(health.clone(), events.clone(), health_limit.clone(), stopping.clone());
     let engine = Engine::new(config.model.clone(), metrics.clone(), health.clone())
         .with_retry(config.sync_period)
         .with_health_checks(health_checks)
@@ -184,8 +184,8 @@ async fn serve(
     let _ = open.send(opened);
     let told = events;
     told.report(Trouble::starting());
-    let places = [health_places, files.metrics(&metrics)];
-    let servers = tokio::spawn(http::serve(config, health, metrics, about, places, told, stopping));
+    let limits = [health_limit, files.metrics(&metrics)];
+    let servers = tokio::spawn(http::serve(config, health, metrics, about, limits, told, stopping));
 
     let ended = tokio::select! {
         name = signalled() => {

@@ -23,7 +23,7 @@ use super::{
     super::{Counters, Forwarder, InFlight, Limits, Origin, Replier, Responder, connections},
     *,
 };
-use crate::{fixture::service, model::Kind, places::Places};
+use crate::{connection_limit::ConnectionLimit, fixture::service, model::Kind};
 
 const DEADLINE: Duration = Duration::from_secs(20);
 
@@ -39,7 +39,7 @@ fn responder(upstream: SocketAddr) -> Arc<Responder> {
         replier: Replier::new(Arc::new(RwLock::new(names)), zone()),
         forwarder,
         limits: Limits::new(NonZeroU32::new(1000).unwrap()),
-        places: Places::new(10, 10, Counter::default()),
+        limit: ConnectionLimit::new(10, 10, Counter::default()),
         counters: Counters::default(),
     })
 }
