@@ -95,8 +95,8 @@ impl<D: Dataplane> Agent<D> {
         let refused: Vec<_> = short.refused.iter().map(|(id, _)| id.clone()).collect();
         self.planner.record_left(short.left.iter().map(|(id, _)| id.clone()));
         let entangled = self.planner.record_applied(&delta, &refused);
-        let stray = self.planner.take_orphaned();
-        if !repairable || [entangled, stray].iter().any(|families| families.v4 || families.v6) {
+        let orphaned = self.planner.take_orphaned();
+        if !repairable || [entangled, orphaned].iter().any(|families| families.v4 || families.v6) {
             self.reread()?;
         }
         result.map(|()| delta)

@@ -72,7 +72,7 @@ fn options(config: &Config, metrics: &Metrics) -> ConnectionOptions {
     let limit = config.request_limit.map(|RequestLimit { requests, window }| (requests, window));
     let metrics = metrics.clone();
     let observer = move |request: &RequestReport<'_>| {
-        metrics.count_request(asked.method.as_str(), asked.host, asked.code, asked.took);
+        metrics.count_request(request.method.as_str(), request.host, request.code, request.duration);
     };
     ConnectionOptions { limit, observer: Some(Arc::new(observer)) }
 }

@@ -57,8 +57,8 @@ impl Engine {
         started: Instant,
     ) {
         let delta = self.planner.take_delta();
-        let stray = self.planner.take_orphaned();
-        for family in self.families.iter().filter(|family| *stray.get(**family)) {
+        let orphaned = self.planner.take_orphaned();
+        for family in self.families.iter().filter(|family| *orphaned.get(**family)) {
             // Leftovers from before the start harm nothing, and a comparison is expensive, so they wait.
             self.recoveries.get_mut(*family).by("leftovers", started + self.longest_retry);
         }
