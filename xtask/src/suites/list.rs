@@ -10,6 +10,7 @@ use std::{collections::BTreeMap, fs, path::Path};
 use anyhow::{Context as _, Result, bail};
 
 use super::Metadata;
+use crate::table::columns;
 
 /// The packages with test targets that need root.
 const ROOT_PACKAGES: [&str; 2] = ["weir-tests", "weir-bench"];
@@ -108,13 +109,11 @@ pub(super) fn text(suites: &[Suite], workspace: &Path) -> Result<String> {
     let readme = workspace.join(README);
     let readme = fs::read_to_string(&readme).with_context(|| format!("reading {}", readme.display()))?;
     let lines = lines(&readme);
-    let width = suites.iter().map(|suite| suite.name.len()).max().unwrap_or(0).max("SUITE".len());
-    let mut text = format!("{:width$}   PROVES\n", "SUITE");
-    for suite in suites {
+    let row = |suite: &Suite| {
         let proves = lines.get(&*suite.name).copied().unwrap_or("-");
-        text += &format!("{:width$}   {proves}\n", suite.name);
-    }
-    Ok(text)
+        vec![suite.name.clone(), proves.to_owned()]
+    };
+    Ok(columns(&["SUITE", "PROVES"], &suites.iter().map(row).collect::<Vec<_>>()))
 }
 
 /// What the table of the page says that each suite proves: `` | `name` | file | proves | … ``.
