@@ -22,6 +22,7 @@ mod generate;
 mod image;
 mod kind;
 mod machine;
+mod metadata;
 mod picture;
 mod process;
 mod rules;

@@ -77,9 +77,9 @@ pub fn run(options: &Options) -> Result<()> {
     }
     let report = measure(&options)?;
     for (title, table) in report.parts().into_iter().flat_map(|part| part.tables) {
-        writeln!(out, "{title}\n{table}")?;
+        writeln!(out, "{title}\n\n{}", report::columns(&table))?;
     }
-    writeln!(out, "Verdicts\n{}", report.verdicts())?;
+    writeln!(out, "Verdicts\n\n{}", report::columns(&report.verdicts()))?;
     for (subject, why) in &report.absent {
         writeln!(out, "{subject}: not run, {why}")?;
     }

@@ -5,7 +5,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::{Result, bail};
-use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
+use weir::cli::columns;
 use weir_tests::subject::Plane;
 
 use super::Settings;
@@ -59,9 +59,7 @@ impl Report {
     }
 
     pub(crate) fn print(&self) {
-        let mut table = Table::new();
-        table.load_style(UTF8_FULL_CONDENSED);
-        table.set_header(["act", "times", "right again: median", "longest", "after it: longest", "failed"]);
+        let mut rows = Vec::new();
         let mut groups: BTreeMap<&str, Vec<&Record>> = BTreeMap::new();
         for record in &self.records {
             groups.entry(record.name).or_default().push(record);
@@ -71,18 +69,17 @@ impl Report {
             under.sort_unstable();
             let after = records.iter().filter_map(|record| record.after).max();
             let failed = records.iter().filter(|record| record.failure.is_some()).count();
-            table.add_row([
+            rows.push(vec![
                 name.to_owned(),
                 records.len().to_string(),
                 seconds(under.get(under.len() / 2).copied()),
                 seconds(under.last().copied()),
                 seconds(after),
-                if failed == 0 { String::new() } else { failed.to_string() },
+                failed.to_string(),
             ]);
         }
-        for column in table.column_iter_mut().skip(1) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
+        let header = ["ACT", "TIMES", "RIGHT AGAIN, MEDIAN", "LONGEST", "LONGEST AFTER IT", "FAILED"];
+        let table = columns(&header, rows.into_iter());
         say(&format!("{:?}, seed {}\n{table}", self.plane, self.settings.seed));
         if let Some((answered, failed)) = self.load {
             say(&format!("load: {answered} calls answered, {failed} not, acts that stop serving included"));

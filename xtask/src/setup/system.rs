@@ -29,7 +29,7 @@ const fn package(name: &'static str, level: Level, probe: Probe) -> Package {
     Package { name, level, probe }
 }
 
-/// The keys for all packages that [`super::archive`] downloads, also on Ubuntu.
+/// The keys for all packages that are downloaded from Debian, also on Ubuntu.
 pub(super) const DEBIAN_KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 const PACKAGES: &[Package] = &[

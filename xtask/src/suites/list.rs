@@ -9,8 +9,7 @@ use std::{collections::BTreeMap, fs, path::Path};
 
 use anyhow::{Context as _, Result, bail};
 
-use super::Metadata;
-use crate::table::columns;
+use crate::{metadata::Metadata, table::columns};
 
 /// The packages with test targets that need root.
 const ROOT_PACKAGES: [&str; 2] = ["weir-tests", "weir-bench"];
@@ -109,11 +108,9 @@ pub(super) fn text(suites: &[Suite], workspace: &Path) -> Result<String> {
     let readme = workspace.join(README);
     let readme = fs::read_to_string(&readme).with_context(|| format!("reading {}", readme.display()))?;
     let lines = lines(&readme);
-    let row = |suite: &Suite| {
-        let proves = lines.get(&*suite.name).copied().unwrap_or("-");
-        vec![suite.name.clone(), proves.to_owned()]
-    };
-    Ok(columns(&["SUITE", "PROVES"], &suites.iter().map(row).collect::<Vec<_>>()))
+    let proves = |suite: &Suite| lines.get(&*suite.name).copied().unwrap_or("<none>").to_owned();
+    let rows: Vec<Vec<String>> = suites.iter().map(|suite| vec![suite.name.clone(), proves(suite)]).collect();
+    Ok(columns(&["SUITE", "PROVES"], &rows))
 }
 
 /// What the table of the page says that each suite proves: `` | `name` | file | proves | … ``.

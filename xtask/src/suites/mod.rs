@@ -7,13 +7,12 @@
 use std::{
     env,
     ffi::{OsStr, OsString},
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
     time::Instant,
 };
 
-use anyhow::{Context as _, Result, bail};
-use serde::Deserialize;
+use anyhow::{Result, bail};
 
 use crate::{
     machine::Machine,
@@ -67,36 +66,6 @@ impl Chaos {
             ("WEIR_CHAOS_ACTS", self.acts.clone()),
         ];
         variables.into_iter().filter_map(|(name, value)| Some((name, value?.into())))
-    }
-}
-
-#[derive(Deserialize)]
-struct Metadata {
-    packages: Vec<Package>,
-    target_directory: PathBuf,
-}
-
-#[derive(Deserialize)]
-struct Package {
-    name: String,
-    targets: Vec<Target>,
-}
-
-#[derive(Deserialize)]
-struct Target {
-    name: String,
-    kind: Vec<String>,
-}
-
-impl Machine {
-    fn metadata(&self) -> Result<Metadata> {
-        let text = process::read(self.cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?;
-        serde_json::from_str(&text).context("reading what cargo metadata wrote")
-    }
-
-    /// Where cargo builds to.
-    pub(crate) fn target_directory(&self) -> Result<PathBuf> {
-        Ok(self.metadata()?.target_directory)
     }
 }
 

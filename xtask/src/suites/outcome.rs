@@ -4,9 +4,8 @@
 
 use std::time::Duration;
 
-use comfy_table::{CellAlignment, Table, presets};
-
 use super::list::Suite;
+use crate::table::columns;
 
 /// How a suite ended.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -79,25 +78,20 @@ impl Outcome {
 }
 
 /// One row for each suite.
-pub(super) fn table(suites: &[Suite], outcomes: &[Outcome]) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_BORDERS_ONLY);
-    table.set_header(["suite", "passed", "failed", "ignored", "seconds", ""]);
-    for (suite, outcome) in suites.iter().zip(outcomes) {
+pub(super) fn table(suites: &[Suite], outcomes: &[Outcome]) -> String {
+    let row = |(suite, outcome): (&Suite, &Outcome)| {
         let Outcome { passed, failed, ignored, took, .. } = outcome;
-        table.add_row([
+        vec![
             suite.name.clone(),
             passed.to_string(),
             failed.to_string(),
             ignored.to_string(),
             format!("{:.1}", took.as_secs_f32()),
             outcome.verdict().to_owned(),
-        ]);
-    }
-    for column in table.column_iter_mut().skip(1).take(4) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    table
+        ]
+    };
+    let rows: Vec<Vec<String>> = suites.iter().zip(outcomes).map(row).collect();
+    columns(&["SUITE", "PASSED", "FAILED", "IGNORED", "SECONDS", "RESULT"], &rows)
 }
 
 #[cfg(test)]
@@ -156,7 +150,7 @@ mod tests {
         assert_eq!(died.verdict(), "broken");
         assert_eq!(Outcome { good: true, ..Outcome::default() }.verdict(), "no tests");
         assert_eq!(Outcome { good: true, passed: 1, ..Outcome::default() }.verdict(), "ok");
-        let text = table(&[Suite::unit()], &[died]).to_string();
+        let text = table(&[Suite::unit()], &[died]);
         assert!(text.contains("unit") && text.contains("broken"), "{text}");
     }
 }

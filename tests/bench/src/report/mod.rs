@@ -24,6 +24,7 @@ mod plots;
 mod tables;
 mod verdicts;
 
+pub(super) use tables::columns;
 use tables::ratios;
 
 /// What the file looks like; another number is another form.

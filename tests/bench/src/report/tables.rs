@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
+use comfy_table::{Cell, Row, Table};
+use weir::cli;
 
 use super::{Report, bytes, time};
 use crate::{
@@ -17,15 +18,22 @@ use crate::{
     workload::Workload,
 };
 
-/// An empty table; columns are numbers but for those in `words`.
+/// An empty table.
 #[must_use]
-pub(super) fn grid(header: &[&str], words: &[usize]) -> Table {
+pub(super) fn grid(header: &[&str]) -> Table {
     let mut table = Table::new();
-    table.load_style(UTF8_FULL_CONDENSED).set_header(header);
-    for column in table.column_iter_mut().filter(|column| !words.contains(&column.index)) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
+    table.set_header(header);
     table
+}
+
+/// A table in kubectl's form, for the terminal.
+#[must_use]
+pub(crate) fn columns(table: &Table) -> String {
+    let cells = |row: &Row| row.cell_iter().map(Cell::content).collect::<Vec<String>>();
+    let header = table.header().map(cells).unwrap_or_default();
+    let header: Vec<String> = header.iter().map(|name| name.to_uppercase()).collect();
+    let header: Vec<&str> = header.iter().map(String::as_str).collect();
+    cli::columns(&header, table.row_iter().map(cells))
 }
 
 /// Where a run has nothing.
@@ -49,7 +57,7 @@ pub(super) fn ratios(all: &[Series], way: Way) -> Table {
     let subjects: BTreeSet<Subject> = all.iter().filter_map(|series| series.subject).collect();
     let mut header = vec!["Services", "route", "traffic", "straight, no proxy"];
     header.extend(subjects.iter().map(|subject| subject.name()));
-    let mut table = grid(&header, &[1, 2]);
+    let mut table = grid(&header);
     for ((services, route, load), case) in cases(all) {
         if way == Way::Straight && !route.is_compared_in_place() {
             continue;
@@ -72,8 +80,7 @@ pub(super) fn ratios(all: &[Series], way: Way) -> Table {
 /// Latencies of the first packet and of requests, one client by IPv4.
 #[must_use]
 pub(super) fn latencies(report: &Report) -> Table {
-    let mut table =
-        grid(&["Services", "route", "latency of", "subject", "p50", "p90", "p99", "p99.9"], &[1, 2, 3]);
+    let mut table = grid(&["Services", "route", "latency of", "subject", "p50", "p90", "p99", "p99.9"]);
     for series in &report.paths {
         let what = match series.load.traffic {
             Traffic::Connect => "first packet (TCP connect)",
@@ -115,24 +122,21 @@ fn groups(runs: &[Run]) -> Groups<'_> {
 /// Starting and starting again: one row for each workload and subject.
 #[must_use]
 pub(super) fn starts(runs: &[Run]) -> Table {
-    let mut table = grid(
-        &[
-            "Services x endpoints",
-            "subject",
-            "start",
-            "CPU",
-            "from API server",
-            "memory",
-            "peak (+children)",
-            "kernel: maps",
-            "kernel: rules",
-            "restart",
-            "CPU",
-            "from API server",
-            "failed meanwhile",
-        ],
-        &[1],
-    );
+    let mut table = grid(&[
+        "Services x endpoints",
+        "subject",
+        "start",
+        "CPU",
+        "from API server",
+        "memory",
+        "peak (+children)",
+        "kernel: maps",
+        "kernel: rules",
+        "restart",
+        "CPU",
+        "from API server",
+        "failed meanwhile",
+    ]);
     for ((workload, subject), runs) in groups(runs) {
         let mut row = vec![workload.to_string(), subject.name().to_owned()];
         row.extend(start_cells(&runs));
@@ -189,26 +193,23 @@ fn seconds_or_bound(runs: &[&Run], phase: Phase, seconds: f64) -> String {
 /// Single changes: one row for each workload, subject and kind of change.
 #[must_use]
 pub(super) fn changes(runs: &[Run]) -> Table {
-    let mut table = grid(
-        &[
-            "Services x endpoints",
-            "subject",
-            "change",
-            "of it the API server",
-            "idle p50",
-            "p99",
-            "after its answer",
-            "n",
-            "sync",
-            "CPU",
-            "busy p50",
-            "p99",
-            "n",
-            "writes/s",
-            "CPU a write",
-        ],
-        &[1, 2],
-    );
+    let mut table = grid(&[
+        "Services x endpoints",
+        "subject",
+        "change",
+        "of it the API server",
+        "idle p50",
+        "p99",
+        "after its answer",
+        "n",
+        "sync",
+        "CPU",
+        "busy p50",
+        "p99",
+        "n",
+        "writes/s",
+        "CPU a write",
+    ]);
     for ((workload, subject), runs) in groups(runs) {
         for kind in Kind::ALL {
             let mut row = vec![workload.to_string(), subject.name().to_owned(), kind.name().to_owned()];
@@ -256,19 +257,16 @@ fn busy_cells(runs: &[&Run], kind: Kind) -> Vec<String> {
 /// Serving again after hostile acts: one row for each workload, act and subject.
 #[must_use]
 pub(super) fn recoveries(all: &[Recovery]) -> Table {
-    let mut table = grid(
-        &[
-            "Services x endpoints",
-            "act",
-            "subject",
-            "until all worked p50",
-            "longest",
-            "n",
-            "CPU",
-            "failed meanwhile",
-        ],
-        &[1, 2],
-    );
+    let mut table = grid(&[
+        "Services x endpoints",
+        "act",
+        "subject",
+        "until all worked p50",
+        "longest",
+        "n",
+        "CPU",
+        "failed meanwhile",
+    ]);
     let mut groups: BTreeMap<_, Vec<&Recovery>> = BTreeMap::new();
     for one in all {
         groups.entry((one.workload, one.act, one.subject)).or_default().push(one);
@@ -299,7 +297,7 @@ pub(super) fn recoveries(all: &[Recovery]) -> Table {
 /// One row for each program and case.
 #[must_use]
 pub(super) fn hooks(costs: &[Cost]) -> Table {
-    let mut table = grid(&["Services", "program", "case", "ns a run", "least"], &[1, 2]);
+    let mut table = grid(&["Services", "program", "case", "ns a run", "least"]);
     for cost in costs {
         table.add_row([
             cost.services.to_string(),
@@ -316,20 +314,17 @@ pub(super) fn hooks(costs: &[Cost]) -> Table {
 /// One row for each shape.
 #[must_use]
 pub(super) fn maps(runs: &[maps::Run]) -> Table {
-    let mut table = grid(
-        &[
-            "Services",
-            "of",
-            "filled (CPU)",
-            "adopted (CPU)",
-            "endpoint more or less p50 / p99",
-            "Service more or less p50 / p99",
-            "bytes a Service",
-            "bytes an endpoint",
-            "all maps",
-        ],
-        &[1],
-    );
+    let mut table = grid(&[
+        "Services",
+        "of",
+        "filled (CPU)",
+        "adopted (CPU)",
+        "endpoint more or less p50 / p99",
+        "Service more or less p50 / p99",
+        "bytes a Service",
+        "bytes an endpoint",
+        "all maps",
+    ]);
     for shape in maps::Shape::ALL {
         let of_shape: Vec<&maps::Run> = runs.iter().filter(|run| run.shape == shape).collect();
         let Some(run) = of_shape.first() else { continue };
@@ -369,7 +364,7 @@ pub(super) fn names(seen: &[dns::Seen]) -> Table {
         "p99",
         "10,000 endpoints",
     ];
-    let mut table = grid(&header, &[0]);
+    let mut table = grid(&header);
     let median = |samples: &[f64]| quantile(samples.to_vec(), 0.5);
     let at = |samples: &[f64], part| time(quantile(samples.to_vec(), part));
     for seen in seen {

@@ -55,7 +55,7 @@ pub(super) fn table(report: &Report) -> Table {
     let others: BTreeSet<Subject> = subjects.filter(|subject| !OWN.contains(subject)).collect();
     let mut header = vec!["figure", "weir", "beside no proxy"];
     header.extend(others.iter().map(|subject| subject.name()));
-    let mut table = grid(&header, &[0, 1]);
+    let mut table = grid(&header);
     path_rows(report, &others).into_iter().chain(programming_rows(report, &others)).for_each(|row| {
         table.add_row(row);
     });
