@@ -89,6 +89,9 @@ fn show(options: &Options, topology: &Topology, obstacle: Option<&str>) -> Resul
     say(&introduction(options, &serving));
     say(&columns(&["CASE", "CLIENT", "ADDRESS", "PLANE", "ANSWERS"], rows.into_iter()));
     say("The same connections over IPv6 had the same results.");
+    if let Some(reason) = &serving.without_names {
+        say(&format!("The headless name has no answer, because weir cannot answer DNS here: {reason}."));
+    }
     if options.keep {
         let manifests = subject.manifests().context("weir reads no manifests")?;
         say(&invitation(topology, &serving, &manifests, [subject.log(1), subject.log(2)])?);
@@ -122,27 +125,38 @@ fn invitation(
         [Location::Pod(1, 2), Location::Host(1)].map(|place| format!("ip netns exec {PREFIX}-{place}"));
     let url = format!("http://{}/", WEB.cluster_ip(Family::V4));
     let node_port = format!("http://{}:{}/", node_address(Family::V4, 1), WEB.node_port(PORT));
-    let mut lines =
-        vec![format!("{pod} curl -s {url}"), format!("ip netns exec {PREFIX}-outside curl -s {node_port}")];
+    let (weir, manifests) = (shown(&assets::weir()?), manifests.display());
+    let mut commands = vec![
+        (
+            "a client outside calls the NodePort",
+            format!("ip netns exec {PREFIX}-outside curl -s {node_port}"),
+        ),
+        (
+            "a pod calls the ClusterIP, by nftables, because the shell is in no pod's cgroup",
+            format!("{pod} curl -s {url}"),
+        ),
+    ];
     if serving.planes.contains(&Via::Socket) {
         let group = topology.cgroup_root(1).join(Location::Pod(1, 2).to_string());
-        // The shell's cgroup is not the pod's: its connections would be left to nftables.
-        lines.push(format!("sh -c 'echo $$ > {}/cgroup.procs; {pod} curl -s {url}'", group.display()));
+        commands.push((
+            "the same in the pod's cgroup, by the socket plane",
+            format!("sh -c 'echo $$ > {}/cgroup.procs; {pod} curl -s {url}'", group.display()),
+        ));
     }
-    lines.extend([
-        format!("{node} nft list table ip weir"),
-        format!(
-            "{} plan --hostname-override=node-1 --source=manifests:{}",
-            shown(&assets::weir()?),
-            manifests.display()
+    commands.extend([
+        ("node 1's rules", format!("{node} nft list table ip weir")),
+        (
+            "weir's plan for node 1",
+            format!("{weir} plan --hostname-override=node-1 --source=manifests:{manifests}"),
         ),
-        format!("$EDITOR {}/web.yaml", manifests.display()),
-        format!("tail -f {} {}", logs[0].display(), logs[1].display()),
+        ("a Service to change; weir follows at once", format!("$EDITOR {manifests}/web.yaml")),
+        ("the agents' logs", format!("tail -f {} {}", logs[0].display(), logs[1].display())),
     ]);
-    Ok(format!(
-        "\nThe cluster stays until you press Ctrl-C. In another terminal, as root:\n  {}",
-        lines.join("\n  ")
-    ))
+    let mut text = "\nThe cluster stays until you press Ctrl-C. In another terminal, as root:".to_owned();
+    for (purpose, command) in commands {
+        text += &format!("\n  # {purpose}\n  {command}");
+    }
+    Ok(text)
 }
 
 fn closing(took: Duration, weir: &Path) -> String {

@@ -77,7 +77,7 @@ impl Serving {
 fn obstacles(mode: &str, obstacle: Option<&str>, probe: &Probe, log: &Path) -> String {
     let listed = |lines: &[String]| format!(":\n  {}", lines.join("\n  "));
     if mode == "nftables" {
-        return "that mode asks for it.".to_owned();
+        return "the mode is nftables.".to_owned();
     }
     if let Some(obstacle) = obstacle {
         return format!("the demo cannot make what the socket plane needs{}", listed(&[obstacle.to_owned()]));
@@ -102,4 +102,45 @@ fn proxy_mode() -> Result<String> {
     stream.read_to_string(&mut answer)?;
     let (_, body) = answer.split_once("\r\n\r\n").context("the agent's answer has no body")?;
     Ok(body.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use weir::machine::probe::{Answer, Finding};
+
+    use super::*;
+
+    #[test]
+    fn each_obstacle_of_the_socket_plane_is_a_reason() {
+        let probe = |answer| Probe {
+            kernel: "4.19.0".to_owned(),
+            findings: vec![Finding {
+                feature: "links".to_owned(),
+                since: "5.7",
+                needed: true,
+                purpose: "They attach programs.",
+                answer,
+            }],
+            set_retval: true,
+            namespace_cookie: true,
+            socket_destroy: true,
+        };
+        let log = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(log.path(), "T  INFO one\nT  WARN two\nT ERROR three\n").unwrap();
+        let lacking = probe(Answer::No(String::new()));
+        let reason = |mode, obstacle, probe: &Probe| obstacles(mode, obstacle, probe, log.path());
+        assert_eq!(reason("nftables", None, &lacking), "the mode is nftables.");
+        assert_eq!(
+            reason("auto", Some("EPERM"), &lacking),
+            "the demo cannot make what the socket plane needs:\n  EPERM"
+        );
+        assert_eq!(
+            reason("auto", None, &lacking),
+            "Linux 4.19.0 lacks what the socket plane needs:\n  links: no (since Linux 5.7). They attach programs."
+        );
+        assert_eq!(
+            reason("auto", None, &probe(Answer::Yes)),
+            "the socket plane did not start:\n  T  WARN two\n  T ERROR three"
+        );
+    }
 }
