@@ -60,8 +60,7 @@ impl Namespace {
         let door = cgroup.as_ref().map(Cgroup::door).transpose()?;
         let (guard, file) = ChildGuard::start(label, move || {
             door.map_or(Ok(()), |door| door.enter()).context("cannot enter a control group")?;
-            unshare(CloneFlags::CLONE_NEWNET)
-                .context("cannot make a network namespace; this needs root")?;
+            unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace; this needs root")?;
             Ok(File::open("/proc/thread-self/ns/net")?)
         })?;
         let namespace = Self { label: label.to_owned(), file, cgroup, guard, name: None };
