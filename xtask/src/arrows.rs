@@ -246,7 +246,7 @@ mod tests {
             ("plan/node.rs", "use crate::model::Family; use super::Delta; use std::fmt;"),
             ("plan/node.rs", "#[cfg(test)] mod tests { use crate::dataplane::Memory; }"),
             ("run/mod.rs", "use crate::{dataplane, source, observe};"),
-            ("dataplane/sockets/moved.rs", "use crate::dataplane::nftables::Moved;"),
+            ("stale/sockets/moved.rs", "use crate::dataplane::nftables::Moved;"),
             ("lib.rs", "pub mod plan;"),
         ] {
             assert_eq!(found(file, text), Vec::<String>::new(), "{text}");
