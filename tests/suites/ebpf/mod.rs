@@ -378,11 +378,12 @@ fn programs_log_at_the_level_trace_also_after_growing() -> Result<()> {
             let mut plane = open(&fixture.place)?;
             plane.apply(&complete(vec![port(Family::V4, Protocol::Tcp, &[server])]))?;
             TcpStream::connect((service_ip(Family::V4), 80))?;
-            let led = "TRACE weir::programs: ::ffff:10.96.0.10 port 80 leads to ::ffff:127.0.0.1 port";
-            await_that("the connection is told of", || lines.text().matches(led).count() == 1);
+            let translated =
+                "TRACE weir::programs: ::ffff:10.96.0.10 port 80: translated to ::ffff:127.0.0.1 port";
+            await_that("the connection is logged", || lines.text().matches(translated).count() == 1);
             plane.apply(&come(crowd(0, 5000)))?;
             TcpStream::connect((service_ip(Family::V4), 80))?;
-            await_that("the next is told of too", || lines.text().matches(led).count() == 2);
+            await_that("the next connection is logged too", || lines.text().matches(translated).count() == 2);
             plane.remove()?;
             Ok(())
         })
