@@ -14,6 +14,7 @@ use super::{
     file::{
         ClientConnection, Configuration, Conntrack, DetectLocalMode, Detectors, Iptables, Ipvs, Mode, Rules,
     },
+    go_values::{boolean, integer},
 };
 
 /// Every flag that a [`super::Config`] is made of.
@@ -42,7 +43,7 @@ pub struct ConfigArgs {
     pub(super) master: Vec<String>,
     /// Remove what kube-proxy left in the kernel once weir has programmed everything
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true",
-          action = ArgAction::Set, hide_possible_values = true, value_name = "BOOL")]
+          action = ArgAction::Set, value_parser = boolean, value_name = "BOOL")]
     pub(super) take_over: bool,
     /// The place of the pinned objects.
     #[command(flatten)]
@@ -128,14 +129,14 @@ pub struct ReplacedByFile {
     /// With the socket plane (eBPF): NodePorts also answer processes of this node on 127.0.0.1 and ::1
     /// [default: true]
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL",
-          hide_possible_values = true)]
+          value_parser = boolean)]
     iptables_localhost_nodeports: Option<bool>,
     /// Masquerade all traffic to ClusterIPs
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL",
-          hide_possible_values = true)]
+          value_parser = boolean)]
     masquerade_all: Option<bool>,
     /// Bit of the packet mark that requests masquerading, 0 to 31 [default: 14]
-    #[arg(long, value_name = "BIT", allow_hyphen_values = true)]
+    #[arg(long, value_name = "BIT", allow_hyphen_values = true, value_parser = integer)]
     iptables_masquerade_bit: Option<i32>,
     /// Overrides the node's primary address; weir does not bind to it
     #[arg(long, value_name = "IP")]
@@ -154,7 +155,7 @@ pub struct ReplacedByFile {
     metrics_port: Option<u16>,
     /// Exit if a port is in use, instead of trying again
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL",
-          hide_possible_values = true)]
+          value_parser = boolean)]
     bind_address_hard_fail: Option<bool>,
     /// Delay before weir retries a failed update of the kernel [default: 30s]
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
@@ -176,10 +177,10 @@ pub struct ReplacedByFile {
     #[arg(long, value_name = "CIDR,…", value_delimiter = ',')]
     ipvs_exclude_cidrs: Option<Vec<String>>,
     /// Connections to track for each CPU; 0 keeps the kernel's limit [default: 32768]
-    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = integer)]
     conntrack_max_per_core: Option<i32>,
     /// Minimum of connections to track, independent of the number of CPUs [default: 131072]
-    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = integer)]
     conntrack_min: Option<i32>,
     /// Conntrack timeout of an idle established TCP connection; 0 keeps the kernel's [default: 24h]
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
@@ -191,7 +192,7 @@ pub struct ReplacedByFile {
     conntrack_tcp_timeout_close_wait: Option<GoDuration>,
     /// Let conntrack accept TCP packets outside the window
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL",
-          hide_possible_values = true)]
+          value_parser = boolean)]
     conntrack_tcp_be_liberal: Option<bool>,
     /// Conntrack timeout of a UDP flow without a reply; 0 keeps the kernel's
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
@@ -202,13 +203,13 @@ pub struct ReplacedByFile {
     #[serde(serialize_with = "is_given")]
     conntrack_udp_timeout_stream: Option<GoDuration>,
     /// Score for the kernel's OOM killer, -1000 (never killed) to 1000 (killed first) [default: -999]
-    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = integer)]
     oom_score_adj: Option<i32>,
     /// Requests to the API server per second [default: no limit]
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     kube_api_qps: Option<f64>,
     /// Burst of requests, with --kube-api-qps [default: 10]
-    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = integer)]
     kube_api_burst: Option<i32>,
     /// Feature gates as NAME=BOOL; only AllowServiceExternalIPs and KubeProxyNFTablesLocalhostNodePorts have
     /// an effect
@@ -236,7 +237,7 @@ fn feature_gate(text: &str) -> Result<(String, bool), String> {
         return Ok(Default::default());
     }
     let (name, value) = text.split_once('=').ok_or("`=` is missing")?;
-    let value = value.trim().parse().map_err(|_| format!("`{value}` is not true or false"))?;
+    let value = boolean(value.trim())?;
     Ok((name.trim().to_owned(), value))
 }
 

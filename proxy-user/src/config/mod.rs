@@ -21,6 +21,7 @@ mod document;
 mod duration;
 mod file;
 mod flags;
+mod go_values;
 mod host;
 mod resolve;
 mod tree;
