@@ -1,4 +1,4 @@
-//! System calls, and the only unsafe code of the agent beside the calls of libnftnl in `dataplane/nftables/netlink`.
+//! System calls and the C library libnftnl: all unsafe code of the agent.
 //!
 //! In: descriptors and plain values. Out: the kernel's answers. Each block says why it is sound; nothing here knows a Service.
 
@@ -6,5 +6,6 @@
 
 pub mod bpf;
 pub(crate) mod descriptor;
+pub(crate) mod libnftnl;
 pub(crate) mod netlink;
 pub(crate) mod xtables;

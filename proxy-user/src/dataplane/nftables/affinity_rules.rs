@@ -8,11 +8,11 @@
 use super::{
     expr,
     matches::clear_priority,
-    netlink::Expr,
     schema::{Map, RuledChain},
     shared_chains::SharedObject,
     sticky::Sticky,
 };
+use crate::sys::libnftnl::Expr;
 use crate::{
     model::{Family, Protocol},
     plan::BackendSet,

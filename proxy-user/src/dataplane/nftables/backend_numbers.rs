@@ -11,11 +11,11 @@ use rustc_hash::FxHashMap;
 
 use super::{
     affinity_rules::NUMBER,
-    netlink::{Bytes, Element, Value},
     schema::{backend_value, bucket_element, bucket_value},
     sticky::Sticky,
 };
 use crate::plan::{BackendSet, PortPlan};
+use crate::sys::libnftnl::{Bytes, Element, Value};
 
 /// How many numbers weir reserves in the kernel at once.
 const RESERVED_AT_ONCE: u32 = 4096;

@@ -11,10 +11,10 @@ use super::{
     drop_reasons::{self, DropReason},
     expr,
     matches::{load_frontend, load_node_port, mask_and_network, of_pods, to_node},
-    netlink::{ChainSpec, Expr},
     schema::{Map, RuledChain},
     shared_chains::SharedObject,
 };
+use crate::sys::libnftnl::{ChainSpec, Expr};
 use crate::{model::Family, plan::NodePlan};
 
 fn to_bucket(map: Map, buckets: Map) -> Vec<Expr> {

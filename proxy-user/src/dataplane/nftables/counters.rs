@@ -11,11 +11,11 @@ use std::{
 use super::{
     dns_rules,
     drop_reasons::DropReason,
-    netlink,
     schema::{Map, TABLE, split_address},
     socket::Netlink,
 };
 use crate::model::Family;
+use crate::sys::libnftnl;
 
 /// How many packets one family dropped or refused for one reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub struct Drops(Mutex<(Netlink, Vec<(Family, nftnl::Table)>)>);
 
 impl Drops {
     pub(super) fn open(families: impl Iterator<Item = Family>) -> io::Result<Self> {
-        let tables = families.map(|family| (family, netlink::table(TABLE, family)));
+        let tables = families.map(|family| (family, libnftnl::table(TABLE, family)));
         Ok(Self(Mutex::new((Netlink::open()?, tables.collect()))))
     }
 

@@ -8,10 +8,8 @@
 
 use rustc_hash::FxHashSet;
 
-use super::{
-    netlink::{Bytes, Element},
-    schema::Map,
-};
+use super::schema::Map;
+use crate::sys::libnftnl::{Bytes, Element};
 
 /// Elements by map and key.
 #[derive(Debug, Default)]

@@ -6,9 +6,9 @@
 use super::{
     expr,
     matches::{load_frontend, mask_and_network},
-    netlink::Expr,
     schema::{Map, RuledChain},
 };
+use crate::sys::libnftnl::Expr;
 use crate::{
     model::{Family, Protocol},
     plan::NodePlan,

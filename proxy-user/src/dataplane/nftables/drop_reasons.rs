@@ -4,8 +4,9 @@
 //! counters are in rules that drop or refuse only, because counting would cost traffic that is served. They belong to
 //! the table, so they continue when rules are written anew.
 
-use super::{expr, netlink::Expr, schema::RuledChain};
+use super::{expr, schema::RuledChain};
 use crate::model::Family;
+use crate::sys::libnftnl::Expr;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum DropReason {

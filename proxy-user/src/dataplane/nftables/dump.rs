@@ -7,7 +7,6 @@ use std::{collections::HashMap, io, net::IpAddr};
 use super::{
     drop_reasons::NO_LOCAL_ENDPOINTS,
     kernel_state::KernelState,
-    netlink::{Bytes, Value},
     schema::{Map, backend_of, first_slot, frontend_key, frontend_of, hairpin_key, slot_key, split_address},
     shared_chains::{Branch, Masquerade, SharedObject},
     socket::Netlink,
@@ -15,6 +14,7 @@ use super::{
     sticky::Sticky,
     table::Table,
 };
+use crate::sys::libnftnl::{Bytes, Value};
 use crate::{
     dataplane::{Installed, InstalledFrontend, Outcome, State},
     model::{Family, Protocol},

@@ -3,13 +3,13 @@
 //! In: a [`PortPlan`]. Out: [`PlannedElement`]s, in which chains have names and no bucket numbers yet.
 
 use super::{
-    netlink::Bytes,
     schema::{Map, backend_value, first_slot, frontend_key, hairpin_key, slot_key},
     shared_chains::{Branch, FrontendKind, Masquerade, SharedObject},
     sources::Sources,
     sticky::Sticky,
 };
 use crate::plan::{BackendSet, Destination, FrontendPlan, PortPlan, Route, Target, Treatment};
+use crate::sys::libnftnl::Bytes;
 
 /// The value of a planned element.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -7,11 +7,11 @@ use std::ffi::CString;
 use nftnl::nftnl_sys::{self as sys, libc};
 use smallvec::SmallVec;
 
-use super::netlink::{
+use crate::model::Family;
+use crate::sys::libnftnl::{
     Attribute::{self, Bytes, Name, U8, U32, U64},
     Expr,
 };
-use crate::model::Family;
 
 /// The register of verdicts.
 pub(super) const VERDICT: u32 = 0;
@@ -241,7 +241,7 @@ pub(super) fn count(counter: &str) -> Expr {
     Expr {
         kind: c"objref",
         attributes: vec![
-            (sys::NFTNL_EXPR_OBJREF_IMM_TYPE, U32(super::netlink::OBJECT_COUNTER)),
+            (sys::NFTNL_EXPR_OBJREF_IMM_TYPE, U32(crate::sys::libnftnl::OBJECT_COUNTER)),
             (sys::NFTNL_EXPR_OBJREF_IMM_NAME, name(counter)),
         ],
     }

@@ -20,12 +20,12 @@ use rustc_hash::FxHashMap;
 use super::{
     backend_numbers::{last_number_of, number_key},
     base_chains::{self, GUARD},
-    netlink::{Bytes, ChainSpec, Element, Hooked, SetSpec, Value},
     schema::{Map, STAND_IN, frontend_key, slot_key},
     shared_chains::{self, SharedObject},
     socket::Netlink,
     transaction::{ElementKey, PortChanges, Transaction},
 };
+use crate::sys::libnftnl::{Bytes, ChainSpec, Element, Hooked, SetSpec, Value};
 use crate::{model::Family, plan::PortPlan};
 
 /// Elements of one map by key.

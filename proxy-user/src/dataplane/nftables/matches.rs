@@ -6,9 +6,9 @@ use ipnet::IpNet;
 
 use super::{
     expr,
-    netlink::Expr,
     schema::{Map, address_bytes},
 };
+use crate::sys::libnftnl::Expr;
 use crate::{
     model::Family,
     plan::{LocalTraffic, NodePlan, NodePortAddresses},

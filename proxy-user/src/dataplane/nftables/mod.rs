@@ -4,7 +4,7 @@
 //! other programs may rely.
 //!
 //! ```text
-//! Delta ─▶ elements (of a PortPlan) ─▶ transaction ─▶ kernel_state (less what exists) ─▶ netlink ─▶ socket ─▶ kernel
+//! Delta ─▶ elements (of a PortPlan) ─▶ transaction ─▶ kernel_state (less what exists) ─▶ libnftnl ─▶ socket ─▶ kernel
 //!             schema, shared_chains ─▶ table ◀─ base_chains           kernel_state, dump ◀─ queries ◀──────┘
 //! ```
 
@@ -29,7 +29,6 @@ mod expr;
 mod kernel_state;
 mod matches;
 mod moved;
-mod netlink;
 mod queries;
 mod schema;
 mod shared_chains;

@@ -25,10 +25,10 @@ use nftnl::{ChainType, Hook};
 
 use super::{
     expr,
-    netlink::{self, Batch, ChainSpec, Element, Expr, SetSpec, Value, ValueKind},
     schema::{KeyPart, address_bytes, set_spec},
     socket::{CommitError, Netlink},
 };
+use crate::sys::libnftnl::{self, Batch, ChainSpec, Element, Expr, SetSpec, Value, ValueKind};
 use crate::{
     dataplane::Error,
     model::{Family, Protocol},
@@ -85,7 +85,7 @@ fn io_error(context: &str, source: io::Error) -> Error {
 
 /// Replaces the family's table with one for these sockets, in one batch.
 pub(super) fn replace(netlink: &mut Netlink, family: Family, moved: &[Moved]) -> Result<(), CommitError> {
-    let table = netlink::table(TABLE, family);
+    let table = libnftnl::table(TABLE, family);
     let mut batch = Batch::new(&table);
     // The kernel refuses to delete a missing table.
     batch.add_table();

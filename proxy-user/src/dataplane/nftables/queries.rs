@@ -6,17 +6,15 @@ use std::io;
 
 use nftnl::Table;
 
-use super::{
-    netlink::{self, Bytes, Dump, Element, ReadChain, SetSpec, Value},
-    socket::Netlink,
-};
+use super::socket::Netlink;
+use crate::sys::libnftnl::{self, Bytes, Dump, Element, ReadChain, SetSpec, Value};
 
 impl Netlink {
     pub(super) fn sets(&mut self, table: &Table) -> io::Result<Vec<SetSpec>> {
         retried(|| {
             let mut sets = Vec::new();
-            let request = |seq| netlink::dump_request(table, Dump::Sets, seq);
-            self.ask(request, |message| sets.extend(netlink::parse_set(table, message)))?;
+            let request = |seq| libnftnl::dump_request(table, Dump::Sets, seq);
+            self.ask(request, |message| sets.extend(libnftnl::parse_set(table, message)))?;
             Ok(sets)
         })
     }
@@ -25,8 +23,8 @@ impl Netlink {
     pub(super) fn chains(&mut self, table: &Table) -> io::Result<Vec<ReadChain>> {
         retried(|| {
             let mut chains = Vec::new();
-            let request = |seq| netlink::dump_request(table, Dump::Chains, seq);
-            self.ask(request, |message| chains.extend(netlink::parse_chain(message)))?;
+            let request = |seq| libnftnl::dump_request(table, Dump::Chains, seq);
+            self.ask(request, |message| chains.extend(libnftnl::parse_chain(message)))?;
             Ok(chains)
         })
     }
@@ -35,8 +33,8 @@ impl Netlink {
     pub(super) fn counters(&mut self, table: &Table) -> io::Result<Vec<(String, u64)>> {
         retried(|| {
             let mut counters = Vec::new();
-            let request = |seq| netlink::dump_request(table, Dump::Counters, seq);
-            self.ask(request, |message| counters.extend(netlink::parse_counter(table, message)))?;
+            let request = |seq| libnftnl::dump_request(table, Dump::Counters, seq);
+            self.ask(request, |message| counters.extend(libnftnl::parse_counter(table, message)))?;
             Ok(counters)
         })
     }
@@ -44,9 +42,9 @@ impl Netlink {
     pub(super) fn elements(&mut self, table: &Table, set: &str) -> io::Result<Vec<Element>> {
         retried(|| {
             let mut elements = Vec::new();
-            let request = |seq| netlink::dump_request(table, Dump::Elements(set), seq);
+            let request = |seq| libnftnl::dump_request(table, Dump::Elements(set), seq);
             self.ask(request, |message| {
-                netlink::parse_elements(table, message, |element| elements.push(element));
+                libnftnl::parse_elements(table, message, |element| elements.push(element));
             })?;
             Ok(elements)
         })
@@ -56,9 +54,9 @@ impl Netlink {
     pub(super) fn element(&mut self, table: &Table, set: &str, key: &Bytes) -> io::Result<Option<Value>> {
         retried(|| {
             let mut value = None;
-            let request = |seq| netlink::get_request(table, set, key, seq);
+            let request = |seq| libnftnl::get_request(table, set, key, seq);
             self.ask(request, |message| {
-                netlink::parse_elements(table, message, |element| value = Some(element.value));
+                libnftnl::parse_elements(table, message, |element| value = Some(element.value));
             })?;
             Ok(value)
         })

@@ -7,11 +7,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use nftnl::nftnl_sys::libc;
 
-use super::{
-    expr,
-    netlink::{Bytes, ChainSpec, Element, Expr, SetSpec, Value, ValueKind},
-    userdata,
-};
+use super::{expr, userdata};
+use crate::sys::libnftnl::{Bytes, ChainSpec, Element, Expr, SetSpec, Value, ValueKind};
 use crate::{
     model::{Family, Protocol},
     plan::{Backend, BackendSet, Destination, Frontend},

@@ -10,11 +10,11 @@ use super::{
     drop_reasons::{DropReason, NO_LOCAL_ENDPOINTS},
     expr,
     matches::{clear_priority, from_outside, load_frontend, load_node_port, mark, not_from_pod},
-    netlink::{Element, Expr, SetSpec},
     schema::{self, Map, first_slot},
     sources::Sources,
     sticky::Sticky,
 };
+use crate::sys::libnftnl::{Element, Expr, SetSpec};
 use crate::{
     model::Family,
     plan::{BackendSet, NodePlan},

@@ -1,6 +1,6 @@
 //! The netlink socket: sends batches and requests, and reads the kernel's reports and answers.
 //!
-//! In: buffers from `netlink`. Out: success or a [`CommitError`], and the messages of an answer.
+//! In: buffers from `sys::libnftnl`. Out: success or a [`CommitError`], and the messages of an answer.
 
 use std::{collections::HashMap, io, os::fd::AsRawFd as _};
 
@@ -10,8 +10,8 @@ use nix::{
     sys::socket::{MsgFlags, recv},
 };
 
-use super::netlink;
 use crate::sys::descriptor::{self, OwnSocket};
+use crate::sys::libnftnl;
 
 /// Large enough for the messages of one dump step, which the kernel keeps below 32 KiB, and for any error report.
 pub(super) const BUFFER: usize = 1 << 16;
@@ -189,8 +189,8 @@ impl Netlink {
     /// The kernel's.
     pub(super) fn generation(&mut self) -> io::Result<u32> {
         let mut generation = None;
-        self.ask(netlink::generation_request, |message| {
-            generation = generation.or(netlink::parse_generation(message));
+        self.ask(libnftnl::generation_request, |message| {
+            generation = generation.or(libnftnl::parse_generation(message));
         })?;
         generation.ok_or_else(|| io::Error::other("the kernel reports no generation of the rule set"))
     }

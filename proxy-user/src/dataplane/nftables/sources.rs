@@ -14,11 +14,9 @@ use std::{
 use ipnet::IpNet;
 use sha2::{Digest as _, Sha256};
 
-use super::{
-    netlink::{Bytes, Element, Value},
-    schema::{address_bytes, split_address},
-};
+use super::schema::{address_bytes, split_address};
 use crate::model::Family;
+use crate::sys::libnftnl::{Bytes, Element, Value};
 
 #[derive(Clone, Debug)]
 pub(super) struct Sources {

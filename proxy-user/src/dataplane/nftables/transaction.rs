@@ -13,11 +13,11 @@ use super::{
     base_chains::Needs,
     deferred_deletes::DeferredDeletes,
     elements::{self, PlannedElement, PlannedValue, Unsupported, Verdict},
-    netlink::{Bytes, Element, Value},
     schema::{DROP_BUCKET, Map, PASS_BUCKET, bucket_value},
     shared_chains::SharedObject,
 };
 use crate::plan::{PortDelta, PortPlan};
+use crate::sys::libnftnl::{Bytes, Element, Value};
 
 /// The cost of an object of a single service port, with its rules, in elements.
 const OBJECT: usize = 6;

@@ -10,10 +10,8 @@ use std::io;
 
 use mnl::{Bus, Socket};
 
-use super::{
-    netlink,
-    socket::{BUFFER, close_on_exec, header},
-};
+use super::socket::{BUFFER, close_on_exec, header};
+use crate::sys::libnftnl;
 use crate::{
     model::{Family, PerFamily},
     sys::descriptor::{OwnSocket, borrow, ignore_sender},
@@ -153,8 +151,8 @@ fn read(message: &[u8], ours: u32) -> Option<Notice> {
     if sender == ours {
         return None;
     }
-    if header(message).0 & 0xff == netlink::NEW_GENERATION {
-        return netlink::parse_generation(message).map(Notice::Committed);
+    if header(message).0 & 0xff == libnftnl::NEW_GENERATION {
+        return libnftnl::parse_generation(message).map(Notice::Committed);
     }
     let attribute = message.get(FIRST_ATTRIBUTE..FIRST_ATTRIBUTE + 4)?;
     let len = usize::from(u16::from_ne_bytes([attribute[0], attribute[1]]));

@@ -13,7 +13,6 @@ use crate::{
         },
         elements,
         kernel_state::KernelState,
-        netlink::{Batch, Element, Value},
         schema::Map,
         shared_chains::SharedObject,
         socket::Netlink,
@@ -21,6 +20,7 @@ use crate::{
         transaction::PortChanges,
     },
     plan::{BackendSet, PortPlan},
+    sys::libnftnl::{Batch, Element, Value},
 };
 
 impl Table {

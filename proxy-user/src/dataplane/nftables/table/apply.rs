@@ -12,7 +12,6 @@ use crate::{
     dataplane::nftables::{
         backend_numbers::NumberChanges,
         base_chains::Needs,
-        netlink::{Batch, Bytes, ChainSpec, Element, Value},
         schema::{Map, PASS_BUCKET, bucket_element, bucket_value},
         shared_chains::SharedObject,
         socket::{CommitError, Netlink},
@@ -20,6 +19,7 @@ use crate::{
         userdata,
     },
     plan::{NodePlan, PortDelta, PortId},
+    sys::libnftnl::{Batch, Bytes, ChainSpec, Element, Value},
 };
 
 impl Table {

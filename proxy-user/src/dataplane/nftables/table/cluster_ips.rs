@@ -7,12 +7,12 @@ use rustc_hash::FxHashSet;
 use super::{ELEMENTS_A_TRANSACTION, Table};
 use crate::{
     dataplane::nftables::{
-        netlink::{Batch, Bytes, Element},
         schema::{Map, address_bytes},
         socket::{CommitError, Netlink},
     },
     model::Family,
     plan::{ClusterIpDelta, Delta},
+    sys::libnftnl::{Batch, Bytes, Element},
 };
 
 impl Table {

@@ -8,7 +8,6 @@ use crate::{
         base_chains,
         drop_reasons::NO_LOCAL_ENDPOINTS,
         kernel_state::{Elements, KernelState},
-        netlink::{Batch, Element, Value},
         schema::{Map, frontend_of},
         shared_chains::{self, SharedObject},
         socket::{CommitError, Netlink},
@@ -16,6 +15,7 @@ use crate::{
     },
     model::Protocol,
     plan::{NodePlan, PortPlan},
+    sys::libnftnl::{Batch, Element, Value},
 };
 
 impl Table {

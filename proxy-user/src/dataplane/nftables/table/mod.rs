@@ -18,12 +18,12 @@ use super::{
     base_chains::{self, Needs},
     deferred_deletes::DeferredDeletes,
     kernel_state::KernelState,
-    netlink::{self, Batch, Bytes, ChainSpec, Element},
     schema::{FIRST_BUCKET, Map, STAND_IN, TABLE},
     shared_chains::SharedObject,
     socket::{CommitError, Netlink},
     transaction::ElementKey,
 };
+use crate::sys::libnftnl::{self, Batch, Bytes, ChainSpec, Element};
 use crate::{
     model::Family,
     plan::{Frontend, NodePlan},
@@ -122,7 +122,7 @@ impl Table {
     fn named(name: &str, family: Family) -> Self {
         Self {
             family,
-            raw: netlink::table(name, family),
+            raw: libnftnl::table(name, family),
             objects: FxHashMap::default(),
             local_backends: FxHashMap::default(),
             next_bucket: FIRST_BUCKET,

@@ -9,13 +9,13 @@ use crate::{
         base_chains::{self, Needs},
         drop_reasons::NO_LOCAL_ENDPOINTS,
         kernel_state::KernelState,
-        netlink::{Batch, Bytes, Element, Value},
         schema::{DROP_BUCKET, Map, PASS_BUCKET, RuledChain, address_bytes, bucket_element},
         shared_chains::SharedObject,
         socket::{CommitError, Netlink},
     },
     model::{Family, PerFamily},
     plan::{NodePlan, NodePortAddresses},
+    sys::libnftnl::{Batch, Bytes, Element, Value},
 };
 
 /// How often in a row the kernel may refuse the base chains before weir builds the table anew.

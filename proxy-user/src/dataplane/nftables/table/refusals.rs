@@ -10,12 +10,12 @@ use super::{Slots, Table};
 use crate::{
     dataplane::nftables::{
         elements::{self, PlannedElement, PlannedValue},
-        netlink::{Batch, Subject},
         shared_chains::SharedObject,
         socket::{CommitError, Netlink},
         transaction::PortChanges,
     },
     plan::{NodePlan, PortDelta, PortId, PortPlan},
+    sys::libnftnl::{Batch, Subject},
 };
 
 /// The most trials of one transaction, because one without the refused ports can be refused for another reason.

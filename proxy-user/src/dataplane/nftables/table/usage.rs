@@ -5,12 +5,14 @@
 use std::collections::BTreeSet;
 
 use super::{Table, Usage};
-use crate::dataplane::nftables::{
-    netlink::{Batch, Value},
-    schema::{FIRST_BUCKET, Map, bucket_element},
-    shared_chains::SharedObject,
-    socket::{CommitError, Netlink},
-    transaction::{NewObject, PortChanges},
+use crate::{
+    dataplane::nftables::{
+        schema::{FIRST_BUCKET, Map, bucket_element},
+        shared_chains::SharedObject,
+        socket::{CommitError, Netlink},
+        transaction::{NewObject, PortChanges},
+    },
+    sys::libnftnl::{Batch, Value},
 };
 
 /// The most reusable chains that stay though no service port uses them, because a Service that is scaled up and down
