@@ -194,7 +194,7 @@ fn maps_are_measured_without_an_agent() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let (table, report) =
         measured("--only maps --map-services 300 --rounds 1 --changes 1", directory.path())?;
-    assert!(table.contains("bytes a Service"), "{table}");
+    assert!(table.contains("BYTES A SERVICE"), "{table}");
     assert_eq!(report.maps.len(), 3, "TCP, with affinity, UDP");
     for run in &report.maps {
         assert!(run.filled_seconds > 0.0 && run.adopted_seconds > 0.0, "{run:?}");

@@ -304,7 +304,7 @@ fn an_address_that_another_process_has_is_left_to_it() -> Result<()> {
     node.ip(&["addr add 10.96.0.10/32 dev lo".into()])?;
     let cache = CoreDns::start(node, &format!("    bind 10.96.0.10\n{HOSTS}"))?;
     let _weir = fixture.weir()?;
-    await_that("weir logs where the queries go", || fixture.logged("left to"));
+    await_that("weir logs where the queries go", || fixture.logged("weir leaves it to the program"));
     for location in [CLIENT, Location::Host(1)] {
         await_that(
             &format!("{location} is answered by the cache\n{}\n{}", fixture.say_log(), cache.log()),
