@@ -23,7 +23,7 @@ use super::{
 };
 
 const SECOND: u64 = 1_000_000_000;
-/// How often a program looks an entry up when it reads another key's value there.
+/// The most lookups of an entry when a program reads another key's value there.
 const TRIES: u32 = 2;
 
 /// The result of a lookup for one client.

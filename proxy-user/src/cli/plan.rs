@@ -24,7 +24,7 @@ pub enum Output {
     Yaml,
 }
 
-/// Printed in a table where there is no value.
+/// The text of a table cell without a value.
 const NONE: &str = "<none>";
 
 /// How many backends a table lists. More are only counted.

@@ -135,10 +135,9 @@ pub struct Standing {
     pub plane: &'static str,
     /// False after it has stepped aside.
     pub active: bool,
-    /// How often the whole plane has failed.
+    /// Failures of the whole plane.
     pub failures: u64,
-    /// How often an object of a family that is no longer used could not be removed. Each is tried again
-    /// later.
+    /// Failed removals of objects of families that are no longer used. Each is tried again later.
     pub failed_removals: PerFamily<u64>,
 }
 

@@ -21,7 +21,7 @@ const BETWEEN_LOOKS: u32 = 8192;
 /// With more clients than a node can have, all share one rate.
 const MOST_CLIENTS: usize = 16_384;
 
-/// What to do with a query before it is parsed.
+/// The decision on a query before it is parsed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Admission {
     /// Answer it.
@@ -93,7 +93,7 @@ impl Limits {
         *self.clients.write().unwrap_or_else(PoisonError::into_inner) = clients;
     }
 
-    /// What to do with a query from this address.
+    /// The decision on a query from this address.
     pub(crate) fn admit(&self, from: IpAddr) -> Admission {
         if self.own == Some(from) {
             return Admission::Answer;
@@ -119,7 +119,7 @@ impl Limits {
         }
     }
 
-    /// The first client that was refused since the last call.
+    /// Takes the first client that was refused since the last call.
     pub(crate) fn take_refused(&self) -> Option<IpAddr> {
         self.refused.lock().unwrap_or_else(PoisonError::into_inner).take()
     }

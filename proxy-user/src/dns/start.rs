@@ -31,9 +31,9 @@ use crate::{
     source::host::Addresses,
 };
 
-/// How often weir checks what it gets no notification of: resolv.conf, ports that become free, counts.
+/// The period of checks without a notification: resolv.conf, ports that become free, counts.
 const BEAT: Duration = Duration::from_secs(1);
-/// How often weir reads the kernel's counter of flows that were passed on.
+/// The period of reading the kernel's counter of flows that were passed on.
 const STRANGERS_BEAT: Duration = Duration::from_secs(5);
 /// The pause before the next attempt to create the device.
 const PAUSE: Duration = Duration::from_secs(5);

@@ -53,8 +53,8 @@ impl Cgroups {
         &self.root
     }
 
-    /// Reads the part with the pods. The whole tree is searched for that part only if `thorough`, or as long
-    /// as it was not found.
+    /// Reads the part with the pods. Searches the whole tree for that part only if `thorough`, or until it is
+    /// found.
     ///
     /// # Errors
     ///

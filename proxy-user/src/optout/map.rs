@@ -42,8 +42,7 @@ use crate::model::ObjectName;
 const SHORTEST: Duration = Duration::from_millis(100);
 /// The longest pause while a cgroup is missing.
 const LONGEST: Duration = Duration::from_secs(5);
-/// How often pods are searched for clusters in them. No event reports those, and a cluster takes longer to
-/// start.
+/// The period of searching pods for clusters. No event reports clusters, and a cluster takes longer to start.
 const CLUSTERS: Duration = Duration::from_secs(10);
 /// The pause if inotify does not work, whether or not a cgroup is missing.
 const WITHOUT_NOTICES: Duration = Duration::from_secs(1);

@@ -48,7 +48,7 @@ pub fn start(
     Ok(census)
 }
 
-/// Keeps `decided` at the pods that are to be bypassed, until there are no more changes or nobody listens.
+/// Sends the pods to bypass to `decided` after each change, until the changes end or the receiver is gone.
 pub async fn decide(mut changes: mpsc::Receiver<PodChange>, decided: watch::Sender<Arc<Bypassed>>) {
     let mut pods = Pods::default();
     loop {

@@ -20,7 +20,7 @@ use aya::maps::{Array, IterableMap as _, MapData, MapType};
 ///
 /// # Errors
 ///
-/// What the kernel answers: `EINVAL` when the program is not of the link's kind, `ENOLINK` when its cgroup is gone.
+/// Kernel errors: `EINVAL` when the program is not of the link's kind, `ENOLINK` when its cgroup is gone.
 pub fn update_link(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
     const BPF_LINK_UPDATE: libc::c_int = 29;
     #[repr(C)]
@@ -52,7 +52,7 @@ fn number(fd: RawFd) -> io::Result<u32> {
 ///
 /// # Errors
 ///
-/// What the kernel answers: `ENOENT` when there is nothing.
+/// Kernel errors: `ENOENT` when there is nothing.
 pub fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
     const BPF_OBJ_GET: libc::c_int = 7;
     #[repr(C)]
@@ -86,11 +86,11 @@ pub struct CgroupLink {
     pub attach_type: u32,
 }
 
-/// What is known of a link of a cgroup (`BPF_OBJ_GET_INFO_BY_FD`).
+/// Information about a link of a cgroup (`BPF_OBJ_GET_INFO_BY_FD`).
 ///
 /// # Errors
 ///
-/// What the kernel answers.
+/// Kernel errors.
 pub fn cgroup_link(link: impl AsFd) -> io::Result<CgroupLink> {
     const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
     /// `struct bpf_link_info` as far as its part about cgroups.
@@ -132,7 +132,7 @@ pub fn cgroup_link(link: impl AsFd) -> io::Result<CgroupLink> {
 ///
 /// # Errors
 ///
-/// What the kernel answers.
+/// Kernel errors.
 pub fn link_to_cgroup(program: impl AsFd, cgroup: impl AsFd, attach_type: u32) -> io::Result<OwnedFd> {
     const BPF_LINK_CREATE: libc::c_int = 28;
     #[repr(C)]
@@ -165,7 +165,7 @@ pub fn link_to_cgroup(program: impl AsFd, cgroup: impl AsFd, attach_type: u32) -
 ///
 /// # Errors
 ///
-/// What the kernel answers: `EEXIST` when the path is taken.
+/// Kernel errors: `EEXIST` when the path is taken.
 pub fn pin(link: impl AsFd, path: &Path) -> io::Result<()> {
     const BPF_OBJ_PIN: libc::c_int = 6;
     #[repr(C)]
@@ -218,7 +218,7 @@ impl Batch {
 ///
 /// # Errors
 ///
-/// What the kernel answers: `E2BIG` when there are not so many.
+/// Kernel errors: `E2BIG` when there are not so many.
 pub fn write_all<V: aya::Pod>(array: &Array<MapData, V>, first: u32, values: &[V]) -> io::Result<()> {
     const BPF_MAP_UPDATE_BATCH: libc::c_int = 26;
     let keys: Vec<u32> = (first..).take(values.len()).collect();
@@ -250,7 +250,7 @@ impl Words {
     ///
     /// # Errors
     ///
-    /// What the kernel answers; `EINVAL` when it is no array of words.
+    /// Kernel errors; `EINVAL` when it is no array of words.
     pub fn of(array: &Array<MapData, u64>) -> io::Result<Self> {
         let count = array.len() as usize;
         let map = array.map().fd().as_fd().as_raw_fd();
@@ -302,7 +302,7 @@ impl Drop for Words {
 ///
 /// # Errors
 ///
-/// What the kernel answers; `EINVAL` when the map is of another kind or its keys and values have other sizes.
+/// Kernel errors; `EINVAL` when the map is of another kind or its keys and values have other sizes.
 pub fn read_all<K, V>(map: &MapData, visit: impl FnMut(K, V)) -> io::Result<()>
 where
     K: aya::Pod + Default,
@@ -449,7 +449,7 @@ pub struct Attached {
 ///
 /// # Errors
 ///
-/// What the kernel answers: `EINVAL` for a hook that it does not know.
+/// Kernel errors: `EINVAL` for a hook that this kernel lacks.
 pub fn attached(cgroup: impl AsFd, attach_type: u32) -> io::Result<Attached> {
     const BPF_PROG_QUERY: libc::c_int = 16;
     /// The kernel lets no more be attached to one cgroup at one hook.
@@ -490,7 +490,7 @@ pub fn attached(cgroup: impl AsFd, attach_type: u32) -> io::Result<Attached> {
 ///
 /// # Errors
 ///
-/// What the kernel answers: `EPERM` when others are attached.
+/// Kernel errors: `EPERM` when other programs are attached.
 pub fn attach_alone(cgroup: impl AsFd, program: impl AsFd, attach_type: u32) -> io::Result<()> {
     const BPF_PROG_ATTACH: libc::c_int = 8;
     #[repr(C)]

@@ -46,7 +46,7 @@ spec:
           env: [{name: ADDRESSES, value: "TARGETS"}]
 "#;
 
-/// What the pods' logs report so far.
+/// The counts in the pods' logs so far.
 #[derive(Default)]
 struct Count {
     made: usize,

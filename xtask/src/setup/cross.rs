@@ -17,7 +17,7 @@ use crate::{architecture::Architecture, machine::Machine};
 
 const RELEASE: &str = "bookworm";
 
-/// What [`cross`] installed.
+/// The parts that [`cross`] installed.
 pub(crate) struct Cross {
     /// The directory that has the libraries, as `/` has those of this machine.
     pub(crate) sysroot: PathBuf,

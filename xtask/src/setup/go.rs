@@ -91,7 +91,7 @@ fn go_directive(module: &str) -> Option<[u32; 2]> {
     go_version(module.lines().find_map(|line| line.strip_prefix("go "))?.trim())
 }
 
-/// What is missing, where this machine has no Go that can build.
+/// The missing part, where this machine has no Go that can build.
 pub(super) fn missing(machine: &Machine) -> Option<String> {
     let missing = "Go 1.24 (of Debian trixie, to build what tests and checks need of Kubernetes)";
     go(machine).is_none().then(|| missing.to_owned())

@@ -2,7 +2,7 @@
 
 use clap::ValueEnum;
 
-/// What the machine is ready for; each level includes those before it.
+/// The purpose that the machine is ready for; each level includes those before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub(crate) enum Level {
     /// `cargo build`

@@ -11,7 +11,7 @@ use crate::machine::Machine;
 struct Step {
     /// The first level that needs it.
     level: Level,
-    /// What is missing, in words that follow "installing"; `None` when nothing is.
+    /// The missing part, in words that follow "installing"; `None` when nothing is missing.
     missing: fn(&Machine, Level) -> Result<Option<String>>,
     install: fn(&Machine, Level) -> Result<()>,
 }

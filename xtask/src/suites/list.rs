@@ -23,9 +23,9 @@ const ON_MEMORY: [&str; 2] = ["scenarios", "histories"];
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Suite {
     pub(super) name: String,
-    /// What selects its program in `cargo test`.
+    /// Arguments of `cargo test` that select its program.
     pub(super) select: Vec<String>,
-    /// What selects its tests in that program.
+    /// Arguments that select its tests in that program.
     pub(super) filter: Vec<String>,
     pub(super) root: bool,
 }
@@ -113,7 +113,7 @@ pub(super) fn text(suites: &[Suite], workspace: &Path) -> Result<String> {
     Ok(columns(&["SUITE", "PROVES"], &rows))
 }
 
-/// What the table of the page says that each suite proves: `` | `name` | file | proves | … ``.
+/// The column `proves` of the page's table, by suite: `` | `name` | file | proves | … ``.
 fn lines(readme: &str) -> BTreeMap<&str, &str> {
     let rows = readme.lines().filter_map(|line| {
         let (name, cells) = line.strip_prefix("| `")?.split_once("` | ")?;

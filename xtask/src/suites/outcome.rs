@@ -1,4 +1,4 @@
-//! What a suite came to, read from what its programs write.
+//! The result of a suite, read from the output of its programs.
 //!
 //! In: lines of test programs. Out: counts, the failures in their first lines, a table.
 
@@ -62,7 +62,7 @@ impl Outcome {
         }
     }
 
-    /// What failed, if anything wrote why.
+    /// The failures, if a program wrote their reasons.
     pub(super) fn failures(&self) -> Option<String> {
         (!self.failures.is_empty()).then(|| self.failures.join("\n"))
     }

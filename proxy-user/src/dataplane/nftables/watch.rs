@@ -43,7 +43,7 @@ pub enum Seen {
 pub struct News {
     /// For each family the number of changes, and the generation after the last one if it is known.
     pub touched: PerFamily<(u64, Option<u32>)>,
-    /// How often the kernel dropped notices.
+    /// The number of times that the kernel dropped notices.
     pub lost: u64,
 }
 

@@ -1,5 +1,5 @@
-//! What becomes of changes when service ports and families fail. Among the Services of every test there is one whose port
-//! is always refused.
+//! The results of changes when service ports and families fail. Among the Services of every test is one with
+//! a port that is always refused.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 

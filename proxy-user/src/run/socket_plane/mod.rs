@@ -25,7 +25,7 @@ pub(super) use links::keep_attached;
 pub(super) use troubles::watch_troubles;
 pub(super) use usage::watch_usage;
 
-/// How often weir reads the programs' counters and looks for its pins.
+/// The period of reading the programs' counters and checking weir's pins.
 const LOOK: Duration = Duration::from_secs(5);
 
 /// Connections of each service port; empty if the counters cannot be read.

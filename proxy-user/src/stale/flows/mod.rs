@@ -29,7 +29,7 @@ const ONE_BY_ONE: usize = 8;
 /// Flows that are deleted with one system call.
 const BATCH: usize = 64;
 
-/// How often weir repeats a walk that the kernel reports as interrupted (K5).
+/// Repetitions of a walk that the kernel reports as interrupted (K5).
 const REPEATS: usize = 4;
 
 /// Connection tracking of the network namespace in which it was opened. Calls block.

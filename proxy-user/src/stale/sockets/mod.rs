@@ -237,7 +237,7 @@ impl Sockets {
         Ok(failures)
     }
 
-    /// What to do with a socket; `None` if it may stay.
+    /// The action for a socket; `None` if it may stay.
     fn action(&self, socket: &ConnectedSocket, now: u64) -> Option<Action> {
         if !self.policy.must_close(socket, now) {
             return self
@@ -321,7 +321,6 @@ fn warn_once(last: &mut Option<String>, result: Result<Failures, Error>, meaning
 /// Sockets to close or move, by cookie.
 type ToClose = BTreeMap<Protocol, FxHashMap<u64, Selected>>;
 
-/// What to do with a socket.
 enum Action {
     /// Close it, unless its client is allowed.
     Close { unless: Option<AllowedClients> },
@@ -346,14 +345,14 @@ struct Selected {
     action: Action,
 }
 
-/// What to do with a socket that the kernel still has.
+/// The action for a socket that the kernel still has.
 enum Decision {
     Close,
     Move(Moved),
 }
 
 impl Selected {
-    /// What to do with the socket, if it is still connected to the backend.
+    /// The action for the socket if it is still connected to the backend.
     fn decide(&self, found: &DiagSocket, has_room: bool) -> Option<Decision> {
         let ConnectedSocket { backend, service, .. } = self.socket;
         if found.peer != backend {

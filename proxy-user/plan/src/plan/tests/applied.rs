@@ -1,4 +1,4 @@
-//! What a data plane would hold after a run of deltas.
+//! The state of a data plane after a run of deltas.
 //!
 //! In: [`Delta`]s. Out: the same state for the same plans, however they came about; a panic where a delta does not follow from
 //! the ones before.

@@ -24,7 +24,7 @@ use crate::{
 };
 
 impl Table {
-    /// What `changes` mean for the backend sets of sticky ports.
+    /// Changes of the backend sets of sticky ports that follow from `changes`.
     pub(super) fn number_changes(
         &self,
         netlink: &mut Netlink,

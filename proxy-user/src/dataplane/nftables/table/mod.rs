@@ -61,7 +61,7 @@ impl Usage {
     }
 }
 
-/// What weir has read or written of a table, which decides which deltas it can apply.
+/// The last read or write of a table, which decides which deltas weir can apply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Knowledge {
     /// The content was read back, so a complete delta comes next.
@@ -90,20 +90,20 @@ pub(super) struct Table {
     unused: Vec<SharedObject>,
     /// UDP frontends that the kernel had and a complete delta did not name.
     pub(super) left_over: Vec<Frontend>,
-    /// How often the kernel would not remove unused objects.
+    /// The number of times that the kernel refused to remove unused objects.
     pub(super) failed_removals: u64,
     numbers: BackendNumbers,
     /// The node for which the chains were written; `None` before the first write.
     written_for: Option<NodePlan>,
     /// The elements of the set of this node's addresses.
     node_ips: Vec<Element>,
-    /// What the kernel has and this agent has not written: everything until a complete delta is through, then only what
-    /// belongs to service ports that the kernel refused to change.
+    /// Kernel objects that this agent has not written: everything until a complete delta is through, then
+    /// only objects of service ports that the kernel refused to change.
     kernel: KernelState,
     pub(super) knowledge: Knowledge,
     /// The generation of the rule set when the table was last read.
     pub(super) read_at: Option<u32>,
-    /// How often in a row the kernel refused the base chains.
+    /// Consecutive refusals of the base chains.
     node_refusals: u32,
     /// Whether the table exists that served while this one was built anew.
     pub(super) has_stand_in: bool,

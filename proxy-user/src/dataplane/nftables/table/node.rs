@@ -18,7 +18,7 @@ use crate::{
     sys::libnftnl::{Batch, Bytes, Element, Value},
 };
 
-/// How often in a row the kernel may refuse the base chains before weir builds the table anew.
+/// The most consecutive refusals of the base chains before weir builds the table anew.
 const MOST_NODE_REFUSALS: u32 = 2;
 
 /// Removes chains. A chain comes before the chains that it leads to.
@@ -31,8 +31,8 @@ fn remove_chains(batch: &mut Batch<'_>, names: &[&str]) {
     }
 }
 
-/// Creates missing chains, replaces the rules of all, and removes the chains `left`, to which these rules may have led.
-/// A chain comes before the chains that it leads to.
+/// Creates missing chains, replaces the rules of all, and removes the chains `left`, to which the replaced
+/// rules may have jumped. A chain comes before the chains that it leads to.
 fn write_chains(batch: &mut Batch<'_>, chains: &[&RuledChain], left: &[&str]) {
     for chain in chains {
         batch.add_chain(&chain.spec);
