@@ -1,4 +1,4 @@
-//! What is not waited for any longer.
+//! Limits on waiting.
 
 use std::{
     error::Error,
@@ -39,7 +39,7 @@ impl Deadline {
     }
 }
 
-/// Nothing where the time was too short for it; other errors stay errors.
+/// `None` where the time was too short; other errors stay errors.
 pub(super) fn in_time<T>(result: anyhow::Result<T>) -> anyhow::Result<Option<T>> {
     match result {
         Ok(value) => Ok(Some(value)),

@@ -44,7 +44,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Plan {
-    /// How often each server takes its turn.
+    /// The number of turns of each server.
     pub(super) rounds: u32,
     /// How long a turn is.
     pub(super) turn: Duration,
@@ -52,7 +52,7 @@ pub(super) struct Plan {
     pub(super) changes: u32,
 }
 
-/// What was seen of one server.
+/// The measurements of one server.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Seen {
@@ -124,7 +124,7 @@ fn slice(name: &str, service: &str, endpoints: &Value) -> Object {
     }))))
 }
 
-/// What is written here can be read.
+/// Reads a value of this file, which can always be read.
 fn read<T: serde::de::DeserializeOwned + Default>(value: &Value) -> T {
     serde_json::from_value(value.clone()).unwrap_or_default()
 }

@@ -1,4 +1,4 @@
-//! What the socket programs take, by the kernel's own clock.
+//! The time that the socket programs take, by the kernel's own clock.
 //!
 //! In: an agent, clients in its topology. Out: [`Cost`]s. The kernel counts runs and their time only while a process asks
 //! it to (`BPF_ENABLE_STATS`), and stops by itself when that one is gone; reading the clock twice is in each figure.
@@ -21,12 +21,12 @@ use super::{
     subject::Subject,
 };
 
-/// How often a case is repeated for one figure.
+/// Repetitions of a case for one figure.
 const REPEATS: u32 = 2000;
 /// Figures for each case.
 const ROUNDS: usize = 9;
 
-/// What one program took in one case.
+/// The time that one program took in one case.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Cost {

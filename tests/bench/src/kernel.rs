@@ -1,4 +1,4 @@
-//! What a subject keeps in the kernel, and what it receives from the API server.
+//! The kernel memory of a subject, and its traffic with the API server.
 //!
 //! In: an agent, its node, the control plane. Out: bytes.
 
@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use weir_tests::netns::Namespace;
 
-/// How often the kernel is asked whether it has given back memory.
+/// The pause between readings of the kernel's memory.
 const PAUSE: Duration = Duration::from_millis(200);
 /// Amounts that differ by less are the same.
 const SAME: i64 = 64 << 10;
@@ -26,8 +26,8 @@ const PATIENCE: Duration = Duration::from_secs(6);
 pub struct KernelMemory {
     /// Of the maps that the agent has open, by their own account.
     pub maps: u64,
-    /// What the machine had more of when the rules and their sets had been taken out. Whatever else happened in that
-    /// second is in it too.
+    /// The memory that the machine gained when the rules and their sets were removed. Other changes of that
+    /// second are in it too.
     pub rules: i64,
 }
 
@@ -67,8 +67,8 @@ pub(super) fn clear(node: &Namespace) -> Result<()> {
     Ok(())
 }
 
-/// What the kernel has taken for itself, once that stays the same for a moment: memory is given back only some time after
-/// it was freed.
+/// The memory of the kernel itself, once that stays the same for a moment: the kernel gives memory back only
+/// some time after it was freed.
 fn resting() -> Result<i64> {
     let begin = Instant::now();
     let (mut last, mut same) = (taken()?, 0);
@@ -100,7 +100,7 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    /// What has been counted so far; [`super::node::control_plane`] makes the counters.
+    /// The counts so far; [`super::node::control_plane`] makes the counters.
     pub(super) fn so_far(control_plane: &Namespace) -> Result<Self> {
         let text = control_plane.stdout("nft", &["-j", "list", "counters"])?;
         let listed: serde_json::Value = serde_json::from_str(&text)?;
@@ -114,7 +114,7 @@ impl Traffic {
         Ok(Self { received: bytes("to-nodes")?, sent: bytes("from-nodes")? })
     }
 
-    /// What has been added to `before`.
+    /// The traffic after `before`.
     #[must_use]
     pub(super) fn since(self, before: Self) -> Self {
         Self { received: self.received - before.received, sent: self.sent - before.sent }

@@ -31,7 +31,7 @@ use weir::{
 use super::{cluster::ENDPOINTS, report::say, workload::Numbered};
 use weir_tests::{bpffs::BpfFs, cgroup::Cgroup, netns::Namespace};
 
-/// What all Services of a run have in common, which decides what is in the maps.
+/// The property that all Services of a run share, which decides the content of the maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Shape {

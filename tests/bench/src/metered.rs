@@ -1,4 +1,4 @@
-//! What a running program costs, read from /proc.
+//! The costs of a running program, read from /proc.
 //!
 //! In: a program and where to run it. Out: its CPU time and memory, its own and its children's.
 
@@ -20,7 +20,7 @@ use weir_tests::{netns::Namespace, process::Process};
 
 use super::bound::Deadline;
 
-/// How often memory is looked at for its peak.
+/// The period of reading memory, for its peak.
 const SAMPLING: Duration = Duration::from_millis(20);
 
 /// A running program and a thread that samples its memory.

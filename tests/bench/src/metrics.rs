@@ -1,4 +1,4 @@
-//! What a subject counts about itself.
+//! A subject's own counters.
 //!
 //! In: its metrics page. Out: how long it has been programming the kernel so far.
 

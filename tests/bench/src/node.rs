@@ -5,8 +5,8 @@
 //! API_SERVER on lo   CONTROL_ADDRESS ──veth── eth0              POD_CIDR: every address is local
 //! ```
 //!
-//! What no subject has programmed yet leaves the node for the control plane, which answers with a reset: a probe learns
-//! at once that it has to try again.
+//! A packet that no subject translates yet leaves the node for the control plane, which answers with a reset:
+//! a probe sees at once that it has to try again.
 
 use std::{
     collections::VecDeque,

@@ -157,7 +157,7 @@ impl Options {
         self.changes * 100
     }
 
-    /// What is programmed, the Service with many endpoints first.
+    /// The workloads to program, the Service with many endpoints first.
     #[must_use]
     pub(super) fn workloads(&self) -> Vec<Workload> {
         let wide = (self.wide > 0).then(|| Workload::wide(self.wide));
@@ -165,14 +165,14 @@ impl Options {
         all.filter(|workload| self.selection().has(&format!("programming/{workload}"))).collect()
     }
 
-    /// What there is when hostile acts are done.
+    /// The workloads during hostile acts.
     #[must_use]
     pub(super) fn hostile(&self) -> Vec<Workload> {
         let all = self.hostile_services.iter().copied().map(Workload::many);
         all.filter(|workload| self.selection().has(&format!("hostile/{workload}"))).collect()
     }
 
-    /// What of the cases is measured.
+    /// The cases to measure.
     #[must_use]
     pub(super) fn selection(&self) -> Selection {
         Selection { only: self.only.clone(), path_all: self.path_all, quick: self.quick }
@@ -271,7 +271,8 @@ impl Selection {
     }
 }
 
-/// What shows whether a path depends on the number of Services: connections are what looks them up.
+/// Whether this load shows that a path depends on the number of Services: connections are what looks Services
+/// up.
 fn counts_at_any_number(route: Route, load: Load) -> bool {
     matches!(route, Route::PodSameNode | Route::NodePortLocal | Route::NodePortRemote)
         && load == Load::alone(Traffic::Connect, false)

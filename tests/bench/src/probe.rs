@@ -19,7 +19,7 @@ use super::bound::Deadline;
 
 /// So many connects in a row without it mean that an endpoint is gone: with five endpoints, one in 10⁸ is wrong.
 const GONE_AFTER: usize = 80;
-/// How often [`alive`] connects.
+/// The period in which [`alive`] connects.
 const BEAT: Duration = Duration::from_millis(2);
 
 /// Connects. The endpoint that answered, and when the connection stood.

@@ -99,7 +99,7 @@ impl Drop for Profile {
     }
 }
 
-/// What `perf script` wrote, as `thread;outermost;…;innermost count` lines.
+/// The output of `perf script`, as `thread;outermost;…;innermost count` lines.
 fn fold(script: &str) -> String {
     let mut counts: BTreeMap<String, u64> = BTreeMap::new();
     for sample in script.split("\n\n") {

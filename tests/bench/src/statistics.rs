@@ -1,4 +1,4 @@
-//! What samples come to: quantiles, and how sure a ratio is.
+//! Statistics of samples: quantiles, and how sure a ratio is.
 //!
 //! In: raw samples. Out: a few numbers that stand for them.
 

@@ -1,4 +1,4 @@
-//! What is compared, and how each is started.
+//! The subjects of the comparison, and how each is started.
 
 use std::{
     fmt, fs,
@@ -66,7 +66,7 @@ impl Subject {
         every
     }
 
-    /// What the command line calls it, without the path of another build.
+    /// The name on the command line, without the path of another build.
     fn id(self) -> &'static str {
         match self {
             Self::WeirEbpf | Self::OtherWeir(Plane::Ebpf, _) => "weir-ebpf",

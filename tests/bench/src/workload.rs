@@ -1,4 +1,4 @@
-//! What Services and endpoints a cluster has while something is measured.
+//! The Services and endpoints of a cluster during a measurement.
 //!
 //! In: numbers. Out: Kubernetes objects, every one of them a function of its number.
 

@@ -22,7 +22,7 @@ fn bench(arguments: &str, directory: &Path) -> Result<String> {
     Ok(String::from_utf8(bench.stdout)?)
 }
 
-/// What it printed, and the samples it wrote.
+/// Its output, and the samples that it wrote.
 fn measured(arguments: &str, directory: &Path) -> Result<(String, Report)> {
     let table = bench(arguments, directory)?;
     Ok((table, Report::load(&directory.join("bench.json"))?))

@@ -38,7 +38,7 @@ impl<'a> Case<'a> {
     }
 }
 
-/// How often `of` does what `to` does once, round by round; nothing where rounds are missing.
+/// The rate of `of` relative to the rate of `to`, round by round; nothing where rounds are missing.
 #[must_use]
 pub(crate) fn ratio(of: &Series, to: &Series) -> Option<Estimate> {
     let complete = of.failed.is_none() && to.failed.is_none() && !of.rates.is_empty();

@@ -29,7 +29,7 @@ use weir_tests::netns::Namespace;
 /// The longest that an answer is waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// What a turn of some clients came to.
+/// The result of a turn of some clients.
 #[derive(Debug, Default)]
 pub(super) struct Turn {
     /// Requests that were answered in a second.
@@ -87,7 +87,7 @@ impl Crew {
         result.recv()?
     }
 
-    /// What `clients` together come to: one alone, or several of the others.
+    /// The joint result of `clients`: one alone, or several of the others.
     pub(super) fn turn(
         &self,
         traffic: Traffic,

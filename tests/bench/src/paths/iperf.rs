@@ -23,7 +23,7 @@ const BYTES: u128 = 3 << 20;
 const PACKETS: u128 = 250;
 /// Bytes of a small packet.
 const PACKET: u16 = 64;
-/// How often a turn is tried.
+/// The most attempts at a turn.
 const ATTEMPTS: u32 = 6;
 /// The longest that a server is waited for.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -66,7 +66,7 @@ fn listens(at: SocketAddr) -> Result<bool> {
     Ok(sockets.any(|socket| socket.len() > 3 && socket[1].ends_with(&port) && socket[3] == "0A"))
 }
 
-/// What a turn came to.
+/// The result of a turn.
 pub(super) struct Flood {
     /// Units of [`Traffic::unit`] that arrived in a second.
     pub(super) rate: f64,

@@ -1,4 +1,4 @@
-//! What clients do, and which way they come.
+//! The actions of clients, and their ways to a Service.
 
 use std::{fmt, net::SocketAddr};
 
@@ -11,7 +11,7 @@ use super::{
     topology::{BULK, Endpoints, From, LONE, SHARED, STRAIGHT},
 };
 
-/// What a client does over and over.
+/// The action that a client repeats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Traffic {
@@ -30,7 +30,7 @@ pub enum Traffic {
 }
 
 impl Traffic {
-    /// What it is called in tables.
+    /// The name in tables.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -43,7 +43,7 @@ impl Traffic {
         }
     }
 
-    /// What is counted in a second.
+    /// The unit that is counted in a second.
     #[must_use]
     pub fn unit(self) -> &'static str {
         match self {
@@ -169,7 +169,7 @@ impl Route {
         Self::ExternalIp,
     ];
 
-    /// What it is called in tables.
+    /// The name in tables.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {

@@ -55,7 +55,7 @@ const TRIAL: Duration = Duration::from_millis(5);
 
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
-    /// How often each way is measured for each kind of traffic.
+    /// Measurements of each way for each kind of traffic.
     pub(super) rounds: u32,
     /// For how long each time.
     pub(super) slot: Duration,
@@ -103,7 +103,7 @@ struct Serving {
 #[derive(Debug, Default)]
 pub(super) struct Measured {
     pub(super) series: Vec<Series>,
-    /// What the socket programs took.
+    /// The costs of the socket programs.
     pub(super) costs: Vec<Cost>,
 }
 

@@ -134,7 +134,7 @@ impl Programming<'_> {
     }
 }
 
-/// What the subject has counted once it has come to rest, unless it has.
+/// The subject's count at rest. Waits for the rest unless `rested`.
 fn at_rest(trial: &mut Trial<'_>, rested: bool) -> Result<f64> {
     if !rested {
         trial.process()?.settle(Deadline::after(PATIENCE))?;

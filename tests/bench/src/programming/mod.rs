@@ -42,7 +42,7 @@ const PATIENCE: Duration = Duration::from_secs(300);
 
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
-    /// How often each subject is started.
+    /// Starts of each subject.
     pub(super) rounds: u32,
     /// Changes of each kind while nothing else happens.
     pub(super) changes: u32,
@@ -54,7 +54,7 @@ pub(super) struct Plan {
     pub(super) bound: Duration,
 }
 
-/// What it takes to measure.
+/// The environment of the measurement.
 pub(super) struct Programming<'a> {
     pub(super) cluster: &'a Cluster,
     pub(super) runtime: &'a Runtime,
@@ -72,7 +72,7 @@ struct Trial<'a> {
     /// Before the process, which it watches.
     profile: Option<Profile>,
     process: Option<Metered>,
-    /// What leads to the API server, where the subject does not ask it itself.
+    /// The way to the API server, where the subject does not connect to it itself.
     relay: Option<Relay>,
     directory: TempDir,
     run: Run,

@@ -1,4 +1,4 @@
-//! What one run of one subject came to.
+//! The results of one run of one subject.
 
 use std::time::Duration;
 
@@ -40,7 +40,7 @@ pub struct Run {
     /// Single changes while others go on.
     pub busy: Option<Busy>,
     pub restart: Option<Restart>,
-    /// What the kernel holds for it in the end.
+    /// Kernel memory for it in the end.
     pub kernel: Option<KernelMemory>,
 }
 
@@ -56,7 +56,7 @@ pub struct Start {
     pub settled_cpu_seconds: f64,
     /// Memory when it had.
     pub memory: Memory,
-    /// What went between it and the API server.
+    /// Traffic between it and the API server.
     pub traffic: Traffic,
 }
 
@@ -75,7 +75,7 @@ impl Kind {
     /// All of them, in the order they are made.
     pub const ALL: [Self; 3] = [Self::ServiceAdded, Self::EndpointRemoved, Self::EndpointAdded];
 
-    /// What it is called in tables.
+    /// The name in tables.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -120,7 +120,7 @@ pub struct Busy {
     pub seconds: f64,
     /// CPU seconds of the subject in that time.
     pub cpu_seconds: f64,
-    /// What went between it and the API server in that time.
+    /// Traffic between it and the API server in that time.
     pub traffic: Traffic,
     /// The changes that were measured.
     pub changes: Vec<Change>,
@@ -137,7 +137,7 @@ pub struct Restart {
     /// Connections to a Service of before, from the kill until then.
     pub connects: u32,
     pub failed: u32,
-    /// What went between it and the API server.
+    /// Traffic between it and the API server.
     pub traffic: Traffic,
 }
 

@@ -36,7 +36,7 @@ const FIRST_CLIENT: Ipv4Addr = Ipv4Addr::new(10, 190, 0, 1);
 /// So many of those that have to move are probed.
 const MOVING: usize = 20;
 
-/// What is done to a subject or to its node.
+/// A hostile act on a subject or on its node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Act {
@@ -66,7 +66,7 @@ impl Act {
         Self::ApiServerSilent,
     ];
 
-    /// What it is called in tables.
+    /// The name in tables.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {

@@ -1,4 +1,4 @@
-//! What was measured: raw samples as JSON, and tables, verdicts and plots of them.
+//! The results: raw samples as JSON, and tables, verdicts and plots of them.
 //!
 //! In: samples. Out: a file, tables for the terminal (`tables`, `verdicts`), a page with plots (`page`).
 
@@ -27,7 +27,7 @@ mod verdicts;
 pub(super) use tables::columns;
 use tables::ratios;
 
-/// What the file looks like; another number is another form.
+/// The format of the file; another number is another format.
 const FORMAT: u32 = 2;
 
 /// One line of progress.
@@ -50,20 +50,20 @@ pub struct Report {
     pub versions: BTreeMap<String, String>,
     /// Subjects that could not be measured here, and why.
     pub absent: BTreeMap<String, String>,
-    /// What the values of [`Series::latencies`] are for.
+    /// The quantiles of which [`Series::latencies`] has the values.
     pub latency_parts: Vec<f64>,
-    /// What the maps of the socket plane cost, programmed by themselves.
+    /// The costs of the socket plane's maps, programmed by themselves.
     pub maps: Vec<maps::Run>,
     /// Each start of a subject, in the order they were made.
     pub programming: Vec<Run>,
-    /// What hostile acts cost, in the order they were done.
+    /// The costs of hostile acts, in the order they were done.
     #[serde(default)]
     pub recoveries: Vec<Recovery>,
     /// Rates of traffic, in the order they were measured.
     pub paths: Vec<Series>,
-    /// What the socket programs took.
+    /// The costs of the socket programs.
     pub hooks: Vec<Cost>,
-    /// What answers to names cost, of weir and of CoreDNS.
+    /// The costs of answers to names, of weir and of CoreDNS.
     #[serde(default)]
     pub names: Vec<dns::Seen>,
 }
@@ -181,7 +181,7 @@ impl Report {
         Ok(serde_json::from_str(&text)?)
     }
 
-    /// What was measured, part by part. A part without tables was not run.
+    /// The measurements, part by part. A part without tables was not run.
     #[must_use]
     pub(super) fn parts(&self) -> Vec<Part> {
         let (paths, runs) = (&self.paths, &self.programming);
@@ -228,7 +228,7 @@ type Titled = Vec<(&'static str, Table)>;
 /// A part of a report.
 pub(super) struct Part {
     pub(super) title: &'static str,
-    /// What the files of its plots begin with.
+    /// The start of the names of its plots' files.
     pub(super) prefix: &'static str,
     pub(super) tables: Titled,
 }
