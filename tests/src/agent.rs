@@ -115,7 +115,7 @@ impl<D: Dataplane> Agent<D> {
         &mut self.plane
     }
 
-    /// What the data plane holds.
+    /// The state that the data plane holds.
     ///
     /// # Errors
     ///

@@ -41,7 +41,7 @@ pub struct ApiServer {
     options: Vec<String>,
 }
 
-/// What API servers on the same data share.
+/// The state that API servers on the same data share.
 struct Store {
     etcd: std::sync::Mutex<Process>,
     guard: ChildGuard,

@@ -26,7 +26,7 @@ use anyhow::{Context as _, Result};
 
 use crate::mounted::Mounted;
 
-/// What the group of a process is called, before its id.
+/// The name of a process's group, before the process id.
 const PREFIX: &str = "weir-test-";
 /// How long threads that have ended may still count as inside.
 const EMPTYING: Duration = Duration::from_secs(5);
@@ -69,7 +69,7 @@ impl Cgroup {
         &self.0.path
     }
 
-    /// What a thread enters the group by, even one that outlives the caller.
+    /// A handle by which a thread enters the group, even a thread that outlives the caller.
     ///
     /// # Errors
     ///

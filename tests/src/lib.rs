@@ -1,5 +1,5 @@
-//! What needs a kernel: nodes made of network namespaces, real connections between them, the packet cases that show
-//! every rule of a service proxy, and the demo built from the same parts.
+//! The parts of the tests that need a kernel: nodes made of network namespaces, real connections between
+//! them, the packet cases that show every rule of a service proxy, and the demo built from the same parts.
 //!
 //! ```text
 //! topology (netns, cgroup, node) ──▶ subject (weir | kube-proxy, fed with objects) ──▶ cases ──▶ traffic ──▶ verdicts

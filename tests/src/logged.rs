@@ -1,4 +1,4 @@
-//! What is logged while a test runs, for a subscriber of its own to write to.
+//! The log of a running test, for a subscriber of its own to write to.
 //!
 //! In: lines. Out: the same as one text.
 

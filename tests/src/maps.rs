@@ -49,7 +49,7 @@ pub struct Lead {
     pub flags: u32,
     /// How long clients stay, in seconds.
     pub affinity: u32,
-    /// What pods and the host get.
+    /// For pods and for the host.
     pub choices: [Choice; 2],
 }
 
@@ -62,7 +62,7 @@ pub struct Choice {
     kind: u32,
 }
 
-/// What one number holds together, without the number, the record and the slots.
+/// The content under one number, without the number, the record and the slots.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Group {
     /// Each frontend with its flags, its affinity, and what pods and the host get.

@@ -166,8 +166,8 @@ pub fn ask_by_tcp(namespace: &Namespace, server: IpAddr, name: &str, kind: Recor
     })
 }
 
-/// What libc's resolver makes of a name where `/etc/resolv.conf` names this server, sorted. No address is
-/// no error.
+/// The addresses that libc's resolver finds for a name where `/etc/resolv.conf` names this server, sorted. No
+/// address is no error.
 ///
 /// # Errors
 ///
@@ -226,7 +226,7 @@ impl CoreDns {
         Ok(started)
     }
 
-    /// What it wrote last.
+    /// The last lines of its log.
     #[must_use]
     pub fn log(&self) -> String {
         tail(self.process.log_file())

@@ -75,7 +75,7 @@ impl Namespace {
         Ok(namespace)
     }
 
-    /// What the namespace is called in messages.
+    /// The namespace's name in messages.
     #[must_use]
     pub fn label(&self) -> &str {
         &self.label
@@ -233,7 +233,7 @@ impl Namespace {
             .with_context(|| format!("cannot set {key} to {value} in {}", self.label))
     }
 
-    /// Runs lines of `ip -batch` inside the namespace.
+    /// When a line fails. The lines after it do not run.
     ///
     /// # Errors
     ///

@@ -111,7 +111,7 @@ pub struct Port {
     pub port: u16,
 }
 
-/// What an EndpointSlice names for one of the ports: name, transport and number.
+/// A port of an EndpointSlice: name, transport and number.
 pub type SlicePort = (&'static str, Transport, u16);
 
 /// An EndpointSlice of both families.

@@ -1,7 +1,7 @@
 //! A relay of TCP in front of servers, as a load balancer is one, which can fall silent.
 //!
-//! In: connections. Out: what is sent on them, passed on to the server that connections are led to when they come. A relay that
-//! falls silent goes on to take in, and to acknowledge, what comes on the connections that it has then.
+//! In: connections. Out: their data, passed on to the server that is the target when they come. A relay that
+//! falls silent goes on to take in, and to acknowledge, data on the connections that it has then.
 
 use std::{
     io::{Read as _, Write as _},
@@ -15,7 +15,7 @@ use std::{
 
 use anyhow::Result;
 
-/// What is read at once.
+/// The most bytes of one read.
 const CHUNK: usize = 64 << 10;
 
 /// A running relay. Dropping it ends its connections.

@@ -32,7 +32,7 @@ use weir::{
 #[derive(Debug)]
 pub struct Scenario {
     pub settings: Settings,
-    /// What stands before the first step.
+    /// The lines before the first step.
     pub preamble: String,
     pub steps: Vec<Step>,
 }
@@ -44,9 +44,9 @@ pub struct Step {
     pub line: usize,
     /// That line.
     pub title: String,
-    /// What follows it.
+    /// The lines after the title.
     pub body: String,
-    /// What it means.
+    /// The meaning of title and body.
     pub action: Action,
 }
 
@@ -172,7 +172,7 @@ fn object(value: Value) -> Result<Object> {
     })
 }
 
-/// What a data plane holds, in the lines of an expectation; `node_ips` are the addresses on which NodePorts answer.
+/// The content of a data plane, in the lines of an expectation; NodePorts answer on `node_ips`.
 #[must_use]
 pub fn render(state: &State, node_ips: &[IpAddr]) -> String {
     let mut text = String::new();

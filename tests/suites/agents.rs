@@ -1,4 +1,4 @@
-//! What others do to a running agent: a second agent on the node, links that are removed, a bpffs that is out of sight.
+//! Disturbances of a running agent: a second agent on the node, removed links, a bpffs that is out of sight.
 
 use std::{
     fs::{self, File, Permissions},

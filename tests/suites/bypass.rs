@@ -88,7 +88,7 @@ struct Pins {
     place: Place,
 }
 
-/// What the rest of the data plane keeps there.
+/// Settings as the rest of the data plane writes them.
 fn settings() -> Settings {
     Settings { host: 7, layout: 1, cgroup: 9, ..Settings::default() }
 }

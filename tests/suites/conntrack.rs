@@ -76,7 +76,7 @@ fn port(frontends: &[(Destination, u16)], serving: &[&str]) -> PortDelta {
     PortDelta { before: None, after: Some(Arc::new(after)) }
 }
 
-/// What is asked of the kernel on a node with the addresses of [`FLOWS`].
+/// The suspects of `ports` on a node with the addresses of [`FLOWS`].
 fn of(ports: &[PortDelta]) -> Suspects {
     let addresses = ["192.0.2.1", "192.0.2.2", "2001:db8::1"];
     let node = NodePlan {
@@ -114,7 +114,7 @@ fn insert(flows: &[(&str, &str, &str, &str)]) {
     assert!(child.wait().unwrap().success());
 }
 
-/// What is tracked, as `protocol destination answering`.
+/// Tracked flows, as `protocol destination answering`.
 fn tracked() -> BTreeSet<String> {
     let mut flows = BTreeSet::new();
     for family in ["ipv4", "ipv6"] {
@@ -222,7 +222,7 @@ fn the_same_flows_go_on_kernels_that_cannot_filter() {
     }
 }
 
-/// What is asked of the kernel when these ports go.
+/// The suspects when these ports are deleted.
 fn deleted(ports: Vec<PortDelta>) -> Suspects {
     let deleted = |port: PortDelta| PortDelta { before: port.after, after: None };
     of(&ports.into_iter().map(deleted).collect::<Vec<_>>())

@@ -95,7 +95,7 @@ fn uid(service: &Service) -> Option<Uid> {
     Uid::read(&service.uid()?)
 }
 
-/// What writes events as the agent of a node, without waiting for other nodes.
+/// Writes events as the agent of a node, without waiting for other nodes.
 async fn agent(server: &ApiServer, node: &str) -> Events {
     Events::start_within(weir(server).await, node, Metrics::new(), Duration::ZERO)
 }

@@ -1,4 +1,4 @@
-//! What the other tests stand on: control groups and BPF file systems that are there, and gone afterwards.
+//! The basis of the other tests: control groups and BPF file systems that exist, and are gone afterwards.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 

@@ -1,4 +1,4 @@
-//! What weir installs can be listed by every nft there is, leaves other tables alone, and goes away on request.
+//! Every version of nft can list weir's tables; they leave other tables alone, and go away on request.
 
 use std::path::PathBuf;
 

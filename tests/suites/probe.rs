@@ -99,7 +99,7 @@ fn without_any_cgroup_mounted_it_names_the_directory() -> Result<()> {
     Ok(())
 }
 
-/// What a container runtime gives a container: a cgroup namespace with the container's own cgroup as root.
+/// A container runtime gives a container a cgroup namespace with the container's own cgroup as root.
 #[test]
 fn in_a_container_it_reports_that_the_nodes_cgroups_are_missing() -> Result<()> {
     let mounted = BpfFs::new()?;

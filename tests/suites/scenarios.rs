@@ -93,7 +93,7 @@ impl Plane for Ebpf {
     }
 }
 
-/// What is there at an expectation.
+/// The state at an expectation.
 struct Seen {
     state: State,
     node_ips: Vec<IpAddr>,
@@ -172,7 +172,7 @@ fn applied(change: &Change) -> Option<(Kind, ObjectName)> {
     }
 }
 
-/// What went wrong in one scenario, by line.
+/// The failed expectations of one scenario, by line.
 fn differences(file: &str, scenario: &Scenario, seen: &[Option<String>]) -> String {
     let mut text = String::new();
     for (step, seen) in scenario.expectations().zip(seen) {

@@ -85,7 +85,7 @@ fn port(protocol: Protocol, on_removal: Removal, vip: &str, serving: &[&str]) ->
     })
 }
 
-/// What a delta with these changes comes to once it is in force.
+/// The suspects of a delta with these changes once it is in force.
 fn in_force(
     complete: bool,
     ports: impl IntoIterator<Item = (Option<Arc<PortPlan>>, Option<Arc<PortPlan>>)>,
@@ -258,7 +258,7 @@ fn named(places: &[&Place]) -> TempDir {
     names
 }
 
-/// What becomes of a client.
+/// The result for a client.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Fate {
     Stays,

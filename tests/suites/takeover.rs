@@ -50,7 +50,7 @@ impl Mode {
         }
     }
 
-    /// What of a node's kernel kube-proxy writes to, in text.
+    /// The parts of a node's kernel that kube-proxy writes to, in text.
     fn listing(self, host: &Namespace) -> String {
         let told = |program: &str, args: &[&str]| host.stdout(program, args).unwrap_or_default();
         let mut all = told("nft", &["list", "ruleset"]);
@@ -237,7 +237,7 @@ fn under_load<T>(
     done
 }
 
-/// What else is in the kernel of the node.
+/// Other rules in the kernel of the node.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Others {
     Nothing,

@@ -206,7 +206,7 @@ async fn a_busy_server_is_left_alone_as_long_as_it_asks_for_and_lists_nothing_an
     }
 }
 
-/// What of a version the lists of a kind were asked for with.
+/// The `resourceVersion` parameters of each list of a kind, in the order of the requests.
 fn versions(server: &StandIn, plural: &str) -> Vec<String> {
     let version = |asked: &Asked| {
         let parts = asked.query.split('&').filter(|part| part.starts_with("resourceVersion"));

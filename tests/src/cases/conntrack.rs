@@ -1,4 +1,4 @@
-//! What becomes of flows that exist: R1 and K1 to K7.
+//! Flows that exist when a Service changes: R1 and K1 to K7.
 
 use super::*;
 use crate::objects::{Shape, pod, service};
@@ -56,7 +56,7 @@ fn opened(case: Case) -> Case {
         .step(Step::Open(OUTSIDE, BALANCER))
 }
 
-/// Clients that go on sending where no Service lets them in any more.
+/// Clients that still send where no Service accepts them any more.
 fn shut_out() -> Vec<Case> {
     let friends =
         ["192.168.77.100/32", "10.244.1.12/32", "fd00:192:168:77::100/128", "fd00:10:244:1::12/128"];

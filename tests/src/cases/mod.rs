@@ -44,7 +44,7 @@ pub struct Case {
     pub families: Vec<Family>,
     /// The transports it runs over.
     pub transports: Vec<Transport>,
-    /// What happens, in this order.
+    /// In the order in which they happen.
     pub steps: Vec<Step>,
 }
 
@@ -144,7 +144,7 @@ impl Target {
     }
 }
 
-/// What the server should see of the client.
+/// The client's address that the server should see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
     Kept,
@@ -153,7 +153,7 @@ pub enum Source {
     Any,
 }
 
-/// What new flows should get.
+/// The result that new flows should get.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Expect {
     /// Each of these answers now and then, and no other backend does.

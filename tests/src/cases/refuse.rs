@@ -1,4 +1,4 @@
-//! What is refused, dropped or left alone: F1 to F7.
+//! Calls that are refused, dropped or left alone: F1 to F7.
 
 use super::{matrix::router, *};
 use crate::objects::{pod, service};

@@ -1,4 +1,4 @@
-//! What clients see of it that do more with their sockets than to connect and to ask; and who else may have a
+//! Clients that do more with their sockets than to connect and to ask, and other sockets that may have a
 //! Service's address or its NodePort.
 
 use std::{
@@ -238,7 +238,8 @@ fn speaks_to_itself(run: &CaseRun<'_>) -> Result<()> {
     })
 }
 
-/// What was sent before has arrived: within a namespace nothing takes time.
+/// Checks the sender of the datagram sent before. It has arrived, because within a namespace nothing takes
+/// time.
 fn heard(from: IpAddr, hear: impl FnOnce() -> io::Result<SocketAddr>) -> Result<()> {
     match hear() {
         Ok(client) => ensure!(client.ip() == from, "{client} was heard, not {from}"),

@@ -15,7 +15,7 @@ use crate::{
     traffic::{Outcome, PATIENCE},
 };
 
-/// What the forged segments hold, and no other packet.
+/// The payload of the forged segments, and of no other packet.
 const FORGED: &[u8] = b"outside the window";
 
 /// Numbers of which one at least is far outside any window: of what is sent, and of what is acknowledged.

@@ -33,12 +33,12 @@ pub(super) const CALLS: usize = 60;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Where each node answers names.
 const DNS_SERVER: &str = "169.254.20.53";
-/// What stands in a table where there is nothing.
+/// The text of a table cell without a value.
 const NONE: &str = "<none>";
 
 type Row = Vec<String>;
 
-/// How often each pod answered, or what was seen instead.
+/// The number of answers of each pod, or of each other result.
 type Answers = BTreeMap<String, usize>;
 
 /// Makes connections.
@@ -48,7 +48,7 @@ pub(super) struct Caller<'a, 'b> {
     pub(super) planes: &'a [Via],
 }
 
-/// What the answers of a row should be.
+/// The expected answers of a row.
 enum Expect {
     Each(&'static [Location]),
     One,

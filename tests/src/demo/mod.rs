@@ -41,7 +41,7 @@ pub struct Options {
 /// The prefix of the namespaces' names while they have any.
 const PREFIX: &str = "weir-demo";
 
-/// What a machine must grant; a container grants it only where it is asked to.
+/// Privileges that a machine must grant; a container grants them only on request.
 const NEEDS: &str = "the demo makes network namespaces, so it needs root with the capabilities NET_ADMIN and SYS_ADMIN \
                      (a container has them with --privileged)";
 
@@ -114,7 +114,7 @@ fn introduction(options: &Options, serving: &Serving) -> String {
     text
 }
 
-/// What to do in a cluster that stays.
+/// Commands for a cluster that stays.
 fn invitation(
     topology: &Topology,
     serving: &Serving,

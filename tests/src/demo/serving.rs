@@ -38,7 +38,7 @@ impl Via {
     }
 }
 
-/// What serves.
+/// The planes that serve, and why.
 pub(super) struct Serving {
     pub(super) planes: Vec<Via>,
     /// A sentence, and lines below it.
@@ -92,7 +92,7 @@ fn obstacles(mode: &str, obstacle: Option<&str>, probe: &Probe, log: &Path) -> S
     format!("the socket plane did not start{}", listed(&lines))
 }
 
-/// What the agent answers at `/proxyMode`, in the calling thread's namespace.
+/// The agent's answer at `/proxyMode`, in the calling thread's namespace.
 fn proxy_mode() -> Result<String> {
     let mut stream =
         TcpStream::connect((Ipv4Addr::LOCALHOST, METRICS_PORT)).context("the agent serves no HTTP")?;

@@ -21,9 +21,9 @@ use crate::{
     traffic::{Answer, Call, Datagrams, Flow, Outcome, PATIENCE, SILENCE, Transport, ask},
 };
 
-/// How often a client calls where it should always get to the same backends.
+/// Calls of a client that should always get the same backends.
 const CALLS: usize = 16;
-/// How often at most until every one of several backends has been seen.
+/// The most calls until every one of several backends has been seen.
 const CALLS_FOR_ALL: usize = 200;
 /// The most that a call without an answer may take, on a busy machine.
 const AT_ONCE: Duration = Duration::from_millis(200);
@@ -77,7 +77,7 @@ impl<'a> CaseRun<'a> {
         self.topology.at(location)
     }
 
-    /// What a client does to reach a target.
+    /// The call by which a client reaches a target.
     #[must_use]
     pub fn call(&self, from: Location, to: Target) -> Call {
         let to = self.address(to);

@@ -35,7 +35,7 @@ pub struct Report {
     pub cases: usize,
     /// How many steps they had, counted once for each family and transport.
     pub steps: usize,
-    /// What went wrong, by case.
+    /// By case.
     pub failures: BTreeMap<String, Vec<String>>,
     /// By how many steps each known difference was seen.
     pub differences: BTreeMap<Difference, usize>,

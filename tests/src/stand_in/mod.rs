@@ -29,7 +29,7 @@ use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
 
 mod protobuf;
 
-/// What becomes of the watches of a kind.
+/// The behaviour of the watches of a kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Fault {
     /// They bring what happens.
@@ -51,7 +51,7 @@ pub struct Asked {
     pub query: String,
     /// The client's `User-Agent`.
     pub user_agent: String,
-    /// What the client takes.
+    /// The client's `Accept` header.
     pub accept: String,
     /// When it came.
     pub at: Instant,
@@ -160,7 +160,7 @@ impl StandIn {
         });
     }
 
-    /// What was asked for of a kind.
+    /// The requests for a kind.
     #[must_use]
     pub fn asked(&self, plural: &str) -> Vec<Asked> {
         self.shared.kinds().get(plural).map(|kind| kind.asked.clone()).unwrap_or_default()
@@ -218,7 +218,7 @@ fn status(code: u16, reason: &str) -> Value {
     json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason, "message": "no"})
 }
 
-/// What ends a streamed list.
+/// The event that ends a streamed list.
 fn end_of_list(version: u64) -> Vec<u8> {
     let metadata =
         json!({"resourceVersion": version.to_string(), "annotations": {"k8s.io/initial-events-end": "true"}});
@@ -304,7 +304,7 @@ fn first_events(encoding: Encoding, objects: BTreeMap<u64, String>, from: u64, t
     new.map(|(version, name)| encoding.event("ADDED", &name, version)).collect()
 }
 
-/// What comes after this version, for ever.
+/// The events after this version, without end.
 fn later_events(
     shared: Arc<Shared>,
     plural: String,

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-/// What API servers call it.
+/// The media type in requests to API servers.
 pub(super) const MEDIA_TYPE: &str = "application/vnd.kubernetes.protobuf";
 
 fn varint(mut number: u64, out: &mut Vec<u8>) {
@@ -33,7 +33,7 @@ fn number(field: u64, number: u64) -> Vec<u8> {
     out
 }
 
-/// What is around every answer.
+/// Adds the envelope of every answer.
 fn around(contents: &[u8]) -> Vec<u8> {
     [b"k8s\0".to_vec(), field(2, contents)].concat()
 }

@@ -1,4 +1,4 @@
-//! What is tested: weir, or the real kube-proxy, on both nodes of a topology.
+//! The subject of the tests: weir, or the real kube-proxy, on both nodes of a topology.
 //!
 //! In: objects and settings. Out: nodes programmed by them; [`Subject::publish`] returns once both nodes show it.
 
@@ -67,7 +67,7 @@ impl Kind {
         }
     }
 
-    /// What configurations call its data plane.
+    /// The name of its data plane in configurations.
     #[must_use]
     pub fn mode(self) -> &'static str {
         match self {
@@ -99,10 +99,10 @@ struct State<'a> {
     store: Store<'a>,
     settings: Settings,
     agents: [Option<Process>; 2],
-    /// What each name was last published as.
+    /// The objects that were last published under each name.
     published: BTreeMap<String, Vec<Object>>,
     markers: u16,
-    /// How often something was published.
+    /// The number of publications.
     puts: u64,
 }
 

@@ -20,7 +20,7 @@ pub enum Detector {
     None,
 }
 
-/// What differs between the runs of the cases.
+/// The settings that differ between the runs of the cases.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Settings {
     /// How pods are recognised.

@@ -87,7 +87,7 @@ impl<'a> Store<'a> {
     }
 }
 
-/// What an object is known by within its namespace.
+/// The key of an object within its namespace.
 fn identity(object: &Object) -> (Kind, String) {
     let (kind, metadata) = match object {
         Object::Service(object) => (Kind::Service, &object.metadata),

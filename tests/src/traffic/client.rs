@@ -139,7 +139,7 @@ impl Flow {
     ///
     /// # Errors
     ///
-    /// What became of the call without an answer.
+    /// The outcome of the call, where it is no answer.
     pub fn open(call: &Call) -> Result<(Self, Answer), Outcome> {
         let flow = Self::connect(call).map_err(|error| Outcome::of(&error))?;
         match flow.ask(call.patience) {

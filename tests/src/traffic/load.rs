@@ -54,7 +54,7 @@ pub fn await_answers(loads: &[Load], more: u64) {
     });
 }
 
-/// What became of the calls of a [`Load`].
+/// The results of the calls of a [`Load`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
     /// Answers, by backend.

@@ -29,7 +29,7 @@ pub const PATIENCE: Duration = Duration::from_millis(900);
 /// How long a client waits where no answer should come.
 pub const SILENCE: Duration = Duration::from_millis(400);
 
-/// What connections are made of.
+/// The protocol and the kind of socket of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Transport {
     Tcp,
@@ -44,7 +44,7 @@ pub enum Transport {
 }
 
 impl Transport {
-    /// What Kubernetes calls the protocol.
+    /// The protocol's name in Kubernetes.
     #[must_use]
     pub fn protocol(self) -> &'static str {
         match self {
@@ -96,7 +96,7 @@ pub struct Answer {
     pub client: SocketAddr,
 }
 
-/// What became of a call.
+/// The result of a call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     Answer(Answer),

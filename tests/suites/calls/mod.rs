@@ -45,7 +45,7 @@ const SEQUENCES: u32 = 2_000;
 const SEED: u64 = 1;
 /// So many threads play them, each with worlds of its own. With another number a seed means other sequences.
 const THREADS: usize = 8;
-/// How often a shorter sequence is tried until it counts as one that does not fail: draws are chance.
+/// Attempts of a shorter sequence until it counts as one that does not fail, because draws are chance.
 const TRIES: u32 = 16;
 /// How long a shorter sequence waits for what has to come.
 const SHORT: Duration = Duration::from_millis(500);
@@ -55,7 +55,7 @@ fn number<T: std::str::FromStr>(variable: &str) -> Result<Option<T>> {
     value.parse().map(Some).map_err(|_| anyhow!("{variable} is {value:?}, which is no number"))
 }
 
-/// What all threads share.
+/// The state that all threads share.
 struct Run {
     seed: u64,
     played: AtomicU32,

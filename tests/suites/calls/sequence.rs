@@ -1,4 +1,4 @@
-//! What may be played: clients' calls on a few sockets, and what happens to the Services meanwhile.
+//! The sequences to play: clients' calls on a few sockets, and changes of the Services meanwhile.
 //!
 //! In: chance. Out: [`Sequence`]s, which print as they are to be read in a report. Everything comes from few, so that calls
 //! meet: two Services, three backends, up to three sockets.
@@ -52,7 +52,7 @@ pub(super) struct Shape {
     pub(super) sticky: bool,
 }
 
-/// What a call is about.
+/// The target of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum To {
     Service(usize),
@@ -74,7 +74,7 @@ impl To {
     }
 }
 
-/// What a socket is bound to.
+/// The address that a socket is bound to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum At {
     Any,
@@ -106,7 +106,7 @@ pub(super) enum Act {
     Close,
 }
 
-/// What happens to a Service.
+/// A change of a Service or of its endpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Change {
     Joins(u8),
@@ -135,7 +135,7 @@ pub(super) struct Sequence {
     pub(super) steps: Vec<Step>,
 }
 
-/// What may be played.
+/// All sequences that may be played.
 pub(super) fn sequences() -> impl Strategy<Value = Sequence> {
     let sockets = vec(prop_oneof![1 => Just(Transport::Tcp), 3 => Just(Transport::Udp)], 1..=SOCKETS);
     let setting = (

@@ -32,7 +32,7 @@ pub(super) const ANSWER: usize = QUESTION + 1;
 /// Most milliseconds that a server which is to end goes on.
 const LOOK: u16 = 200;
 
-/// What a question may reach.
+/// A server that a question may reach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Server {
     Backend(u8),
@@ -74,7 +74,7 @@ impl Reached {
         self.0.1.notify_all();
     }
 
-    /// What has answered a question, for which it may take this long.
+    /// The server that answered a question, within `patience`.
     pub(super) fn within(&self, patience: Duration, question: u64) -> Option<Server> {
         let waiting = |all: &mut HashMap<u64, Server>| !all.contains_key(&question);
         let waited = self.0.1.wait_timeout_while(self.all(), patience, waiting);

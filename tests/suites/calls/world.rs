@@ -116,7 +116,7 @@ impl Worker {
     }
 }
 
-/// What brings changes into force.
+/// The function that brings changes into force.
 type Tell = Box<dyn FnMut(Vec<Change>) -> Result<()> + Send>;
 
 /// A node and what is around it.
@@ -193,7 +193,7 @@ impl World {
     }
 }
 
-/// What has which address in a sequence.
+/// The addresses of a sequence.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ground {
     wire: Wire,
@@ -322,7 +322,7 @@ fn object<T: DeserializeOwned>(value: Value) -> Box<T> {
     Box::new(serde_json::from_value(value).expect("the world wrote an object that is none"))
 }
 
-/// What has its thread on one CPU sends and receives in order.
+/// Pins the thread, because sockets on one CPU send and receive in order.
 fn pin(number: usize) {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let mut set = CpuSet::new();

@@ -56,7 +56,7 @@ pub(crate) fn address(family: Family, block: u8, number: u16) -> IpAddr {
     }
 }
 
-/// What is special about a Service.
+/// The special property of a Service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// A ClusterIP.
@@ -102,7 +102,7 @@ impl Kind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Service(pub u16);
 
-/// What a client must see.
+/// The result that a client must see.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Expected {
     /// An answer from one of these; any other is an answer from another Service.
@@ -121,7 +121,6 @@ pub(crate) struct Probe {
     pub(crate) by_packets: bool,
     pub(crate) to: SocketAddr,
     pub(crate) transport: Transport,
-    /// What must come of it.
     pub(crate) expected: Expected,
 }
 
@@ -130,7 +129,7 @@ impl Service {
         (0..SERVICES).map(Self)
     }
 
-    /// What is special about it: ten of [`EACH`] are one of each kind, the others are of kinds that most Services are.
+    /// Ten of [`EACH`] are one of each kind; the others are of the kinds that most Services have.
     pub(crate) fn kind(self) -> Kind {
         let number = usize::from(self.0 % EACH);
         Kind::ALL.get(number).copied().unwrap_or(Kind::COMMON[number % Kind::COMMON.len()])
@@ -351,7 +350,7 @@ pub(crate) mod marker {
     const MARKER: Service = Service(super::SERVICES);
     const NAME: &str = "marker";
 
-    /// What says so.
+    /// The marker's objects at this version.
     pub(crate) fn objects(version: u16) -> Vec<Value> {
         let cluster_ips = Family::ALL.map(|family| MARKER.cluster_ip(family).to_string());
         let port = |name, protocol| json!({ "name": name, "protocol": protocol, "port": PORT, "targetPort": TARGET });
@@ -372,7 +371,7 @@ pub(crate) mod marker {
         [vec![service], slices.to_vec()].concat()
     }
 
-    /// What shows that it was taken in, at sockets and by packets.
+    /// Probes that show that the agent has this version, at sockets and by packets.
     pub(crate) fn ways(version: u16) -> Vec<Probe> {
         let mut ways = Vec::new();
         for family in Family::ALL {

@@ -1,5 +1,5 @@
-//! What must be true again after every act: every Service works, none reaches another, health is right, names are
-//! answered, and the agent takes in changes.
+//! The conditions that must hold again after every act: every Service works, none reaches another, health is
+//! right, names are answered, and the agent takes in changes.
 //!
 //! In: a [`Fixture`]. Out: how long that took, or what is still wrong at the deadline. An answer from an endpoint of another
 //! Service is never waited for to end.
@@ -27,7 +27,7 @@ use super::{
 
 /// How long a client waits for one answer.
 const PATIENCE: Duration = Duration::from_millis(400);
-/// How often a probe that failed is tried again.
+/// The pause before a failed probe is tried again.
 const PAUSE: Duration = Duration::from_millis(10);
 /// How many Services are tried in every way, besides the first ten, which are one of each kind.
 const SAMPLE: usize = 6;

@@ -29,7 +29,7 @@ use super::{
     servers,
 };
 
-/// What answers names: the Service that agents stand in front of.
+/// The addresses of the DNS Service that agents stand in front of.
 pub(crate) const DNS: [&str; 2] = ["10.96.0.10", "fd00:10:96::a"];
 
 /// The node and what is on it.
@@ -47,7 +47,7 @@ pub(crate) struct Fixture {
     pub(crate) deadline: Duration,
     /// Until when the agent may end by itself, and is started again.
     pub(crate) may_end_until: Instant,
-    /// What has to work as well, while an act lasts.
+    /// More probes that must succeed while an act lasts.
     pub(crate) extra: Vec<Probe>,
     /// The file of Services that an act has broken.
     pub(crate) broken: Option<u16>,
@@ -270,7 +270,7 @@ impl Fixture {
         Ok((answered, failed))
     }
 
-    /// What asks for one of the Services' names, and the address that must come of it.
+    /// A DNS name of a Service, and the address that it must resolve to.
     pub(crate) fn name_of(service: Service) -> (String, std::net::IpAddr) {
         (format!("{}.default.svc.cluster.local.", service.name()), service.cluster_ip(Family::V4))
     }

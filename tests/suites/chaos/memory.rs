@@ -36,7 +36,7 @@ impl MemoryLimit {
         Ok(fs::write(self.path.join("cgroup.procs"), id.to_string())?)
     }
 
-    /// What is used now, in bytes.
+    /// The memory in use now, in bytes.
     pub(crate) fn used(&self) -> Result<u64> {
         let file = if self.v2 { "memory.current" } else { "memory.usage_in_bytes" };
         Ok(fs::read_to_string(self.path.join(file))?.trim().parse()?)

@@ -30,7 +30,7 @@ use fixture::Fixture;
 use random::Random;
 use report::{Record, Report};
 
-/// What is not right so long after an act is a fault, on a machine that has little else to do.
+/// The longest recovery from an act, on a machine that has little else to do; a longer one is a fault.
 const DEADLINE: Duration = Duration::from_secs(10);
 /// On any other machine it is so many times what the first start took.
 const STARTS: u32 = 3;
@@ -46,7 +46,7 @@ const MINUTES: f64 = 3.0;
 pub(crate) struct Settings {
     /// For each data plane.
     time: Duration,
-    /// What is by chance follows from it.
+    /// All random choices follow from it.
     seed: u64,
     /// Parts of the names of the acts; all acts without any.
     only: Vec<String>,

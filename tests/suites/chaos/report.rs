@@ -1,4 +1,4 @@
-//! What a run found: how long everything took to be right after each act, and what never was.
+//! The results of a run: how long everything took to be right after each act, and what never was.
 //!
 //! In: [`Record`]s. Out: a line as each is made, a table in the end, and for a failure the command that does it again.
 
@@ -16,7 +16,7 @@ pub(crate) struct Record {
     pub(crate) under: Option<Duration>,
     /// From its end until everything was right.
     pub(crate) after: Option<Duration>,
-    /// What was not.
+    /// The condition that was not met.
     pub(crate) failure: Option<String>,
 }
 
@@ -53,7 +53,7 @@ impl Report {
         self.records.push(record);
     }
 
-    /// What the load of the last node came to: answered and failed calls.
+    /// Records the load of the last node: answered and failed calls.
     pub(crate) fn end_load(&mut self, load: (u64, u64)) {
         self.load = Some(load);
     }

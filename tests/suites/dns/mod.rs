@@ -191,7 +191,7 @@ impl<'a> Fixture<'a> {
         self.topology.at(location).run(|| Asker::new(dns_ip(family), connected)).unwrap()
     }
 
-    /// What a port of the node itself answers.
+    /// The answer from a port of the node itself.
     fn http(&self, port: u16, path: &str) -> std::io::Result<String> {
         self.topology.at(Location::Host(1)).run(|| {
             let mut stream = TcpStream::connect(("127.0.0.1", port))?;
@@ -205,7 +205,7 @@ impl<'a> Fixture<'a> {
         })
     }
 
-    /// What the node's health port answers.
+    /// The answer from the node's health port.
     fn health(&self, path: &str) -> std::io::Result<String> {
         self.http(10256, path)
     }

@@ -1,4 +1,4 @@
-//! What is written for one Service is nothing to the clients of another, and a client that asks for itself gets itself.
+//! Entries for one Service do not affect clients of another, and a client that asks for itself gets itself.
 
 use std::{
     io::{Read as _, Write as _},
@@ -122,7 +122,7 @@ fn no_connect_reaches_a_backend_of_another_service_while_both_are_written() -> R
     })
 }
 
-/// What a client writes that means itself.
+/// Addresses that a client writes to mean itself.
 fn unspecified(family: Family) -> Vec<IpAddr> {
     match family {
         Family::V4 => vec![Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::UNSPECIFIED.to_ipv6_mapped().into()],

@@ -1,4 +1,5 @@
-//! What a datagram socket asks for, in whatever order, leads to one backend of a Service and is shown as what was asked.
+//! Every address that a datagram socket asks for, in any order, gets one backend of its Service, and the
+//! socket sees that address as the sender.
 
 use std::{
     net::{IpAddr, SocketAddr, UdpSocket},

@@ -1,4 +1,4 @@
-//! What all processes share has room for each, and what is gone is given back.
+//! The shared maps have room for each process, and room that is no longer used is given back.
 
 use std::{
     collections::BTreeSet,

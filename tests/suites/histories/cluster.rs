@@ -1,4 +1,4 @@
-//! What may happen to a cluster.
+//! Random changes of a cluster.
 //!
 //! In: chance. Out: steps, each of which is a change of one object or of the host's addresses. Names, addresses and ports
 //! come from few, so that they meet.
@@ -56,7 +56,7 @@ pub(super) fn settings() -> Settings {
     }
 }
 
-/// What is left of a history in the end, in another order.
+/// The steps that still count at the end of a history, in another order.
 pub(super) fn summary(history: &[(Step, bool)]) -> Vec<&Step> {
     let mut left: Vec<&Step> = Vec::new();
     for (step, _) in history.iter().rev() {

@@ -1,6 +1,6 @@
-//! What must hold for the maps of the socket plane: they hold what the objects mean, nothing else and nothing twice, a
-//! restart moves nothing, and while writes fail every frontend leads where it led, or where it is to lead, or is left to
-//! the packets.
+//! The invariants of the socket plane's maps: they hold what the objects mean, nothing else and nothing
+//! twice; a restart moves nothing; while writes fail every frontend has its old or its new destination, or is
+//! left to the nftables plane.
 
 use std::{
     cell::{Cell, RefCell},
@@ -74,7 +74,7 @@ impl Kernel {
         Ok(self.agent.bring_up_to_date().or_else(|_| self.agent.bring_up_to_date())?)
     }
 
-    /// What a plane holds that gets all objects that are left in one delta.
+    /// The maps of a plane that gets all remaining objects in one delta.
     fn rebuild(&mut self, steps: Vec<&Step>) -> Result<Maps, TestCaseError> {
         self.begin()?;
         self.agent.forget(settings())?;
@@ -105,7 +105,7 @@ fn play<S: Strategy>(
     played.map_err(|error| anyhow!("{error}"))
 }
 
-/// What the maps should hold when `memory` holds what it does.
+/// The maps' expected content for the content of `memory`.
 fn expected(memory: &mut Agent<Memory>) -> Result<State, TestCaseError> {
     let node = memory.plane().node().cloned();
     expected_with(memory, &node.map(|node| node.host_addresses).unwrap_or_default())
@@ -145,7 +145,7 @@ fn failing(seed: u64, per_cent: u64) -> Fault {
     })
 }
 
-/// What sockets see after a try that failed.
+/// The maps' content after an attempt that failed, as sockets see it.
 #[derive(Default)]
 struct Between {
     before: State,
@@ -209,7 +209,8 @@ fn maps_after_a_history_are_maps_built_fresh() -> anyhow::Result<()> {
     })
 }
 
-/// What changed while no agent ran is put right by the next one; a frontend that its port kept has its number still.
+/// A new agent repairs changes from the time without an agent; a frontend that its port kept keeps its
+/// number.
 #[test]
 fn a_new_agent_finds_the_numbers_of_the_old_one() -> anyhow::Result<()> {
     play((history(), history()), |kernel, _, (before, meanwhile)| {

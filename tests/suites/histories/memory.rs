@@ -1,5 +1,5 @@
-//! What must hold for plans: with a delta for each step a data plane ends up as with one delta for all, also if it keeps
-//! failing.
+//! The invariants of plans: with a delta for each step a data plane ends up as with one delta for all, also
+//! if it keeps failing.
 
 use proptest::prelude::*;
 use weir::{
@@ -13,7 +13,7 @@ use super::{
     settle,
 };
 
-/// What a data plane holds that gets all objects that are left in one delta.
+/// The state of a data plane that gets all remaining objects in one delta.
 fn rebuilt(history: &[(Step, bool)]) -> Result<Held, Error> {
     let mut agent = Agent::new(settings(), Memory::default());
     summary(history).into_iter().for_each(|step| step.happen(&mut agent));

@@ -1,5 +1,5 @@
-//! What must hold for nftables: the kernel holds what the objects mean, step by step, after a restart, after failures, and when
-//! everything is gone.
+//! The invariants of nftables: the kernel holds what the objects mean, step by step, after a restart, after
+//! failures, and when everything is gone.
 
 use proptest::prelude::*;
 use weir::{

@@ -175,7 +175,7 @@ fn a5_clients_are_remembered_over_a_restart_but_not_for_a_backend_that_left_mean
     }
 }
 
-/// What a map of the table holds: keys by values.
+/// The content of a map of the table: keys by values.
 fn listed(family: &str, map: &str) -> BTreeMap<String, String> {
     let listed = nft(&["list", "map", family, "weir", map]);
     let elements = listed.split_once("elements = {").map_or("", |(_, rest)| rest.split('}').next().unwrap());

@@ -165,7 +165,7 @@ fn port(family: Family, number: u8, backends: &[u8], affinity: Option<u32>) -> P
     }
 }
 
-/// What every frontend of `port` should read back as, in the order of the plan.
+/// Asserts that every frontend of `port` reads back as planned, in the order of the plan.
 fn assert_installed(plane: &mut Nftables, port: &PortPlan) {
     let state = plane.dump().unwrap();
     for plan in &port.frontends {
@@ -205,7 +205,7 @@ fn change(before: Option<&Arc<PortPlan>>, after: Option<&Arc<PortPlan>>) -> Port
     PortDelta { before: before.cloned(), after: after.cloned() }
 }
 
-/// What a start brings.
+/// The delta of a start.
 fn start(ports: &[&Arc<PortPlan>]) -> Delta {
     Delta {
         node: Some(Arc::new(node())),

@@ -40,7 +40,7 @@ fn everything(plans: &[Arc<PortPlan>]) -> Delta {
     Delta { cluster_ips: ips.into(), ..start(&plans.iter().collect::<Vec<_>>()) }
 }
 
-/// What became of the connections of a client that makes one after the other.
+/// The results of a client that makes one connection after the other.
 #[derive(Default)]
 struct Tally {
     answered: AtomicU64,

@@ -1,4 +1,5 @@
-//! What the kernel refuses, and what another program takes away meanwhile: no other service port notices.
+//! Changes that the kernel refuses, and objects that another program removes: other service ports are not
+//! affected.
 
 use std::sync::{
     Arc,

@@ -96,12 +96,12 @@ impl Agent {
         }
     }
 
-    /// How often each kind was listed.
+    /// The number of lists of each kind.
     pub(crate) fn lists(&self) -> BTreeMap<String, u64> {
         self.status.report().iter().map(|report| (report.kind.to_string(), report.relists)).collect()
     }
 
-    /// How often each kind was listed since there were so many lists, without kinds that were not.
+    /// The number of lists of each kind since `before`, without kinds that were not listed.
     pub(crate) fn lists_since(&self, before: &BTreeMap<String, u64>) -> BTreeMap<String, u64> {
         let now = self.lists().into_iter();
         now.map(|(kind, lists)| (kind.clone(), lists - before[&kind]))

@@ -1,4 +1,4 @@
-//! What an API server has been asked for, as it writes that down itself.
+//! The requests to an API server, from its own audit log.
 
 use std::time::Duration;
 

@@ -11,7 +11,7 @@ use crate::api_objects::ApiObjects;
 /// An API server wants to be at an address that others could reach.
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 10);
 
-/// What is sent to and from these ports is lost from now on.
+/// Drops all packets to and from these ports from now on.
 fn lose(namespace: &Namespace, relay: &Relay) -> Result<()> {
     let ports: Vec<_> = relay.peers().iter().map(|peer| peer.port().to_string()).collect();
     assert!(!ports.is_empty(), "the agent is connected");

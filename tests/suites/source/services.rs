@@ -244,7 +244,7 @@ async fn create_rich(objects: &ApiObjects) {
     objects.service_with("outside", json!({"type": "ExternalName", "externalName": "example.org"})).await;
 }
 
-/// What weir does not read.
+/// Fields that weir does not read.
 const LEFT_OUT: [&str; 10] = [
     ".metadata.generation",
     ".metadata.managedFields",

@@ -21,9 +21,9 @@ pub(crate) enum Row {
     /// A socket that asks a Service before it comes, and reads the answer after, takes the Service for a client of its own: what it
     /// sends there is left to the packets, which draw for themselves.
     LateServices,
-    /// A socket that comes back to a Service after it was connected elsewhere, loses its peer and asks the Service by address, or asked it
-    /// while it was connected elsewhere, gets another backend. One that loses its peer and with it its port, and connects to no Service
-    /// next, is remembered with what it was told before.
+    /// A socket that comes back to a Service after it was connected elsewhere, loses its peer and asks the
+    /// Service by address, or asked it while it was connected elsewhere, gets another backend. One that loses
+    /// its peer and with it its port, and connects to no Service next, is remembered with its former peer.
     LostPeers,
     /// A connected socket whose backend is gone hears nothing from its Service's own address: neither an answer, where nothing
     /// translates what it sends, nor the ICMP error of a refusal.
@@ -43,7 +43,7 @@ impl Row {
         Self::Moved,
     ];
 
-    /// What the row begins with.
+    /// The text at the start of the row.
     pub(crate) const fn begins(self) -> &'static str {
         match self {
             Self::ClientsApart => "A2",

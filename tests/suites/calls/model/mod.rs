@@ -1,5 +1,5 @@
-//! What each call has to answer: what it would if all that is sent was translated by the packet, each flow to the backend that
-//! was drawn for its first one.
+//! The answers that each call must get: the same as if all traffic was translated by the packet, each flow to
+//! the backend that was drawn for its first packet.
 //!
 //! In: calls with what they answered, and what happens to Services. Out: whether that is right. The draw of a new flow is free,
 //! therefore the model learns it from the first answer; everything after has to follow from it. One model is for both planes:
@@ -24,7 +24,7 @@ pub(super) use allowed::Row;
 
 use service::{Door, Service};
 
-/// What a call came to.
+/// The result of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
     Done,
@@ -42,7 +42,7 @@ pub(super) enum Outcome {
     Named(SocketAddr),
 }
 
-/// What the player has to wait for.
+/// The event that the player has to wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Prospect {
     /// Something comes.
@@ -59,20 +59,20 @@ enum Port {
     Chosen(u32),
 }
 
-/// What a connected socket sends to in the end.
+/// The destination of a connected socket in the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
-    /// What it asked for.
+    /// The address that it asked for.
     AsAsked,
     /// A backend in place of a Service, which may not be known yet.
     Led(Option<u8>),
-    /// Such a backend, which does not serve any more: packets to it are led to the Service, to a backend by now.
+    /// Such a backend that no longer serves, and the backend to which the Service translates packets instead.
     Moved(Option<u8>, Option<u8>),
 }
 
 impl Way {
-    /// The one place that says what becomes of a connected UDP socket that was led to a backend which is gone: its next datagram
-    /// begins another flow, as it would by packets.
+    /// The only code that decides where a connected UDP socket sends when its backend is gone: its next
+    /// datagram begins another flow, as it would by packets.
     fn after(self, service: &Service) -> Self {
         match self {
             Self::Led(None) if service.has_lost() => Self::Moved(None, None),
@@ -110,13 +110,13 @@ struct Socket {
     hears: Option<Peer>,
     /// The error that the next call gets.
     error: Option<Errno>,
-    /// What it asked without being connected to it, and what got that.
+    /// Addresses that it asked while not connected to them, and the server that each request reached.
     asked: Vec<(To, Server)>,
     /// Services that it takes for clients ([`Row::LateServices`]).
     strangers: Vec<To>,
-    /// What it is remembered with though it is over ([`Row::LostPeers`]).
+    /// A peer that is over and still remembered ([`Row::LostPeers`]).
     over: Option<Peer>,
-    /// How often it had another peer.
+    /// The number of changes of its peer.
     peers: u32,
 }
 
@@ -228,7 +228,7 @@ impl Model {
         self.services[service].standing()
     }
 
-    /// What is at an address.
+    /// The servers at an address.
     fn door(&self, to: To) -> Door {
         match to {
             To::Backend(number) => Door::Of(vec![Server::Backend(number)]),
@@ -266,7 +266,7 @@ impl Model {
         !matches!(act, Act::Send(to) if self.is_moved(slot, to))
     }
 
-    /// What a call on a socket will lead to.
+    /// The event that a call on a socket will cause.
     pub(super) fn prospect(&self, slot: usize, act: Act) -> Prospect {
         let socket = &self.sockets[slot];
         let something = match (act, socket.transport) {

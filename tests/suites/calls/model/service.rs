@@ -1,4 +1,4 @@
-//! What is known of a Service.
+//! The state of a Service.
 //!
 //! In: how it changes. Out: what new flows get, what existing flows keep, and the clients that it remembers.
 
@@ -7,7 +7,7 @@ use crate::suites::calls::{
     servers::Server,
 };
 
-/// What a new flow to an address gets.
+/// The result of a new flow to an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Door {
     Of(Vec<Server>),
@@ -80,7 +80,7 @@ impl Service {
         self.ready.iter().chain(&self.drain).copied().map(Server::Backend).collect()
     }
 
-    /// What new flows get: endpoints that terminate only where there are no others.
+    /// The backends for new flows: endpoints that terminate only where there are no others.
     pub(super) fn drawn(&self) -> &[u8] {
         match (self.present, self.ready.is_empty()) {
             (false, _) => &[],
@@ -89,7 +89,7 @@ impl Service {
         }
     }
 
-    /// What new flows to an address of it get, where otherwise there is this.
+    /// The result of a new flow to an address of it; `otherwise` serves there while the Service is absent.
     pub(super) fn door(&self, otherwise: Option<Server>) -> Door {
         match self.drawn() {
             [] if self.present => Door::Closed,

@@ -47,7 +47,7 @@ impl Model {
         Ok(())
     }
 
-    /// What a new connection may come to.
+    /// The possible results of a new connection.
     fn connections(&self, to: To) -> Vec<Outcome> {
         let Door::Of(mut servers) = self.door(to) else {
             return vec![Outcome::Failed(Errno::ECONNREFUSED)];
@@ -69,7 +69,7 @@ impl Model {
         self.sockets.iter().filter(is_sibling).filter_map(|other| other.peer).collect()
     }
 
-    /// What the kernel has for a peer.
+    /// The address that the kernel has for a peer.
     pub(super) const fn end_of(peer: Peer) -> To {
         match peer.way.end() {
             Some(Some(backend)) => To::Backend(backend),

@@ -64,13 +64,14 @@ impl Model {
         }
     }
 
-    /// Whether a socket is connected as it asked, so that only packets are led, or answers what it takes for a client there.
+    /// Whether only the nftables plane translates for a socket, because the socket is connected as it asked
+    /// or takes `to` for a client.
     fn is_left_to_packets(&self, socket: &Socket, to: To) -> bool {
         let as_asked = socket.peer.is_some_and(|peer| peer.way == Way::AsAsked);
         self.plane == Plane::Sockets && (as_asked || socket.strangers.contains(&to))
     }
 
-    /// Whether a socket is another client than those that are led at the socket.
+    /// Whether a socket is another client than the sockets that the socket plane translates.
     fn is_apart(&self, socket: &Socket, to: To) -> bool {
         let peer = socket.peer.filter(|peer| peer.to == to);
         let is_moved = peer.is_some_and(|peer| matches!(peer.way, Way::Moved(..)));
@@ -90,8 +91,9 @@ impl Model {
         }
     }
 
-    /// Whether packets to a backend from a socket's port are led to a Service, because the backend was a socket's there and is gone: what
-    /// is sent to it by its own address, or through another Service, cannot be told from that ([`Row::OneBackend`], [`Row::Moved`]).
+    /// Whether packets to a backend from a socket's port are translated to a Service, because the backend was
+    /// the socket's and is gone. Packets to the backend's own address, or through another Service, look the
+    /// same ([`Row::OneBackend`], [`Row::Moved`]).
     pub(super) fn is_moved(&self, slot: usize, to: Option<To>) -> bool {
         let socket = &self.sockets[slot];
         let Some(to) = to.or(socket.peer.map(|peer| peer.to)) else { return false };
@@ -276,7 +278,7 @@ impl Model {
         }
     }
 
-    /// What a socket may be shown as the sender of an answer.
+    /// The addresses that a socket may see as the sender of an answer.
     pub(super) fn shown(&self, socket: &Socket, answer: &Waiting) -> Vec<To> {
         let mut shown = vec![answer.to];
         let Server::Backend(backend) = answer.server else { return shown };
@@ -301,7 +303,7 @@ impl Model {
             if answer.moved {
                 shown.extend((0..BACKENDS).map(To::Backend));
             }
-            // The backend that it was moved from may be the one that another Service led it to.
+            // The backend that it was moved from may also be the one that another Service gave it.
             let asks_there = |(_, by): &&(To, Server)| answer.moved || *by == answer.server;
             shown.extend(socket.asked.iter().filter(asks_there).map(|(to, _)| *to));
         }

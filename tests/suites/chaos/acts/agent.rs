@@ -1,4 +1,4 @@
-//! What happens to the agent's process: it is killed, it is there twice, memory, disk and clock fail it.
+//! Faults of the agent's process: it is killed, it runs twice, memory, disk and clock fail it.
 
 use std::{fs, thread, time::Duration};
 
@@ -10,7 +10,7 @@ use crate::suites::chaos::{
 
 /// Seconds of a day.
 const DAY: i64 = 86_400;
-/// What the agent may need beside what it uses, for one that is not killed.
+/// Memory beyond the present use, for an agent that is not to be killed.
 const ROOM: u64 = 48 << 20;
 /// More bytes than the agent's `/run` has.
 const RUN: usize = 32 << 20;

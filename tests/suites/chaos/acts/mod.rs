@@ -1,4 +1,4 @@
-//! What is done to the node: a table of acts, one file for each group of them.
+//! Acts on the node: a table of them, one file for each group.
 //!
 //! In: a [`Fixture`]. Out: the same after something hostile. An act returns what it holds while the Services have to work in
 //! spite of it; then that is let go, its `undo` is called, and the Services have to work without it.
@@ -18,7 +18,7 @@ mod objects;
 mod rules;
 mod sockets;
 
-/// What an act holds on to, such as open connections.
+/// Resources that an act holds, such as open connections.
 pub(crate) type Held = Vec<Box<dyn Any>>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

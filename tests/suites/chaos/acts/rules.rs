@@ -120,7 +120,7 @@ fn delete_element(fixture: &mut Fixture, random: &mut Random) -> Result<Held> {
     nothing()
 }
 
-/// What names an element: without its timeout and its counter.
+/// The identity of an element: without its timeout and its counter.
 fn named(element: &Value) -> Value {
     let key = |key: &Value| key.pointer("/elem/val").unwrap_or(key).clone();
     match element.as_array().map(Vec::as_slice) {
