@@ -7,8 +7,8 @@ fn main() -> anyhow::Result<()> {
     // SAFETY: a build script has one thread at this point. Building `core` for the BPF target is an unstable cargo
     // feature; this opens it to the stable compiler, for this one invocation.
     unsafe { std::env::set_var("RUSTC_BOOTSTRAP", "1") };
-    // SAFETY: as above. What the inner cargo says about its progress would come out as warnings of ours; what the
-    // compiler has to say about the programs still does.
+    // SAFETY: as above. The progress of the inner cargo would come out as warnings of ours; the compiler's
+    // warnings about the programs still do.
     unsafe { std::env::set_var("CARGO_TERM_QUIET", "true") };
     // aya-build watches the programs themselves; their dependencies and profile are the workspace's.
     println!("cargo:rerun-if-changed=../Cargo.lock");

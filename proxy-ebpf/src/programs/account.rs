@@ -28,7 +28,7 @@ fn is_in_root() -> bool {
     unsafe { bpf_get_current_ancestor_cgroup_id(1) == 0 }
 }
 
-/// Whether a group may have one more entry of a kind, whose map has `room`.
+/// Whether a group may have one more entry of a kind. `room` is the size of the kind's map.
 #[inline(always)]
 pub(super) fn may_take(kind: u32, group: u32, room: u32) -> bool {
     account::may_take(read(account::of(kind, group)), read(account::of_all(kind)), room)

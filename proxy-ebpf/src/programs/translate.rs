@@ -294,9 +294,10 @@ fn translate_flow(
 }
 
 /// Handles a datagram from an address and port that are a frontend's too. Its sender has the number of a
-/// NodePort as its own port: a client behind a masquerade, or a process that chose it. What the socket sends
-/// there is an answer and must reach the sender, so this stores a flow whose backend is the Service's address
-/// itself. A connected socket sends to its peer, and a frontend that is left to nftables needs no such flow.
+/// NodePort as its own port: a client behind a masquerade, or a process that chose it. A datagram of the
+/// socket to that address is an answer and must reach the sender, so this stores a flow to the Service's
+/// address itself as backend. A connected socket sends to its peer, and a frontend that is left to nftables
+/// needs no such flow.
 #[inline(always)]
 pub(super) fn expect_answer(context: &SockAddrContext, from: &Endpoint) {
     if socket::protocol(context) != UDP || socket::is_connected(context) {

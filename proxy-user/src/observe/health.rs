@@ -55,7 +55,7 @@ pub struct ProxyHealth {
     eligible: bool,
     updated: BTreeMap<Family, Timestamp>,
     waiting_since: BTreeMap<Family, Instant>,
-    /// Families whose Services the kernel has had completely since the start.
+    /// Families of which the kernel has had all Services since the start.
     served: BTreeSet<Family>,
 }
 

@@ -31,7 +31,7 @@ use crate::{
 /// The pause before the next attempt to listen.
 const AGAIN: Duration = Duration::from_secs(5);
 
-/// The families whose NodePorts answer on loopback addresses whichever plane serves.
+/// The families with NodePorts on loopback addresses while either plane serves.
 pub(crate) fn relayed(settings: &Settings) -> PerFamily<bool> {
     let is = |family: Family| {
         *settings.families.get(family)

@@ -291,7 +291,7 @@ mod tests {
         let packed = blob(&manifest["layers"][0]);
         flate2::read::GzDecoder::new(&*packed).read_to_end(&mut layer).unwrap();
         assert_eq!(configuration["rootfs"]["diff_ids"][0], digest(&layer));
-        // What older Docker reads names the same things.
+        // The manifest for older Docker names the same files.
         let docker = parsed(&files["manifest.json"]);
         assert!(files.contains_key(docker[0]["Config"].as_str().unwrap()));
         assert!(files.contains_key(docker[0]["Layers"][0].as_str().unwrap()));

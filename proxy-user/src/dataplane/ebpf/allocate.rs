@@ -68,7 +68,7 @@ impl Default for Allocations {
 }
 
 impl Allocations {
-    /// Allocations as in the maps. What is free there rests first, unless all programs that may read it have ended
+    /// Allocations as in the maps. Free entries rest first, unless all programs that may read them have ended
     /// (`rested`).
     pub(super) fn of(state: KernelState, now: Instant, rested: bool) -> Self {
         let single = |indices: Vec<u32>| indices.into_iter().map(|first| Range { first, count: 1 }).collect();

@@ -123,7 +123,7 @@ impl Ebpf {
     }
 
     fn read(&mut self) -> Result<(), Problem> {
-        // What programs that run now may read must rest until they have ended.
+        // Entries that running programs may read must rest until these have ended.
         let rested = allocate::wait_for_programs();
         let state = kernel_state::KernelState::read(&self.loader.maps)?;
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);

@@ -79,8 +79,8 @@ impl Report {
         self.pending = (0, 0);
     }
 
-    /// Publishes what is pending, and whether load balancers may send traffic here: to a node whose Services are not programmed
-    /// yet they must not (P3), whatever its Node says.
+    /// Publishes what is pending, and whether load balancers may send traffic here. They must not while the
+    /// node's Services are not programmed (P3), even if its Node permits it.
     pub(super) fn publish(&self, families: &[Family], node_is_eligible: bool) {
         self.metrics.set_pending(self.pending.0, self.pending.1);
         let serves = families.iter().any(|family| self.has_served(*family));

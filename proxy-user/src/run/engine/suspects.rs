@@ -20,7 +20,8 @@ pub(super) struct Suspected {
     pub(super) flows: Option<mpsc::UnboundedSender<Suspects>>,
     /// Deltas that the kernel gets next, for a sweep over flows that is under way.
     announced: AnnouncedPorts,
-    /// Frontends whose flows are still to be looked at: given up while their family took no part, or by an earlier agent.
+    /// Frontends with flows still to be looked at: given up while their family took no part, or by an earlier
+    /// agent.
     given_up: PerFamily<Suspects>,
     pub(super) sockets: Option<std::sync::mpsc::Sender<sockets::Suspects>>,
 }

@@ -98,7 +98,7 @@ impl Rig {
             .with_health_checks(servers)
             .with_first(Some(first_in))
             .with_conntrack(suspects_in)
-            // What waits for this does so for the rest of the test.
+            // Everything that waits for a retry waits for the rest of the test.
             .with_retry(Duration::from_secs(3600));
         let (change, changes) = mpsc::channel(64);
         let (foreign, news) = watch::channel(News::default());
@@ -182,7 +182,7 @@ async fn next<T>(receiver: &mut mpsc::UnboundedReceiver<T>) -> T {
     tokio::time::timeout(PATIENCE, receiver.recv()).await.expect("it does not come").unwrap()
 }
 
-/// The frontends whose flows are looked at.
+/// The frontends of the flows to look at.
 fn looked_at(suspects: Suspects) -> Vec<String> {
     suspects.frontends().map(ToString::to_string).collect()
 }
@@ -384,7 +384,7 @@ async fn flows_of_a_service_that_goes_while_a_family_cannot_be_written_are_looke
     rig.faults.break_family(Family::V6, true);
     rig.tell(Change::Delete(Kind::Service, named("dns"))).await;
     assert_eq!(looked_at(next(&mut rig.suspects).await), ["10.0.0.53:53/UDP"]);
-    // What puts the family right names only what is there.
+    // The repair of the family names only the remaining frontends.
     rig.faults.break_family(Family::V6, false);
     rig.touch(Family::V6);
     assert_eq!(looked_at(next(&mut rig.suspects).await), ["[fd00::53]:53/UDP"]);
@@ -449,7 +449,7 @@ async fn a_foreign_change_has_its_family_repaired_once() {
         rig.touch(Family::V6);
         rig.until_metric(repairs, &count.to_string()).await;
     }
-    // What does not fit is compared later, and what it touched at once.
+    // Lost notices have the families that they touched repaired once.
     let families = PerFamily { v4: true, v6: false };
     rig.foreign.send_modify(|news| news.take_in(Seen::Lost { families }));
     rig.until_metric(repairs, "4").await;
