@@ -78,7 +78,7 @@ impl Cgroup {
         Ok(Door(self.0.threads.try_clone()?))
     }
 
-    /// Moves the calling thread into the group. What it makes and starts from now on belongs there.
+    /// Moves the calling thread into the group. Processes that it starts from now on belong there.
     ///
     /// # Errors
     ///

@@ -106,7 +106,7 @@ impl Process {
         &self.log
     }
 
-    /// All that it logged.
+    /// Its whole log.
     #[must_use]
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()

@@ -65,7 +65,7 @@ impl Tree {
 
 impl Drop for Tree {
     fn drop(&mut self) {
-        // What cannot be removed, the group above complains of.
+        // The group above complains of groups that cannot be removed.
         let _ = empty(self.0.path());
     }
 }
@@ -276,7 +276,7 @@ async fn after_a_restart_nothing_goes_before_everything_is_known() {
     fixture.want(false, &["a"]);
     fixture.reach(1, 0).await;
     assert_eq!(pins.ids(), BTreeSet::from([still, no_more, gone]));
-    // What was seen in use by this run may go at any time.
+    // An entry that this run saw in use may go at any time.
     fixture.want(false, &["a", "b"]);
     fixture.reach(2, 0).await;
     fixture.want(false, &["a"]);

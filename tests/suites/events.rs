@@ -142,7 +142,7 @@ async fn trouble_with_a_service_becomes_one_event_that_describe_finds() {
     assert_eq!(found.reporting_instance.as_deref(), Some(NODE));
     assert!(found.series.is_none(), "the same within a short time is no news");
 
-    // What `kubectl describe` asks for.
+    // The request of `kubectl describe`.
     let core: Api<CoreEvent> = Api::namespaced(objects.0.clone(), NAMESPACE);
     let uid = cart.uid().unwrap();
     let selector = format!(

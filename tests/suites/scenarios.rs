@@ -150,8 +150,8 @@ fn whole<P: Plane>(scenario: &Scenario, place: &Place) -> Result<Vec<Option<Stri
     })
 }
 
-/// Plays a scenario to memory and to the socket plane, which holds the part of the same that is for sockets. What its maps
-/// hold where the file lists them.
+/// Plays a scenario to memory and to the socket plane, which holds the part of the same that is for sockets.
+/// Returns the content of its maps where the file lists them.
 fn at_sockets(scenario: &Scenario, place: &Place) -> Result<Vec<Option<String>>> {
     let mut wanted = VecDeque::new();
     play::<Memory>(scenario, place, |_, Seen { state, node_ips }| {

@@ -18,7 +18,7 @@ impl fmt::Display for OutOfTime {
 
 impl Error for OutOfTime {}
 
-/// Until when something is waited for.
+/// The end of a wait.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Deadline(Instant);
 

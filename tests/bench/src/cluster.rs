@@ -69,7 +69,7 @@ impl Cluster {
     /// Starts it and waits until it answers.
     pub(super) async fn start() -> Result<Self> {
         let cidr = format!("--service-cluster-ip-range={SERVICE_CIDR},{SERVICE_CIDR_V6}");
-        // What is measured is not how the API server shares itself out.
+        // The measurement does not include how the API server shares itself out.
         let unlimited = ["--max-requests-inflight=1000", "--max-mutating-requests-inflight=1000"];
         let server = ApiServer::start_at(API_SERVER.into(), &[&cidr, unlimited[0], unlimited[1]]).await?;
         let client = server.client().await?;

@@ -31,7 +31,7 @@ impl Stored {
         let address = spec.cluster_ip.as_ref().context("a Service without a ClusterIP")?;
         let name = service.metadata.name.as_ref().context("a Service without a name")?;
         let mut object = serde_json::to_value(service)?;
-        // What the API server adds to a new one.
+        // The fields that the API server adds to a new one.
         let settled = json!({
             "type": "ClusterIP",
             "clusterIPs": [address],

@@ -48,7 +48,7 @@ pub(super) struct Roots {
 }
 
 impl Subject {
-    /// All that need no path.
+    /// The subjects that need no path.
     pub(super) const ALL: [Self; 5] = [
         Self::WeirEbpf,
         Self::WeirNftables,

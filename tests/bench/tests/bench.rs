@@ -11,7 +11,7 @@ use weir_bench::{
 };
 use weir_tests::assets;
 
-/// Runs the benchmark with these arguments. What it printed.
+/// Runs the benchmark with these arguments. Returns its output.
 fn bench(arguments: &str, directory: &Path) -> Result<String> {
     let bench = Command::new(env!("CARGO_BIN_EXE_weir-bench"))
         .current_dir(directory)

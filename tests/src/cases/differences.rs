@@ -84,8 +84,9 @@ impl fmt::Display for Difference {
     }
 }
 
-/// Whether a client's socket is connected to its backend, so that no packet to the target ever exists. What is not so goes
-/// by packets, as everywhere: other transports, source ranges (F7), and the NodePorts of other nodes.
+/// Whether a client's socket is connected to its backend, so that no packet to the target ever exists. All
+/// else goes by packets, as everywhere: other transports, source ranges (F7), and the NodePorts of other
+/// nodes.
 #[must_use]
 pub fn at_socket(kind: Kind, shape: &Shape, from: Location, to: Target, transport: Transport) -> bool {
     let (Location::Host(node) | Location::Pod(node, _)) = from else { return false };

@@ -54,7 +54,8 @@ fn answers(run: &CaseRun<'_>) -> Result<()> {
                 break source;
             }
         };
-        // What the kernel takes for old data sent again it still translates. Where the socket plane serves, nothing is translated.
+        // The kernel still translates segments that it takes for old data sent again. The socket plane
+        // translates none.
         forged.retain(|source| *source != answered_by);
         if run.differs(Difference::OutOfWindow) {
             ensure!(forged.is_empty(), "{from} to {to:?}: forged segments came from {forged:?}");

@@ -251,7 +251,7 @@ async fn answer(State(shared): State<Arc<Shared>>, uri: Uri, headers: HeaderMap)
         // A streamed list goes on as a watch, which is to fail too.
         let ends = kind.fault != Fault::None;
         let fault = if watch && !lists { kind.fault } else { Fault::None };
-        // What real servers answer when they have not come so far.
+        // The answer of real servers that have not come so far.
         let fault = if !watch && from > version { Fault::Refused(504, None) } else { fault };
         if fault != Fault::None && kind.once {
             kind.fault = Fault::None;

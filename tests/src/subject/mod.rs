@@ -266,7 +266,7 @@ impl<'a> Subject<'a> {
         Ok(())
     }
 
-    /// Kills the agent of one node with SIGKILL. What it programmed stays.
+    /// Kills the agent of one node with SIGKILL. Its rules and maps stay.
     ///
     /// # Errors
     ///
@@ -316,8 +316,8 @@ impl<'a> Subject<'a> {
         self.directory.path().join(format!("agent-{node}.log"))
     }
 
-    /// Makes `objects` all that is published under `name`, and waits until both nodes show it. What was published
-    /// under that name before and is not among them is deleted.
+    /// Makes `objects` all that is published under `name`, and waits until both nodes show it. Deletes the
+    /// other objects that were published under that name before.
     ///
     /// # Errors
     ///

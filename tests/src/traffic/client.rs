@@ -148,7 +148,7 @@ impl Flow {
         }
     }
 
-    /// Opens a flow without asking anything: for datagrams, whether or not anybody is there.
+    /// Opens a flow without asking anything: for datagrams, whether or not the target has a server.
     ///
     /// # Errors
     ///

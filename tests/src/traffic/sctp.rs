@@ -93,7 +93,7 @@ pub(super) fn exchange(socket: &Socket, to: SocketAddr) -> io::Result<Vec<u8>> {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     static TURN: Mutex<()> = Mutex::new(());
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    // What came before this turn was meant for another.
+    // Errors from before this turn belong to another call.
     socket.take_error()?;
     let source = 20_000 + NEXT.fetch_add(1, Ordering::Relaxed) % 40_000;
     let question = Packet { source, destination: to.port(), kind: INIT, cookie: Vec::new() };

@@ -131,7 +131,7 @@ impl Player {
         );
         self.model.judge(slot, act, question, outcome).map_err(|wrong| self.wrong(&wrong))?;
         if matches!(act, Act::Connect(_)) && outcome == Outcome::Failed(Errno::ECONNREFUSED) {
-            // What such a socket is good for differs from system to system, so clients make another one.
+            // The state of such a socket differs from system to system, so clients make another one.
             self.reopen(slot)?;
         }
         Ok(())

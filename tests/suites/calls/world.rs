@@ -296,7 +296,7 @@ impl Ground {
         Change::Delete(Kind::Service, ObjectName::new("calls", &self.name(number)))
     }
 
-    /// All that was of the sequence before goes.
+    /// Deletes all objects of the sequence before.
     pub(super) fn clear(&self) -> impl Iterator<Item = Change> {
         let before = Self { number: self.number.wrapping_sub(1), ..*self };
         (0..SERVICES).flat_map(move |number| {

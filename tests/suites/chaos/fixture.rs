@@ -45,7 +45,7 @@ pub(crate) struct Fixture {
     pub(crate) memory: MemoryLimit,
     /// How long everything may take to be right after an act.
     pub(crate) deadline: Duration,
-    /// Until when the agent may end by itself, and is started again.
+    /// The time until which the agent may end by itself, and is started again.
     pub(crate) may_end_until: Instant,
     /// More probes that must succeed while an act lasts.
     pub(crate) extra: Vec<Probe>,
@@ -153,7 +153,7 @@ impl Fixture {
         let weir = assets::weir()?;
         let agent = self.topology.at(Location::Host(1)).launch(Path::new("nsenter"), log, |command| {
             command.arg(format!("--mount=/proc/{}/ns/mnt", self.mounts.id())).arg("--");
-            // What containers have: a soft limit that an agent has to raise for itself.
+            // As in containers: a soft limit that an agent has to raise for itself.
             command.args(["prlimit", "--nofile=1024:", "--"]);
             command.arg(&weir).args(arguments);
             self.clock.preload(command);
@@ -203,7 +203,7 @@ impl Fixture {
         Ok(())
     }
 
-    /// Kills the agent as the kernel does for want of memory. What it programmed stays.
+    /// Kills the agent as the kernel does for want of memory. Its rules and maps stay.
     pub(crate) fn kill_agent(&mut self) -> Result<()> {
         if Instant::now() > self.may_end_until {
             self.alive()?;

@@ -250,7 +250,7 @@ fn weir_answers_as_coredns_does_and_goes_on_without_an_api_server() -> Result<()
     });
 
     compare(client, ours, theirs)?;
-    // A change shows without anybody being asked again.
+    // weir answers with a change without another request to the API server.
     let more = slice(
         "db-c",
         "db",

@@ -422,7 +422,7 @@ fn a_mode_that_the_agent_cannot_have_leaves_it_serving_as_before() -> Result<()>
     await_that("the file is judged", || agent.log().contains("an agent could not start with it here"));
     assert!(agent.log().contains("bpffs"), "{}", agent.log());
     assert_eq!((mode().as_deref(), agent.status()?), (Some("nftables"), None));
-    // What it can have is taken, also after that.
+    // A file that can be in force here is taken, also after that.
     fs::write(&config, format!("{head}mode: nftables\nclusterCIDR: 10.0.0.0/9\n"))?;
     let configured = || namespace.run(|| get((V4, ADMIN).into(), "/configz")).map(|answer| answer.body);
     await_that("the next file is in force", || configured().is_ok_and(|text| text.contains("10.0.0.0/9")));
@@ -575,7 +575,7 @@ fn an_agent_without_usable_credentials_leaves_the_machine_as_it_is() -> Result<(
         assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
         assert_eq!(established()?.trim(), "4321", "{kubeconfig}");
     }
-    // What would have been set is set where the credentials are good.
+    // With good credentials the same settings are set.
     let plane = ControlPlane::start(&namespace, API.into())?;
     let words = [
         "run".to_owned(),

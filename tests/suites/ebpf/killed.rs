@@ -97,7 +97,7 @@ fn an_agent_that_starts_after_one_was_killed_anywhere_serves_what_is_to_be() -> 
                     .context("an open must not end what serves")?;
                 await_that("the old backend is asked after the open", || is_asked(&first));
             }
-            // What is written now is what programs read: they and the agent have the same maps.
+            // Programs read the next writes: they and the agent have the same maps.
             heir.apply(&complete(vec![Arc::clone(&old)]))?;
             let change = PortDelta { before: Some(Arc::clone(&old)), after: Some(Arc::clone(&new)) };
             heir.apply(&Delta { ports: vec![change], ..Default::default() })?;

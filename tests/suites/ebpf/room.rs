@@ -116,7 +116,7 @@ fn unconnected_sockets_of_a_greedy_group_have_their_share_and_those_of_others_ar
             let server = fresh(server, &mut plane, family)?;
             within(&modest, || exchange(family, to, &server))?;
             assert_eq!(elements(&fixture.place, "flows")?, taken, "closed and given back");
-            // What it gives back it has again.
+            // The greedy group can use the room again that it gives back.
             sockets.truncate(sockets.len() / 2);
             within(&greedy, || exchange(family, to, &server))?;
             drop(sockets);

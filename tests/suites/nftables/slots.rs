@@ -20,7 +20,7 @@ fn slots() -> usize {
     listed.lines().filter(|line| line.contains("10.96.0.1 . tcp . 80 . ")).count()
 }
 
-/// Slots are not read at start. What is in them all the same, in place of what should be, is put right.
+/// Slots are not read at start. Wrong contents are put right all the same.
 #[test]
 fn slots_that_were_changed_behind_our_back_are_put_right() {
     in_namespace(|| {

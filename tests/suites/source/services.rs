@@ -437,7 +437,7 @@ async fn an_agent_that_starts_anew_needs_one_list_of_each_kind_whatever_versions
     let file = std::fs::read_dir(kept.path()).unwrap().next().unwrap().unwrap().path();
     let versions = std::fs::read_to_string(&file).unwrap();
     assert!(versions.lines().next().unwrap().parse::<u64>().unwrap() > 0, "{versions}");
-    // What is there is kept and used, and no server of this cluster has ever come so far as the other.
+    // The existing version is kept and used, and no server of this cluster has ever reached the other.
     for version in [None, Some("09000000000000000000")] {
         if let Some(version) = version {
             std::fs::write(&file, version.to_owned() + &versions[version.len()..]).unwrap();

@@ -1,8 +1,8 @@
 //! CPU time of traffic: of clients and servers, and of the kernel for them.
 //!
-//! In: nothing. Out: nanoseconds. Clients and servers are threads of this process. What the kernel does for a packet it
-//! does where the packet was sent, on the sender's account; where it is too much it goes on in a thread of the kernel's
-//! own, of which there is one on each core.
+//! In: nothing. Out: nanoseconds. Clients and servers are threads of this process. The kernel processes a
+//! packet where it was sent, on the sender's account; where it is too much it goes on in a thread of the
+//! kernel's own, of which there is one on each core.
 
 use std::{fs, path::PathBuf, time::Duration};
 

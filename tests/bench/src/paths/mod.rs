@@ -1,8 +1,9 @@
 //! Traffic to Services, beside the same traffic straight to their endpoints.
 //!
-//! In: a cluster with a number of Services, subjects. Out: [`Series`]. Every subject has a topology of its own, wired the
-//! same, and one more has no proxy at all. All of them are up at the same time and take turns: each round measures every
-//! way once, one after the other, and every other round goes backwards. What else the cores do meets all of them.
+//! In: a cluster with a number of Services, subjects. Out: [`Series`]. Every subject has a topology of its
+//! own, wired the same, and one more has no proxy at all. All of them are up at the same time and take turns:
+//! each round measures every way once, one after the other, and every other round goes backwards. Other work
+//! of the cores meets all of them.
 
 use std::{
     cell::RefCell,

@@ -6,10 +6,10 @@
 //!                          ├────veth── other node: the endpoints far away
 //!                          └────veth── outside
 //! ```
-//! The subject runs on the node. The other one forwards without a proxy and holds the far endpoints itself, so that what
-//! is measured is the first one's work. What goes between outside and the other node passes the node both ways, with a
-//! Service and without: plain forwarding is what NodePorts are compared with. The suites' topology would not do: the bridge of its
-//! router would be in every figure, and its pods have one address each.
+//! The subject runs on the node. The other node forwards without a proxy and holds the far endpoints itself,
+//! so that only the first node's work is measured. Traffic between outside and the other node passes the node
+//! both ways, with a Service and without: NodePorts are compared with plain forwarding. The suites' topology
+//! would not do: the bridge of its router would be in every figure, and its pods have one address each.
 
 use std::{
     array::from_fn,
@@ -92,8 +92,8 @@ impl Topology {
         for namespace in
             [&topology.node, &topology.client, &topology.server, &topology.other, &topology.outside]
         {
-            // What most machines have; one that paces its packets measures its own timers. Where it is missing, all
-            // stay with what there is.
+            // The default of most machines; one that paces its packets measures its own timers. Where it is
+            // missing, all stay with what there is.
             let _ = namespace.sysctl("net/ipv4/tcp_congestion_control", "cubic");
         }
         Ok(topology)
@@ -139,7 +139,7 @@ impl Topology {
                 .extend(Family::ALL.map(|family| format!("addr add {} dev {device} nodad", gateway(family))));
             lines.extend(addresses.iter().map(|address| format!("route add {address} dev {device}")));
         }
-        // What Services with NodePorts are reached by.
+        // The addresses of Services with NodePorts.
         let own: [IpAddr; 2] = [NODE_ADDRESSES.0.into(), NODE_ADDRESSES.1.into()];
         lines.extend(own.map(|address| format!("addr add {address} dev uplink nodad")));
         self.node.ip(&lines)?;

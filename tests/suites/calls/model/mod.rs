@@ -105,8 +105,8 @@ struct Socket {
     /// Whether it is bound to the own address.
     own: bool,
     peer: Option<Peer>,
-    /// All that it hears where it lost a peer: the kernel forgets an IPv6 peer's port and keeps its address (`udp_disconnect`, seen
-    /// on 6.18).
+    /// The only peer that it hears after it lost a peer: the kernel forgets an IPv6 peer's port and keeps its
+    /// address (`udp_disconnect`, seen on 6.18).
     hears: Option<Peer>,
     /// The error that the next call gets.
     error: Option<Errno>,

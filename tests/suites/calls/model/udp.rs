@@ -150,7 +150,8 @@ impl Model {
         // An IPv6 socket sends to its IPv4 peer by its address.
         let by_address = given.is_some() || self.wire == Wire::Mapped;
         let at_once = Outcome::Failed(Errno::ECONNREFUSED);
-        // What is left to packets no program refuses, nor a port of the node that no Service has.
+        // No program refuses a datagram that is left to packets, nor one to a port of the node that no
+        // Service has.
         let left = self.is_left_to_packets(&self.sockets[slot], to);
         let is_there = to.service().is_some_and(|number| self.services[number].standing().0);
         let by_program =
@@ -240,7 +241,7 @@ impl Model {
                 None if socket.hears.is_none_or(|known| self.is_one_address(Self::end_of(known), from)) => {
                     open.push(socket.id)
                 }
-                // What it hears is a backend in place of the Service that it was connected to.
+                // It hears a backend in place of the Service that it was connected to.
                 None if self.plane == Plane::Sockets => perhaps.push(socket.id),
                 None => {}
                 Some(peer) if peer.way.end() == Some(None) => perhaps.push(socket.id),

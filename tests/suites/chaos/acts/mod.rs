@@ -56,7 +56,7 @@ impl Act {
         Self { ends_agent: true, ..self }
     }
 
-    /// All that can be done to this data plane.
+    /// All acts on this data plane.
     pub(crate) fn all(plane: Plane) -> Vec<&'static Self> {
         let groups = [rules::ACTS, sockets::ACTS, agent::ACTS, objects::ACTS, floods::ACTS];
         let all = groups.into_iter().flatten();

@@ -119,7 +119,7 @@ fn tenant(namespace: &str, name: &str, fields: &Value, status: &Value) -> Vec<Va
         at[field] = value.clone();
     }
     if spec["externalIPs"].is_array() {
-        // What it wants to take is a port that others serve.
+        // A port that other Services serve, because the Service is to take it from them.
         port["port"] = PORT.into();
     }
     spec["ports"] = json!([port]);
