@@ -13,7 +13,7 @@ use rtnetlink::{
 use tokio::sync::watch;
 use tracing::{debug, warn};
 
-/// The addresses that [`watch`] sends; empty until it has read them once.
+/// The addresses that [`watch()`] sends; empty until it has read them once.
 pub type Addresses = watch::Receiver<Vec<IpAddr>>;
 
 /// The delay before a lost rtnetlink connection is opened again.

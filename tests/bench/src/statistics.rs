@@ -15,7 +15,7 @@ pub(super) fn quantile(mut samples: Vec<f64>, part: f64) -> f64 {
     samples.get(index.saturating_sub(1)).copied().unwrap_or(f64::NAN)
 }
 
-/// The parts that [`quantiles`] are given for.
+/// The parts that `quantiles` are given for.
 pub const PARTS: [f64; 4] = [0.5, 0.9, 0.99, 0.999];
 
 /// [`quantile`] for all [`PARTS`]; none when there are no samples.

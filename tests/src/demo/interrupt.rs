@@ -1,6 +1,6 @@
 //! Signals that end the demo as an error does, so that everything it made is removed.
 //!
-//! In: SIGINT and SIGTERM. Out: an error at the next [`check`]. A second signal ends the process at once.
+//! In: SIGINT and SIGTERM. Out: an error at the next `check`. A second signal ends the process at once.
 
 use std::{
     sync::atomic::{AtomicBool, Ordering},
